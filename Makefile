@@ -1,0 +1,35 @@
+# make demo   from a fresh clone to pictures: environment, build, teacher, student with HASTE, samples, one HTML page
+# make test   the same environment, every test
+# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  MAX_JOBS=8  DEMO_ARGS="--interval 5 --order 2"  TEST_ARGS="-k taylor"
+PYTHON    ?= python3
+VENV      ?= .venv
+TORCH     ?= torch==2.13.0
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN     := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+.PHONY: demo test build clean
+
+demo: build
+	$(BIN)/haste demo $(DEMO_ARGS)
+
+test: build
+	$(BIN)/ruff check .
+	$(BIN)/pytest $(TEST_ARGS)
+
+build: $(VENV)/.built
+
+# torch first: the package builds against the torch that is there and never brings another.
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf build dist haste_ext/_C.*.so $(VENV)/.built

@@ -1,0 +1,175 @@
+// attn_align_loss: schema, checks, launch, registration. What it computes: kernels/attn_align_loss.h.
+//
+// The public operation is composed in Python (haste_ext/ops/attn_align_loss.py) of the rows below and torch's own
+// reduction, so that `mean`, `sum` and `none` share one kernel and its gradient.
+#include "kernels/attn_align_loss.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "ops/tensors.h"
+
+namespace haste {
+namespace {
+
+struct Inputs {
+  Tensor student_q, student_k, teacher_q, teacher_k;  // last stride 1; they keep copies alive
+  AttnAlignProblem problem;
+};
+
+AttnOperand operand(const Tensor& t, int64_t prefix, const char* argument) {
+  const auto type = scalar_type(t, argument);
+  const auto* first = static_cast<const char*>(t.const_data_ptr()) + prefix * t.stride(2) * t.element_size();
+  return {first, type, t.size(3), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+void check_pair(const Tensor& q, const Tensor& k, int64_t prefix, const char* q_name, const char* k_name) {
+  check_shape(q.dim() == 4 && q.size(3) >= 1, q_name, q, "(batch, heads, tokens, dim) with dim >= 1");
+  bool same = k.dim() == 4;
+  for (int64_t i = 0; same && i < 4; ++i) same = k.size(i) == q.size(i);
+  check_shape(same, k_name, k, std::string("of the shape of ") + q_name);
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), k_name, " must have the type of ", q_name);
+  STD_TORCH_CHECK(prefix >= 0 && prefix <= q.size(2), q_name, " has ", q.size(2), " tokens and a prefix of ", prefix,
+                  "; the prefix must lie between 0 and the number of tokens");
+}
+
+Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& teacher_q, const Tensor& teacher_k,
+              std::optional<double> student_scale, std::optional<double> teacher_scale, int64_t student_prefix,
+              int64_t teacher_prefix) {
+  check_pair(student_q, student_k, student_prefix, "student_q", "student_k");
+  check_pair(teacher_q, teacher_k, teacher_prefix, "teacher_q", "teacher_k");
+  check_shape(teacher_q.size(0) == student_q.size(0), "teacher_q", teacher_q, "of the batch size of student_q");
+  const int64_t tokens = student_q.size(2) - student_prefix;
+  STD_TORCH_CHECK(teacher_q.size(2) - teacher_prefix == tokens, "teacher_q has ", teacher_q.size(2) - teacher_prefix,
+                  " tokens after its prefix and student_q has ", tokens, "; they must be equally many");
+  check_same_device(student_q, student_k, "student_k");
+  check_same_device(student_q, teacher_q, "teacher_q");
+  check_same_device(student_q, teacher_k, "teacher_k");
+
+  Inputs in{with_unit_last_stride(student_q), with_unit_last_stride(student_k), with_unit_last_stride(teacher_q),
+            with_unit_last_stride(teacher_k), {}};
+  in.problem = {student_q.size(0),
+                std::min(student_q.size(1), teacher_q.size(1)),
+                tokens,
+                operand(in.student_q, student_prefix, "student_q"),
+                operand(in.student_k, student_prefix, "student_k"),
+                operand(in.teacher_q, teacher_prefix, "teacher_q"),
+                operand(in.teacher_k, teacher_prefix, "teacher_k"),
+                student_scale.value_or(1.0 / std::sqrt(static_cast<double>(student_q.size(3)))),
+                teacher_scale.value_or(1.0 / std::sqrt(static_cast<double>(teacher_q.size(3))))};
+  if (student_q.is_cuda()) {
+    STD_TORCH_CHECK(teacher_q.scalar_type() == student_q.scalar_type(),
+                    "teacher_q must have the type of student_q on CUDA; haste_ext.attn_align_loss converts both");
+    for (const auto* t : {&student_q, &teacher_q}) {
+      STD_TORCH_CHECK(t->size(3) <= cuda::attn_align_loss_max_dim, t == &student_q ? "student_q" : "teacher_q",
+                      " has head dim ", t->size(3), "; on CUDA it must be at most ", cuda::attn_align_loss_max_dim);
+    }
+  }
+  return in;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k,
+                                           std::optional<double> student_scale, std::optional<double> teacher_scale,
+                                           int64_t student_prefix, int64_t teacher_prefix) {
+  const auto in = inputs(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix,
+                         teacher_prefix);
+  const auto& p = in.problem;
+  const auto empty_rows = [&] {
+    return torch::stable::new_empty(student_q, {p.batch, p.heads, p.tokens}, row_type(student_q));
+  };
+  Tensor loss = empty_rows(), student_lse = empty_rows(), teacher_lse = empty_rows();
+  const AttnAlignRows rows{loss.mutable_data_ptr(), student_lse.mutable_data_ptr(), teacher_lse.mutable_data_ptr()};
+  if (loss.numel() > 0 && student_q.is_cuda()) {
+    const CudaLaunch launch(student_q);
+#ifdef HASTE_WITH_CUDA
+    check_launch(cuda::attn_align_loss_forward(p, rows, launch.stream()), "attn_align_loss");
+#endif
+  } else if (loss.numel() > 0) {
+    cpu::attn_align_loss_forward(p, rows, parallel_for());
+  }
+  return {loss, student_lse, teacher_lse};
+}
+
+// A gradient of the student's shape, laid out as the student is; the heads and tokens that take no part get zeros.
+Tensor empty_gradient(const Tensor& student, const AttnAlignProblem& p) {
+  Tensor gradient = torch::stable::empty_like(student);
+  if (p.heads != student.size(1) || p.tokens != student.size(2)) torch::stable::zero_(gradient);
+  return gradient;
+}
+
+AttnGradient destination(const Tensor& gradient, int64_t prefix) {
+  auto* first = static_cast<char*>(gradient.mutable_data_ptr()) + prefix * gradient.stride(2) * gradient.element_size();
+  return {first, gradient.stride(0), gradient.stride(1), gradient.stride(2)};
+}
+
+std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q,
+                                    Tensor teacher_k, Tensor student_lse, Tensor teacher_lse,
+                                    std::optional<double> student_scale, std::optional<double> teacher_scale,
+                                    int64_t student_prefix, int64_t teacher_prefix, bool need_q, bool need_k) {
+  const auto in = inputs(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix,
+                         teacher_prefix);
+  const auto& p = in.problem;
+  const auto check_rows = [&](const Tensor& t, const char* argument) {
+    check_shape(t.dim() == 3 && t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == p.tokens, argument, t,
+                "(batch, aligned heads, tokens after the prefix)");
+    STD_TORCH_CHECK(t.scalar_type() == row_type(student_q), argument, " must be of the type of the loss");
+    check_same_device(student_q, t, argument);
+  };
+  check_rows(grad_loss, "grad_loss");
+  check_rows(student_lse, "student_lse");
+  check_rows(teacher_lse, "teacher_lse");
+  student_lse = torch::stable::contiguous(student_lse);
+  teacher_lse = torch::stable::contiguous(teacher_lse);
+
+  const auto not_wanted = [&] { return torch::stable::new_empty(student_q, {0}); };
+  Tensor grad_q = need_q ? empty_gradient(student_q, p) : not_wanted();
+  Tensor grad_k = need_k ? empty_gradient(student_k, p) : not_wanted();
+  const AttnAlignBackward b{
+      {grad_loss.const_data_ptr(), grad_loss.stride(0), grad_loss.stride(1), grad_loss.stride(2)},
+      student_lse.const_data_ptr(),
+      teacher_lse.const_data_ptr(),
+      need_q ? destination(grad_q, student_prefix) : AttnGradient{},
+      need_k ? destination(grad_k, student_prefix) : AttnGradient{}};
+  if (grad_loss.numel() == 0 || !(need_q || need_k)) return {grad_q, grad_k};
+  if (student_q.is_cuda()) {
+    const CudaLaunch launch(student_q);
+#ifdef HASTE_WITH_CUDA
+    check_launch(cuda::attn_align_loss_backward(p, b, launch.stream()), "attn_align_loss backward");
+#endif
+  } else {
+    cpu::attn_align_loss_backward(p, b, parallel_for());
+  }
+  return {grad_q, grad_k};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(haste, m) {
+  m.def(
+      "attn_align_loss(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, "
+      "float? student_scale=None, float? teacher_scale=None, int student_prefix=0, int teacher_prefix=0, "
+      "str reduction=\"mean\") -> Tensor");
+  m.def(
+      "attn_align_loss_forward(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, "
+      "float? student_scale, float? teacher_scale, int student_prefix, int teacher_prefix) "
+      "-> (Tensor loss, Tensor student_lse, Tensor teacher_lse)");
+  m.def(
+      "attn_align_loss_backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q, "
+      "Tensor teacher_k, Tensor student_lse, Tensor teacher_lse, float? student_scale, float? teacher_scale, "
+      "int student_prefix, int teacher_prefix, bool need_q, bool need_k) -> (Tensor grad_q, Tensor grad_k)");
+}
+
+// One function for both keys: it branches on the device, and in a build without CUDA says what is missing.
+STABLE_TORCH_LIBRARY_IMPL(haste, CPU, m) {
+  m.impl("attn_align_loss_forward", TORCH_BOX(&forward));
+  m.impl("attn_align_loss_backward", TORCH_BOX(&backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(haste, CUDA, m) {
+  m.impl("attn_align_loss_forward", TORCH_BOX(&forward));
+  m.impl("attn_align_loss_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace haste

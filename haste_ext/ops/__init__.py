@@ -1,0 +1,1 @@
+"""What a user calls: for each operation its docstring, checks, fake kernel and autograd."""

@@ -1,0 +1,71 @@
+"""Refusals shared by the operations: one sentence with the argument, what it was, and what it must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from haste_ext import _load
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_tensor(name: str, value: object, dim: int | None = None, layout: str = "") -> None:
+    """A floating-point tensor of `dim` dimensions (any if None), on a device that this build serves."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is of type {type(value).__name__}; it must be a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be float32, float64, float16 or bfloat16")
+    if value.device.type == "cuda":
+        if missing := _load._C.missing_cuda():
+            raise RuntimeError(f"{name} is on {value.device}: {missing}")
+        if value.dtype == torch.float64:
+            raise TypeError(f"{name} has dtype torch.float64 on {value.device}; there it must be float32, float16 or bfloat16")
+    elif value.device.type not in ("cpu", "meta"):
+        raise ValueError(f"{name} is on {value.device}; it must be on a cpu or cuda device")
+    if dim is not None and value.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {layout}")
+
+
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *attributes: str) -> None:
+    """`value` agrees with `other` in each of the attributes: shape, dtype, device."""
+    for attribute in attributes:
+        was, must_be = getattr(value, attribute), getattr(other, attribute)
+        if was != must_be:
+            was, must_be = (tuple(was), tuple(must_be)) if attribute == "shape" else (was, must_be)
+            raise_as = TypeError if attribute == "dtype" else ValueError
+            raise raise_as(f"{name} has {attribute} {was}; it must be that of {other_name}, {must_be}")
+
+
+def check_reduction(reduction: object) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+
+
+def check_int(name: str, value: object, low: int, high: int, what_high_is: str) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}, {what_high_is}")
+
+
+def check_scale(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, (int, float, torch.SymFloat)) or isinstance(value, bool)):
+        raise TypeError(f"{name} is of type {type(value).__name__}; it must be a number or None")
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    """mean, sum or none of the per-row losses, in their own type."""
+    if reduction == "mean":
+        return rows.mean()
+    return rows.sum() if reduction == "sum" else rows
+
+
+def refuse_gradient(operation: str, advice: str):
+    """An autograd formula for what has no gradient: it says so when one is asked for."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{operation} has no gradient: {advice}")
+
+    torch.library.register_autograd(operation, backward)

@@ -1,0 +1,102 @@
+"""taylor_extrapolate and taylor_extrapolate_blocks: forecast cached features, one kernel for every forecaster."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from haste_ext.ops._checks import check_same, check_tensor, refuse_gradient
+
+
+def taylor_extrapolate(
+    snapshots: Tensor, weights: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor:
+    """residual + gate ⊙ Σ_k weights_k · snapshot_k, accumulated in float32.
+
+    Every forecaster of cached features (Taylor as published, Newton, Hermite) is such a sum of the last full
+    steps' raw features with weights that the host computes.
+
+    Args:
+        snapshots: (K, B, N, D), float32, float16, bfloat16 (float64 on the CPU); any strides.
+        weights: (K,) float32 on the same device. A slot of weight 0 is not read, whatever it holds.
+        residual: (B, N, D), of any of these types; 0 if None.
+        gate: (B, D) of the snapshots' type, broadcast over the tokens; 1 if None.
+
+    Returns:
+        (B, N, D), of the residual's type if there is one, else of the snapshots'. No gradient: for inference.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it must be.
+
+    Source: TaylorSeer, arXiv 2503.06923, whose T_i are linear in the last i + 1 full features.
+    """
+    check_tensor("snapshots", snapshots, 4, "(slots, batch, tokens, dim)")
+    slots, batch, tokens, dim = snapshots.shape
+    _check_weights(weights, snapshots, [(slots,)])
+    _check_optional("residual", residual, snapshots, (batch, tokens, dim), same_type=False)
+    _check_optional("gate", gate, snapshots, (batch, dim), same_type=True)
+    return torch.ops.haste.taylor_extrapolate(snapshots, weights, residual, gate)
+
+
+def taylor_extrapolate_blocks(
+    snapshots: Tensor, weights: Tensor, gates: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """residual + Σ_l gates_l ⊙ Σ_k weights_{l,k} · snapshot_{l,k}: a whole skipped step in one launch.
+
+    On a skipped step no cached module depends on the residual stream, so all of them are summed at once: every
+    snapshot is read once and the residual stream written once.
+
+    Args:
+        snapshots: (L, K, B, N, D), float32, float16, bfloat16 (float64 on the CPU); any strides.
+        weights: (K,) shared by all layers, or (L, K); float32 on the same device. A slot of weight 0 is not read.
+        gates: (L, B, D) of the snapshots' type, broadcast over the tokens; 1 if None.
+        residual: (B, N, D), of any of these types; 0 if None.
+
+    Returns:
+        (B, N, D), of the residual's type if there is one, else of the snapshots'. No gradient: for inference.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it must be.
+    """
+    check_tensor("snapshots", snapshots, 5, "(layers, slots, batch, tokens, dim)")
+    layers, slots, batch, tokens, dim = snapshots.shape
+    _check_weights(weights, snapshots, [(slots,), (layers, slots)])
+    _check_optional("gates", gates, snapshots, (layers, batch, dim), same_type=True)
+    _check_optional("residual", residual, snapshots, (batch, tokens, dim), same_type=False)
+    return torch.ops.haste.taylor_extrapolate_blocks(snapshots, weights, gates, residual)
+
+
+def _check_weights(weights: Tensor, snapshots: Tensor, shapes: list[tuple[int, ...]]) -> None:
+    check_tensor("weights", weights)
+    if weights.dtype != torch.float32:
+        raise TypeError(f"weights has dtype {weights.dtype}; it must be float32")
+    if tuple(weights.shape) not in shapes:
+        must_be = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be {must_be}")
+    check_same("weights", weights, "snapshots", snapshots, "device")
+
+
+def _check_optional(name: str, value: Tensor | None, snapshots: Tensor, shape: tuple[int, ...], same_type: bool) -> None:
+    if value is None:
+        return
+    check_tensor(name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+    check_same(name, value, "snapshots", snapshots, *(("dtype", "device") if same_type else ("device",)))
+
+
+@torch.library.register_fake("haste::taylor_extrapolate")
+def _fake_single(snapshots, weights, residual=None, gate=None):
+    typed = snapshots if residual is None else residual
+    return snapshots.new_empty(snapshots.shape[1:], dtype=typed.dtype)
+
+
+@torch.library.register_fake("haste::taylor_extrapolate_blocks")
+def _fake_blocks(snapshots, weights, gates=None, residual=None):
+    typed = snapshots if residual is None else residual
+    return snapshots.new_empty(snapshots.shape[2:], dtype=typed.dtype)
+
+
+ADVICE = "it is for inference; call it under torch.no_grad() or detach its inputs"
+refuse_gradient("haste::taylor_extrapolate", ADVICE)
+refuse_gradient("haste::taylor_extrapolate_blocks", ADVICE)

@@ -1,0 +1,78 @@
+"""Builds haste_ext/_C with CMake, against the torch that is installed; all metadata is in pyproject.toml."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+
+
+def find_torch() -> tuple[Path, str]:
+    """Folder and version of the installed torch, without importing it.
+
+    In an isolated build torch cannot be imported, yet the interpreter is the target's own: there its packages
+    stand under `purelib`.
+    """
+    spec = find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders.append(Path(sysconfig.get_paths()["purelib"]) / "torch")
+    for folder in folders:
+        version_file = folder / "version.py"
+        if version_file.exists():
+            version = re.search(r"__version__ = '([^']+)'", version_file.read_text()).group(1)
+            if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+                sys.exit(f"haste needs torch >= 2.11 and found {version}: run `pip install -U torch`, then install haste again.")
+            return folder, version
+    sys.exit("haste builds against the torch that is installed and found none: run `pip install torch`, then install haste again.")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch_dir, torch_version = find_torch()
+        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch_version}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        # cmake and ninja of this environment come first, also where its bin folder is not on PATH.
+        env = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+        generator = ["-G", "Ninja"] if shutil.which("ninja", path=env["PATH"]) else []
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build_dir), *generator,
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11_cmake_dir()}",
+            f"-DHASTE_TORCH_DIR={torch_dir}",
+            f"-DHASTE_TORCH_VERSION={torch_version}",
+            f"-DHASTE_VERSION={self.distribution.get_version()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
+        ]
+        try:
+            subprocess.run(configure, check=True, env=env)
+            subprocess.run(["cmake", "--build", str(build_dir), "-j", jobs], check=True, env=env)
+        except FileNotFoundError:
+            sys.exit("haste is built by cmake and found none: run `pip install 'cmake>=3.25'`, then install haste again.")
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"building haste_ext failed: `{' '.join(error.cmd)}` ended with status {error.returncode}; its output is above.")
+
+
+def pybind11_cmake_dir() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit("haste is bound by pybind11 and found none: run `pip install pybind11`, then install haste again.")
+    return pybind11.get_cmake_dir()
+
+
+# Said before anything is built or downloaded: pip asks for the metadata first.
+if not {"sdist", "clean"} & set(sys.argv):
+    find_torch()
+
+setup(ext_modules=[Extension("haste_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
