@@ -30,9 +30,13 @@ def find_torch() -> tuple[Path, str]:
         if version_file.exists():
             version = re.search(r"__version__ = '([^']+)'", version_file.read_text()).group(1)
             if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-                sys.exit(f"haste needs torch >= 2.11 and found {version}: run `pip install -U torch`, then install haste again.")
+                sys.exit(
+                    f"haste needs torch >= 2.11 and found {version}: run `pip install -U torch`, then install haste again."
+                )
             return folder, version
-    sys.exit("haste builds against the torch that is installed and found none: run `pip install torch`, then install haste again.")
+    sys.exit(
+        "haste builds against the torch that is installed and found none: run `pip install torch`, then install haste again."
+    )
 
 
 class CMakeBuild(build_ext):
@@ -46,7 +50,12 @@ class CMakeBuild(build_ext):
         env = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
         generator = ["-G", "Ninja"] if shutil.which("ninja", path=env["PATH"]) else []
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build_dir), *generator,
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build_dir),
+            *generator,
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_cmake_dir()}",
             f"-DHASTE_TORCH_DIR={torch_dir}",
@@ -58,9 +67,13 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True, env=env)
             subprocess.run(["cmake", "--build", str(build_dir), "-j", jobs], check=True, env=env)
         except FileNotFoundError:
-            sys.exit("haste is built by cmake and found none: run `pip install 'cmake>=3.25'`, then install haste again.")
+            sys.exit(
+                "haste is built by cmake and found none: run `pip install 'cmake>=3.25'`, then install haste again."
+            )
         except subprocess.CalledProcessError as error:
-            sys.exit(f"building haste_ext failed: `{' '.join(error.cmd)}` ended with status {error.returncode}; its output is above.")
+            sys.exit(
+                f"building haste_ext failed: `{' '.join(error.cmd)}` ended with status {error.returncode}; its output is above."
+            )
 
 
 def pybind11_cmake_dir() -> str:

@@ -21,7 +21,9 @@ def check_tensor(name: str, value: object, dim: int | None = None, layout: str =
         if missing := _load._C.missing_cuda():
             raise RuntimeError(f"{name} is on {value.device}: {missing}")
         if value.dtype == torch.float64:
-            raise TypeError(f"{name} has dtype torch.float64 on {value.device}; there it must be float32, float16 or bfloat16")
+            raise TypeError(
+                f"{name} has dtype torch.float64 on {value.device}; there it must be float32, float16 or bfloat16"
+            )
     elif value.device.type not in ("cpu", "meta"):
         raise ValueError(f"{name} is on {value.device}; it must be on a cpu or cuda device")
     if dim is not None and value.dim() != dim:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._checks import check_int, check_reduction, check_same, check_scale, check_tensor, reduce, refuse_gradient
+from haste_ext.ops._checks import (
+    check_int,
+    check_reduction,
+    check_same,
+    check_scale,
+    check_tensor,
+    reduce,
+    refuse_gradient,
+)
 
 MAX_CUDA_HEAD_DIM = 128
 LAYOUT = "(batch, heads, tokens, dim)"
@@ -47,7 +55,15 @@ def attn_align_loss(
     Source: HASTE, arXiv 2505.16792, the attention alignment loss.
     """
     return torch.ops.haste.attn_align_loss(
-        student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix, reduction
+        student_q,
+        student_k,
+        teacher_q,
+        teacher_k,
+        student_scale,
+        teacher_scale,
+        student_prefix,
+        teacher_prefix,
+        reduction,
     )
 
 
@@ -77,7 +93,9 @@ def _check(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_sc
             raise ValueError(f"{side}_q has head dim {q.shape[3]}; on CUDA it must be at most {MAX_CUDA_HEAD_DIM}")
     check_same("teacher_q", teacher_q, "student_q", student_q, "device")
     if teacher_q.shape[0] != student_q.shape[0]:
-        raise ValueError(f"teacher_q has batch size {teacher_q.shape[0]}; it must be that of student_q, {student_q.shape[0]}")
+        raise ValueError(
+            f"teacher_q has batch size {teacher_q.shape[0]}; it must be that of student_q, {student_q.shape[0]}"
+        )
     check_scale("student_scale", student_scale)
     check_scale("teacher_scale", teacher_scale)
     check_int("student_prefix", student_prefix, 0, student_q.shape[2], "the tokens of student_q")

@@ -76,7 +76,9 @@ def _check_weights(weights: Tensor, snapshots: Tensor, shapes: list[tuple[int, .
     check_same("weights", weights, "snapshots", snapshots, "device")
 
 
-def _check_optional(name: str, value: Tensor | None, snapshots: Tensor, shape: tuple[int, ...], same_type: bool) -> None:
+def _check_optional(
+    name: str, value: Tensor | None, snapshots: Tensor, shape: tuple[int, ...], same_type: bool
+) -> None:
     if value is None:
         return
     check_tensor(name, value)

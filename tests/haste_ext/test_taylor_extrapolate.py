@@ -1,0 +1,111 @@
+"""taylor_extrapolate and taylor_extrapolate_blocks against their definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import haste_ext
+from haste_ext import reference
+
+TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def double(x):
+    return None if x is None else x.double()
+
+
+def check_blocks(snapshots, weights, gates, residual):
+    exact = reference.taylor_extrapolate_blocks(double(snapshots), double(weights), double(gates), double(residual))
+    eager = reference.taylor_extrapolate_blocks(snapshots, weights, gates, residual)
+    ours = haste_ext.taylor_extrapolate_blocks(snapshots, weights, gates, residual)
+    assert ours.dtype == (snapshots if residual is None else residual).dtype
+    assert_as_accurate_as_eager(ours, eager, exact, f"blocks {snapshots.dtype}")
+
+
+@pytest.mark.parametrize("snapshot_type", TYPES)
+@pytest.mark.parametrize("residual_type", TYPES)
+def test_values_of_all_type_pairs(snapshot_type, residual_type):
+    snapshots, gates = torch.randn(3, 4, 2, 17, 72).to(snapshot_type), torch.randn(3, 2, 72).to(snapshot_type)
+    check_blocks(snapshots, torch.randn(4), gates, torch.randn(2, 17, 72).to(residual_type))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape_and_layout(data):
+    draw = data.draw
+    layers, slots, batch, tokens, dim = (
+        draw(st.integers(low, high)) for low, high in ((1, 4), (1, 5), (0, 3), (0, 9), (1, 70))
+    )
+    dtype = draw(st.sampled_from(TYPES))
+    snapshots = torch.randn(slots, layers, tokens, batch, dim).to(dtype).permute(1, 0, 3, 2, 4)
+    weights = torch.randn(layers, slots) if draw(st.booleans()) else torch.randn(slots)
+    gates = torch.randn(layers, batch, 6 * dim).to(dtype)[..., dim : 2 * dim] if draw(st.booleans()) else None
+    residual = torch.randn(tokens, batch, dim).transpose(0, 1) if draw(st.booleans()) else None
+    check_blocks(snapshots, weights, gates, residual)
+
+
+def test_one_module_is_one_layer_of_blocks():
+    snapshots, weights = torch.randn(4, 2, 9, 24), torch.randn(4)
+    residual, gate = torch.randn(2, 9, 24), torch.randn(2, 24)
+    for r, g in ((None, None), (residual, None), (None, gate), (residual, gate)):
+        ours = haste_ext.taylor_extrapolate(snapshots, weights, r, g)
+        torch.testing.assert_close(ours, reference.taylor_extrapolate(snapshots, weights, r, g))
+        blocks = haste_ext.taylor_extrapolate_blocks(snapshots[None], weights, None if g is None else g[None], r)
+        assert torch.equal(ours, blocks)
+
+
+def test_a_slot_of_weight_zero_is_not_read():
+    snapshots = torch.randn(2, 3, 1, 5, 16)
+    expected = haste_ext.taylor_extrapolate_blocks(snapshots[:, :2], torch.tensor([0.5, -1.5]))
+    snapshots[:, 2] = torch.nan
+    assert torch.equal(haste_ext.taylor_extrapolate_blocks(snapshots, torch.tensor([0.5, -1.5, 0.0])), expected)
+
+
+def test_a_gradient_is_refused_when_it_is_asked_for():
+    snapshots = torch.randn(2, 1, 3, 4, requires_grad=True)
+    out = haste_ext.taylor_extrapolate(snapshots, torch.ones(2))
+    with pytest.raises(NotImplementedError, match="inference"):
+        out.sum().backward()
+    with pytest.raises(NotImplementedError, match="inference"):
+        haste_ext.taylor_extrapolate_blocks(snapshots[None], torch.ones(2)).sum().backward()
+
+
+def test_opcheck_and_compile():
+    snapshots, weights = torch.randn(2, 3, 2, 5, 8), torch.randn(3)
+    gates, residual = torch.randn(2, 2, 8), torch.randn(2, 5, 8).double()
+    torch.library.opcheck(torch.ops.haste.taylor_extrapolate.default, (snapshots[0], weights, residual, gates[0]))
+    torch.library.opcheck(torch.ops.haste.taylor_extrapolate_blocks.default, (snapshots, weights, gates, residual))
+    torch._dynamo.reset()
+    compiled = torch.compile(haste_ext.taylor_extrapolate_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 9):
+        args = torch.randn(2, 3, 2, tokens, 8), weights, gates, torch.randn(2, tokens, 8)
+        assert torch.equal(compiled(*args), haste_ext.taylor_extrapolate_blocks(*args))
+
+
+s4, w2 = torch.zeros(2, 3, 4, 8), torch.zeros(2)
+REFUSED = {
+    "not a tensor": (TypeError, "snapshots is of type NoneType", (None, w2), {}),
+    "dimensions": (ValueError, r"snapshots has shape \(3, 4, 8\)", (s4[0], w2), {}),
+    "weights' shape": (ValueError, r"weights has shape \(3,\); it must be \(2,\)", (s4, torch.zeros(3)), {}),
+    "weights' type": (TypeError, "weights has dtype torch.float64; it must be float32", (s4, w2.double()), {}),
+    "weights' device": (ValueError, "weights has device meta", (s4, w2.to("meta")), {}),
+    "residual": (ValueError, r"residual has shape \(4, 8\); it must be \(3, 4, 8\)", (s4, w2), {"residual": s4[0, 0]}),
+    "gate": (ValueError, r"gate has shape \(8,\); it must be \(3, 8\)", (s4, w2), {"gate": s4[0, 0, 0]}),
+    "gate's type": (TypeError, "gate has dtype torch.float16", (s4, w2), {"gate": s4[0, :, 0].half()}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_with_the_argument_named(case):
+    error, message, args, kwargs = REFUSED[case]
+    with pytest.raises(error, match=message):
+        haste_ext.taylor_extrapolate(*args, **kwargs)
+
+
+def test_the_compiled_side_checks_again():
+    with pytest.raises(RuntimeError, match="weights has shape"):
+        torch.ops.haste.taylor_extrapolate(s4, torch.zeros(3))
