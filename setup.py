@@ -31,11 +31,11 @@ def find_torch() -> tuple[Path, str]:
             version = re.search(r"__version__ = '([^']+)'", version_file.read_text()).group(1)
             if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
                 sys.exit(
-                    f"haste needs torch >= 2.11 and found {version}: run `pip install -U torch`, then install haste again."
+                    f"haste needs torch >= 2.11 and found {version}: run `pip install -U torch`, then install haste."
                 )
             return folder, version
     sys.exit(
-        "haste builds against the torch that is installed and found none: run `pip install torch`, then install haste again."
+        "haste builds against the torch that is installed and found none: run `pip install torch`, then install haste."
     )
 
 
@@ -67,12 +67,10 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True, env=env)
             subprocess.run(["cmake", "--build", str(build_dir), "-j", jobs], check=True, env=env)
         except FileNotFoundError:
-            sys.exit(
-                "haste is built by cmake and found none: run `pip install 'cmake>=3.25'`, then install haste again."
-            )
+            sys.exit("haste is built by cmake and found none: run `pip install 'cmake>=3.25'`, then install haste.")
         except subprocess.CalledProcessError as error:
             sys.exit(
-                f"building haste_ext failed: `{' '.join(error.cmd)}` ended with status {error.returncode}; its output is above."
+                f"building haste_ext failed: `{' '.join(error.cmd)}` ended with status {error.returncode}, see above."
             )
 
 
@@ -80,12 +78,12 @@ def pybind11_cmake_dir() -> str:
     try:
         import pybind11
     except ImportError:
-        sys.exit("haste is bound by pybind11 and found none: run `pip install pybind11`, then install haste again.")
+        sys.exit("haste is bound by pybind11 and found none: run `pip install pybind11`, then install haste.")
     return pybind11.get_cmake_dir()
 
 
-# Said before anything is built or downloaded: pip asks for the metadata first.
-if not {"sdist", "clean"} & set(sys.argv):
-    find_torch()
-
-setup(ext_modules=[Extension("haste_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    # Said before anything is built or downloaded: pip asks for the metadata first.
+    if not {"sdist", "clean"} & set(sys.argv):
+        find_torch()
+    setup(ext_modules=[Extension("haste_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
