@@ -5,24 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import haste_ext
 from haste_ext import reference
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT32 = (torch.float32, torch.float32)
 
 
-def operands(
-    batch, student_heads, teacher_heads, student_tokens, teacher_tokens, student_dim, teacher_dim, types, seed=0
-):
-    """Student q, k as views of a packed (B, N, 3, H, D) projection, teacher q, k contiguous."""
+def operands(batch, heads, tokens, dims, types, device="cpu", seed=0):
+    """Student q, k as views of a packed (B, N, 3, H, D) projection, teacher q, k contiguous.
+
+    heads, tokens, dims and types: of the student and of the teacher.
+    """
     generator = torch.Generator().manual_seed(seed)
-    packed = torch.randn(batch, student_tokens, 3, student_heads, student_dim, generator=generator).to(types[0])
-    q, k, _ = packed.permute(2, 0, 3, 1, 4)
-    teacher = torch.randn(2, batch, teacher_heads, teacher_tokens, teacher_dim, generator=generator).to(types[1])
-    return q, k, teacher[0], teacher[1]
+    packed = torch.randn(batch, tokens[0], 3, heads[0], dims[0], generator=generator).to(device, types[0])
+    teacher = torch.randn(2, batch, heads[1], tokens[1], dims[1], generator=generator).to(device, types[1])
+    return [*packed.permute(2, 0, 3, 1, 4)[:2], *teacher]
+
+
+def skip_float64_on_cuda(device, *types):
+    if device == "cuda" and torch.float64 in types:
+        pytest.skip("float64 is for the CPU")
 
 
 def values_and_gradients(loss, tensors, upstream=None, **kwargs):
@@ -44,14 +50,14 @@ def check_against_definition(tensors, **kwargs):
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("tokens", (1, 17, 64, 255, 257))
-def test_values_and_gradients(dtype, tokens):
-    check_against_definition(operands(2, 3, 2, tokens, tokens, 72, 64, (dtype, dtype)))
+def test_values_and_gradients(dtype, tokens, device):
+    check_against_definition(operands(2, (3, 2), (tokens, tokens), (72, 64), (dtype, dtype), device))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_near_convergence(dtype):
+def test_near_convergence(dtype, device):
     """The student within 1 % of its teacher: the gradient is a small difference of two maps."""
-    q, k, noise_q, noise_k = operands(2, 4, 4, 64, 64, 64, 64, (torch.float32, torch.float32))
+    q, k, noise_q, noise_k = operands(2, (4, 4), (64, 64), (64, 64), FLOAT32, device)
     teacher = [q.to(dtype), k.to(dtype)]
     student = [(q + 0.01 * noise_q).to(dtype), (k + 0.01 * noise_k).to(dtype)]
     check_against_definition([*student, *teacher])
@@ -59,12 +65,13 @@ def test_near_convergence(dtype):
 
 @pytest.mark.parametrize("student_type", (torch.float64, *FLOAT_TYPES))
 @pytest.mark.parametrize("teacher_type", (torch.float64, *FLOAT_TYPES))
-def test_student_and_teacher_of_any_types(student_type, teacher_type):
-    check_against_definition(operands(1, 2, 2, 33, 33, 40, 24, (student_type, teacher_type)))
+def test_student_and_teacher_of_any_types(student_type, teacher_type, device):
+    skip_float64_on_cuda(device, student_type, teacher_type)
+    check_against_definition(operands(1, (2, 2), (33, 33), (40, 24), (student_type, teacher_type), device))
 
 
-def test_prefixes_heads_and_scales():
-    tensors = operands(2, 5, 3, 20, 21, 8, 16, (torch.float32, torch.float32))
+def test_prefixes_heads_and_scales(device):
+    tensors = operands(2, (5, 3), (20, 21), (8, 16), FLOAT32, device)
     check_against_definition(tensors, student_prefix=4, teacher_prefix=5, student_scale=0.3, teacher_scale=0.7)
     _, grad_q, grad_k = values_and_gradients(haste_ext.attn_align_loss, tensors, student_prefix=4, teacher_prefix=5)
     for grad in (grad_q, grad_k):
@@ -72,18 +79,20 @@ def test_prefixes_heads_and_scales():
         assert grad[:, :3, 4:].abs().min() > 0
 
 
-def test_reductions_agree_and_none_takes_a_gradient_per_row():
-    tensors = operands(2, 3, 3, 17, 17, 8, 8, (torch.float32, torch.float32))
+def test_reductions_agree_and_none_takes_a_gradient_per_row(device):
+    tensors = operands(2, (3, 3), (17, 17), (8, 8), FLOAT32, device)
     rows = haste_ext.attn_align_loss(*tensors, reduction="none")
     assert rows.shape == (2, 3, 17)
     torch.testing.assert_close(haste_ext.attn_align_loss(*tensors), rows.mean())
     torch.testing.assert_close(haste_ext.attn_align_loss(*tensors, reduction="sum"), rows.sum())
-    upstream = torch.randn(2, 17, 3, dtype=torch.float64).transpose(1, 2)  # neither contiguous nor constant
+    upstream = torch.randn(2, 17, 3, dtype=torch.float64, device=device).transpose(
+        1, 2
+    )  # neither contiguous nor constant
     check_against_definition(tensors, reduction="none", upstream=upstream)
 
 
 def test_gradients_exactly_by_gradcheck():
-    q, k, tq, tk = operands(2, 2, 2, 7, 8, 5, 3, (torch.float64, torch.float64))
+    q, k, tq, tk = operands(2, (2, 2), (7, 8), (5, 3), (torch.float64, torch.float64))
     q, k = (x.detach().clone().requires_grad_() for x in (q, k))
     for reduction in ("mean", "sum", "none"):
         assert torch.autograd.gradcheck(
@@ -91,8 +100,8 @@ def test_gradients_exactly_by_gradcheck():
         )
 
 
-def test_nothing_flows_to_the_teacher_and_unwanted_gradients_are_skipped():
-    q, k, tq, tk = (x.detach().clone().requires_grad_() for x in operands(1, 2, 2, 9, 9, 8, 8, (torch.float32,) * 2))
+def test_nothing_flows_to_the_teacher_and_unwanted_gradients_are_skipped(device):
+    q, k, tq, tk = (x.detach().clone().requires_grad_() for x in operands(1, (2, 2), (9, 9), (8, 8), FLOAT32, device))
     haste_ext.attn_align_loss(q, k, tq, tk).backward()
     assert tq.grad is None and tk.grad is None and q.grad is not None and k.grad is not None
     both_q, both_k = q.grad, k.grad
@@ -106,55 +115,53 @@ def test_nothing_flows_to_the_teacher_and_unwanted_gradients_are_skipped():
 
 
 def test_double_backward_is_refused():
-    q, k, tq, tk = operands(1, 1, 1, 5, 5, 4, 4, (torch.float64,) * 2)
+    q, k, tq, tk = operands(1, (1, 1), (5, 5), (4, 4), FLOAT32)
     q = q.detach().clone().requires_grad_()
     (grad,) = torch.autograd.grad(haste_ext.attn_align_loss(q, k, tq, tk), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="once only"):
         grad.sum().backward()
 
 
-def test_the_same_input_gives_the_same_bits():
-    tensors = operands(3, 2, 2, 100, 100, 72, 64, (torch.bfloat16,) * 2)
+def test_the_same_input_gives_the_same_bits(device):
+    tensors = operands(3, (2, 2), (100, 100), (72, 64), (torch.bfloat16,) * 2, device)
     first, second = (values_and_gradients(haste_ext.attn_align_loss, tensors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_empty_batches_heads_and_tokens():
+def test_empty_batches_heads_and_tokens(device):
     for batch, heads, tokens in ((0, 2, 4), (2, 0, 4), (2, 2, 0)):
-        q, k, tq, tk = operands(batch, heads, heads, tokens, tokens, 8, 8, (torch.float32,) * 2)
+        q, k, tq, tk = operands(batch, (heads, heads), (tokens, tokens), (8, 8), FLOAT32, device)
         loss, grad_q, _ = values_and_gradients(haste_ext.attn_align_loss, (q, k, tq, tk), reduction="sum")
         assert loss.item() == 0 and grad_q.shape == q.shape
         assert haste_ext.attn_align_loss(q, k, tq, tk, reduction="none").shape == (batch, heads, tokens)
 
 
-def test_values_near_the_limit_of_half_precision_stay_finite():
+def test_values_near_the_limit_of_half_precision_stay_finite(device):
     """Logits of 1e5 and maps that are one-hot: log(softmax) would be −inf here."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        tensors = [x * 200 for x in operands(1, 2, 2, 33, 33, 64, 64, (dtype, dtype))]
+        tensors = [x * 200 for x in operands(1, (2, 2), (33, 33), (64, 64), (dtype, dtype), device)]
         exact = values_and_gradients(reference.attn_align_loss, [t.double() for t in tensors])
         ours = values_and_gradients(haste_ext.attn_align_loss, tensors)
         assert all(torch.isfinite(x).all() for x in ours)
         torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-4, atol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape_type_and_layout(data):
+def test_any_shape_type_and_layout(device, data):
     draw = data.draw
-    dtype = draw(st.sampled_from((torch.float64, *FLOAT_TYPES)))
-    batch, heads = draw(st.integers(1, 3)), (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    tokens, prefix = draw(st.integers(1, 70)), (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
-    dims = draw(st.integers(1, 130)), draw(st.integers(1, 130))
-    tensors = operands(
-        batch, *heads, tokens + prefix[0], tokens + prefix[1], *dims, (dtype, dtype), seed=draw(st.integers(0, 99))
-    )
+    dtype = draw(st.sampled_from(FLOAT_TYPES if device == "cuda" else (torch.float64, *FLOAT_TYPES)))
+    heads, prefix = draw(st.tuples(*[st.integers(1, 3)] * 2)), draw(st.tuples(*[st.integers(0, 3)] * 2))
+    dims, rows = draw(st.tuples(*[st.integers(1, 128)] * 2)), draw(st.integers(1, 70))
+    tokens = tuple(rows + p for p in prefix)
+    tensors = operands(draw(st.integers(1, 3)), heads, tokens, dims, (dtype, dtype), device, draw(st.integers(0, 99)))
     if draw(st.booleans()):  # a last stride that is not 1
         tensors = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors]
     check_against_definition(tensors, student_prefix=prefix[0], teacher_prefix=prefix[1])
 
 
-def test_opcheck():
-    q, k, tq, tk = operands(2, 3, 2, 10, 12, 8, 4, (torch.float32,) * 2)
+def test_opcheck(device):
+    q, k, tq, tk = operands(2, (3, 2), (10, 12), (8, 4), FLOAT32, device)
     q, k = (x.detach().requires_grad_() for x in (q, k))
     settings_ = (None, 0.5, 0, 2)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_forward.default, (q, k, tq, tk, *settings_))
@@ -165,11 +172,11 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, False, True))
 
 
-def test_no_graph_break_with_dynamic_shapes():
+def test_no_graph_break_with_dynamic_shapes(device):
     torch._dynamo.reset()
     compiled = torch.compile(haste_ext.attn_align_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 9):
-        tensors = operands(2, 2, 2, tokens, tokens, 8, 8, (torch.float32,) * 2)
+        tensors = operands(2, (2, 2), (tokens, tokens), (8, 8), FLOAT32, device)
         ours, eager = (values_and_gradients(f, tensors) for f in (compiled, haste_ext.attn_align_loss))
         assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
 

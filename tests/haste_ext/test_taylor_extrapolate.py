@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import haste_ext
@@ -28,23 +28,26 @@ def check_blocks(snapshots, weights, gates, residual):
 
 @pytest.mark.parametrize("snapshot_type", TYPES)
 @pytest.mark.parametrize("residual_type", TYPES)
-def test_values_of_all_type_pairs(snapshot_type, residual_type):
-    snapshots, gates = torch.randn(3, 4, 2, 17, 72).to(snapshot_type), torch.randn(3, 2, 72).to(snapshot_type)
-    check_blocks(snapshots, torch.randn(4), gates, torch.randn(2, 17, 72).to(residual_type))
+def test_values_of_all_type_pairs(snapshot_type, residual_type, device):
+    if device == "cuda" and torch.float64 in (snapshot_type, residual_type):
+        pytest.skip("float64 is for the CPU")
+    snapshots, gates = torch.randn(3, 4, 2, 17, 72).to(device, snapshot_type), torch.randn(3, 2, 72)
+    residual, weights = torch.randn(2, 17, 72).to(device, residual_type), torch.randn(4).to(device)
+    check_blocks(snapshots, weights, gates.to(snapshots), residual)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape_and_layout(data):
+def test_any_shape_and_layout(device, data):
     draw = data.draw
     layers, slots, batch, tokens, dim = (
         draw(st.integers(low, high)) for low, high in ((1, 4), (1, 5), (0, 3), (0, 9), (1, 70))
     )
-    dtype = draw(st.sampled_from(TYPES))
-    snapshots = torch.randn(slots, layers, tokens, batch, dim).to(dtype).permute(1, 0, 3, 2, 4)
-    weights = torch.randn(layers, slots) if draw(st.booleans()) else torch.randn(slots)
-    gates = torch.randn(layers, batch, 6 * dim).to(dtype)[..., dim : 2 * dim] if draw(st.booleans()) else None
-    residual = torch.randn(tokens, batch, dim).transpose(0, 1) if draw(st.booleans()) else None
+    dtype = draw(st.sampled_from(TYPES[1:] if device == "cuda" else TYPES))
+    snapshots = torch.randn(slots, layers, tokens, batch, dim).to(device, dtype).permute(1, 0, 3, 2, 4)
+    weights = torch.randn((layers, slots) if draw(st.booleans()) else (slots,), device=device)
+    gates = torch.randn(layers, batch, 6 * dim).to(snapshots)[..., dim : 2 * dim] if draw(st.booleans()) else None
+    residual = torch.randn(tokens, batch, dim, device=device).transpose(0, 1) if draw(st.booleans()) else None
     check_blocks(snapshots, weights, gates, residual)
 
 
@@ -58,11 +61,12 @@ def test_one_module_is_one_layer_of_blocks():
         assert torch.equal(ours, blocks)
 
 
-def test_a_slot_of_weight_zero_is_not_read():
-    snapshots = torch.randn(2, 3, 1, 5, 16)
-    expected = haste_ext.taylor_extrapolate_blocks(snapshots[:, :2], torch.tensor([0.5, -1.5]))
+def test_a_slot_of_weight_zero_is_not_read(device):
+    snapshots = torch.randn(2, 3, 1, 5, 16, device=device)
+    weights = torch.tensor([0.5, -1.5, 0.0], device=device)
+    expected = haste_ext.taylor_extrapolate_blocks(snapshots[:, :2], weights[:2])
     snapshots[:, 2] = torch.nan
-    assert torch.equal(haste_ext.taylor_extrapolate_blocks(snapshots, torch.tensor([0.5, -1.5, 0.0])), expected)
+    assert torch.equal(haste_ext.taylor_extrapolate_blocks(snapshots, weights), expected)
 
 
 def test_a_gradient_is_refused_when_it_is_asked_for():
@@ -74,15 +78,15 @@ def test_a_gradient_is_refused_when_it_is_asked_for():
         haste_ext.taylor_extrapolate_blocks(snapshots[None], torch.ones(2)).sum().backward()
 
 
-def test_opcheck_and_compile():
-    snapshots, weights = torch.randn(2, 3, 2, 5, 8), torch.randn(3)
-    gates, residual = torch.randn(2, 2, 8), torch.randn(2, 5, 8).double()
+def test_opcheck_and_compile(device):
+    snapshots, weights = torch.randn(2, 3, 2, 5, 8, device=device), torch.randn(3, device=device)
+    gates, residual = torch.randn(2, 2, 8, device=device), torch.randn(2, 5, 8, device=device).half()
     torch.library.opcheck(torch.ops.haste.taylor_extrapolate.default, (snapshots[0], weights, residual, gates[0]))
     torch.library.opcheck(torch.ops.haste.taylor_extrapolate_blocks.default, (snapshots, weights, gates, residual))
     torch._dynamo.reset()
     compiled = torch.compile(haste_ext.taylor_extrapolate_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 9):
-        args = torch.randn(2, 3, 2, tokens, 8), weights, gates, torch.randn(2, tokens, 8)
+        args = torch.randn(2, 3, 2, tokens, 8).to(device), weights, gates, torch.randn(2, tokens, 8).to(device)
         assert torch.equal(compiled(*args), haste_ext.taylor_extrapolate_blocks(*args))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import haste_ext
@@ -31,16 +31,18 @@ def check_against_definition(student, teacher, **kwargs):
 
 @pytest.mark.parametrize("student_type", TYPES)
 @pytest.mark.parametrize("teacher_type", TYPES)
-def test_values_and_gradients(student_type, teacher_type):
-    student, teacher = torch.randn(3, 17, 768).to(student_type), torch.randn(3, 17, 768).to(teacher_type)
+def test_values_and_gradients(student_type, teacher_type, device):
+    if device == "cuda" and torch.float64 in (student_type, teacher_type):
+        pytest.skip("float64 is for the CPU")
+    student, teacher = (torch.randn(3, 17, 768).to(device, t) for t in (student_type, teacher_type))
     check_against_definition(student, teacher)
 
 
-def test_patch_tokens_behind_a_class_token_are_read_where_they_lie():
-    teacher = torch.randn(3, 18, 40)[:, 1:]
-    student = torch.randn(17, 3, 40).transpose(0, 1)
+def test_patch_tokens_behind_a_class_token_are_read_where_they_lie(device):
+    teacher = torch.randn(3, 18, 40, device=device)[:, 1:]
+    student = torch.randn(17, 3, 40, device=device).transpose(0, 1)
     check_against_definition(student, teacher)
-    check_against_definition(student, teacher, reduction="none", upstream=torch.randn(17, 3).T)
+    check_against_definition(student, teacher, reduction="none", upstream=torch.randn(17, 3, device=device).T)
 
 
 def test_gradients_exactly_by_gradcheck():
@@ -63,25 +65,26 @@ def test_zero_vectors_follow_normalize():
     assert loss.item() == 0 and not gradient.any()
 
 
-def test_large_half_precision_values_do_not_overflow():
-    student = torch.full((4, 768), 6e4, dtype=torch.float16)
+def test_large_half_precision_values_do_not_overflow(device):
+    student = torch.full((4, 768), 6e4, dtype=torch.float16, device=device)
     loss, gradient = value_and_gradient(haste_ext.token_cosine_loss, student, student)
     assert abs(loss.item() + 1) < 1e-5 and torch.isfinite(gradient).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(0, 5), min_size=0, max_size=3),
     dim=st.integers(1, 70),
     dtype=st.sampled_from(TYPES),
     order=st.permutations(range(4)),
 )
-def test_any_shape_and_layout(shape, dim, dtype, order):
+def test_any_shape_and_layout(device, shape, dim, dtype, order):
+    dtype = torch.float32 if device == "cuda" and dtype == torch.float64 else dtype
     shape = [*shape, dim]
     order = [i for i in order if i < len(shape)]
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    student = torch.randn([shape[i] for i in order]).to(dtype).permute(inverse)
-    check_against_definition(student, torch.randn(shape).to(dtype), reduction="sum")
+    student = torch.randn([shape[i] for i in order]).to(device, dtype).permute(inverse)
+    check_against_definition(student, torch.randn(shape).to(device, dtype), reduction="sum")
 
 
 def test_nothing_flows_to_the_teacher_and_double_backward_is_refused():
@@ -93,17 +96,17 @@ def test_nothing_flows_to_the_teacher_and_double_backward_is_refused():
     assert teacher.grad is None
 
 
-def test_opcheck_and_compile():
-    student, teacher = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
+def test_opcheck_and_compile(device):
+    student, teacher = torch.randn(2, 5, 8, device=device, requires_grad=True), torch.randn(2, 5, 8, device=device)
     torch.library.opcheck(torch.ops.haste.token_cosine_loss.default, (student, teacher, "mean"))
     torch.library.opcheck(torch.ops.haste.token_cosine_loss_forward.default, (student, teacher))
     torch.library.opcheck(
-        torch.ops.haste.token_cosine_loss_backward.default, (torch.ones(2, 5), student.detach(), teacher)
+        torch.ops.haste.token_cosine_loss_backward.default, (torch.ones(2, 5, device=device), student.detach(), teacher)
     )
     torch._dynamo.reset()
     compiled = torch.compile(haste_ext.token_cosine_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 9):
-        student, teacher = torch.randn(2, tokens, 8), torch.randn(2, tokens, 8)
+        student, teacher = (torch.randn(2, tokens, 8, device=device) for _ in range(2))
         ours, eager = (value_and_gradient(f, student, teacher) for f in (compiled, haste_ext.token_cosine_loss))
         assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
 
