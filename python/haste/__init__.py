@@ -1,0 +1,12 @@
+"""haste: diffusion transformers that train faster (HASTE, REPA) and sample faster (TaylorSeer).
+
+    haste.models      SiT, the diffusion transformer
+    haste.transport   the paths between noise and data, the velocity loss
+    haste.sampling    Euler, Heun and Euler-Maruyama samplers with guidance
+    haste.caching     feature caching: most steps of a sampler at a fraction of their cost
+
+The fused operations underneath are a package of their own, `haste_ext`.
+Importing `haste` alone imports nothing heavy.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,10 @@
+"""The error whose message is meant for the person who typed the command."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something that was asked for cannot be done; the message is one sentence that says what, and what would do.
+
+    The command line prints the sentence alone, without a traceback. For a caller from Python it is a ValueError.
+    """

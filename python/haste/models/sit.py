@@ -1,0 +1,339 @@
+"""SiT, the scalable interpolant transformer (arXiv 2401.08740), as the REPA and HASTE trainers use it.
+
+The names of its parameters are those of the public checkpoints. Time runs from t = 1 (noise) to t = 0 (data).
+
+Reading order: Attention, Mlp, SiTBlock, FinalLayer, SiT. Where a method aligns the student's attention, it asks the
+forward pass for `aligned_layers` and gets q and k of those layers as attention used them: views of the one qkv
+projection. No attention map is formed, and where nothing is asked nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, dtype, nn
+
+from haste.errors import UserError
+from haste.models.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from haste.models.positions import sincos_positions
+
+QueriesKeys = tuple[Tensor, Tensor]
+
+
+class SiTOutput(NamedTuple):
+    """What a SiT returns.
+
+    velocity: (B, C, S, S).
+    queries_keys: per aligned layer, in the order in which they were asked for, (q, k), each (B, H, N, D), strided.
+    projections: per encoder (B, N, z_dim), the projected hidden state; empty unless asked for.
+    """
+
+    velocity: Tensor
+    queries_keys: list[QueriesKeys]
+    projections: list[Tensor]
+
+
+class Modulation(NamedTuple):
+    """The six (B, width) vectors with which the conditioning steers one block (adaLN-Zero, arXiv 2212.09748)."""
+
+    shift_attn: Tensor
+    scale_attn: Tensor
+    gate_attn: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """tokens · (1 + scale) + shift; tokens (B, N, width), shift and scale (B, width)."""
+    return tokens * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, N, width) tokens."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool, fused: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.fused = fused
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, QueriesKeys]:
+        """Returns the output (B, N, width) and the q and k, each (B, H, N, D), that made it."""
+        batch, length, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Under autocast LayerNorm returns float32; attention runs in the type of the projection.
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (q, k)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with tanh-GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Attention, then MLP, each behind an adaLN and in front of a gate."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: bool, fused_attn: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads, qk_norm, fused_attn)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, c: Tensor) -> Modulation:
+        """The conditioning (B, width) to this block's six vectors."""
+        return Modulation(*self.adaLN_modulation(c).chunk(6, dim=1))
+
+    def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, QueriesKeys]:
+        """The attention output before its gate, (B, N, width), and the q and k behind it."""
+        return self.attn(modulate(self.norm1(tokens), shift, scale))
+
+    def mlp_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The MLP output before its gate, (B, N, width)."""
+        return self.mlp(modulate(self.norm2(tokens), shift, scale))
+
+    def forward(self, tokens: Tensor, c: Tensor, keep_queries_keys: bool = False) -> tuple[Tensor, QueriesKeys | None]:
+        """tokens (B, N, width) and conditioning (B, width) to the next tokens, and q and k if they are wanted.
+
+        Everything goes out by return, so that activation checkpointing may run this twice.
+        """
+        m = self.modulation(c)
+        branch, queries_keys = self.attention_branch(tokens, m.shift_attn, m.scale_attn)
+        if not keep_queries_keys:
+            queries_keys = None  # lets go of the projection before the MLP needs its memory
+        tokens = tokens + m.gate_attn.unsqueeze(1) * branch
+        tokens = tokens + m.gate_mlp.unsqueeze(1) * self.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
+        return tokens, queries_keys
+
+
+class FinalLayer(nn.Module):
+    """adaLN without a gate, then one linear layer from tokens to patches."""
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+
+
+def build_projector(width: int, hidden: int, out: int) -> nn.Sequential:
+    """The REPA projector (arXiv 2410.06940): three linear layers with SiLU."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
+    )
+
+
+class SiT(nn.Module):
+    """A diffusion transformer that predicts the velocity of an image at time t, given its class.
+
+    Args:
+        input_size: side S of the image (or latent).
+        patch_size: side of a patch; S must be a multiple of it. N = (S / patch_size)² tokens.
+        in_channels: channels C of the image.
+        hidden_size: width of the tokens, a multiple of 4 and of num_heads.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: width of the MLP over hidden_size.
+        class_dropout_prob: while training, how often the class becomes the null class (number num_classes).
+            0: the model has no null class.
+        num_classes: classes, without the null class.
+        qk_norm: LayerNorm on q and k per head.
+        fused_attn: attention through scaled_dot_product_attention, else through a plain softmax.
+        encoder_depth: the projectors read the tokens after this block, counted from 1.
+        z_dims: one projector per entry, onto that many features. Empty: no projector.
+        projector_dim: hidden width of the projectors.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        qk_norm: bool = False,
+        fused_attn: bool = True,
+        encoder_depth: int = 8,
+        z_dims: Sequence[int] = (),
+        projector_dim: int = 2048,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, class_dropout_prob)
+        if z_dims and not 1 <= encoder_depth <= depth:
+            raise UserError(f"encoder_depth is {encoder_depth}; it must be between 1 and the depth, {depth}")
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.encoder_depth = encoder_depth
+
+        # The order of registration is the public one: an optimizer's state counts parameters in this order.
+        grid = input_size // patch_size
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(
+            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
+        )
+        self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """As DiT: Xavier on linear maps, normal(0.02) on the embeddings, zeros where a block or the output is gated."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a linear map per patch; a view, so in place
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def dtype(self) -> dtype:
+        """The type of the parameters, and of the images that the model wants outside autocast."""
+        return self.x_embedder.proj.weight.dtype
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, S, S), t (B,) in [0, 1], y (B,) classes to tokens (B, N, width) and conditioning (B, width)."""
+        wanted = (self.in_channels, self.input_size, self.input_size)
+        if x.dim() != 4 or x.shape[1:] != wanted:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, {', '.join(map(str, wanted))})")
+        for name, value in (("t", t), ("y", y)):
+            if value.shape != x.shape[:1]:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ({x.shape[0]},), as x")
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+
+    def finish(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """The last tokens (B, N, width) and the conditioning to the velocity (B, C, S, S)."""
+        patches = self.final_layer(tokens, c)
+        grid, p = self.input_size // self.patch_size, self.patch_size
+        patches = patches.view(-1, grid, grid, p, p, self.in_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.input_size, self.input_size)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, aligned_layers: Sequence[int] = (), project: bool = False
+    ) -> SiTOutput:
+        """The velocity, and on request what alignment with a teacher reads.
+
+        Args:
+            x: (B, C, S, S), the image at time t.
+            t: (B,), in [0, 1]; 1 is noise.
+            y: (B,), int64, classes.
+            aligned_layers: blocks, counted from 0, whose q and k are returned.
+            project: return the projections of the tokens after block `encoder_depth`.
+
+        Raises:
+            ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
+        """
+        for layer in aligned_layers:
+            if not 0 <= layer < len(self.blocks):
+                raise ValueError(f"aligned_layers has {layer}; layers must be between 0 and {len(self.blocks) - 1}")
+        if project and not self.projectors:
+            raise ValueError("project is True, but this model has no projectors; build it with z_dims")
+
+        tokens, c = self.embed(x, t, y)
+        kept: dict[int, QueriesKeys] = {}
+        projections: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            tokens, queries_keys = block(tokens, c, keep_queries_keys=index in aligned_layers)
+            if queries_keys is not None:
+                kept[index] = queries_keys
+            if project and index + 1 == self.encoder_depth:
+                projections = [projector(tokens) for projector in self.projectors]
+        return SiTOutput(self.finish(tokens, c), [kept[layer] for layer in aligned_layers], projections)
+
+    def release_projectors(self) -> dict[str, Tensor]:
+        """Lets go of the projectors, whose work is over when alignment ends.
+
+        Returns:
+            Their state on the CPU, under the names that it has in the model's own state_dict, so that a checkpoint
+            can go on holding it. The parameters leave the model; an optimizer that holds them must drop them too.
+        """
+        state = {
+            f"projectors.{name}": value.detach().cpu().clone() for name, value in self.projectors.state_dict().items()
+        }
+        self.projectors = nn.ModuleList()
+        return state
+
+
+def _check_sizes(
+    input_size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int, class_dropout_prob: float
+) -> None:
+    positive = {
+        "input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
+        "num_heads": num_heads,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if input_size % patch_size:
+        raise UserError(f"input_size is {input_size}; it must be a multiple of patch_size, {patch_size}")
+    if hidden_size % num_heads:
+        raise UserError(f"hidden_size is {hidden_size}; it must be a multiple of num_heads, {num_heads}")
+    if hidden_size % 4:
+        raise UserError(f"hidden_size is {hidden_size}; it must be a multiple of 4, for the sine-cosine positions")
+    if not 0 <= class_dropout_prob < 1:
+        raise UserError(f"class_dropout_prob is {class_dropout_prob}; it must be at least 0 and below 1")
+
+
+SIT_SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+"""Depth, width and heads of the published sizes."""
+
+SIT_MODELS = {
+    f"SiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in SIT_SIZES.items() for patch in (2, 4, 8)
+}
+"""The published models, "SiT-S/2" to "SiT-XL/8", by the arguments that make them."""
+
+
+def build_sit(name: str, **overrides) -> SiT:
+    """A published model by its name; `overrides` are further arguments of SiT.
+
+    Raises:
+        UserError: a name that is not in SIT_MODELS, or sizes that do not fit together.
+    """
+    if name not in SIT_MODELS:
+        raise UserError(f"model is {name!r}; it must be one of {', '.join(SIT_MODELS)}")
+    return SiT(**{**SIT_MODELS[name], **overrides})

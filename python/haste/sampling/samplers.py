@@ -1,0 +1,178 @@
+"""Euler, Heun and Euler-Maruyama, from t = 1 (noise) to t = 0 (data), with classifier-free guidance.
+
+The probability-flow ODE  dx = v dt  and the SDE  dx = (v − g·s/2) dt + √g dw̄,  g = 2t,  have the same marginals
+(SiT, arXiv 2401.08740, eqs. 2 and 4); s is the score, which follows from v. The state is kept in double precision;
+the model is called in its own type.
+
+A model may have a method `start(evaluations)`. It is called once, before the first evaluation, with the list of all
+that will follow: what feature caching plans its full and its skipped steps by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from haste.errors import UserError
+from haste.transport import get_path, score_from_velocity
+
+SAMPLERS = ("euler", "heun", "euler-maruyama")
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class Evaluation(NamedTuple):
+    """One call of the model. `step` counts the sampler's steps from 0; `position` is the index of t on its grid.
+
+    The two differ in Heun's second evaluation, which belongs to step i and looks at position i + 1.
+    """
+
+    step: int
+    position: int
+
+
+def evaluations(sampler: str, num_steps: int) -> list[Evaluation]:
+    """Every evaluation of a run, in order."""
+    if sampler != "heun":
+        return [Evaluation(step, step) for step in range(num_steps)]
+    pairs = [[Evaluation(step, step), Evaluation(step, step + 1)] for step in range(num_steps)]
+    return [evaluation for pair in pairs for evaluation in pair][:-1]  # the last step is Euler's
+
+
+def time_grid(sampler: str, num_steps: int) -> Tensor:
+    """The num_steps + 1 times of a run, (num_steps + 1,), float64, on the CPU.
+
+    ODE: evenly from 1 to 0. SDE: evenly from 1 to 0.04, then 0 in one step, as the score grows without bound.
+    """
+    if sampler == "euler-maruyama":
+        return torch.cat([torch.linspace(1, 0.04, num_steps, dtype=torch.float64), torch.zeros(1).double()])
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+def initial_noise(
+    shape: Sequence[int], generator: Generators = None, *, dtype: torch.dtype = torch.float32, device="cpu"
+) -> Tensor:
+    """Standard normal noise of `shape`, batch first.
+
+    Args:
+        generator: one for all, or one per image: then an image's noise does not depend on its place in a batch.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = generator.device if generator is not None else device
+        return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=source).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"generator has {len(generator)} entries; it must have one per image, {shape[0]}")
+    images = [torch.randn(tuple(shape[1:]), generator=g, dtype=dtype, device=g.device).to(device) for g in generator]
+    return torch.stack(images) if images else torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+@torch.no_grad()
+def sample(
+    model: Callable,
+    noise: Tensor,
+    labels: Tensor,
+    *,
+    num_steps: int = 50,
+    sampler: str = "euler",
+    path: str = "linear",
+    cfg_scale: float = 1.0,
+    guidance_low: float = 0.0,
+    guidance_high: float = 1.0,
+    null_label: int | None = None,
+    generator: Generators = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Images from noise.
+
+    Args:
+        model: called as model(x, t, y) with x (B, C, S, S), t (B,), y (B,); returns the velocity, or a SiTOutput.
+        noise: (B, C, S, S), standard normal.
+        labels: (B,), int64.
+        num_steps: steps. Euler and Euler-Maruyama call the model once per step, Heun twice but for the last.
+        sampler: "euler" or "heun" for the ODE, "euler-maruyama" for the SDE.
+        path: the path that the model was trained on, "linear" or "cosine".
+        cfg_scale: v = v_null + cfg_scale·(v_label − v_null). At 1 there is no guidance and no second half of a batch.
+        guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
+        null_label: the class that stands for none (SiT: num_classes); needed for guidance.
+        generator: for the noise of the SDE; one for all, or one per image.
+        progress: called after every step with the number of steps done and num_steps.
+
+    Returns:
+        (B, C, S, S), in the type of `noise`.
+
+    Raises:
+        UserError: an unknown sampler or path, settings that make no sense.
+        ValueError: shapes that do not fit, a model in training mode.
+    """
+    _check(model, noise, labels, num_steps, sampler, cfg_scale, guidance_low, guidance_high, null_label)
+    get_path(path)
+    if hasattr(model, "start"):
+        model.start(evaluations(sampler, num_steps))
+    # Without a type of its own (a function, a DDP wrapper), the model gets the type of the noise.
+    dtype = getattr(model, "dtype", noise.dtype)
+
+    def velocity(x: Tensor, t: Tensor, guided: bool) -> Tensor:
+        y = labels
+        if guided:
+            x, y = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, null_label)])
+        times = torch.full((x.shape[0],), t.item(), dtype=dtype, device=x.device)
+        v = model(x.to(dtype), times, y)
+        v = (v if isinstance(v, Tensor) else v.velocity).double()
+        if guided:
+            v_label, v_null = v.chunk(2)
+            v = v_null + cfg_scale * (v_label - v_null)
+        return v
+
+    x = noise.double()
+    grid = time_grid(sampler, num_steps)
+    for step in range(num_steps):
+        t, t_next = grid[step], grid[step + 1]
+        last = step == num_steps - 1
+        # One answer for both of Heun's evaluations: they must follow the same field.
+        guided = cfg_scale > 1 and guidance_low <= t.item() <= guidance_high
+        v = velocity(x, t, guided)
+        if sampler == "euler-maruyama":
+            x = x + (t_next - t) * sde_drift(v, x, t, path)
+            if not last:
+                x = x + (2 * t * (t - t_next)).sqrt() * initial_noise(
+                    x.shape, generator, dtype=torch.float64, device=x.device
+                )
+        elif sampler == "heun" and not last:
+            v_next = velocity(x + (t_next - t) * v, t_next, guided)
+            x = x + (t_next - t) * (v + v_next) / 2
+        else:
+            x = x + (t_next - t) * v
+        if progress is not None:
+            progress(step + 1, num_steps)
+    return x.to(noise.dtype)
+
+
+def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
+    """v − g·s/2 with g = 2t.
+
+    For given x it is affine in v, so the drift of a guided velocity is the guided drift.
+    """
+    return velocity - t * score_from_velocity(velocity, x, t, path)
+
+
+def _check(
+    model: Callable, noise: Tensor, labels: Tensor, num_steps: int, sampler: str,
+    cfg_scale: float, guidance_low: float, guidance_high: float, null_label: int | None,
+) -> None:  # fmt: skip
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+    if num_steps < 1:
+        raise UserError(f"num_steps is {num_steps}; it must be at least 1")
+    if cfg_scale < 1:
+        raise UserError(f"cfg_scale is {cfg_scale}; it must be at least 1, which is no guidance")
+    if cfg_scale > 1 and null_label is None:
+        raise UserError(f"cfg_scale is {cfg_scale}, so null_label must be given: the class that stands for none")
+    if guidance_low > guidance_high:
+        raise UserError(f"guidance_low is {guidance_low}; it must not be above guidance_high, {guidance_high}")
+    if labels.shape != noise.shape[:1]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({noise.shape[0]},), as noise")
+    if getattr(model, "training", False):
+        raise ValueError("model is in training mode, where it drops labels at random; call model.eval() first")
