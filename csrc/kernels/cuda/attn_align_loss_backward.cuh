@@ -1,0 +1,245 @@
+// attn_align_loss, backward: dq and dk, each by its own kernel launch, deterministic and without atomics.
+//
+// Both are one kernel template. It holds 64 rows (queries for dq, keys for dk), streams the other side, forms
+//   G = 2^(s − lse_s) − 2^(t − lse_t)        s, t and the lse in powers of 2
+// in registers, and multiplies it onto the streamed student tile: dq_i += G_ij k_j, or dk_j += Gᵀ_ji q_i. For dk the
+// products are computed transposed from the start, so Gᵀ too is an A operand where it stands.
+//
+// G is formed in fp32 and rounded once, to the operand type. It may be as small as fp16's subnormals (1/tokens times
+// the distance of the two maps), so it carries a factor 2^14, which costs nothing (it sits in the exponent) and is
+// taken back exactly at the end. |G| ≤ 1, and the weights of dk are below 2, so the largest is 2^15.
+//
+// Upstream g_i: dq_i is multiplied by it at the end. For dk it stands inside the sum; G takes g_i / g_ref, where g_ref
+// is the power of 2 at or below the largest |g_i| of this (batch, head), an exact division, and dk takes g_ref.
+#pragma once
+
+#include "attn_align_fragments.cuh"
+#include "attn_align_tiles.cuh"
+
+namespace haste::cuda {
+
+constexpr float kGradientExponent = 14.f;
+constexpr float kGradientUnit = 1.f / (1 << 14);
+
+template <typename T>
+struct GradientArguments {
+  const float *student_lse, *teacher_lse;  // (batch, heads, tokens) contiguous, natural logarithm
+  RowGradient upstream;
+  AttnGradient destination;
+  bool destination_chunked;  // its rows may be written in 16-byte chunks
+  float scale;               // the student's logit scale
+};
+
+// Streamed rows at a time, in tiles of 8: fewer in fp32, so that head dim 128 fits the 99 KB of the smallest devices.
+template <typename T, int kDimTiles>
+constexpr int kStreamedTiles = sizeof(T) == 2 ? 8 : kDimTiles > 12 ? 2 : 4;
+
+// What G needs to know of one query.
+struct Query {
+  float student_offset, teacher_offset;  // 14 − lse, in powers of 2
+  float weight;                          // of G: 1 for dq, g_i / g_ref for dk
+};
+
+__device__ inline float log2_offset(float lse) { return fmaf(-kLog2E, lse, kGradientExponent); }
+
+__device__ inline float gradient_element(float student_dot, float teacher_dot, float student_scale, float teacher_scale,
+                                         const Query& query) {
+  return query.weight * (fast_exp2(fmaf(student_dot, student_scale, query.student_offset)) -
+                         fast_exp2(fmaf(teacher_dot, teacher_scale, query.teacher_offset)));
+}
+
+// The row statistics of the streamed queries (dk), which travel with the student's tile.
+template <int kRows>
+struct QueryStatistics {
+  float *student_lse, *teacher_lse, *upstream;
+
+  __device__ explicit QueryStatistics(void* shared)
+      : student_lse(static_cast<float*>(shared)), teacher_lse(student_lse + kRows), upstream(teacher_lse + kRows) {}
+
+  // Zeros past the last query: with logits of 0, its G is 2^14 − 2^14 = 0.
+  template <typename T>
+  __device__ void copy(const GradientArguments<T>& gradient, const float* upstream_of_head, int64_t first_of_head,
+                       int first, int tokens) {
+    const int row = threadIdx.x;
+    if (row >= kRows) return;
+    const bool valid = first + row < tokens;
+    const int64_t source = valid ? first + row : 0;
+    copy_async_4(student_lse + row, gradient.student_lse + first_of_head + source, valid);
+    copy_async_4(teacher_lse + row, gradient.teacher_lse + first_of_head + source, valid);
+    copy_async_4(upstream + row, upstream_of_head + source * gradient.upstream.stride_token, valid);
+  }
+
+  __device__ Query query(int row, float inverse_reference) const {
+    return {log2_offset(student_lse[row]), log2_offset(teacher_lse[row]), upstream[row] * inverse_reference};
+  }
+};
+
+// A power of 2 next to the largest |g_i| of a (batch, head), and its inverse, both exact. Every warp computes it alone.
+struct UpstreamReference {
+  float value, inverse;
+
+  __device__ UpstreamReference(const float* upstream_of_head, int64_t stride, int tokens) {
+    float largest = 0.f;
+    for (int row = threadIdx.x % kWarpSize; row < tokens; row += kWarpSize) {
+      largest = fmaxf(largest, fabsf(upstream_of_head[row * stride]));
+    }
+    const unsigned exponent = __float_as_uint(reduce_max<kWarpSize>(largest)) >> 23;
+    const unsigned normal = min(max(exponent, 1u), 253u);  // so that the inverse is a normal number too
+    value = __uint_as_float(normal << 23);
+    inverse = __uint_as_float((254u - normal) << 23);
+  }
+};
+
+// Rounds a warp's 16 rows to T, lays them into its own rows of a tile, which nobody needs any more, and writes them out.
+template <typename T, int kDimTiles>
+__device__ void store_rows(const float (&rows)[kDimTiles][4], const float (&factors)[2], T* tile, const Model<T>& model,
+                           const AttnGradient& destination, bool chunked, const BlockPlace& place, int first,
+                           int tokens) {
+  const int lane = threadIdx.x % kWarpSize;
+  __syncwarp();
+#pragma unroll
+  for (int dim_tile = 0; dim_tile < kDimTiles; ++dim_tile) {
+    if (dim_tile * 8 >= model.dim) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      T* row = tile + (lane / 4 + i / 2 * 8) * model.shared_stride;
+      row[dim_tile * 8 + lane % 4 * 2 + i % 2] = from_float<T>(rows[dim_tile][i] * factors[i / 2]);
+    }
+  }
+  __syncwarp();
+  T* head = static_cast<T*>(destination.data) + place.batch * destination.stride_batch +
+            place.head * destination.stride_head;
+  const int columns = chunked ? model.dim / kChunk<T> : model.dim;  // of chunks, or of elements
+  for (int i = lane; i < 16 * columns; i += kWarpSize) {
+    const int row = i / columns, column = i % columns;
+    if (first + row >= tokens) break;
+    T* target = head + (first + row) * destination.stride_token;
+    const T* source = tile + row * model.shared_stride;
+    if (chunked) {
+      reinterpret_cast<uint4*>(target)[column] = reinterpret_cast<const uint4*>(source)[column];
+    } else {
+      target[column] = source[column];
+    }
+  }
+}
+
+template <typename T, int kDimTiles, bool kHoldKeys>
+__global__ void __launch_bounds__(kBlockThreads)
+    gradient_kernel(AlignArguments<T> arguments, GradientArguments<T> gradient) {
+  constexpr int kTiles = kStreamedTiles<T, kDimTiles>, kStreamed = 8 * kTiles;
+  const Model<T>&student = arguments.student, &teacher = arguments.teacher;
+  const int tokens = arguments.tokens, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const BlockPlace place(arguments);
+  const Tiles<T, kStreamed> tiles(arguments);
+  QueryStatistics<kStreamed> statistics(tiles.rest);
+  T* held_student = tiles.held_student + warp * 16 * student.shared_stride;
+  const T* held_teacher = tiles.held_teacher + warp * 16 * teacher.shared_stride;
+  const int first_of_warp = place.first_row + warp * 16;
+  const float* upstream = static_cast<const float*>(gradient.upstream.data) +
+                          place.batch * gradient.upstream.stride_batch + place.head * gradient.upstream.stride_head;
+
+  Query held_queries[2] = {};
+  float factors[2] = {};  // of the finished rows
+  float inverse_reference = 0.f;
+  if constexpr (kHoldKeys) {
+    const UpstreamReference reference(upstream, gradient.upstream.stride_token, tokens);
+    inverse_reference = reference.inverse;
+    factors[0] = factors[1] = reference.value * kGradientUnit * gradient.scale;
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_of_warp + lane / 4 + 8 * half;
+      if (row >= tokens) continue;
+      held_queries[half] = {log2_offset(gradient.student_lse[place.first_of_head + row]),
+                            log2_offset(gradient.teacher_lse[place.first_of_head + row]), 1.f};
+      factors[half] = upstream[row * gradient.upstream.stride_token] * kGradientUnit * gradient.scale;
+    }
+  }
+
+  float sum[kDimTiles][4] = {};
+  copy_tile<kHeldRows>(tiles.held_student, student, student.held, place, place.first_row, tokens);
+  copy_tile<kHeldRows>(tiles.held_teacher, teacher, teacher.held, place, place.first_row, tokens);
+  copy_tile<kStreamed>(tiles.streamed_teacher, teacher, teacher.streamed, place, 0, tokens);
+  for (int first = 0; first < tokens; first += kStreamed) {
+    wait_for_copies();
+    __syncthreads();  // the teacher's tile is here, and nobody reads the student's or the statistics any more
+    copy_tile<kStreamed>(tiles.streamed_student, student, student.streamed, place, first, tokens);
+    if constexpr (kHoldKeys) statistics.copy(gradient, upstream, place.first_of_head, first, tokens);
+    float t[kTiles][4];
+    Fragments<T>::logits(t, held_teacher, tiles.streamed_teacher, teacher.shared_stride, teacher.padded_dim);
+
+    wait_for_copies();
+    __syncthreads();  // the student's tile is here, and nobody reads the teacher's any more
+    if (first + kStreamed < tokens) {
+      copy_tile<kStreamed>(tiles.streamed_teacher, teacher, teacher.streamed, place, first + kStreamed, tokens);
+    }
+    float g[kTiles][4];
+    Fragments<T>::logits(g, held_student, tiles.streamed_student, student.shared_stride, student.padded_dim);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int streamed = tile * 8 + lane % 4 * 2 + column;
+        Query query{};
+        if constexpr (kHoldKeys) query = statistics.query(streamed, inverse_reference);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (!kHoldKeys) query = held_queries[half];
+          float& element = g[tile][2 * half + column];
+          element = gradient_element(element, t[tile][2 * half + column], student.scale_log2, teacher.scale_log2, query);
+          // A key past the last is zeros, but its G is not, and infinity times zero would be NaN.
+          if (!kHoldKeys && first + streamed >= tokens) element = 0.f;
+        }
+      }
+    }
+    Fragments<T>::accumulate(sum, g, tiles.streamed_student, student.shared_stride, student.padded_dim);
+  }
+  store_rows(sum, factors, held_student, student, gradient.destination, gradient.destination_chunked, place,
+             first_of_warp, tokens);
+}
+
+template <typename T, int kDimTiles, bool kHoldKeys>
+const char* launch_gradient_kernel(const AlignArguments<T>& arguments, const GradientArguments<T>& gradient,
+                                   int64_t blocks, void* stream) {
+  constexpr int kStreamed = 8 * kStreamedTiles<T, kDimTiles>;
+  const int64_t shared_bytes =
+      arguments.template tile_bytes<kStreamed>() + (kHoldKeys ? 3 * kStreamed * sizeof(float) : 0);
+  return launch(gradient_kernel<T, kDimTiles, kHoldKeys>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
+                shared_bytes, stream, arguments, gradient);
+}
+
+template <typename T, bool kHoldKeys>
+const char* launch_gradient(const AttnAlignProblem& problem, const AttnAlignBackward& backward, void* stream) {
+  const AttnGradient& destination = kHoldKeys ? backward.student_k : backward.student_q;
+  if (destination.data == nullptr) return nullptr;
+  const auto arguments = describe<T>(problem, kHoldKeys);
+  const bool chunked = describe_operand<T>(problem, {destination.data, problem.student_q.type, problem.student_q.dim,
+                                                     destination.stride_batch, destination.stride_head,
+                                                     destination.stride_token})
+                           .chunked;
+  const GradientArguments<T> gradient{static_cast<const float*>(backward.student_lse),
+                                      static_cast<const float*>(backward.teacher_lse),
+                                      backward.upstream,
+                                      destination,
+                                      chunked,
+                                      static_cast<float>(problem.student_scale)};
+  const auto run = [&](auto dim_tiles) {
+    return launch_gradient_kernel<T, decltype(dim_tiles)::value, kHoldKeys>(arguments, gradient,
+                                                                            count_blocks(problem), stream);
+  };
+  const int dim = arguments.student.dim;
+  if (dim <= 32) return run(std::integral_constant<int, 4>{});
+  if (dim <= 64) return run(std::integral_constant<int, 8>{});
+  if (dim <= 72) return run(std::integral_constant<int, 9>{});
+  if (dim <= 96) return run(std::integral_constant<int, 12>{});
+  return run(std::integral_constant<int, 16>{});
+}
+
+// One element type; attn_align_loss_backward.cu calls it.
+template <typename T>
+const char* launch_gradients(const AttnAlignProblem& problem, const AttnAlignBackward& backward, void* stream) {
+  if (const char* error = launch_gradient<T, false>(problem, backward, stream)) return error;
+  return launch_gradient<T, true>(problem, backward, stream);
+}
+
+}  // namespace haste::cuda

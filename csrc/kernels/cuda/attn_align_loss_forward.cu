@@ -1,0 +1,141 @@
+// attn_align_loss, forward: loss and both log-sum-exps of 64 query rows per block, without an attention map.
+//
+// Per row, online over tiles of keys (in powers of 2, so logits carry a factor log2(e)):
+//   m_s, l_s = max and Σ 2^(s − m_s);  m_t, l_t the same of t;  x = Σ 2^(t − m_t)·s
+//   lse_s = m_s + log2 l_s;  loss = lse_s − x / l_t
+#include "attn_align_fragments.cuh"
+#include "attn_align_tiles.cuh"
+
+namespace haste::cuda {
+namespace {
+
+// Half as many keys at a time in fp32, so that head dim 128 fits the 99 KB of the smallest devices.
+template <typename T>
+constexpr int kKeyTiles = sizeof(T) == 4 ? 4 : 8;
+
+// Running maximum and sum of one model's two rows of a lane (lane/4 and lane/4 + 8). The maximum is that of the
+// whole row, the sum that of the lane's own columns until the end.
+struct OnlineSoftmax {
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.f, 0.f};
+
+  // Takes in a tile of logits, gives 2^(logit − maximum) and the factor by which what was summed before must shrink.
+  template <int kTiles>
+  __device__ void update(const float (&logits)[kTiles][4], float (&powers)[kTiles][4], float (&correction)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float tile_maximum = maximum[half];
+#pragma unroll
+      for (const auto& tile : logits) tile_maximum = fmaxf(tile_maximum, fmaxf(tile[2 * half], tile[2 * half + 1]));
+      tile_maximum = reduce_max<4>(tile_maximum);
+      correction[half] = fast_exp2(maximum[half] - tile_maximum);
+      maximum[half] = tile_maximum;
+      sum[half] *= correction[half];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          powers[tile][i] = fast_exp2(logits[tile][i] - tile_maximum);
+          sum[half] += powers[tile][i];
+        }
+      }
+    }
+  }
+};
+
+// Scales logits and hides the columns past the last key. These get the lowest finite number, not −∞: their power of
+// 2 is 0 all the same, and 0 times it is 0, not NaN.
+template <int kTiles>
+__device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, int keys_left) {
+  constexpr float kHidden = -3.402823466e38f;
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      logits[tile][i] = tile * 8 + column + i % 2 < keys_left ? logits[tile][i] * scale : kHidden;
+    }
+  }
+}
+
+// 4 blocks on a multiprocessor, by registers: at 128 threads, up to 128 each.
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads, 4)
+    forward_kernel(AlignArguments<T> arguments, float* loss, float* student_lse, float* teacher_lse) {
+  constexpr int kTiles = kKeyTiles<T>, kKeys = 8 * kTiles;
+  const Model<T>&student = arguments.student, &teacher = arguments.teacher;
+  const int tokens = arguments.tokens, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const BlockPlace place(arguments);
+  const Tiles<T, kKeys> tiles(arguments);
+  const T* student_q = tiles.held_student + warp * 16 * student.shared_stride;
+  const T* teacher_q = tiles.held_teacher + warp * 16 * teacher.shared_stride;
+
+  OnlineSoftmax student_softmax, teacher_softmax;
+  float x[2] = {0.f, 0.f};
+
+  copy_tile<kHeldRows>(tiles.held_student, student, student.held, place, place.first_row, tokens);
+  copy_tile<kHeldRows>(tiles.held_teacher, teacher, teacher.held, place, place.first_row, tokens);
+  copy_tile<kKeys>(tiles.streamed_student, student, student.streamed, place, 0, tokens);
+  for (int key = 0; key < tokens; key += kKeys) {
+    float powers[kTiles][4], correction[2];
+
+    wait_for_copies();
+    __syncthreads();  // the student's keys are here, and nobody reads the teacher's any more
+    copy_tile<kKeys>(tiles.streamed_teacher, teacher, teacher.streamed, place, key, tokens);
+    float s[kTiles][4];
+    Fragments<T>::logits(s, student_q, tiles.streamed_student, student.shared_stride, student.padded_dim);
+    scale_and_mask(s, student.scale_log2, tokens - key);
+    student_softmax.update(s, powers, correction);
+
+    wait_for_copies();
+    __syncthreads();  // the teacher's keys are here, and nobody reads the student's any more
+    if (key + kKeys < tokens) {
+      copy_tile<kKeys>(tiles.streamed_student, student, student.streamed, place, key + kKeys, tokens);
+    }
+    float t[kTiles][4];
+    Fragments<T>::logits(t, teacher_q, tiles.streamed_teacher, teacher.shared_stride, teacher.padded_dim);
+    scale_and_mask(t, teacher.scale_log2, tokens - key);
+    teacher_softmax.update(t, powers, correction);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      x[half] *= correction[half];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        x[half] = fmaf(powers[tile][2 * half], s[tile][2 * half], x[half]);
+        x[half] = fmaf(powers[tile][2 * half + 1], s[tile][2 * half + 1], x[half]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float student_sum = reduce_sum<4>(student_softmax.sum[half]);
+    const float teacher_sum = reduce_sum<4>(teacher_softmax.sum[half]);
+    const float x_sum = reduce_sum<4>(x[half]);
+    const int row = place.first_row + warp * 16 + lane / 4 + 8 * half;
+    if (lane % 4 == 0 && row < tokens) {
+      const float student_log2 = student_softmax.maximum[half] + log2f(student_sum);
+      const float teacher_log2 = teacher_softmax.maximum[half] + log2f(teacher_sum);
+      loss[place.first_of_head + row] = kLn2 * (student_log2 - x_sum / teacher_sum);
+      student_lse[place.first_of_head + row] = kLn2 * student_log2;
+      teacher_lse[place.first_of_head + row] = kLn2 * teacher_log2;
+    }
+  }
+}
+
+}  // namespace
+
+const char* attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, void* stream) {
+  if (const char* reason = refusal(problem)) return reason;
+  const int64_t blocks = count_blocks(problem);
+  if (blocks == 0) return nullptr;
+  return dispatch_type(problem.student_q.type, [&](auto element) {
+    using T = decltype(element);
+    const auto arguments = describe<T>(problem, /*hold_keys=*/false);
+    return launch(forward_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
+                  arguments.template tile_bytes<8 * kKeyTiles<T>>(), stream, arguments, static_cast<float*>(rows.loss),
+                  static_cast<float*>(rows.student_lse), static_cast<float*>(rows.teacher_lse));
+  });
+}
+
+}  // namespace haste::cuda
