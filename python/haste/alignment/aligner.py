@@ -1,0 +1,80 @@
+"""One run's alignment: the teachers, what they are asked, what the student is asked, and the weighted losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from haste.alignment.layers import LayerMap
+from haste.alignment.loss import AlignmentLosses, alignment_losses
+from haste.models.sit import SiTOutput
+from haste.teachers.vision import VisionTeacher
+
+
+class Aligner(nn.Module):
+    """Holds the only references to the teachers, so that dropping it frees them.
+
+    layer_map: None when attention is not aligned. The first teacher's layers are meant.
+    proj_coeff, attn_coeff: weights of L_R and L_A; what has weight 0 is not computed, and nothing is kept for it.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[VisionTeacher],
+        layer_map: LayerMap | None,
+        proj_coeff: float,
+        attn_coeff: float,
+    ) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self.student_layers = layer_map.student if layer_map is not None else ()
+        self.proj_coeff = proj_coeff
+        self.attn_coeff = attn_coeff
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        names: Sequence[str],
+        layer_map: LayerMap | None,
+        grid: int,
+        proj_coeff: float,
+        attn_coeff: float,
+        image_size: int | None = None,
+    ) -> Aligner:
+        """Load the teachers for a student of grid x grid tokens; each keeps only what the losses call for."""
+        features = proj_coeff != 0
+        if not features:
+            names = names[:1]  # the others would have nothing to do
+        teachers = [
+            VisionTeacher.from_pretrained(
+                name,
+                layers=layer_map.teacher if layer_map is not None and index == 0 else (),
+                grid=grid,
+                image_size=image_size,
+                features=features,
+            )
+            for index, name in enumerate(names)
+        ]
+        return cls(teachers, layer_map, proj_coeff, attn_coeff)
+
+    @property
+    def project(self) -> bool:
+        """Whether the student's projections are needed."""
+        return self.proj_coeff != 0
+
+    @property
+    def z_dims(self) -> tuple[int, ...]:
+        """The widths that the student's projectors must have, one per teacher; empty without L_R."""
+        return tuple(teacher.width for teacher in self.teachers) if self.project else ()
+
+    def forward(self, output: SiTOutput, images: Tensor) -> tuple[Tensor, AlignmentLosses]:
+        """Returns (proj_coeff·L_R + attn_coeff·L_A, the two losses), for the pictures (B, C, H, W) in [-1, 1]."""
+        losses = alignment_losses(output, [teacher(images) for teacher in self.teachers])
+        total = torch.zeros((), device=images.device)
+        if losses.feature is not None:
+            total = total + self.proj_coeff * losses.feature
+        if losses.attention is not None:
+            total = total + self.attn_coeff * losses.attention
+        return total, losses

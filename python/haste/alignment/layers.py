@@ -1,0 +1,60 @@
+"""Which student layer learns the attention of which teacher layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from haste.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Pairs of layers, both counted from 0: student[i] learns from teacher[i]."""
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> LayerMap:
+        """'4:8,5:9' -> student layers 4 and 5 learn from teacher layers 8 and 9."""
+        try:
+            pairs = [tuple(int(layer) for layer in pair.split(":")) for pair in text.split(",")]
+            student, teacher = zip(*pairs, strict=True)
+        except ValueError as error:
+            raise UserError(
+                f"--layer-map is {text!r}; it must be pairs student:teacher of layers counted from 0, such as 4:8,5:9"
+            ) from error
+        return cls(student, teacher)
+
+    def check_student(self, depth: int) -> None:
+        """UserError if the map names a layer that a student of this depth does not have."""
+        outside = [layer for layer in self.student if not 0 <= layer < depth]
+        if outside:
+            raise UserError(
+                f"the layer map asks for layer {outside[0]} of the student, which has {depth} layers; "
+                f"student layers must be 0 to {depth - 1}"
+            )
+
+    def __str__(self) -> str:
+        return ",".join(f"{s}:{t}" for s, t in zip(self.student, self.teacher, strict=True))
+
+
+# HASTE (arXiv 2505.16792), for DINOv2-B: the same maps at 256 and 512 pixels.
+PAPER_LAYER_MAPS = {
+    "SiT-B": LayerMap((2, 3, 4), (7, 9, 11)),
+    "SiT-L": LayerMap((4, 5, 6, 7), (8, 9, 10, 11)),
+    "SiT-XL": LayerMap((4, 5, 6, 7), (8, 9, 10, 11)),
+}
+
+
+def choose_layer_map(text: str, model: str) -> LayerMap:
+    """The layer map that was typed, or, if none was, the paper's for this model (a name such as SiT-XL/2)."""
+    if text:
+        return LayerMap.parse(text)
+    size = model.split("/")[0]
+    if size not in PAPER_LAYER_MAPS:
+        known = ", ".join(PAPER_LAYER_MAPS)
+        raise UserError(
+            f"there is no published layer map for {model}, only for {known}; give one by --layer-map, such as 4:8,5:9"
+        )
+    return PAPER_LAYER_MAPS[size]

@@ -1,0 +1,61 @@
+"""The entry point of `haste`. Finds the subcommand, reads its flags, turns user errors into one line.
+
+A subcommand is a module of this package with a dataclass `Args`, whose fields are its flags, and `main(args)`. One
+whose defaults depend on what was typed has `default_args(arguments)` as well. It is imported only when it is called
+for, so that `haste --help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from haste.errors import UserError
+
+SUBCOMMANDS = {
+    "train": "train a SiT: with HASTE, with REPA, or plain",
+    "sample": "draw pictures from a checkpoint, all steps or with TaylorSeer",
+    "evaluate": "measure how far drawn pictures are from real ones",
+    "demo": "train on handwritten digits, sample, and show it all on one page",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `haste` with these arguments (default: the process's)."""
+    command, arguments = split_command(argv)
+    try:
+        run(command, arguments)
+    except UserError as error:
+        print(f"haste {command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"haste {command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def split_command(argv: Sequence[str] | None) -> tuple[str, list[str]]:
+    """The subcommand and what follows it; argparse answers --help and unknown subcommands."""
+    width = max(map(len, SUBCOMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {what}" for name, what in SUBCOMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="haste",
+        description="Train diffusion transformers faster, and sample from them faster.",
+        epilog=f"commands:\n{listing}\n\n`haste COMMAND --help` explains the flags of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=SUBCOMMANDS, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="flags of the command")
+    parsed = parser.parse_args(argv)
+    return parsed.command, parsed.arguments
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Read the flags of one subcommand and carry it out."""
+    import tyro
+
+    module = importlib.import_module(f"haste.cli.{command}")
+    defaults = {"default": module.default_args(arguments)} if hasattr(module, "default_args") else {}
+    args = tyro.cli(module.Args, prog=f"haste {command}", description=module.__doc__, args=arguments, **defaults)
+    module.main(args)

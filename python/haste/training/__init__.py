@@ -1,0 +1,1 @@
+"""Training a SiT: settings and recipes, the loop, checkpoints."""

@@ -1,0 +1,145 @@
+"""Every setting of a training run. The names are those of HASTE's and REPA's train.py."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from haste.errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    """The settings of `haste train`, with the values of the papers as defaults."""
+
+    recipe: str = ""
+    """A set of values for everything below, which any flag overrides. Known: digits."""
+
+    # Where the run goes and what it learns from
+    output_dir: str = "exps"
+    """Folder of all runs."""
+    exp_name: str = ""
+    """Name of this run: its folder inside --output-dir. The same command again goes on where it stopped."""
+    data_dir: str = ""
+    """The training pictures. `digits` are scikit-learn's handwritten digits, which need no download."""
+    resolution: int = 256
+    """Pixels per side of the pictures."""
+
+    # The student
+    model: str = "SiT-XL/2"
+    """Size and patch of the student, such as SiT-B/2."""
+    qk_norm: bool = False
+    """Normalise queries and keys in the student's attention."""
+    fused_attn: bool = True
+    """Use torch's scaled_dot_product_attention in the student."""
+    cfg_prob: float = 0.1
+    """How often the label is dropped in training, so that samples can be guided later."""
+
+    # What it is taught: L = velocity + proj_coeff * features + attn_coeff * attention
+    enc_type: str = "dinov2-vit-b"
+    """The teacher: dinov2-vit-b and the like, a hub name, or a folder written by save_pretrained().
+    Several, separated by commas, teach features together; the first one alone teaches attention."""
+    attn_coeff: float = 0.5
+    """Weight of the attention loss of HASTE. 0 turns it off: REPA."""
+    proj_coeff: float = 0.5
+    """Weight of the feature loss of REPA. 0 turns it off. With both weights 0 no teacher is loaded: plain SiT."""
+    layer_map: str = ""
+    """Pairs student:teacher of aligned layers, counted from 0, such as 4:8,5:9. Empty: the paper's for this model."""
+    encoder_depth: int = 8
+    """Number of blocks, counted from 1, after which the student's features are compared with the teacher's."""
+    projector_dim: int = 2048
+    """Width of the small network between the student's and the teacher's features."""
+    early_stop_point: int = 250_000
+    """The step from which on nothing is taught any more and the teacher is let go. -1: never."""
+    teacher_resolution: int | None = None
+    """Pixels per side that the teacher sees. None: as many as give it the student's grid of tokens."""
+
+    # The diffusion path
+    path_type: Literal["linear", "cosine"] = "linear"
+    """How data turns into noise."""
+    prediction: Literal["v"] = "v"
+    """What the student predicts: the velocity."""
+    weighting: Literal["uniform", "lognormal"] = "uniform"
+    """How often each noise level is seen."""
+
+    # Optimisation
+    batch_size: int = 256
+    """Pictures per step, over all devices."""
+    max_train_steps: int = 400_000
+    """Steps in all."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate, constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0 to its value."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    ema_decay: float = 0.9999
+    """How slowly the averaged weights, those that samples are drawn with, follow the trained ones."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "fp16"
+    """Type of the matrix products."""
+    allow_tf32: bool = False
+    """Let NVIDIA GPUs round fp32 matrix products to TF32."""
+    seed: int = 0
+    """Same seed, same run."""
+
+    # Keeping track
+    logging_steps: int = 100
+    """Steps between two lines of log.jsonl."""
+    checkpointing_steps: int = 50_000
+    """Steps between two checkpoints. The last step, Ctrl-C and SIGTERM write one as well."""
+    resume_step: int = 0
+    """Go on from the checkpoint of this step. 0: from the newest whole one, if there is any."""
+
+    @property
+    def teachers(self) -> list[str]:
+        """The teachers to load; none when nothing is aligned."""
+        if self.proj_coeff == 0 and self.attn_coeff == 0:
+            return []
+        return [name.strip() for name in self.enc_type.split(",")]
+
+    def check(self) -> None:
+        """UserError, naming the flag, its value and what it must be, for values that no run can have."""
+        if not self.exp_name:
+            raise UserError("--exp-name is empty; give the run a name, or a --recipe that has one")
+        for name in ("resolution", "batch_size", "max_train_steps", "logging_steps", "checkpointing_steps"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            self._require(name, getattr(self, name) > 0, "greater than 0")
+        for name in ("proj_coeff", "attn_coeff", "warmup_steps", "adam_weight_decay", "resume_step"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("cfg_prob", "ema_decay", "adam_beta1", "adam_beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
+        self._require("early_stop_point", self.early_stop_point >= -1, "a step, or -1 for never")
+
+    def _require(self, name: str, holds: bool, must_be: str) -> None:
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {must_be}")
+
+    def to_namespace(self) -> argparse.Namespace:
+        """As the public trainers keep it in their checkpoints."""
+        return argparse.Namespace(**asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The known settings among `values`; the rest, such as another trainer's own flags, is left out."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+# What may change from one start of a run to the next: it moves the end or the bookkeeping, not the computation.
+CHANGEABLE = {"output_dir", "max_train_steps", "logging_steps", "checkpointing_steps", "resume_step"}
+
+
+def differing_settings(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """'--seed (0, now 1)' for each setting that makes `new` another run than `old`."""
+    before, after = asdict(old), asdict(new)
+    return [
+        f"--{name.replace('_', '-')} ({before[name]}, now {after[name]})"
+        for name in before
+        if name not in CHANGEABLE and before[name] != after[name]
+    ]

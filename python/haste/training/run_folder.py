@@ -1,0 +1,60 @@
+"""The folder of one run: <output_dir>/<exp_name>/{args.json, log.jsonl, checkpoints/}."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from haste.errors import UserError
+from haste.training.checkpoint import write_atomically
+from haste.training.config import TrainConfig, differing_settings
+
+
+class RunFolder:
+    """Opens the folder of a run, new or begun; UserError if it holds a run with other settings."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.path = Path(config.output_dir).expanduser() / config.exp_name
+        self.checkpoints = self.path / "checkpoints"
+        self._settings = self.path / "args.json"
+        self._log = self.path / "log.jsonl"
+        self._claim(config)
+
+    def _claim(self, config: TrainConfig) -> None:
+        if self._settings.is_file():
+            self.refuse_other(TrainConfig.from_dict(json.loads(self._settings.read_text())), config, "holds a run")
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(config), indent=2) + "\n"
+            write_atomically(self._settings, lambda temporary: temporary.write_text(text))
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from error
+
+    def refuse_other(self, old: TrainConfig, new: TrainConfig, what: str) -> None:
+        """UserError, naming the first differences, if the settings found here are not those of this run."""
+        differences = differing_settings(old, new)
+        if differences:
+            shown = ", ".join(differences[:3]) + (" and others" if len(differences) > 3 else "")
+            raise UserError(f"{self.path} {what} with other settings: {shown}; choose another --exp-name")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        with open(self._log, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the log lines of steps after this one, which are about to be done again (and a line cut short)."""
+        if not self._log.is_file():
+            return
+        kept = [line for line in self._log.read_text().splitlines() if _step_of(line) <= step]
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(self._log, lambda temporary: temporary.write_text(text))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

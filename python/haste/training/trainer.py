@@ -1,0 +1,333 @@
+"""The training loop of HASTE, REPA and plain SiT, which are one loop with different coefficients.
+
+    L = L_v + proj_coeff·L_R + attn_coeff·L_A   while step < τ        (HASTE, arXiv 2505.16792)
+    L = L_v                                     from τ on, for good
+
+REPA is attn_coeff 0 and no τ; plain SiT is both coefficients 0, and then there is no teacher at all.
+Read it from `train` down.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from haste.alignment import Aligner, choose_layer_map
+from haste.data import BatchOrder, ImageDataset, load_dataset
+from haste.errors import UserError
+from haste.models import SiT
+from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
+from haste.training.checkpoint import (
+    Checkpoint,
+    capture_rng,
+    checkpoint_path,
+    read_newest_checkpoint,
+    restore_rng,
+    save_checkpoint,
+)
+from haste.training.config import TrainConfig
+from haste.training.ema import EMA
+from haste.training.run_folder import RunFolder
+from haste.training.signals import StopRequest
+from haste.training.students import student_shape
+from haste.training.termination import FixedTermination
+from haste.transport import interpolate, sample_time, velocity_loss
+
+logger = logging.getLogger(__name__)
+
+# What the loop measures at every step, in the order in which it is kept on the device.
+METRICS = ("loss", "velocity_loss", "feature_loss", "attention_loss", "grad_norm")
+
+
+@dataclass
+class TrainResult:
+    """step: steps done in all; folder: the run's; interrupted: the signal that ended it early, if one did."""
+
+    step: int
+    folder: Path
+    interrupted: signal.Signals | None = None
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train, or go on with a run that was begun, until max_train_steps or until a signal asks to stop.
+
+    Raises UserError for settings that cannot work, for a folder that holds another run, and when the loss is no longer
+    finite; nothing that was saved is lost.
+    """
+    config.check()
+    dataset = load_dataset(config.data_dir)
+    check_fit(config, dataset)
+    folder = RunFolder(config)
+    checkpoint = read_newest_checkpoint(folder.checkpoints, config.resume_step)
+    if checkpoint is not None:
+        folder.refuse_other(TrainConfig.from_dict(vars(checkpoint["args"])), config, "holds a checkpoint")
+    trainer = Trainer(config, dataset, folder, make_accelerator(config))
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return trainer.run()
+
+
+def check_fit(config: TrainConfig, dataset: ImageDataset) -> None:
+    """UserError if the pictures, the student and the layer map do not fit together."""
+    depth = student_shape(config.model)["depth"]
+    if config.resolution != dataset.resolution:
+        raise UserError(
+            f"--resolution is {config.resolution}; it must be {dataset.resolution}, like the {config.data_dir} pictures"
+        )
+    if config.proj_coeff and not 1 <= config.encoder_depth <= depth:
+        raise UserError(
+            f"--encoder-depth is {config.encoder_depth}; it must be 1 to {depth}, the depth of {config.model}"
+        )
+    if config.attn_coeff:
+        choose_layer_map(config.layer_map, config.model).check_student(depth)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    try:
+        return Accelerator(mixed_precision=config.mixed_precision)
+    except ValueError as error:  # fp16 without a GPU
+        raise UserError(f"--mixed-precision is {config.mixed_precision}, which does not work here: {error}") from error
+
+
+def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
+    """The teachers and what they teach; None if nothing is to be aligned."""
+    if not config.teachers:
+        return None
+    names = config.teachers
+    if DIGITS_TEACHER in names:
+        folder = ensure_digits_teacher(Path(config.output_dir).expanduser() / "teachers")
+        names = [str(folder) if name == DIGITS_TEACHER else name for name in names]
+    return Aligner.from_pretrained(
+        names,
+        layer_map=choose_layer_map(config.layer_map, config.model) if config.attn_coeff else None,
+        grid=model_config["input_size"] // model_config["patch_size"],
+        proj_coeff=config.proj_coeff,
+        attn_coeff=config.attn_coeff,
+        image_size=config.teacher_resolution,
+    )
+
+
+class Trainer:
+    """One run: student, averaged student, optimizer, alignment, and the step at which they stand."""
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, folder: RunFolder, accelerator: Accelerator) -> None:
+        self.config = config
+        self.folder = folder
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.images = dataset.images.to(self.device)
+        self.labels = dataset.labels.to(self.device)
+        self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
+        self.termination = FixedTermination(config.early_stop_point)
+        self.step = 0
+
+        self.model_config = {
+            **student_shape(config.model),
+            "input_size": dataset.resolution,
+            "in_channels": dataset.channels,
+            "num_classes": dataset.num_classes,
+            "class_dropout_prob": config.cfg_prob,
+            "qk_norm": config.qk_norm,
+            "fused_attn": config.fused_attn,
+            "encoder_depth": config.encoder_depth,
+            "projector_dim": config.projector_dim,
+        }
+        set_seed(config.seed)
+        self.aligner = build_aligner(config, self.model_config)
+        if self.aligner is not None:
+            self.aligner.to(self.device)
+        # The student is not wrapped by accelerate: its wrapper would copy every q and k to fp32 on their way out.
+        z_dims = self.aligner.z_dims if self.aligner is not None else ()
+        self.model = SiT(**self.model_config, z_dims=z_dims).to(self.device)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.optimizer = accelerator.prepare(self._make_optimizer())
+        set_seed(config.seed)  # runs that differ in their alignment alone see the same noise, times and dropped labels
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.config.learning_rate,
+            betas=(self.config.adam_beta1, self.config.adam_beta2),
+            weight_decay=self.config.adam_weight_decay,
+            eps=self.config.adam_epsilon,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+
+    # ---- the loop ----
+
+    def run(self) -> TrainResult:
+        config = self.config
+        logger.info("%s", self._describe())
+        self.model.train()
+        self._window: list[Tensor] = []
+        self._window_start = time.perf_counter()
+        bar = tqdm(total=config.max_train_steps, initial=self.step, desc=config.exp_name, unit="step")
+        with bar, StopRequest() as stop:
+            while self.step < config.max_train_steps:
+                if self.aligner is not None and self.termination.due(self.step):
+                    self._log_window(bar)
+                    self._end_alignment()
+                self._window.append(self._train_step(*self._next_batch()))
+                self.step += 1
+                bar.update()
+                last = self.step == config.max_train_steps or stop.received is not None
+                save = last or self.step % config.checkpointing_steps == 0
+                if save or self.step % config.logging_steps == 0:
+                    self._log_window(bar)
+                if save:
+                    self._save()
+                if stop.received is not None:
+                    break
+        return TrainResult(self.step, self.folder.path, stop.received)
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        indices = self.order.batch(self.step).to(self.device, non_blocking=True)
+        return self.images[indices], self.labels[indices]
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One update. Returns METRICS on the device: nothing here waits for a GPU."""
+        config, aligner = self.config, self.aligner
+        noise = torch.randn_like(images)
+        t = sample_time(len(images), config.weighting, config.path_type, device=self.device)
+        x_t, target = interpolate(images, noise, t, config.path_type)
+        with self.accelerator.autocast():
+            if aligner is None:
+                output = self.model(x_t, t, labels)
+            else:
+                output = self.model(x_t, t, labels, aligner.student_layers, aligner.project)
+        loss = velocity = velocity_loss(output.velocity, target)
+        feature = attention = None
+        if aligner is not None:
+            with self.accelerator.autocast():
+                alignment, (attention, feature) = aligner(output, images)
+            loss = velocity + alignment
+
+        self._set_learning_rate()
+        self.accelerator.backward(loss)
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.model)
+        measured = (loss, velocity, feature, attention, grad_norm)
+        off = loss.new_tensor(math.nan)
+        return torch.stack([off if value is None else value.detach().float() for value in measured])
+
+    def _set_learning_rate(self) -> None:
+        """Constant, after a linear warm-up over warmup_steps."""
+        warmup = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * warmup
+
+    # ---- the end of alignment ----
+
+    def _end_alignment(self) -> None:
+        """From here on a step is a step of plain SiT: teachers, projectors and their optimizer state are gone."""
+        self.termination.stopped_at = self.step
+        logger.info("step %d: alignment ends, the teacher is released", self.step)
+        self._release_alignment()
+
+    def _release_alignment(self) -> None:
+        projector_parameters = set(self.model.projectors.parameters())
+        self.aligner = None
+        self.model.release_projectors()
+        self.ema.model.release_projectors()
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p not in projector_parameters]
+        for parameter in projector_parameters:
+            self.optimizer.state.pop(parameter, None)
+        del projector_parameters
+        gc.collect()  # a model may hold cycles; its memory is wanted now
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- keeping track ----
+
+    def _describe(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        if self.aligner is None:
+            alignment = "no alignment"
+        else:
+            alignment = f"teacher {self.config.enc_type}, until step {self.config.early_stop_point}"
+        start = f", going on from step {self.step}" if self.step else ""
+        return f"{self.config.model} ({parameters:.1f} M parameters) on {self.device}, {alignment}{start}"
+
+    def _log_window(self, bar: tqdm) -> None:
+        """Average what was measured since the last time, write it down, and stop if it is not finite."""
+        if not self._window:
+            return
+        rows = torch.stack(self._window).tolist()  # the one place where the host waits for the device
+        self._check_finite(rows)
+        seconds = time.perf_counter() - self._window_start
+        speed = len(rows) * self.config.batch_size / seconds
+        means = {name: sum(column) / len(rows) for name, column in zip(METRICS, zip(*rows, strict=True), strict=True)}
+        record = {name: None if math.isnan(value) else value for name, value in means.items()}
+        self.folder.log(
+            {"step": self.step, **record, "images_per_second": speed, "aligned": self.aligner is not None}
+        )
+        bar.set_postfix(loss=f"{means['velocity_loss']:.4f}", images_per_s=f"{speed:.0f}")
+        self._window = []
+        self._window_start = time.perf_counter()
+
+    def _check_finite(self, rows: list[list[float]]) -> None:
+        # Under fp16 an infinite gradient is everyday business: the scaler skips that step.
+        watched = [METRICS.index("loss")]
+        if self.accelerator.scaler is None:
+            watched.append(METRICS.index("grad_norm"))
+        for offset, row in enumerate(rows):
+            if not all(math.isfinite(row[index]) for index in watched):
+                step = self.step - len(rows) + offset + 1
+                raise UserError(
+                    f"the loss or its gradient is not finite at step {step} (loss {row[0]}, gradient norm {row[-1]}); "
+                    "training stopped, and the last checkpoint is from before that: a lower --learning-rate may help"
+                )
+
+    # ---- checkpoints ----
+
+    def _save(self) -> None:
+        scaler = self.accelerator.scaler
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "args": self.config.to_namespace(),
+            "steps": self.step,
+            "model_config": self.model_config,
+            "termination": self.termination.state_dict(),
+            "rng": capture_rng(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        path = checkpoint_path(self.folder.checkpoints, self.step)
+        try:
+            save_checkpoint(path, checkpoint)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise UserError(f"the checkpoint {path} could not be written: {error}") from error
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Stand where the checkpoint stood; UserError if its weights do not fit this student."""
+        self.termination.load_state_dict(checkpoint["termination"])
+        if self.termination.stopped_at is not None and self.aligner is not None:
+            self._release_alignment()
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.ema.model.load_state_dict(checkpoint["ema"])
+            self.optimizer.load_state_dict(checkpoint["opt"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint does not fit {self.config.model}: {error}") from error
+        if self.accelerator.scaler is not None and checkpoint["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
+        restore_rng(checkpoint["rng"])
+        self.step = checkpoint["steps"]
+        self.folder.forget_after(self.step)
