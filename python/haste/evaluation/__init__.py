@@ -1,0 +1,1 @@
+"""Judging samples: Fréchet distance, label accuracy, and the pictures that go with the numbers."""

@@ -1,0 +1,68 @@
+"""Pictures as bytes and files: the 8-bit conversion of the public samplers, PNG folders and the ADM `.npz`."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from haste.errors import UserError
+from haste.training.checkpoint import write_atomically
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Pictures (N, C, H, W) in [−1, 1], C = 1 or 3, to (N, H, W, 3) uint8: clip(255·x, 0, 255) truncated, x in [0, 1].
+
+    Truncated, not rounded, as the public samplers do. One grey channel is repeated three times.
+    """
+    unit = (images.detach().cpu().double() + 1.0) / 2.0
+    array = np.clip(255.0 * unit.permute(0, 2, 3, 1).numpy(), 0.0, 255.0).astype(np.uint8)
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+
+
+def picture_path(folder: Path, index: int) -> Path:
+    """Where picture number `index` of a sample folder lies: six digits, as the public samplers name them."""
+    return folder / f"{index:06d}.png"
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Write one picture (H, W, 3) uint8 as PNG, so that a kill leaves the whole file or none."""
+    write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+
+
+def write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, with the labels (N,) beside it, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, arr_0=images, labels=labels)
+
+    write_atomically(path, write)
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pictures (N, H, W, 3) uint8 and, if the file has them, labels (N,). Raises UserError on any other content."""
+    try:
+        with np.load(path) as file:
+            images = file["arr_0"]
+            labels = file["labels"] if "labels" in file.files else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not an .npz with pictures under arr_0 ({error})") from error
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise UserError(f"arr_0 in {path} is {images.dtype} {images.shape}; it must be uint8 (count, height, width, 3)")
+    return images, labels
+
+
+def read_pictures(folder: Path) -> np.ndarray:
+    """All PNGs of a folder in the order of their names, (N, H, W, 3) uint8. Raises UserError if there are none."""
+    paths = sorted(folder.glob("*.png"))
+    if not paths:
+        raise UserError(f"{folder} holds no PNG pictures")
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    shapes = {picture.shape for picture in pictures}
+    if len(shapes) > 1:
+        raise UserError(f"{folder} holds pictures of different sizes, {sorted(shapes)}; they must all be alike")
+    return np.stack(pictures)

@@ -1,0 +1,182 @@
+"""The judge of the digits: a small convolutional classifier that no training run ever sees.
+
+It plays the part that Inception plays for photographs. Its penultimate layer gives the features for the Fréchet
+distance, its answers tell whether a sample shows the digit that was asked for. It is trained once in a few seconds,
+on a fixed four fifths of the real digits; the last fifth tells how far its answers can be trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from haste.data.digits import load_digits
+from haste.errors import UserError
+from haste.evaluation.frechet import Gaussian, fit_gaussian
+from haste.evaluation.images import to_uint8
+from haste.training.checkpoint import write_atomically
+
+NUM_CLASSES = 10
+BATCH = 512  # pictures per forward pass when judging
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Everything that decides the judge's weights. Its hash names the file that keeps them."""
+
+    seed: int = 271828  # its own: no run derives anything from it
+    held_out: float = 0.2
+    features: int = 64
+    epochs: int = 40
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    architecture: int = 1  # raise it when `build_network` or `train_judge` changes
+
+    def digest(self) -> str:
+        """Twelve hex digits that change with any setting."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge says of N pictures: features (N, D) float64, standardised; predictions (N,) int64."""
+
+    features: np.ndarray
+    predictions: np.ndarray
+
+    def accuracy(self, labels: np.ndarray) -> float:
+        """The share of pictures, 0 to 1, in which the judge reads the requested label."""
+        return float(np.mean(self.predictions == np.asarray(labels)))
+
+
+class Judge:
+    """A trained classifier with the scale of its features and its accuracy on digits it has not seen.
+
+    Features are divided by the real digits' standard deviation per dimension, so that distances do not depend on the
+    scale that training happened to give a layer: the real digits have total variance D.
+    """
+
+    def __init__(
+        self, network: nn.Sequential, feature_scale: Tensor, held_out_accuracy: float, settings: JudgeSettings
+    ) -> None:
+        self.network = network.eval()
+        self.feature_scale = feature_scale
+        self.held_out_accuracy = held_out_accuracy
+        self.settings = settings
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> Judgement:
+        """Judge pictures (N, 8, 8, 3) uint8, as `haste sample` writes them. Raises UserError on another shape."""
+        if images.ndim != 4 or images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8:
+            raise UserError(
+                f"pictures have shape {images.shape} and type {images.dtype}; "
+                "the judge of the digits reads uint8 pictures of shape (count, 8, 8, 3)"
+            )
+        features, predictions = [], []
+        for batch in np.split(images, range(BATCH, len(images), BATCH)):
+            hidden = self.network[:-1](to_network_input(batch))
+            features.append((hidden / self.feature_scale).double())
+            predictions.append(self.network[-1](hidden).argmax(dim=1))
+        return Judgement(torch.cat(features).numpy(), torch.cat(predictions).numpy())
+
+
+def to_network_input(images: np.ndarray) -> Tensor:
+    """Grey pictures (N, 8, 8, 3) uint8 with equal channels to (N, 1, 8, 8) float32 in [−1, 1]."""
+    grey = torch.from_numpy(images.astype(np.float32).mean(axis=-1, keepdims=True))
+    return grey.permute(0, 3, 1, 2) / 127.5 - 1.0
+
+
+def build_network(features: int) -> nn.Sequential:
+    """Three convolutions, a feature layer of the given width, and one linear layer of answers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(),
+        nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.SiLU(),
+        nn.Conv2d(64, 64, 3, padding=1), nn.SiLU(),
+        nn.Flatten(), nn.Dropout(0.2),
+        nn.Linear(64 * 4 * 4, features), nn.SiLU(),
+        nn.Linear(features, NUM_CLASSES),
+    )  # fmt: skip
+
+
+def real_digits() -> tuple[np.ndarray, np.ndarray]:
+    """All real digits through the same 8-bit rounding as samples: (1797, 8, 8, 3) uint8, labels (1797,) int64."""
+    images, labels = load_digits()
+    return to_uint8(images), labels.numpy()
+
+
+def load_judge(cache: Path, settings: JudgeSettings = JudgeSettings()) -> Judge:
+    """The judge with these settings: from the folder `cache` if it is there, else trained and saved there."""
+    path = cache / f"digits-judge-{settings.digest()}.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        network = build_network(settings.features)
+        network.load_state_dict(saved["network"])
+        return Judge(network, saved["feature_scale"], saved["held_out_accuracy"], settings)
+    judge = train_judge(settings)
+    content = {
+        "network": judge.network.state_dict(),
+        "feature_scale": judge.feature_scale,
+        "held_out_accuracy": judge.held_out_accuracy,
+    }
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    return judge
+
+
+def train_judge(settings: JudgeSettings) -> Judge:
+    """Train on the settings' share of the real digits, shifted by up to one pixel. Leaves torch's seed as it was."""
+    pictures, answers = real_digits()
+    images, labels = to_network_input(pictures), torch.from_numpy(answers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        order = torch.randperm(len(labels))
+        held_out, seen = order.tensor_split([round(settings.held_out * len(labels))])
+        network = build_network(settings.features)
+        fit_network(network, images[seen], labels[seen], settings)
+    network.eval()
+    with torch.no_grad():
+        scale = network[:-1](images).std(dim=0).clamp_min(1e-6)
+        correct = network(images[held_out]).argmax(dim=1) == labels[held_out]
+    return Judge(network, scale, correct.float().mean().item(), settings)
+
+
+def fit_network(network: nn.Sequential, images: Tensor, labels: Tensor, settings: JudgeSettings) -> None:
+    """AdamW with one learning-rate cycle over whole batches of images (N, 1, 8, 8)."""
+    batches = len(labels) // settings.batch_size
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.epochs * batches
+    )
+    network.train()
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(labels))[: batches * settings.batch_size]
+        for chosen in order.split(settings.batch_size):
+            answers = network(shift_randomly(images[chosen]))
+            loss = F.cross_entropy(answers, labels[chosen], label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def shift_randomly(images: Tensor) -> Tensor:
+    """Move each picture (N, 1, H, W) by −1, 0 or 1 pixel along both axes; black (−1) comes in at the border."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
+    rows = torch.randint(0, 3, (count, 1)) + torch.arange(height)
+    columns = torch.randint(0, 3, (count, 1)) + torch.arange(width)
+    picture = torch.arange(count)[:, None, None]
+    return padded[picture, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+
+
+def real_statistics(judge: Judge) -> Gaussian:
+    """The Gaussian of the judge's features over all real digits."""
+    return fit_gaussian(judge(real_digits()[0]).features)

@@ -1,0 +1,201 @@
+"""Pictures beside numbers: sample grids, cached against uncached, loss curves, distance and accuracy over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from haste.evaluation.style import LIGHT, Theme, save, styled, thousands
+
+TILE_INCHES = 0.62
+SMOOTHING_WINDOWS = 40  # a loss curve is smoothed over this fraction of its length
+
+LOSSES = {
+    "velocity_loss": "Velocity loss (mean squared error)",
+    "feature_loss": "Feature loss (−cosine)",
+    "attention_loss": "Attention loss (cross-entropy, nats)",
+}
+
+
+def draw_grid(
+    path: Path,
+    images: np.ndarray,
+    labels: Sequence[int],
+    *,
+    title: str,
+    columns: int = 10,
+    predictions: Sequence[int] | None = None,
+    theme: Theme = LIGHT,
+) -> None:
+    """A grid of pictures (N, H, W, 3) uint8, each under its label, small ones enlarged without smoothing.
+
+    With `predictions`, a picture in which the judge reads another label has its label in red with that answer.
+    """
+    rows = math.ceil(len(images) / columns)
+    with styled(theme):
+        size = (columns * TILE_INCHES, rows * TILE_INCHES * 1.3)
+        gaps = {"wspace": 0.12, "hspace": 0.42}
+        figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, gridspec_kw=gaps)
+        for axes in grid.flat:
+            axes.axis("off")
+        for index, (axes, image, label) in enumerate(zip(grid.flat, images, labels, strict=False)):
+            axes.imshow(image, interpolation="nearest")
+            text, colour = str(label), theme.muted
+            if predictions is not None and predictions[index] != label:
+                text, colour = f"{label} → {predictions[index]}", theme.error
+            axes.set_title(text, fontsize=8, color=colour, fontweight="normal", loc="center", pad=2)
+        heading(figure, title, gap=0.28)
+        save(figure, path)
+
+
+def draw_comparison(
+    path: Path,
+    plain: np.ndarray,
+    cached: np.ndarray,
+    labels: Sequence[int],
+    *,
+    title: str,
+    names: tuple[str, str],
+    theme: Theme = LIGHT,
+) -> None:
+    """Three rows: pictures, the same seeds drawn another way, and the absolute difference on its own grey scale.
+
+    plain, cached: (N, H, W, 3) uint8.
+    """
+    difference = np.abs(plain.astype(np.int16) - cached.astype(np.int16)).astype(np.uint8)
+    peak = max(int(difference.max()), 1)
+    stretched = (difference.astype(np.float32) * (255.0 / peak)).astype(np.uint8)
+    rows = ((names[0], plain), (names[1], cached), (f"|difference|\nwhite = {peak}/255", stretched))
+    count = len(labels)
+    with styled(theme):
+        size = (count * TILE_INCHES + 1.3, 3 * TILE_INCHES * 1.12)
+        gaps = {"wspace": 0.08, "hspace": 0.12}
+        figure, grid = plt.subplots(3, count, squeeze=False, figsize=size, gridspec_kw=gaps)
+        for row, (name, images) in enumerate(rows):
+            for column in range(count):
+                axes = grid[row, column]
+                axes.imshow(images[column], interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+                if row == 0:
+                    axes.set_title(str(labels[column]), fontsize=8, color=theme.muted, fontweight="normal",
+                                   loc="center", pad=2)  # fmt: skip
+            grid[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
+        heading(figure, title, gap=0.28)
+        save(figure, path)
+
+
+def draw_losses(
+    path: Path, log: Sequence[Mapping], *, title: str, stop: int | None = None, theme: Theme = LIGHT
+) -> None:
+    """The losses of one run from the records of its log.jsonl: faint as logged, bold smoothed.
+
+    Losses that the run did not have are left out. `stop` marks the step at which alignment ended.
+    """
+    present = [name for name in LOSSES if any(record.get(name) is not None for record in log)]
+    with styled(theme):
+        figure, panels = plt.subplots(1, len(present), squeeze=False, figsize=(1.2 + 3.7 * len(present), 3.0))
+        for axes, name, colour in zip(panels.flat, present, theme.series, strict=False):
+            points = [(record["step"], record[name]) for record in log if record.get(name) is not None]
+            steps, values = np.array(points, dtype=np.float64).T
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1.0)
+            axes.plot(steps, smooth(values), color=colour)
+            axes.set(title=LOSSES[name], xlabel="Training step", xlim=(0, max(record["step"] for record in log)))
+            axes.set_ylim(*robust_limits(values))
+            thousands(axes)
+            if stop is not None:
+                mark_step(axes, stop, "alignment ends", theme)
+        heading(figure, title)
+        figure.subplots_adjust(wspace=0.28)
+        save(figure, path)
+
+
+Scores = Mapping[str, Mapping[int, Sequence[Mapping]]]
+"""Method → seed → records with step, distance and accuracy, in the order of the steps."""
+
+
+def draw_scores(
+    path: Path,
+    scores: Scores,
+    *,
+    title: str,
+    stop: int | None = None,
+    reference: Mapping | None = None,
+    theme: Theme = LIGHT,
+) -> None:
+    """Fréchet distance (log scale) and label accuracy over training steps: one line per method, its mean over seeds.
+
+    With several seeds the band spans the lowest to the highest seed. `reference` may hold the distance and accuracy
+    of real pictures, drawn as a dotted line.
+    """
+    with styled(theme):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 3.7))
+        for colour, (method, seeds) in zip(theme.series, scores.items(), strict=False):
+            draw_series(left, method, seeds, "distance", 1.0, colour)
+            draw_series(right, method, seeds, "accuracy", 100.0, colour)
+        left.set(title="Fréchet distance to real digits (lower is better)", xlabel="Training step", yscale="log")
+        right.set(title="Samples that show the requested digit (%)", xlabel="Training step")
+        left.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        left.yaxis.set_major_formatter(plt.matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        left.yaxis.set_minor_locator(plt.matplotlib.ticker.NullLocator())
+        for axes, height in ((left, 0.94), (right, 0.03)):  # where the curves are not
+            thousands(axes)
+            axes.set_xlim(left=0)
+            if stop is not None:
+                mark_step(axes, stop, "alignment ends", theme, height)
+        if reference is not None:
+            left.axhline(reference["distance"], color=theme.muted, linestyle=":", linewidth=1.2, label="real digits")
+            right.axhline(100.0 * reference["accuracy"], color=theme.muted, linestyle=":", linewidth=1.2)
+        handles, names = left.get_legend_handles_labels()
+        if len(handles) > 1:
+            figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(names))
+        heading(figure, title)
+        figure.subplots_adjust(wspace=0.2)
+        save(figure, path)
+
+
+def draw_series(
+    axes: Axes, method: str, seeds: Mapping[int, Sequence[Mapping]], key: str, scale: float, colour: str
+) -> None:
+    """One method on one panel: the mean over its seeds and, with several, the band from lowest to highest."""
+    steps = [record["step"] for record in next(iter(seeds.values()))]
+    values = scale * np.array([[record[key] for record in records] for records in seeds.values()])
+    axes.plot(steps, values.mean(axis=0), color=colour, marker="o", markersize=4.5, label=method)
+    if len(values) > 1:
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over a fortieth of the curve, shorter at its ends, same length (N,)."""
+    half = max(len(values) // SMOOTHING_WINDOWS, 1)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def robust_limits(values: np.ndarray) -> tuple[float, float]:
+    """Limits of a y axis that a few extreme early values do not flatten."""
+    low, high = float(values.min()), float(np.quantile(values, 0.99))
+    margin = 0.06 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def mark_step(axes: Axes, step: int, text: str, theme: Theme, height: float = 0.94) -> None:
+    """A dashed vertical line at a training step, named at this share of the panel's height."""
+    axes.axvline(step, color=theme.muted, linestyle="--", linewidth=1.0)
+    axes.annotate(text, (step, height), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
+                  fontsize=8, color=theme.muted)  # fmt: skip
+
+
+def heading(figure: plt.Figure, title: str, gap: float = 0.42) -> None:
+    """The figure's title, left-aligned, `gap` inches above the panels."""
+    top = max(axes.get_position().y1 for axes in figure.axes)
+    offset = gap / figure.get_figheight()
+    left = min(axes.get_position().x0 for axes in figure.axes)
+    figure.text(left, top + offset, title, fontsize=12, fontweight="bold", va="bottom", ha="left")

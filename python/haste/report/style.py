@@ -1,0 +1,52 @@
+"""The style sheet of the reports. Colours follow the reader's light or dark setting; nothing comes from elsewhere."""
+
+STYLE_SHEET = """
+:root {
+  color-scheme: light dark;
+  --page: #f4f5f7; --card: #ffffff; --text: #1b1f24; --muted: #5f6873;
+  --line: #e1e4e8; --accent: #2563eb; --code: #f0f2f5;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #0d1014; --card: #15191f; --text: #e8eaed; --muted: #9aa3ae;
+    --line: #2b313a; --accent: #7aa7ff; --code: #1d232b;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--text);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main { max-width: 1080px; margin: 0 auto; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.02em; }
+h2 { font-size: 1.2rem; margin: 0 0 .75rem; letter-spacing: -.01em; }
+p { margin: 0 0 1rem; max-width: 75ch; }
+.lead { color: var(--muted); font-size: 1.05rem; }
+section {
+  background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.5rem; margin-top: 1.25rem;
+}
+.facts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: .75rem; margin-top: 1.5rem;
+}
+.fact { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.25rem; }
+.fact b {
+  display: block; font-size: 1.6rem; line-height: 1.25; letter-spacing: -.02em; font-variant-numeric: tabular-nums;
+}
+.fact span { color: var(--muted); font-size: .875rem; }
+figure { margin: 0 0 1rem; }
+figure:last-child, p:last-child, pre:last-child { margin-bottom: 0; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption { color: var(--muted); font-size: .875rem; margin-top: .5rem; max-width: 85ch; }
+.scroll { overflow-x: auto; margin-bottom: 1rem; }
+.scroll:last-child { margin-bottom: 0; }
+table { border-collapse: collapse; width: 100%; font-size: .925rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--muted); font-weight: 600; }
+tr:last-child td { border-bottom: 0; }
+td.number, th.number { text-align: right; padding-right: 1.5rem; }
+pre {
+  background: var(--code); border-radius: 8px; padding: 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.5;
+}
+code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+footer { color: var(--muted); font-size: .85rem; margin-top: 1.5rem; }
+"""
