@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor student_q, Tensor student_k, T
   return {loss, student_lse, teacher_lse};
 }
 
-// A gradient of the student's shape, laid out as the student is; the heads and tokens that take no part get zeros.
+// A gradient of the student's shape, laid out as the student is (its last stride is 1); the heads and tokens that take no part get zeros.
 Tensor empty_gradient(const Tensor& student, const AttnAlignProblem& p) {
   Tensor gradient = torch::stable::empty_like(student);
   if (p.heads != student.size(1) || p.tokens != student.size(2)) torch::stable::zero_(gradient);
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor student_q, Tensor s
   teacher_lse = torch::stable::contiguous(teacher_lse);
 
   const auto not_wanted = [&] { return torch::stable::new_empty(student_q, {0}); };
-  Tensor grad_q = need_q ? empty_gradient(student_q, p) : not_wanted();
-  Tensor grad_k = need_k ? empty_gradient(student_k, p) : not_wanted();
+  Tensor grad_q = need_q ? empty_gradient(in.student_q, p) : not_wanted();
+  Tensor grad_k = need_k ? empty_gradient(in.student_k, p) : not_wanted();
   const AttnAlignBackward b{
       {grad_loss.const_data_ptr(), grad_loss.stride(0), grad_loss.stride(1), grad_loss.stride(2)},
       student_lse.const_data_ptr(),

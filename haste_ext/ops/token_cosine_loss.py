@@ -25,14 +25,13 @@ def token_cosine_loss(student: Tensor, teacher: Tensor, reduction: str = "mean")
 
     Source: REPA, arXiv 2410.06940, eq. 8 with cosine similarity; half-precision cosines made long runs NaN.
     """
-    return torch.ops.haste.token_cosine_loss(student, teacher, reduction)
-
-
-@torch.library.impl("haste::token_cosine_loss", "CompositeImplicitAutograd")
-def _token_cosine_loss(student, teacher, reduction="mean"):
     _check(student, teacher)
     check_reduction(reduction)
     return reduce(torch.ops.haste.token_cosine_loss_forward(student, teacher), reduction)
+
+
+# torch.ops.haste.token_cosine_loss is this very function: rows by a kernel, the reduction and its gradient by torch.
+torch.library.impl("haste::token_cosine_loss", "CompositeImplicitAutograd")(token_cosine_loss)
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
