@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, dtype, nn
+from torch import Tensor, nn
 
 from haste.errors import UserError
 from haste.models.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
@@ -227,9 +228,14 @@ class SiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     @property
-    def dtype(self) -> dtype:
+    def dtype(self) -> torch.dtype:
         """The type of the parameters, and of the images that the model wants outside autocast."""
         return self.x_embedder.proj.weight.dtype
+
+    @property
+    def null_label(self) -> int | None:
+        """The class that stands for none, for guidance; None if the model was built without one."""
+        return self.num_classes if self.y_embedder.dropout > 0 else None
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, S, S), t (B,) in [0, 1], y (B,) classes to tokens (B, N, width) and conditioning (B, width)."""
