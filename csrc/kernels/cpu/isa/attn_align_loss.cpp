@@ -1,0 +1,187 @@
+// attn_align_loss on one (batch, head) or a part of it: blocks of queries walk over tiles of keys, so that no more
+// than a tile of either attention map exists at any time. Operands are converted once per block into scratch.
+#include "attn_rows.h"
+#include "attn_tiles.h"
+#include "kernels.h"
+#include "scratch.h"
+
+namespace haste::cpu::HASTE_ISA {
+namespace {
+
+HASTE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Row strides in scratch. A key row is read in groups of kRows scalars, a query row in vectors.
+HASTE_INLINE int64_t key_stride(int64_t dim) { return round_up(dim, kRows); }
+template <class T>
+HASTE_INLINE int64_t query_stride(int64_t dim) {
+  return round_up(dim, kLanes<T>);
+}
+HASTE_INLINE int64_t padded_keys(int64_t keys) { return round_up(keys, kKeys); }
+
+// The arrays of one block.
+template <class T>
+struct Workspace {
+  T *student_k, *teacher_k;                // [key][d]
+  T *student_q, *teacher_q;                // [query][d] of the current block of queries
+  T *student_q_lanes, *teacher_q_lanes;    // the same as [d][query]
+  T *student_logits, *teacher_logits;      // [key][query], one tile
+  T *query_gradient, *key_gradient;        // [d][query], [key][d]
+  OnlineSoftmax<T, kQueries<T>>* softmax;
+  RowState<T, kQueries<T>>* rows;
+
+  Workspace(const AttnAlignProblem& problem, int64_t keys, Scratch& scratch) {
+    const int64_t student_dim = problem.student_q.dim, teacher_dim = problem.teacher_q.dim;
+    const int64_t lanes = kQueries<T>;
+    student_k = scratch.take<T>(padded_keys(keys) * key_stride(student_dim));
+    teacher_k = scratch.take<T>(padded_keys(keys) * key_stride(teacher_dim));
+    student_q = scratch.take<T>(lanes * query_stride<T>(student_dim));
+    teacher_q = scratch.take<T>(lanes * query_stride<T>(teacher_dim));
+    student_q_lanes = scratch.take<T>(lanes * query_stride<T>(student_dim));
+    teacher_q_lanes = scratch.take<T>(lanes * query_stride<T>(teacher_dim));
+    student_logits = scratch.take<T>(kKeys * lanes);
+    teacher_logits = scratch.take<T>(kKeys * lanes);
+    query_gradient = scratch.take<T>(round_up(key_stride(student_dim), kLanes<T>) * lanes);
+    key_gradient = scratch.take<T>(padded_keys(keys) * query_stride<T>(student_dim));
+    softmax = scratch.take<OnlineSoftmax<T, kQueries<T>>>(1);
+    rows = scratch.take<RowState<T, kQueries<T>>>(1);
+  }
+};
+
+template <class T>
+void pack_keys(const AttnAlignProblem& problem, const AttnBlock& block, Workspace<T>& work) {
+  const int64_t keys = block.key_end - block.key_begin;
+  pack_tokens(problem.student_k, block, block.key_begin, keys, padded_keys(keys), work.student_k,
+              key_stride(problem.student_k.dim));
+  pack_tokens(problem.teacher_k, block, block.key_begin, keys, padded_keys(keys), work.teacher_k,
+              key_stride(problem.teacher_k.dim));
+}
+
+template <class T>
+void pack_queries(const AttnOperand& q, const AttnBlock& block, int64_t first, int64_t count, T* rows, T* lanes) {
+  const int64_t stride = query_stride<T>(q.dim);
+  pack_tokens(q, block, first, count, kQueries<T>, rows, stride);
+  transpose(rows, stride, kQueries<T>, stride, lanes, kQueries<T>);
+}
+
+template <class T>
+void pack_queries(const AttnAlignProblem& problem, const AttnBlock& block, int64_t first, int64_t count,
+                  Workspace<T>& work) {
+  pack_queries(problem.student_q, block, first, count, work.student_q, work.student_q_lanes);
+  pack_queries(problem.teacher_q, block, first, count, work.teacher_q, work.teacher_q_lanes);
+}
+
+// Both tiles of logits for the packed queries and `count` packed keys from `first` on.
+template <class T>
+HASTE_INLINE void logits(const AttnAlignProblem& problem, int64_t first, int64_t count, Workspace<T>& work) {
+  const int64_t student_dim = problem.student_q.dim, teacher_dim = problem.teacher_q.dim;
+  logits(work.student_k + first * key_stride(student_dim), key_stride(student_dim), count, work.student_q_lanes,
+         student_dim, T(problem.student_scale), work.student_logits);
+  logits(work.teacher_k + first * key_stride(teacher_dim), key_stride(teacher_dim), count, work.teacher_q_lanes,
+         teacher_dim, T(problem.teacher_scale), work.teacher_logits);
+}
+
+template <class T>
+void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
+  Scratch scratch(memory);
+  const int64_t keys = block.key_end - block.key_begin;
+  Workspace<T> work(problem, keys, scratch);
+  pack_keys(problem, block, work);
+
+  for (int64_t query = block.query_begin; query < block.query_end; query += kQueries<T>) {
+    const int64_t queries = least(kQueries<T>, block.query_end - query);
+    pack_queries(problem, block, query, queries, work);
+    work.softmax->reset();
+    for (int64_t key = 0; key < keys; key += kKeys) {
+      const int64_t count = least(kKeys, keys - key);
+      logits(problem, key, count, work);
+      work.softmax->update(work.student_logits, work.teacher_logits, count);
+    }
+    const int64_t row = first_row(problem, block) + query;
+    work.softmax->finish(static_cast<T*>(rows.loss) + row, static_cast<T*>(rows.student_lse) + row,
+                         static_cast<T*>(rows.teacher_lse) + row, queries);
+  }
+}
+
+// The student's logits become the gradient of the logits.
+template <class T>
+void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, Workspace<T>& work) {
+  for (int i = 0; i < kQueries<T>; i += kLanes<T>) {
+    for (int64_t key = 0; key < keys; ++key) {
+      T* s = work.student_logits + key * kQueries<T> + i;
+      store(s, rows.gradient(load(s), load(work.teacher_logits + key * kQueries<T> + i), i));
+    }
+  }
+}
+
+template <class T>
+void clear(T* array, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) array[i] = 0;
+}
+
+template <class T>
+void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient, const AttnBlock& block,
+              void* memory) {
+  Scratch scratch(memory);
+  const int64_t keys = block.key_end - block.key_begin, dim = problem.student_q.dim;
+  const int64_t k_stride = key_stride(dim), q_stride = query_stride<T>(dim);
+  const bool query_wanted = gradient.student_q.data, key_wanted = gradient.student_k.data;
+  Workspace<T> work(problem, keys, scratch);
+  pack_keys(problem, block, work);
+  clear(work.key_gradient, padded_keys(keys) * q_stride);
+
+  for (int64_t query = block.query_begin; query < block.query_end; query += kQueries<T>) {
+    const int64_t queries = least(kQueries<T>, block.query_end - query);
+    pack_queries(problem, block, query, queries, work);
+    work.rows->load_rows(problem, gradient, block, query, queries);
+    clear(work.query_gradient, round_up(k_stride, kLanes<T>) * kQueries<T>);
+    for (int64_t key = 0; key < keys; key += kKeys) {
+      const int64_t count = least(kKeys, keys - key);
+      logits(problem, key, count, work);
+      logit_gradient(*work.rows, count, work);
+      if (query_wanted) {
+        add_query_gradient(work.student_k + key * k_stride, k_stride, count, work.student_logits, dim,
+                           work.query_gradient);
+      }
+      if (key_wanted) {
+        add_key_gradient(work.student_logits, count, work.student_q, q_stride, queries,
+                         work.key_gradient + key * q_stride);
+      }
+    }
+    if (query_wanted) {
+      transpose(work.query_gradient, kQueries<T>, q_stride, kQueries<T>, work.student_q, q_stride);
+      unpack_tokens(work.student_q, q_stride, T(problem.student_scale), dim, gradient.student_q,
+                    problem.student_q.type, block, query, queries);
+    }
+  }
+  if (key_wanted) {
+    unpack_tokens(work.key_gradient, q_stride, T(problem.student_scale), dim, gradient.student_k,
+                  problem.student_k.type, block, block.key_begin, keys);
+  }
+}
+
+HASTE_INLINE bool in_double(const AttnAlignProblem& problem) { return problem.student_q.type == ScalarType::Float64; }
+
+}  // namespace
+
+size_t attn_align_loss_scratch(const AttnAlignProblem& problem, int64_t keys) {
+  Scratch scratch(nullptr);
+  if (in_double(problem)) {
+    Workspace<double>(problem, keys, scratch);
+  } else {
+    Workspace<float>(problem, keys, scratch);
+  }
+  return scratch.used();
+}
+
+void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block,
+                             void* scratch) {
+  in_double(problem) ? forward<double>(problem, rows, block, scratch) : forward<float>(problem, rows, block, scratch);
+}
+
+void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient,
+                              const AttnBlock& block, void* scratch) {
+  in_double(problem) ? backward<double>(problem, gradient, block, scratch)
+                     : backward<float>(problem, gradient, block, scratch);
+}
+
+}  // namespace haste::cpu::HASTE_ISA

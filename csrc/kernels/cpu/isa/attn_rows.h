@@ -1,0 +1,150 @@
+// attn_align_loss between the matrix products: operands into scratch, the online softmax, gradients out of scratch.
+// A tile of logits is [key][query], Queries wide, with the queries along the lanes.
+#pragma once
+
+#include "convert.h"
+#include "kernels.h"
+#include "math.h"
+
+namespace haste::cpu::HASTE_ISA {
+namespace {
+
+// The smallest finite maximum to start from: −∞ would give 0 · ∞ on the first rescaling.
+template <class T>
+constexpr T kLargestLogit = sizeof(T) == sizeof(float) ? T(1e38) : T(1e300);
+
+// scale · sum, held to ± kLargestLogit: products of finite bf16 operands can overflow float, and ∞ − ∞ would make NaN
+// of them. NaN stays NaN.
+template <class T>
+HASTE_INLINE Vector<T> to_logit(Vector<T> sum, T scale) {
+  return max<T>(broadcast(-kLargestLogit<T>), min<T>(broadcast(kLargestLogit<T>), sum * scale));
+}
+
+template <class T, class Element>
+HASTE_INLINE void pack_row(const Element* from, int64_t dim, T* to, int64_t stride) {
+  int64_t d = 0;
+  for (; d + kLanes<T> <= dim; d += kLanes<T>) store(to + d, load_as<T>(from + d));
+  if (d < dim) {
+    T tail[kLanes<T>];
+    store(tail, load_first<T>(from + d, dim - d));
+    for (int i = 0; d < dim; ++d, ++i) to[d] = tail[i];
+  }
+  for (; d < stride; ++d) to[d] = 0;
+}
+
+// `count` tokens from `first` on as rows of `stride` numbers of type T; zeros beyond dim, and in the rows from count
+// to `padded`.
+template <class T>
+void pack_tokens(const AttnOperand& x, const AttnBlock& block, int64_t first, int64_t count, int64_t padded, T* to,
+                 int64_t stride) {
+  with_elements(x.data, x.type, [&](auto* data) {
+    data += block.batch * x.stride_batch + block.head * x.stride_head + first * x.stride_token;
+    for (int64_t i = 0; i < count; ++i) pack_row(data + i * x.stride_token, x.dim, to + i * stride, stride);
+  });
+  for (int64_t i = count * stride; i < padded * stride; ++i) to[i] = 0;
+}
+
+// `count` rows of sums, times scale, to where the gradient of the tokens from `first` on goes.
+template <class T>
+void unpack_tokens(const T* from, int64_t stride, T scale, int64_t dim, const AttnGradient& x, ScalarType type,
+                   const AttnBlock& block, int64_t first, int64_t count) {
+  with_elements(x.data, type, [&](auto* data) {
+    data += block.batch * x.stride_batch + block.head * x.stride_head + first * x.stride_token;
+    for (int64_t i = 0; i < count; ++i) {
+      auto* row = data + i * x.stride_token;
+      int64_t d = 0;
+      for (; d + kLanes<T> <= dim; d += kLanes<T>) narrow(row + d, load(from + i * stride + d) * scale);
+      if (d < dim) store_first<T>(row + d, load(from + i * stride + d) * scale, dim - d);
+    }
+  });
+}
+
+// First row of a (batch, heads, tokens) result.
+HASTE_INLINE int64_t first_row(const AttnAlignProblem& problem, const AttnBlock& block) {
+  return (block.batch * problem.heads + block.head) * problem.tokens;
+}
+
+// Per query, over the keys seen so far: the maxima, Σ e^{s−max_s}, Σ e^{t−max_t} and x = Σ e^{t−max_t} (s − max_s).
+// Measuring s from its maximum keeps the digits that lse(s) − Σ softmax(t) s would cancel.
+template <class T, int Queries>
+struct OnlineSoftmax {
+  alignas(64) T student_max[Queries], student_sum[Queries];
+  alignas(64) T teacher_max[Queries], teacher_sum[Queries];
+  alignas(64) T cross[Queries];
+
+  void reset() {
+    for (int i = 0; i < Queries; ++i) {
+      student_max[i] = teacher_max[i] = -kLargestLogit<T>;
+      student_sum[i] = teacher_sum[i] = cross[i] = 0;
+    }
+  }
+
+  // One tile of logits, `keys` rows.
+  void update(const T* s, const T* t, int64_t keys) {
+    for (int i = 0; i < Queries; i += kLanes<T>) update_lanes(s + i, t + i, keys, i);
+  }
+
+  // Rows [0, count) to where the caller keeps them.
+  void finish(T* loss, T* student_lse, T* teacher_lse, int64_t count) const {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const Vector<T> log_sum = log<T>(load(student_sum + i));
+      const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
+      store_first<T>(loss + i, log_sum - load(cross + i) / load(teacher_sum + i), lanes);
+      store_first<T>(student_lse + i, load(student_max + i) + log_sum, lanes);
+      store_first<T>(teacher_lse + i, load(teacher_max + i) + log<T>(load(teacher_sum + i)), lanes);
+    }
+  }
+
+ private:
+  HASTE_INLINE void update_lanes(const T* s, const T* t, int64_t keys, int i) {
+    const Vector<T> old_s = load(student_max + i), old_t = load(teacher_max + i);
+    Vector<T> max_s = old_s, max_t = old_t;
+    for (int64_t key = 0; key < keys; ++key) {
+      max_s = max<T>(load(s + key * Queries), max_s);
+      max_t = max<T>(load(t + key * Queries), max_t);
+    }
+    Vector<T> sum_s{}, sum_t{}, x{};
+    for (int64_t key = 0; key < keys; ++key) {
+      const Vector<T> from_max = load(s + key * Queries) - max_s;
+      const Vector<T> weight = exp<T>(load(t + key * Queries) - max_t);
+      sum_s += exp<T>(from_max);
+      sum_t += weight;
+      x += weight * from_max;
+    }
+    const Vector<T> shrink_s = exp<T>(old_s - max_s), shrink_t = exp<T>(old_t - max_t);
+    const Vector<T> old_sum_t = load(teacher_sum + i);
+    store(cross + i, (load(cross + i) + old_sum_t * (old_s - max_s)) * shrink_t + x);
+    store(student_sum + i, load(student_sum + i) * shrink_s + sum_s);
+    store(teacher_sum + i, old_sum_t * shrink_t + sum_t);
+    store(student_max + i, max_s);
+    store(teacher_max + i, max_t);
+  }
+};
+
+// What backward knows of a block of queries; 0 in the lanes past the last query.
+template <class T, int Queries>
+struct RowState {
+  alignas(64) T student_lse[Queries], teacher_lse[Queries], upstream[Queries];
+
+  void load_rows(const AttnAlignProblem& problem, const AttnAlignBackward& backward, const AttnBlock& block,
+                 int64_t first, int64_t count) {
+    const int64_t row = first_row(problem, block) + first;
+    const RowGradient& g = backward.upstream;
+    const T* gradient = static_cast<const T*>(g.data) + block.batch * g.stride_batch + block.head * g.stride_head +
+                        first * g.stride_token;
+    for (int64_t i = 0; i < Queries; ++i) {
+      const bool inside = i < count;
+      student_lse[i] = inside ? static_cast<const T*>(backward.student_lse)[row + i] : 0;
+      teacher_lse[i] = inside ? static_cast<const T*>(backward.teacher_lse)[row + i] : 0;
+      upstream[i] = inside ? gradient[i * g.stride_token] : 0;
+    }
+  }
+
+  // upstream · (e^{s − lse_s} − e^{t − lse_t}), the gradient of the logits.
+  HASTE_INLINE Vector<T> gradient(Vector<T> s, Vector<T> t, int i) const {
+    return load(upstream + i) * (exp<T>(s - load(student_lse + i)) - exp<T>(t - load(teacher_lse + i)));
+  }
+};
+
+}  // namespace
+}  // namespace haste::cpu::HASTE_ISA

@@ -1,0 +1,144 @@
+// The matrix products of attn_align_loss. All three are sums of outer products held in registers: a scalar of one
+// operand times a vector of the other.
+//   logits   Sᵀ[key][query]  = Σ_d k[key][d] · qᵀ[d][query]
+//   dq       dqᵀ[d][query]  += Σ_key k[key][d] · Gᵀ[key][query]
+//   dk       dk[key][d]     += Σ_query Gᵀ[key][query] · q[query][d]
+// Queries lie along the lanes of a vector, so that softmax over keys needs no sum across lanes, and a tail of keys
+// needs no mask: it is simply fewer rows.
+#pragma once
+
+#include "attn_rows.h"
+
+namespace haste::cpu::HASTE_ISA {
+namespace {
+
+// Rows × Vectors accumulators, a row of operands and one scalar fit into the vector registers.
+constexpr int kRows = 6;
+constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
+constexpr int kKeyGradientRows = 4;
+constexpr int kKeyGradientVectors = kVectorRegisters == 32 ? 6 : 3;
+
+// A block of queries, 256 bytes of lanes, meets this many keys at a time; their logits stay in the first-level cache.
+template <class T>
+constexpr int kQueries = 256 / int(sizeof(T));
+constexpr int kKeys = 48;
+static_assert(kKeys % kRows == 0 && kKeys % kKeyGradientRows == 0, "tiles of whole rows");
+
+template <class T, int Rows, int Vectors>
+struct Accumulators {
+  Vector<T> sum[Rows][Vectors];
+
+  HASTE_INLINE void zero() {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = Vector<T>{};
+    }
+  }
+
+  HASTE_INLINE void store(T* to, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) HASTE_ISA::store(to + r * stride + v * kLanes<T>, sum[r][v]);
+    }
+  }
+
+  // A block's sum is added as a whole: rounding errors then grow with the blocks, not with the tokens.
+  HASTE_INLINE void add_to(T* to, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        T* at = to + r * stride + v * kLanes<T>;
+        HASTE_ISA::store(at, HASTE_ISA::load(at) + sum[r][v]);
+      }
+    }
+  }
+
+  // sum[r] += Σ_i a[r · a_row + i · a_step] · (b + i · b_step)[...]
+  HASTE_INLINE void add_products(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
+                                 int64_t depth) {
+    for (int64_t i = 0; i < depth; ++i) {
+      Vector<T> row[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) row[v] = HASTE_ISA::load(b + i * b_step + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Vector<T> scalar = broadcast(a[r * a_row + i * a_step]);
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[r][v] += scalar * row[v];
+      }
+    }
+  }
+};
+
+// out[key][query], `keys` rows rounded up to kRows, of kQueries.
+template <class T>
+void logits(const T* k, int64_t k_stride, int64_t keys, const T* q_transposed, int64_t dim, T scale, T* out) {
+  constexpr int panel = kPanelVectors * kLanes<T>;
+  for (int64_t query = 0; query < kQueries<T>; query += panel) {
+    for (int64_t key = 0; key < keys; key += kRows) {
+      Accumulators<T, kRows, kPanelVectors> tile;
+      tile.zero();
+      tile.add_products(k + key * k_stride, k_stride, 1, q_transposed + query, kQueries<T>, dim);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanelVectors; ++v) tile.sum[r][v] = to_logit(tile.sum[r][v], scale);
+      }
+      tile.store(out + key * kQueries<T> + query, kQueries<T>);
+    }
+  }
+}
+
+// `dim` is rounded up to kRows; k and the result have room for that.
+template <class T>
+void add_query_gradient(const T* k, int64_t k_stride, int64_t keys, const T* g, int64_t dim, T* dq_transposed) {
+  constexpr int panel = kPanelVectors * kLanes<T>;
+  for (int64_t query = 0; query < kQueries<T>; query += panel) {
+    for (int64_t d = 0; d < dim; d += kRows) {
+      T* out = dq_transposed + d * kQueries<T> + query;
+      Accumulators<T, kRows, kPanelVectors> tile;
+      tile.zero();
+      tile.add_products(k + d, 1, k_stride, g + query, kQueries<T>, keys);
+      tile.add_to(out, kQueries<T>);
+    }
+  }
+}
+
+template <class T, int Vectors>
+void add_key_gradient_panel(const T* g, int64_t keys, const T* q, int64_t q_stride, int64_t queries, T* dk) {
+  for (int64_t key = 0; key < keys; key += kKeyGradientRows) {
+    T* out = dk + key * q_stride;
+    Accumulators<T, kKeyGradientRows, Vectors> tile;
+    tile.zero();
+    tile.add_products(g + key * kQueries<T>, kQueries<T>, 1, q, q_stride, queries);
+    tile.add_to(out, q_stride);
+  }
+}
+
+// q and dk have rows of q_stride numbers, whole vectors; dk has room for `keys` rounded up to kKeyGradientRows.
+template <class T>
+void add_key_gradient(const T* g, int64_t keys, const T* q, int64_t q_stride, int64_t queries, T* dk) {
+  const int64_t vectors = q_stride / kLanes<T>;
+  const int64_t panels = (vectors + kKeyGradientVectors - 1) / kKeyGradientVectors;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first;
+    const T* q_panel = q + first * kLanes<T>;
+    T* dk_panel = dk + first * kLanes<T>;
+    switch (count) {
+      case 1: add_key_gradient_panel<T, 1>(g, keys, q_panel, q_stride, queries, dk_panel); break;
+      case 2: add_key_gradient_panel<T, 2>(g, keys, q_panel, q_stride, queries, dk_panel); break;
+      case 3: add_key_gradient_panel<T, 3>(g, keys, q_panel, q_stride, queries, dk_panel); break;
+#if defined(__AVX512F__) || defined(__aarch64__)
+      case 4: add_key_gradient_panel<T, 4>(g, keys, q_panel, q_stride, queries, dk_panel); break;
+      case 5: add_key_gradient_panel<T, 5>(g, keys, q_panel, q_stride, queries, dk_panel); break;
+      case 6: add_key_gradient_panel<T, 6>(g, keys, q_panel, q_stride, queries, dk_panel); break;
+#endif
+    }
+  }
+}
+
+}  // namespace
+}  // namespace haste::cpu::HASTE_ISA

@@ -1,0 +1,114 @@
+// token_cosine_loss, a row at a time: one sweep for the three sums, in backward a second one that finds the row in
+// the first-level cache. Memory sets the speed.
+#include "convert.h"
+#include "kernels.h"
+
+namespace haste::cpu::HASTE_ISA {
+namespace {
+
+constexpr double kSmallestNorm = 1e-12;  // as F.normalize
+
+// The three sums of a row in double: there is time for it while memory delivers, squares of large fp32 and bf16
+// numbers do not overflow, and a near-zero cosine keeps its digits.
+struct RowSums {
+  Vector<double> student_square{}, teacher_square{}, dot{};
+
+  HASTE_INLINE void add(Vector<double> s, Vector<double> t) {
+    student_square += s * s;
+    teacher_square += t * t;
+    dot += s * t;
+  }
+  HASTE_INLINE void add(Vector<float> s, Vector<float> t) {
+    add(lower_half(s), lower_half(t));
+    add(upper_half(s), upper_half(t));
+  }
+};
+
+template <class T, class Student, class Teacher>
+RowSums row_sums(const Student* s, const Teacher* t, int64_t dim) {
+  RowSums sums;
+  int64_t d = 0;
+  for (; d + kLanes<T> <= dim; d += kLanes<T>) sums.add(load_as<T>(s + d), load_as<T>(t + d));
+  if (d < dim) sums.add(load_first<T>(s + d, dim - d), load_first<T>(t + d, dim - d));
+  return sums;
+}
+
+struct RowNorms {
+  double student_inverse, teacher_inverse, cosine;
+  bool student_clamped;
+};
+
+template <class T, class Student, class Teacher>
+RowNorms row_norms(const Student* s, const Teacher* t, int64_t dim) {
+  const RowSums sums = row_sums<T>(s, t, dim);
+  const double student_norm = __builtin_sqrt(sum<double>(sums.student_square));
+  const double teacher_norm = __builtin_sqrt(sum<double>(sums.teacher_square));
+  const bool student_clamped = student_norm < kSmallestNorm;
+  const double student_inverse = 1 / (student_clamped ? kSmallestNorm : student_norm);
+  const double teacher_inverse = 1 / (teacher_norm < kSmallestNorm ? kSmallestNorm : teacher_norm);
+  return {student_inverse, teacher_inverse, sum<double>(sums.dot) * student_inverse * teacher_inverse, student_clamped};
+}
+
+// a · t + b · s, of the student's type, from element `first` of the gradient on.
+template <class T, class Student, class Teacher>
+void write_gradient(const Student* s, const Teacher* t, T a, T b, int64_t dim, int64_t first, void* gradient) {
+  constexpr int L = kLanes<T>;
+  Student* out = static_cast<Student*>(gradient) + first;
+  int64_t d = 0;
+  for (; d + L <= dim; d += L) narrow(out + d, a * load_as<T>(t + d) + b * load_as<T>(s + d));
+  if (d < dim) {
+    store_first<T>(out + d, a * load_first<T>(t + d, dim - d) + b * load_first<T>(s + d, dim - d), dim - d);
+  }
+}
+
+// Calls use(student row, teacher row, outer, inner, row) for the rows [begin, end).
+template <class Use>
+HASTE_INLINE void for_rows(const TokenCosineProblem& problem, int64_t begin, int64_t end, const Use& use) {
+  const TokenOperand &student = problem.student, &teacher = problem.teacher;
+  with_elements(student.data, student.type, [&](auto* s) {
+    with_elements(teacher.data, teacher.type, [&](auto* t) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t outer = row / problem.inner, inner = row % problem.inner;
+        use(s + outer * student.stride_outer + inner * student.stride_inner,
+            t + outer * teacher.stride_outer + inner * teacher.stride_inner, outer, inner, row);
+      }
+    });
+  });
+}
+
+template <class T>
+void forward(const TokenCosineProblem& problem, T* loss, int64_t begin, int64_t end) {
+  for_rows(problem, begin, end, [&](auto* s, auto* t, int64_t, int64_t, int64_t row) {
+    loss[row] = T(-row_norms<T>(s, t, problem.dim).cosine);
+  });
+}
+
+template <class T>
+void backward(const TokenCosineProblem& problem, const TokenGradient& upstream, void* student_gradient, int64_t begin,
+              int64_t end) {
+  for_rows(problem, begin, end, [&](auto* s, auto* t, int64_t outer, int64_t inner, int64_t row) {
+    const RowNorms norms = row_norms<T>(s, t, problem.dim);
+    const T* gradients = static_cast<const T*>(upstream.data);
+    const double g = gradients[outer * upstream.stride_outer + inner * upstream.stride_inner];
+    const T a = T(-g * norms.student_inverse * norms.teacher_inverse);
+    const T b = norms.student_clamped ? T(0) : T(g * norms.cosine * norms.student_inverse * norms.student_inverse);
+    write_gradient<T>(s, t, a, b, problem.dim, row * problem.dim, student_gradient);
+  });
+}
+
+HASTE_INLINE bool in_double(const TokenCosineProblem& problem) { return problem.student.type == ScalarType::Float64; }
+
+}  // namespace
+
+void token_cosine_loss_forward(const TokenCosineProblem& problem, void* loss, int64_t begin, int64_t end) {
+  in_double(problem) ? forward(problem, static_cast<double*>(loss), begin, end)
+                     : forward(problem, static_cast<float*>(loss), begin, end);
+}
+
+void token_cosine_loss_backward(const TokenCosineProblem& problem, const TokenGradient& upstream,
+                                void* student_gradient, int64_t begin, int64_t end) {
+  in_double(problem) ? backward<double>(problem, upstream, student_gradient, begin, end)
+                     : backward<float>(problem, upstream, student_gradient, begin, end);
+}
+
+}  // namespace haste::cpu::HASTE_ISA
