@@ -1,0 +1,75 @@
+"""The forecaster's weights against the published recurrence, run on numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from haste.caching import TaylorForecaster
+from haste.errors import UserError
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def recurrence(features: list[float], positions: list[float], order: int, at: float) -> float:
+    """The published update, full step by full step (oldest first), then the Taylor sum."""
+    terms: list[float] = []
+    for index, feature in enumerate(features):
+        new = [feature]
+        for i in range(min(order, len(terms))):
+            new.append((new[i] - terms[i]) / (positions[index] - positions[index - 1]))
+        terms = new
+    x = at - positions[-1]
+    return sum(term * x**i / math.factorial(i) for i, term in enumerate(terms))
+
+
+def forecast(features: list[float], positions: list[float], order: int, at: float) -> float:
+    """What a ring of order + 1 snapshots gives: the newest ones alone, newest first."""
+    kept = slice(None, -order - 2, -1)
+    weights = TaylorForecaster(order).weights(positions[kept], at)
+    return sum(weight * feature for weight, feature in zip(weights, features[kept], strict=True))
+
+
+@given(
+    features=st.lists(st.floats(-10, 10), min_size=1, max_size=9),
+    gaps=st.lists(st.integers(1, 6), min_size=9, max_size=9),
+    order=st.integers(0, 4),
+    ahead=st.integers(0, 6),
+)
+def test_the_last_snapshots_carry_the_whole_recurrence(features, gaps, order, ahead):
+    positions = [float(sum(gaps[:index])) for index in range(len(features))]
+    at = positions[-1] + ahead
+    expected = recurrence(features, positions, order, at)
+    assert forecast(features, positions, order, at) == pytest.approx(expected, rel=1e-9, abs=1e-8)
+
+
+def test_counting_down_gives_the_same():
+    """The published coordinate is the number of steps that remain."""
+    up, down = [9, 5, 1, 0], [40, 44, 48, 49]
+    assert TaylorForecaster(3).weights(up, 11) == pytest.approx(TaylorForecaster(3).weights(down, 38))
+
+
+def test_first_order_by_hand():
+    """F + (F − F_old)/4 · 3."""
+    assert TaylorForecaster(1).weights([9, 5], 12) == pytest.approx([1.75, -0.75])
+
+
+def test_what_it_predicts_of_a_line_and_of_a_parabola():
+    """A line is exact from order 1 on. Of s² at equal distance d order 2 gives s² + (2s − d)x + x², where the true
+    value is s² + 2sx + x²: backward differences, as published, are late by d·x."""
+    positions, at = [12, 8, 4], 14
+    line = TaylorForecaster(2).weights(positions, at)
+    assert sum(w * (3 * p + 1) for w, p in zip(line, positions, strict=True)) == pytest.approx(3 * at + 1)
+    parabola = sum(w * p**2 for w, p in zip(line, positions, strict=True))
+    assert parabola == pytest.approx(at**2 - 4 * 2)
+
+
+def test_early_snapshots_give_a_lower_order_and_late_ones_are_not_looked_at():
+    assert TaylorForecaster(4).weights([0], 3) == [1.0]
+    assert TaylorForecaster(4).weights([5, 1], 7) == TaylorForecaster(1).weights([5, 1], 7)
+    assert TaylorForecaster(0).weights([5, 1], 7) == [1.0, 0.0]
+
+
+def test_negative_order():
+    with pytest.raises(UserError, match="order is -1; it must be at least 0"):
+        TaylorForecaster(-1)
