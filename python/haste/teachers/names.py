@@ -30,7 +30,7 @@ def resolve_teacher(name: str) -> str:
     if name in PUBLISHED_NAMES:
         return PUBLISHED_NAMES[name]
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"the teacher folder {name} holds no config.json; save one there with save_pretrained()")
         return str(folder)

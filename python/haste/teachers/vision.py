@@ -180,7 +180,7 @@ def _choose_image_size(name: str, config: PretrainedConfig, grid: int | None, im
         return config.image_size if grid is None else grid * patch
     if image_size % patch:
         raise UserError(
-            f"--teacher-resolution is {image_size}; it must be a multiple of {patch}, the patch size of the teacher {name}"
+            f"--teacher-resolution is {image_size}; it must be a multiple of {patch}, the patch of {name}"
         )
     own = image_size // patch
     if grid is not None and own != grid:

@@ -1,0 +1,25 @@
+import pytest
+
+from haste.errors import UserError
+from haste.teachers import resolve_teacher
+
+
+def test_published_names_become_hub_names():
+    assert resolve_teacher("dinov2-vit-b") == "facebook/dinov2-base"
+
+
+def test_hub_names_and_folders_stay(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_teacher("somebody/some-vit") == "somebody/some-vit"
+    assert resolve_teacher(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "dinov2-vit-z", "a/b/c", ""])
+def test_what_is_neither_is_refused_with_the_known_names(name):
+    with pytest.raises(UserError, match="does not exist; it must be a folder .* one of dinov2-vit-s"):
+        resolve_teacher(name)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        resolve_teacher(str(tmp_path))
