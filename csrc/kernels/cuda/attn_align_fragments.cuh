@@ -23,6 +23,7 @@ struct Fragments {
     for (auto& tile : c) tile[0] = tile[1] = tile[2] = tile[3] = 0.f;
 
     int k = 0;
+#pragma unroll 2  // further would cost a block per multiprocessor in registers
     for (; k + 16 <= dim; k += 16) {
       uint32_t a_fragment[4];
       load_matrices(a_fragment, a_row + k + lane / 16 * 8);

@@ -6,8 +6,8 @@
 // products are computed transposed from the start, so Gᵀ too is an A operand where it stands.
 //
 // G is formed in fp32 and rounded once, to the operand type. It may be as small as fp16's subnormals (1/tokens times
-// the distance of the two maps), so it carries a factor 2^14, which costs nothing (it sits in the exponent) and is
-// taken back exactly at the end. |G| ≤ 1, and the weights of dk are below 2, so the largest is 2^15.
+// the distance of the two maps), so in 16 bits it carries a factor 2^14, which costs nothing (it sits in the exponent)
+// and is taken back exactly at the end. |G| ≤ 1, and the weights of dk are below 2, so the largest is 2^15.
 //
 // Upstream g_i: dq_i is multiplied by it at the end. For dk it stands inside the sum; G takes g_i / g_ref, where g_ref
 // is the power of 2 at or below the largest |g_i| of this (batch, head), an exact division, and dk takes g_ref.
@@ -18,8 +18,11 @@
 
 namespace haste::cuda {
 
-constexpr float kGradientExponent = 14.f;
-constexpr float kGradientUnit = 1.f / (1 << 14);
+// The factor that G carries, as an exponent. None in fp32, where it could only cost bits of the exponent's argument.
+template <typename T>
+constexpr int kGradientExponent = sizeof(T) == 2 ? 14 : 0;
+template <typename T>
+constexpr float kGradientUnit = 1.f / (1 << kGradientExponent<T>);
 
 template <typename T>
 struct GradientArguments {
@@ -36,11 +39,14 @@ constexpr int kStreamedTiles = sizeof(T) == 2 ? 8 : kDimTiles > 12 ? 2 : 4;
 
 // What G needs to know of one query.
 struct Query {
-  float student_offset, teacher_offset;  // 14 − lse, in powers of 2
+  float student_offset, teacher_offset;  // −lse in powers of 2, plus the exponent that G carries
   float weight;                          // of G: 1 for dq, g_i / g_ref for dk
 };
 
-__device__ inline float log2_offset(float lse) { return fmaf(-kLog2E, lse, kGradientExponent); }
+template <typename T>
+__device__ float log2_offset(float lse) {
+  return fmaf(-kLog2E, lse, static_cast<float>(kGradientExponent<T>));
+}
 
 __device__ inline float gradient_element(float student_dot, float teacher_dot, float student_scale, float teacher_scale,
                                          const Query& query) {
@@ -49,15 +55,14 @@ __device__ inline float gradient_element(float student_dot, float teacher_dot, f
 }
 
 // The row statistics of the streamed queries (dk), which travel with the student's tile.
-template <int kRows>
+template <typename T, int kRows>
 struct QueryStatistics {
   float *student_lse, *teacher_lse, *upstream;
 
   __device__ explicit QueryStatistics(void* shared)
       : student_lse(static_cast<float*>(shared)), teacher_lse(student_lse + kRows), upstream(teacher_lse + kRows) {}
 
-  // Zeros past the last query: with logits of 0, its G is 2^14 − 2^14 = 0.
-  template <typename T>
+  // Zeros past the last query: with logits of 0, both terms of its G are the same.
   __device__ void copy(const GradientArguments<T>& gradient, const float* upstream_of_head, int64_t first_of_head,
                        int first, int tokens) {
     const int row = threadIdx.x;
@@ -70,7 +75,7 @@ struct QueryStatistics {
   }
 
   __device__ Query query(int row, float inverse_reference) const {
-    return {log2_offset(student_lse[row]), log2_offset(teacher_lse[row]), upstream[row] * inverse_reference};
+    return {log2_offset<T>(student_lse[row]), log2_offset<T>(teacher_lse[row]), upstream[row] * inverse_reference};
   }
 };
 
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int tokens = arguments.tokens, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const BlockPlace place(arguments);
   const Tiles<T, kStreamed> tiles(arguments);
-  QueryStatistics<kStreamed> statistics(tiles.rest);
+  QueryStatistics<T, kStreamed> statistics(tiles.rest);
   T* held_student = tiles.held_student + warp * 16 * student.shared_stride;
   const T* held_teacher = tiles.held_teacher + warp * 16 * teacher.shared_stride;
   const int first_of_warp = place.first_row + warp * 16;
@@ -144,15 +149,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   if constexpr (kHoldKeys) {
     const UpstreamReference reference(upstream, gradient.upstream.stride_token, tokens);
     inverse_reference = reference.inverse;
-    factors[0] = factors[1] = reference.value * kGradientUnit * gradient.scale;
+    factors[0] = factors[1] = reference.value * kGradientUnit<T> * gradient.scale;
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_of_warp + lane / 4 + 8 * half;
       if (row >= tokens) continue;
-      held_queries[half] = {log2_offset(gradient.student_lse[place.first_of_head + row]),
-                            log2_offset(gradient.teacher_lse[place.first_of_head + row]), 1.f};
-      factors[half] = upstream[row * gradient.upstream.stride_token] * kGradientUnit * gradient.scale;
+      held_queries[half] = {log2_offset<T>(gradient.student_lse[place.first_of_head + row]),
+                            log2_offset<T>(gradient.teacher_lse[place.first_of_head + row]), 1.f};
+      factors[half] = upstream[row * gradient.upstream.stride_token] * kGradientUnit<T> * gradient.scale;
     }
   }
 

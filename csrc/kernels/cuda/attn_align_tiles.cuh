@@ -89,6 +89,7 @@ __device__ void copy_tile(T* tile, const Model<T>& model, const Operand<T>& oper
   const T* rows = operand.data + place.batch * operand.stride_batch + place.head * operand.stride_head;
   int row = threadIdx.x / model.chunks;
   int chunk = threadIdx.x % model.chunks;
+#pragma unroll 1  // the copies are asynchronous: unrolling would only cost registers
   while (row < kRows) {
     T* target = tile + row * model.shared_stride + chunk * kChunk<T>;
     const int column = chunk * kChunk<T>;

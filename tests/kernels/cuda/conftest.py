@@ -1,0 +1,144 @@
+"""The CUDA kernels' own source, compiled for the host and run in a process of its own under the sanitizers.
+
+What passes here has been *emulated*; it says nothing about any GPU. See emulation/emulator.cpp for what it can see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+EMULATION = HERE / "emulation"
+KERNELS = ROOT / "csrc/kernels"
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    *("-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-DHASTE_EMULATED"),
+    *('-DHASTE_CUDA_TARGETS="80,90,120,120+PTX"', '-DHASTE_CUDA_TOOLKIT="13.0"'),
+    *(f"-I{EMULATION / 'shim'}", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"),
+]
+SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/kernels/types.h
+REFUSED, STOPPED = 3, 4  # exit statuses of emulation/driver.cpp
+
+
+class Refused(Exception):
+    """The operation returned an error instead of a result."""
+
+
+class KernelFault(Exception):
+    """The emulation or a sanitizer stopped a kernel."""
+
+
+class Emulator:
+    """Runs one launch per call; tensors go in and come back with their storage, offset and strides."""
+
+    def __init__(self, program: Path):
+        self.program = program
+
+    def __call__(
+        self, op: str, tensors: dict[str, Tensor], returned: tuple[str, ...] = (), seed: int = 0, **values
+    ) -> dict[str, Tensor]:
+        """`values`: the problem's integers, floats, texts, and torch types, by the names that the driver reads."""
+        header, payload = [f"op {op}", f"int seed {seed}"], []
+        for name, value in values.items():
+            if isinstance(value, torch.dtype):
+                value = SCALAR_TYPES[value]
+            kind = {int: "int", float: "real", str: "text"}[type(value)]
+            header.append(f"{kind} {name} {value!r}" if kind == "real" else f"{kind} {name} {value}")
+        for name, tensor in tensors.items():
+            content = storage_bytes(tensor)
+            payload.append(content)
+            header.append(f"buffer {name} {len(content)}")
+            header.append(f"int {name}.offset {tensor.storage_offset() * tensor.element_size()}")
+            header += [f"int {name}.stride{i} {stride}" for i, stride in enumerate(tensor.stride())]
+        header += [f"return {name}" for name in returned] + ["end\n"]
+
+        request = "\n".join(header).encode() + b"".join(payload)
+        environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+        result = subprocess.run([self.program], input=request, capture_output=True, env=environment, timeout=120)
+        message = result.stderr.decode(errors="replace").strip()
+        if result.returncode == REFUSED:
+            raise Refused(message)
+        if result.returncode != 0:
+            raise KernelFault(message)
+        outputs, start = {}, 0
+        for name in returned:
+            size = tensors[name].untyped_storage().nbytes()
+            outputs[name] = with_storage(tensors[name], result.stdout[start : start + size])
+            start += size
+        return outputs
+
+
+def storage_bytes(tensor: Tensor) -> bytes:
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+
+
+def with_storage(like: Tensor, content: bytes) -> Tensor:
+    """A tensor of the same type, shape, strides and offset over other bytes."""
+    storage = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=like.dtype).set_(storage, like.storage_offset(), like.shape, like.stride())
+
+
+def compile_program(compiler: str, sources: list[Path], folder: Path) -> Path:
+    """Compiles the sources side by side and links them; a compile error fails with the compiler's own words."""
+
+    def run(*command) -> None:
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            pytest.fail(f"{' '.join(map(str, command))}\n{result.stderr}", pytrace=False)
+
+    objects = [folder / f"{source.name}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(run, compiler, *FLAGS, "-x", "c++", "-c", source, "-o", target)
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        for job in jobs:
+            job.result()
+    program = folder / "emulated_kernels"
+    run(compiler, "-fsanitize=address,undefined", *objects, "-o", program)
+    return program
+
+
+@pytest.fixture(scope="session")
+def emulator(request) -> Emulator:
+    """The emulated kernels, compiled once per state of their sources (kept in pytest's cache)."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the host; CXX names another compiler")
+    sources = sorted([*KERNELS.glob("cuda/*.cu"), *EMULATION.glob("*.cpp")], key=lambda path: -path.stat().st_size)
+    everything = [*KERNELS.glob("*.h"), *KERNELS.glob("cuda/*.*"), *EMULATION.rglob("*.*")]
+    state = hashlib.sha256(" ".join([compiler, *FLAGS]).encode())
+    for path in sorted(path for path in everything if path.suffix in {".h", ".cu", ".cuh", ".cpp"}):
+        state.update(path.name.encode() + path.read_bytes())
+    program = request.config.cache.mkdir("emulated_kernels") / state.hexdigest()[:16]
+    if not program.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            built = compile_program(compiler, sources, Path(folder))
+            for outdated in program.parent.iterdir():
+                outdated.unlink()
+            partial = program.with_suffix(f".{os.getpid()}")
+            shutil.move(built, partial)
+            partial.rename(program)  # at once, whole: another test run may look for it
+    return Emulator(program)
+
+
+@pytest.fixture(scope="session")
+def refused() -> type[Exception]:
+    return Refused
+
+
+@pytest.fixture(scope="session")
+def kernel_fault() -> type[Exception]:
+    return KernelFault

@@ -1,0 +1,35 @@
+// Runs a block of CUDA threads on one host thread: each is a fiber that runs until it must wait for others.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace emulation {
+
+// What a device would be asked about; the tests set it.
+struct Device {
+  const char* name = "Emulated device";
+  int major = 8, minor = 6;
+  cudaError_t load_error = cudaSuccess;  // what loading a kernel says
+};
+extern Device device;
+
+// Seeds the order in which waiting threads go on.
+void set_seed(unsigned seed);
+
+// Prints one sentence and ends the process: the kernel did what a device would punish or leave undefined.
+[[noreturn]] void fail(const char* reason);
+
+// Waits for all 32 lanes of the warp; the last to arrive runs `perform` on the arguments of all of them.
+using Perform = void (*)(void* const* arguments);
+void meet_warp(Perform perform, void* argument);
+int lane();
+
+// Shared memory of the running block, as much of it as the launch asked for.
+void* shared_memory();
+void check_shared(const void* address, size_t bytes);
+
+// A copy that arrives no sooner than the thread waits for it; until then the target holds NaN.
+void start_copy(void* shared, const void* global, size_t bytes, bool valid);
+void finish_copies();
+
+}  // namespace emulation
