@@ -2,8 +2,14 @@
 
     haste.models      SiT, the diffusion transformer
     haste.transport   the paths between noise and data, the velocity loss
+    haste.teachers    frozen image encoders, with the attention and the features that a student learns from
+    haste.alignment   the losses that hold a student to its teacher
+    haste.data        data sets
+    haste.training    the trainer, its recipes and its checkpoints
     haste.sampling    Euler, Heun and Euler-Maruyama samplers with guidance
     haste.caching     feature caching: most steps of a sampler at a fraction of their cost
+    haste.evaluation  distances between real and generated pictures
+    haste.cli         the command `haste`
 
 The fused operations underneath are a package of their own, `haste_ext`.
 Importing `haste` alone imports nothing heavy.

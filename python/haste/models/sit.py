@@ -69,7 +69,7 @@ class Attention(nn.Module):
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        # Under autocast LayerNorm returns float32; attention runs in the type of the projection.
+        # Under autocast on a GPU LayerNorm returns float32; attention runs in the type of the projection.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v)
