@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises BrokenCheckpoint for a file that is cut short, damaged, of another kind, or that asks for another class.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load does not look at the checksums that torch.save wrote
+                raise BrokenCheckpoint(f"{path} is no whole checkpoint: it is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise BrokenCheckpoint(f"{path} is no whole checkpoint") from error
     if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "args", "steps"} <= checkpoint.keys():
         raise BrokenCheckpoint(f"{path} lacks model, ema, opt, args or steps")

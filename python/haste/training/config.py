@@ -132,7 +132,7 @@ class TrainConfig:
 
 
 # What may change from one start of a run to the next: it moves the end or the bookkeeping, not the computation.
-CHANGEABLE = {"output_dir", "max_train_steps", "logging_steps", "checkpointing_steps", "resume_step"}
+CHANGEABLE = {"output_dir", "exp_name", "max_train_steps", "logging_steps", "checkpointing_steps", "resume_step"}
 
 
 def differing_settings(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -13,28 +13,29 @@ from haste.training.config import TrainConfig, differing_settings
 
 
 class RunFolder:
-    """Opens the folder of a run, new or begun; UserError if it holds a run with other settings."""
+    """The folder of a run, new or begun; UserError if it holds a run with other settings. Nothing is written yet."""
 
     def __init__(self, config: TrainConfig) -> None:
+        self.config = config
         self.path = Path(config.output_dir).expanduser() / config.exp_name
         self.checkpoints = self.path / "checkpoints"
         self._settings = self.path / "args.json"
         self._log = self.path / "log.jsonl"
-        self._claim(config)
-
-    def _claim(self, config: TrainConfig) -> None:
         if self._settings.is_file():
-            self.refuse_other(TrainConfig.from_dict(json.loads(self._settings.read_text())), config, "holds a run")
+            self.refuse_other(TrainConfig.from_dict(json.loads(self._settings.read_text())), "holds a run")
+
+    def claim(self) -> None:
+        """Make the folder this run's, once it is known that the run can start; UserError if it cannot be written."""
+        text = json.dumps(asdict(self.config), indent=2) + "\n"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(asdict(config), indent=2) + "\n"
             write_atomically(self._settings, lambda temporary: temporary.write_text(text))
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from error
 
-    def refuse_other(self, old: TrainConfig, new: TrainConfig, what: str) -> None:
+    def refuse_other(self, found: TrainConfig, what: str) -> None:
         """UserError, naming the first differences, if the settings found here are not those of this run."""
-        differences = differing_settings(old, new)
+        differences = differing_settings(found, self.config)
         if differences:
             shown = ", ".join(differences[:3]) + (" and others" if len(differences) > 3 else "")
             raise UserError(f"{self.path} {what} with other settings: {shown}; choose another --exp-name")

@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> TrainResult:
     folder = RunFolder(config)
     checkpoint = read_newest_checkpoint(folder.checkpoints, config.resume_step)
     if checkpoint is not None:
-        folder.refuse_other(TrainConfig.from_dict(vars(checkpoint["args"])), config, "holds a checkpoint")
+        folder.refuse_other(TrainConfig.from_dict(vars(checkpoint["args"])), "holds a checkpoint")
     trainer = Trainer(config, dataset, folder, make_accelerator(config))
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -98,7 +98,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     try:
         return Accelerator(mixed_precision=config.mixed_precision)
-    except ValueError as error:  # fp16 without a GPU
+    except ValueError as error:  # a precision that the device lacks, or another than this process has used before
         raise UserError(f"--mixed-precision is {config.mixed_precision}, which does not work here: {error}") from error
 
 
@@ -170,6 +170,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         config = self.config
+        self.folder.claim()
         logger.info("%s", self._describe())
         self.model.train()
         self._window: list[Tensor] = []

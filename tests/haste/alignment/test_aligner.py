@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model
-
 from haste.alignment import Aligner, LayerMap
 from haste.models import SiT
+from transformers import Dinov2Config, Dinov2Model
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 import pytest
-
 from haste.alignment import LayerMap, choose_layer_map
 from haste.errors import UserError
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
-
 from haste.alignment import alignment_losses
 from haste.models.sit import SiTOutput
 from haste.teachers import TeacherOutput
+from torch.nn import functional as F
 
 BATCH, TOKENS, PREFIX = 2, 9, 3
 

@@ -1,5 +1,4 @@
 import pytest
-
 from haste.data import load_dataset
 from haste.errors import UserError
 

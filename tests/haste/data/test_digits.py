@@ -1,7 +1,6 @@
 import torch
-from sklearn import datasets
-
 from haste.data import load_digits
+from sklearn import datasets
 
 
 def test_the_digits_are_scikit_learns_between_minus_one_and_one():

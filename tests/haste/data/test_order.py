@@ -1,9 +1,8 @@
 import pytest
 import torch
+from haste.data import BatchOrder
 from hypothesis import given
 from hypothesis import strategies as st
-
-from haste.data import BatchOrder
 
 
 @given(samples=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 2**40))

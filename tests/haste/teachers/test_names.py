@@ -1,5 +1,4 @@
 import pytest
-
 from haste.errors import UserError
 from haste.teachers import resolve_teacher
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
-from transformers import AutoModel
-
 from haste.errors import UserError
 from haste.teachers import VisionTeacher
 from haste.teachers.vision import IMAGENET_MEAN, IMAGENET_STD
+from torch.nn import functional as F
+from transformers import AutoModel
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,64 @@
+"""Runs that take a fraction of a second: real digits, a tiny student, a tiny random teacher on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from haste.training.config import TrainConfig
+from haste.training.recipes import recipe_config
+from haste.training.students import STUDENTS
+from transformers import Dinov2Config, Dinov2Model
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 layers of 2 heads, width 16, 4 x 4 patches of 2 pixels, one channel."""
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=2, num_channels=1
+    )
+    folder = tmp_path_factory.mktemp("teacher")
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _tiny_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STUDENTS, "SiT-Tiny/2", {"depth": 3, "hidden_size": 16, "num_heads": 2, "patch_size": 2})
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps one precision per process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, teacher_folder: Path) -> Callable[..., TrainConfig]:
+    """A HASTE run of 12 steps whose alignment ends at step 6; keywords change it."""
+
+    def make(**changes) -> TrainConfig:
+        base = replace(
+            recipe_config("digits"),
+            output_dir=str(tmp_path),
+            exp_name="run",
+            model="SiT-Tiny/2",
+            enc_type=str(teacher_folder),
+            layer_map="0:1,1:2",
+            encoder_depth=2,
+            projector_dim=8,
+            early_stop_point=6,
+            batch_size=4,
+            max_train_steps=12,
+            logging_steps=1,
+            checkpointing_steps=4,
+        )
+        return replace(base, **changes)
+
+    return make
