@@ -29,6 +29,7 @@ $(VENV)/.torch:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	find build -name '*.cu.o' | xargs -r $(BIN)/python tools/kernel_resources table
 	touch $@
 
 clean:
