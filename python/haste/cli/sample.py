@@ -125,5 +125,5 @@ def write_grid(args: Args, student: Student, folder: SampleFolder, images: np.nd
     from haste.evaluation.pictures import draw_grid  # brings matplotlib
 
     order = np.argsort(labels[:GRID_PICTURES], kind="stable")
-    title = f"{student.config.exp_name}, {student.step_name}: {args.describe()}"
+    title = f"{student.label}: {args.describe()}"
     draw_grid(folder.grid, images[order], labels[order], title=title)

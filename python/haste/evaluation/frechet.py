@@ -40,21 +40,36 @@ class Gaussian:
 def fit_gaussian(features: np.ndarray) -> Gaussian:
     """Mean and unbiased covariance of features (N, D), any real dtype, computed in float64.
 
-    Raises UserError if the features are not a matrix, are not finite, or are no more than their dimension: the
-    covariance would then be singular and the distance would measure the sample size.
+    Raises UserError if the features are not a matrix, are not finite, or are too few.
     """
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2:
         raise UserError(f"features have shape {features.shape}; they must be a matrix (samples, dimension)")
     count, dimension = features.shape
-    if count <= dimension:
-        raise UserError(
-            f"{count} samples are too few for a Fréchet distance in {dimension} feature dimensions; it needs more "
-            f"than {dimension}, and {ADVISED_SAMPLES_PER_DIMENSION * dimension} are advised"
-        )
+    check_sample_size(count, dimension)
     if not np.isfinite(features).all():
         raise UserError("features hold values that are not finite; the samples or the network are broken")
     return Gaussian(features.mean(axis=0), np.cov(features, rowvar=False).reshape(dimension, dimension), count)
+
+
+def check_sample_size(count: int, dimension: int) -> str | None:
+    """One sentence of caution if `count` samples make the distance noisy in `dimension` dimensions, else None.
+
+    Raises UserError if they are no more than the dimensions: the covariance is then singular, and the distance would
+    measure the sample size.
+    """
+    advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
+    if count <= dimension:
+        raise UserError(
+            f"{count} samples are too few for a Fréchet distance in {dimension} feature dimensions; it needs more "
+            f"than {dimension}, and {advised} are advised"
+        )
+    if count >= advised:
+        return None
+    return (
+        f"The distance rests on {count} samples in {dimension} feature dimensions and is biased upwards; "
+        f"compare it only with distances of as many samples, or use at least {advised}."
+    )
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -88,14 +103,3 @@ def symmetric_root(matrix: np.ndarray) -> np.ndarray:
             f"at most {ROOT_TOLERANCE:.0e} is accepted"
         )
     return root
-
-
-def sample_size_caution(count: int, dimension: int) -> str | None:
-    """One sentence if `count` samples make the distance noisy in `dimension` dimensions, else None."""
-    advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
-    if count >= advised:
-        return None
-    return (
-        f"The distance rests on {count} samples in {dimension} feature dimensions and is biased upwards; "
-        f"compare it only with distances of as many samples, or use at least {advised}."
-    )

@@ -100,9 +100,14 @@ class Student:
         return folder.parent if folder.name == "checkpoints" else folder
 
     @property
-    def step_name(self) -> str:
-        """'step 2,000', or the file's name where that is not a number."""
-        return f"step {int(self.checkpoint.stem):,}" if self.checkpoint.stem.isdigit() else self.checkpoint.stem
+    def step(self) -> int | None:
+        """The training step, which is the file's name; None for a file that was renamed."""
+        return int(self.checkpoint.stem) if self.checkpoint.stem.isdigit() else None
+
+    @property
+    def label(self) -> str:
+        """'digits, step 2,000', for titles."""
+        return f"{self.config.exp_name}, " + (self.checkpoint.stem if self.step is None else f"step {self.step:,}")
 
 
 def load_student(path: Path, ema: bool = True) -> Student:

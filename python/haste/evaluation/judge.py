@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -135,7 +137,7 @@ def train_judge(settings: JudgeSettings) -> Judge:
     """Train on the settings' share of the real digits, shifted by up to one pixel. Leaves torch's seed as it was."""
     pictures, answers = real_digits()
     images, labels = to_network_input(pictures), torch.from_numpy(answers)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(settings.seed)
         order = torch.randperm(len(labels))
         held_out, seen = order.tensor_split([round(settings.held_out * len(labels))])
@@ -146,6 +148,18 @@ def train_judge(settings: JudgeSettings) -> Judge:
         scale = network[:-1](images).std(dim=0).clamp_min(1e-6)
         correct = network(images[held_out]).argmax(dim=1) == labels[held_out]
     return Judge(network, scale, correct.float().mean().item(), settings)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's operations on one core: sums then come out the same on a machine with more of them, and batches this
+    small gain nothing from a second one, but lose much to it where other programs are at work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fit_network(network: nn.Sequential, images: Tensor, labels: Tensor, settings: JudgeSettings) -> None:
