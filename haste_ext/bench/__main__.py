@@ -21,7 +21,7 @@ from haste_ext.bench.measure import peak_extra_bytes, time_call
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m haste_ext.bench",
-        description="attn_align_loss, forward + backward on the CPU: verified against float64, then timed beside "
+        description="attn_align_loss, forward + backward: verified against float64, then timed beside "
         "eager code in the same run, with the peak of the extra memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -31,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--student-dim", type=int, default=72, help="the student's head dimension")
     parser.add_argument("--teacher-dim", type=int, default=64, help="the teacher's head dimension")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--min-seconds", type=float, default=2.0, help="how long each row is timed at the least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the measurements as JSON")
@@ -38,6 +39,8 @@ def arguments() -> argparse.Namespace:
     for name in args.dtype:
         if name not in ("float32", "float16", "bfloat16", "float64"):
             parser.error(f"--dtype is {name}; it must be float32, float16, bfloat16 or float64")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda; torch finds no CUDA device here, so it must be cpu")
     return args
 
 
@@ -47,8 +50,8 @@ def measure(case: op.Case, min_seconds: float) -> dict[str, object]:
     for name, loss in op.CONTENDERS.items():
         call = op.forward_backward(loss, case.operands())
         call()
-        seconds = time_call(call, min_seconds)
-        rows[name] = {**asdict(seconds), "peak_extra_bytes": peak_extra_bytes(call)}
+        seconds = time_call(call, min_seconds, case.device)
+        rows[name] = {**asdict(seconds), "peak_extra_bytes": peak_extra_bytes(call, case.device)}
     return {
         "case": {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")},
         "error_over_eager_error": accuracy,
@@ -65,7 +68,7 @@ def print_table(result: dict) -> None:
     base = rows[op.BASELINE]
     for name, row in rows.items():
         print(
-            f"  {name:<20} {row['median'] * 1e3:9.1f} ms  [{row['p20'] * 1e3:.1f}, {row['p80'] * 1e3:.1f}]"
+            f"  {name:<20} {row['median'] * 1e3:9.2f} ms  [{row['p20'] * 1e3:.2f}, {row['p80'] * 1e3:.2f}]"
             f"  {base['median'] / row['median']:6.2f} x"
             f"   extra memory {row['peak_extra_bytes'] / 2**20:8.1f} MiB"
             f"  {row['peak_extra_bytes'] / base['peak_extra_bytes']:8.2%}"
@@ -76,14 +79,17 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     info = haste_ext.build_info()
-    print(f"haste_ext {info['version']}, torch {info['torch_loaded']}, path {info['cpu_path']}, {args.threads} threads")
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{info['cpu_path']}, {args.threads} threads"
+    print(f"haste_ext {info['version']}, torch {info['torch_loaded']}, {where}")
     results = []
     for tokens, dtype in product(args.tokens, args.dtype):
-        case = op.Case(args.batch, args.heads, tokens, args.student_dim, args.teacher_dim, getattr(torch, dtype))
+        case = op.Case(
+            args.batch, args.heads, tokens, args.student_dim, args.teacher_dim, getattr(torch, dtype), args.device
+        )
         results.append(measure(case, args.min_seconds))
         print_table(results[-1])
     if args.output:
-        document = {"build_info": info, "threads": args.threads, "device": "cpu", "results": results}
+        document = {"build_info": info, "threads": args.threads, "device": where, "results": results}
         args.output.write_text(json.dumps(document, indent=1))
         print(f"\nwrote {args.output}")
 

@@ -23,13 +23,16 @@ class Case:
     student_dim: int
     teacher_dim: int
     dtype: torch.dtype
+    device: str
 
     def operands(self) -> list[Tensor]:
         """q, k of student and teacher as views of packed (B, N, 3, H, D) projections."""
         generator = torch.Generator().manual_seed(0)
         views = []
         for dim in (self.student_dim, self.teacher_dim):
-            packed = torch.randn(self.batch, self.tokens, 3, self.heads, dim, generator=generator).to(self.dtype)
+            packed = torch.randn(self.batch, self.tokens, 3, self.heads, dim, generator=generator).to(
+                self.device, self.dtype
+            )
             views += packed.permute(2, 0, 3, 1, 4)[:2]
         return views
 
