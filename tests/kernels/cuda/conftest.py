@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,19 +29,17 @@ FLAGS = [
     *(f"-I{EMULATION / 'shim'}", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"),
 ]
 SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/kernels/types.h
-REFUSED, STOPPED = 3, 4  # exit statuses of emulation/driver.cpp
-
-
-class Refused(Exception):
-    """The operation returned an error instead of a result."""
-
-
-class KernelFault(Exception):
-    """The emulation or a sanitizer stopped a kernel."""
+REFUSED = 3  # exit status of emulation/driver.cpp
 
 
 class Emulator:
     """Runs one launch per call; tensors go in and come back with their storage, offset and strides."""
+
+    class Refused(Exception):
+        """The operation returned an error instead of a result."""
+
+    class KernelFault(Exception):
+        """The emulation or a sanitizer stopped a kernel."""
 
     def __init__(self, program: Path):
         self.program = program
@@ -68,9 +67,9 @@ class Emulator:
         result = subprocess.run([self.program], input=request, capture_output=True, env=environment, timeout=120)
         message = result.stderr.decode(errors="replace").strip()
         if result.returncode == REFUSED:
-            raise Refused(message)
+            raise self.Refused(message)
         if result.returncode != 0:
-            raise KernelFault(message)
+            raise self.KernelFault(message)
         outputs, start = {}, 0
         for name in returned:
             size = tensors[name].untyped_storage().nbytes()
@@ -90,7 +89,7 @@ def with_storage(like: Tensor, content: bytes) -> Tensor:
     return torch.empty(0, dtype=like.dtype).set_(storage, like.storage_offset(), like.shape, like.stride())
 
 
-def compile_program(compiler: str, sources: list[Path], folder: Path) -> Path:
+def compile_program(compiler: list[str], sources: list[Path], folder: Path) -> Path:
     """Compiles the sources side by side and links them; a compile error fails with the compiler's own words."""
 
     def run(*command) -> None:
@@ -101,25 +100,25 @@ def compile_program(compiler: str, sources: list[Path], folder: Path) -> Path:
     objects = [folder / f"{source.name}.o" for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            pool.submit(run, compiler, *FLAGS, "-x", "c++", "-c", source, "-o", target)
+            pool.submit(run, *compiler, *FLAGS, "-x", "c++", "-c", source, "-o", target)
             for source, target in zip(sources, objects, strict=True)
         ]
         for job in jobs:
             job.result()
     program = folder / "emulated_kernels"
-    run(compiler, "-fsanitize=address,undefined", *objects, "-o", program)
+    run(*compiler, "-fsanitize=address,undefined", *objects, "-o", program)
     return program
 
 
 @pytest.fixture(scope="session")
 def emulator(request) -> Emulator:
     """The emulated kernels, compiled once per state of their sources (kept in pytest's cache)."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the CUDA kernels for the host; CXX names another compiler")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no {compiler[0]} to compile the CUDA kernels for the host; CXX names another compiler")
     sources = sorted([*KERNELS.glob("cuda/*.cu"), *EMULATION.glob("*.cpp")], key=lambda path: -path.stat().st_size)
     everything = [*KERNELS.glob("*.h"), *KERNELS.glob("cuda/*.*"), *EMULATION.rglob("*.*")]
-    state = hashlib.sha256(" ".join([compiler, *FLAGS]).encode())
+    state = hashlib.sha256(" ".join([*compiler, *FLAGS]).encode())
     for path in sorted(path for path in everything if path.suffix in {".h", ".cu", ".cuh", ".cpp"}):
         state.update(path.name.encode() + path.read_bytes())
     program = request.config.cache.mkdir("emulated_kernels") / state.hexdigest()[:16]
@@ -132,13 +131,3 @@ def emulator(request) -> Emulator:
             shutil.move(built, partial)
             partial.rename(program)  # at once, whole: another test run may look for it
     return Emulator(program)
-
-
-@pytest.fixture(scope="session")
-def refused() -> type[Exception]:
-    return Refused
-
-
-@pytest.fixture(scope="session")
-def kernel_fault() -> type[Exception]:
-    return KernelFault

@@ -17,8 +17,8 @@ def test_a_device_that_fits(emulator):
     ask(emulator, (9, 0), SUCCESS)
 
 
-def test_a_device_without_machine_code(emulator, refused):
-    with pytest.raises(refused) as problem:
+def test_a_device_without_machine_code(emulator):
+    with pytest.raises(emulator.Refused) as problem:
         ask(emulator, (8, 6), NO_KERNEL_IMAGE)
     assert str(problem.value) == (
         "NVIDIA Test (CUDA device 0) has compute capability 8.6, and this build of haste_ext holds machine code for "
@@ -27,16 +27,16 @@ def test_a_device_without_machine_code(emulator, refused):
     )
 
 
-def test_a_device_that_is_too_old(emulator, refused):
-    with pytest.raises(refused) as problem:
+def test_a_device_that_is_too_old(emulator):
+    with pytest.raises(emulator.Refused) as problem:
         ask(emulator, (7, 5), NO_KERNEL_IMAGE)
     assert str(problem.value) == (
         "NVIDIA Test (CUDA device 0) has compute capability 7.5; the kernels of haste_ext need 8.0 or newer"
     )
 
 
-def test_a_driver_that_is_too_old(emulator, refused):
-    with pytest.raises(refused) as problem:
+def test_a_driver_that_is_too_old(emulator):
+    with pytest.raises(emulator.Refused) as problem:
         ask(emulator, (9, 0), INSUFFICIENT_DRIVER)
     assert str(problem.value) == (
         "haste_ext was built with CUDA 13.0 and cannot use CUDA device 0: "

@@ -35,8 +35,8 @@ def test_a_missing_wait_shows_as_nan(emulator):
         ("barrier_for_some", "the block is stuck"),
     ),
 )
-def test_a_fault_ends_the_process(emulator, kernel_fault, name, message):
-    with pytest.raises(kernel_fault, match=message):
+def test_a_fault_ends_the_process(emulator, name, message):
+    with pytest.raises(emulator.KernelFault, match=message):
         run(emulator, name)
 
 
