@@ -20,16 +20,26 @@ HASTE_INLINE Vector<T> to_logit(Vector<T> sum, T scale) {
   return max<T>(broadcast(-kLargestLogit<T>), min<T>(broadcast(kLargestLogit<T>), sum * scale));
 }
 
+// A row is a whole number of vectors and then the last vector once more, overlapping: no tail to take apart. Rows
+// shorter than a vector go element by element.
 template <class T, class Element>
 HASTE_INLINE void pack_row(const Element* from, int64_t dim, T* to, int64_t stride) {
-  int64_t d = 0;
-  for (; d + kLanes<T> <= dim; d += kLanes<T>) store(to + d, load_as<T>(from + d));
-  if (d < dim) {
-    T tail[kLanes<T>];
-    store(tail, load_first<T>(from + d, dim - d));
-    for (int i = 0; d < dim; ++d, ++i) to[d] = tail[i];
+  constexpr int L = kLanes<T>;
+  if (dim >= L) {
+    store(to + stride - L, Vector<T>{});
+    for (int64_t d = 0; d + L <= dim; d += L) store(to + d, load_as<T>(from + d));
+    store(to + dim - L, load_as<T>(from + dim - L));
+  } else {
+    T row[L];
+    store(row, load_first<T>(from, dim));
+    for (int64_t d = 0; d < stride; ++d) to[d] = d < dim ? row[d] : 0;
   }
-  for (; d < stride; ++d) to[d] = 0;
+}
+
+// The rows of a strided operand lie on pages of their own, where the processor does not read ahead by itself.
+template <class Element>
+HASTE_INLINE void read_ahead(const Element* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(Element))) __builtin_prefetch(row + d, 0, 2);
 }
 
 // `count` tokens from `first` on as rows of `stride` numbers of type T; zeros beyond dim, and in the rows from count
@@ -37,9 +47,13 @@ HASTE_INLINE void pack_row(const Element* from, int64_t dim, T* to, int64_t stri
 template <class T>
 void pack_tokens(const AttnOperand& x, const AttnBlock& block, int64_t first, int64_t count, int64_t padded, T* to,
                  int64_t stride) {
+  constexpr int64_t kAhead = 16;
   with_elements(x.data, x.type, [&](auto* data) {
     data += block.batch * x.stride_batch + block.head * x.stride_head + first * x.stride_token;
-    for (int64_t i = 0; i < count; ++i) pack_row(data + i * x.stride_token, x.dim, to + i * stride, stride);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) read_ahead(data + (i + kAhead) * x.stride_token, x.dim);
+      pack_row(data + i * x.stride_token, x.dim, to + i * stride, stride);
+    }
   });
   for (int64_t i = count * stride; i < padded * stride; ++i) to[i] = 0;
 }
@@ -48,13 +62,18 @@ void pack_tokens(const AttnOperand& x, const AttnBlock& block, int64_t first, in
 template <class T>
 void unpack_tokens(const T* from, int64_t stride, T scale, int64_t dim, const AttnGradient& x, ScalarType type,
                    const AttnBlock& block, int64_t first, int64_t count) {
+  constexpr int L = kLanes<T>;
   with_elements(x.data, type, [&](auto* data) {
     data += block.batch * x.stride_batch + block.head * x.stride_head + first * x.stride_token;
     for (int64_t i = 0; i < count; ++i) {
-      auto* row = data + i * x.stride_token;
-      int64_t d = 0;
-      for (; d + kLanes<T> <= dim; d += kLanes<T>) narrow(row + d, load(from + i * stride + d) * scale);
-      if (d < dim) store_first<T>(row + d, load(from + i * stride + d) * scale, dim - d);
+      auto* to = data + i * x.stride_token;
+      const T* row = from + i * stride;
+      if (dim >= L) {
+        for (int64_t d = 0; d + L <= dim; d += L) narrow(to + d, load(row + d) * scale);
+        narrow(to + dim - L, load(row + dim - L) * scale);
+      } else {
+        store_first<T>(to, load(row) * scale, dim);
+      }
     }
   });
 }

@@ -86,6 +86,17 @@ HASTE_INLINE Vector<T> min(Vector<T> a, Vector<T> b) {
   return a < b ? a : b;
 }
 
+#if defined(__AVX512F__)  // GCC 12 makes a comparison and a blend of the above
+template <>
+HASTE_INLINE Vector<float> max<float>(Vector<float> a, Vector<float> b) {
+  return Vector<float>(_mm512_max_ps(__m512(a), __m512(b)));
+}
+template <>
+HASTE_INLINE Vector<float> min<float>(Vector<float> a, Vector<float> b) {
+  return Vector<float>(_mm512_min_ps(__m512(a), __m512(b)));
+}
+#endif
+
 template <class T>
 HASTE_INLINE T sum(Vector<T> v) {
   T total = 0;

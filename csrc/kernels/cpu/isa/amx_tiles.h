@@ -1,0 +1,112 @@
+// Products of bf16 matrices on AMX tiles, summed in fp32. A tile is 16 rows of 64 bytes: 16 × 16 sums, 16 rows × 32
+// numbers of the left operand, or 16 pairs of rows × 16 columns of the right one, where the two numbers that a column
+// has in a pair of rows lie side by side in one 32-bit word.
+#pragma once
+
+#include <immintrin.h>
+
+#include "vec.h"
+
+namespace haste::cpu::HASTE_ISA {
+namespace {
+
+constexpr int kTile = 16;   // rows of a tile, and columns of a tile of sums
+constexpr int kDepth = 32;  // numbers that one instruction sums over
+
+// The tile registers, all of full size, for as long as this lives.
+class Tiles {
+ public:
+  Tiles() {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+    } config;
+    static_assert(sizeof config == 64, "as the instruction wants it");
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// A matrix in memory; the stride in elements.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+
+  T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
+};
+
+// `Rows` × `Columns` tiles of sums: sums (+)= left · right over `depth` numbers.
+template <int Rows, int Columns, bool Accumulate>
+HASTE_INLINE void multiply_tiles(Matrix<const uint16_t> left, Matrix<const uint32_t> right, int64_t depth,
+                                 Matrix<float> sums) {
+  static_assert(Rows <= 2 && Columns <= 2, "four tiles of sums");
+  const int64_t sums_bytes = sums.stride * 4, left_bytes = left.stride * 2, right_bytes = right.stride * 4;
+  if constexpr (Accumulate) {
+    _tile_loadd(0, sums.at(0, 0), sums_bytes);
+    if constexpr (Columns == 2) _tile_loadd(1, sums.at(0, kTile), sums_bytes);
+    if constexpr (Rows == 2) _tile_loadd(2, sums.at(kTile, 0), sums_bytes);
+    if constexpr (Rows == 2 && Columns == 2) _tile_loadd(3, sums.at(kTile, kTile), sums_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (Columns == 2) _tile_zero(1);
+    if constexpr (Rows == 2) _tile_zero(2);
+    if constexpr (Rows == 2 && Columns == 2) _tile_zero(3);
+  }
+  for (int64_t d = 0; d < depth; d += kDepth) {
+    _tile_loadd(4, left.at(0, d), left_bytes);
+    _tile_loadd(6, right.at(d / 2, 0), right_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Columns == 2) {
+      _tile_loadd(7, right.at(d / 2, kTile), right_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Rows == 2) {
+      _tile_loadd(5, left.at(kTile, d), left_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (Rows == 2 && Columns == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums.at(0, 0), sums_bytes);
+  if constexpr (Columns == 2) _tile_stored(1, sums.at(0, kTile), sums_bytes);
+  if constexpr (Rows == 2) _tile_stored(2, sums.at(kTile, 0), sums_bytes);
+  if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, sums.at(kTile, kTile), sums_bytes);
+}
+
+// sums[rows][columns] (+)= left[rows][depth] · right[depth][columns]; rows and columns in whole tiles, depth in
+// whole kDepth.
+template <bool Accumulate>
+void multiply(Matrix<const uint16_t> left, Matrix<const uint32_t> right, int64_t rows, int64_t columns, int64_t depth,
+              Matrix<float> sums) {
+  for (int64_t row = 0; row < rows; row += 2 * kTile) {
+    const Matrix<const uint16_t> a{left.at(row, 0), left.stride};
+    const bool two_rows = row + kTile < rows;
+    for (int64_t column = 0; column < columns; column += 2 * kTile) {
+      const Matrix<const uint32_t> b{right.at(0, column), right.stride};
+      const Matrix<float> c{sums.at(row, column), sums.stride};
+      const bool two_columns = column + kTile < columns;
+      if (two_rows && two_columns) {
+        multiply_tiles<2, 2, Accumulate>(a, b, depth, c);
+      } else if (two_rows) {
+        multiply_tiles<2, 1, Accumulate>(a, b, depth, c);
+      } else if (two_columns) {
+        multiply_tiles<1, 2, Accumulate>(a, b, depth, c);
+      } else {
+        multiply_tiles<1, 1, Accumulate>(a, b, depth, c);
+      }
+    }
+  }
+}
+
+// Rows 2p and 2p+1, 32 numbers of each, as the words of a right operand.
+HASTE_INLINE void store_pairs(__m512i even, __m512i odd, uint32_t* to) {
+  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, lower, odd));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, upper, odd));
+}
+
+}  // namespace
+}  // namespace haste::cpu::HASTE_ISA
