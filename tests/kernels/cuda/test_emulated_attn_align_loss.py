@@ -128,15 +128,17 @@ def test_logits_beyond_a_plain_exponential(emulator, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("offset", (0, 1))
-def test_unaligned_operands(emulator, dtype, offset):
-    """Rows of odd length, the first on the 16-byte boundary or off it: no vector access may touch them."""
-    tensors = operands(dtype, tokens=33, dims=(40, 24))
+@pytest.mark.parametrize("odd", ("start", "batch", "head", "token"))
+def test_unaligned_operands(emulator, dtype, odd):
+    """The first element, or one stride of the three, off the 16-byte boundary: no vector access may touch them."""
     unaligned = []
-    for x in tensors:
-        room = torch.zeros(x.numel() // x.shape[3] * (x.shape[3] + 1) + offset, dtype=dtype)
-        shape = (*x.shape[:3], x.shape[3] + 1)
-        view = room[offset:].view(shape)[..., :-1]
+    for x in operands(dtype, batch=2, tokens=9, dims=(40, 24)):
+        batch, heads, tokens, dim = x.shape
+        token_stride = dim + (odd == "token")
+        head_stride = -(-tokens * token_stride // 8) * 8 + (odd == "head")
+        batch_stride = -(-heads * head_stride // 8) * 8 + (odd == "batch")
+        room = torch.zeros(batch * batch_stride + 1, dtype=dtype)
+        view = room.as_strided(x.shape, (batch_stride, head_stride, token_stride, 1), int(odd == "start"))
         unaligned.append(view.copy_(x))
     check(emulator, unaligned)
 
