@@ -73,9 +73,13 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0 to its value."""
     adam_beta1: float = 0.9
+    """AdamW: memory of the gradient's mean."""
     adam_beta2: float = 0.999
+    """AdamW: memory of the gradient's square."""
     adam_weight_decay: float = 0.0
+    """AdamW: decay of the weights."""
     adam_epsilon: float = 1e-8
+    """AdamW: added to the root of the squares."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     ema_decay: float = 0.9999

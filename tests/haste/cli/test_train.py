@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+from haste.cli import main as main_module
+from haste.cli.main import main
+from haste.cli.train import default_args
+from haste.errors import UserError
+from haste.training.config import TrainConfig
+
+
+def run_expecting_exit(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    output = capsys.readouterr()
+    return exit_.value.code, output.out, output.err
+
+
+def test_help_lists_the_commands(capsys):
+    code, out, _ = run_expecting_exit(capsys, "--help")
+    assert code == 0
+    for command in ("train", "sample", "evaluate", "demo"):
+        assert f"\n  {command} " in out
+
+
+def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
+    code, _, err = run_expecting_exit(capsys, "trian")
+    assert code == 2 and "trian" in err and "train" in err
+
+
+def test_every_setting_is_explained():
+    """tyro shows the string below a field as the help of its flag."""
+    (config,) = [node for node in ast.parse(inspect.getsource(TrainConfig)).body if isinstance(node, ast.ClassDef)]
+    unexplained = [
+        before.target.id
+        for before, after in itertools.pairwise(config.body)
+        if isinstance(before, ast.AnnAssign) and not isinstance(after, ast.Expr)
+    ]
+    assert unexplained == []
+
+
+def test_help_and_startup_bring_no_torch():
+    code = (
+        "import sys\n"
+        "from haste.cli.main import main\n"
+        "try: main(['train', '--recipe', 'digits', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--attn-coeff" in result.stdout and "Weight of the attention loss" in result.stdout
+
+
+def test_a_recipe_sets_defaults_and_flags_override_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr("haste.cli.train.main", seen.append)
+    main(["train", "--recipe", "digits", "--seed", "5", "--batch_size", "32", "--attn-coeff", "0"])
+    main(["train", "--recipe=digits"])
+    (changed, plain) = seen
+    assert (changed.seed, changed.batch_size, changed.attn_coeff) == (5, 32, 0.0)
+    assert plain == default_args(["--recipe", "digits"])
+    assert plain.data_dir == "digits" and changed.model == plain.model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--recipe", "letters"], "haste train: --recipe is 'letters'; it must be one of: digits\n"),
+        (["--recipe", "digits", "--model", "SiT-Q/2"], "haste train: --model is 'SiT-Q/2'; it must be one of SiT-S/2"),
+        (["--recipe", "digits", "--batch-size", "0"], "haste train: --batch-size is 0; it must be at least 1\n"),
+        ([], "haste train: --exp-name is empty; give the run a name, or a --recipe that has one\n"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
+    code, out, err = run_expecting_exit(capsys, "train", *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith(sentence) and err.count("\n") == 1
+
+
+def test_an_unknown_flag_and_a_malformed_value_are_refused(capsys):
+    assert run_expecting_exit(capsys, "train", "--no-such-flag", "1")[0] == 2
+    assert run_expecting_exit(capsys, "train", "--batch-size", "many")[0] == 2
+
+
+def test_user_errors_of_any_command_are_one_line(monkeypatch, capsys):
+    def fail(command, arguments):
+        raise UserError("the sky is green; it must be blue")
+
+    monkeypatch.setattr(main_module, "run", fail)
+    assert run_expecting_exit(capsys, "sample") == (2, "", "haste sample: the sky is green; it must be blue\n")
+
+
+def test_a_program_error_is_not_hidden(monkeypatch):
+    def fail(command, arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(main_module, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_train_from_the_command_line(tmp_path, capsys):
+    plain = ["--attn-coeff", "0", "--proj-coeff", "0", "--model", "SiT-Digits/2", "--batch-size", "4"]
+    small = ["--max-train-steps", "2", "--logging-steps", "1"]
+    command = ["train", "--recipe", "digits", "--output-dir", str(tmp_path), "--exp-name", "plain", *plain, *small]
+    main(command)
+    assert f"trained 2 steps; everything is in {tmp_path / 'plain'}" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, _, err = run_expecting_exit(capsys, *command, "--seed", "1")
+    assert code == 2 and err.endswith("holds a run with other settings: --seed (0, now 1); choose another --exp-name\n")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    log = (tmp_path / "plain" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2]
+    assert json.loads((tmp_path / "plain" / "args.json").read_text())["recipe"] == "digits"
