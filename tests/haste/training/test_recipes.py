@@ -24,5 +24,5 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
 
 
 def test_an_unknown_student_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="--model is 'SiT-M/2'; it must be one of SiT-S/2, .*SiT-Digits/1"):
+    with pytest.raises(UserError, match="--model is 'SiT-M/2'; it must be one of SiT-S/2, .*SiT-Digits/2"):
         student_shape("SiT-M/2")
