@@ -17,7 +17,7 @@ from haste.evaluation.generation import SamplingSettings, choose_labels, load_st
 from haste.evaluation.images import read_npz, read_pictures
 from haste.evaluation.judge import NUM_CLASSES
 from haste.evaluation.sample_folder import RECORD, read_record
-from haste.evaluation.scores import Yardstick, evaluate_checkpoints, load_yardstick, read_records
+from haste.evaluation.scores import Yardstick, alignment_end, evaluate_checkpoints, load_yardstick, read_records
 
 
 @dataclass(kw_only=True)
@@ -55,11 +55,9 @@ def main(args: Args) -> None:
         images, labels = read_samples(args.samples)
         caution(len(images), yardstick)
         scores = yardstick.score(images, labels)
-        rows = [(args.samples.name, scores.distance, scores.accuracy)]
+        print_table([(args.samples.name, scores.distance, scores.accuracy)], yardstick)
     else:
-        records, yardstick = evaluate(args)
-        rows = [(row_name(record), record["distance"], record["accuracy"]) for record in records]
-    print_table(rows, yardstick)
+        print_records(*evaluate(args))
 
 
 def evaluate(args: Args) -> tuple[list[dict], Yardstick]:
@@ -103,13 +101,6 @@ def draw_pictures(args: Args, run: Path, records: list[dict], yardstick: Yardsti
         draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
 
 
-def alignment_end(run: Path) -> int | None:
-    """The step after which a run's log knows no alignment any more; None if it never had one or never ended it."""
-    log = read_records(run / "log.jsonl")
-    aligned = [record["step"] for record in log if record["aligned"]]
-    return aligned[-1] if aligned and aligned[-1] < log[-1]["step"] else None
-
-
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Pictures (N, H, W, 3) uint8 of a folder or an .npz, and their labels where these are known."""
     if not path.exists():
@@ -123,9 +114,11 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return images, choose_labels(settings["labels"], settings["global_seed"], range(len(images)), NUM_CLASSES)
 
 
-def row_name(record: dict) -> str:
-    """The step, or the file's name for a checkpoint that was renamed."""
-    return record["checkpoint"] if record["step"] is None else f"{record['step']:,}"
+def print_records(records: list[dict], yardstick: Yardstick) -> None:
+    """Print the table of a run: one row per checkpoint, named by its step or, if it was renamed, its file."""
+    names = [record["checkpoint"] if record["step"] is None else f"{record['step']:,}" for record in records]
+    scores = [(record["distance"], record["accuracy"]) for record in records]
+    print_table([(name, *score) for name, score in zip(names, scores, strict=True)], yardstick)
 
 
 def caution(count: int, yardstick: Yardstick) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from haste.errors import UserError
 from haste.evaluation.generation import Sampler, SamplingSettings, Student, choose_labels, load_student
-from haste.evaluation.sample_folder import Drawn, SampleFolder
+from haste.evaluation.sample_folder import SampleFolder, Samples
 
 GRID_PICTURES = 100
 
@@ -40,20 +40,14 @@ class Args(SamplingSettings):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a command left: pictures (N, H, W, 3) uint8, labels (N,), the folder, and what drawing them took."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    folder: SampleFolder
-    drawn: Drawn
-
-
 def main(args: Args) -> None:
     """Draw, and say what came out."""
-    samples = sample_to_folder(args)
-    drawn, folder = samples.drawn, samples.folder
+    report(sample_to_folder(args))
+
+
+def report(samples: Samples) -> None:
+    """Print how fast pictures came and where they are."""
+    folder, drawn = samples.folder, samples.drawn
     print(
         f"{len(samples.images)} pictures at {drawn.pictures_per_second:.1f} images/s "
         f"({drawn.seconds:.2f} s for {drawn.pictures}); {drawn.full_per_picture} of "
@@ -75,7 +69,7 @@ def sample_to_folder(args: Args) -> Samples:
     draw_missing(sampler, folder, args.num_fid_samples, args.per_proc_batch_size)
     images = folder.collect(args.num_fid_samples, labels)
     write_grid(args, student, folder, images, labels)
-    return Samples(images, labels, folder, folder.drawn)
+    return Samples(images, labels, folder)
 
 
 def folder_path(args: Args, student: Student) -> Path:

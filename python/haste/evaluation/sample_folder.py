@@ -108,6 +108,19 @@ class SampleFolder:
             raise UserError(f"the sample folder {self.path} cannot be written: {error.strerror}") from error
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What a command of `haste sample` left: pictures (N, H, W, 3) uint8, their labels (N,), and the folder."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    folder: SampleFolder
+
+    @property
+    def drawn(self) -> Drawn:
+        return self.folder.drawn
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The content of a folder's sample.json: settings and drawn. Raises UserError if it is not one."""
     try:

@@ -139,3 +139,10 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add one line; the file is replaced whole, so that a kill leaves the old lines or the new."""
     text = "".join(json.dumps(line) + "\n" for line in [*read_records(path), record])
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def alignment_end(run: Path) -> int | None:
+    """The step after which a run's log knows no alignment any more; None if it never had one or never ended it."""
+    log = read_records(run / "log.jsonl")
+    aligned = [record["step"] for record in log if record["aligned"]]
+    return aligned[-1] if aligned and aligned[-1] < log[-1]["step"] else None

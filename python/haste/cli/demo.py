@@ -1,0 +1,168 @@
+"""See HASTE at work on real handwritten digits, on one page: train, sample, judge, and look.
+
+A small vision transformer learns to read scikit-learn's digits, then a diffusion transformer learns from it to draw
+them. The page shows its pictures, TaylorSeer beside the same seeds in full, and how quality grew over training. Every
+step is a `haste` command that is printed before it runs. Started again, the demo goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from haste.cli import evaluate, sample, train
+from haste.errors import UserError
+from haste.training.checkpoint import write_atomically
+from haste.training.config import TrainConfig
+from haste.training.recipes import recipe_config
+
+POINTS = 5  # checkpoints of the run, each of which is judged
+
+
+@dataclass(kw_only=True)
+class Args:
+    """The flags of `haste demo`."""
+
+    output_dir: Path = Path("demo")
+    """Where the run, its teacher, its judge and the page go."""
+    max_train_steps: int = recipe_config("digits").max_train_steps
+    """Training steps of the student."""
+    seed: int = 0
+    """Seed of the training and of the samples."""
+    num_steps: int = 50
+    """Sampling steps of the pictures that are compared."""
+    interval: int = 4
+    """TaylorSeer: one full step every so many."""
+    order: int = 2
+    """TaylorSeer: order of the forecast, 0 to 4."""
+    num_pictures: int = 100
+    """Pictures that are drawn twice, in full and with TaylorSeer."""
+    num_fid_samples: int = 500
+    """Pictures per checkpoint that is judged."""
+
+    def check(self) -> None:
+        """UserError for a run too short to be judged; the commands that run check their own flags."""
+        if self.max_train_steps < POINTS:
+            raise UserError(f"--max-train-steps is {self.max_train_steps}; it must be at least {POINTS}")
+
+
+def main(args: Args) -> None:
+    """Run every stage, and print the path of the page as the last line."""
+    from haste.report.demo import DemoResults, write_demo_page
+
+    args.check()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    clock = StageClock(args.output_dir / "demo.json")
+    config = train_config(args)
+    full, cached, judged = (
+        sample_args(args, config),
+        sample_args(args, config, cached=True),
+        evaluate_args(args, config),
+    )
+    commands = [
+        "haste train " + flags(config, recipe_config("digits"), first=["--recipe", "digits"]),
+        "haste sample " + flags(full, sample.Args(ckpt=full.ckpt), first=["--ckpt", str(full.ckpt)]),
+        "haste sample " + flags(cached, sample.Args(ckpt=cached.ckpt), first=["--ckpt", str(cached.ckpt)]),
+        "haste evaluate " + flags(judged, evaluate.Args()),
+    ]
+
+    with clock.stage("train teacher and student", commands[0]):
+        train.main(config)
+    with clock.stage("sample in full", commands[1]):
+        full_samples = sample.sample_to_folder(full)
+        sample.report(full_samples)
+    with clock.stage("sample with TaylorSeer", commands[2]):
+        cached_samples = sample.sample_to_folder(cached)
+        sample.report(cached_samples)
+    with clock.stage("judge five checkpoints", commands[3]):
+        records, yardstick = evaluate.evaluate(judged)
+        evaluate.print_records(records, yardstick)
+    results = DemoResults(config, full, full_samples, cached, cached_samples, judged, records, yardstick)
+    page = write_demo_page(args.output_dir, results, commands, clock.seconds())
+
+    width = max(map(len, clock.seconds()))
+    print("\n" + "\n".join(f"{title:<{width}}  {seconds:6.1f} s" for title, seconds in clock.seconds().items()))
+    print(page.resolve())
+
+
+def train_config(args: Args) -> TrainConfig:
+    """The digits recipe, shortened or lengthened as a whole: its end of alignment and its checkpoints move along."""
+    recipe = recipe_config("digits")
+    steps = args.max_train_steps
+    return replace(
+        recipe,
+        output_dir=str(args.output_dir),
+        max_train_steps=steps,
+        early_stop_point=round(recipe.early_stop_point * steps / recipe.max_train_steps),
+        checkpointing_steps=max(steps // POINTS, 1),
+        seed=args.seed,
+    )
+
+
+def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> sample.Args:
+    """The pictures of the demo, the same seeds in full and cached."""
+    return sample.Args(
+        ckpt=Path(config.output_dir) / config.exp_name,
+        num_fid_samples=args.num_pictures,
+        num_steps=args.num_steps,
+        labels="balanced",
+        global_seed=args.seed,
+        **({"cache": "taylorseer", "interval": args.interval, "order": args.order} if cached else {}),
+    )
+
+
+def evaluate_args(args: Args, config: TrainConfig) -> evaluate.Args:
+    """Every checkpoint of the run."""
+    return evaluate.Args(run=Path(config.output_dir) / config.exp_name, num_fid_samples=args.num_fid_samples)
+
+
+def flags(args: Any, defaults: Any, first: list[str] | None = None) -> str:
+    """The flags that make `args` out of `defaults`, as one would type them."""
+    words = list(first or [])
+    for field in fields(args):
+        value, default = getattr(args, field.name), getattr(defaults, field.name)
+        if value != default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+class StageClock:
+    """Announces stages, and keeps in a file the seconds that each one took over all starts of the demo.
+
+    A stage is known by its command. One that is complete keeps its seconds: going over it again only finds that
+    nothing is left to do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.stages: dict[str, str] = {}  # title -> command, of this start
+
+    @contextmanager
+    def stage(self, title: str, command: str) -> Iterator[None]:
+        """Print the command, and count the seconds of what runs inside, also when it is interrupted."""
+        self.stages[title] = command
+        print(f"\n[{len(self.stages)}/4] {title}\n$ {command}", flush=True)
+        entry = self.known.setdefault(command, {"seconds": 0.0, "complete": False})
+        begin = perf_counter()
+        complete = False
+        try:
+            yield
+            complete = True
+        finally:
+            if not entry["complete"]:
+                entry["seconds"] += perf_counter() - begin
+                entry["complete"] = complete
+                text = json.dumps(self.known, indent=2) + "\n"
+                write_atomically(self.path, lambda temporary: temporary.write_text(text))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage of this start, by title."""
+        return {title: self.known[command]["seconds"] for title, command in self.stages.items()}
