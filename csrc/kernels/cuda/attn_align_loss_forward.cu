@@ -1,8 +1,9 @@
 // attn_align_loss, forward: loss and both log-sum-exps of 64 query rows per block, without an attention map.
 //
 // Per row, online over tiles of keys (in powers of 2, so logits carry a factor log2(e)):
-//   m_s, l_s = max and Σ 2^(s − m_s);  m_t, l_t the same of t;  x = Σ 2^(t − m_t)·s
-//   lse_s = m_s + log2 l_s;  loss = lse_s − x / l_t
+//   m_s, l_s = max and Σ 2^(s − m_s);  m_t, l_t the same of t;  x = Σ 2^(t − m_t)·(s − m_s)
+//   lse_s = m_s + log2 l_s;  loss = log2 l_s − x / l_t
+// Measuring s from its maximum keeps the digits that lse_s − Σ softmax(t)·s would cancel.
 #include "attn_align_fragments.cuh"
 #include "attn_align_tiles.cuh"
 
@@ -19,15 +20,18 @@ struct OnlineSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.f, 0.f};
 
-  // Takes in a tile of logits, gives 2^(logit − maximum) and the factor by which what was summed before must shrink.
+  // Takes in a tile of logits and leaves their distance from the maximum in their place. Gives 2^distance, how far the
+  // maximum has risen, and the factor by which what was summed before must shrink.
   template <int kTiles>
-  __device__ void update(const float (&logits)[kTiles][4], float (&powers)[kTiles][4], float (&correction)[2]) {
+  __device__ void update(float (&logits)[kTiles][4], float (&powers)[kTiles][4], float (&rise)[2],
+                         float (&correction)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float tile_maximum = maximum[half];
 #pragma unroll
       for (const auto& tile : logits) tile_maximum = fmaxf(tile_maximum, fmaxf(tile[2 * half], tile[2 * half + 1]));
       tile_maximum = reduce_max<4>(tile_maximum);
+      rise[half] = maximum[half] == -INFINITY ? 0.f : tile_maximum - maximum[half];
       correction[half] = fast_exp2(maximum[half] - tile_maximum);
       maximum[half] = tile_maximum;
       sum[half] *= correction[half];
@@ -35,7 +39,8 @@ struct OnlineSoftmax {
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          powers[tile][i] = fast_exp2(logits[tile][i] - tile_maximum);
+          logits[tile][i] -= tile_maximum;
+          powers[tile][i] = fast_exp2(logits[tile][i]);
           sum[half] += powers[tile][i];
         }
       }
@@ -43,11 +48,11 @@ struct OnlineSoftmax {
   }
 };
 
-// Scales logits and hides the columns past the last key. These get the lowest finite number, not −∞: their power of
-// 2 is 0 all the same, and 0 times it is 0, not NaN.
+// Scales logits and hides the columns past the last key. These get a very low finite number, not −∞: their power of 2
+// is 0 all the same, and 0 times their distance from any maximum is 0, not NaN.
 template <int kTiles>
 __device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, int keys_left) {
-  constexpr float kHidden = -3.402823466e38f;
+  constexpr float kHidden = -1e38f;
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -77,7 +82,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   copy_tile<kHeldRows>(tiles.held_teacher, teacher, teacher.held, place, place.first_row, tokens);
   copy_tile<kKeys>(tiles.streamed_student, student, student.streamed, place, 0, tokens);
   for (int key = 0; key < tokens; key += kKeys) {
-    float powers[kTiles][4], correction[2];
+    float powers[kTiles][4], rise[2], correction[2];
 
     wait_for_copies();
     __syncthreads();  // the student's keys are here, and nobody reads the teacher's any more
@@ -85,7 +90,9 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     float s[kTiles][4];
     Fragments<T>::logits(s, student_q, tiles.streamed_student, student.shared_stride, student.padded_dim);
     scale_and_mask(s, student.scale_log2, tokens - key);
-    student_softmax.update(s, powers, correction);
+    student_softmax.update(s, powers, rise, correction);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) x[half] -= teacher_softmax.sum[half] * rise[half];
 
     wait_for_copies();
     __syncthreads();  // the teacher's keys are here, and nobody reads the student's any more
@@ -95,7 +102,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     float t[kTiles][4];
     Fragments<T>::logits(t, teacher_q, tiles.streamed_teacher, teacher.shared_stride, teacher.padded_dim);
     scale_and_mask(t, teacher.scale_log2, tokens - key);
-    teacher_softmax.update(t, powers, correction);
+    teacher_softmax.update(t, powers, rise, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       x[half] *= correction[half];
@@ -114,11 +121,10 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     const float x_sum = reduce_sum<4>(x[half]);
     const int row = place.first_row + warp * 16 + lane / 4 + 8 * half;
     if (lane % 4 == 0 && row < tokens) {
-      const float student_log2 = student_softmax.maximum[half] + log2f(student_sum);
-      const float teacher_log2 = teacher_softmax.maximum[half] + log2f(teacher_sum);
+      const float student_log2 = log2f(student_sum), teacher_log2 = log2f(teacher_sum);
       loss[place.first_of_head + row] = kLn2 * (student_log2 - x_sum / teacher_sum);
-      student_lse[place.first_of_head + row] = kLn2 * student_log2;
-      teacher_lse[place.first_of_head + row] = kLn2 * teacher_log2;
+      student_lse[place.first_of_head + row] = kLn2 * (student_softmax.maximum[half] + student_log2);
+      teacher_lse[place.first_of_head + row] = kLn2 * (teacher_softmax.maximum[half] + teacher_log2);
     }
   }
 }

@@ -112,6 +112,18 @@ def test_batch_heads_and_scales(emulator, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_what_a_row_of_logits_has_in_common_costs_the_loss_no_digits(emulator, dtype):
+    """All logits of a row lie some 100 away from 0, of which neither map knows; the maps are almost the same."""
+    q, k, noise_q, noise_k = operands(torch.float32, tokens=100, dims=(64, 64))
+    tensors = [(x + 4).to(dtype) for x in (q + 0.01 * noise_q, k + 0.01 * noise_k, q, k)]
+    exact, _, _ = definition([x.double() for x in tensors], torch.ones(1, 2, 100), (None, None))
+    eager, _, _ = definition(tensors, torch.ones(1, 2, 100), (None, None))
+    ours, student_lse, _ = forward(emulator, tensors)
+    assert student_lse.min() > 50
+    assert_as_accurate_as_eager(ours, eager, exact, f"loss {dtype}", 1.0)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_logits_beyond_a_plain_exponential(emulator, dtype):
     """e^logit overflows; what is left is the rounding of the log-sum-exp itself, a few units of its last place."""
     tensors, scales = operands(dtype, tokens=40, dims=(40, 24)), (9.0, -15.0)
