@@ -28,8 +28,11 @@ def default_args(arguments: Sequence[str]) -> TrainConfig:
 
 def main(args: TrainConfig) -> None:
     """Train; after Ctrl-C or SIGTERM, save and leave with the signal's usual exit status."""
+    from transformers.utils.logging import disable_progress_bar
+
     from haste.training.trainer import train  # brings torch: only once the flags are known to be right
 
+    disable_progress_bar()  # transformers' own, for loading weights; downloads still show theirs
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = train(args)
     if result.interrupted is not None:

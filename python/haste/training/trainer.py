@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +36,7 @@ from haste.training.checkpoint import (
 )
 from haste.training.config import TrainConfig
 from haste.training.ema import EMA
+from haste.training.meter import Meter
 from haste.training.run_folder import RunFolder
 from haste.training.signals import StopRequest
 from haste.training.students import student_shape
@@ -45,10 +44,6 @@ from haste.training.termination import FixedTermination
 from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
-
-# What the loop measures at every step, in the order in which it is kept on the device.
-METRICS = ("loss", "velocity_loss", "feature_loss", "attention_loss", "grad_norm")
-
 
 @dataclass
 class TrainResult:
@@ -72,10 +67,7 @@ def train(config: TrainConfig) -> TrainResult:
     checkpoint = read_newest_checkpoint(folder.checkpoints, config.resume_step)
     if checkpoint is not None:
         folder.refuse_other(TrainConfig.from_dict(vars(checkpoint["args"])), "holds a checkpoint")
-    trainer = Trainer(config, dataset, folder, make_accelerator(config))
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    return trainer.run()
+    return Trainer(config, dataset, folder, make_accelerator(config), checkpoint).run()
 
 
 def check_fit(config: TrainConfig, dataset: ImageDataset) -> None:
@@ -121,9 +113,19 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
 
 
 class Trainer:
-    """One run: student, averaged student, optimizer, alignment, and the step at which they stand."""
+    """One run: student, averaged student, optimizer, alignment, and the step at which they stand.
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, folder: RunFolder, accelerator: Accelerator) -> None:
+    checkpoint: where to go on from; None starts anew.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: ImageDataset,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.config = config
         self.folder = folder
         self.accelerator = accelerator
@@ -132,6 +134,8 @@ class Trainer:
         self.labels = dataset.labels.to(self.device)
         self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
         self.termination = FixedTermination(config.early_stop_point)
+        if checkpoint is not None:
+            self.termination.load_state_dict(checkpoint["termination"])
         self.step = 0
 
         self.model_config = {
@@ -145,16 +149,19 @@ class Trainer:
             "encoder_depth": config.encoder_depth,
             "projector_dim": config.projector_dim,
         }
-        set_seed(config.seed)
-        self.aligner = build_aligner(config, self.model_config)
+        stopped = self.termination.stopped_at is not None
+        self.aligner = None if stopped else build_aligner(config, self.model_config)
         if self.aligner is not None:
             self.aligner.to(self.device)
-        # The student is not wrapped by accelerate: its wrapper would copy every q and k to fp32 on their way out.
         z_dims = self.aligner.z_dims if self.aligner is not None else ()
+        set_seed(config.seed)
+        # The student is not wrapped by accelerate: its wrapper would copy every q and k to fp32 on their way out.
         self.model = SiT(**self.model_config, z_dims=z_dims).to(self.device)
         self.ema = EMA(self.model, config.ema_decay)
         self.optimizer = accelerator.prepare(self._make_optimizer())
         set_seed(config.seed)  # runs that differ in their alignment alone see the same noise, times and dropped labels
+        if checkpoint is not None:
+            self._resume(checkpoint)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -173,21 +180,20 @@ class Trainer:
         self.folder.claim()
         logger.info("%s", self._describe())
         self.model.train()
-        self._window: list[Tensor] = []
-        self._window_start = time.perf_counter()
+        self.meter = Meter(config.batch_size, watch_gradient=self.accelerator.scaler is None)
         bar = tqdm(total=config.max_train_steps, initial=self.step, desc=config.exp_name, unit="step")
         with bar, StopRequest() as stop:
             while self.step < config.max_train_steps:
                 if self.aligner is not None and self.termination.due(self.step):
-                    self._log_window(bar)
+                    self._log(bar)
                     self._end_alignment()
-                self._window.append(self._train_step(*self._next_batch()))
+                self._train_step(*self._next_batch())
                 self.step += 1
                 bar.update()
                 last = self.step == config.max_train_steps or stop.received is not None
                 save = last or self.step % config.checkpointing_steps == 0
                 if save or self.step % config.logging_steps == 0:
-                    self._log_window(bar)
+                    self._log(bar)
                 if save:
                     self._save()
                 if stop.received is not None:
@@ -198,8 +204,8 @@ class Trainer:
         indices = self.order.batch(self.step).to(self.device, non_blocking=True)
         return self.images[indices], self.labels[indices]
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One update. Returns METRICS on the device: nothing here waits for a GPU."""
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One update. Nothing here waits for a GPU."""
         config, aligner = self.config, self.aligner
         noise = torch.randn_like(images)
         t = sample_time(len(images), config.weighting, config.path_type, device=self.device)
@@ -222,9 +228,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.model)
-        measured = (loss, velocity, feature, attention, grad_norm)
-        off = loss.new_tensor(math.nan)
-        return torch.stack([off if value is None else value.detach().float() for value in measured])
+        self.meter.add(loss, velocity, feature, attention, grad_norm)
 
     def _set_learning_rate(self) -> None:
         """Constant, after a linear warm-up over warmup_steps."""
@@ -238,9 +242,6 @@ class Trainer:
         """From here on a step is a step of plain SiT: teachers, projectors and their optimizer state are gone."""
         self.termination.stopped_at = self.step
         logger.info("step %d: alignment ends, the teacher is released", self.step)
-        self._release_alignment()
-
-    def _release_alignment(self) -> None:
         projector_parameters = set(self.model.projectors.parameters())
         self.aligner = None
         self.model.release_projectors()
@@ -265,35 +266,11 @@ class Trainer:
         start = f", going on from step {self.step}" if self.step else ""
         return f"{self.config.model} ({parameters:.1f} M parameters) on {self.device}, {alignment}{start}"
 
-    def _log_window(self, bar: tqdm) -> None:
-        """Average what was measured since the last time, write it down, and stop if it is not finite."""
-        if not self._window:
-            return
-        rows = torch.stack(self._window).tolist()  # the one place where the host waits for the device
-        self._check_finite(rows)
-        seconds = time.perf_counter() - self._window_start
-        speed = len(rows) * self.config.batch_size / seconds
-        means = {name: sum(column) / len(rows) for name, column in zip(METRICS, zip(*rows, strict=True), strict=True)}
-        record = {name: None if math.isnan(value) else value for name, value in means.items()}
-        self.folder.log(
-            {"step": self.step, **record, "images_per_second": speed, "aligned": self.aligner is not None}
-        )
-        bar.set_postfix(loss=f"{means['velocity_loss']:.4f}", images_per_s=f"{speed:.0f}")
-        self._window = []
-        self._window_start = time.perf_counter()
-
-    def _check_finite(self, rows: list[list[float]]) -> None:
-        # Under fp16 an infinite gradient is everyday business: the scaler skips that step.
-        watched = [METRICS.index("loss")]
-        if self.accelerator.scaler is None:
-            watched.append(METRICS.index("grad_norm"))
-        for offset, row in enumerate(rows):
-            if not all(math.isfinite(row[index]) for index in watched):
-                step = self.step - len(rows) + offset + 1
-                raise UserError(
-                    f"the loss or its gradient is not finite at step {step} (loss {row[0]}, gradient norm {row[-1]}); "
-                    "training stopped, and the last checkpoint is from before that: a lower --learning-rate may help"
-                )
+    def _log(self, bar: tqdm) -> None:
+        record = self.meter.read(self.step)
+        if record is not None:
+            self.folder.log({"step": self.step, **record, "aligned": self.aligner is not None})
+            bar.set_postfix(loss=f"{record['velocity_loss']:.4f}", images_per_s=f"{record['images_per_second']:.0f}")
 
     # ---- checkpoints ----
 
@@ -316,11 +293,8 @@ class Trainer:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise UserError(f"the checkpoint {path} could not be written: {error}") from error
 
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def _resume(self, checkpoint: Checkpoint) -> None:
         """Stand where the checkpoint stood; UserError if its weights do not fit this student."""
-        self.termination.load_state_dict(checkpoint["termination"])
-        if self.termination.stopped_at is not None and self.aligner is not None:
-            self._release_alignment()
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.ema.model.load_state_dict(checkpoint["ema"])

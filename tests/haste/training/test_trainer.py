@@ -143,6 +143,13 @@ def test_after_tau_teacher_and_projector_are_no_longer_in_memory(make_config):
     assert not [name for part in ("model", "ema") for name in checkpoint[part] if name.startswith("projectors.")]
 
 
+def test_a_run_resumed_after_tau_loads_no_teacher(make_config, calls):
+    train(make_config(max_train_steps=8))
+    assert calls["load"] == 1
+    train(make_config())
+    assert calls["load"] == 1 and calls["teacher"] == calls["projector"] == 6
+
+
 def test_never_stopping_aligns_to_the_end(make_config, calls):
     train(make_config(early_stop_point=-1))
     assert calls["teacher"] == calls["token_cosine_loss"] == 12 and calls["attn_align_loss"] == 24
