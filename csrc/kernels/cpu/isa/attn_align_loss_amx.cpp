@@ -10,7 +10,7 @@ namespace haste::cpu::HASTE_ISA {
 namespace {
 
 constexpr int kQueries = 64;    // of a block
-constexpr int kStrip = 64;      // keys whose logits exist at a time: with the teacher's, 32 KB
+constexpr int kStrip = 32;      // keys whose logits exist at a time: with the teacher's, 16 KB
 constexpr int kKeyBlock = 256;  // keys over which dq is summed in tile registers
 constexpr float kLargestLogitHere = 1e4f;
 constexpr float kLog2E = 1.44269504f;
@@ -22,26 +22,11 @@ using Softmax = RowState<float, kQueries>;
 HASTE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 HASTE_INLINE int64_t padded_keys(int64_t keys) { return round_up(keys, kStrip); }
 
-// 2^n · p(f) with n the integer in the lowest bits of `shifted`, |f| ≤ ½; exactly 1 at 0.
-HASTE_INLINE V exp2_of_parts(V shifted, V f) {
-  const V p = (((f * 0.00957009237f + 0.0559179428f) * f + 0.240247457f) * f + 0.693121805f) * f + 1.0f;
-  return V(Bits<float>(p) + (Bits<float>(shifted) << 23));
-}
-constexpr float kRound = 0x1.8p23f;
-constexpr float kLowestPower = -126;
-
-// 2^(x · factor) for x ≤ 0, and for x below `lowest` = kLowestPower / factor as if it were that.
-HASTE_INLINE V exp2_of_product(V x, float factor, V lowest) {
-  const V clamped = max<float>(lowest, x);
-  const V shifted = clamped * factor + kRound;
-  return exp2_of_parts(shifted, clamped * factor - (shifted - kRound));
-}
-
-// 2^(x · factor − offset), the exponent at least kLowestPower.
-HASTE_INLINE V exp2_of_difference(V x, float factor, V offset) {
-  const V y = max<float>(broadcast(kLowestPower), x * factor - offset);
-  const V shifted = y + kRound;
-  return exp2_of_parts(shifted, y - (shifted - kRound));
+// 2^y, exactly 1 at 0: a polynomial in the fraction of y, scaled by its integer part. Underflows to 0, NaN stays NaN.
+HASTE_INLINE V exp2_short(V y) {
+  const V f = V(_mm512_reduce_ps(__m512(y), _MM_FROUND_TO_NEG_INF));
+  const V p = (((f * 0.0134271268f + 0.0522417638f) * f + 0.241280537f) * f + 0.693044803f) * f + 1.0f;
+  return V(_mm512_scalef_ps(__m512(p), __m512(y)));
 }
 
 // Rows of bf16 as they are, padded with zeros to whole kDepth.
@@ -107,7 +92,6 @@ struct OnlineRows {
 
   void update(const Side& student, const Side& teacher, int64_t keys) {
     const float factor_s = student.scale * kLog2E, factor_t = teacher.scale * kLog2E;
-    const V lowest_s = broadcast(kLowestPower / factor_s), lowest_t = broadcast(kLowestPower / factor_t);
     for (int i = 0; i < kQueries; i += L) {
       const float *s = student.logits + i, *t = teacher.logits + i;
       const V old_s = load(student_max + i), old_t = load(teacher_max + i);
@@ -119,13 +103,13 @@ struct OnlineRows {
       V sum_s{}, sum_t{}, x{};
       for (int64_t key = 0; key < keys; ++key) {
         const V from_max = load(s + key * kQueries) - max_s;
-        const V weight = exp2_of_product(load(t + key * kQueries) - max_t, factor_t, lowest_t);
-        sum_s += exp2_of_product(from_max, factor_s, lowest_s);
+        const V weight = exp2_short((load(t + key * kQueries) - max_t) * factor_t);
+        sum_s += exp2_short(from_max * factor_s);
         sum_t += weight;
         x += weight * from_max;
       }
-      const V shrink_s = exp2_of_product(old_s - max_s, factor_s, lowest_s);
-      const V shrink_t = exp2_of_product(old_t - max_t, factor_t, lowest_t);
+      const V shrink_s = exp2_short((old_s - max_s) * factor_s);
+      const V shrink_t = exp2_short((old_t - max_t) * factor_t);
       const V old_sum_t = load(teacher_sum + i);
       store(cross + i, (load(cross + i) + old_sum_t * (old_s - max_s)) * shrink_t + x);
       store(student_sum + i, load(student_sum + i) * shrink_s + sum_s);
@@ -244,8 +228,8 @@ struct Rows {
 
   // upstream · (e^{s − lse_s} − e^{t − lse_t}) of L queries from `i` on.
   HASTE_INLINE V gradient(const float* s, const float* t, int i) const {
-    return load(state.upstream + i) * (exp2_of_difference(load(s + i), factor_s, load(state.student_lse + i)) -
-                                       exp2_of_difference(load(t + i), factor_t, load(state.teacher_lse + i)));
+    return load(state.upstream + i) * (exp2_short(load(s + i) * factor_s - load(state.student_lse + i)) -
+                                       exp2_short(load(t + i) * factor_t - load(state.teacher_lse + i)));
   }
 };
 

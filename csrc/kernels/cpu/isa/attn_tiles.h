@@ -21,7 +21,7 @@ constexpr int kKeyGradientVectors = kVectorRegisters == 32 ? 6 : 3;
 // A block of queries, 256 bytes of lanes, meets this many keys at a time; their logits stay in the first-level cache.
 template <class T>
 constexpr int kQueries = 256 / int(sizeof(T));
-constexpr int kKeys = 48;
+constexpr int kKeys = 96;
 static_assert(kKeys % kRows == 0 && kKeys % kKeyGradientRows == 0, "tiles of whole rows");
 
 template <class T, int Rows, int Vectors>
