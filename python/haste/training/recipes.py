@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "early_stop_point": 400,
         "batch_size": 64,
         "max_train_steps": 800,
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "ema_decay": 0.99,
         "mixed_precision": "no",
         "logging_steps": 10,
