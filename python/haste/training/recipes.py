@@ -19,14 +19,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "layer_map": "0:0,1:1,2:2,3:3",
         "encoder_depth": 4,
         "projector_dim": 256,
-        "early_stop_point": 400,
+        "early_stop_point": 500,
         "batch_size": 64,
-        "max_train_steps": 800,
+        "max_train_steps": 1000,
         "learning_rate": 4e-3,
         "ema_decay": 0.99,
         "mixed_precision": "no",
         "logging_steps": 10,
-        "checkpointing_steps": 160,
+        "checkpointing_steps": 200,
     },
 }
 

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
 from haste.data import BatchOrder, ImageDataset, load_dataset
@@ -182,7 +183,7 @@ class Trainer:
         self.model.train()
         self.meter = Meter(config.batch_size, watch_gradient=self.accelerator.scaler is None)
         bar = tqdm(total=config.max_train_steps, initial=self.step, desc=config.exp_name, unit="step")
-        with bar, StopRequest() as stop:
+        with bar, logging_redirect_tqdm(), StopRequest() as stop:
             while self.step < config.max_train_steps:
                 if self.aligner is not None and self.termination.due(self.step):
                     self._log(bar)
