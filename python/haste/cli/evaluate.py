@@ -32,6 +32,8 @@ class Args(SamplingSettings):
     """A folder of PNGs or an .npz, as `haste sample` leaves them."""
     num_fid_samples: int = 1000
     """How many pictures to draw for each checkpoint."""
+    num_steps: int = 25
+    """Steps from noise to picture."""
     labels: str = "balanced"
     """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4."""
     judge_dir: Path | None = None

@@ -16,7 +16,17 @@ from haste.evaluation.pictures import draw_comparison, draw_grid, draw_losses, d
 from haste.evaluation.sample_folder import Samples
 from haste.evaluation.scores import Yardstick, alignment_end, read_records
 from haste.evaluation.style import DARK, LIGHT, Theme
-from haste.report.page import commands, facts, paragraph, render_page, section, table, themed_figure, write_page
+from haste.report.page import (
+    commands,
+    facts,
+    folded_section,
+    paragraph,
+    render_page,
+    section,
+    table,
+    themed_figure,
+    write_page,
+)
 from haste.training.config import TrainConfig
 from haste.training.recipes import recipe_config
 
@@ -199,11 +209,12 @@ def training_section(folder: Path, results: DemoResults) -> str:
 
 def timings_section(seconds: Mapping[str, float]) -> str:
     rows = [*seconds.items(), ("in all", sum(seconds.values()))]
+    threads = torch.get_num_threads()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
     return section(
         "What it took",
         table(("Stage", "Seconds"), [(name, f"{value:.1f} s") for name, value in rows]),
-        paragraph(f"On {device}, with {torch.get_num_threads()} threads ({platform.machine()})."),
+        paragraph(f"On {device}, with {threads} thread{'s' * (threads > 1)} ({platform.machine()})."),
     )
 
 
@@ -211,7 +222,7 @@ def settings_section(config: TrainConfig) -> str:
     """The settings that the recipe sets, which are those that differ from the papers'."""
     names = [name for name, value in asdict(recipe_config("digits")).items() if value != getattr(TrainConfig(), name)]
     rows = [(f"--{name.replace('_', '-')}", getattr(config, name)) for name in dict.fromkeys([*names, "seed"])]
-    return section("Settings of the run", table(("Flag", "Value"), rows))
+    return folded_section("Settings of the run", table(("Flag", "Value"), rows))
 
 
 def build_section() -> str:

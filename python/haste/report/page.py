@@ -41,6 +41,12 @@ def section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
+def folded_section(title: str, *parts: str) -> str:
+    """A section that shows its title alone until it is clicked on."""
+    content = "\n".join(parts)
+    return f"<section>\n<details>\n<summary>{escape(title)}</summary>\n{content}\n</details>\n</section>"
+
+
 def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 

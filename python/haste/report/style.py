@@ -45,8 +45,10 @@ th { color: var(--muted); font-weight: 600; }
 tr:last-child td { border-bottom: 0; }
 td.number, th.number { text-align: right; padding-right: 1.5rem; }
 pre {
-  background: var(--code); border-radius: 8px; padding: 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.5;
+  background: var(--code); border-radius: 8px; padding: 1rem; font-size: .85rem; line-height: 1.6;
+  white-space: pre-wrap; overflow-wrap: anywhere;
 }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-footer { color: var(--muted); font-size: .85rem; margin-top: 1.5rem; }
+summary { cursor: pointer; font-size: 1.2rem; font-weight: bold; letter-spacing: -.01em; }
+details[open] summary { margin-bottom: .75rem; }
 """

@@ -1,0 +1,198 @@
+"""Plain SiT, REPA, HASTE and HASTE without stopping on the digits, three seeds each, judged at five points of training.
+
+    python benchmarks/digits/run.py                            all that is not done yet, then the table and the plots
+    python benchmarks/digits/run.py --methods HASTE --seeds 0  of that, one run
+    python benchmarks/digits/run.py --draw-only                the table and the plots from results.json alone
+
+All runs share the recipe `haste train --recipe digits`, its teacher, the judge and the seeds of the samples; runs of
+one seed also see the same order of pictures, times and noise. A run that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from haste.evaluation.generation import SamplingSettings, run_checkpoints
+from haste.evaluation.pictures import draw_scores
+from haste.evaluation.scores import evaluate_checkpoints, load_yardstick
+from haste.training.checkpoint import write_atomically
+from haste.training.config import TrainConfig
+from haste.training.recipes import recipe_config
+from haste.training.trainer import train
+
+import haste_ext
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.json"
+SAMPLES = 1000
+SETTINGS = SamplingSettings(num_steps=25, labels="balanced")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {"attn_coeff": 0.0, "proj_coeff": 0.0},
+    "REPA": {"attn_coeff": 0.0, "early_stop_point": -1},
+    "HASTE": {},
+    "HASTE, never stopped": {"early_stop_point": -1},
+}
+
+
+@dataclass
+class Args:
+    """What to run and where."""
+
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    """Of: plain, REPA, HASTE, "HASTE, never stopped"."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the training."""
+    output_dir: Path = Path("exps/digits-benchmark")
+    """Where the runs, the teacher and the judge go."""
+    draw_only: bool = False
+    """Train nothing: draw the table and the plots from results.json."""
+
+
+def main(args: Args) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
+    if not args.draw_only:
+        for seed in args.seeds:
+            for method in args.methods:
+                do_run(args, method, seed, results)
+    write_table(results)
+    draw_plots(results)
+    print((HERE / "results.md").read_text())
+
+
+def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
+    """The recipe with the method's coefficients."""
+    name = f"{method.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
+    return replace(recipe_config("digits"), output_dir=str(output_dir), exp_name=name, seed=seed, **METHODS[method])
+
+
+def do_run(args: Args, method: str, seed: int, results: dict[str, Any]) -> None:
+    """Train and judge one run, unless it is in the results with these very settings; then write results.json."""
+    config = run_config(args.output_dir, method, seed)
+    settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
+    if any(run["settings"] == settings for run in results["runs"]):
+        print(f"{method}, seed {seed}: done before")
+        return
+    begin = perf_counter()
+    result = train(config)
+    if result.interrupted is not None:
+        raise SystemExit(128 + result.interrupted)
+    trained = perf_counter()
+    yardstick = load_yardstick(args.output_dir / "judge")
+    records = evaluate_checkpoints(result.folder, run_checkpoints(result.folder), SETTINGS, SAMPLES, yardstick)
+    run = {
+        "method": method,
+        "seed": seed,
+        "settings": settings,
+        "points": [{name: record[name] for name in ("step", "distance", "accuracy", "samples")} for record in records],
+        "train_seconds": round(trained - begin, 1),
+        "judge_seconds": round(perf_counter() - trained, 1),
+        **provenance(),
+    }
+    others = [old for old in results["runs"] if (old["method"], old["seed"]) != (method, seed)]
+    results["runs"] = sorted([*others, run], key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
+    results["sampling"] = SETTINGS.sampling_fields()
+    results["judge"] = {
+        "held_out_accuracy": yardstick.judge.held_out_accuracy,
+        "features": yardstick.real.dimension,
+        "real_digits": yardstick.real.count,
+        "distance_between_halves_of_the_real_digits": yardstick.halves,
+        "settings": asdict(yardstick.judge.settings),
+    }
+    write_atomically(RESULTS, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
+
+
+def provenance() -> dict[str, Any]:
+    """The commit (with a mark if the code that runs differs from it), versions, and the machine."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout
+
+    changed = git(
+        "status", "--porcelain", "--", ":/python", ":/haste_ext", ":/csrc", ":/benchmarks/digits/run.py"
+    ).strip()
+    return {
+        "commit": git("rev-parse", "HEAD").strip() + (" with changes" if changed else ""),
+        "build": haste_ext.build_info(),
+        "python": platform.python_version(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor_name() -> str:
+    """The processor as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def by_method(results: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Method → seed → points."""
+    scores: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for run in results["runs"]:
+        scores.setdefault(run["method"], {})[run["seed"]] = run["points"]
+    return scores
+
+
+def write_table(results: dict[str, Any]) -> None:
+    """results.md: mean ± standard deviation over seeds (n − 1) of both numbers at every point."""
+    scores = by_method(results)
+    steps = [point["step"] for point in next(iter(next(iter(scores.values())).values()))]
+    head = "| | " + " | ".join(f"step {step:,}" for step in steps) + " |\n|---|" + "---:|" * len(steps)
+    lines = ["# Digits: plain SiT, REPA, HASTE\n", describe(results)]
+    for title, key, scale, digits in (
+        ("Fréchet distance", "distance", 1.0, 2),
+        ("Read as requested, %", "accuracy", 100.0, 1),
+    ):
+        lines.append(f"\n## {title}\n\n{head}")
+        for method, seeds in scores.items():
+            values = scale * np.array([[point[key] for point in points] for points in seeds.values()])
+            spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(len(steps), np.nan)
+            cells = [
+                f"{mean:.{digits}f} ± {sd:.{digits}f}" for mean, sd in zip(values.mean(axis=0), spread, strict=True)
+            ]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    write_atomically(HERE / "results.md", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+
+
+def describe(results: dict[str, Any]) -> str:
+    """How the numbers came about, in words."""
+    judge, run, sampling = results["judge"], results["runs"][0], SamplingSettings(**results["sampling"])
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    commits = sorted({run["commit"][:12] + run["commit"][40:] for run in results["runs"]})
+    haste = [run["settings"] for run in results["runs"] if run["method"] == "HASTE"]
+    stop = f"Alignment ends at step {haste[0]['early_stop_point']:,} in HASTE. " if haste else ""
+    return (
+        f"`python benchmarks/digits/run.py`. Mean ± standard deviation over {len(seeds)} seeds; "
+        f"{run['points'][0]['samples']:,} samples a point, {sampling.describe()}, EMA weights, no guidance, the same noise and labels for every run. {stop}"
+        f"Distance to {judge['real_digits']:,} real digits in {judge['features']} features of a classifier that no run "
+        f"has seen (it reads {judge['held_out_accuracy']:.1%} of the real digits it has not seen; two halves of the "
+        f"real digits are {judge['distance_between_halves_of_the_real_digits']:.2f} apart).\n\n"
+        f"Commit {', '.join(commits)}; torch {run['build']['torch_loaded']}; {run['processor']}, "
+        f"{run['threads']} thread(s); no GPU."
+    )
+
+
+def draw_plots(results: dict[str, Any]) -> None:
+    """results.png: both numbers over steps, the mean and the range over seeds."""
+    stops = {run["settings"]["early_stop_point"] for run in results["runs"] if run["method"] == "HASTE"}
+    seeds = {run["seed"] for run in results["runs"]}
+    title = f"Digits, {len(seeds)} seeds: mean, lowest and highest"
+    draw_scores(HERE / "results.png", by_method(results), title=title, stop=stops.pop() if stops else None)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
