@@ -15,18 +15,37 @@ struct Bfloat {
   uint16_t bits;
 };
 
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));       // one per lane of Vector<float>
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));  // one per lane of Vector<float>
 typedef uint16_t Halfwords __attribute__((vector_size(kVectorBytes / 2)));
 
+// 16-bit numbers to the low halves of 32-bit words, and back. (GCC 12 would convert whole vectors in pieces.)
 HASTE_INLINE Words load_halfwords(const void* from) {
+#if defined(__AVX512F__)
+  return Words(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+#elif defined(__SSE2__)
+  return Words(_mm_unpacklo_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(from)), _mm_setzero_si128()));
+#else
   Halfwords narrow;
   __builtin_memcpy(&narrow, from, sizeof narrow);
   return __builtin_convertvector(narrow, Words);
+#endif
 }
 
 HASTE_INLINE void store_halfwords(void* to, Words wide) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(__m512i(wide)));
+#elif defined(__AVX2__)
+  const __m256i halves = _mm256_packus_epi32(__m256i(wide), __m256i(wide));
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
+#elif defined(__SSE2__)
+  const __m128i extended = _mm_srai_epi32(_mm_slli_epi32(__m128i(wide), 16), 16);  // which packing leaves as they are
+  _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packs_epi32(extended, extended));
+#else
   const Halfwords narrow = __builtin_convertvector(wide, Halfwords);
   __builtin_memcpy(to, &narrow, sizeof narrow);
+#endif
 }
 
 HASTE_INLINE Vector<float> widen(const float* from) { return load(from); }

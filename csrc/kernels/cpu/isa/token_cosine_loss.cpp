@@ -11,17 +11,26 @@ constexpr double kSmallestNorm = 1e-12;  // as F.normalize
 // The three sums of a row in double: there is time for it while memory delivers, squares of large fp32 and bf16
 // numbers do not overflow, and a near-zero cosine keeps its digits.
 struct RowSums {
-  Vector<double> student_square{}, teacher_square{}, dot{};
+  struct Sums {
+    Vector<double> student_square{}, teacher_square{}, dot{};
 
-  HASTE_INLINE void add(Vector<double> s, Vector<double> t) {
-    student_square += s * s;
-    teacher_square += t * t;
-    dot += s * t;
-  }
+    HASTE_INLINE void add(Vector<double> s, Vector<double> t) {
+      student_square += s * s;
+      teacher_square += t * t;
+      dot += s * t;
+    }
+  };
+  Sums lower, upper;  // of the lanes of float vectors: two chains of additions instead of one
+
+  HASTE_INLINE void add(Vector<double> s, Vector<double> t) { lower.add(s, t); }
   HASTE_INLINE void add(Vector<float> s, Vector<float> t) {
-    add(lower_half(s), lower_half(t));
-    add(upper_half(s), upper_half(t));
+    lower.add(lower_half(s), lower_half(t));
+    upper.add(upper_half(s), upper_half(t));
   }
+
+  HASTE_INLINE double student_square() const { return sum<double>(lower.student_square + upper.student_square); }
+  HASTE_INLINE double teacher_square() const { return sum<double>(lower.teacher_square + upper.teacher_square); }
+  HASTE_INLINE double dot() const { return sum<double>(lower.dot + upper.dot); }
 };
 
 template <class T, class Student, class Teacher>
@@ -41,12 +50,12 @@ struct RowNorms {
 template <class T, class Student, class Teacher>
 RowNorms row_norms(const Student* s, const Teacher* t, int64_t dim) {
   const RowSums sums = row_sums<T>(s, t, dim);
-  const double student_norm = __builtin_sqrt(sum<double>(sums.student_square));
-  const double teacher_norm = __builtin_sqrt(sum<double>(sums.teacher_square));
+  const double student_norm = __builtin_sqrt(sums.student_square());
+  const double teacher_norm = __builtin_sqrt(sums.teacher_square());
   const bool student_clamped = student_norm < kSmallestNorm;
   const double student_inverse = 1 / (student_clamped ? kSmallestNorm : student_norm);
   const double teacher_inverse = 1 / (teacher_norm < kSmallestNorm ? kSmallestNorm : teacher_norm);
-  return {student_inverse, teacher_inverse, sum<double>(sums.dot) * student_inverse * teacher_inverse, student_clamped};
+  return {student_inverse, teacher_inverse, sums.dot() * student_inverse * teacher_inverse, student_clamped};
 }
 
 // a · t + b · s, of the student's type, from element `first` of the gradient on.

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -104,16 +104,32 @@ HASTE_INLINE T sum(Vector<T> v) {
   return total;
 }
 
-// Half of the lanes, as double.
+// Half of the lanes, as double. (GCC 12 converts whole vectors in pieces of two or four.)
 HASTE_INLINE Vector<double> lower_half(Vector<float> v) {
+#if defined(__AVX512F__)
+  return Vector<double>(_mm512_cvtps_pd(_mm512_castps512_ps256(__m512(v))));
+#elif defined(__AVX2__)
+  return Vector<double>(_mm256_cvtps_pd(_mm256_castps256_ps128(__m256(v))));
+#elif defined(__SSE2__)
+  return Vector<double>(_mm_cvtps_pd(__m128(v)));
+#else
   HalfVector half;
   __builtin_memcpy(&half, &v, sizeof half);
   return __builtin_convertvector(half, Vector<double>);
+#endif
 }
 HASTE_INLINE Vector<double> upper_half(Vector<float> v) {
+#if defined(__AVX512DQ__)
+  return Vector<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(__m512(v), 1)));
+#elif defined(__AVX2__)
+  return Vector<double>(_mm256_cvtps_pd(_mm256_extractf128_ps(__m256(v), 1)));
+#elif defined(__SSE2__)
+  return Vector<double>(_mm_cvtps_pd(_mm_movehl_ps(__m128(v), __m128(v))));
+#else
   HalfVector half;
   __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
   return __builtin_convertvector(half, Vector<double>);
+#endif
 }
 
 // The lower, or the upper, halves of two vectors with their lanes alternating: a0 b0 a1 b1 ...
