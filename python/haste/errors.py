@@ -8,3 +8,9 @@ class UserError(ValueError):
 
     The command line prints the sentence alone, without a traceback. For a caller from Python it is a ValueError.
     """
+
+
+def in_one_line(error: Exception) -> str:
+    """What another library's error says, fit for the middle of a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

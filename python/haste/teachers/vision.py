@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 from haste.teachers.families import VISION_TOWERS, Family, find_family, find_layers
 from haste.teachers.names import resolve_teacher
 from haste.teachers.recorder import ATTENTION_NAME, QueriesKeys, record
@@ -144,7 +144,7 @@ def _load_config(name: str, source: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"the teacher {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
     if config.model_type in VISION_TOWERS:
         return config.vision_config
     return config
@@ -154,15 +154,11 @@ def _load_encoder(name: str, source: str, family: Family) -> nn.Module:
     try:
         model = AutoModel.from_pretrained(source, attn_implementation=ATTENTION_NAME)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the teacher {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
     encoder = getattr(model, "vision_model", model)  # the text side of a two-tower model is dropped here
     if family.masks_patches:
         encoder.config.mask_ratio = 0.0
     return encoder
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _check_layers(name: str, layers: Sequence[int], depth: int) -> None:

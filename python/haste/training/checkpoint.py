@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 Checkpoint = dict[str, Any]
 
+PUBLIC_KEYS = {"model", "ema", "opt", "args", "steps"}
+RESUME_KEYS = {"model_config", "rng", "termination", "scaler"}
+
 
 class BrokenCheckpoint(Exception):
     """The file is no whole checkpoint."""
@@ -71,9 +74,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise BrokenCheckpoint(f"{path} is no whole checkpoint") from error
-    if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "args", "steps"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not PUBLIC_KEYS <= checkpoint.keys():
         raise BrokenCheckpoint(f"{path} lacks model, ema, opt, args or steps")
     return checkpoint
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a kill in the middle of a write has left."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -84,7 +93,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
     """The checkpoint of `step`, or for 0 the newest whole one; None if there are no files.
 
-    A damaged newest file is passed over with a warning. UserError if the wanted file is missing, or if none is whole.
+    A damaged newest file is passed over with a warning. UserError if the wanted file is missing, if none is whole, or
+    if it comes from a trainer that leaves out what going on takes.
     """
     paths = list_checkpoints(folder)
     if step:
@@ -93,9 +103,14 @@ def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
             raise UserError(f"--resume-step is {step}, and {checkpoint_path(folder, step)} does not exist")
     for path in reversed(paths):
         try:
-            return read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
         except BrokenCheckpoint as error:
             logger.warning("%s; looking for an earlier one", error)
+            continue
+        if not RESUME_KEYS <= checkpoint.keys():
+            missing = ", ".join(sorted(RESUME_KEYS - checkpoint.keys()))
+            raise UserError(f"{path} was not written by haste train: it holds no {missing}")
+        return checkpoint
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start again")
     return None

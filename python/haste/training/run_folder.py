@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from haste.errors import UserError
-from haste.training.checkpoint import write_atomically
+from haste.errors import UserError, in_one_line
+from haste.training.checkpoint import remove_leftovers, write_atomically
 from haste.training.config import TrainConfig, differing_settings
 
 
@@ -22,7 +22,7 @@ class RunFolder:
         self._settings = self.path / "args.json"
         self._log = self.path / "log.jsonl"
         if self._settings.is_file():
-            self.refuse_other(TrainConfig.from_dict(json.loads(self._settings.read_text())), "holds a run")
+            self.refuse_other(self._read_settings(), "holds a run")
 
     def claim(self) -> None:
         """Make the folder this run's, once it is known that the run can start; UserError if it cannot be written."""
@@ -30,8 +30,15 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self._settings, lambda temporary: temporary.write_text(text))
+            remove_leftovers(self.checkpoints)
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from error
+
+    def _read_settings(self) -> TrainConfig:
+        try:
+            return TrainConfig.from_dict(json.loads(self._settings.read_text()))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{self._settings} does not hold the settings of a run: {in_one_line(error)}") from error
 
     def refuse_other(self, found: TrainConfig, what: str) -> None:
         """UserError, naming the first differences, if the settings found here are not those of this run."""

@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
 from haste.data import BatchOrder, ImageDataset, load_dataset
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 from haste.models import SiT
 from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
 from haste.training.checkpoint import (
@@ -41,7 +41,7 @@ from haste.training.meter import Meter
 from haste.training.run_folder import RunFolder
 from haste.training.signals import StopRequest
 from haste.training.students import student_shape
-from haste.training.termination import FixedTermination
+from haste.training.termination import NEVER, FixedTermination
 from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     try:
-        return Accelerator(mixed_precision=config.mixed_precision)
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:  # a precision that the device lacks, or another than this process has used before
-        raise UserError(f"--mixed-precision is {config.mixed_precision}, which does not work here: {error}") from error
+        raise UserError(
+            f"--mixed-precision is {config.mixed_precision}, which does not work here: {in_one_line(error)}"
+        ) from error
+    if accelerator.num_processes > 1:
+        raise UserError(f"{accelerator.num_processes} processes were launched; haste train runs in one process so far")
+    return accelerator
 
 
 def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
@@ -263,7 +268,10 @@ class Trainer:
         if self.aligner is None:
             alignment = "no alignment"
         else:
-            alignment = f"teacher {self.config.enc_type}, until step {self.config.early_stop_point}"
+            sizes = ", ".join(f"{t.image_size} x {t.image_size}" for t in self.aligner.teachers)
+            until = self.config.early_stop_point
+            end = f"until step {until}" if until != NEVER else "to the end"
+            alignment = f"taught by {self.config.enc_type} (at {sizes} pixels) {end}"
         start = f", going on from step {self.step}" if self.step else ""
         return f"{self.config.model} ({parameters:.1f} M parameters) on {self.device}, {alignment}{start}"
 
@@ -292,7 +300,7 @@ class Trainer:
         try:
             save_checkpoint(path, checkpoint)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise UserError(f"the checkpoint {path} could not be written: {error}") from error
+            raise UserError(f"the checkpoint {path} could not be written: {in_one_line(error)}") from error
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Stand where the checkpoint stood; UserError if its weights do not fit this student."""
@@ -301,7 +309,7 @@ class Trainer:
             self.ema.model.load_state_dict(checkpoint["ema"])
             self.optimizer.load_state_dict(checkpoint["opt"])
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint does not fit {self.config.model}: {error}") from error
+            raise UserError(f"the checkpoint does not fit {self.config.model}: {in_one_line(error)}") from error
         if self.accelerator.scaler is not None and checkpoint["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
         restore_rng(checkpoint["rng"])

@@ -16,6 +16,7 @@ from haste.training.checkpoint import (
     load_model,
     read_checkpoint,
     read_newest_checkpoint,
+    remove_leftovers,
     restore_rng,
     save_checkpoint,
     write_atomically,
@@ -26,6 +27,10 @@ from haste.training.trainer import train
 def small_checkpoint(step: int) -> dict:
     weights = {"w": torch.full((1000,), float(step))}
     return {"model": weights, "ema": weights, "opt": {}, "args": argparse.Namespace(seed=step), "steps": step}
+
+
+def resumable_checkpoint(step: int) -> dict:
+    return {**small_checkpoint(step), "model_config": {}, "rng": {}, "termination": {}, "scaler": None}
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -76,9 +81,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -1])
 def test_a_newest_file_that_is_cut_short_gives_way_to_the_one_before(tmp_path, caplog, kept):
-    save_checkpoint(checkpoint_path(tmp_path, 4), small_checkpoint(4))
+    save_checkpoint(checkpoint_path(tmp_path, 4), resumable_checkpoint(4))
     newest = checkpoint_path(tmp_path, 8)
-    save_checkpoint(newest, small_checkpoint(8))
+    save_checkpoint(newest, resumable_checkpoint(8))
     newest.write_bytes(newest.read_bytes()[:kept])
     with caplog.at_level(logging.WARNING):
         assert read_newest_checkpoint(tmp_path)["steps"] == 4
@@ -99,12 +104,25 @@ def test_a_damaged_byte_is_noticed(tmp_path):
 def test_the_newest_or_the_wanted_step(tmp_path):
     assert read_newest_checkpoint(tmp_path) is None
     for step in (4, 8, 12):
-        save_checkpoint(checkpoint_path(tmp_path, step), small_checkpoint(step))
+        save_checkpoint(checkpoint_path(tmp_path, step), resumable_checkpoint(step))
     (tmp_path / ".0000016.pt.99.tmp").write_text("left behind by a kill")
     assert read_newest_checkpoint(tmp_path)["steps"] == 12
     assert read_newest_checkpoint(tmp_path, step=8)["steps"] == 8
     with pytest.raises(UserError, match=r"--resume-step is 5, and .*0000005\.pt does not exist"):
         read_newest_checkpoint(tmp_path, step=5)
+
+
+def test_another_trainers_checkpoint_is_not_gone_on_from(tmp_path):
+    save_checkpoint(checkpoint_path(tmp_path, 4), small_checkpoint(4))
+    with pytest.raises(UserError, match="was not written by haste train: it holds no model_config, rng"):
+        read_newest_checkpoint(tmp_path)
+
+
+def test_what_a_kill_left_behind_is_removed(tmp_path):
+    save_checkpoint(checkpoint_path(tmp_path, 4), small_checkpoint(4))
+    (tmp_path / ".0000008.pt.99.tmp").write_text("half")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000004.pt"]
 
 
 def test_when_no_file_is_whole_training_does_not_start_over(tmp_path):

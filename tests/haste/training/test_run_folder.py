@@ -36,6 +36,14 @@ def test_a_folder_that_cannot_be_made_is_reported(make_config, tmp_path):
         RunFolder(make_config(output_dir=str(tmp_path / "file"))).claim()
 
 
+def test_settings_that_cannot_be_read_are_reported(make_config):
+    folder = RunFolder(make_config())
+    folder.claim()
+    (folder.path / "args.json").write_text("{")
+    with pytest.raises(UserError, match=r"args\.json does not hold the settings of a run"):
+        RunFolder(make_config())
+
+
 def test_log_lines_that_will_be_written_again_are_dropped(make_config):
     folder = RunFolder(make_config())
     folder.claim()
