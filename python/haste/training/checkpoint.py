@@ -74,7 +74,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise BrokenCheckpoint(f"{path} is no whole checkpoint") from error
-    if not isinstance(checkpoint, dict) or not PUBLIC_KEYS <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= PUBLIC_KEYS:
         raise BrokenCheckpoint(f"{path} lacks model, ema, opt, args or steps")
     return checkpoint
 
@@ -107,7 +107,7 @@ def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
         except BrokenCheckpoint as error:
             logger.warning("%s; looking for an earlier one", error)
             continue
-        if not RESUME_KEYS <= checkpoint.keys():
+        if not checkpoint.keys() >= RESUME_KEYS:
             missing = ", ".join(sorted(RESUME_KEYS - checkpoint.keys()))
             raise UserError(f"{path} was not written by haste train: it holds no {missing}")
         return checkpoint

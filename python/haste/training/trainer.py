@@ -46,6 +46,7 @@ from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass
 class TrainResult:
     """step: steps done in all; folder: the run's; interrupted: the signal that ended it early, if one did."""
