@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from haste.alignment.aligner import Aligner
 from haste.errors import UserError
 from haste.models import SiT
@@ -310,6 +311,12 @@ def test_a_process_that_has_used_one_precision_is_told_when_another_cannot_be_ha
     train(make_config(max_train_steps=1))
     with pytest.raises(UserError, match="--mixed-precision is bf16, which does not work here"):
         train(make_config(exp_name="other", mixed_precision="bf16"))
+
+
+def test_several_processes_are_refused_instead_of_training_twice(make_config, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(UserError, match="2 processes were launched; haste train runs in one process so far"):
+        train(make_config())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
