@@ -160,10 +160,10 @@ def write_table(results: dict[str, Any]) -> None:
         lines.append(f"\n## {title}\n\n{head}")
         for method, seeds in scores.items():
             values = scale * np.array([[point[key] for point in points] for points in seeds.values()])
-            spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(len(steps), np.nan)
-            cells = [
-                f"{mean:.{digits}f} ± {sd:.{digits}f}" for mean, sd in zip(values.mean(axis=0), spread, strict=True)
-            ]
+            means, spreads = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
+            cells = [f"{mean:.{digits}f}" for mean in means]
+            if spreads is not None:
+                cells = [f"{cell} ± {spread:.{digits}f}" for cell, spread in zip(cells, spreads, strict=True)]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     write_atomically(HERE / "results.md", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
 
@@ -175,9 +175,10 @@ def describe(results: dict[str, Any]) -> str:
     commits = sorted({run["commit"][:12] + run["commit"][40:] for run in results["runs"]})
     haste = [run["settings"] for run in results["runs"] if run["method"] == "HASTE"]
     stop = f"Alignment ends at step {haste[0]['early_stop_point']:,} in HASTE. " if haste else ""
+    points = run["points"][0]["samples"]
     return (
-        f"`python benchmarks/digits/run.py`. Mean ± standard deviation over {len(seeds)} seeds; "
-        f"{run['points'][0]['samples']:,} samples a point, {sampling.describe()}, EMA weights, no guidance, the same noise and labels for every run. {stop}"
+        f"`python benchmarks/digits/run.py`. Mean ± standard deviation over {len(seeds)} seeds; {points:,} samples a "
+        f"point, {sampling.describe()}, EMA weights, no guidance, the same noise and labels for every run. {stop}"
         f"Distance to {judge['real_digits']:,} real digits in {judge['features']} features of a classifier that no run "
         f"has seen (it reads {judge['held_out_accuracy']:.1%} of the real digits it has not seen; two halves of the "
         f"real digits are {judge['distance_between_halves_of_the_real_digits']:.2f} apart).\n\n"

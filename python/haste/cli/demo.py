@@ -41,7 +41,7 @@ class Args:
     interval: int = 4
     """TaylorSeer: one full step every so many."""
     order: int = 2
-    """TaylorSeer: order of the forecast, 0 to 4."""
+    """TaylorSeer: order of the forecast; 0 repeats the last full step, published are up to 4."""
     num_pictures: int = 100
     """Pictures that are drawn twice, in full and with TaylorSeer."""
     num_fid_samples: int = 500
@@ -66,12 +66,7 @@ def main(args: Args) -> None:
         sample_args(args, config, cached=True),
         evaluate_args(args, config),
     )
-    commands = [
-        "haste train " + flags(config, recipe_config("digits"), first=["--recipe", "digits"]),
-        "haste sample " + flags(full, sample.Args(ckpt=full.ckpt), first=["--ckpt", str(full.ckpt)]),
-        "haste sample " + flags(cached, sample.Args(ckpt=cached.ckpt), first=["--ckpt", str(cached.ckpt)]),
-        "haste evaluate " + flags(judged, evaluate.Args()),
-    ]
+    commands = command_lines(config, full, cached, judged)
 
     with clock.stage("train teacher and student", commands[0]):
         train.main(config)
@@ -123,9 +118,20 @@ def evaluate_args(args: Args, config: TrainConfig) -> evaluate.Args:
     return evaluate.Args(run=Path(config.output_dir) / config.exp_name, num_fid_samples=args.num_fid_samples)
 
 
-def flags(args: Any, defaults: Any, first: list[str] | None = None) -> str:
+def command_lines(config: TrainConfig, full: sample.Args, cached: sample.Args, judged: evaluate.Args) -> list[str]:
+    """The commands that do what the demo does, to be typed by hand."""
+    recipe, plain = recipe_config("digits"), sample.Args(ckpt=full.ckpt)
+    return [
+        "haste train --recipe digits " + flags(config, recipe),
+        f"haste sample --ckpt {shlex.quote(str(full.ckpt))} " + flags(full, plain),
+        f"haste sample --ckpt {shlex.quote(str(cached.ckpt))} " + flags(cached, plain),
+        "haste evaluate " + flags(judged, evaluate.Args()),
+    ]
+
+
+def flags(args: Any, defaults: Any) -> str:
     """The flags that make `args` out of `defaults`, as one would type them."""
-    words = list(first or [])
+    words = []
     for field in fields(args):
         value, default = getattr(args, field.name), getattr(defaults, field.name)
         if value != default:

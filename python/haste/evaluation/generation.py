@@ -51,7 +51,7 @@ class SamplingSettings:
     interval: int = 4
     """TaylorSeer: one full step every so many."""
     order: int = 4
-    """TaylorSeer: order of the forecast, 0 to 4."""
+    """TaylorSeer: order of the forecast; 0 repeats the last full step, published are up to 4."""
     ema: bool = True
     """Draw with the averaged weights; --no-ema draws with the trained ones."""
 

@@ -70,7 +70,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell reads as one number, with thousands separators and units such as % or s allowed."""
+    """Whether a cell begins with a number, such as 1,797 or 2.19× or 6 of 20."""
     try:
         float(text.split(" ")[0].replace(",", "").rstrip("%×s"))
     except ValueError:

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+from haste.cli import demo
+from haste.cli.main import main
+from haste.evaluation import scores
+from haste.evaluation.judge import JudgeSettings
+from haste.teachers import digits as digits_teacher
+
+FLAGS = (
+    "--max-train-steps", "10", "--num-steps", "8", "--interval", "3", "--order", "1", "--num-pictures", "16",
+    "--num-fid-samples", "70",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick_judge_and_teacher(monkeypatch):
+    settings = digits_teacher.DigitsTeacherSettings
+    monkeypatch.setattr(digits_teacher, "DigitsTeacherSettings", lambda: settings(steps=3))
+    monkeypatch.setattr(scores, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+
+
+def times(folder: Path, pattern: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob(pattern)}
+
+
+def test_it_ends_in_a_page_and_a_second_run_does_nothing_again(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    main(["demo", "--output-dir", str(folder), *FLAGS])
+    out = capsys.readouterr().out
+    page = folder / "index.html"
+    assert out.splitlines()[-1] == str(page.resolve())
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 8  # four pictures, light and dark
+    assert "http" not in html and str(folder) in html
+    assert "4 of 8" in html and "8 of 8" in html  # full evaluations with TaylorSeer and without
+    assert len(list((folder / "digits" / "checkpoints").glob("*.pt"))) == 5
+
+    patterns = ("*.pt", "??????.png", "sample.json", "config.json", "demo.json")
+    work = {pattern: times(folder, pattern) for pattern in patterns}
+    assert all(work.values())
+    main(["demo", "--output-dir", str(folder), *FLAGS])
+    assert {pattern: times(folder, pattern) for pattern in work} == work
+    assert capsys.readouterr().out.splitlines()[-6:] == out.splitlines()[-6:]  # the seconds are those of the work
+
+
+def test_the_commands_it_prints_do_what_it_does(tmp_path):
+    args = demo.Args(output_dir=tmp_path / "a folder", max_train_steps=50, seed=3, num_steps=20, interval=5, order=1)
+    config = demo.train_config(args)
+    expected = [
+        config,
+        demo.sample_args(args, config),
+        demo.sample_args(args, config, cached=True),
+        demo.evaluate_args(args, config),
+    ]
+    for line, wanted in zip(demo.command_lines(*expected), expected, strict=True):
+        haste, command, *arguments = shlex.split(line)
+        assert haste == "haste"
+        module = importlib.import_module(f"haste.cli.{command}")
+        defaults = {"default": module.default_args(arguments)} if hasattr(module, "default_args") else {}
+        assert tyro.cli(module.Args, args=arguments, **defaults) == wanted
+
+
+def test_a_shorter_demo_is_shorter_in_all_its_parts():
+    recipe = demo.recipe_config("digits")
+    config = demo.train_config(demo.Args(max_train_steps=recipe.max_train_steps // 2))
+    assert config.early_stop_point == recipe.early_stop_point // 2
+    assert config.max_train_steps == 5 * config.checkpointing_steps
+    usual = demo.train_config(demo.Args())
+    assert usual == demo.replace(recipe, output_dir="demo")
+
+
+def test_a_demo_that_was_stopped_adds_up_its_seconds(tmp_path):
+    first = demo.StageClock(tmp_path / "demo.json")
+    with pytest.raises(KeyboardInterrupt), first.stage("train", "haste train"):
+        raise KeyboardInterrupt
+    interrupted = first.seconds()["train"]
+
+    second = demo.StageClock(tmp_path / "demo.json")
+    with second.stage("train", "haste train"):
+        pass
+    assert second.seconds()["train"] > interrupted > 0
+
+    third = demo.StageClock(tmp_path / "demo.json")
+    with third.stage("train", "haste train"):
+        pass
+    assert third.seconds() == second.seconds()
+
+
+def test_a_run_too_short_to_be_judged_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", "--output-dir", str(tmp_path / "demo"), "--max-train-steps", "4"])
+    assert exit_.value.code == 2
+    assert re.search("--max-train-steps is 4; it must be at least 5", capsys.readouterr().err)
+    assert not (tmp_path / "demo").exists()

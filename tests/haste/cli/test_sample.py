@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from digits_run import write_run
+from haste.cli import sample
+from haste.cli.main import main
+from haste.evaluation.images import read_npz, read_pictures
+from haste.evaluation.sample_folder import SampleFolder
+from PIL import Image
+
+QUICK = ("--num-steps", "4", "--num-fid-samples", "6")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "exps")
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["sample", *arguments])
+    assert exit_.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("haste sample:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_pictures_npz_and_grid_of_a_run(run, capsys):
+    main(["sample", "--ckpt", str(run), *QUICK, "--labels", "3,1"])
+    folder = run / "samples" / "0000004-euler-4-cfg1-seed0"
+    images, labels = read_npz(folder.with_name(folder.name + ".npz"))
+    assert images.shape == (6, 8, 8, 3) and labels.tolist() == [3, 1, 3, 1, 3, 1]
+    assert (read_pictures(folder) == images).all()
+    assert Image.open(folder / "000000.png").size == (8, 8)  # the native size; only the grid is enlarged
+    assert Image.open(folder.with_name(folder.name + "-grid.png")).width > 300
+    out = capsys.readouterr().out
+    assert re.search(r"6 pictures at \d+\.\d images/s \(\d+\.\d\d s for 6\); 4 of 4 model evaluations were full", out)
+    assert str(folder) in out
+
+
+def test_taylorseer_computes_fewer_steps_and_draws_nearly_the_same(run, capsys):
+    flags = ("--ckpt", str(run), "--num-steps", "12", "--num-fid-samples", "6")
+    main(["sample", *flags])
+    main(["sample", *flags, "--cache", "taylorseer", "--interval", "3", "--order", "1"])
+    assert "5 of 12 model evaluations were full" in capsys.readouterr().out  # 0, 1, 4, 7, 10
+    full, _ = read_npz(run / "samples" / "0000004-euler-12-cfg1-seed0.npz")
+    cached, _ = read_npz(run / "samples" / "0000004-euler-12-cfg1-seed0-taylorseer-i3-o1.npz")
+    difference = np.abs(full.astype(int) - cached.astype(int))
+    assert 0 < difference.mean() < 0.2 * full.std()
+
+
+def test_a_command_that_was_killed_goes_on_with_what_is_missing(run, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    add = SampleFolder.add
+
+    def add_twice(self, indices, *rest):
+        add(self, indices, *rest)
+        if self.drawn.pictures == 4:
+            raise Killed
+
+    args = sample.Args(ckpt=run, num_steps=3, num_fid_samples=7, per_proc_batch_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "add", add_twice)
+        with pytest.raises(Killed):
+            sample.sample_to_folder(args)
+    folder = run / "samples" / "0000004-euler-3-cfg1-seed0"
+    assert len(list(folder.glob("*.png"))) == 4 and not folder.with_name(folder.name + ".npz").exists()
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+    resumed = sample.sample_to_folder(args)
+    assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
+    assert resumed.drawn.pictures == 7
+
+    whole = sample.sample_to_folder(sample.Args(**{**vars(args), "sample_dir": run / "elsewhere"}))
+    assert np.abs(whole.images.astype(int) - resumed.images.astype(int)).max() <= 1
+
+
+def test_a_second_start_draws_nothing_and_a_larger_number_adds(run, capsys):
+    main(["sample", "--ckpt", str(run), *QUICK])
+    folder = run / "samples" / "0000004-euler-4-cfg1-seed0"
+    record = (folder / "sample.json").read_text()
+    before = read_pictures(folder)
+    main(["sample", "--ckpt", str(run), *QUICK])
+    assert (folder / "sample.json").read_text() == record
+    main(["sample", "--ckpt", str(run), *QUICK, "--num-fid-samples", "8"])
+    assert json.loads((folder / "sample.json").read_text())["drawn"]["pictures"] == 8
+    assert (read_pictures(folder)[:6] == before).all()
+
+
+def test_a_folder_of_another_command_is_refused(run, capsys):
+    main(["sample", "--ckpt", str(run), *QUICK])
+    message = refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", "balanced")
+    assert "holds the samples of another command (labels random, now balanced); give another --sample-dir" in message
+
+
+def test_a_checkpoint_that_was_trained_again_does_not_mix_with_its_old_samples(run, capsys):
+    main(["sample", "--ckpt", str(run), *QUICK])
+    (run / "checkpoints" / "0000004.pt").touch()
+    assert "checkpoint_written" in refusal(capsys, "--ckpt", str(run), *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-fid-samples", "0"), "--num-fid-samples is 0; it must be at least 1"),
+        (("--per-proc-batch-size", "0"), "--per-proc-batch-size is 0; it must be at least 1"),
+        (("--num-steps", "0"), "num_steps is 0; it must be at least 1"),
+        (("--heun", "--mode", "sde"), "--heun is a step of the ODE; it cannot be used with --mode sde"),
+        (("--cfg-scale", "0.5"), "cfg_scale is 0.5; it must be at least 1"),
+        (("--labels", "cats"), "--labels is 'cats'; it must be random, balanced, or classes such as 3,1,4"),
+        (("--labels", "10"), "this model knows the classes 0 to 9"),
+        (("--cache", "taylorseer", "--interval", "0"), "interval is 0; it must be at least 1"),
+        (("--cache", "taylorseer", "--order", "-1"), "order is -1; it must be at least 0"),
+        (("--cache", "taylorseer", "--order", "14"), "order is 14; 50 steps at interval 4 have 14 full ones"),
+    ],
+)
+def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):
+    assert message in refusal(capsys, "--ckpt", str(run), *flags)
+    assert not (run / "samples").exists()
+
+
+def test_a_checkpoint_that_is_missing_or_none_is_refused(run, tmp_path, capsys):
+    assert "no.pt does not exist" in refusal(capsys, "--ckpt", str(tmp_path / "no.pt"))
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    assert "is no whole checkpoint" in refusal(capsys, "--ckpt", str(tmp_path / "text.pt"))
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoints" in refusal(capsys, "--ckpt", str(tmp_path / "empty"))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from digits_run import write_run
+from haste.errors import UserError
+from haste.evaluation.generation import (
+    Sampler,
+    SamplingSettings,
+    choose_labels,
+    load_student,
+    picture_generator,
+    run_checkpoints,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("exps"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"heun": True},
+        {"mode": "sde"},
+        {"cfg_scale": 2.0, "guidance_high": 0.7},
+        {"cache": "taylorseer", "interval": 3, "order": 1},
+    ],
+)
+def test_a_picture_is_the_same_in_any_batch(run, settings):
+    student = load_student(run)
+    sampler = Sampler(student, SamplingSettings(num_steps=8, global_seed=3, **settings))
+    whole, labels = sampler.draw(range(7))
+    parts = [sampler.draw(indices) for indices in ([0, 1], [5, 2], [6], [4, 3])]
+    order = [0, 1, 5, 2, 6, 4, 3]
+    assert (np.concatenate([part[1] for part in parts]) == labels[order]).all()
+    difference = np.concatenate([part[0] for part in parts]).astype(int) - whole[order].astype(int)
+    assert np.abs(difference).max() <= 1  # matrix products of another size round otherwise; a cut may fall between
+    assert whole.shape == (7, 8, 8, 3) and whole.std() > 10  # pictures, not a constant
+
+
+def test_another_seed_or_number_is_another_picture(run):
+    student = load_student(run)
+    first = Sampler(student, SamplingSettings(num_steps=2, labels="3")).draw([0, 1])[0]
+    other = Sampler(student, SamplingSettings(num_steps=2, labels="3", global_seed=1)).draw([0, 1])[0]
+    pictures = [picture.tobytes() for picture in (*first, *other)]
+    assert len(set(pictures)) == 4
+
+
+def test_the_noise_does_not_depend_on_the_labels_that_are_asked_for():
+    for purpose in ("label", "noise"):
+        twice = [torch.randn(3, generator=picture_generator(5, 9, purpose)) for _ in range(2)]
+        assert torch.equal(*twice)
+    label, noise = (torch.randn(3, generator=picture_generator(5, 9, p)) for p in ("label", "noise"))
+    assert not torch.equal(label, noise)
+
+
+def test_labels_follow_the_policy():
+    assert choose_labels("balanced", 0, range(12), 10).tolist() == [*range(10), 0, 1]
+    assert choose_labels("3,1,4", 0, range(5), 10).tolist() == [3, 1, 4, 3, 1]
+    drawn = choose_labels("random", 0, range(400), 10)
+    assert (choose_labels("random", 0, [7, 300], 10) == drawn[[7, 300]]).all()
+    counts = Counter(drawn.tolist())
+    assert set(counts) == set(range(10)) and min(counts.values()) > 20
+    assert (choose_labels("random", 1, range(400), 10) != drawn).any()
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [("all", "random, balanced, or classes"), ("3,10", "classes 0 to 9"), ("-1", "classes 0 to 9")],
+)
+def test_labels_that_do_not_exist_are_refused(policy, message):
+    with pytest.raises(UserError, match=message):
+        choose_labels(policy, 0, range(3), 10)
+
+
+def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path, caplog):
+    run = write_run(tmp_path)
+    assert load_student(run).step == 4
+    newest = run / "checkpoints" / "0000004.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert load_student(run).step == 2
+    assert "0000004.pt" in caplog.text
+    assert [path.name for path in run_checkpoints(run)] == ["0000002.pt", "0000004.pt"]
+
+
+def test_averaged_weights_unless_told_otherwise(run):
+    averaged, trained = load_student(run).model, load_student(run, ema=False).model
+    file = torch.load(run / "checkpoints" / "0000004.pt", weights_only=False)
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(averaged.state_dict()[name], file["ema"][name])
+    assert torch.equal(trained.state_dict()[name], file["model"][name])
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoints; give a checkpoint file or the folder of a run"):
+        load_student(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_student(tmp_path / "0000400.pt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [
+        ({}, (8, 8)),
+        ({"heun": True}, (15, 15)),  # two per step but for the last
+        ({"cache": "taylorseer", "interval": 3, "order": 1}, (8, 4)),  # steps 0, 1, 4 and 7 are full
+    ],
+)
+def test_calls_are_counted(run, settings, calls):
+    sampler = Sampler(load_student(run), SamplingSettings(num_steps=8, **settings))
+    sampler.draw([0])
+    assert sampler.calls == calls
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heun": True, "mode": "sde"}, "--heun is a step of the ODE"),
+        ({"global_seed": -1}, "--global-seed is -1; it must be at least 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(run, settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampler(load_student(run), SamplingSettings(**settings))
+
+
+def test_guidance_without_a_null_class_is_refused(tmp_path):
+    run = write_run(tmp_path, cfg_prob=0.0)
+    with pytest.raises(UserError, match="--cfg-scale is 1.5; it must be 1 for a model trained with --cfg-prob 0"):
+        Sampler(load_student(run), SamplingSettings(cfg_scale=1.5))
+
+
+def test_the_settings_that_decide_the_pictures_leave_out_an_unused_cache():
+    assert "interval" not in SamplingSettings(interval=7).sampling_fields()
+    assert SamplingSettings(cache="taylorseer", interval=7).sampling_fields()["interval"] == 7

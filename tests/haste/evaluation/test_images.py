@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from haste.errors import UserError
+from haste.evaluation.images import picture_path, read_npz, read_pictures, to_uint8, write_npz, write_picture
+from PIL import Image
+
+
+def random_pictures(count: int, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_values_are_clipped_and_truncated():
+    # (x + 1) / 2 · 255 = 127.5 and 254.9…: rounding would give 128 and 255.
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.9999, 1.0, 3.0]).view(1, 1, 1, 6)
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_one_channel_becomes_three_equal_ones_and_three_stay():
+    grey = to_uint8(torch.rand(2, 1, 4, 4))
+    assert grey.shape == (2, 4, 4, 3) and (grey[..., 0] == grey[..., 2]).all()
+    colour = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)
+    assert to_uint8(colour)[0, 0, 0].tolist() == [0, 127, 255]
+
+
+def test_pictures_come_back_as_they_were_in_the_order_of_their_numbers(tmp_path):
+    pictures = random_pictures(12)
+    for index in reversed(range(12)):
+        write_picture(picture_path(tmp_path, index), pictures[index])
+    assert (read_pictures(tmp_path) == pictures).all()
+    assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["000000.png", "000001.png"]
+
+
+def test_the_npz_is_the_adm_evaluators(tmp_path):
+    pictures, labels = random_pictures(5), np.arange(5)
+    write_npz(tmp_path / "samples.npz", pictures, labels)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file.files[0] == "arr_0" and file["arr_0"].dtype == np.uint8
+    read, read_labels = read_npz(tmp_path / "samples.npz")
+    assert (read == pictures).all() and (read_labels == labels).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]  # no leftovers
+
+
+def test_an_npz_of_somebody_else_has_no_labels(tmp_path):
+    np.savez(tmp_path / "foreign.npz", random_pictures(3))
+    assert read_npz(tmp_path / "foreign.npz")[1] is None
+
+
+def test_files_that_hold_no_pictures_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_text("no zip at all")
+    with pytest.raises(UserError, match="not an .npz with pictures under arr_0"):
+        read_npz(tmp_path / "text.npz")
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3))
+    with pytest.raises(UserError, match="not an .npz with pictures under arr_0"):
+        read_npz(tmp_path / "statistics.npz")
+    np.savez(tmp_path / "floats.npz", np.zeros((2, 8, 8, 3)))
+    with pytest.raises(UserError, match="float64 .* must be uint8"):
+        read_npz(tmp_path / "floats.npz")
+
+
+def test_folders_without_pictures_or_with_different_sizes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no PNG pictures"):
+        read_pictures(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (9, 8)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match="different sizes"):
+        read_pictures(tmp_path)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from haste.evaluation.pictures import draw_comparison, draw_grid, draw_losses, draw_scores, robust_limits, smooth
+from haste.evaluation.style import DARK, LIGHT
+from PIL import Image
+
+LOG = [
+    {
+        "step": step,
+        "velocity_loss": 1.0 / step,
+        "feature_loss": -0.5 if step < 50 else None,
+        "attention_loss": 2.0 if step < 50 else None,
+    }
+    for step in range(1, 101)
+]
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+
+
+def share(path, colour: str | tuple[int, int, int]) -> float:
+    """The share of a picture that has exactly this colour."""
+    if isinstance(colour, str):
+        colour = tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return float((pixels(path) == np.array(colour)).all(axis=1).mean())
+
+
+def flat_pictures(*colours: tuple[int, int, int]) -> np.ndarray:
+    return np.stack([np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours])
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
+def test_a_grid_shows_every_picture_without_smoothing(tmp_path, theme):
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    draw_grid(tmp_path / "grid.png", flat_pictures(*colours), [0, 1, 2], title="three", columns=2, theme=theme)
+    shares = [share(tmp_path / "grid.png", colour) for colour in colours]
+    assert min(shares) > 0.05 and max(shares) < 1.1 * min(shares)
+    assert share(tmp_path / "grid.png", theme.background) > 0.2
+
+
+def test_a_wrong_reading_is_marked_and_a_right_one_is_not(tmp_path):
+    pictures = flat_pictures((0, 0, 0), (0, 0, 0))
+    draw_grid(tmp_path / "right.png", pictures, [3, 4], title="", predictions=[3, 4])
+    draw_grid(tmp_path / "wrong.png", pictures, [3, 4], title="", predictions=[3, 9])
+    assert share(tmp_path / "right.png", LIGHT.error) == 0 < share(tmp_path / "wrong.png", LIGHT.error)
+
+
+def test_the_difference_has_a_scale_of_its_own(tmp_path):
+    plain = flat_pictures((10, 10, 10), (50, 50, 50))
+    cached = flat_pictures((10, 10, 10), (55, 55, 55))
+    draw_comparison(tmp_path / "c.png", plain, cached, [0, 1], title="", names=("full", "cached"), theme=DARK)
+    black, white = share(tmp_path / "c.png", (0, 0, 0)), share(tmp_path / "c.png", (255, 255, 255))
+    assert white > 0.02 and white == pytest.approx(black, rel=0.1)  # 5 grey levels, stretched to all 255
+
+
+def test_losses_that_a_run_did_not_have_get_no_panel(tmp_path):
+    plain = [{"step": record["step"], "velocity_loss": record["velocity_loss"]} for record in LOG]
+    draw_losses(tmp_path / "haste.png", LOG, title="a run", stop=49)
+    draw_losses(tmp_path / "plain.png", plain, title="a run")
+    assert Image.open(tmp_path / "haste.png").width > 2 * Image.open(tmp_path / "plain.png").width
+    for colour in LIGHT.series[:3]:
+        assert share(tmp_path / "haste.png", colour) > 0
+    assert share(tmp_path / "plain.png", LIGHT.series[1]) == 0
+
+
+def test_every_method_has_its_line_and_several_seeds_a_band(tmp_path):
+    def points(offset):
+        return [{"step": s, "distance": 20 / s + offset, "accuracy": 0.5} for s in (1, 2, 3)]
+
+    draw_scores(tmp_path / "one.png", {"plain": {0: points(0)}}, title="")
+    both = {"plain": {0: points(0), 1: points(5)}, "HASTE": {0: points(1)}}
+    draw_scores(tmp_path / "both.png", both, title="", stop=2)
+    assert share(tmp_path / "one.png", LIGHT.series[1]) == 0 < share(tmp_path / "both.png", LIGHT.series[1])
+    assert pale_blue(tmp_path / "both.png") > 10 * pale_blue(tmp_path / "one.png")
+
+
+def pale_blue(path) -> float:
+    """The share of a picture that a band may have: the line's blue over much white. (A line's edge has a little.)"""
+    red, _, blue = pixels(path).astype(int).T
+    return float(((blue > 240) & (red > 200) & (red < 240)).mean())
+
+
+def test_smoothing_keeps_length_constants_and_lines():
+    assert smooth(np.full(100, 3.0)) == pytest.approx(np.full(100, 3.0))
+    line = np.arange(200.0)
+    assert smooth(line)[10:-10] == pytest.approx(line[10:-10])
+    noise = np.random.default_rng(0).standard_normal(1000)
+    assert smooth(noise).std() < 0.3 and len(smooth(noise)) == 1000
+    assert smooth(np.array([5.0])) == pytest.approx([5.0])
+
+
+def test_limits_ignore_a_few_extreme_values():
+    values = np.concatenate([[1e6], np.linspace(1, 2, 999)])
+    low, high = robust_limits(values)
+    assert low < 1 and 1.9 < high < 3
+    assert robust_limits(np.array([4.0]))[0] < 4.0 < robust_limits(np.array([4.0]))[1]

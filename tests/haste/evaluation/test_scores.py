@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from digits_run import write_run
+from haste.errors import UserError
+from haste.evaluation import scores as scores_module
+from haste.evaluation.frechet import fit_gaussian, frechet_distance
+from haste.evaluation.generation import SamplingSettings, run_checkpoints
+from haste.evaluation.judge import JudgeSettings, real_digits
+from haste.evaluation.scores import alignment_end, append_record, evaluate_checkpoints, load_yardstick, read_records
+
+SETTINGS = SamplingSettings(num_steps=2, labels="balanced")
+COUNT = 70
+
+
+@pytest.fixture(scope="module")
+def yardstick(tmp_path_factory):
+    return load_yardstick(tmp_path_factory.mktemp("judge"), JudgeSettings(epochs=4))
+
+
+def test_the_real_digits_are_at_no_distance_and_noise_is_far(yardstick):
+    images, labels = real_digits()
+    real = yardstick.score(images, labels)
+    assert real.distance == pytest.approx(0, abs=1e-8) and real.accuracy > 0.8 and real.samples == 1797
+    noise = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
+    assert yardstick.score(noise, None).distance > 10 * yardstick.halves > 0
+
+
+def test_a_score_is_the_distance_of_the_judges_features(yardstick):
+    images, labels = real_digits()
+    few, asked = images[:200], (labels[:200] + 1) % 10
+    scored = yardstick.score(few, asked)
+    features = yardstick.judge(few).features
+    assert scored.distance == frechet_distance(fit_gaussian(features), yardstick.real)
+    assert scored.accuracy < 0.2 and yardstick.score(few, None).accuracy is None
+
+
+def test_every_checkpoint_is_judged_once(tmp_path, yardstick, monkeypatch):
+    run = write_run(tmp_path)
+    first = evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick)
+    assert [record["step"] for record in first] == [2, 4] and first[0]["distance"] != first[1]["distance"]
+    assert read_records(run / "evaluation.jsonl") == first
+
+    def refuse(*args):
+        raise AssertionError("judged again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scores_module, "evaluate_checkpoint", refuse)
+        assert evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick) == first
+        with pytest.raises(AssertionError, match="judged again"):
+            evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT + 1, yardstick)
+        (run / "checkpoints" / "0000004.pt").touch()  # trained again under the same name
+        with pytest.raises(AssertionError, match="judged again"):
+            evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick)
+
+
+def test_what_was_judged_before_a_kill_is_kept(tmp_path, yardstick):
+    run = write_run(tmp_path)
+    checkpoints = run_checkpoints(run)
+    first = evaluate_checkpoints(run, checkpoints[:1], SETTINGS, COUNT, yardstick)
+    with (run / "evaluation.jsonl").open("a") as file:
+        file.write('{"step": 4, "dist')  # cut short
+    both = evaluate_checkpoints(run, checkpoints, SETTINGS, COUNT, yardstick)
+    assert both[0] == first[0] and read_records(run / "evaluation.jsonl") == both
+
+
+def test_progress_hears_of_every_picture(tmp_path, yardstick):
+    run = write_run(tmp_path)
+    heard = []
+    for _ in ("judged", "known"):
+        evaluate_checkpoints(
+            run, run_checkpoints(run), SETTINGS, COUNT, yardstick, lambda path, count: heard.append((path.stem, count))
+        )
+    assert heard == 2 * [("0000002", COUNT), ("0000004", COUNT)]
+
+
+def test_a_run_on_other_data_is_refused(tmp_path, yardstick):
+    run = write_run(tmp_path, data_dir="imagenet")
+    with pytest.raises(UserError, match="trained on 'imagenet'; the judge knows digits only"):
+        evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick)
+    assert not (run / "evaluation.jsonl").exists()
+
+
+def test_records_are_one_json_a_line(tmp_path):
+    path = tmp_path / "evaluation.jsonl"
+    assert read_records(path) == []
+    append_record(path, {"step": 1})
+    append_record(path, {"step": 2})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
+
+
+def test_the_end_of_alignment_is_read_off_the_log(tmp_path):
+    run = write_run(tmp_path)
+    assert alignment_end(run) == 2
+    log = read_records(run / "log.jsonl")
+    (run / "log.jsonl").write_text("".join(json.dumps({**record, "aligned": True}) + "\n" for record in log))
+    assert alignment_end(run) is None
+    (run / "log.jsonl").write_text("".join(json.dumps({**record, "aligned": False}) + "\n" for record in log))
+    assert alignment_end(run) is None

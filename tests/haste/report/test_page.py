@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+from haste.report.page import (
+    commands,
+    data_uri,
+    facts,
+    folded_section,
+    is_number,
+    paragraph,
+    render_page,
+    section,
+    table,
+    themed_figure,
+    write_page,
+)
+from PIL import Image
+
+VOID = {"meta", "img", "source", "br"}
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that is closed without being open, or left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parse(html: str) -> Balance:
+    parser = Balance()
+    parser.feed(html)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(path)
+    return path
+
+
+def test_a_page_is_well_formed_and_fetches_nothing(picture):
+    html = render_page(
+        "Title",
+        "Lead",
+        facts(("1.5", "distance")),
+        section("Pictures", themed_figure(picture, picture, "a picture", "what it shows")),
+        section("Numbers", table(("step", "value"), [(1, 2.5)]), commands(["haste train", "haste sample"])),
+        folded_section("More", paragraph("text")),
+    )
+    assert html.startswith("<!doctype html>")
+    text = parse(html).text
+    for word in ("Title", "Lead", "distance", "what it shows", "2.5", "haste train\nhaste sample", "More"):
+        assert word in text
+    links = re.findall(r'(?:src|srcset|href)="([^"]*)"', html)
+    assert len(links) == 2 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert "http" not in html and "url(" not in html and "@import" not in html
+
+
+def test_what_comes_from_outside_is_escaped(picture):
+    evil = '<script>"x"&'
+    for html in (
+        paragraph(evil),
+        section(evil),
+        folded_section(evil),
+        commands([evil]),
+        table((evil,), [(evil,)]),
+        facts((evil, evil)),
+        themed_figure(picture, picture, evil, evil),
+        render_page(evil, evil),
+    ):
+        assert "<script>" not in html
+        parse(html)
+    assert 'alt="&lt;script&gt;&quot;x&quot;&amp;"' in themed_figure(picture, picture, evil)
+
+
+def test_a_data_uri_holds_the_files_bytes(picture):
+    kind, content = data_uri(picture).split(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == picture.read_bytes()
+
+
+def test_light_and_dark_pages_get_their_own_picture(tmp_path, picture):
+    dark = tmp_path / "dark.png"
+    Image.new("RGB", (3, 2)).save(dark)
+    html = themed_figure(picture, dark, "alt")
+    assert re.search(r'<source srcset="([^"]*)" media="\(prefers-color-scheme: dark\)">', html)[1] == data_uri(dark)
+    assert re.search(r'<img src="([^"]*)"', html)[1] == data_uri(picture)
+
+
+def test_only_columns_of_numbers_are_set_to_the_right():
+    html = table(("name", "value", "mixed"), [("a", "1,000", "1"), ("b", "95.0%", "none")])
+    assert html.count('<td class="number">') == 2 and html.count('<th class="number">') == 1
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", html) == ["a", "1,000", "1", "b", "95.0%", "none"]
+
+
+def test_numbers_are_recognised_with_their_units():
+    assert all(map(is_number, ["1", "-2.5", "1,797", "95%", "2.19×", "3.1 s", "6 of 20", "1e-3"]))
+    assert not any(map(is_number, ["", "none", "1:1,2:2,3:3", "step 20", "s"]))
+
+
+def test_a_page_is_written_whole(tmp_path):
+    write_page(tmp_path / "index.html", "<p>ä</p>")
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == "<p>ä</p>"
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]

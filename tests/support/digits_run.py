@@ -1,0 +1,57 @@
+"""A run folder of the digits without the training: checkpoints of a small SiT with random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from haste.models.sit import SiT
+from haste.training.checkpoint import checkpoint_path, save_checkpoint
+from haste.training.config import TrainConfig
+from haste.training.recipes import recipe_config
+
+SHAPE = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 1,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 10,
+}
+
+
+def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), **settings) -> Path:
+    """Write <output_dir>/run with one checkpoint per step, trained weights unlike the averaged; returns its path."""
+    config: TrainConfig = replace(recipe_config("digits"), output_dir=str(output_dir), exp_name="run", **settings)
+    run = output_dir / "run"
+    for step in steps:
+        trained, averaged = (random_student(seed, config.cfg_prob) for seed in (step, 1000 + step))
+        checkpoint = {
+            "model": trained.state_dict(),
+            "ema": averaged.state_dict(),
+            "opt": {},
+            "args": config.to_namespace(),
+            "steps": step,
+            "model_config": {**SHAPE, "class_dropout_prob": config.cfg_prob},
+        }
+        save_checkpoint(checkpoint_path(run / "checkpoints", step), checkpoint)
+    (run / "args.json").write_text(json.dumps(asdict(config)))
+    losses = {"loss": 2.0, "velocity_loss": 1.0, "feature_loss": -0.5, "attention_loss": 2.5}
+    stopped = {"loss": 1.0, "velocity_loss": 1.0, "feature_loss": None, "attention_loss": None}
+    log = [{"step": 1, **losses, "aligned": True}, {"step": 2, **losses, "aligned": True}]
+    log += [{"step": 3, **stopped, "aligned": False}, {"step": 4, **stopped, "aligned": False}]
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    return run
+
+
+def random_student(seed: int, class_dropout_prob: float = 0.1) -> SiT:
+    """Weights of a size at which labels, times and positions all matter; a fresh SiT draws nothing but its noise."""
+    generator = torch.Generator().manual_seed(seed)
+    model = SiT(**SHAPE, class_dropout_prob=class_dropout_prob)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
