@@ -44,7 +44,7 @@ class Args:
     """TaylorSeer: order of the forecast; 0 repeats the last full step, published are up to 4."""
     num_pictures: int = 100
     """Pictures that are drawn twice, in full and with TaylorSeer."""
-    num_fid_samples: int = 500
+    num_fid_samples: int = 700
     """Pictures per checkpoint that is judged."""
 
     def check(self) -> None:

@@ -134,7 +134,7 @@ def draw_scores(
     of real pictures, drawn as a dotted line.
     """
     with styled(theme):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 3.7))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
         for colour, (method, seeds) in zip(theme.series, scores.items(), strict=False):
             draw_series(left, method, seeds, "distance", 1.0, colour)
             draw_series(right, method, seeds, "accuracy", 100.0, colour)
