@@ -26,6 +26,8 @@ struct Workspace {
   T *student_q_lanes, *teacher_q_lanes;    // the same as [d][query]
   T *student_logits, *teacher_logits;      // [key][query], one tile
   T *query_gradient, *key_gradient;        // [d][query], [key][d]
+  double student_k_divisor = 1, teacher_k_divisor = 1;  // see tame()
+  double student_q_divisor = 1, teacher_q_divisor = 1;
   OnlineSoftmax<T, kQueries<T>>* softmax;
   RowState<T, kQueries<T>>* rows;
 
@@ -54,20 +56,33 @@ void pack_keys(const AttnAlignProblem& problem, const AttnBlock& block, Workspac
               key_stride(problem.student_k.dim));
   pack_tokens(problem.teacher_k, block, block.key_begin, keys, padded_keys(keys), work.teacher_k,
               key_stride(problem.teacher_k.dim));
+  work.student_k_divisor = tame(work.student_k, padded_keys(keys) * key_stride(problem.student_k.dim));
+  work.teacher_k_divisor = tame(work.teacher_k, padded_keys(keys) * key_stride(problem.teacher_k.dim));
 }
 
+// Returns by how much the lanes were divided; the rows are as they were.
 template <class T>
-void pack_queries(const AttnOperand& q, const AttnBlock& block, int64_t first, int64_t count, T* rows, T* lanes) {
+double pack_queries(const AttnOperand& q, const AttnBlock& block, int64_t first, int64_t count, T* rows, T* lanes) {
   const int64_t stride = query_stride<T>(q.dim);
   pack_tokens(q, block, first, count, kQueries<T>, rows, stride);
   transpose(rows, stride, kQueries<T>, stride, lanes, kQueries<T>);
+  return tame(lanes, stride * kQueries<T>);
 }
 
 template <class T>
 void pack_queries(const AttnAlignProblem& problem, const AttnBlock& block, int64_t first, int64_t count,
                   Workspace<T>& work) {
-  pack_queries(problem.student_q, block, first, count, work.student_q, work.student_q_lanes);
-  pack_queries(problem.teacher_q, block, first, count, work.teacher_q, work.teacher_q_lanes);
+  work.student_q_divisor =
+      pack_queries(problem.student_q, block, first, count, work.student_q, work.student_q_lanes);
+  work.teacher_q_divisor =
+      pack_queries(problem.teacher_q, block, first, count, work.teacher_q, work.teacher_q_lanes);
+}
+
+// A factor as T, the largest number where it overflows.
+template <class T>
+HASTE_INLINE T finite(double factor) {
+  constexpr double largest = sizeof(T) == sizeof(float) ? 3.4e38 : 1.7e308;
+  return T(factor > largest ? largest : factor < -largest ? -largest : factor);
 }
 
 // Both tiles of logits for the packed queries and `count` packed keys from `first` on.
@@ -75,9 +90,11 @@ template <class T>
 HASTE_INLINE void logits(const AttnAlignProblem& problem, int64_t first, int64_t count, Workspace<T>& work) {
   const int64_t student_dim = problem.student_q.dim, teacher_dim = problem.teacher_q.dim;
   logits(work.student_k + first * key_stride(student_dim), key_stride(student_dim), count, work.student_q_lanes,
-         student_dim, T(problem.student_scale), work.student_logits);
+         student_dim, finite<T>(problem.student_scale * work.student_k_divisor * work.student_q_divisor),
+         work.student_logits);
   logits(work.teacher_k + first * key_stride(teacher_dim), key_stride(teacher_dim), count, work.teacher_q_lanes,
-         teacher_dim, T(problem.teacher_scale), work.teacher_logits);
+         teacher_dim, finite<T>(problem.teacher_scale * work.teacher_k_divisor * work.teacher_q_divisor),
+         work.teacher_logits);
 }
 
 template <class T>
@@ -149,8 +166,8 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
     }
     if (query_wanted) {
       transpose(work.query_gradient, kQueries<T>, q_stride, kQueries<T>, work.student_q, q_stride);
-      unpack_tokens(work.student_q, q_stride, T(problem.student_scale), dim, gradient.student_q,
-                    problem.student_q.type, block, query, queries);
+      unpack_tokens(work.student_q, q_stride, finite<T>(problem.student_scale * work.student_k_divisor), dim,
+                    gradient.student_q, problem.student_q.type, block, query, queries);
     }
   }
   if (key_wanted) {

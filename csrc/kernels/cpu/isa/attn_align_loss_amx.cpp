@@ -1,6 +1,6 @@
 // attn_align_loss of bf16 operands on AMX tiles. The products cost so little here that the exponentials set the pace,
-// so these are shorter than elsewhere: 3e-6, a thousandth of what bf16 resolves. What falls outside (other types, a
-// scale that is not positive, logits beyond kLargestLogitHere) is left to the AVX-512 kernel.
+// so these are shorter than elsewhere: 3e-6, a thousandth of what bf16 resolves. What falls outside (other types, fewer
+// tokens than a tile has rows, a scale that is not positive, logits beyond kLargestLogitHere) is left to the AVX-512 kernel.
 #include "amx_tiles.h"
 #include "attn_rows.h"
 #include "kernels.h"
@@ -309,7 +309,8 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
 
 HASTE_INLINE bool for_tiles(const AttnAlignProblem& problem) {
   const auto positive = [](double scale) { return scale > 1e-6 && scale < 1e6; };
-  return problem.student_q.type == ScalarType::BFloat16 && problem.teacher_q.type == ScalarType::BFloat16 &&
+  return problem.tokens >= kTile && problem.student_q.type == ScalarType::BFloat16 &&
+         problem.teacher_q.type == ScalarType::BFloat16 &&
          positive(problem.student_scale) && positive(problem.teacher_scale);
 }
 

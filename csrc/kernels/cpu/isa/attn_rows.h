@@ -9,12 +9,14 @@
 namespace haste::cpu::HASTE_ISA {
 namespace {
 
+// Long sums are built from shorter ones: their rounding errors grow with the length of a chain of additions.
+constexpr int64_t kSummedAtOnce = 40;
+
 // The smallest finite maximum to start from: −∞ would give 0 · ∞ on the first rescaling.
 template <class T>
 constexpr T kLargestLogit = sizeof(T) == sizeof(float) ? T(1e38) : T(1e300);
 
-// scale · sum, held to ± kLargestLogit: products of finite bf16 operands can overflow float, and ∞ − ∞ would make NaN
-// of them. NaN stays NaN.
+// scale · sum, held to ± kLargestLogit, lest ∞ − ∞ make NaN of what was finite. NaN stays NaN.
 template <class T>
 HASTE_INLINE Vector<T> to_logit(Vector<T> sum, T scale) {
   return max<T>(broadcast(-kLargestLogit<T>), min<T>(broadcast(kLargestLogit<T>), sum * scale));
@@ -34,6 +36,26 @@ HASTE_INLINE void pack_row(const Element* from, int64_t dim, T* to, int64_t stri
     store(row, load_first<T>(from, dim));
     for (int64_t d = 0; d < stride; ++d) to[d] = d < dim ? row[d] : 0;
   }
+}
+
+// Divides the numbers by a power of two, which it returns, such that no product of two operands, nor a sum of such
+// products, can overflow float: 1 unless there is one above 2^56. Infinity stays what it is.
+template <class T>
+double tame(T* numbers, int64_t count) {
+  constexpr T limit = T(0x1p56);
+  if (sizeof(T) == sizeof(double)) return 1;
+  Vector<T> largest{};
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vector<T> v = load(numbers + i);
+    largest = max<T>(max<T>(v, -v), largest);
+  }
+  T top = 0;
+  for (int i = 0; i < kLanes<T>; ++i) top = largest[i] > top ? largest[i] : top;
+  if (top <= limit || top - top != 0) return 1;
+  double divisor = 1;
+  while (top / divisor > limit) divisor *= 2;
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(numbers + i, load(numbers + i) * T(1 / divisor));
+  return divisor;
 }
 
 // The rows of a strided operand lie on pages of their own, where the processor does not read ahead by itself.
@@ -123,12 +145,19 @@ struct OnlineSoftmax {
       max_t = max<T>(load(t + key * Queries), max_t);
     }
     Vector<T> sum_s{}, sum_t{}, x{};
-    for (int64_t key = 0; key < keys; ++key) {
-      const Vector<T> from_max = load(s + key * Queries) - max_s;
-      const Vector<T> weight = exp<T>(load(t + key * Queries) - max_t);
-      sum_s += exp<T>(from_max);
-      sum_t += weight;
-      x += weight * from_max;
+    for (int64_t first = 0; first < keys; first += kSummedAtOnce) {
+      const int64_t end = first + kSummedAtOnce < keys ? first + kSummedAtOnce : keys;
+      Vector<T> part_s{}, part_t{}, part_x{};
+      for (int64_t key = first; key < end; ++key) {
+        const Vector<T> from_max = load(s + key * Queries) - max_s;
+        const Vector<T> weight = exp<T>(load(t + key * Queries) - max_t);
+        part_s += exp<T>(from_max);
+        part_t += weight;
+        part_x += weight * from_max;
+      }
+      sum_s += part_s;
+      sum_t += part_t;
+      x += part_x;
     }
     const Vector<T> shrink_s = exp<T>(old_s - max_s), shrink_t = exp<T>(old_t - max_t);
     const Vector<T> old_sum_t = load(teacher_sum + i);

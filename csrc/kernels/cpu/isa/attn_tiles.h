@@ -44,15 +44,19 @@ struct Accumulators {
     }
   }
 
-  // A block's sum is added as a whole: rounding errors then grow with the blocks, not with the tokens.
-  HASTE_INLINE void add_to(T* to, int64_t stride) const {
+  HASTE_INLINE void add(const T* from, int64_t stride) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) {
-        T* at = to + r * stride + v * kLanes<T>;
-        HASTE_ISA::store(at, HASTE_ISA::load(at) + sum[r][v]);
-      }
+      for (int v = 0; v < Vectors; ++v) sum[r][v] += HASTE_ISA::load(from + r * stride + v * kLanes<T>);
+    }
+  }
+
+  HASTE_INLINE void finish_logits(T scale) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = to_logit(sum[r][v], scale);
     }
   }
 
@@ -79,15 +83,17 @@ void logits(const T* k, int64_t k_stride, int64_t keys, const T* q_transposed, i
   constexpr int panel = kPanelVectors * kLanes<T>;
   for (int64_t query = 0; query < kQueries<T>; query += panel) {
     for (int64_t key = 0; key < keys; key += kRows) {
-      Accumulators<T, kRows, kPanelVectors> tile;
-      tile.zero();
-      tile.add_products(k + key * k_stride, k_stride, 1, q_transposed + query, kQueries<T>, dim);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kPanelVectors; ++v) tile.sum[r][v] = to_logit(tile.sum[r][v], scale);
+      T* sums = out + key * kQueries<T> + query;
+      for (int64_t d = 0; d < dim; d += kSummedAtOnce) {
+        const int64_t depth = dim - d < kSummedAtOnce ? dim - d : kSummedAtOnce;
+        Accumulators<T, kRows, kPanelVectors> tile;
+        tile.zero();
+        tile.add_products(k + key * k_stride + d, k_stride, 1, q_transposed + d * kQueries<T> + query, kQueries<T>,
+                          depth);
+        if (d > 0) tile.add(sums, kQueries<T>);
+        if (d + depth == dim) tile.finish_logits(scale);
+        tile.store(sums, kQueries<T>);
       }
-      tile.store(out + key * kQueries<T> + query, kQueries<T>);
     }
   }
 }
@@ -102,7 +108,8 @@ void add_query_gradient(const T* k, int64_t k_stride, int64_t keys, const T* g, 
       Accumulators<T, kRows, kPanelVectors> tile;
       tile.zero();
       tile.add_products(k + d, 1, k_stride, g + query, kQueries<T>, keys);
-      tile.add_to(out, kQueries<T>);
+      tile.add(out, kQueries<T>);
+      tile.store(out, kQueries<T>);
     }
   }
 }
@@ -114,7 +121,8 @@ void add_key_gradient_panel(const T* g, int64_t keys, const T* q, int64_t q_stri
     Accumulators<T, kKeyGradientRows, Vectors> tile;
     tile.zero();
     tile.add_products(g + key * kQueries<T>, kQueries<T>, 1, q, q_stride, queries);
-    tile.add_to(out, q_stride);
+    tile.add(out, q_stride);
+    tile.store(out, q_stride);
   }
 }
 

@@ -58,15 +58,21 @@ RowNorms row_norms(const Student* s, const Teacher* t, int64_t dim) {
   return {student_inverse, teacher_inverse, sums.dot() * student_inverse * teacher_inverse, student_clamped};
 }
 
-// a · t + b · s, of the student's type, from element `first` of the gradient on.
+// factor · (cosine · s / ‖s‖ − t / ‖t‖), of the student's type, from element `first` of the gradient on.
 template <class T, class Student, class Teacher>
-void write_gradient(const Student* s, const Teacher* t, T a, T b, int64_t dim, int64_t first, void* gradient) {
+void write_gradient(const Student* s, const Teacher* t, const RowNorms& norms, double g, int64_t dim, int64_t first,
+                    void* gradient) {
   constexpr int L = kLanes<T>;
+  const T student_inverse = T(norms.student_inverse), teacher_inverse = T(norms.teacher_inverse);
+  const T cosine = T(norms.student_clamped ? 0 : norms.cosine), factor = T(g * norms.student_inverse);
+  const auto combine = [&](Vector<T> s_lanes, Vector<T> t_lanes) {
+    return factor * (cosine * (s_lanes * student_inverse) - t_lanes * teacher_inverse);
+  };
   Student* out = static_cast<Student*>(gradient) + first;
   int64_t d = 0;
-  for (; d + L <= dim; d += L) narrow(out + d, a * load_as<T>(t + d) + b * load_as<T>(s + d));
+  for (; d + L <= dim; d += L) narrow(out + d, combine(load_as<T>(s + d), load_as<T>(t + d)));
   if (d < dim) {
-    store_first<T>(out + d, a * load_first<T>(t + d, dim - d) + b * load_first<T>(s + d, dim - d), dim - d);
+    store_first<T>(out + d, combine(load_first<T>(s + d, dim - d), load_first<T>(t + d, dim - d)), dim - d);
   }
 }
 
@@ -99,9 +105,7 @@ void backward(const TokenCosineProblem& problem, const TokenGradient& upstream, 
     const RowNorms norms = row_norms<T>(s, t, problem.dim);
     const T* gradients = static_cast<const T*>(upstream.data);
     const double g = gradients[outer * upstream.stride_outer + inner * upstream.stride_inner];
-    const T a = T(-g * norms.student_inverse * norms.teacher_inverse);
-    const T b = norms.student_clamped ? T(0) : T(g * norms.cosine * norms.student_inverse * norms.student_inverse);
-    write_gradient<T>(s, t, a, b, problem.dim, row * problem.dim, student_gradient);
+    write_gradient<T>(s, t, norms, g, problem.dim, row * problem.dim, student_gradient);
   });
 }
 

@@ -1,0 +1,140 @@
+"""attn_align_loss on every processor path, against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager
+
+import haste_ext
+from haste_ext import _C, reference
+
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def operands(batch, heads, tokens, dims, types, seed=0):
+    """Student q, k as views of a packed projection behind two prefix tokens; teacher q, k contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randn(batch, tokens + 2, 3, heads, dims[0], generator=generator).to(types[0])
+    teacher = torch.randn(2, batch, heads, tokens, dims[1], generator=generator).to(types[1])
+    return [*packed.permute(2, 0, 3, 1, 4)[:2, :, :, 2:], *teacher]
+
+
+def value_and_gradients(loss, tensors, **kwargs):
+    q, k = (x.detach().requires_grad_() for x in tensors[:2])
+    out = loss(q, k, *tensors[2:], **kwargs)
+    return out.detach(), *torch.autograd.grad(out.sum(), (q, k))
+
+
+def check_against_definition(tensors, **kwargs):
+    exact = value_and_gradients(reference.attn_align_loss, [t.double() for t in tensors], **kwargs)
+    eager = value_and_gradients(reference.attn_align_loss, tensors, **kwargs)
+    ours = value_and_gradients(haste_ext.attn_align_loss, tensors, **kwargs)
+    for name, mine, theirs, ref in zip(("loss", "dq", "dk"), ours, eager, exact, strict=True):
+        assert_as_accurate_as_eager(mine, theirs, ref, f"{name} {tensors[0].dtype}")
+
+
+# Tokens around the blocks of the kernels (6, 16, 32, 64, 96, 256 and 512), dims around the vectors (4, 8, 16, 32).
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(
+    ("tokens", "dims"),
+    ((2, (1, 1)), (17, (3, 130)), (31, (16, 8)), (65, (33, 31)), (97, (72, 64)), (255, (72, 64)), (529, (40, 48))),
+)
+def test_values_and_gradients(path, dtype, tokens, dims):
+    check_against_definition(operands(2, 2, tokens, dims, (dtype, dtype)), reduction="none")
+
+
+def test_one_token_has_loss_and_gradients_of_exactly_zero(path):
+    for dtype in (torch.float64, *FLOAT_TYPES):
+        for result in value_and_gradients(haste_ext.attn_align_loss, operands(2, 3, 1, (72, 64), (dtype, dtype))):
+            assert not result.any()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_near_convergence(path, dtype):
+    """The student within 1 % of its teacher: the gradient is a small difference of two maps."""
+    teacher = torch.randn(2, 2, 2, 100, 64, generator=torch.Generator().manual_seed(1))
+    student = teacher + 0.01 * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(2))
+    check_against_definition([*student.to(dtype), *teacher.to(dtype)])
+
+
+@pytest.mark.parametrize("student_type", (torch.float64, *FLOAT_TYPES))
+@pytest.mark.parametrize("teacher_type", (torch.float64, *FLOAT_TYPES))
+def test_student_and_teacher_of_any_types(path, student_type, teacher_type):
+    tensors = operands(1, 2, 70, (40, 24), (student_type, teacher_type))
+    exact = value_and_gradients(reference.attn_align_loss, [t.double() for t in tensors])
+    ours = value_and_gradients(haste_ext.attn_align_loss, tensors)
+    assert ours[0].dtype == (torch.float64 if student_type == torch.float64 else torch.float32)
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6}.get(student_type, 2 * torch.finfo(student_type).eps)
+    for mine, ref in zip(ours, exact, strict=True):
+        assert (mine - ref).abs().max() <= tolerance * ref.abs().max()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("scale", (-0.3, 0.0, 1e-9, 0.8))
+def test_any_scale(path, dtype, scale):
+    tensors = operands(1, 2, 33, (24, 24), (dtype, dtype))
+    check_against_definition(tensors, student_scale=scale, teacher_scale=0.2, reduction="none")
+
+
+@pytest.mark.parametrize("exponent", (5, 13, 15, 40, 62, 90, 127))
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_logits_of_any_size_give_no_nan(path, dtype, exponent):
+    """Up to the largest powers of two of the type, where the products of two operands overflow float.
+
+    All sums of such operands are exact, so that rows with a tie for the largest logit can be compared too.
+    """
+    size = 2.0 ** min(exponent, 15 if dtype == torch.float16 else 127)
+    tensors = [(x.sign() * size).to(dtype) for x in operands(1, 2, 40, (16, 16), (torch.float64,) * 2)]
+    loss, dq, dk = value_and_gradients(haste_ext.attn_align_loss, tensors, reduction="none")
+    assert not loss.isnan().any() and not dq.isnan().any() and not dk.isnan().any()
+    exact = reference.attn_align_loss(*(t.double() for t in tensors), reduction="none")
+    if exponent < 62:  # larger logits are held to 1e38
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_a_row_that_is_not_a_number_stays_alone(path, dtype):
+    tensors = operands(1, 1, 70, (16, 16), (dtype, dtype))
+    clean = haste_ext.attn_align_loss(*tensors, reduction="none")
+    for bad in (float("nan"), float("inf")):
+        spoiled = [x.clone() for x in tensors]
+        spoiled[0][0, 0, 5, 3] = bad
+        loss = haste_ext.attn_align_loss(*spoiled, reduction="none")
+        others = torch.arange(70) != 5
+        torch.testing.assert_close(loss[..., others], clean[..., others])
+    assert not loss[..., 5].isfinite() or loss[..., 5].abs() > 1e30
+    spoiled[1][0, 0, 7] = float("nan")
+    assert value_and_gradients(haste_ext.attn_align_loss, spoiled)[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("shape", ((2, 3, 70), (1, 1, 1100)))
+def test_bits_do_not_depend_on_the_threads(path, dtype, shape):
+    """Nor on whether dq and dk come from one pass or, where one head must keep several threads busy, from two."""
+    tensors = operands(*shape, (40, 24), (dtype, dtype))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(value_and_gradients(haste_ext.attn_align_loss, tensors, reduction="none"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_backward_takes_what_the_forward_of_another_path_left():
+    paths = _C.cpu_paths()
+    tensors = operands(1, 2, 60, (32, 32), (torch.bfloat16,) * 2)
+    exact = value_and_gradients(reference.attn_align_loss, [t.double() for t in tensors])
+    for forward, backward in ((paths[0], paths[-1]), (paths[-1], paths[0])):
+        q, k = (x.detach().requires_grad_() for x in tensors[:2])
+        _C.force_cpu_path(forward)
+        loss = haste_ext.attn_align_loss(q, k, *tensors[2:])
+        _C.force_cpu_path(backward)
+        grads = torch.autograd.grad(loss, (q, k))
+        _C.force_cpu_path("")
+        for grad, ref in zip(grads, exact[1:], strict=True):
+            assert (grad - ref).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * ref.abs().max()
