@@ -81,6 +81,10 @@ class SamplingSettings:
         """UserError for settings that contradict each other; the sampler checks the values."""
         if self.heun and self.mode == "sde":
             raise UserError("--heun is a step of the ODE; it cannot be used with --mode sde")
+        if self.cache == "none":
+            for name in ("interval", "order"):
+                if getattr(self, name) != SamplingSettings.__dataclass_fields__[name].default:
+                    raise UserError(f"--{name} is {getattr(self, name)}, which nothing uses without --cache taylorseer")
         if self.global_seed < 0:
             raise UserError(f"--global-seed is {self.global_seed}; it must be at least 0")
 
