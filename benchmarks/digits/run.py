@@ -1,7 +1,7 @@
 """Plain SiT, REPA, HASTE and HASTE without stopping on the digits, three seeds each, judged at five points of training.
 
     python benchmarks/digits/run.py                            all that is not done yet, then the table and the plots
-    python benchmarks/digits/run.py --methods HASTE --seeds 0  of that, one run
+    python benchmarks/digits/run.py --methods HASTE --seeds 0  of that, one run; several may go on side by side
     python benchmarks/digits/run.py --draw-only                the table and the plots from results.json alone
 
 All runs share the recipe `haste train --recipe digits`, its teacher, the judge and the seeds of the samples; runs of
@@ -61,14 +61,19 @@ class Args:
 
 def main(args: Args) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
     if not args.draw_only:
         for seed in args.seeds:
             for method in args.methods:
-                do_run(args, method, seed, results)
+                do_run(args, method, seed)
+    results = read_results()
     write_table(results)
     draw_plots(results)
     print((HERE / "results.md").read_text())
+
+
+def read_results() -> dict[str, Any]:
+    """results.json, or what it is before the first run."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
 
 
 def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
@@ -77,11 +82,11 @@ def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
     return replace(recipe_config("digits"), output_dir=str(output_dir), exp_name=name, seed=seed, **METHODS[method])
 
 
-def do_run(args: Args, method: str, seed: int, results: dict[str, Any]) -> None:
+def do_run(args: Args, method: str, seed: int) -> None:
     """Train and judge one run, unless it is in the results with these very settings; then write results.json."""
     config = run_config(args.output_dir, method, seed)
     settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
-    if any(run["settings"] == settings for run in results["runs"]):
+    if any(run["settings"] == settings for run in read_results()["runs"]):
         print(f"{method}, seed {seed}: done before")
         return
     begin = perf_counter()
@@ -100,6 +105,7 @@ def do_run(args: Args, method: str, seed: int, results: dict[str, Any]) -> None:
         "judge_seconds": round(perf_counter() - trained, 1),
         **provenance(),
     }
+    results = read_results()  # again: another process may have added its own runs
     others = [old for old in results["runs"] if (old["method"], old["seed"]) != (method, seed)]
     results["runs"] = sorted([*others, run], key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
     results["sampling"] = SETTINGS.sampling_fields()

@@ -6,6 +6,7 @@ Give exactly one of --run (every checkpoint of a run), --ckpt (one checkpoint) o
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Args(SamplingSettings):
 
 def main(args: Args) -> None:
     """Judge, and print a table."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.check()
     if args.samples is not None:
         yardstick = load_yardstick(args.judge_dir or args.samples.resolve().parent / "judge")

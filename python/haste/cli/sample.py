@@ -6,6 +6,7 @@ the others. A command that was stopped goes on with the pictures that are missin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class Args(SamplingSettings):
 
 def main(args: Args) -> None:
     """Draw, and say what came out."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     report(sample_to_folder(args))
 
 

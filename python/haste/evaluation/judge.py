@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from haste.errors import UserError
 from haste.evaluation.frechet import Gaussian, fit_gaussian
 from haste.evaluation.images import to_uint8
 from haste.training.checkpoint import write_atomically
+
+logger = logging.getLogger(__name__)
 
 NUM_CLASSES = 10
 BATCH = 512  # pictures per forward pass when judging
@@ -123,6 +126,7 @@ def load_judge(cache: Path, settings: JudgeSettings = JudgeSettings()) -> Judge:
         network = build_network(settings.features)
         network.load_state_dict(saved["network"])
         return Judge(network, saved["feature_scale"], saved["held_out_accuracy"], settings)
+    logger.info("training the judge, a classifier that no run sees, for %d epochs", settings.epochs)
     judge = train_judge(settings)
     content = {
         "network": judge.network.state_dict(),
