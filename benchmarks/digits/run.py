@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 from haste.evaluation.generation import SamplingSettings, run_checkpoints
-from haste.evaluation.pictures import draw_scores
+from haste.evaluation.pictures import draw_advantage, draw_scores
 from haste.evaluation.scores import evaluate_checkpoints, load_yardstick
 from haste.training.checkpoint import write_atomically
 from haste.training.config import TrainConfig
@@ -194,11 +194,14 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def draw_plots(results: dict[str, Any]) -> None:
-    """results.png: both numbers over steps, the mean and the range over seeds."""
+    """results.png: both numbers over steps, mean and range over seeds; advantage.png: the same against plain SiT."""
+    scores = by_method(results)
     stops = {run["settings"]["early_stop_point"] for run in results["runs"] if run["method"] == "HASTE"}
-    seeds = {run["seed"] for run in results["runs"]}
-    title = f"Digits, {len(seeds)} seeds: mean, lowest and highest"
-    draw_scores(HERE / "results.png", by_method(results), title=title, stop=stops.pop() if stops else None)
+    stop = stops.pop() if stops else None
+    title = f"Digits, {len({run['seed'] for run in results['runs']})} seeds: mean, lowest and highest"
+    draw_scores(HERE / "results.png", scores, title=title, stop=stop)
+    if "plain" in scores:
+        draw_advantage(HERE / "advantage.png", scores, "plain", title=title, stop=stop)
 
 
 if __name__ == "__main__":

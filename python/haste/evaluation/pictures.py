@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from haste.evaluation.style import LIGHT, Theme, save, styled, thousands
 
@@ -119,55 +120,81 @@ Scores = Mapping[str, Mapping[int, Sequence[Mapping]]]
 """Method → seed → records with step, distance and accuracy, in the order of the steps."""
 
 
-def draw_scores(
-    path: Path,
-    scores: Scores,
-    *,
-    title: str,
-    stop: int | None = None,
-    reference: Mapping | None = None,
-    theme: Theme = LIGHT,
-) -> None:
+def draw_scores(path: Path, scores: Scores, *, title: str, stop: int | None = None, theme: Theme = LIGHT) -> None:
     """Fréchet distance (log scale) and label accuracy over training steps: one line per method, its mean over seeds.
 
-    With several seeds the band spans the lowest to the highest seed. `reference` may hold the distance and accuracy
-    of real pictures, drawn as a dotted line.
+    With several seeds the band spans the lowest to the highest seed.
     """
     with styled(theme):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
-        for colour, (method, seeds) in zip(theme.series, scores.items(), strict=False):
-            draw_series(left, method, seeds, "distance", 1.0, colour)
-            draw_series(right, method, seeds, "accuracy", 100.0, colour)
-        left.set(title="Fréchet distance to real digits (lower is better)", xlabel="Training step", yscale="log")
-        right.set(title="Samples that show the requested digit (%)", xlabel="Training step")
-        left.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        left.yaxis.set_major_formatter(plt.matplotlib.ticker.StrMethodFormatter("{x:g}"))
-        left.yaxis.set_minor_locator(plt.matplotlib.ticker.NullLocator())
-        for axes, height in ((left, 0.94), (right, 0.03)):  # where the curves are not
-            thousands(axes)
-            axes.set_xlim(left=0)
-            if stop is not None:
-                mark_step(axes, stop, "alignment ends", theme, height)
-        if reference is not None:
-            left.axhline(reference["distance"], color=theme.muted, linestyle=":", linewidth=1.2, label="real digits")
-            right.axhline(100.0 * reference["accuracy"], color=theme.muted, linestyle=":", linewidth=1.2)
-        handles, names = left.get_legend_handles_labels()
-        if len(handles) > 1:
-            figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(names))
-        heading(figure, title)
-        figure.subplots_adjust(wspace=0.2)
+        for place, (method, seeds) in enumerate(scores.items()):
+            draw_series(left, place, method, steps_of(seeds), values_of(seeds, "distance"), theme)
+            draw_series(right, place, method, steps_of(seeds), 100.0 * values_of(seeds, "accuracy"), theme)
+        left.set(title="Fréchet distance to real digits (lower is better)", yscale="log")
+        right.set(title="Samples that show the requested digit (%)")
+        left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        left.yaxis.set_minor_locator(NullLocator())
+        finish_scores(figure, title, stop, theme)
         save(figure, path)
 
 
-def draw_series(
-    axes: Axes, method: str, seeds: Mapping[int, Sequence[Mapping]], key: str, scale: float, colour: str
+def draw_advantage(
+    path: Path, scores: Scores, baseline: str, *, title: str, stop: int | None = None, theme: Theme = LIGHT
 ) -> None:
-    """One method on one panel: the mean over its seeds and, with several, the band from lowest to highest."""
-    steps = [record["step"] for record in next(iter(seeds.values()))]
-    values = scale * np.array([[record[key] for record in records] for records in seeds.values()])
-    axes.plot(steps, values.mean(axis=0), color=colour, marker="o", markersize=4.5, label=method)
+    """The same scores relative to one method's at the same step and seed, where these differ little on their range.
+
+    Only seeds that the baseline has are drawn. Bands as in draw_scores.
+    """
+    with styled(theme):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
+        for place, (method, seeds) in enumerate(scores.items()):
+            shared = [seed for seed in seeds if seed in scores[baseline]]
+            own, other = ({seed: side[seed] for seed in shared} for side in (seeds, scores[baseline]))
+            ratio = 100.0 * (values_of(own, "distance") / values_of(other, "distance") - 1.0)
+            gain = 100.0 * (values_of(own, "accuracy") - values_of(other, "accuracy"))
+            draw_series(left, place, method, steps_of(own), ratio, theme)
+            draw_series(right, place, method, steps_of(own), gain, theme)
+        left.set(title=f"Fréchet distance relative to {baseline}, same seed (%)")
+        right.set(title=f"Label accuracy relative to {baseline} (points)")
+        finish_scores(figure, title, stop, theme)
+        save(figure, path)
+
+
+def steps_of(seeds: Mapping[int, Sequence[Mapping]]) -> list[int]:
+    """The steps at which a method was judged."""
+    return [record["step"] for record in next(iter(seeds.values()))]
+
+
+def values_of(seeds: Mapping[int, Sequence[Mapping]], key: str) -> np.ndarray:
+    """One score of a method, (seeds, points)."""
+    return np.array([[record[key] for record in records] for records in seeds.values()])
+
+
+def draw_series(axes: Axes, place: int, method: str, steps: Sequence[int], values: np.ndarray, theme: Theme) -> None:
+    """One method's values (seeds, points): their mean and, with several seeds, the band from lowest to highest.
+
+    From the fourth method on lines are dashed: methods that agree for a while would hide each other.
+    """
+    colour, line = theme.series[place % len(theme.series)], "-" if place < 3 else "--"
+    axes.plot(steps, values.mean(axis=0), line, color=colour, marker="o", markersize=4.5, label=method)
     if len(values) > 1:
-        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
+
+
+def finish_scores(figure: plt.Figure, title: str, stop: int | None, theme: Theme) -> None:
+    """What both pictures of scores share: the axis of steps, the end of alignment, one legend, the heading."""
+    left, right = figure.axes
+    for axes, height in ((left, 0.94), (right, 0.03)):  # where the curves are not
+        thousands(axes)
+        axes.set(xlabel="Training step", xlim=(0, None))
+        if stop is not None:
+            mark_step(axes, stop, "alignment ends", theme, height)
+    handles, names = left.get_legend_handles_labels()
+    if len(handles) > 1:
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(names))
+    heading(figure, title)
+    figure.subplots_adjust(wspace=0.2)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

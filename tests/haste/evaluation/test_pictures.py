@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from haste.evaluation.pictures import draw_comparison, draw_grid, draw_losses, draw_scores, robust_limits, smooth
+from haste.evaluation.pictures import (
+    draw_advantage,
+    draw_comparison,
+    draw_grid,
+    draw_losses,
+    draw_scores,
+    robust_limits,
+    smooth,
+)
 from haste.evaluation.style import DARK, LIGHT
 from PIL import Image
 
@@ -75,6 +83,20 @@ def test_every_method_has_its_line_and_several_seeds_a_band(tmp_path):
     draw_scores(tmp_path / "both.png", both, title="", stop=2)
     assert share(tmp_path / "one.png", LIGHT.series[1]) == 0 < share(tmp_path / "both.png", LIGHT.series[1])
     assert pale_blue(tmp_path / "both.png") > 10 * pale_blue(tmp_path / "one.png")
+
+
+def test_an_advantage_is_taken_seed_by_seed(tmp_path):
+    """HASTE is at half of plain's distance for both seeds, though the seeds differ threefold: no band."""
+
+    def points(distance):
+        return [{"step": step, "distance": distance / step, "accuracy": 0.5} for step in (1, 2, 3)]
+
+    plain = {0: points(10), 1: points(30)}
+    halved = {0: points(5), 1: points(15), 2: points(1000)}  # plain has no seed 2 to compare with
+    spread = {0: points(5), 1: points(27)}
+    for name, haste in (("halved", halved), ("spread", spread)):
+        draw_advantage(tmp_path / f"{name}.png", {"HASTE": haste, "plain": plain}, "plain", title="")
+    assert pale_blue(tmp_path / "spread.png") > 10 * pale_blue(tmp_path / "halved.png")
 
 
 def pale_blue(path) -> float:
