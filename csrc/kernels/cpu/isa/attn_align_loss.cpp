@@ -8,8 +8,6 @@
 namespace haste::cpu::HASTE_ISA {
 namespace {
 
-HASTE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Row strides in scratch. A key row is read in groups of kRows scalars, a query row in vectors.
 HASTE_INLINE int64_t key_stride(int64_t dim) { return round_up(dim, kRows); }
 template <class T>
@@ -21,11 +19,11 @@ HASTE_INLINE int64_t padded_keys(int64_t keys) { return round_up(keys, kKeys); }
 // The arrays of one block.
 template <class T>
 struct Workspace {
-  T *student_k, *teacher_k;                // [key][d]
-  T *student_q, *teacher_q;                // [query][d] of the current block of queries
-  T *student_q_lanes, *teacher_q_lanes;    // the same as [d][query]
-  T *student_logits, *teacher_logits;      // [key][query], one tile
-  T *query_gradient, *key_gradient;        // [d][query], [key][d]
+  T *student_k, *teacher_k;              // [key][d]
+  T *student_q, *teacher_q;              // [query][d] of the current block of queries
+  T *student_q_lanes, *teacher_q_lanes;  // the same as [d][query]
+  T *student_logits, *teacher_logits;    // [key][query], one tile
+  T *query_gradient, *key_gradient;      // [d][query], [key][d]
   double student_k_divisor = 1, teacher_k_divisor = 1;  // see tame()
   double student_q_divisor = 1, teacher_q_divisor = 1;
   OnlineSoftmax<T, kQueries<T>>* softmax;
@@ -111,21 +109,40 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
     for (int64_t key = 0; key < keys; key += kKeys) {
       const int64_t count = least(kKeys, keys - key);
       logits(problem, key, count, work);
-      work.softmax->update(work.student_logits, work.teacher_logits, count);
+      work.softmax->update(work.student_logits, work.teacher_logits, count, exp<T>, exp<T>);
     }
     const int64_t row = first_row(problem, block) + query;
-    work.softmax->finish(static_cast<T*>(rows.loss) + row, static_cast<T*>(rows.student_lse) + row,
+    work.softmax->finish(1, 1, static_cast<T*>(rows.loss) + row, static_cast<T*>(rows.student_lse) + row,
                          static_cast<T*>(rows.teacher_lse) + row, queries);
   }
 }
 
-// The student's logits become the gradient of the logits.
+// Logits become e^{logit − lse}; returns the sum over the keys.
 template <class T>
-void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, Workspace<T>& work) {
+HASTE_INLINE Vector<T> probabilities(T* logits, Vector<T> lse, int64_t keys) {
+  Vector<T> sum{};
+  for (int64_t key = 0; key < keys; ++key) {
+    const Vector<T> p = exp<T>(load(logits + key * kQueries<T>) - lse);
+    store(logits + key * kQueries<T>, p);
+    sum += p;
+  }
+  return sum;
+}
+
+// The student's logits become their gradient, upstream · (e^{s − lse_s} − e^{t − lse_t}). Where the tile holds all keys,
+// the sums are divided out: in a peaked row the rounding of a saved lse is the largest error.
+template <class T>
+void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, bool all_keys, Workspace<T>& work) {
   for (int i = 0; i < kQueries<T>; i += kLanes<T>) {
+    T *s = work.student_logits + i, *t = work.teacher_logits + i;
+    const Vector<T> student_sum = probabilities(s, load(rows.student_lse + i), keys);
+    const Vector<T> teacher_sum = probabilities(t, load(rows.teacher_lse + i), keys);
+    const Vector<T> upstream = load(rows.upstream + i);
+    const Vector<T> student_factor = all_keys ? upstream / student_sum : upstream;
+    const Vector<T> teacher_factor = all_keys ? upstream / teacher_sum : upstream;
     for (int64_t key = 0; key < keys; ++key) {
-      T* s = work.student_logits + key * kQueries<T> + i;
-      store(s, rows.gradient(load(s), load(work.teacher_logits + key * kQueries<T> + i), i));
+      T* g = s + key * kQueries<T>;
+      store(g, load(g) * student_factor - load(t + key * kQueries<T>) * teacher_factor);
     }
   }
 }
@@ -154,7 +171,7 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
     for (int64_t key = 0; key < keys; key += kKeys) {
       const int64_t count = least(kKeys, keys - key);
       logits(problem, key, count, work);
-      logit_gradient(*work.rows, count, work);
+      logit_gradient(*work.rows, count, count == problem.tokens, work);
       if (query_wanted) {
         add_query_gradient(work.student_k + key * k_stride, k_stride, count, work.student_logits, dim,
                            work.query_gradient);

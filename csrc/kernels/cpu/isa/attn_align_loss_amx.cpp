@@ -1,6 +1,7 @@
 // attn_align_loss of bf16 operands on AMX tiles. The products cost so little here that the exponentials set the pace,
-// so these are shorter than elsewhere: 3e-6, a thousandth of what bf16 resolves. What falls outside (other types, fewer
-// tokens than a tile has rows, a scale that is not positive, logits beyond kLargestLogitHere) is left to the AVX-512 kernel.
+// so these are shorter than elsewhere: 3e-6, a thousandth of what bf16 resolves. What falls outside (other types,
+// fewer tokens than a tile has rows, a scale that is not positive, logits beyond kLargestHere) is left to the AVX-512
+// kernel.
 #include "amx_tiles.h"
 #include "attn_rows.h"
 #include "kernels.h"
@@ -12,14 +13,12 @@ namespace {
 constexpr int kQueries = 64;    // of a block
 constexpr int kStrip = 32;      // keys whose logits exist at a time: with the teacher's, 16 KB
 constexpr int kKeyBlock = 256;  // keys over which dq is summed in tile registers
-constexpr float kLargestLogitHere = 1e4f;
+constexpr float kLargestHere = 1e4f;
 constexpr float kLog2E = 1.44269504f;
 
 typedef Vector<float> V;
 constexpr int L = kLanes<float>;
-using Softmax = RowState<float, kQueries>;
 
-HASTE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 HASTE_INLINE int64_t padded_keys(int64_t keys) { return round_up(keys, kStrip); }
 
 // 2^y, exactly 1 at 0: a polynomial in the fraction of y, scaled by its integer part. Underflows to 0, NaN stays NaN.
@@ -77,69 +76,9 @@ struct Side {
   }
 };
 
-// The online softmax of a block of queries, on unscaled logits.
-struct OnlineRows {
-  alignas(64) float student_max[kQueries], student_sum[kQueries];
-  alignas(64) float teacher_max[kQueries], teacher_sum[kQueries];
-  alignas(64) float cross[kQueries];  // Σ e^{t − max_t} (s − max_s)
+HASTE_INLINE bool within_reach(float x) { return x < kLargestHere && x > -kLargestHere; }
 
-  void reset() {
-    for (int i = 0; i < kQueries; ++i) {
-      student_max[i] = teacher_max[i] = -kLargestLogit<float>;
-      student_sum[i] = teacher_sum[i] = cross[i] = 0;
-    }
-  }
-
-  void update(const Side& student, const Side& teacher, int64_t keys) {
-    const float factor_s = student.scale * kLog2E, factor_t = teacher.scale * kLog2E;
-    for (int i = 0; i < kQueries; i += L) {
-      const float *s = student.logits + i, *t = teacher.logits + i;
-      const V old_s = load(student_max + i), old_t = load(teacher_max + i);
-      V max_s = old_s, max_t = old_t;
-      for (int64_t key = 0; key < keys; ++key) {
-        max_s = max<float>(load(s + key * kQueries), max_s);
-        max_t = max<float>(load(t + key * kQueries), max_t);
-      }
-      V sum_s{}, sum_t{}, x{};
-      for (int64_t key = 0; key < keys; ++key) {
-        const V from_max = load(s + key * kQueries) - max_s;
-        const V weight = exp2_short((load(t + key * kQueries) - max_t) * factor_t);
-        sum_s += exp2_short(from_max * factor_s);
-        sum_t += weight;
-        x += weight * from_max;
-      }
-      const V shrink_s = exp2_short((old_s - max_s) * factor_s);
-      const V shrink_t = exp2_short((old_t - max_t) * factor_t);
-      const V old_sum_t = load(teacher_sum + i);
-      store(cross + i, (load(cross + i) + old_sum_t * (old_s - max_s)) * shrink_t + x);
-      store(student_sum + i, load(student_sum + i) * shrink_s + sum_s);
-      store(teacher_sum + i, old_sum_t * shrink_t + sum_t);
-      store(student_max + i, max_s);
-      store(teacher_max + i, max_t);
-    }
-  }
-
-  // Writes the rows [0, count). Returns false where a logit was too large (or not a number) for this kernel.
-  bool finish(float student_scale, float teacher_scale, float* loss, float* student_lse, float* teacher_lse,
-              int64_t count) const {
-    bool good = true;
-    for (int64_t i = 0; i < count; i += L) {
-      const V log_s = log<float>(load(student_sum + i)), log_t = log<float>(load(teacher_sum + i));
-      const V top_s = load(student_max + i) * student_scale, top_t = load(teacher_max + i) * teacher_scale;
-      const int64_t lanes = least(count - i, L);
-      store_first<float>(loss + i, log_s - load(cross + i) * student_scale / load(teacher_sum + i), lanes);
-      store_first<float>(student_lse + i, top_s + log_s, lanes);
-      store_first<float>(teacher_lse + i, top_t + log_t, lanes);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      good &= loss[i] - loss[i] == 0 && within_reach(student_lse[i]) && within_reach(teacher_lse[i]);
-    }
-    return good;
-  }
-
-  static HASTE_INLINE bool within_reach(float lse) { return lse < kLargestLogitHere && lse > -kLargestLogitHere; }
-};
-
+// Returns false, with rows that do not count, where a logit was too large (or not a number) for this kernel.
 bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin;
@@ -148,24 +87,28 @@ bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
   student.pack_keys(block);
   teacher.pack_keys(block);
 
+  const auto exp_s = [factor = student.scale * kLog2E](V x) { return exp2_short(x * factor); };
+  const auto exp_t = [factor = teacher.scale * kLog2E](V x) { return exp2_short(x * factor); };
+
   const Tiles tiles;
-  OnlineRows online;
+  OnlineSoftmax<float, kQueries> softmax;
   for (int64_t query = block.query_begin; query < block.query_end; query += kQueries) {
     const int64_t queries = least(kQueries, block.query_end - query);
     student.pack_queries(block, query, queries);
     teacher.pack_queries(block, query, queries);
-    online.reset();
+    softmax.reset();
     for (int64_t key = 0; key < keys; key += kStrip) {
       const int64_t count = least(kStrip, keys - key);
       student.multiply_strip(key, count);
       teacher.multiply_strip(key, count);
-      online.update(student, teacher, count);
+      softmax.update(student.logits, teacher.logits, count, exp_s, exp_t);
     }
     const int64_t row = first_row(problem, block) + query;
-    if (!online.finish(student.scale, teacher.scale, static_cast<float*>(rows.loss) + row,
-                       static_cast<float*>(rows.student_lse) + row, static_cast<float*>(rows.teacher_lse) + row,
-                       queries)) {
-      return false;
+    float *loss = static_cast<float*>(rows.loss) + row, *student_lse = static_cast<float*>(rows.student_lse) + row;
+    float* teacher_lse = static_cast<float*>(rows.teacher_lse) + row;
+    softmax.finish(student.scale, teacher.scale, loss, student_lse, teacher_lse, queries);
+    for (int64_t i = 0; i < queries; ++i) {
+      if (!(within_reach(loss[i]) && within_reach(student_lse[i]) && within_reach(teacher_lse[i]))) return false;
     }
   }
   return true;
@@ -175,13 +118,13 @@ bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
 // which it is multiplied; and the other operands and the sums of those products.
 struct GradientWork {
   const int64_t width, keys;
-  uint16_t* g;            // [key][query], left operand of dk
-  uint32_t* g_pairs;      // pairs of keys × queries, right operand of dq
-  uint16_t* k_lanes;      // [d][key], left operand of dq
-  uint32_t* q_pairs;      // pairs of queries × d, right operand of dk
-  float *dq_lanes, *dq;   // [d][query], [query][d]
-  float* dk;              // [key][d]
-  uint32_t* key_pairs;    // kDepth keys on their way to k_lanes
+  uint16_t* g;           // [key][query], left operand of dk
+  uint32_t* g_pairs;     // pairs of keys × queries, right operand of dq
+  uint16_t* k_lanes;     // [d][key], left operand of dq
+  uint32_t* q_pairs;     // pairs of queries × d, right operand of dk
+  float *dq_lanes, *dq;  // [d][query], [query][d]
+  float* dk;             // [key][d]
+  uint32_t* key_pairs;   // kDepth keys on their way to k_lanes
 
   GradientWork(const AttnOperand& k, int64_t key_count, Scratch& scratch)
       : width(round_up(k.dim, kTile)), keys(padded_keys(key_count)) {
@@ -223,7 +166,7 @@ struct GradientWork {
 
 // What backward knows of a block of queries, the log-sum-exps in powers of two.
 struct Rows {
-  Softmax state;
+  RowState<float, kQueries> state;
   float factor_s, factor_t;
 
   // upstream · (e^{s − lse_s} − e^{t − lse_t}) of L queries from `i` on.
@@ -309,9 +252,8 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
 
 HASTE_INLINE bool for_tiles(const AttnAlignProblem& problem) {
   const auto positive = [](double scale) { return scale > 1e-6 && scale < 1e6; };
-  return problem.tokens >= kTile && problem.student_q.type == ScalarType::BFloat16 &&
-         problem.teacher_q.type == ScalarType::BFloat16 &&
-         positive(problem.student_scale) && positive(problem.teacher_scale);
+  return problem.student_q.type == ScalarType::BFloat16 && problem.teacher_q.type == ScalarType::BFloat16 &&
+         problem.tokens >= kTile && positive(problem.student_scale) && positive(problem.teacher_scale);
 }
 
 // Of all queries of the (batch, head), so that every block of it is computed in the same way.
@@ -320,7 +262,7 @@ bool lse_within_reach(const AttnAlignProblem& problem, const AttnAlignBackward& 
   const float* teacher = static_cast<const float*>(gradient.teacher_lse) + first_row(problem, block);
   bool good = true;
   for (int64_t i = 0; i < problem.tokens; ++i) {
-    good &= OnlineRows::within_reach(student[i]) && OnlineRows::within_reach(teacher[i]);
+    good &= within_reach(student[i]) && within_reach(teacher[i]);
   }
   return good;
 }

@@ -12,7 +12,7 @@ namespace {
 // Long sums are built from shorter ones: their rounding errors grow with the length of a chain of additions.
 constexpr int64_t kSummedAtOnce = 40;
 
-// The smallest finite maximum to start from: −∞ would give 0 · ∞ on the first rescaling.
+// Also the maximum to start from, negative: −∞ would give 0 · ∞ on the first rescaling.
 template <class T>
 constexpr T kLargestLogit = sizeof(T) == sizeof(float) ? T(1e38) : T(1e300);
 
@@ -106,7 +106,8 @@ HASTE_INLINE int64_t first_row(const AttnAlignProblem& problem, const AttnBlock&
 }
 
 // Per query, over the keys seen so far: the maxima, Σ e^{s−max_s}, Σ e^{t−max_t} and x = Σ e^{t−max_t} (s − max_s).
-// Measuring s from its maximum keeps the digits that lse(s) − Σ softmax(t) s would cancel.
+// Measuring s from its maximum keeps the digits that lse(s) − Σ softmax(t) s would cancel. The logits may come
+// unscaled: the caller's exp_s and exp_t scale their argument then, and finish() the maxima.
 template <class T, int Queries>
 struct OnlineSoftmax {
   alignas(64) T student_max[Queries], student_sum[Queries];
@@ -121,23 +122,25 @@ struct OnlineSoftmax {
   }
 
   // One tile of logits, `keys` rows.
-  void update(const T* s, const T* t, int64_t keys) {
-    for (int i = 0; i < Queries; i += kLanes<T>) update_lanes(s + i, t + i, keys, i);
+  template <class ExpS, class ExpT>
+  HASTE_INLINE void update(const T* s, const T* t, int64_t keys, const ExpS& exp_s, const ExpT& exp_t) {
+    for (int i = 0; i < Queries; i += kLanes<T>) update_lanes(s + i, t + i, keys, exp_s, exp_t, i);
   }
 
   // Rows [0, count) to where the caller keeps them.
-  void finish(T* loss, T* student_lse, T* teacher_lse, int64_t count) const {
+  void finish(T student_scale, T teacher_scale, T* loss, T* student_lse, T* teacher_lse, int64_t count) const {
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vector<T> log_sum = log<T>(load(student_sum + i));
-      const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
-      store_first<T>(loss + i, log_sum - load(cross + i) / load(teacher_sum + i), lanes);
-      store_first<T>(student_lse + i, load(student_max + i) + log_sum, lanes);
-      store_first<T>(teacher_lse + i, load(teacher_max + i) + log<T>(load(teacher_sum + i)), lanes);
+      const Vector<T> log_s = log<T>(load(student_sum + i)), log_t = log<T>(load(teacher_sum + i));
+      const int64_t lanes = least(count - i, kLanes<T>);
+      store_first<T>(loss + i, log_s - load(cross + i) * student_scale / load(teacher_sum + i), lanes);
+      store_first<T>(student_lse + i, load(student_max + i) * student_scale + log_s, lanes);
+      store_first<T>(teacher_lse + i, load(teacher_max + i) * teacher_scale + log_t, lanes);
     }
   }
 
  private:
-  HASTE_INLINE void update_lanes(const T* s, const T* t, int64_t keys, int i) {
+  template <class ExpS, class ExpT>
+  HASTE_INLINE void update_lanes(const T* s, const T* t, int64_t keys, const ExpS& exp_s, const ExpT& exp_t, int i) {
     const Vector<T> old_s = load(student_max + i), old_t = load(teacher_max + i);
     Vector<T> max_s = old_s, max_t = old_t;
     for (int64_t key = 0; key < keys; ++key) {
@@ -146,12 +149,11 @@ struct OnlineSoftmax {
     }
     Vector<T> sum_s{}, sum_t{}, x{};
     for (int64_t first = 0; first < keys; first += kSummedAtOnce) {
-      const int64_t end = first + kSummedAtOnce < keys ? first + kSummedAtOnce : keys;
       Vector<T> part_s{}, part_t{}, part_x{};
-      for (int64_t key = first; key < end; ++key) {
+      for (int64_t key = first; key < least(first + kSummedAtOnce, keys); ++key) {
         const Vector<T> from_max = load(s + key * Queries) - max_s;
-        const Vector<T> weight = exp<T>(load(t + key * Queries) - max_t);
-        part_s += exp<T>(from_max);
+        const Vector<T> weight = exp_t(load(t + key * Queries) - max_t);
+        part_s += exp_s(from_max);
         part_t += weight;
         part_x += weight * from_max;
       }
@@ -159,7 +161,7 @@ struct OnlineSoftmax {
       sum_t += part_t;
       x += part_x;
     }
-    const Vector<T> shrink_s = exp<T>(old_s - max_s), shrink_t = exp<T>(old_t - max_t);
+    const Vector<T> shrink_s = exp_s(old_s - max_s), shrink_t = exp_t(old_t - max_t);
     const Vector<T> old_sum_t = load(teacher_sum + i);
     store(cross + i, (load(cross + i) + old_sum_t * (old_s - max_s)) * shrink_t + x);
     store(student_sum + i, load(student_sum + i) * shrink_s + sum_s);
@@ -178,19 +180,14 @@ struct RowState {
                  int64_t first, int64_t count) {
     const int64_t row = first_row(problem, block) + first;
     const RowGradient& g = backward.upstream;
-    const T* gradient = static_cast<const T*>(g.data) + block.batch * g.stride_batch + block.head * g.stride_head +
-                        first * g.stride_token;
+    const T* gradient = static_cast<const T*>(g.data) + block.batch * g.stride_batch +
+                        block.head * g.stride_head + first * g.stride_token;
     for (int64_t i = 0; i < Queries; ++i) {
       const bool inside = i < count;
       student_lse[i] = inside ? static_cast<const T*>(backward.student_lse)[row + i] : 0;
       teacher_lse[i] = inside ? static_cast<const T*>(backward.teacher_lse)[row + i] : 0;
       upstream[i] = inside ? gradient[i * g.stride_token] : 0;
     }
-  }
-
-  // upstream · (e^{s − lse_s} − e^{t − lse_t}), the gradient of the logits.
-  HASTE_INLINE Vector<T> gradient(Vector<T> s, Vector<T> t, int i) const {
-    return load(upstream + i) * (exp<T>(s - load(student_lse + i)) - exp<T>(t - load(teacher_lse + i)));
   }
 };
 

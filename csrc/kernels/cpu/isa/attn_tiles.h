@@ -85,7 +85,7 @@ void logits(const T* k, int64_t k_stride, int64_t keys, const T* q_transposed, i
     for (int64_t key = 0; key < keys; key += kRows) {
       T* sums = out + key * kQueries<T> + query;
       for (int64_t d = 0; d < dim; d += kSummedAtOnce) {
-        const int64_t depth = dim - d < kSummedAtOnce ? dim - d : kSummedAtOnce;
+        const int64_t depth = least(dim - d, kSummedAtOnce);
         Accumulators<T, kRows, kPanelVectors> tile;
         tile.zero();
         tile.add_products(k + key * k_stride + d, k_stride, 1, q_transposed + d * kQueries<T> + query, kQueries<T>,
@@ -126,25 +126,25 @@ void add_key_gradient_panel(const T* g, int64_t keys, const T* q, int64_t q_stri
   }
 }
 
+// The panel that is `vectors` wide: a template chosen by a number.
+template <class T, int Widest, class... Arguments>
+void add_key_gradient_of_width(int64_t vectors, Arguments... arguments) {
+  if (vectors == Widest) {
+    add_key_gradient_panel<T, Widest>(arguments...);
+  } else if constexpr (Widest > 1) {
+    add_key_gradient_of_width<T, Widest - 1>(vectors, arguments...);
+  }
+}
+
 // q and dk have rows of q_stride numbers, whole vectors; dk has room for `keys` rounded up to kKeyGradientRows.
 template <class T>
 void add_key_gradient(const T* g, int64_t keys, const T* q, int64_t q_stride, int64_t queries, T* dk) {
   const int64_t vectors = q_stride / kLanes<T>;
   const int64_t panels = (vectors + kKeyGradientVectors - 1) / kKeyGradientVectors;
   for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t first = vectors * panel / panels, count = vectors * (panel + 1) / panels - first;
-    const T* q_panel = q + first * kLanes<T>;
-    T* dk_panel = dk + first * kLanes<T>;
-    switch (count) {
-      case 1: add_key_gradient_panel<T, 1>(g, keys, q_panel, q_stride, queries, dk_panel); break;
-      case 2: add_key_gradient_panel<T, 2>(g, keys, q_panel, q_stride, queries, dk_panel); break;
-      case 3: add_key_gradient_panel<T, 3>(g, keys, q_panel, q_stride, queries, dk_panel); break;
-#if defined(__AVX512F__) || defined(__aarch64__)
-      case 4: add_key_gradient_panel<T, 4>(g, keys, q_panel, q_stride, queries, dk_panel); break;
-      case 5: add_key_gradient_panel<T, 5>(g, keys, q_panel, q_stride, queries, dk_panel); break;
-      case 6: add_key_gradient_panel<T, 6>(g, keys, q_panel, q_stride, queries, dk_panel); break;
-#endif
-    }
+    const int64_t first = vectors * panel / panels, end = vectors * (panel + 1) / panels;
+    add_key_gradient_of_width<T, kKeyGradientVectors>(end - first, g, keys, q + first * kLanes<T>, q_stride, queries,
+                                                      dk + first * kLanes<T>);
   }
 }
 

@@ -180,7 +180,10 @@ void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns
   }
 }
 
-HASTE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+HASTE_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+HASTE_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 }  // namespace haste::cpu::HASTE_ISA
