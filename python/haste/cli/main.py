@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,9 @@ SUBCOMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `haste` with these arguments (default: the process's)."""
     command, arguments = split_command(argv)
+    # Read when torch is imported, below. Threads that spin while they wait for each other are no faster on idle cores,
+    # and several times slower where another program wants one of these.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(command, arguments)
     except UserError as error:

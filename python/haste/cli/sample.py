@@ -97,6 +97,8 @@ def draw_missing(sampler: Sampler, folder: SampleFolder, count: int, batch_size:
     from tqdm import tqdm
 
     missing = folder.missing(count)
+    if missing:
+        sampler.warm_up(min(len(missing), batch_size))
     with tqdm(total=count, initial=count - len(missing), unit="image", desc="sample") as bar:
         for start in range(0, len(missing), batch_size):
             indices = missing[start : start + batch_size]
