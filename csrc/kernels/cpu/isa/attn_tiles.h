@@ -52,14 +52,6 @@ struct Accumulators {
     }
   }
 
-  HASTE_INLINE void finish_logits(T scale) {
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = to_logit(sum[r][v], scale);
-    }
-  }
-
   // sum[r] += Σ_i a[r · a_row + i · a_step] · (b + i · b_step)[...]
   HASTE_INLINE void add_products(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
                                  int64_t depth) {
@@ -83,19 +75,19 @@ void logits(const T* k, int64_t k_stride, int64_t keys, const T* q_transposed, i
   constexpr int panel = kPanelVectors * kLanes<T>;
   for (int64_t query = 0; query < kQueries<T>; query += panel) {
     for (int64_t key = 0; key < keys; key += kRows) {
-      T* sums = out + key * kQueries<T> + query;
       for (int64_t d = 0; d < dim; d += kSummedAtOnce) {
-        const int64_t depth = least(dim - d, kSummedAtOnce);
+        T* sums = out + key * kQueries<T> + query;
         Accumulators<T, kRows, kPanelVectors> tile;
         tile.zero();
         tile.add_products(k + key * k_stride + d, k_stride, 1, q_transposed + d * kQueries<T> + query, kQueries<T>,
-                          depth);
+                          least(dim - d, kSummedAtOnce));
         if (d > 0) tile.add(sums, kQueries<T>);
-        if (d + depth == dim) tile.finish_logits(scale);
         tile.store(sums, kQueries<T>);
       }
     }
   }
+  // Not in the loop above: its constants would take registers from the sums.
+  for (int64_t i = 0; i < keys * kQueries<T>; i += kLanes<T>) store(out + i, to_logit(load(out + i), scale));
 }
 
 // `dim` is rounded up to kRows; k and the result have room for that.
