@@ -26,11 +26,14 @@ struct AttnAlignProblem {
   double student_scale, teacher_scale;
 };
 
-// Row results, (batch, heads, tokens) contiguous; double where the student is Float64, else float.
+// Row results, contiguous; double where the student is Float64, else float. What backward needs of a row are the
+// {maximum, 1 / Σ e^{logit − maximum}} of its logits: two numbers, since a log-sum-exp in one would lose the digits of
+// its smaller part where logits are large. The unit of the maximum is the kernels' own: natural on the CPU, logits ·
+// log2(e) on CUDA.
 struct AttnAlignRows {
-  void* loss;
-  void* student_lse;
-  void* teacher_lse;
+  void* loss;             // (batch, heads, tokens)
+  void* student_softmax;  // (batch, heads, tokens, 2)
+  void* teacher_softmax;
 };
 
 // Upstream gradient of the rows, same element type as the rows; any strides, 0 included (an expanded scalar).
@@ -48,8 +51,8 @@ struct AttnGradient {
 
 struct AttnAlignBackward {
   RowGradient upstream;
-  const void* student_lse;  // as the forward wrote them
-  const void* teacher_lse;
+  const void* student_softmax;  // as the forward wrote them
+  const void* teacher_softmax;
   AttnGradient student_q, student_k;
 };
 

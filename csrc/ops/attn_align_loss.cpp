@@ -77,11 +77,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor student_q, Tensor student_k, T
   const auto in = inputs(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix,
                          teacher_prefix);
   const auto& p = in.problem;
-  const auto empty_rows = [&] {
-    return torch::stable::new_empty(student_q, {p.batch, p.heads, p.tokens}, row_type(student_q));
+  const auto empty_softmax = [&] {
+    return torch::stable::new_empty(student_q, {p.batch, p.heads, p.tokens, 2}, row_type(student_q));
   };
-  Tensor loss = empty_rows(), student_lse = empty_rows(), teacher_lse = empty_rows();
-  const AttnAlignRows rows{loss.mutable_data_ptr(), student_lse.mutable_data_ptr(), teacher_lse.mutable_data_ptr()};
+  Tensor loss = torch::stable::new_empty(student_q, {p.batch, p.heads, p.tokens}, row_type(student_q));
+  Tensor student_softmax = empty_softmax(), teacher_softmax = empty_softmax();
+  const AttnAlignRows rows{loss.mutable_data_ptr(), student_softmax.mutable_data_ptr(),
+                           teacher_softmax.mutable_data_ptr()};
   if (loss.numel() > 0 && student_q.is_cuda()) {
     const CudaLaunch launch(student_q);
 #ifdef HASTE_WITH_CUDA
@@ -90,10 +92,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor student_q, Tensor student_k, T
   } else if (loss.numel() > 0) {
     cpu::attn_align_loss_forward(p, rows, parallel_for());
   }
-  return {loss, student_lse, teacher_lse};
+  return {loss, student_softmax, teacher_softmax};
 }
 
-// A gradient of the student's shape, laid out as the student is (its last stride is 1); the heads and tokens that take no part get zeros.
+// A gradient of the student's shape, laid out as the student is (its last stride is 1); the heads and tokens that take
+// no part get zeros.
 Tensor empty_gradient(const Tensor& student, const AttnAlignProblem& p) {
   Tensor gradient = torch::stable::empty_like(student);
   if (p.heads != student.size(1) || p.tokens != student.size(2)) torch::stable::zero_(gradient);
@@ -106,31 +109,32 @@ AttnGradient destination(const Tensor& gradient, int64_t prefix) {
 }
 
 std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q,
-                                    Tensor teacher_k, Tensor student_lse, Tensor teacher_lse,
+                                    Tensor teacher_k, Tensor student_softmax, Tensor teacher_softmax,
                                     std::optional<double> student_scale, std::optional<double> teacher_scale,
                                     int64_t student_prefix, int64_t teacher_prefix, bool need_q, bool need_k) {
   const auto in = inputs(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix,
                          teacher_prefix);
   const auto& p = in.problem;
-  const auto check_rows = [&](const Tensor& t, const char* argument) {
-    check_shape(t.dim() == 3 && t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == p.tokens, argument, t,
-                "(batch, aligned heads, tokens after the prefix)");
+  const auto check_rows = [&](const Tensor& t, int64_t numbers, const char* argument, const char* shape) {
+    check_shape(t.dim() == (numbers == 1 ? 3 : 4) && t.size(0) == p.batch && t.size(1) == p.heads &&
+                    t.size(2) == p.tokens && t.size(t.dim() - 1) == (numbers == 1 ? p.tokens : numbers),
+                argument, t, shape);
     STD_TORCH_CHECK(t.scalar_type() == row_type(student_q), argument, " must be of the type of the loss");
     check_same_device(student_q, t, argument);
   };
-  check_rows(grad_loss, "grad_loss");
-  check_rows(student_lse, "student_lse");
-  check_rows(teacher_lse, "teacher_lse");
-  student_lse = torch::stable::contiguous(student_lse);
-  teacher_lse = torch::stable::contiguous(teacher_lse);
+  check_rows(grad_loss, 1, "grad_loss", "(batch, aligned heads, tokens after the prefix)");
+  check_rows(student_softmax, 2, "student_softmax", "(batch, aligned heads, tokens after the prefix, 2)");
+  check_rows(teacher_softmax, 2, "teacher_softmax", "(batch, aligned heads, tokens after the prefix, 2)");
+  student_softmax = torch::stable::contiguous(student_softmax);
+  teacher_softmax = torch::stable::contiguous(teacher_softmax);
 
   const auto not_wanted = [&] { return torch::stable::new_empty(student_q, {0}); };
   Tensor grad_q = need_q ? empty_gradient(in.student_q, p) : not_wanted();
   Tensor grad_k = need_k ? empty_gradient(in.student_k, p) : not_wanted();
   const AttnAlignBackward b{
       {grad_loss.const_data_ptr(), grad_loss.stride(0), grad_loss.stride(1), grad_loss.stride(2)},
-      student_lse.const_data_ptr(),
-      teacher_lse.const_data_ptr(),
+      student_softmax.const_data_ptr(),
+      teacher_softmax.const_data_ptr(),
       need_q ? destination(grad_q, student_prefix) : AttnGradient{},
       need_k ? destination(grad_k, student_prefix) : AttnGradient{}};
   if (grad_loss.numel() == 0 || !(need_q || need_k)) return {grad_q, grad_k};
@@ -155,10 +159,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(haste, m) {
   m.def(
       "attn_align_loss_forward(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, "
       "float? student_scale, float? teacher_scale, int student_prefix, int teacher_prefix) "
-      "-> (Tensor loss, Tensor student_lse, Tensor teacher_lse)");
+      "-> (Tensor loss, Tensor student_softmax, Tensor teacher_softmax)");
   m.def(
       "attn_align_loss_backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q, "
-      "Tensor teacher_k, Tensor student_lse, Tensor teacher_lse, float? student_scale, float? teacher_scale, "
+      "Tensor teacher_k, Tensor student_softmax, Tensor teacher_softmax, float? student_scale, float? teacher_scale, "
       "int student_prefix, int teacher_prefix, bool need_q, bool need_k) -> (Tensor grad_q, Tensor grad_k)");
 }
 

@@ -104,15 +104,13 @@ def _fake_forward(
 ):
     _check(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix)
     batch, student_heads, tokens, _ = student_q.shape
-    heads = min(student_heads, teacher_q.shape[1])
-    return tuple(
-        student_q.new_empty((batch, heads, tokens - student_prefix), dtype=_row_dtype(student_q)) for _ in range(3)
-    )
+    rows = (batch, min(student_heads, teacher_q.shape[1]), tokens - student_prefix)
+    return tuple(student_q.new_empty(shape, dtype=_row_dtype(student_q)) for shape in (rows, (*rows, 2), (*rows, 2)))
 
 
 @torch.library.register_fake("haste::attn_align_loss_backward")
 def _fake_backward(
-    grad_loss, student_q, student_k, teacher_q, teacher_k, student_lse, teacher_lse,
+    grad_loss, student_q, student_k, teacher_q, teacher_k, student_softmax, teacher_softmax,
     student_scale, teacher_scale, student_prefix, teacher_prefix, need_q, need_k,
 ):  # fmt: skip
     return (
@@ -129,12 +127,12 @@ def _empty_gradient(student: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.student_scale, ctx.teacher_scale, ctx.student_prefix, ctx.teacher_prefix = inputs
-    _, student_lse, teacher_lse = output
-    ctx.mark_non_differentiable(student_lse, teacher_lse)
-    ctx.save_for_backward(*tensors, student_lse, teacher_lse)
+    _, student_softmax, teacher_softmax = output
+    ctx.mark_non_differentiable(student_softmax, teacher_softmax)
+    ctx.save_for_backward(*tensors, student_softmax, teacher_softmax)
 
 
-def _backward(ctx, grad_loss, _grad_student_lse, _grad_teacher_lse):
+def _backward(ctx, grad_loss, _grad_student_softmax, _grad_teacher_softmax):
     need_q, need_k = ctx.needs_input_grad[:2]
     if not (need_q or need_k):
         return (None,) * 8

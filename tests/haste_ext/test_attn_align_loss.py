@@ -173,12 +173,12 @@ def test_opcheck(device):
     settings_ = (None, 0.5, 0, 2)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_forward.default, (q, k, tq, tk, *settings_))
     torch.library.opcheck(torch.ops.haste.attn_align_loss.default, (q, k, tq, tk, *settings_, "sum"))
-    rows, lse, teacher_lse = torch.ops.haste.attn_align_loss_forward(q.detach(), k.detach(), tq, tk, *settings_)
-    args = (torch.ones_like(rows), q.detach(), k.detach(), tq, tk, lse, teacher_lse, *settings_)
+    rows, softmax, teacher_softmax = torch.ops.haste.attn_align_loss_forward(q.detach(), k.detach(), tq, tk, *settings_)
+    args = (torch.ones_like(rows), q.detach(), k.detach(), tq, tk, softmax, teacher_softmax, *settings_)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, True, True))
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, False, True))
     by_columns = [x.mT.contiguous().mT for x in (q.detach(), k.detach())]
-    args = (torch.ones_like(rows), *by_columns, tq, tk, lse, teacher_lse, *settings_)
+    args = (torch.ones_like(rows), *by_columns, tq, tk, softmax, teacher_softmax, *settings_)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, True, True))
 
 

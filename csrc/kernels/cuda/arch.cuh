@@ -24,6 +24,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 void* dynamic_shared_memory();
 void copy_async_16(void* shared, const void* global, bool valid);
+void copy_async_8(void* shared, const void* global, bool valid);
 void copy_async_4(void* shared, const void* global, bool valid);
 void wait_for_copies();
 void load_matrices(uint32_t (&registers)[4], const void* row);
@@ -35,6 +36,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 template <typename T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b);
 float fast_exp2(float x);
+float hold_within(float x, float limit);
 
 #else
 
@@ -47,10 +49,16 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Starts a copy of 16 (4) bytes, both addresses aligned to as many; writes zeros, and reads nothing, where not valid.
+// Starts a copy of 16 (8, 4) bytes, both addresses aligned to as many; writes zeros, and reads nothing, where not valid.
 __device__ inline void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ inline void copy_async_8(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 8 : 0)
                : "memory");
 }
 
@@ -128,6 +136,13 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint3
 __device__ inline float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x held to ± limit; NaN stays NaN, which fminf and fmaxf would swallow.
+__device__ inline float hold_within(float x, float limit) {
+  float y;
+  asm("{\n.reg .f32 low;\nmax.NaN.f32 low, %1, %2;\nmin.NaN.f32 %0, low, %3;\n}" : "=f"(y) : "f"(x), "f"(-limit), "f"(limit));
   return y;
 }
 

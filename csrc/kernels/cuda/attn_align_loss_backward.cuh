@@ -1,13 +1,13 @@
 // attn_align_loss, backward: dq and dk, each by its own kernel launch, deterministic and without atomics.
 //
 // Both are one kernel template. It holds 64 rows (queries for dq, keys for dk), streams the other side, forms
-//   G = 2^(s − lse_s) − 2^(t − lse_t)        s, t and the lse in powers of 2
+//   G = 2^(s − m_s) / l_s − 2^(t − m_t) / l_t        s, t and their maxima m in powers of 2
 // in registers, and multiplies it onto the streamed student tile: dq_i += G_ij k_j, or dk_j += Gᵀ_ji q_i. For dk the
 // products are computed transposed from the start, so Gᵀ too is an A operand where it stands.
 //
 // G is formed in fp32 and rounded once, to the operand type. It may be as small as fp16's subnormals (1/tokens times
-// the distance of the two maps), so in 16 bits it carries a factor 2^14, which costs nothing (it sits in the exponent)
-// and is taken back exactly at the end. |G| ≤ 1, and the weights of dk are below 2, so the largest is 2^15.
+// the distance of the two maps), so in 16 bits it carries a factor 2^14, which costs nothing (it sits in 1 / l) and is
+// taken back exactly at the end. |G| ≤ 1, and the weights of dk are below 2, so the largest is 2^15.
 //
 // Upstream g_i: dq_i is multiplied by it at the end. For dk it stands inside the sum; G takes g_i / g_ref, where g_ref
 // is the power of 2 at or below the largest |g_i| of this (batch, head), an exact division, and dk takes g_ref.
@@ -18,15 +18,13 @@
 
 namespace haste::cuda {
 
-// The factor that G carries, as an exponent. None in fp32, where it could only cost bits of the exponent's argument.
+// The factor that G carries.
 template <typename T>
-constexpr int kGradientExponent = sizeof(T) == 2 ? 14 : 0;
-template <typename T>
-constexpr float kGradientUnit = 1.f / (1 << kGradientExponent<T>);
+constexpr float kGradientFactor = sizeof(T) == 2 ? 16384.f : 1.f;
 
 template <typename T>
 struct GradientArguments {
-  const float *student_lse, *teacher_lse;  // (batch, heads, tokens) contiguous, natural logarithm
+  const float2 *student_statistics, *teacher_statistics;  // (batch, heads, tokens) contiguous: {m, 1 / l}
   RowGradient upstream;
   AttnGradient destination;
   bool destination_chunked;  // its rows may be written in 16-byte chunks
@@ -37,45 +35,55 @@ struct GradientArguments {
 template <typename T, int kDimTiles>
 constexpr int kStreamedTiles = sizeof(T) == 2 ? 8 : kDimTiles > 12 ? 2 : 4;
 
-// What G needs to know of one query.
+// What G needs to know of one query. The factors are weight / l: the weight is what G carries, and for dk g_i / g_ref.
 struct Query {
-  float student_offset, teacher_offset;  // −lse in powers of 2, plus the exponent that G carries
-  float weight;                          // of G: 1 for dq, g_i / g_ref for dk
+  float student_maximum, student_factor, teacher_maximum, teacher_factor;
+
+  __device__ Query() : student_maximum(0.f), student_factor(0.f), teacher_maximum(0.f), teacher_factor(0.f) {}
+  __device__ Query(float2 student, float2 teacher, float weight)
+      : student_maximum(student.x), student_factor(student.y * weight), teacher_maximum(teacher.x),
+        teacher_factor(teacher.y * weight) {}
 };
 
+// 2^(logit − maximum). In fp32 the logit is rounded as the forward rounded it, so that the largest gives exactly 1. What
+// overflowed there was held to a finite maximum and is above it here.
 template <typename T>
-__device__ float log2_offset(float lse) {
-  return fmaf(-kLog2E, lse, static_cast<float>(kGradientExponent<T>));
+__device__ float power(float dot, float scale_log2, float maximum) {
+  const float distance =
+      sizeof(T) == 4 ? __fmul_rn(dot, scale_log2) - maximum : fmaf(dot, scale_log2, -maximum);
+  return fast_exp2(fminf(distance, 0.f));
 }
 
-__device__ inline float gradient_element(float student_dot, float teacher_dot, float student_scale, float teacher_scale,
-                                         const Query& query) {
-  return query.weight * (fast_exp2(fmaf(student_dot, student_scale, query.student_offset)) -
-                         fast_exp2(fmaf(teacher_dot, teacher_scale, query.teacher_offset)));
+template <typename T>
+__device__ float gradient_element(float student_dot, float teacher_dot, float student_scale, float teacher_scale,
+                                  const Query& query) {
+  return query.student_factor * power<T>(student_dot, student_scale, query.student_maximum) -
+         query.teacher_factor * power<T>(teacher_dot, teacher_scale, query.teacher_maximum);
 }
 
 // The row statistics of the streamed queries (dk), which travel with the student's tile.
 template <typename T, int kRows>
 struct QueryStatistics {
-  float *student_lse, *teacher_lse, *upstream;
+  float2 *student, *teacher;
+  float* upstream;
 
   __device__ explicit QueryStatistics(void* shared)
-      : student_lse(static_cast<float*>(shared)), teacher_lse(student_lse + kRows), upstream(teacher_lse + kRows) {}
+      : student(static_cast<float2*>(shared)), teacher(student + kRows), upstream(reinterpret_cast<float*>(teacher + kRows)) {}
 
-  // Zeros past the last query: with logits of 0, both terms of its G are the same.
+  // Zeros past the last query: with factors of 0, its G is 0.
   __device__ void copy(const GradientArguments<T>& gradient, const float* upstream_of_head, int64_t first_of_head,
                        int first, int tokens) {
     const int row = threadIdx.x;
     if (row >= kRows) return;
     const bool valid = first + row < tokens;
     const int64_t source = valid ? first + row : 0;
-    copy_async_4(student_lse + row, gradient.student_lse + first_of_head + source, valid);
-    copy_async_4(teacher_lse + row, gradient.teacher_lse + first_of_head + source, valid);
+    copy_async_8(student + row, gradient.student_statistics + first_of_head + source, valid);
+    copy_async_8(teacher + row, gradient.teacher_statistics + first_of_head + source, valid);
     copy_async_4(upstream + row, upstream_of_head + source * gradient.upstream.stride_token, valid);
   }
 
   __device__ Query query(int row, float inverse_reference) const {
-    return {log2_offset<T>(student_lse[row]), log2_offset<T>(teacher_lse[row]), upstream[row] * inverse_reference};
+    return {student[row], teacher[row], upstream[row] * inverse_reference * kGradientFactor<T>};
   }
 };
 
@@ -128,8 +136,13 @@ __device__ void store_rows(const float (&rows)[kDimTiles][4], const float (&fact
   }
 }
 
+// Blocks on a multiprocessor that the registers must leave room for; 0 leaves it to the compiler. Left to it, the widest
+// kernel in fp32 spills on sm_86 and sm_89 for the sake of blocks that shared memory has no room for.
+template <typename T, int kDimTiles>
+constexpr int kBlocksWanted = sizeof(T) == 4 && kDimTiles > 12 ? 1 : 0;
+
 template <typename T, int kDimTiles, bool kHoldKeys>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T, kDimTiles>)
     gradient_kernel(AlignArguments<T> arguments, GradientArguments<T> gradient) {
   constexpr int kTiles = kStreamedTiles<T, kDimTiles>, kStreamed = 8 * kTiles;
   const Model<T>&student = arguments.student, &teacher = arguments.teacher;
@@ -143,21 +156,21 @@ __global__ void __launch_bounds__(kBlockThreads)
   const float* upstream = static_cast<const float*>(gradient.upstream.data) +
                           place.batch * gradient.upstream.stride_batch + place.head * gradient.upstream.stride_head;
 
-  Query held_queries[2] = {};
+  Query held_queries[2];
   float factors[2] = {};  // of the finished rows
   float inverse_reference = 0.f;
   if constexpr (kHoldKeys) {
     const UpstreamReference reference(upstream, gradient.upstream.stride_token, tokens);
     inverse_reference = reference.inverse;
-    factors[0] = factors[1] = reference.value * kGradientUnit<T> * gradient.scale;
+    factors[0] = factors[1] = reference.value / kGradientFactor<T> * gradient.scale;
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_of_warp + lane / 4 + 8 * half;
       if (row >= tokens) continue;
-      held_queries[half] = {log2_offset<T>(gradient.student_lse[place.first_of_head + row]),
-                            log2_offset<T>(gradient.teacher_lse[place.first_of_head + row]), 1.f};
-      factors[half] = upstream[row * gradient.upstream.stride_token] * kGradientUnit<T> * gradient.scale;
+      held_queries[half] = {gradient.student_statistics[place.first_of_head + row],
+                            gradient.teacher_statistics[place.first_of_head + row], kGradientFactor<T>};
+      factors[half] = upstream[row * gradient.upstream.stride_token] / kGradientFactor<T> * gradient.scale;
     }
   }
 
@@ -185,13 +198,14 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const int streamed = tile * 8 + lane % 4 * 2 + column;
-        Query query{};
+        Query query;
         if constexpr (kHoldKeys) query = statistics.query(streamed, inverse_reference);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if constexpr (!kHoldKeys) query = held_queries[half];
           float& element = g[tile][2 * half + column];
-          element = gradient_element(element, t[tile][2 * half + column], student.scale_log2, teacher.scale_log2, query);
+          element =
+              gradient_element<T>(element, t[tile][2 * half + column], student.scale_log2, teacher.scale_log2, query);
           // A key past the last is zeros, but its G is not, and infinity times zero would be NaN.
           if (!kHoldKeys && first + streamed >= tokens) element = 0.f;
         }
@@ -208,7 +222,7 @@ const char* launch_gradient_kernel(const AlignArguments<T>& arguments, const Gra
                                    int64_t blocks, void* stream) {
   constexpr int kStreamed = 8 * kStreamedTiles<T, kDimTiles>;
   const int64_t shared_bytes =
-      arguments.template tile_bytes<kStreamed>() + (kHoldKeys ? 3 * kStreamed * sizeof(float) : 0);
+      arguments.template tile_bytes<kStreamed>() + (kHoldKeys ? 5 * kStreamed * sizeof(float) : 0);
   return launch(gradient_kernel<T, kDimTiles, kHoldKeys>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
                 shared_bytes, stream, arguments, gradient);
 }
@@ -222,8 +236,8 @@ const char* launch_gradient(const AttnAlignProblem& problem, const AttnAlignBack
                                                      destination.stride_batch, destination.stride_head,
                                                      destination.stride_token})
                            .chunked;
-  const GradientArguments<T> gradient{static_cast<const float*>(backward.student_lse),
-                                      static_cast<const float*>(backward.teacher_lse),
+  const GradientArguments<T> gradient{static_cast<const float2*>(backward.student_softmax),
+                                      static_cast<const float2*>(backward.teacher_softmax),
                                       backward.upstream,
                                       destination,
                                       chunked,

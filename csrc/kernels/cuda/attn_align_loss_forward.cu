@@ -1,8 +1,8 @@
-// attn_align_loss, forward: loss and both log-sum-exps of 64 query rows per block, without an attention map.
+// attn_align_loss, forward: loss and both softmax statistics of 64 query rows per block, without an attention map.
 //
 // Per row, online over tiles of keys (in powers of 2, so logits carry a factor log2(e)):
 //   m_s, l_s = max and Σ 2^(s − m_s);  m_t, l_t the same of t;  x = Σ 2^(t − m_t)·(s − m_s)
-//   lse_s = m_s + log2 l_s;  loss = log2 l_s − x / l_t
+//   loss = log2 l_s − x / l_t
 // Measuring s from its maximum keeps the digits that lse_s − Σ softmax(t)·s would cancel.
 #include "attn_align_fragments.cuh"
 #include "attn_align_tiles.cuh"
@@ -48,17 +48,20 @@ struct OnlineSoftmax {
   }
 };
 
-// Scales logits and hides the columns past the last key. These get a very low finite number, not −∞: their power of 2
-// is 0 all the same, and 0 times their distance from any maximum is 0, not NaN.
-template <int kTiles>
+constexpr float kLargestLogit = 1e38f;
+
+// Scales logits, holds them to finite numbers, lest ∞ − ∞ make NaN of what was none, and hides the columns past the last
+// key. These get a very low number, not −∞: their power of 2 is 0 all the same, and 0 times their distance from any
+// maximum is 0, not NaN.
+template <typename T, int kTiles>
 __device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, int keys_left) {
-  constexpr float kHidden = -1e38f;
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      logits[tile][i] = tile * 8 + column + i % 2 < keys_left ? logits[tile][i] * scale : kHidden;
+      logits[tile][i] = tile * 8 + column + i % 2 < keys_left ? logits[tile][i] * scale : -kLargestLogit;
+      if (!std::is_same_v<T, __half>) logits[tile][i] = hold_within(logits[tile][i], kLargestLogit);  // fp16: never larger
     }
   }
 }
@@ -66,7 +69,7 @@ __device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, int keys
 // 4 blocks on a multiprocessor, by registers: at 128 threads, up to 128 each.
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, 4)
-    forward_kernel(AlignArguments<T> arguments, float* loss, float* student_lse, float* teacher_lse) {
+    forward_kernel(AlignArguments<T> arguments, float* loss, float2* student_statistics, float2* teacher_statistics) {
   constexpr int kTiles = kKeyTiles<T>, kKeys = 8 * kTiles;
   const Model<T>&student = arguments.student, &teacher = arguments.teacher;
   const int tokens = arguments.tokens, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     copy_tile<kKeys>(tiles.streamed_teacher, teacher, teacher.streamed, place, key, tokens);
     float s[kTiles][4];
     Fragments<T>::logits(s, student_q, tiles.streamed_student, student.shared_stride, student.padded_dim);
-    scale_and_mask(s, student.scale_log2, tokens - key);
+    scale_and_mask<T>(s, student.scale_log2, tokens - key);
     student_softmax.update(s, powers, rise, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) x[half] -= teacher_softmax.sum[half] * rise[half];
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     }
     float t[kTiles][4];
     Fragments<T>::logits(t, teacher_q, tiles.streamed_teacher, teacher.shared_stride, teacher.padded_dim);
-    scale_and_mask(t, teacher.scale_log2, tokens - key);
+    scale_and_mask<T>(t, teacher.scale_log2, tokens - key);
     teacher_softmax.update(t, powers, rise, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -121,10 +124,9 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     const float x_sum = reduce_sum<4>(x[half]);
     const int row = place.first_row + warp * 16 + lane / 4 + 8 * half;
     if (lane % 4 == 0 && row < tokens) {
-      const float student_log2 = log2f(student_sum), teacher_log2 = log2f(teacher_sum);
-      loss[place.first_of_head + row] = kLn2 * (student_log2 - x_sum / teacher_sum);
-      student_lse[place.first_of_head + row] = kLn2 * (student_softmax.maximum[half] + student_log2);
-      teacher_lse[place.first_of_head + row] = kLn2 * (teacher_softmax.maximum[half] + teacher_log2);
+      loss[place.first_of_head + row] = kLn2 * (log2f(student_sum) - x_sum / teacher_sum);
+      student_statistics[place.first_of_head + row] = make_float2(student_softmax.maximum[half], 1.f / student_sum);
+      teacher_statistics[place.first_of_head + row] = make_float2(teacher_softmax.maximum[half], 1.f / teacher_sum);
     }
   }
 }
@@ -140,7 +142,7 @@ const char* attn_align_loss_forward(const AttnAlignProblem& problem, const AttnA
     const auto arguments = describe<T>(problem, /*hold_keys=*/false);
     return launch(forward_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
                   arguments.template tile_bytes<8 * kKeyTiles<T>>(), stream, arguments, static_cast<float*>(rows.loss),
-                  static_cast<float*>(rows.student_lse), static_cast<float*>(rows.teacher_lse));
+                  static_cast<float2*>(rows.student_softmax), static_cast<float2*>(rows.teacher_softmax));
   });
 }
 

@@ -111,38 +111,19 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
       logits(problem, key, count, work);
       work.softmax->update(work.student_logits, work.teacher_logits, count, exp<T>, exp<T>);
     }
-    const int64_t row = first_row(problem, block) + query;
-    work.softmax->finish(1, 1, static_cast<T*>(rows.loss) + row, static_cast<T*>(rows.student_lse) + row,
-                         static_cast<T*>(rows.teacher_lse) + row, queries);
+    work.softmax->finish(rows, first_row(problem, block) + query, 1, 1, queries);
   }
 }
 
-// Logits become e^{logit − lse}; returns the sum over the keys.
+// The student's logits become their gradient, upstream · (e^{s − max_s} / Σ_s − e^{t − max_t} / Σ_t).
 template <class T>
-HASTE_INLINE Vector<T> probabilities(T* logits, Vector<T> lse, int64_t keys) {
-  Vector<T> sum{};
-  for (int64_t key = 0; key < keys; ++key) {
-    const Vector<T> p = exp<T>(load(logits + key * kQueries<T>) - lse);
-    store(logits + key * kQueries<T>, p);
-    sum += p;
-  }
-  return sum;
-}
-
-// The student's logits become their gradient, upstream · (e^{s − lse_s} − e^{t − lse_t}). Where the tile holds all keys,
-// the sums are divided out: in a peaked row the rounding of a saved lse is the largest error.
-template <class T>
-void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, bool all_keys, Workspace<T>& work) {
+void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, Workspace<T>& work) {
   for (int i = 0; i < kQueries<T>; i += kLanes<T>) {
     T *s = work.student_logits + i, *t = work.teacher_logits + i;
-    const Vector<T> student_sum = probabilities(s, load(rows.student_lse + i), keys);
-    const Vector<T> teacher_sum = probabilities(t, load(rows.teacher_lse + i), keys);
-    const Vector<T> upstream = load(rows.upstream + i);
-    const Vector<T> student_factor = all_keys ? upstream / student_sum : upstream;
-    const Vector<T> teacher_factor = all_keys ? upstream / teacher_sum : upstream;
-    for (int64_t key = 0; key < keys; ++key) {
-      T* g = s + key * kQueries<T>;
-      store(g, load(g) * student_factor - load(t + key * kQueries<T>) * teacher_factor);
+    const Vector<T> student_max = load(rows.student_max + i), student_factor = load(rows.student_factor + i);
+    const Vector<T> teacher_max = load(rows.teacher_max + i), teacher_factor = load(rows.teacher_factor + i);
+    for (int64_t key = 0; key < keys; ++key, s += kQueries<T>, t += kQueries<T>) {
+      store(s, exp<T>(load(s) - student_max) * student_factor - exp<T>(load(t) - teacher_max) * teacher_factor);
     }
   }
 }
@@ -171,7 +152,7 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
     for (int64_t key = 0; key < keys; key += kKeys) {
       const int64_t count = least(kKeys, keys - key);
       logits(problem, key, count, work);
-      logit_gradient(*work.rows, count, count == problem.tokens, work);
+      logit_gradient(*work.rows, count, work);
       if (query_wanted) {
         add_query_gradient(work.student_k + key * k_stride, k_stride, count, work.student_logits, dim,
                            work.query_gradient);

@@ -78,6 +78,11 @@ struct Side {
 
 HASTE_INLINE bool within_reach(float x) { return x < kLargestHere && x > -kLargestHere; }
 
+// Whether the largest logit of a row is.
+HASTE_INLINE bool row_within_reach(const void* softmax, int64_t row) {
+  return within_reach(static_cast<const float*>(softmax)[2 * row]);
+}
+
 // Returns false, with rows that do not count, where a logit was too large (or not a number) for this kernel.
 bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
   Scratch scratch(memory);
@@ -104,11 +109,12 @@ bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
       softmax.update(student.logits, teacher.logits, count, exp_s, exp_t);
     }
     const int64_t row = first_row(problem, block) + query;
-    float *loss = static_cast<float*>(rows.loss) + row, *student_lse = static_cast<float*>(rows.student_lse) + row;
-    float* teacher_lse = static_cast<float*>(rows.teacher_lse) + row;
-    softmax.finish(student.scale, teacher.scale, loss, student_lse, teacher_lse, queries);
-    for (int64_t i = 0; i < queries; ++i) {
-      if (!(within_reach(loss[i]) && within_reach(student_lse[i]) && within_reach(teacher_lse[i]))) return false;
+    softmax.finish(rows, row, student.scale, teacher.scale, queries);
+    for (int64_t i = row; i < row + queries; ++i) {
+      if (!(within_reach(static_cast<const float*>(rows.loss)[i]) && row_within_reach(rows.student_softmax, i) &&
+            row_within_reach(rows.teacher_softmax, i))) {
+        return false;
+      }
     }
   }
   return true;
@@ -164,15 +170,15 @@ struct GradientWork {
   }
 };
 
-// What backward knows of a block of queries, the log-sum-exps in powers of two.
+// What backward knows of a block of queries, the maxima in powers of two.
 struct Rows {
   RowState<float, kQueries> state;
   float factor_s, factor_t;
 
-  // upstream · (e^{s − lse_s} − e^{t − lse_t}) of L queries from `i` on.
+  // upstream · (e^{s − max_s} / Σ_s − e^{t − max_t} / Σ_t) of L queries from `i` on.
   HASTE_INLINE V gradient(const float* s, const float* t, int i) const {
-    return load(state.upstream + i) * (exp2_short(load(s + i) * factor_s - load(state.student_lse + i)) -
-                                       exp2_short(load(t + i) * factor_t - load(state.teacher_lse + i)));
+    return exp2_short(load(s + i) * factor_s - load(state.student_max + i)) * load(state.student_factor + i) -
+           exp2_short(load(t + i) * factor_t - load(state.teacher_max + i)) * load(state.teacher_factor + i);
   }
 };
 
@@ -217,8 +223,8 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
     work.pack_queries(student);
     rows.state.load_rows(problem, gradient, block, query, queries);
     for (int i = 0; i < kQueries; ++i) {
-      rows.state.student_lse[i] *= kLog2E;
-      rows.state.teacher_lse[i] *= kLog2E;
+      rows.state.student_max[i] *= kLog2E;
+      rows.state.teacher_max[i] *= kLog2E;
     }
     for (int64_t first = 0; first < keys; first += kKeyBlock) {
       const int64_t block_keys = least(kKeyBlock, keys - first);
@@ -257,12 +263,10 @@ HASTE_INLINE bool for_tiles(const AttnAlignProblem& problem) {
 }
 
 // Of all queries of the (batch, head), so that every block of it is computed in the same way.
-bool lse_within_reach(const AttnAlignProblem& problem, const AttnAlignBackward& gradient, const AttnBlock& block) {
-  const float* student = static_cast<const float*>(gradient.student_lse) + first_row(problem, block);
-  const float* teacher = static_cast<const float*>(gradient.teacher_lse) + first_row(problem, block);
+bool maxima_within_reach(const AttnAlignProblem& problem, const AttnAlignBackward& gradient, const AttnBlock& block) {
   bool good = true;
-  for (int64_t i = 0; i < problem.tokens; ++i) {
-    good &= within_reach(student[i]) && within_reach(teacher[i]);
+  for (int64_t i = first_row(problem, block); i < first_row(problem, block) + problem.tokens; ++i) {
+    good &= row_within_reach(gradient.student_softmax, i) && row_within_reach(gradient.teacher_softmax, i);
   }
   return good;
 }
@@ -287,7 +291,7 @@ void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRow
 
 void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient,
                               const AttnBlock& block, void* scratch) {
-  if (for_tiles(problem) && lse_within_reach(problem, gradient, block)) {
+  if (for_tiles(problem) && maxima_within_reach(problem, gradient, block)) {
     backward(problem, gradient, block, scratch);
   } else {
     avx512::attn_align_loss_backward(problem, gradient, block, scratch);

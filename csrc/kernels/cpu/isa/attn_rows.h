@@ -128,13 +128,20 @@ struct OnlineSoftmax {
   }
 
   // Rows [0, count) to where the caller keeps them.
-  void finish(T student_scale, T teacher_scale, T* loss, T* student_lse, T* teacher_lse, int64_t count) const {
+  void finish(const AttnAlignRows& rows, int64_t first_row, T student_scale, T teacher_scale, int64_t count) const {
+    T* loss = static_cast<T*>(rows.loss) + first_row;
+    T* student = static_cast<T*>(rows.student_softmax) + 2 * first_row;
+    T* teacher = static_cast<T*>(rows.teacher_softmax) + 2 * first_row;
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vector<T> log_s = log<T>(load(student_sum + i)), log_t = log<T>(load(teacher_sum + i));
-      const int64_t lanes = least(count - i, kLanes<T>);
-      store_first<T>(loss + i, log_s - load(cross + i) * student_scale / load(teacher_sum + i), lanes);
-      store_first<T>(student_lse + i, load(student_max + i) * student_scale + log_s, lanes);
-      store_first<T>(teacher_lse + i, load(teacher_max + i) * teacher_scale + log_t, lanes);
+      const Vector<T> row_loss =
+          log<T>(load(student_sum + i)) - load(cross + i) * student_scale / load(teacher_sum + i);
+      store_first<T>(loss + i, row_loss, least(count - i, kLanes<T>));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      student[2 * i] = student_max[i] * student_scale;
+      student[2 * i + 1] = 1 / student_sum[i];
+      teacher[2 * i] = teacher_max[i] * teacher_scale;
+      teacher[2 * i + 1] = 1 / teacher_sum[i];
     }
   }
 
@@ -171,10 +178,11 @@ struct OnlineSoftmax {
   }
 };
 
-// What backward knows of a block of queries; 0 in the lanes past the last query.
+// What backward knows of a block of queries: the maxima, and upstream / Σ e^{logit − maximum}; 0 in the lanes past the
+// last query.
 template <class T, int Queries>
 struct RowState {
-  alignas(64) T student_lse[Queries], teacher_lse[Queries], upstream[Queries];
+  alignas(64) T student_max[Queries], teacher_max[Queries], student_factor[Queries], teacher_factor[Queries];
 
   void load_rows(const AttnAlignProblem& problem, const AttnAlignBackward& backward, const AttnBlock& block,
                  int64_t first, int64_t count) {
@@ -182,11 +190,15 @@ struct RowState {
     const RowGradient& g = backward.upstream;
     const T* gradient = static_cast<const T*>(g.data) + block.batch * g.stride_batch +
                         block.head * g.stride_head + first * g.stride_token;
+    const T* student = static_cast<const T*>(backward.student_softmax) + 2 * row;
+    const T* teacher = static_cast<const T*>(backward.teacher_softmax) + 2 * row;
     for (int64_t i = 0; i < Queries; ++i) {
       const bool inside = i < count;
-      student_lse[i] = inside ? static_cast<const T*>(backward.student_lse)[row + i] : 0;
-      teacher_lse[i] = inside ? static_cast<const T*>(backward.teacher_lse)[row + i] : 0;
-      upstream[i] = inside ? gradient[i * g.stride_token] : 0;
+      const T upstream = inside ? gradient[i * g.stride_token] : 0;
+      student_max[i] = inside ? student[2 * i] : 0;
+      teacher_max[i] = inside ? teacher[2 * i] : 0;
+      student_factor[i] = inside ? upstream * student[2 * i + 1] : 0;
+      teacher_factor[i] = inside ? upstream * teacher[2 * i + 1] : 0;
     }
   }
 };

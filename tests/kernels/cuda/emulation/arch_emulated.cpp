@@ -110,6 +110,7 @@ namespace haste::cuda {
 
 void* dynamic_shared_memory() { return emulation::shared_memory(); }
 void copy_async_16(void* shared, const void* global, bool valid) { emulation::start_copy(shared, global, 16, valid); }
+void copy_async_8(void* shared, const void* global, bool valid) { emulation::start_copy(shared, global, 8, valid); }
 void copy_async_4(void* shared, const void* global, bool valid) { emulation::start_copy(shared, global, 4, valid); }
 void wait_for_copies() { emulation::finish_copies(); }
 
@@ -143,5 +144,7 @@ float fast_exp2(float x) {
   const int ulps = static_cast<int>((__float_as_uint(x) * 2654435761u >> 16) % 5) - 2;
   return __uint_as_float(__float_as_uint(exact) + ulps);
 }
+
+float hold_within(float x, float limit) { return std::isnan(x) ? x : std::clamp(x, -limit, limit); }
 
 }  // namespace haste::cuda

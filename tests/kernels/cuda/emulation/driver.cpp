@@ -102,7 +102,7 @@ AttnAlignProblem attn_problem(const Request& r) {
 
 const char* attn_forward(const Request& r) {
   return cuda::attn_align_loss_forward(
-      attn_problem(r), {r.pointer("loss"), r.pointer("student_lse"), r.pointer("teacher_lse")}, nullptr);
+      attn_problem(r), {r.pointer("loss"), r.pointer("student_softmax"), r.pointer("teacher_softmax")}, nullptr);
 }
 
 const char* attn_backward(const Request& r) {
@@ -111,8 +111,8 @@ const char* attn_backward(const Request& r) {
   };
   const AttnAlignBackward backward{
       {r.pointer("upstream"), r.stride("upstream", 0), r.stride("upstream", 1), r.stride("upstream", 2)},
-      r.pointer("student_lse"),
-      r.pointer("teacher_lse"),
+      r.pointer("student_softmax"),
+      r.pointer("teacher_softmax"),
       gradient("grad_q"),
       gradient("grad_k")};
   return cuda::attn_align_loss_backward(attn_problem(r), backward, nullptr);

@@ -43,6 +43,9 @@ float __shfl_xor_sync(unsigned mask, float value, int lane_mask, int width = 32)
 using std::max;
 using std::min;
 
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float __fmul_rn(float x, float y) { return x * y; }  // no flag of this build lets it melt into an addition
+
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, sizeof(bits));
