@@ -1,82 +1,91 @@
-"""attn_align_loss, forward and backward, beside the ways in which it is written today."""
+"""attn_align_loss beside the ways in which attention maps are distilled today."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import haste_ext
 from haste_ext import reference
-from haste_ext.reference.attn_align_loss import attention_logits
+from haste_ext.bench.flash_composition import flash_composition, missing_flash
+from haste_ext.bench.operation import Case, Contender, Operation, Phase
 
 
 @dataclass(frozen=True)
-class Case:
-    """One shape: 12 of the student's heads against the teacher's 12, as in HASTE on SiT-XL/2 and DINOv2-B."""
+class AttentionCase(Case):
+    """The aligned heads of one layer, as in HASTE on SiT-XL/2 with DINOv2-B: 12 heads of 72 against 12 of 64."""
 
-    batch: int
     heads: int
-    tokens: int
     student_dim: int
     teacher_dim: int
-    dtype: torch.dtype
-    device: str
 
-    def operands(self) -> list[Tensor]:
+    def inputs(self, near: bool = False) -> list[Tensor]:
         """q, k of student and teacher as views of packed (B, N, 3, H, D) projections."""
-        generator = torch.Generator().manual_seed(0)
-        views = []
-        for dim in (self.student_dim, self.teacher_dim):
-            packed = torch.randn(self.batch, self.tokens, 3, self.heads, dim, generator=generator).to(
-                self.device, self.dtype
-            )
-            views += packed.permute(2, 0, 3, 1, 4)[:2]
-        return views
+        student, teacher = (
+            self.randn(self.batch, self.tokens, 3, self.heads, dim, seed=seed)
+            for seed, dim in enumerate((self.student_dim, self.teacher_dim))
+        )
+        if near:
+            student = self.as_teacher(teacher) + 0.01 * student
+        return [view for packed in (student, teacher) for view in packed.permute(2, 0, 3, 1, 4)[:2]]
+
+    def as_teacher(self, teacher: Tensor) -> Tensor:
+        """The teacher in the student's head dim: the same logits q·kᵀ/√D if that is no smaller."""
+        same = pad(teacher[..., : self.student_dim], (0, max(0, self.student_dim - self.teacher_dim)))
+        return same * (self.student_dim / self.teacher_dim) ** 0.25
+
+    def phases(self) -> list[Phase]:
+        rows = self.batch * self.heads * self.tokens
+        student, teacher = rows * self.student_dim, rows * self.teacher_dim
+        operands = 2 * (student + teacher) * self.element_size
+        logits = 2 * self.tokens * (student + teacher)
+        gradients = 4 * self.tokens * student
+        exps = 2 * rows * self.tokens  # one for each entry of either map
+        return [
+            Phase(operands + 4 * rows, matmul_flops=logits, exps=exps),
+            Phase(operands + 2 * student * self.element_size, matmul_flops=logits + gradients, exps=exps),
+        ]
+
+    def float64_bytes_per_sample(self) -> int:
+        return 6 * 8 * self.heads * self.tokens**2
 
 
-def eager_as_haste(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:
-    """Both maps materialised by softmax, then the logarithm of one: underflows where log_softmax does not."""
-    student = attention_logits(student_q, student_k, None, 0, student_q.shape[1]).softmax(-1)
+def attention_logits(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT) * q.shape[-1] ** -0.5
+
+
+def eager_log_of_softmax(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:
+    """As HASTE writes it: both maps by softmax, then the logarithm of one, which underflows."""
+    student = attention_logits(student_q, student_k).softmax(-1)
     with torch.no_grad():
-        teacher = attention_logits(teacher_q, teacher_k, None, 0, teacher_q.shape[1]).softmax(-1)
+        teacher = attention_logits(teacher_q, teacher_k).softmax(-1)
     return -(teacher * student.log()).sum(-1).mean()
 
 
-CONTENDERS: dict[str, Callable[..., Tensor]] = {
-    "eager, log(softmax)": eager_as_haste,
-    "eager, log_softmax": reference.attn_align_loss,
-    "haste": haste_ext.attn_align_loss,
-}
-BASELINE = "eager, log_softmax"
+def eager_log_softmax(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:
+    """The same with the logarithm taken where it is safe: the best eager form."""
+    student = attention_logits(student_q, student_k).log_softmax(-1)
+    with torch.no_grad():
+        teacher = attention_logits(teacher_q, teacher_k).softmax(-1)
+    return -(teacher * student).sum(-1).mean()
 
 
-def forward_backward(loss: Callable[..., Tensor], operands: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    """A call that returns the loss and its gradients with respect to the student's q and k."""
-    q, k = (x.detach().requires_grad_() for x in operands[:2])
-
-    def call() -> tuple[Tensor, ...]:
-        out = loss(q, k, *operands[2:])
-        return out.detach(), *torch.autograd.grad(out, (q, k))
-
-    return call
-
-
-def verify(case: Case) -> dict[str, float]:
-    """max|haste − ref| / max|eager − ref| for loss and gradients, ref in float64, on one batch entry.
-
-    Raises AssertionError where it exceeds 2 plus one rounding of the output: what is wrong is not timed.
-    """
-    operands = [x[:1] for x in case.operands()]
-    exact = forward_backward(reference.attn_align_loss, [x.double() for x in operands])()
-    eager = forward_backward(reference.attn_align_loss, operands)()
-    ours = forward_backward(haste_ext.attn_align_loss, operands)()
-    ratios = {}
-    for name, mine, theirs, ref in zip(("loss", "dq", "dk"), ours, eager, exact, strict=True):
-        error, yardstick = ((x.double() - ref).abs().max().item() for x in (mine, theirs))
-        rounding = torch.finfo(mine.dtype).eps * ref.abs().max().item()
-        assert error <= 2 * yardstick + rounding, f"{name}: error {error:.2e}, eager's is {yardstick:.2e}"
-        ratios[name] = error / max(yardstick, 1e-300)
-    return ratios
+OPERATION = Operation(
+    name="attn_align_loss",
+    case=AttentionCase,
+    reference=reference.attn_align_loss,
+    contenders=(
+        Contender("eager, log(softmax)", eager_log_of_softmax),
+        Contender("eager, log_softmax", eager_log_softmax),
+        Contender("torch.compile", eager_log_softmax, compiled=True),
+        Contender("flash composition", flash_composition, missing=missing_flash),
+        Contender("haste", haste_ext.attn_align_loss),
+    ),
+    baseline="eager, log_softmax",
+    results=("loss", "dq", "dk"),
+    default_batch=8,
+    cases_near_convergence=True,
+)

@@ -1,87 +1,143 @@
-"""Time and peak memory of one call, on the CPU and on a GPU."""
+"""Time and peak memory of calls, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from haste_ext.bench.operation import Call
 
-@dataclass(frozen=True)
-class Seconds:
-    median: float
-    p20: float
-    p80: float
-
-
-def time_call(call: Callable[[], object], min_seconds: float, device: str) -> Seconds:
-    """Median, 20th and 80th percentile of the seconds per call, over at least `min_seconds` of calls."""
-    times = _times_on_gpu(call, min_seconds) if device == "cuda" else _times_on_cpu(call, min_seconds)
-    times = torch.tensor(times, dtype=torch.float64)
-    return Seconds(*(times.quantile(q).item() for q in (0.5, 0.2, 0.8)))
+TURNS = 5  # so often every contender is timed, each time for a fifth of the seconds
+CALLS_PER_SYNC = 10
+FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 
 
-def _times_on_cpu(call: Callable[[], object], min_seconds: float) -> list[float]:
+def times_in_turns(contenders: Mapping[str, Sequence[Call]], min_seconds: float, device: str) -> dict[str, list[float]]:
+    """Seconds per call of each contender, over at least `min_seconds` of calls.
+
+    A machine drifts: its clock, its neighbours, the pages that eager code faults in. So the contenders take turns, each
+    turn beginning with the next one, and what drifts hits all alike. A contender is one call, or on a GPU several that
+    differ in their inputs.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(TURNS):
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            times[name] += times_of(contenders[name], min_seconds / TURNS, device)
+    return times
+
+
+def times_of(calls: Sequence[Call], min_seconds: float, device: str) -> list[float]:
+    return _times_on_gpu(calls, min_seconds) if device == "cuda" else _times_on_cpu(calls[0], min_seconds)
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, and how many measurements they are of."""
+    values = torch.tensor(times, dtype=torch.float64)
+    quantiles = {name: values.quantile(q).item() for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
+    return {**quantiles, "measurements": len(times)}
+
+
+def _times_on_cpu(call: Call, min_seconds: float) -> list[float]:
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_seconds).times
 
 
-def _times_on_gpu(call: Callable[[], object], min_seconds: float) -> list[float]:
-    """By events around each call, the L2 cache overwritten before it."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+def _times_on_gpu(calls: Sequence[Call], min_seconds: float) -> list[float]:
+    """By events around each call; before it the L2 cache is overwritten, and the next inputs' turn comes.
+
+    The flush also keeps the GPU busy while the host prepares the call, so that short kernels are not timed as launches.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    rotation = cycle(calls)
     times: list[float] = []
-    while sum(times) < min_seconds or len(times) < 10:
-        batch = []
-        for _ in range(10):
+    while sum(times) < min_seconds or len(times) < CALLS_PER_SYNC:
+        events = []
+        for call in islice(rotation, CALLS_PER_SYNC):
             flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             end.record()
-            batch.append((start, end))
+            events.append((start, end))
         torch.cuda.synchronize()
-        times += [start.elapsed_time(end) / 1e3 for start, end in batch]
+        times += [start.elapsed_time(end) / 1e3 for start, end in events]
     return times
 
 
-def peak_extra_bytes(call: Callable[[], tuple[torch.Tensor, ...]], device: str) -> int:
-    """Peak memory during one call beyond what was held before it and beyond its own results.
+def peak_extra_bytes(call: Call, device: str) -> int | None:
+    """Peak memory during one call beyond what was held before it and beyond its own results; None if unknown.
 
-    On the CPU it is the kernel's count (the resident high-water mark), so scratch that no tensor knows of is counted
-    too; on a GPU it is the caching allocator's, and the operations allocate nowhere else.
+    On the CPU it is Linux's count (the resident high-water mark), so scratch that no tensor knows of is counted too;
+    elsewhere there is no such count. On a GPU it is the caching allocator's, and the operations allocate nowhere else.
+    The median of three calls: what another thread of the process frees or takes meanwhile is counted too.
     """
+    if device == "cuda":
+        peak = _peak_on_gpu
+    elif Path("/proc/self/clear_refs").exists():
+        peak = _peak_on_linux
+    else:
+        return None
     gc.collect()
-    before, peak = _peak_on_gpu(call) if device == "cuda" else _peak_on_cpu(call)
-    return max(0, peak - before)
+    return max(0, sorted(peak(call) for _ in range(3))[1])
 
 
-def _peak_on_gpu(call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[int, int]:
+def _peak_on_gpu(call: Call) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = call()
-    return before, torch.cuda.max_memory_allocated() - _bytes(results)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - _bytes(results) - before
 
 
-def _peak_on_cpu(call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[int, int]:
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this call takes
+def _peak_on_linux(call: Call) -> int:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)  # what earlier calls freed must not hide what this call takes
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # lowers the high-water mark to what is resident now
     results = call()
-    return before, _status("VmHWM") - _bytes(results)
+    return _status("VmHWM") - _bytes(results) - before
 
 
-def _bytes(tensors: tuple[torch.Tensor, ...]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return _kibibytes("/proc/self/status", field) * 1024
+
+
+def _kibibytes(path: str, field: str) -> int:
+    for line in Path(path).read_text().splitlines():
         if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+            return int(line.split()[1])
+    raise RuntimeError(f"{path} has no {field}")
+
+
+@contextmanager
+def memory_within_the_machine() -> Iterator[None]:
+    """Here a contender that wants more memory than the machine has free gets an error, not the process killed."""
+    if not Path("/proc/meminfo").exists():
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    available = _status("VmData") + 1024 * _kibibytes("/proc/meminfo", "MemAvailable")
+    limits = [limit for limit in (available, *before) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)

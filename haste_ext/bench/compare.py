@@ -1,0 +1,159 @@
+"""One case of an operation: every contender judged against float64, then all of them timed in turns.
+
+Ours must pass the rule of accuracy, otherwise it is not timed. The others' errors are written down beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from haste_ext.bench.accuracy import Judgement, judge
+from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes, spread, times_in_turns
+from haste_ext.bench.operation import Call, Case, Contender, Operation, bind
+from haste_ext.bench.roofline import Roofline, floor_seconds
+
+VERIFY_BYTES = 2 * 2**30  # of float64, which decides how many samples of the batch are verified
+ROTATED_BYTES = 512 * 2**20  # inputs on a GPU are rotated until they are this much
+COPY = "a copy of the same bytes"
+
+
+class NotAccurateError(Exception):
+    """Ours breaks the rule of accuracy: there is nothing to time."""
+
+
+def compare(op: Operation, case: Case, forward_only: bool, min_seconds: float, roofline: Roofline) -> dict:
+    """What the benchmark's JSON holds of one case."""
+    phases = case.phases()[:1] if forward_only else case.phases()
+    work = {
+        "bytes": sum(phase.bytes for phase in phases),
+        "flops": sum(phase.matmul_flops + phase.other_flops for phase in phases),
+        "exps": sum(phase.exps for phase in phases),
+        "floor_seconds": floor_seconds(phases, name_of(case.dtype), roofline),
+    }
+    with memory_within_the_machine():
+        rows = contender_rows(op, case, forward_only, min_seconds, work["bytes"])
+    for row in rows:
+        if "seconds" in row:
+            median = row["seconds"]["median"]
+            row["bytes_per_second"] = work["bytes"] / median
+            row["flops_per_second"] = work["flops"] / median if row["name"] != COPY else None
+            row["roofline_share"] = work["floor_seconds"] / median
+    return {
+        "operation": op.name,
+        "mode": "forward + backward" if len(phases) > 1 else "forward",
+        "case": {**asdict(case), "dtype": name_of(case.dtype)},
+        "baseline": op.baseline,
+        "ours": op.ours,
+        "work": work,
+        "rows": rows,
+    }
+
+
+def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: float, copied_bytes: int) -> list[dict]:
+    rows: dict[str, dict] = {}
+    calls: dict[str, list[Call]] = {}
+    try:
+        yardsticks = verification(op, case, forward_only)
+        inputs = [case.inputs() for _ in range(rotations(case))]
+    except RuntimeError as error:  # torch's word for memory that runs out
+        why = f"the inputs cannot be made: {in_one_line(error)}"
+        return [{"name": c.name, "absent": why, "failed": c.name == op.ours} for c in op.contenders]
+    for contender in op.contenders:
+        row = rows[contender.name] = {"name": contender.name}
+        if why := contender.missing(case):
+            row["absent"] = why
+            continue
+        try:
+            function = compiled(contender.function) if contender.compiled else contender.function
+            row["errors"] = errors(op, contender, function, yardsticks, forward_only)
+            calls[contender.name] = [bound(op, contender, function, x, forward_only) for x in inputs]
+            calls[contender.name][0]()  # compiles, warms up, or shows that it cannot
+        except Exception as error:  # a compiler that is missing, a kernel for other types, memory that runs out
+            calls.pop(contender.name, None)
+            row["absent"] = in_one_line(error)
+            row["failed"] = contender.name == op.ours
+    if op.bandwidth_bound:
+        rows[COPY] = {"name": COPY}
+        calls[COPY] = [copy_call(copied_bytes, case.device)]
+    for name, times in times_in_turns(calls, min_seconds, case.device).items():
+        rows[name]["seconds"] = spread(times)
+        rows[name]["peak_extra_bytes"] = None if name == COPY else peak_extra_bytes(calls[name][0], case.device)
+    return list(rows.values())
+
+
+def bound(
+    op: Operation, contender: Contender, function: Callable[..., Tensor], inputs: Sequence[Tensor], forward_only: bool
+) -> Call:
+    kept = contender.prepare(*inputs) if contender.prepare else inputs
+    return bind(function, kept, gradients=len(op.results) - 1, forward_only=forward_only)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    torch._dynamo.reset()  # after some eight shapes of one function it would fall back to eager code, silently
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def verification(op: Operation, case: Case, forward_only: bool) -> dict[str, tuple]:
+    """Per situation: inputs of the case's shape, as many samples as are affordable, with exact and eager results."""
+    samples = max(1, min(case.batch, VERIFY_BYTES // case.float64_bytes_per_sample()))
+    small = replace(case, batch=samples)
+    situations = {"random": small.inputs()}
+    if op.cases_near_convergence:
+        situations["near convergence"] = small.inputs(near=True)
+    reference = Contender("definition", op.reference)
+    yardsticks = {}
+    for situation, inputs in situations.items():
+        exact = bound(op, reference, op.reference, [x.double() for x in inputs], forward_only)()
+        eager = bound(op, reference, op.reference, inputs, forward_only)()
+        yardsticks[situation] = (inputs, exact, eager)
+    return yardsticks
+
+
+def errors(op: Operation, contender: Contender, function: Callable, yardsticks: dict, forward_only: bool) -> dict:
+    """Per situation and result, the contender's error beside eager's; for ours the rule must hold."""
+    found: dict[str, dict] = {}
+    for situation, (inputs, exact, eager) in yardsticks.items():
+        results = bound(op, contender, function, inputs, forward_only)()
+        found[situation] = {}
+        for name, *tensors in zip(op.result_names(forward_only), results, eager, exact, strict=True):
+            judgement = judge(*tensors)
+            found[situation][name] = as_json(judgement)
+            if contender.name == op.ours and not judgement.passed:
+                raise NotAccurateError(
+                    f"not timed: {name} ({situation}) is off by {judgement.error:.2e}, "
+                    f"the rule allows {judgement.allowed:.2e}"
+                )
+    return found
+
+
+def as_json(judgement: Judgement) -> dict[str, float | None]:
+    """JSON has neither NaN nor infinity: an error that is not finite is null."""
+    return {key: value if math.isfinite(value) else None for key, value in asdict(judgement).items()}
+
+
+def rotations(case: Case) -> int:
+    """How many sets of inputs take turns: on the CPU one, on a GPU enough to be new to every cache."""
+    if case.device == "cpu":
+        return 1
+    return min(8, 1 + ROTATED_BYTES // case.phases()[0].bytes)
+
+
+def copy_call(size: int, device: str) -> Call:
+    """Half of the bytes read, half of them written: as much traffic as the case's least, into memory at hand."""
+    source = torch.ones(max(1, size // 8), device=device)
+    target = torch.zeros_like(source)
+    return lambda: (target.copy_(source),)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,114 @@
+"""The tables on the terminal, drawn from the JSON document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+LABELS = {  # of a case's dimensions
+    "batch": "batch", "heads": "heads", "tokens": "N", "student_dim": "d student", "teacher_dim": "d teacher",
+    "feature_dim": "width", "width": "width", "order": "order", "layers": "modules",
+}  # fmt: skip
+COLUMNS = ("ms", "p20 … p80", "speed", "GB/s", "GFLOP/s", "roof", "MiB", "error")
+WIDTHS = (10, 21, 8, 8, 9, 7, 9, 8)
+LEGEND = """\
+speed: times the baseline's. GB/s, GFLOP/s: the least work over the time taken. roof: the least time that the measured
+copy and matmul rates allow, over the time taken; above 100 % where a cache holds the data. MiB: peak memory beyond
+inputs and results. error: the largest against float64 over what is allowed: 2 × eager's in that type + a rounding."""
+
+
+def headline(document: Mapping) -> str:
+    machine, roofline = document["machine"], document["roofline"]
+    lines = [f"haste_ext {machine['haste_ext']}{revision(machine)}, torch {machine['torch']}, {machine['date'] or ''}"]
+    lines.append(where(machine))
+    if roofline:
+        matmul = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in roofline["matmul_flops_per_second"].items())
+        lines.append(f"copy {roofline['copy_bytes_per_second'] / 1e9:,.1f} GB/s; matmul GFLOP/s: {matmul}")
+        if roofline["exps_per_second"]:
+            lines[-1] += f"; exp2 {roofline['exps_per_second'] / 1e9:,.0f} G/s"
+    return "\n".join(lines)
+
+
+def where(machine: Mapping) -> str:
+    """The hardware in a few words."""
+    if machine["gpu"]:
+        return f"{machine['gpu']['name']} (sm {machine['gpu']['capability']})"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{machine['processor']}, {threads}, {machine['cpu_path']} path"
+
+
+def revision(machine: Mapping) -> str:
+    if not machine["commit"]:
+        return ""
+    return f" ({machine['commit'][:9]}{', modified' if machine['modified'] else ''})"
+
+
+def footer(document: Mapping) -> str:
+    settings = document["settings"]
+    return (
+        f"{LEGEND}\nContenders took turns: {settings['turns']} turns, together at least {settings['min_seconds']:g} s "
+        "each, so that what drifts on the machine hits all alike."
+    )
+
+
+def table(document: Mapping) -> str:
+    return "\n\n".join([headline(document), *(case_table(result) for result in document["results"]), footer(document)])
+
+
+def case_table(result: Mapping) -> str:
+    rows = result["rows"]
+    by_name = {row["name"]: row for row in rows}
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{result['operation']}, {result['mode']}: {describe(result['case'])}"]
+    lines.append(f"  {'':<{width}}" + "".join(f"{c:>{w}}" for c, w in zip(COLUMNS, WIDTHS, strict=True)))
+    for row in rows:
+        lines.append(f"  {row['name']:<{width}}" + row_cells(row, by_name[result["baseline"]]))
+    for situation, results in by_name[result["ours"]].get("errors", {}).items():
+        lines.append(f"  {result['ours']}'s error over eager's, {situation}: {error_ratios(results)}")
+    return "\n".join(lines)
+
+
+def error_ratios(results: Mapping) -> str:
+    ratios = []
+    for name, judgement in results.items():
+        error, eager = judgement["error"], judgement["eager_error"]
+        finite = error is not None and eager is not None
+        ratios.append(f"{name} {error / max(eager, 1e-300):.2f}" if finite else f"{name} not finite")
+    return ", ".join(ratios)
+
+
+def describe(case: Mapping) -> str:
+    sizes = ", ".join(f"{LABELS[name]} {case[name]}" for name in LABELS if name in case)
+    return f"{case['dtype']}, {sizes}"
+
+
+def row_cells(row: Mapping, baseline: Mapping) -> str:
+    if "absent" in row:
+        return f"  {row['absent']}"
+    seconds = row["seconds"]
+    speed = f"{baseline['seconds']['median'] / seconds['median']:.2f} x" if "seconds" in baseline else "–"
+    cells = (
+        f"{seconds['median'] * 1e3:.3f}",
+        f"[{seconds['p20'] * 1e3:.3f}, {seconds['p80'] * 1e3:.3f}]",
+        speed,
+        scaled(row.get("bytes_per_second"), 1e-9, ".1f"),
+        scaled(row.get("flops_per_second"), 1e-9, ".1f"),
+        scaled(row.get("roofline_share"), 1, ".0%"),
+        scaled(row.get("peak_extra_bytes"), 2**-20, ".1f"),
+        worst_error(row),
+    )
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def scaled(value: float | None, factor: float, form: str) -> str:
+    return "–" if value is None else format(value * factor, form)
+
+
+def worst_error(row: Mapping) -> str:
+    """The largest error over what is allowed, of all situations and results."""
+    judged = [judgement for results in row.get("errors", {}).values() for judgement in results.values()]
+    if not judged:
+        return "–"
+    if any(judgement["error"] is None or judgement["allowed"] is None for judgement in judged):
+        return "not finite"
+    worst = max(judgement["error"] / max(judgement["allowed"], 1e-300) for judgement in judged)
+    return f"{worst:.2f}" if worst < 1e3 else f"{worst:.0e}"

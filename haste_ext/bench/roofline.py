@@ -1,0 +1,71 @@
+"""The roofline of this machine, measured in the same run: what nothing that moves and multiplies can beat by much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from haste_ext.bench.measure import times_of
+from haste_ext.bench.operation import Phase
+
+SECONDS = 0.5
+COPY_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # float32, far beyond the caches
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+EXP_ELEMENTS, EXPS_PER_ELEMENT = 64 * 2**20, 512
+
+Roofline = Mapping[str, object]
+
+
+def measure_roofline(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, object]:
+    """The best of some repetitions each: copy bandwidth (bytes read + written), matmul rate by type, exponentials."""
+    return {
+        "copy_bytes_per_second": copy_rate(device),
+        "matmul_flops_per_second": {str(dtype).removeprefix("torch."): matmul_rate(device, dtype) for dtype in dtypes},
+        "exps_per_second": exp_rate() if device == "cuda" else None,  # on the CPU they are ordinary arithmetic
+    }
+
+
+def copy_rate(device: str) -> float:
+    source = torch.ones(COPY_ELEMENTS[device], device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / min(times_of([lambda: target.copy_(source)], SECONDS, device))
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    n = MATMUL_SIZE[device]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / min(times_of([lambda: torch.mm(a, b, out=out)], SECONDS, device))
+
+
+def exp_rate() -> float | None:
+    """exp2 of values in registers, many per element; None where torch cannot compile the kernel."""
+    code = f"""
+    template <typename T> T exp2_chain(T x) {{
+      for (int i = 0; i < {EXPS_PER_ELEMENT}; ++i) x = exp2f(-x);
+      return x;
+    }}"""
+    x = torch.zeros(EXP_ELEMENTS, device="cuda")
+    try:
+        chain = torch.cuda.jiterator._create_jit_fn(code)
+        chain(x)
+    except RuntimeError:
+        return None
+    return EXP_ELEMENTS * EXPS_PER_ELEMENT / min(times_of([lambda: chain(x)], SECONDS, "cuda"))
+
+
+def floor_seconds(phases: Iterable[Phase], dtype: str, roofline: Roofline) -> float:
+    """The least time: in every phase that of its slowest part, were all at the measured limits."""
+    return sum(max(limits(phase, dtype, roofline).values()) for phase in phases)
+
+
+def limits(phase: Phase, dtype: str, roofline: Roofline) -> dict[str, float]:
+    """Seconds that each part of a phase takes at the least."""
+    seconds = {
+        "memory": phase.bytes / roofline["copy_bytes_per_second"],
+        "matmul": phase.matmul_flops / roofline["matmul_flops_per_second"][dtype],
+    }
+    if roofline["exps_per_second"]:
+        seconds["exp"] = phase.exps / roofline["exps_per_second"]
+    return seconds

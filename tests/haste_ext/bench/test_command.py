@@ -1,0 +1,216 @@
+"""python -m haste_ext.bench from its flags to JSON, tables and plots, on tiny shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from haste_ext.bench import cli, plot
+from haste_ext.bench.__main__ import main
+
+TINY = ["--tokens", "9", "20", "--batch", "2", "--heads", "2", "--layers", "3", "--width", "48", "--feature-dim", "64"]
+FAST = ["--min-seconds", "0.001", "--threads", str(torch.get_num_threads())]
+CONTENDERS = {name: [contender.name for contender in op.contenders] for name, op in cli.OPERATIONS.items()}
+
+
+def small_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("haste_ext.bench.roofline.SECONDS", 0.001)
+    monkeypatch.setattr("haste_ext.bench.roofline.COPY_ELEMENTS", {"cpu": 2**16})
+    monkeypatch.setattr("haste_ext.bench.roofline.MATMUL_SIZE", {"cpu": 64})
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(function, **settings):
+        raise RuntimeError("no C++\n compiler here")
+
+    monkeypatch.setattr(torch, "compile", compile)
+
+
+@pytest.fixture(autouse=True)
+def quick_roofline(monkeypatch):
+    small_roofline(monkeypatch)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    without_compiler(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run_of_everything(tmp_path_factory) -> str:
+    """The JSON of one run of all operations in two types, on a machine whose torch.compile fails."""
+    path = tmp_path_factory.mktemp("bench") / "run.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_roofline(monkeypatch)
+        without_compiler(monkeypatch)
+        assert main([*TINY, *FAST, "--output", str(path)]) == 0
+    return path.read_text()
+
+
+@pytest.fixture
+def document(run_of_everything, tmp_path) -> Path:
+    path = tmp_path / "run.json"
+    path.write_text(run_of_everything)
+    return path
+
+
+def test_every_operation_ends_in_json(document):
+    content = json.loads(document.read_text())
+    assert {"date", "torch", "device", "processor", "threads", "cpu_path", "commit"} <= content["machine"].keys()
+    assert content["roofline"]["copy_bytes_per_second"] > 0
+    assert content["roofline"]["matmul_flops_per_second"].keys() == {"float32", "bfloat16"}
+    cases = [(r["operation"], r["case"]["dtype"], r["case"]["tokens"]) for r in content["results"]]
+    assert cases == [(op, dtype, n) for op in cli.OPERATIONS for dtype in ("float32", "bfloat16") for n in (9, 20)]
+    for result in content["results"]:
+        rows = {row["name"]: row for row in result["rows"]}
+        copy = ["a copy of the same bytes"] if result["operation"] != "attn_align_loss" else []
+        assert list(rows) == [*CONTENDERS[result["operation"]], *copy]
+        assert rows.pop("torch.compile")["absent"] == "no C++ compiler here"
+        for row in rows.values():
+            seconds, work = row["seconds"], result["work"]
+            assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
+            assert row["bytes_per_second"] == pytest.approx(work["bytes"] / seconds["median"])
+            assert row["roofline_share"] == pytest.approx(work["floor_seconds"] / seconds["median"])
+        ours = rows[result["ours"]]
+        for results in ours["errors"].values():
+            assert all(0 <= judgement["error"] <= judgement["allowed"] for judgement in results.values())
+
+
+def test_a_folder_gets_one_file_per_operation(no_compiler, tmp_path):
+    command = [*TINY, *FAST, "--op", "taylor_extrapolate", "token_cosine_loss", "--dtype", "float32"]
+    assert main([*command, "--output", str(tmp_path / "new")]) == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"taylor_extrapolate.json", "token_cosine_loss.json"}
+
+
+def test_forward_only_leaves_the_gradients_out(no_compiler, tmp_path):
+    path = tmp_path / "forward.json"
+    assert main([*TINY, *FAST, "--op", "attn_align_loss", "--dtype", "float32", "--forward-only",
+                 "--output", str(path)]) == 0  # fmt: skip
+    for result in json.loads(path.read_text())["results"]:
+        assert result["mode"] == "forward"
+        assert {tuple(row["errors"]["random"]) for row in result["rows"] if "errors" in row} == {("loss",)}
+
+
+def test_one_batch_for_each_number_of_tokens(no_compiler, tmp_path):
+    path = tmp_path / "run.json"
+    main([*FAST, "--op", "token_cosine_loss", "--dtype", "float32", "--tokens", "8", "16", "--batch", "4", "2",
+          "--output", str(path)])  # fmt: skip
+    cases = [result["case"] for result in json.loads(path.read_text())["results"]]
+    assert [(case["tokens"], case["batch"]) for case in cases] == [(8, 4), (16, 2)]
+
+
+def test_torch_compile_runs_where_it_can(tmp_path):
+    path = tmp_path / "run.json"
+    main([*FAST, "--op", "taylor_extrapolate", "--dtype", "float32", "--tokens", "8", "--batch", "1", "--width", "16",
+          "--output", str(path)])  # fmt: skip
+    row = json.loads(path.read_text())["results"][0]["rows"][2]
+    assert row["name"] == "torch.compile"
+    assert "seconds" in row or row["absent"]
+
+
+def test_what_is_wrong_is_not_timed(no_compiler, monkeypatch, tmp_path, capsys):
+    op = cli.OPERATIONS["token_cosine_loss"]
+    *others, ours = op.contenders
+    wrong = replace(ours, function=lambda student, teacher: 1.01 * ours.function(student, teacher))
+    monkeypatch.setitem(cli.OPERATIONS, op.name, replace(op, contenders=(*others, wrong)))
+    path = tmp_path / "run.json"
+    assert main([*TINY, *FAST, "--op", op.name, "--dtype", "float32", "--output", str(path)]) == 1
+    row = next(row for row in json.loads(path.read_text())["results"][0]["rows"] if row["name"] == "haste")
+    assert "seconds" not in row and row["failed"]
+    assert row["absent"].startswith("not timed: loss (random) is off by")
+    assert row["absent"] in capsys.readouterr().out
+
+
+def test_inputs_beyond_the_memory_are_said_to_be(no_compiler, capsys):
+    assert main([*FAST, "--op", "taylor_extrapolate", "--dtype", "float32", "--width", str(2**36)]) == 1
+    assert "the inputs cannot be made" in capsys.readouterr().out
+
+
+def test_tables_are_drawn_from_the_json_alone(document, capsys):
+    content = json.loads(document.read_text())
+    row = next(row for row in content["results"][0]["rows"] if row["name"] == "haste")
+    row["seconds"]["median"] = 1.234567
+    row["errors"]["random"]["dq"]["error"] = None
+    document.write_text(json.dumps(content))
+    assert main(["table", str(document)]) == 0
+    text = capsys.readouterr().out
+    assert "1234.567" in text and "not finite" in text
+    for op, names in CONTENDERS.items():
+        assert op in text and all(name in text for name in names)
+
+
+def test_plots_are_drawn_from_the_json_alone(document, tmp_path):
+    assert main(["plot", str(document), "--output", str(tmp_path / "pictures")]) == 0
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in pictures] == sorted(f"run-{op}.png" for op in cli.OPERATIONS)
+    for path in pictures:
+        assert matplotlib.image.imread(path)[..., :3].std() > 0.02
+
+
+def test_a_plot_shows_the_numbers_of_the_json(document):
+    content = json.loads(document.read_text())
+    results = [r for r in content["results"] if r["operation"] == "attn_align_loss"]
+    figure = plot.draw_operation(results, content)
+    time, memory, share = figure.axes[:3]
+    for axes, key, factor in ((time, "seconds", 1e3), (share, "roofline_share", 1e2)):
+        drawn = {line.get_label(): line for line in axes.lines}
+        for name in CONTENDERS["attn_align_loss"]:
+            rows = [row for r in results[:2] for row in r["rows"] if row["name"] == name]
+            if "absent" in rows[0]:
+                assert name not in drawn
+                continue
+            expected = [factor * (row[key]["median"] if key == "seconds" else row[key]) for row in rows]
+            assert list(drawn[name].get_xdata()) == [9, 20]
+            assert list(drawn[name].get_ydata()) == pytest.approx(expected)
+    assert all(math.isfinite(y) and y > 0 for line in memory.lines for y in line.get_ydata())
+    plot.plt.close(figure)
+
+
+def test_a_run_without_a_roofline_has_no_panel_for_it(document, tmp_path):
+    content = json.loads(document.read_text())
+    figure = plot.draw_operation(content["results"][:4], {**content, "roofline": None})
+    assert len(figure.axes) == 4
+    plot.plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    (
+        (["--tokens", "0"], "it is 0; it must be a whole number of at least 1"),
+        (["--batch", "2.5"], "it is 2.5; it must be a whole number of at least 1"),
+        (["--min-seconds", "-1"], "it is -1; it must be a positive number"),
+        (["--op", "softmax"], "invalid choice: 'softmax'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--preset", "unet"], "invalid choice: 'unet'"),
+        (["--tokens", "8", "16", "--batch", "1", "2", "3"], "--batch has 3 values; it must have one, or one for each"),
+        (["--output", "run.txt"], "--output is run.txt; it must end in .json or name a folder"),
+        (["plot", "nowhere.json"], "nowhere.json cannot be read as JSON"),
+        (["table", __file__], "cannot be read as JSON"),
+    ),
+)
+def test_refusals(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "torch finds no CUDA device here, so it must be cpu" in capsys.readouterr().err
+
+
+def test_a_json_of_something_else_is_refused(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text("[1, 2]")
+    with pytest.raises(SystemExit):
+        main(["plot", str(path)])
+    assert "holds no results of this benchmark" in capsys.readouterr().err
