@@ -17,7 +17,7 @@ import torch
 from haste_ext.bench import cli, report
 from haste_ext.bench.compare import compare
 from haste_ext.bench.machine import describe_machine
-from haste_ext.bench.measure import TURNS
+from haste_ext.bench.measure import ENOUGH, TURNS
 from haste_ext.bench.roofline import measure_roofline
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     common = {
         "machine": describe_machine(args.device),
-        "settings": {"min_seconds": args.min_seconds, "turns": TURNS},
+        "settings": {"min_seconds": args.min_seconds, "turns": TURNS, "turns_if_slow": ENOUGH},
         "roofline": measure_roofline(args.device, [getattr(torch, name) for name in args.dtype]),
     }
     print(report.headline({**common, "results": []}), flush=True)

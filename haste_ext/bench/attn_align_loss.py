@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,12 @@ class AttentionCase(Case):
         ]
 
     def float64_bytes_per_sample(self) -> int:
-        return 6 * 8 * self.heads * self.tokens**2
+        return 6 * 8 * self.heads * self.tokens**2  # the maps
+
+    def reduced_to(self, float64_bytes: int) -> AttentionCase:
+        """Fewer heads too where one sample's maps are too many."""
+        heads = float64_bytes // (self.float64_bytes_per_sample() // self.heads)
+        return replace(super().reduced_to(float64_bytes), heads=max(1, min(self.heads, heads)))
 
 
 def attention_logits(q: Tensor, k: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes,
 from haste_ext.bench.operation import Call, Case, Contender, Operation, bind
 from haste_ext.bench.roofline import Roofline, floor_seconds
 
-VERIFY_BYTES = 2 * 2**30  # of float64, which decides how many samples of the batch are verified
+VERIFY_BYTES = 2 * 2**30  # of float64, which decides how much of the batch is verified
 ROTATED_BYTES = 512 * 2**20  # inputs on a GPU are rotated until they are this much
 COPY = "a copy of the same bytes"
 
@@ -35,7 +35,7 @@ def compare(op: Operation, case: Case, forward_only: bool, min_seconds: float, r
         "exps": sum(phase.exps for phase in phases),
         "floor_seconds": floor_seconds(phases, name_of(case.dtype), roofline),
     }
-    with memory_within_the_machine():
+    with memory_within_the_machine(case.device):
         rows = contender_rows(op, case, forward_only, min_seconds, work["bytes"])
     for row in rows:
         if "seconds" in row:
@@ -58,8 +58,8 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
     rows: dict[str, dict] = {}
     calls: dict[str, list[Call]] = {}
     try:
-        yardsticks = verification(op, case, forward_only)
         inputs = [case.inputs() for _ in range(rotations(case))]
+        yardsticks = verification(op, case, inputs[0], forward_only)
     except RuntimeError as error:  # torch's word for memory that runs out
         why = f"the inputs cannot be made: {in_one_line(error)}"
         return [{"name": c.name, "absent": why, "failed": c.name == op.ours} for c in op.contenders]
@@ -98,11 +98,10 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def verification(op: Operation, case: Case, forward_only: bool) -> dict[str, tuple]:
-    """Per situation: inputs of the case's shape, as many samples as are affordable, with exact and eager results."""
-    samples = max(1, min(case.batch, VERIFY_BYTES // case.float64_bytes_per_sample()))
-    small = replace(case, batch=samples)
-    situations = {"random": small.inputs()}
+def verification(op: Operation, case: Case, inputs: list[Tensor], forward_only: bool) -> dict[str, tuple]:
+    """Per situation: inputs, as much of the batch as is affordable, with exact and eager results."""
+    small = case.reduced_to(VERIFY_BYTES)
+    situations = {"random": inputs if small == case else small.inputs()}
     if op.cases_near_convergence:
         situations["near convergence"] = small.inputs(near=True)
     reference = Contender("definition", op.reference)

@@ -16,6 +16,7 @@ from torch.utils.benchmark import Timer
 from haste_ext.bench.operation import Call
 
 TURNS = 5  # so often every contender is timed, each time for a fifth of the seconds
+ENOUGH = 3  # measurements of a call so slow that they already last for all of the seconds
 CALLS_PER_SYNC = 10
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 
@@ -32,6 +33,8 @@ def times_in_turns(contenders: Mapping[str, Sequence[Call]], min_seconds: float,
     for turn in range(TURNS):
         first = turn % max(1, len(names))
         for name in names[first:] + names[:first]:
+            if len(times[name]) >= ENOUGH and sum(times[name]) >= min_seconds:
+                continue
             times[name] += times_of(contenders[name], min_seconds / TURNS, device)
     return times
 
@@ -126,9 +129,12 @@ def _kibibytes(path: str, field: str) -> int:
 
 
 @contextmanager
-def memory_within_the_machine() -> Iterator[None]:
-    """Here a contender that wants more memory than the machine has free gets an error, not the process killed."""
-    if not Path("/proc/meminfo").exists():
+def memory_within_the_machine(device: str) -> Iterator[None]:
+    """Here a contender that wants more memory than the machine has free gets an error, not the process killed.
+
+    A GPU's allocator says so by itself, and its driver reserves addresses that would be counted here.
+    """
+    if device == "cuda" or not Path("/proc/meminfo").exists():
         yield
         return
     import resource

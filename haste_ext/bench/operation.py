@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Case(ABC):
     @abstractmethod
     def float64_bytes_per_sample(self) -> int:
         """About what the definition in float64 holds for one sample of the batch."""
+
+    def reduced_to(self, float64_bytes: int) -> Case:
+        """The case with as many samples of the batch as the definition in float64 can have for so much memory."""
+        return replace(self, batch=max(1, min(self.batch, float64_bytes // self.float64_bytes_per_sample())))
 
     @property
     def element_size(self) -> int:

@@ -18,8 +18,8 @@ inputs and results. error: the largest against float64 over what is allowed: 2 Ã
 
 def headline(document: Mapping) -> str:
     machine, roofline = document["machine"], document["roofline"]
-    lines = [f"haste_ext {machine['haste_ext']}{revision(machine)}, torch {machine['torch']}, {machine['date'] or ''}"]
-    lines.append(where(machine))
+    versions = [f"haste_ext {machine['haste_ext']}{revision(machine)}", f"torch {machine['torch']}", machine["date"]]
+    lines = [", ".join(filter(None, versions)), where(machine)]
     if roofline:
         matmul = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in roofline["matmul_flops_per_second"].items())
         lines.append(f"copy {roofline['copy_bytes_per_second'] / 1e9:,.1f} GB/s; matmul GFLOP/s: {matmul}")
@@ -44,9 +44,12 @@ def revision(machine: Mapping) -> str:
 
 def footer(document: Mapping) -> str:
     settings = document["settings"]
+    if settings is None:
+        return LEGEND
+    turns, turns_if_slow, seconds = (settings[key] for key in ("turns", "turns_if_slow", "min_seconds"))
     return (
-        f"{LEGEND}\nContenders took turns: {settings['turns']} turns, together at least {settings['min_seconds']:g} s "
-        "each, so that what drifts on the machine hits all alike."
+        f"{LEGEND}\nContenders took turns, so that what drifts on the machine hits all alike: {turns} turns,\n"
+        f"or {turns_if_slow} where a call is slow, of together at least {seconds:g} s."
     )
 
 

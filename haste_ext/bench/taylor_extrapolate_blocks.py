@@ -58,13 +58,13 @@ def eager_weighted_sum(snapshots: Tensor, weights: Tensor, gates: Tensor, residu
     return residual
 
 
-def reduction_for_compile(snapshots: Tensor, weights: Tensor, gates: Tensor, residual: Tensor) -> Tensor:
-    """The weighted sum as two reductions, which torch.compile fuses into one kernel.
+def one_reduction(snapshots: Tensor, weights: Tensor, gates: Tensor, residual: Tensor) -> Tensor:
+    """The weighted sum as torch.compile likes it: one reduction, one kernel.
 
     Unrolled over the modules it takes over a minute to compile for SiT-XL/2 and runs slower than this.
     """
-    forecasts = (weights.view(-1, 1, 1, 1) * snapshots).sum(1)
-    return (residual + (gates.unsqueeze(2) * forecasts).sum(0)).to(residual.dtype)
+    terms = gates[:, None, :, None] * weights.view(-1, 1, 1, 1) * snapshots
+    return (residual + terms.sum((0, 1))).to(residual.dtype)
 
 
 OPERATION = Operation(
@@ -74,7 +74,7 @@ OPERATION = Operation(
     contenders=(
         Contender("eager, recurrence", eager_recurrence, prepare=prepared_differences),
         Contender("eager, weighted sum", eager_weighted_sum),
-        Contender("torch.compile", reduction_for_compile, compiled=True),
+        Contender("torch.compile", one_reduction, compiled=True),
         Contender("haste", haste_ext.taylor_extrapolate_blocks),
     ),
     baseline="eager, recurrence",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
 
-from haste_ext.bench.measure import TURNS, memory_within_the_machine, peak_extra_bytes, spread, times_in_turns
+from haste_ext.bench.measure import ENOUGH, TURNS, memory_within_the_machine, peak_extra_bytes, spread, times_in_turns
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the count is Linux's")
 
@@ -20,6 +21,13 @@ def test_contenders_take_turns_and_none_is_always_first():
     turns = [name for place, name in enumerate(order) if place == 0 or order[place - 1] != name]
     assert turns == [*"abc", *"bca", *"cab", *"abc", *"bca"][: 3 * TURNS]
     assert set(times) == set("abc") and all(len(own) >= TURNS for own in times.values())
+
+
+def test_a_slow_call_is_timed_three_times_and_a_quick_one_in_every_turn():
+    calls = {"slow": [lambda: sleep(0.02)], "quick": [lambda: None]}
+    times = times_in_turns(calls, 0.01, "cpu")
+    assert len(times["slow"]) == ENOUGH
+    assert len(times["quick"]) >= TURNS
 
 
 def test_spread():
@@ -40,6 +48,6 @@ def test_peak_memory_counts_what_the_call_holds_but_not_its_results():
 @on_linux
 def test_more_memory_than_the_machine_has_is_an_error_not_a_death():
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    with memory_within_the_machine(), pytest.raises(RuntimeError, match="memory"):
+    with memory_within_the_machine("cpu"), pytest.raises(RuntimeError, match="memory"):
         torch.empty(2**42)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
