@@ -23,11 +23,6 @@ class Judgement:
     def passed(self) -> bool:
         return self.error <= self.allowed  # false for NaN
 
-    @property
-    def ratio(self) -> float:
-        """The error over eager's own."""
-        return self.error / max(self.eager_error, 1e-300)
-
 
 def judge(out: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0) -> Judgement:
     """`out` beside `eager`, the same computation in the same type, and `exact`, the definition in float64.

@@ -48,28 +48,44 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all four")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OP",
+                        help=f"of {', '.join(OPERATIONS)}; default: all")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="TYPE",
+                        help=f"of {', '.join(DTYPES)}; default: float32 bfloat16")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--forward-only", action="store_true", help="losses without their gradients")
 
     shape = parser.add_argument_group("shape", "dimensions that are not given are those of the preset")
     shape.add_argument("--preset", choices=PRESETS, default="sit-xl", help="default: sit-xl")
-    shape.add_argument("--tokens", type=whole_number, nargs="+", default=[256, 1024], help="N; default: 256 1024")
+    shape.add_argument(
+        "--tokens", type=whole_number, metavar="N", nargs="+", default=[256, 1024], help="default: 256 1024"
+    )
     batches = ", ".join(f"{op.default_batch} ({name})" for name, op in OPERATIONS.items())
-    shape.add_argument("--batch", type=whole_number, nargs="+",
+    shape.add_argument("--batch", type=whole_number, metavar="N", nargs="+",
                        help=f"one for all, or one for each of --tokens; default: {batches}")  # fmt: skip
-    shape.add_argument("--heads", type=whole_number, help="aligned heads (attn_align_loss)")
-    shape.add_argument("--student-dim", type=whole_number, help="the student's head dimension (attn_align_loss)")
-    shape.add_argument("--teacher-dim", type=whole_number, help="the teacher's head dimension (attn_align_loss)")
-    shape.add_argument("--feature-dim", type=whole_number, help="width of the teacher's tokens (token_cosine_loss)")
-    shape.add_argument("--width", type=whole_number, help="of the SiT (taylor_...)")
-    shape.add_argument("--order", type=whole_number, help="of the forecast: order + 1 snapshots (taylor_...)")
-    shape.add_argument("--layers", type=whole_number, help="cached modules (taylor_extrapolate_blocks)")
+    shape.add_argument("--heads", type=whole_number, metavar="N", help="aligned heads (attn_align_loss)")
+    shape.add_argument(
+        "--student-dim", type=whole_number, metavar="N", help="the student's head dimension (attn_align_loss)"
+    )
+    shape.add_argument(
+        "--teacher-dim", type=whole_number, metavar="N", help="the teacher's head dimension (attn_align_loss)"
+    )
+    shape.add_argument(
+        "--feature-dim", type=whole_number, metavar="N", help="width of the teacher's tokens (token_cosine_loss)"
+    )
+    shape.add_argument("--width", type=whole_number, metavar="N", help="of the SiT (taylor_...)")
+    shape.add_argument(
+        "--order", type=whole_number, metavar="N", help="of the forecast: order + 1 snapshots (taylor_...)"
+    )
+    shape.add_argument("--layers", type=whole_number, metavar="N", help="cached modules (taylor_extrapolate_blocks)")
 
-    parser.add_argument("--threads", type=whole_number, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--min-seconds", type=positive, default=2.0, help="per contender, at the least; default: 2")
-    parser.add_argument("--output", type=Path, help="write JSON: a .json file, or a folder that gets one per operation")
+    parser.add_argument("--threads", type=whole_number, metavar="N", default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument(
+        "--min-seconds", type=positive, metavar="S", default=2.0, help="per contender, at the least; default: 2"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="write JSON: a .json file, or a folder that gets one per operation"
+    )
     return parser
 
 

@@ -186,11 +186,11 @@ def shape(results: Sequence[Mapping]) -> str:
 
 
 def absences(results: Sequence[Mapping]) -> list[str]:
-    """One line per contender and type that did not run."""
-    lines = {
-        f"{row['name']} ({result['case']['dtype']}) is absent: {row['absent'][:110]}": None
-        for result in results
-        for row in result["rows"]
-        if "absent" in row
-    }
-    return list(lines)
+    """One line per contender and reason, with the cases that did not run."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for row in result["rows"]:
+            if "absent" in row:
+                case = f"{result['case']['dtype']} N {result['case']['tokens']}"
+                cases.setdefault((row["name"], row["absent"]), []).append(case)
+    return [f"No {name} for {', '.join(where)}: {why}" for (name, why), where in cases.items()]

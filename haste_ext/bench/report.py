@@ -71,12 +71,14 @@ def case_table(result: Mapping) -> str:
 
 
 def error_ratios(results: Mapping) -> str:
-    ratios = []
-    for name, judgement in results.items():
-        error, eager = judgement["error"], judgement["eager_error"]
-        finite = error is not None and eager is not None
-        ratios.append(f"{name} {error / max(eager, 1e-300):.2f}" if finite else f"{name} not finite")
-    return ", ".join(ratios)
+    return ", ".join(f"{name} {error_ratio(judgement)}" for name, judgement in results.items())
+
+
+def error_ratio(judgement: Mapping) -> str:
+    error, eager = judgement["error"], judgement["eager_error"]
+    if error is None or eager is None:
+        return "not finite"
+    return f"{error / eager:.2f}" if eager else f"{error:.0e}, eager exact"
 
 
 def describe(case: Mapping) -> str:

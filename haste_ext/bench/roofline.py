@@ -11,7 +11,8 @@ from haste_ext.bench.operation import Phase
 
 SECONDS = 0.5
 COPY_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # float32, far beyond the caches
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+MATMUL_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
+SLOW = 0.2  # seconds of one product, after which no larger one is tried: some processors have no arithmetic for a type
 EXP_ELEMENTS, EXPS_PER_ELEMENT = 64 * 2**20, 512
 
 Roofline = Mapping[str, object]
@@ -19,6 +20,7 @@ Roofline = Mapping[str, object]
 
 def measure_roofline(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, object]:
     """The best of some repetitions each: copy bandwidth (bytes read + written), matmul rate by type, exponentials."""
+    dtypes = dict.fromkeys((torch.float32, *dtypes))
     return {
         "copy_bytes_per_second": copy_rate(device),
         "matmul_flops_per_second": {str(dtype).removeprefix("torch."): matmul_rate(device, dtype) for dtype in dtypes},
@@ -33,10 +35,16 @@ def copy_rate(device: str) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    n = MATMUL_SIZE[device]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * n**3 / min(times_of([lambda: torch.mm(a, b, out=out)], SECONDS, device))
+    """Of square products, the best size."""
+    best = 0.0
+    for n in MATMUL_SIZES[device]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = min(times_of([lambda a=a, b=b, out=out: torch.mm(a, b, out=out)], SECONDS / 4, device))
+        best = max(best, 2 * n**3 / seconds)
+        if seconds > SLOW:
+            break
+    return best
 
 
 def exp_rate() -> float | None:
@@ -62,9 +70,11 @@ def floor_seconds(phases: Iterable[Phase], dtype: str, roofline: Roofline) -> fl
 
 def limits(phase: Phase, dtype: str, roofline: Roofline) -> dict[str, float]:
     """Seconds that each part of a phase takes at the least."""
+    rates = roofline["matmul_flops_per_second"]
+    rate = rates[dtype] if dtype == "float64" else max(rates[dtype], rates["float32"])  # half precision can be widened
     seconds = {
         "memory": phase.bytes / roofline["copy_bytes_per_second"],
-        "matmul": phase.matmul_flops / roofline["matmul_flops_per_second"][dtype],
+        "matmul": phase.matmul_flops / rate,
     }
     if roofline["exps_per_second"]:
         seconds["exp"] = phase.exps / roofline["exps_per_second"]

@@ -22,7 +22,7 @@ CONTENDERS = {name: [contender.name for contender in op.contenders] for name, op
 def small_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("haste_ext.bench.roofline.SECONDS", 0.001)
     monkeypatch.setattr("haste_ext.bench.roofline.COPY_ELEMENTS", {"cpu": 2**16})
-    monkeypatch.setattr("haste_ext.bench.roofline.MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("haste_ext.bench.roofline.MATMUL_SIZES", {"cpu": (32, 64)})
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +132,15 @@ def test_inputs_beyond_the_memory_are_said_to_be(no_compiler, capsys):
     assert "the inputs cannot be made" in capsys.readouterr().out
 
 
+def test_a_contender_beyond_the_memory_is_said_to_be(no_compiler, monkeypatch, capsys):
+    op = cli.OPERATIONS["taylor_extrapolate"]
+    first, *others = op.contenders
+    greedy = replace(first, function=lambda *inputs: torch.empty(2**42))
+    monkeypatch.setitem(cli.OPERATIONS, op.name, replace(op, contenders=(greedy, *others)))
+    assert main([*TINY, *FAST, "--op", op.name, "--dtype", "float32"]) == 0
+    assert "it wants more memory than there is" in capsys.readouterr().out
+
+
 def test_tables_are_drawn_from_the_json_alone(document, capsys):
     content = json.loads(document.read_text())
     row = next(row for row in content["results"][0]["rows"] if row["name"] == "haste")
@@ -169,6 +178,14 @@ def test_a_plot_shows_the_numbers_of_the_json(document):
             assert list(drawn[name].get_xdata()) == [9, 20]
             assert list(drawn[name].get_ydata()) == pytest.approx(expected)
     assert all(math.isfinite(y) and y > 0 for line in memory.lines for y in line.get_ydata())
+    plot.plt.close(figure)
+
+
+def test_a_plot_says_what_is_absent_and_why(document):
+    content = json.loads(document.read_text())
+    figure = plot.draw_operation(content["results"][:4], content)
+    cases = "float32 N 9, float32 N 20, bfloat16 N 9, bfloat16 N 20"
+    assert any(f"No torch.compile for {cases}: no C++ compiler here" in text.get_text() for text in figure.texts)
     plot.plt.close(figure)
 
 
