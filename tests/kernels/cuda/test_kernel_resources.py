@@ -1,15 +1,19 @@
-"""tools/kernel_resources: from the compiler's report to one table, without a compiler for GPUs."""
+"""No kernel spills, none takes more registers than recorded; and tools/kernel_resources, which sees to it."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[3] / "tools/kernel_resources"
+import pytest
+
+TOOLS = Path(__file__).parents[3] / "tools"
+CANNOT_TELL = 77
 
 REPORT = """\
-kernel.cu(7): warning #177-D: variable "x" was declared but never referenced
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z6kernelIfLi4EEvPT_' for 'sm_80'
 ptxas info    : Function properties for _Z6kernelIfLi4EEvPT_
@@ -17,35 +21,129 @@ ptxas info    : Function properties for _Z6kernelIfLi4EEvPT_
 ptxas info    : Used 96 registers, used 1 barriers, 616 bytes cmem[0]
 ptxas info    : Compiling entry function '_Z6kernelIfLi4EEvPT_' for 'sm_120'
 ptxas info    : Function properties for _Z6kernelIfLi4EEvPT_
-    24 bytes stack frame, 52 bytes spill stores, 36 bytes spill loads
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 128 registers, used 1 barriers
 """
+SPILLING = REPORT.replace("0 bytes spill stores, 0 bytes spill loads", "52 bytes spill stores, 36 bytes spill loads")
+OTHER_KERNEL = REPORT.replace("Li4E", "Li8E")
+WARNING = 'kernel.cu(7): warning #177-D: variable "x" was declared but never referenced'
 
 
-def run(*arguments, **kwargs):
-    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, **kwargs)
+def test_no_kernel_spills_or_outgrows_its_record():
+    result = subprocess.run([sys.executable, TOOLS / "kernel_resources", "check"], capture_output=True, text=True)
+    if result.returncode == CANNOT_TELL:
+        pytest.skip(result.stdout.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def record(folder, status=0):
-    """A compiler that prints the report and ends with `status`."""
-    compiler = folder / "compiler.py"
-    compiler.write_text(f"import sys\nprint({REPORT!r}, file=sys.stderr)\nsys.exit({status})\n")
-    return run("record", "", sys.executable, compiler, "-c", "kernel.cu", "-o", folder / "kernel.cu.o")
+class Tree:
+    """A source tree with one kernel, the tool, and a compiler that prints the report it is given."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for folder in ("tools", "csrc/kernels/cuda", "build/here", "tests/kernels/cuda"):
+            (root / folder).mkdir(parents=True)
+        for name in ("kernel_resources", "kernel_sources.py"):
+            shutil.copy(TOOLS / name, root / "tools")
+        self.source, self.object = root / "csrc/kernels/cuda/kernel.cu", root / "build/here/kernel.cu.o"
+        self.source.write_text('#include "kernel.h"\n')
+        self.source.with_name("kernel.h").write_text("// a header\n")
+        (root / "setup.py").write_text("# builds nothing: what is there is all there is\n")
+
+    def run(self, *arguments, nvcc=True):
+        environment = {**os.environ, "CUDACXX": sys.executable if nvcc else "no-such-compiler"}
+        environment.pop("HASTE_CUDA", None)
+        command = [sys.executable, self.root / "tools/kernel_resources", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    def compile(self, report, release="13.0", status=0):
+        """By a compiler named nvcc that prints its release, or a warning and the report."""
+        nvcc = self.root / "nvcc"
+        nvcc.write_text(
+            f"#!{sys.executable}\nimport sys\nif '--version' in sys.argv: print('release {release}, V1'); sys.exit()\n"
+            f"print({WARNING + chr(10) + report!r}, file=sys.stderr)\nsys.exit({status})\n"
+        )
+        nvcc.chmod(0o755)
+        return self.run("record", "", nvcc, "-c", self.source, "-o", self.object)
+
+    def check(self, report, **kwargs):
+        """The status and words of `check` once the kernel was compiled with this report."""
+        self.compile(report, **kwargs)
+        result = self.run("check", nvcc=False)
+        assert result.stderr == ""
+        return result.returncode, result.stdout
 
 
-def test_table_of_what_was_recorded(tmp_path):
-    result = record(tmp_path)
+@pytest.fixture
+def tree(tmp_path) -> Tree:
+    """Its record holds REPORT."""
+    tree = Tree(tmp_path)
+    tree.compile(REPORT)
+    assert tree.run("accept").returncode == 0
+    return tree
+
+
+def test_table_of_what_was_recorded(tree):
+    result = tree.compile(SPILLING)
     assert result.returncode == 0
-    assert result.stdout.strip() == REPORT.splitlines()[0], "warnings pass, the report does not"
-    lines = run("table", tmp_path / "kernel.cu.o").stdout.splitlines()
+    assert result.stdout.strip() == WARNING, "warnings pass, the report does not"
+    lines = tree.run("table", tree.object).stdout.splitlines()
     assert lines[0].split()[-2:] == ["sm_80", "sm_120"]
-    assert lines[1].startswith("kernel: ") and "kernel" in lines[1]
-    assert lines[1].split()[-2:] == ["96", "128+88B"]
-    assert lines[2] == "1 kernels, 2 targets, 1 of them spill"
+    assert lines[1].startswith("kernel: kernel<float, 4>")
+    assert lines[1].split()[-2:] == ["96+88B", "128+88B"]
+    assert lines[2] == "1 kernels, 2 targets, 2 of them spill"
 
 
-def test_a_failed_compilation_keeps_its_status_and_its_words(tmp_path):
-    result = record(tmp_path, status=2)
+def test_a_failed_compilation_keeps_its_status_and_its_words(tree):
+    tree.object.with_name("kernel.cu.o.resources").unlink()
+    result = tree.compile(REPORT, status=2)
     assert result.returncode == 2
-    assert REPORT.splitlines()[0] in result.stdout
-    assert not (tmp_path / "kernel.cu.o.resources").exists()
+    assert WARNING in result.stdout
+    assert not tree.object.with_name("kernel.cu.o.resources").exists()
+
+
+def test_the_same_registers_or_fewer_pass(tree):
+    assert tree.check(REPORT)[0] == 0
+    assert tree.check(REPORT.replace("Used 96", "Used 80"))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("report", "sentence"),
+    (
+        (SPILLING, "kernel: kernel<float, 4> spills 88 bytes on sm_80"),
+        (REPORT.replace("Used 96", "Used 97"), "takes 97 registers on sm_80; 96 are recorded"),
+        (REPORT.replace("sm_120", "sm_90a"), "takes 128 registers on sm_90a and is not in the record"),
+        (OTHER_KERNEL, "kernel: kernel<float, 8> takes 96 registers on sm_80 and is not in the record"),
+        (OTHER_KERNEL, "kernel: kernel<float, 4> is recorded for sm_120 and was not compiled for it"),
+    ),
+)
+def test_what_is_worse_than_the_record_fails(tree, report, sentence):
+    tree.compile(report)
+    result = tree.run("check")
+    assert result.returncode == 1
+    assert sentence in result.stdout and "tools/kernel_resources accept" in result.stdout
+
+
+def test_of_another_compiler_only_spills_are_judged(tree):
+    more = REPORT.replace("Used 96", "Used 97")
+    status, words = tree.check(more, release="14.1")
+    assert status == 0 and "recorded for nvcc 13.0 and this is 14.1" in words
+    assert tree.check(SPILLING, release="14.1")[0] == 1
+
+
+def test_a_report_of_an_older_source_does_not_count(tree):
+    """Neither when the source itself nor when a header of it has changed."""
+    for path in (tree.source, tree.source.with_name("kernel.h")):
+        assert tree.check(REPORT)[0] == 0
+        path.write_text(path.read_text() + "// changed\n")
+        result = tree.run("check", nvcc=False)
+        assert result.returncode == CANNOT_TELL and "no nvcc" in result.stdout
+
+
+def test_one_kernel_more_leaves_the_lines_of_the_others_as_they_are(tree):
+    record = tree.root / "tests/kernels/cuda/kernel_registers.txt"
+    before = record.read_text().splitlines()
+    longer = REPORT.replace("_Z6kernelIfLi4EEvPT_", "_Z38another_kernel_with_quite_a_lot_to_sayIfLi4EEvPT_")
+    tree.compile(REPORT + longer)
+    assert tree.run("accept").returncode == 0
+    assert set(before) < set(record.read_text().splitlines())

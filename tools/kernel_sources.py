@@ -1,0 +1,43 @@
+"""The CUDA kernels' source files, and a hash of each with the headers that it includes.
+
+A kernel's registers and what was seen of it on a GPU hold for one state of its source: this hash names that state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = "csrc/kernels/cuda"
+INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+
+
+def kernel_sources(root: Path = ROOT) -> list[str]:
+    """Every .cu file, relative to the root of the tree."""
+    return sorted(path.relative_to(root).as_posix() for path in (root / KERNELS).rglob("*.cu"))
+
+
+def included_files(source: Path, root: Path = ROOT) -> list[Path]:
+    """The source and all of its own headers; those of the toolkit, in <>, are the compiler's matter."""
+    found, waiting = set(), [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in INCLUDE.findall(path.read_text(errors="replace")):
+            candidates = [folder / name for folder in (path.parent, root / "csrc")]
+            waiting += [candidate.resolve() for candidate in candidates if candidate.exists()][:1]
+    return sorted(found)
+
+
+def source_hash(source: str | Path, root: Path = ROOT) -> str:
+    """SHA-256 over the names and contents of the source and its headers."""
+    state = hashlib.sha256()
+    for path in included_files(root / source, root):
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        content = path.read_bytes()
+        state.update(f"{name} {len(content)}\n".encode() + content)
+    return state.hexdigest()
