@@ -73,6 +73,14 @@ class CMakeBuild(build_ext):
                 f"building haste_ext failed: `{' '.join(error.cmd)}` ended with status {error.returncode}, see above."
             )
 
+    def copy_file(self, source, target, *args, **kwargs):
+        """As setuptools does it for an editable install, but whole at once: processes that run keep the module they
+        have loaded, and one that starts meanwhile finds the old file or the new one."""
+        partial = f"{target}.{os.getpid()}"
+        super().copy_file(source, partial, *args, **kwargs)
+        os.replace(partial, target)
+        return target, True
+
 
 def pybind11_cmake_dir() -> str:
     try:
