@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from haste_ext import _load
 
@@ -28,6 +29,29 @@ def check_tensor(name: str, value: object, dim: int | None = None, layout: str =
         raise ValueError(f"{name} is on {value.device}; it must be on a cpu or cuda device")
     if dim is not None and value.dim() != dim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {layout}")
+    if not torch.compiler.is_compiling():
+        refuse_transforms(name, value)
+
+
+def refuse_transforms(name: str, value: Tensor) -> None:
+    """Transforms that go by the operations' autograd formulas: torch answers some of them with a gradient of zero."""
+    if torch._C._are_functorch_transforms_active() and is_differentiated_by_functorch(value):
+        raise NotImplementedError(
+            f"{name} is under a transform of torch.func; of those only vmap is served: take torch.autograd.grad "
+            "or backward()"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a forward-mode tangent; only reverse mode is served: take torch.autograd.grad or "
+            "backward()"
+        )
+
+
+def is_differentiated_by_functorch(value: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(value):
+        value = functorch.get_unwrapped(value)
+    return functorch.is_gradtrackingtensor(value)
 
 
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *attributes: str) -> None:

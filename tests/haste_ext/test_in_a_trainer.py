@@ -1,0 +1,167 @@
+"""What a trainer does around an operation: autocast, checkpointing, compilation, data parallelism, transforms."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operations import ATTN_ALIGN_LOSS, LOSSES, OPERATIONS, TOKEN_COSINE_LOSS
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+def assert_same(ours, expected):
+    assert len(ours) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+def test_under_autocast_the_loss_stays_float32(operation, device):
+    """Operands are taken in the type that autocast's layers give them; none is cast again."""
+    layer = nn.Linear(16, 16).to(device)
+    operands = operation.operands(device)
+    with torch.autocast(device, torch.bfloat16):
+        projected = layer(operands[0])
+        inputs = [projected, *(layer(x).detach() for x in operands[1 : operation.differentiable]), *operands[2:]]
+        inputs = inputs if operation is ATTN_ALIGN_LOSS else [projected, operands[1]]
+        loss = operation.ours(*inputs)
+    assert projected.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert torch.equal(loss, operation.ours(*inputs))
+    loss.backward()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("use_reentrant", (False, True))
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+def test_activation_checkpointing_changes_no_bit(operation, use_reentrant, device):
+    operands = operation.operands(device, dtype=torch.bfloat16)
+    expected = operation.results(operation.ours, operands)
+    student = [x.requires_grad_() for x in operands[: operation.differentiable]]
+    loss = checkpoint(operation.ours, *operands, use_reentrant=use_reentrant)
+    loss.backward()
+    assert_same([loss.detach(), *(x.grad for x in student)], expected)
+
+
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+def test_gradients_accumulate_over_micro_batches(operation, device):
+    operands = operation.operands(device, batch=4)
+    whole = operation.results(lambda *x: operation.ours(*x, reduction="sum"), operands)
+    halves = [operation.results(lambda *x: operation.ours(*x, reduction="sum"), half) for half in split(operands)]
+    torch.testing.assert_close(whole[0], halves[0][0] + halves[1][0])
+    assert_same(whole[1:], [torch.cat(pair) for pair in zip(halves[0][1:], halves[1][1:], strict=True)])
+
+
+def split(operands):
+    return zip(*(x.chunk(2) for x in operands), strict=True)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_compiled_by_inductor_with_dynamic_shapes(operation, device):
+    if device == "cpu":
+        pytest.skip("the C++ that inductor writes takes long to compile; aot_eager is tested in each operation's file")
+    torch._dynamo.reset()
+    compiled = torch.compile(operation.ours, fullgraph=True, dynamic=True)
+    for tokens in (9, 33):
+        operands = operation.operands(device, dtype=torch.bfloat16, tokens=tokens)
+        ours, eager = (operation.results(f, operands) for f in (compiled, operation.ours))
+        torch.testing.assert_close(ours, eager)
+
+
+def test_distributed_data_parallel_averages_the_gradients(tmp_path):
+    """Two processes with half a batch each have the gradients of the whole batch."""
+    command = [sys.executable, SUPPORT / "data_parallel_step.py", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output.decode()
+    first, second, whole = (torch.load(tmp_path / f"{name}.pt") for name in ("rank0", "rank1", "whole"))
+    for name in whole:
+        assert torch.equal(first[name], second[name]) and whole[name].abs().max() > 0
+        torch.testing.assert_close(first[name], whole[name])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_vmap_is_a_loop(operation, device):
+    """Ensembles work, gradients too; torch loops over the operation and says so once."""
+    members = [operation.operands(device, seed=seed) for seed in range(3)]
+    stacked = [torch.stack(x) for x in zip(*members, strict=True)]
+    expected = [operation.results(operation.ours, operands) for operands in members]
+    mapped = operation.results(torch.func.vmap(operation.ours), stacked)
+    assert_same(mapped, [torch.stack(x) for x in zip(*expected, strict=True)])
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jvp of vmap": lambda f, x: torch.func.jvp(torch.func.vmap(f), (x[None],), (x[None],)),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x[None]),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_other_transforms_are_refused(operation, transform, device):
+    """As torch answers without being told: jvp with tangents of zero, grad with an error about a static method."""
+    first, *others = operation.operands(device)
+    with pytest.raises(NotImplementedError, match=r"is under a transform of torch\.func; .* take torch\.autograd"):
+        TRANSFORMS[transform](lambda x: operation.ours(x, *others), first)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_a_forward_mode_tangent_is_refused_not_dropped(operation, device):
+    first, *others = operation.operands(device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(first, torch.ones_like(first))
+        with pytest.raises(NotImplementedError, match="carries a forward-mode tangent"):
+            operation.ours(dual, *others)
+        operation.ours(first, *others)
+
+
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+def test_a_teacher_in_inference_mode_is_refused_with_what_to_do(operation, device):
+    """Such a tensor cannot be kept for the backward; torch says so, and a clone or torch.no_grad() serves."""
+    operands = operation.operands(device)
+    expected = operation.results(operation.ours, operands)
+    with torch.inference_mode():
+        teacher = [x.clone() for x in operands[operation.differentiable :]]
+    student = operands[: operation.differentiable]
+    with pytest.raises(RuntimeError, match=r"Inference tensors cannot be saved for backward.*clone"):
+        operation.results(operation.ours, [*student, *teacher])
+    with torch.no_grad():
+        assert torch.equal(operation.ours(*student, *teacher), expected[0])
+    assert_same(operation.results(operation.ours, [*student, *(x.clone() for x in teacher)]), expected)
+
+
+def test_gradients_of_only_q_or_only_k_wherever_they_lie(device):
+    q, k, *teacher = ATTN_ALIGN_LOSS.operands(device, dtype=torch.bfloat16)
+    _, grad_q, grad_k = ATTN_ALIGN_LOSS.results(ATTN_ALIGN_LOSS.ours, [q, k, *teacher])
+    for wanted, expected in ((0, grad_q), (1, grad_k)):
+        inputs = [x.mT.contiguous().mT for x in (q, k)]  # read as copies
+        inputs[wanted].requires_grad_()
+        ATTN_ALIGN_LOSS.ours(*inputs, *teacher).backward()
+        assert torch.equal(inputs[wanted].grad, expected)
+
+
+def test_a_gradient_that_is_not_a_whole_tensor_reaches_a_packed_projection(device):
+    """q and k are views of one tensor: what they do not show of it has gradient zero."""
+    packed = torch.randn(2, 9, 3, 3, 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    q, k, _ = packed.permute(2, 0, 3, 1, 4)
+    teacher = ATTN_ALIGN_LOSS.operands(device)[2:]
+    ATTN_ALIGN_LOSS.ours(q, k, *teacher).backward()
+    _, grad_q, grad_k = ATTN_ALIGN_LOSS.results(ATTN_ALIGN_LOSS.ours, [q.detach(), k.detach(), *teacher])
+    assert_same(list(packed.grad.permute(2, 0, 3, 1, 4)), [grad_q, grad_k, torch.zeros_like(grad_k)])
+    assert TOKEN_COSINE_LOSS.ours(packed.flatten(2)[..., :8], packed.detach().flatten(2)[..., 8:16]).requires_grad
