@@ -1,0 +1,127 @@
+"""tools/gpu_check without a GPU: its stages name what is there, and whatever a stage does its folder is whole."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"gpu": "NVIDIA Test", "capability": "9.0", "date": "2026-01-31", "sources": {}}
+# What pytest's --junitxml writes, shortened.
+JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"><testsuite name="pytest" tests="5">
+<testcase classname="tests.haste_ext.test_attn_align_loss" name="test_opcheck[cuda]" time="0.1" />
+<testcase classname="tests.haste_ext.test_small_shapes" name="test_any_layout[cuda-attn_align_loss-one]" time="0.1">
+<failure message="AssertionError">words</failure></testcase>
+<testcase classname="tests.haste_ext.test_token_cosine_loss" name="test_opcheck[cuda]" time="0.1" />
+<testcase classname="tests.haste_ext.test_cuda_streams" name="test_second[token_cosine_loss]" time="0.1">
+<skipped type="pytest.skip" message="needs two GPUs">here</skipped></testcase>
+<testcase classname="tests.haste_ext.test_small_shapes" name="test_types[cuda-taylor_extrapolate_blocks]" time="0.1" />
+</testsuite></testsuites>"""
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        loader = importlib.machinery.SourceFileLoader("gpu_check", str(ROOT / "tools/gpu_check"))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+        sys.modules["gpu_check"] = module  # dataclasses look their module up
+        loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+        sys.modules.pop("gpu_check", None)
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_the_stages_name_what_is_there(gpu_check):
+    result = subprocess.run([sys.executable, ROOT / "tools/gpu_check", "--dry-run"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    stages = gpu_check.stages_after_build(Path("folder"), Path("scratch"), gpu_check.PATHS)
+    assert len(result.stdout.splitlines()) == 1 + len(stages)
+    for stage in stages:
+        tests = [word for word in stage.command if word.startswith("tests/")]
+        assert all((ROOT / path).exists() for path in tests)
+        assert tests or "haste_ext.bench" in stage.command
+    logs = {stage.log for stage in stages} | {"build.log", "machine.json", "summary.md"}
+    written = {Path(word).name for stage in stages for word in stage.command if word.startswith("folder/")}
+    assert len(logs | written) <= 8, "what is brought back from a borrowed machine is few files"
+
+
+def test_a_kernel_that_passes_everything_is_verified(gpu_check):
+    good = gpu_check.Outcome("passed", 1.0, gpu_check.count_tests(JUNIT))
+    stages = [f"{kind} {path}" for kind in ("correctness", "memcheck", "racecheck") for path in gpu_check.PATHS]
+    verified = gpu_check.verified_sources(dict.fromkeys(stages, good))
+    names = {Path(source).name for source in verified}
+    assert {"token_cosine_loss.cu", "taylor_extrapolate.cu"} <= names, "what fails elsewhere does not matter to them"
+    assert not [name for name in names if "attn_align_loss" in name], "a test of it failed"
+    assert "device.cu" not in names, "it serves them all"
+    assert verified["csrc/kernels/cuda/token_cosine_loss.cu"] == gpu_check.source_hash(
+        "csrc/kernels/cuda/token_cosine_loss.cu"
+    )
+
+
+@pytest.mark.parametrize("stage", ("correctness portable", "memcheck portable", "racecheck portable"))
+def test_a_stage_that_is_missing_or_did_not_end_verifies_nothing(gpu_check, stage):
+    good = gpu_check.Outcome("passed", 1.0, gpu_check.count_tests(JUNIT))
+    outcomes = dict.fromkeys(("correctness portable", "memcheck portable", "racecheck portable"), good)
+    assert gpu_check.verified_sources(outcomes)
+    for bad in (None, gpu_check.Outcome("out of time", 60.0, None), gpu_check.Outcome("passed", 1.0, {})):
+        assert not gpu_check.verified_sources({**outcomes, stage: bad})
+
+
+def test_errors_of_a_sanitizer_count_though_every_test_passed(gpu_check):
+    tests = {name: {"passed": 3, "failed": 0, "skipped": 0} for name in gpu_check.OPERATIONS}
+    stages = ("correctness portable", "memcheck portable", "racecheck portable")
+    outcomes = dict.fromkeys(stages, gpu_check.Outcome("passed", 1.0, tests))
+    assert len(gpu_check.verified_sources(outcomes)) >= 8
+    assert not gpu_check.verified_sources({**outcomes, "racecheck portable": gpu_check.Outcome("failed", 1.0, tests)})
+
+
+def test_every_stage_runs_whatever_the_others_do(gpu_check, monkeypatch, tmp_path, capsys):
+    """One passes, one fails, one is too slow, one cannot start, one runs tests; the folder tells of them all."""
+    folder, junit = tmp_path / "run", tmp_path / "tests.xml"
+    folder.mkdir()
+    stages = [
+        gpu_check.Stage("passes", "one.log", 20, python("print('at work')"), {"HASTE_CUDA_PATH": "portable"}),
+        gpu_check.Stage("fails", "one.log", 20, python(f"raise SystemExit('lost in {ROOT}')")),
+        gpu_check.Stage("sleeps", "two.log", 1, python("import time; print('tired'); time.sleep(60)")),
+        gpu_check.Stage("is absent", "two.log", 20, ["no-such-program"]),
+        gpu_check.Stage("tests", "two.log", 20, python(f"open({str(junit)!r}, 'w').write({JUNIT!r})"), {}, junit),
+    ]
+    monkeypatch.setattr(gpu_check, "build_stage", lambda capability: gpu_check.Stage("build", "b.log", 20, python("")))
+    monkeypatch.setattr(gpu_check, "ask_python", lambda code: {"cuda_paths": ["portable", "hopper"]})
+    monkeypatch.setattr(gpu_check, "stages_after_build", lambda folder, scratch, paths: stages)
+    assert not gpu_check.run_all(folder, dict(MACHINE))
+    document = json.loads((folder / "machine.json").read_text())
+    assert {name: stage["status"] for name, stage in document["stages"].items()} == {
+        "build": "passed",
+        "passes": "passed",
+        "fails": "failed",
+        "sleeps": "out of time",
+        "is absent": "failed",
+        "tests": "passed",
+    }
+    assert document["stages"]["tests"]["tests"]["attn_align_loss"] == {"passed": 1, "failed": 1, "skipped": 0}
+    assert document["verified"] == {} and document["build_info"]["cuda_paths"] == ["portable", "hopper"]
+    one, two = (folder / "one.log").read_text(), (folder / "two.log").read_text()
+    assert "$ HASTE_CUDA_PATH=portable" in one and "at work" in one and "tired" in two
+    assert "lost in ." in one and str(ROOT) not in one, "no path of the machine is kept"
+    assert "| sleeps | out of time |" in (folder / "summary.md").read_text()
+    assert "sleeps: out of time" in capsys.readouterr().out
+
+
+def test_nothing_is_started_once_the_time_is_up(gpu_check, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "BUDGET", 0.0)
+    monkeypatch.setattr(gpu_check, "build_stage", lambda capability: gpu_check.Stage("build", "b.log", 9, ["false"]))
+    assert not gpu_check.run_all(tmp_path, dict(MACHINE))
+    assert json.loads((tmp_path / "machine.json").read_text())["stages"]["build"]["status"] == "not run"
