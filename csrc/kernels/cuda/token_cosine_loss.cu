@@ -31,15 +31,13 @@ struct Arguments {
   Rows<T> teacher;
 };
 
-// Sums over one token, the same in every lane.
-struct Cosine {
-  float student_norm, teacher_norm;  // clamped
-  float value;
-  bool clamped;  // the student's norm was
+// Σ s², Σ t² and Σ s·t over one token, of the numbers times a power of 2 each; the same in every lane.
+struct Sums {
+  float ss = 0.f, tt = 0.f, st = 0.f;
 
   template <typename S, typename T>
-  __device__ Cosine(const S* student, const T* teacher, const Arguments<S, T>& arguments) {
-    float ss = 0.f, tt = 0.f, st = 0.f;
+  __device__ Sums(const S* student, const T* teacher, const Arguments<S, T>& arguments, float student_scale,
+                  float teacher_scale) {
 #pragma unroll 2
     for (int column = threadIdx.x % kWarpSize * kVector; column < arguments.dim; column += kWarpSize * kVector) {
       float s[kVector], t[kVector];
@@ -47,17 +45,40 @@ struct Cosine {
       load(t, teacher + column, arguments.dim - column, arguments.teacher.aligned);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        ss = fmaf(s[i], s[i], ss);
-        tt = fmaf(t[i], t[i], tt);
-        st = fmaf(s[i], t[i], st);
+        const float x = s[i] * student_scale, y = t[i] * teacher_scale;
+        ss = fmaf(x, x, ss);
+        tt = fmaf(y, y, tt);
+        st = fmaf(x, y, st);
       }
     }
-    const float norm = sqrtf(reduce_sum<kWarpSize>(ss));
+    ss = reduce_sum<kWarpSize>(ss);
+    tt = reduce_sum<kWarpSize>(tt);
+    st = reduce_sum<kWarpSize>(st);
+  }
+};
+
+// Cosine and norms of one token, the same in every lane. Numbers beyond 1e19 have squares beyond float, and a norm that
+// may lie beyond it too: their token is summed a second time in smaller units, and norms stay in those.
+struct Cosine {
+  float student_scale = 1.f, teacher_scale = 1.f;  // 1 / unit
+  float student_norm, teacher_norm;                // in units, clamped
+  float value;
+  bool clamped;  // the student's norm was
+
+  template <typename S, typename T>
+  __device__ Cosine(const S* student, const T* teacher, const Arguments<S, T>& arguments) {
+    constexpr float kLargest = 3.402823466e38f, kSmaller = 0x1p-72f;
+    Sums sums(student, teacher, arguments, 1.f, 1.f);
+    if (!(sums.ss <= kLargest && sums.tt <= kLargest)) {
+      student_scale = sums.ss <= kLargest ? 1.f : kSmaller;
+      teacher_scale = sums.tt <= kLargest ? 1.f : kSmaller;
+      sums = Sums(student, teacher, arguments, student_scale, teacher_scale);
+    }
+    const float norm = sqrtf(sums.ss), other = sqrtf(sums.tt);
     clamped = norm < kSmallestNorm;
     student_norm = clamped ? kSmallestNorm : norm;
-    const float other = sqrtf(reduce_sum<kWarpSize>(tt));
     teacher_norm = other < kSmallestNorm ? kSmallestNorm : other;
-    value = reduce_sum<kWarpSize>(st) / student_norm / teacher_norm;
+    value = sums.st / student_norm / teacher_norm;
   }
 };
 
@@ -84,16 +105,19 @@ __global__ void __launch_bounds__(kBlockThreads)
   const Cosine cosine(student, teacher, arguments);
   const float g = static_cast<const float*>(upstream.data)[token / arguments.inner * upstream.stride_outer +
                                                            token % arguments.inner * upstream.stride_inner];
-  const float factor = -g / cosine.student_norm;
-  const float teacher_factor = factor / cosine.teacher_norm;
-  const float student_factor = cosine.clamped ? 0.f : -factor * cosine.value / cosine.student_norm;
+  const float factor = -g / cosine.student_norm * cosine.student_scale;
+  const float teacher_factor = 1.f / cosine.teacher_norm;
+  const float student_factor = cosine.clamped ? 0.f : -cosine.value / cosine.student_norm;
 #pragma unroll 2
   for (int column = threadIdx.x % kWarpSize * kVector; column < arguments.dim; column += kWarpSize * kVector) {
     float s[kVector], t[kVector];
     load(s, student + column, arguments.dim - column, arguments.student.aligned);
     load(t, teacher + column, arguments.dim - column, arguments.teacher.aligned);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) s[i] = fmaf(teacher_factor, t[i], student_factor * s[i]);
+    for (int i = 0; i < kVector; ++i) {
+      const float x = s[i] * cosine.student_scale, y = t[i] * cosine.teacher_scale;
+      s[i] = factor * fmaf(teacher_factor, y, student_factor * x);
+    }
     store(gradient + token * arguments.dim + column, s, arguments.dim - column, gradient_aligned);
   }
 }

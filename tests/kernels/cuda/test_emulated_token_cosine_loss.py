@@ -83,6 +83,28 @@ def test_vectors_of_no_length(emulator):
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("student_type", TYPES)
+@pytest.mark.parametrize("teacher_type", TYPES)
+def test_the_largest_values_of_a_type(emulator, student_type, teacher_type):
+    """Squares and norms beyond float on either side or both, beside a token of ordinary values."""
+    largest = [torch.finfo(dtype).max for dtype in (student_type, teacher_type)]
+    student, teacher = (
+        (x / x.abs().max() * torch.tensor([size, size, 1.0]).reshape(3, 1)).to(dtype)
+        for x, size, dtype in zip(
+            operands((torch.float64,) * 2, (1, 3, 72)), largest, (student_type, teacher_type), strict=True
+        )
+    )
+    teacher[0, 1] = torch.arange(72)
+    upstream = torch.ones(1, 3)
+    loss, gradient = run(emulator, student, teacher, upstream)
+    exact_loss, exact_gradient = definition(student.double(), teacher.double(), upstream)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=0, atol=1e-6)
+    for token in range(3):
+        value = exact_gradient[0, token]
+        allowed = max(4 * torch.finfo(student_type).eps * value.abs().max().item(), torch.finfo(student_type).tiny)
+        torch.testing.assert_close(gradient[0, token].double(), value, rtol=0, atol=allowed)
+
+
 def test_nothing_to_do(emulator):
     student, teacher = operands((torch.float32, torch.float32), (0, 4, 16))
     assert run(emulator, student, teacher, torch.zeros(0, 4))[0].shape == (0, 4)
