@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 
@@ -23,10 +25,12 @@ def test_build_info_names_everything():
 
 
 def test_a_build_with_cuda_holds_every_target():
+    """Those of TORCH_CUDA_ARCH_LIST where it is set, as it was for the build."""
     info = haste_ext.build_info()
     if not info["cuda"]:
         pytest.skip("built without nvcc")
-    assert {"80", "86", "89", "90", "100", "120"} <= set(info["cuda_targets"])
+    targets = re.findall(r"[\d.]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.6 8.9 9.0 10.0 12.0")
+    assert {target.replace(".", "") for target in targets} <= {re.sub("[af]$", "", x) for x in info["cuda_targets"]}
 
 
 def test_a_path_can_be_forced_by_name_and_by_environment():

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"gpu": "NVIDIA Test", "capability": "9.0", "date": "2026-01-31", "sources": {}}
+AT_WORK = "import os; print(os.environ['HASTE_CUDA_PATH'], 'for', os.environ['TORCH_CUDA_ARCH_LIST'])"
 # What pytest's --junitxml writes, shortened.
 JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"><testsuite name="pytest" tests="5">
 <testcase classname="tests.haste_ext.test_attn_align_loss" name="test_opcheck[cuda]" time="0.1" />
@@ -93,14 +94,15 @@ def test_every_stage_runs_whatever_the_others_do(gpu_check, monkeypatch, tmp_pat
     """One passes, one fails, one is too slow, one cannot start, one runs tests; the folder tells of them all."""
     folder, junit = tmp_path / "run", tmp_path / "tests.xml"
     folder.mkdir()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     stages = [
-        gpu_check.Stage("passes", "one.log", 20, python("print('at work')"), {"HASTE_CUDA_PATH": "portable"}),
+        gpu_check.Stage("passes", "one.log", 20, python(AT_WORK), {"HASTE_CUDA_PATH": "portable"}),
         gpu_check.Stage("fails", "one.log", 20, python(f"raise SystemExit('lost in {ROOT}')")),
         gpu_check.Stage("sleeps", "two.log", 1, python("import time; print('tired'); time.sleep(60)")),
         gpu_check.Stage("is absent", "two.log", 20, ["no-such-program"]),
         gpu_check.Stage("tests", "two.log", 20, python(f"open({str(junit)!r}, 'w').write({JUNIT!r})"), {}, junit),
     ]
-    monkeypatch.setattr(gpu_check, "build_stage", lambda capability: gpu_check.Stage("build", "b.log", 20, python("")))
+    monkeypatch.setattr(gpu_check, "build_stage", lambda: gpu_check.Stage("build", "b.log", 20, python("")))
     monkeypatch.setattr(gpu_check, "ask_python", lambda code: {"cuda_paths": ["portable", "hopper"]})
     monkeypatch.setattr(gpu_check, "stages_after_build", lambda folder, scratch, paths: stages)
     assert not gpu_check.run_all(folder, dict(MACHINE))
@@ -116,14 +118,15 @@ def test_every_stage_runs_whatever_the_others_do(gpu_check, monkeypatch, tmp_pat
     assert document["stages"]["tests"]["tests"]["attn_align_loss"] == {"passed": 1, "failed": 1, "skipped": 0}
     assert document["verified"] == {} and document["build_info"]["cuda_paths"] == ["portable", "hopper"]
     one, two = (folder / "one.log").read_text(), (folder / "two.log").read_text()
-    assert "$ HASTE_CUDA_PATH=portable" in one and "at work" in one and "tired" in two
+    assert "$ HASTE_CUDA_PATH=portable" in one and "portable for 9.0" in one and "tired" in two
     assert "lost in ." in one and str(ROOT) not in one, "no path of the machine is kept"
     assert "| sleeps | out of time |" in (folder / "summary.md").read_text()
     assert "sleeps: out of time" in capsys.readouterr().out
 
 
 def test_nothing_is_started_once_the_time_is_up(gpu_check, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     monkeypatch.setattr(gpu_check, "BUDGET", 0.0)
-    monkeypatch.setattr(gpu_check, "build_stage", lambda capability: gpu_check.Stage("build", "b.log", 9, ["false"]))
+    monkeypatch.setattr(gpu_check, "build_stage", lambda: gpu_check.Stage("build", "b.log", 9, ["false"]))
     assert not gpu_check.run_all(tmp_path, dict(MACHINE))
     assert json.loads((tmp_path / "machine.json").read_text())["stages"]["build"]["status"] == "not run"
