@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"gpu": "NVIDIA Test", "capability": "9.0", "date": "2026-01-31", "sources": {}}
@@ -130,3 +131,12 @@ def test_nothing_is_started_once_the_time_is_up(gpu_check, monkeypatch, tmp_path
     monkeypatch.setattr(gpu_check, "build_stage", lambda: gpu_check.Stage("build", "b.log", 9, ["false"]))
     assert not gpu_check.run_all(tmp_path, dict(MACHINE))
     assert json.loads((tmp_path / "machine.json").read_text())["stages"]["build"]["status"] == "not run"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the benchmark would run")
+def test_the_benchmark_takes_the_flags_that_it_is_given(gpu_check):
+    """It reads its whole command line before it says that there is no GPU."""
+    stages = gpu_check.stages_after_build(Path("folder"), Path("scratch"), gpu_check.PATHS)
+    for stage in [stage for stage in stages if "haste_ext.bench" in stage.command]:
+        result = subprocess.run(stage.command, cwd=ROOT, capture_output=True, text=True)
+        assert "--device is cuda; torch finds no CUDA device here" in result.stderr
