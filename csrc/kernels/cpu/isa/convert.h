@@ -16,6 +16,7 @@ struct Bfloat {
 };
 
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));  // one per lane of Vector<float>
+typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halfwords __attribute__((vector_size(kVectorBytes / 2)));
 
 // 16-bit numbers to the low halves of 32-bit words, and back. (GCC 12 would convert whole vectors in pieces.)
@@ -64,12 +65,12 @@ HASTE_INLINE Vector<float> widen(const Half* from) {
 #elif defined(__AVX2__) && defined(__F16C__)
   return Vector<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-  // Exponent and mantissa moved to their places, then the difference of the biases as a factor: subnormal numbers
-  // become normal by themselves. What was infinite or NaN comes out at 2^16 or more.
-  const Words half = load_halfwords(from);
-  const Vector<float> scaled = Vector<float>((half & 0x7fff) << 13) * 0x1p112f;
-  const Words magnitude = Words(scaled) | (Words(scaled >= 0x1p16f) & 0x7f800000);
-  return Vector<float>(magnitude | (half & 0x8000) << 16);
+  // Sign, exponent and mantissa moved to their places, then the difference of the biases as a factor: subnormal
+  // numbers become normal by themselves. What was infinite or NaN comes out at 2^16 or more.
+  const Words moved = Words(Integers(load_halfwords(from) << 16) >> 3) & 0x8fffe000;
+  const Words scaled = Words(Vector<float>(moved) * 0x1p112f);
+  const Words special = Words(Vector<float>(scaled & 0x7fffffff) >= 0x1p16f);
+  return Vector<float>(scaled | (special & 0x7f800000));
 #endif
 }
 
@@ -78,8 +79,7 @@ HASTE_INLINE void narrow(float* to, Vector<float> v) { store(to, v); }
 HASTE_INLINE void narrow(Bfloat* to, Vector<float> v) {
   const Words bits = Words(v);
   const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Words is_nan = Words(v != v);
-  store_halfwords(to, ((rounded & ~is_nan) | ((bits | 0x400000) & is_nan)) >> 16);
+  store_halfwords(to, Words(v == v ? Vector<float>(rounded) : Vector<float>(bits | 0x400000)) >> 16);
 }
 
 HASTE_INLINE void narrow(Half* to, Vector<float> v) {
@@ -88,14 +88,14 @@ HASTE_INLINE void narrow(Half* to, Vector<float> v) {
 #elif defined(__AVX2__) && defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
 #else
-  const Words magnitude = Words(v) & 0x7fffffff;
-  const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2^-14 a step of fp16 is 2^-24, which is the last place of a float near 0.5: the addition rounds.
-  const Words subnormal = Words(Vector<float>(magnitude) + 0.5f) - Words(broadcast(0.5f));
-  const Words large = (magnitude > 0x7f800000) ? Words{} + 0x7e00 : Words{} + 0x7c00;
-  const Words finite = magnitude < (113u << 23) ? subnormal : normal;
-  const Words half = magnitude >= 0x477ff000 ? large : finite;  // from 65520 on the nearest is infinity
-  store_halfwords(to, half | ((Words(v) >> 16) & 0x8000));
+  // 2^13 times the number's power of two (of the smallest normal number's, below it) has its last place where fp16 has
+  // its own: the addition rounds. From 65520 on the nearest is infinity, which 2^16 turns into by itself.
+  const Vector<float> magnitude = min<float>(broadcast(0x1p16f), Vector<float>(Words(v) & 0x7fffffff));
+  const Words power = Words(max<float>(broadcast(0x1p-14f), Vector<float>(Words(magnitude) & 0x7f800000)));
+  const Words aligned = power + (13u << 23);
+  const Words mantissa = Words(magnitude + Vector<float>(aligned)) - aligned;  // the leading 1 included
+  const Words nan = Words(v != v) & 0x7e00;
+  store_halfwords(to, (mantissa + ((power - (113u << 23)) >> 13)) | nan | ((Words(v) >> 16) & 0x8000));
 #endif
 }
 

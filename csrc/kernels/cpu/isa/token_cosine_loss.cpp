@@ -8,38 +8,64 @@ namespace {
 
 constexpr double kSmallestNorm = 1e-12;  // as F.normalize
 
-// The three sums of a row in double: there is time for it while memory delivers, squares of large fp32 and bf16
-// numbers do not overflow, and a near-zero cosine keeps its digits.
+// The three sums of a row in vectors of A, two chains of additions each.
+template <class A>
 struct RowSums {
   struct Sums {
-    Vector<double> student_square{}, teacher_square{}, dot{};
+    Vector<A> student_square{}, teacher_square{}, dot{};
 
-    HASTE_INLINE void add(Vector<double> s, Vector<double> t) {
+    HASTE_INLINE void add(Vector<A> s, Vector<A> t) {
       student_square += s * s;
       teacher_square += t * t;
       dot += s * t;
     }
   };
-  Sums lower, upper;  // of the lanes of float vectors: two chains of additions instead of one
+  Sums chain[2];
 
-  HASTE_INLINE void add(Vector<double> s, Vector<double> t) { lower.add(s, t); }
-  HASTE_INLINE void add(Vector<float> s, Vector<float> t) {
-    lower.add(lower_half(s), lower_half(t));
-    upper.add(upper_half(s), upper_half(t));
+  // `half` tells the chain; float summed in double takes both.
+  HASTE_INLINE void add(Vector<A> s, Vector<A> t, int half) { chain[half].add(s, t); }
+  template <class T>
+  HASTE_INLINE void add(T s, T t, int) {
+    chain[0].add(lower_half(s), lower_half(t));
+    chain[1].add(upper_half(s), upper_half(t));
   }
 
-  HASTE_INLINE double student_square() const { return sum<double>(lower.student_square + upper.student_square); }
-  HASTE_INLINE double teacher_square() const { return sum<double>(lower.teacher_square + upper.teacher_square); }
-  HASTE_INLINE double dot() const { return sum<double>(lower.dot + upper.dot); }
+  HASTE_INLINE double student_square() const { return sum<A>(chain[0].student_square + chain[1].student_square); }
+  HASTE_INLINE double teacher_square() const { return sum<A>(chain[0].teacher_square + chain[1].teacher_square); }
+  HASTE_INLINE double dot() const { return sum<A>(chain[0].dot + chain[1].dot); }
 };
 
-template <class T, class Student, class Teacher>
-RowSums row_sums(const Student* s, const Teacher* t, int64_t dim) {
-  RowSums sums;
+struct Totals {
+  double student_square, teacher_square, dot;
+};
+
+template <class T, class A, class Student, class Teacher>
+HASTE_INLINE Totals sum_row(const Student* s, const Teacher* t, int64_t dim) {
+  constexpr int L = kLanes<T>;
+  RowSums<A> sums;
   int64_t d = 0;
-  for (; d + kLanes<T> <= dim; d += kLanes<T>) sums.add(load_as<T>(s + d), load_as<T>(t + d));
-  if (d < dim) sums.add(load_first<T>(s + d, dim - d), load_first<T>(t + d, dim - d));
-  return sums;
+  for (; d + 2 * L <= dim; d += 2 * L) {
+    sums.add(load_as<T>(s + d), load_as<T>(t + d), 0);
+    sums.add(load_as<T>(s + d + L), load_as<T>(t + d + L), 1);
+  }
+  for (int half = 0; d < dim; d += L, ++half) {
+    const int64_t count = least(dim - d, L);
+    sums.add(load_first<T>(s + d, count), load_first<T>(t + d, count), half);
+  }
+  return {sums.student_square(), sums.teacher_square(), sums.dot()};
+}
+
+// In double: there is time for it while memory delivers fp32, squares do not overflow, and a near-zero cosine keeps
+// its digits. Half-precision numbers come twice as fast and have few digits to lose: float does for them, unless the
+// squares leave its range.
+template <class T, class Student, class Teacher>
+HASTE_INLINE Totals row_totals(const Student* s, const Teacher* t, int64_t dim) {
+  if constexpr (sizeof(Student) == 2 && sizeof(Teacher) == 2) {
+    const auto safe = [](double square) { return square > 0x1p-60 && square < 0x1p120; };
+    const Totals totals = sum_row<float, float>(s, t, dim);
+    if (safe(totals.student_square) && safe(totals.teacher_square)) return totals;
+  }
+  return sum_row<T, double>(s, t, dim);
 }
 
 struct RowNorms {
@@ -49,13 +75,12 @@ struct RowNorms {
 
 template <class T, class Student, class Teacher>
 RowNorms row_norms(const Student* s, const Teacher* t, int64_t dim) {
-  const RowSums sums = row_sums<T>(s, t, dim);
-  const double student_norm = __builtin_sqrt(sums.student_square());
-  const double teacher_norm = __builtin_sqrt(sums.teacher_square());
+  const Totals sums = row_totals<T>(s, t, dim);
+  const double student_norm = __builtin_sqrt(sums.student_square), teacher_norm = __builtin_sqrt(sums.teacher_square);
   const bool student_clamped = student_norm < kSmallestNorm;
   const double student_inverse = 1 / (student_clamped ? kSmallestNorm : student_norm);
   const double teacher_inverse = 1 / (teacher_norm < kSmallestNorm ? kSmallestNorm : teacher_norm);
-  return {student_inverse, teacher_inverse, sums.dot() * student_inverse * teacher_inverse, student_clamped};
+  return {student_inverse, teacher_inverse, sums.dot * student_inverse * teacher_inverse, student_clamped};
 }
 
 // factor · (cosine · s / ‖s‖ − t / ‖t‖), of the student's type, from element `first` of the gradient on.

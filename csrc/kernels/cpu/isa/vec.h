@@ -86,15 +86,23 @@ HASTE_INLINE Vector<T> min(Vector<T> a, Vector<T> b) {
   return a < b ? a : b;
 }
 
-#if defined(__AVX512F__)  // GCC 12 makes a comparison and a blend of the above
+#if defined(__SSE2__)  // GCC 12 makes comparisons and blends of the above
+#if defined(__AVX512F__)
+#define HASTE_FLOATS(operation, a, b) Vector<float>(_mm512_##operation##_ps(__m512(a), __m512(b)))
+#elif defined(__AVX2__)
+#define HASTE_FLOATS(operation, a, b) Vector<float>(_mm256_##operation##_ps(__m256(a), __m256(b)))
+#else
+#define HASTE_FLOATS(operation, a, b) Vector<float>(_mm_##operation##_ps(__m128(a), __m128(b)))
+#endif
 template <>
 HASTE_INLINE Vector<float> max<float>(Vector<float> a, Vector<float> b) {
-  return Vector<float>(_mm512_max_ps(__m512(a), __m512(b)));
+  return HASTE_FLOATS(max, a, b);
 }
 template <>
 HASTE_INLINE Vector<float> min<float>(Vector<float> a, Vector<float> b) {
-  return Vector<float>(_mm512_min_ps(__m512(a), __m512(b)));
+  return HASTE_FLOATS(min, a, b);
 }
+#undef HASTE_FLOATS
 #endif
 
 template <class T>
