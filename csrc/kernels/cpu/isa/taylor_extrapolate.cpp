@@ -7,12 +7,19 @@
 namespace haste::cpu::HASTE_ISA {
 namespace {
 
+// The many rows of several layers are too many and too short for the processor to read ahead by itself.
+template <int Count, class Snapshot>
+HASTE_INLINE void read_ahead(const Snapshot* row) {
+  for (int d = 0; d < Count; d += 64 / int(sizeof(Snapshot))) __builtin_prefetch(row + d, 0, 2);
+}
+
 // One layer's snapshots of one token, and the weights of its slots.
 template <class Snapshot>
 struct SlotRows {
   const Snapshot* first;
   const float* weights;
   int64_t slots, stride, weight_stride;
+  int64_t ahead;  // to what is read next of the same snapshots
 
   // Σ_k w_k · snapshot_k, `Vectors` vectors from element d on. A slot of weight 0 is not read.
   template <class T, int Vectors, class Load>
@@ -21,7 +28,9 @@ struct SlotRows {
     for (int64_t k = 0; k < slots; ++k) {
       const T weight = weights[k * weight_stride];
       if (weight == 0) continue;
-      for (int v = 0; v < Vectors; ++v) sum[v] += weight * load_lanes(first + k * stride + d + v * kLanes<T>);
+      const Snapshot* row = first + k * stride + d;
+      if (ahead) read_ahead<Vectors * kLanes<T>>(row + ahead);
+      for (int v = 0; v < Vectors; ++v) sum[v] += weight * load_lanes(row + v * kLanes<T>);
     }
   }
 };
@@ -68,7 +77,8 @@ void add_layers(const TaylorProblem& problem, const Snapshot* snapshots, int64_t
     const Snapshot* first = snapshots + layer * problem.snapshot_stride_layer + batch * problem.snapshot_stride_batch +
                             token * problem.snapshot_stride_token;
     const SlotRows<Snapshot> rows{first, problem.weights + layer * problem.weight_stride_layer, problem.slots,
-                                  problem.snapshot_stride_slot, problem.weight_stride_slot};
+                                  problem.snapshot_stride_slot, problem.weight_stride_slot,
+                                  problem.layers > 1 ? problem.snapshot_stride_token : 0};
     const int64_t gate = layer * problem.gate_stride_layer + batch * problem.gate_stride_batch;
     add_layer(rows, gates ? gates + gate : nullptr, problem.dim, total);
   }
