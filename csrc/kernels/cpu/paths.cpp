@@ -16,7 +16,7 @@
 namespace haste::cpu {
 namespace {
 
-constexpr Path kPaths[] = {Path::Portable, Path::Avx2, Path::Avx512, Path::Amx};
+constexpr Path kPaths[] = {Path::Portable, Path::Avx2, Path::Avx512, Path::Avx512Bf16, Path::Amx};
 
 #define HASTE_KERNELS_OF(isa)                                                                    \
   {                                                                                              \
@@ -31,11 +31,19 @@ constexpr Kernels kAvx2 = HASTE_KERNELS_OF(avx2);
 #if defined(HASTE_HAS_AVX512)
 constexpr Kernels kAvx512 = HASTE_KERNELS_OF(avx512);
 #endif
+
+// Products of bf16 serve the attention maps; the memory-bound operations are those of AVX-512.
+#define HASTE_BF16_KERNELS_OF(isa)                                                                    \
+  {                                                                                                   \
+    isa::attn_align_loss_scratch, isa::attn_align_loss_forward, isa::attn_align_loss_backward,        \
+        avx512::token_cosine_loss_forward, avx512::token_cosine_loss_backward, avx512::taylor_extrapolate \
+  }
+
+#if defined(HASTE_HAS_AVX512BF16)
+constexpr Kernels kAvx512Bf16 = HASTE_BF16_KERNELS_OF(avx512bf16);
+#endif
 #if defined(HASTE_HAS_AMX)
-// Tiles serve matrix products; the memory-bound operations are those of AVX-512.
-constexpr Kernels kAmx = {
-    amx::attn_align_loss_scratch,      amx::attn_align_loss_forward,       amx::attn_align_loss_backward,
-    avx512::token_cosine_loss_forward, avx512::token_cosine_loss_backward, avx512::taylor_extrapolate};
+constexpr Kernels kAmx = HASTE_BF16_KERNELS_OF(amx);
 
 // Linux hands out the tile registers only to a process that asks, once for all its threads.
 bool tiles_granted() {
@@ -58,10 +66,13 @@ bool runs_here(Path path) {
       return runs_here(Path::Avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
+#if defined(HASTE_HAS_AVX512BF16)
+    case Path::Avx512Bf16: return runs_here(Path::Avx512) && __builtin_cpu_supports("avx512bf16");
+#endif
 #if defined(HASTE_HAS_AMX)
     case Path::Amx:
-      return runs_here(Path::Avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-             __builtin_cpu_supports("amx-bf16") && tiles_granted();
+      return runs_here(Path::Avx512Bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+             tiles_granted();
 #endif
     default: return false;
   }
@@ -91,6 +102,7 @@ const char* path_name(Path path) {
     case Path::Portable: return "portable";
     case Path::Avx2: return "avx2";
     case Path::Avx512: return "avx512";
+    case Path::Avx512Bf16: return "avx512bf16";
     default: return "amx";
   }
 }
@@ -116,6 +128,9 @@ const Kernels& active_kernels() {
   switch (active_path()) {
 #if defined(HASTE_HAS_AMX)
     case Path::Amx: return kAmx;
+#endif
+#if defined(HASTE_HAS_AVX512BF16)
+    case Path::Avx512Bf16: return kAvx512Bf16;
 #endif
 #if defined(HASTE_HAS_AVX512)
     case Path::Avx512: return kAvx512;

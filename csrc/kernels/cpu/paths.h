@@ -7,9 +7,9 @@
 
 namespace haste::cpu {
 
-enum class Path : int { Portable, Avx2, Avx512, Amx };
+enum class Path : int { Portable, Avx2, Avx512, Avx512Bf16, Amx };
 
-// Names as the user sees them: "portable", "avx2", "avx512", "amx".
+// Names as the user sees them: "portable", "avx2", "avx512", "avx512bf16", "amx".
 const char* path_name(Path path);
 
 // The paths that this binary holds and this processor can run, narrowest first.

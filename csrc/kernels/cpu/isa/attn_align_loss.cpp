@@ -109,9 +109,9 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
     for (int64_t key = 0; key < keys; key += kKeys) {
       const int64_t count = least(kKeys, keys - key);
       logits(problem, key, count, work);
-      work.softmax->update(work.student_logits, work.teacher_logits, count, exp<T>, exp<T>);
+      work.softmax->update(work.student_logits, 1, work.teacher_logits, 1, count, exp<T>);
     }
-    work.softmax->finish(rows, first_row(problem, block) + query, 1, 1, queries);
+    work.softmax->finish(rows, first_row(problem, block) + query, 1, queries);
   }
 }
 

@@ -106,8 +106,8 @@ HASTE_INLINE int64_t first_row(const AttnAlignProblem& problem, const AttnBlock&
 }
 
 // Per query, over the keys seen so far: the maxima, Σ e^{s−max_s}, Σ e^{t−max_t} and x = Σ e^{t−max_t} (s − max_s).
-// Measuring s from its maximum keeps the digits that lse(s) − Σ softmax(t) s would cancel. The logits may come
-// unscaled: the caller's exp_s and exp_t scale their argument then, and finish() the maxima.
+// Measuring s from its maximum keeps the digits that lse(s) − Σ softmax(t) s would cancel. A logit is what a tile holds
+// times a positive factor; its unit is `exp`'s.
 template <class T, int Queries>
 struct OnlineSoftmax {
   alignas(64) T student_max[Queries], student_sum[Queries];
@@ -122,45 +122,48 @@ struct OnlineSoftmax {
   }
 
   // One tile of logits, `keys` rows.
-  template <class ExpS, class ExpT>
-  HASTE_INLINE void update(const T* s, const T* t, int64_t keys, const ExpS& exp_s, const ExpT& exp_t) {
-    for (int i = 0; i < Queries; i += kLanes<T>) update_lanes(s + i, t + i, keys, exp_s, exp_t, i);
+  template <class Exp>
+  HASTE_INLINE void update(const T* s, T student_factor, const T* t, T teacher_factor, int64_t keys, const Exp& exp) {
+    for (int i = 0; i < Queries; i += kLanes<T>) {
+      update_lanes(s + i, student_factor, t + i, teacher_factor, keys, exp, i);
+    }
   }
 
-  // Rows [0, count) to where the caller keeps them.
-  void finish(const AttnAlignRows& rows, int64_t first_row, T student_scale, T teacher_scale, int64_t count) const {
+  // Rows [0, count) to where the caller keeps them, in natural units: one of the logits' is `unit` of them.
+  void finish(const AttnAlignRows& rows, int64_t first_row, T unit, int64_t count) const {
     T* loss = static_cast<T*>(rows.loss) + first_row;
     T* student = static_cast<T*>(rows.student_softmax) + 2 * first_row;
     T* teacher = static_cast<T*>(rows.teacher_softmax) + 2 * first_row;
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vector<T> row_loss =
-          log<T>(load(student_sum + i)) - load(cross + i) * student_scale / load(teacher_sum + i);
+      const Vector<T> row_loss = log<T>(load(student_sum + i)) - load(cross + i) * unit / load(teacher_sum + i);
       store_first<T>(loss + i, row_loss, least(count - i, kLanes<T>));
     }
     for (int64_t i = 0; i < count; ++i) {
-      student[2 * i] = student_max[i] * student_scale;
+      student[2 * i] = student_max[i] * unit;
       student[2 * i + 1] = 1 / student_sum[i];
-      teacher[2 * i] = teacher_max[i] * teacher_scale;
+      teacher[2 * i] = teacher_max[i] * unit;
       teacher[2 * i + 1] = 1 / teacher_sum[i];
     }
   }
 
  private:
-  template <class ExpS, class ExpT>
-  HASTE_INLINE void update_lanes(const T* s, const T* t, int64_t keys, const ExpS& exp_s, const ExpT& exp_t, int i) {
-    const Vector<T> old_s = load(student_max + i), old_t = load(teacher_max + i);
-    Vector<T> max_s = old_s, max_t = old_t;
-    for (int64_t key = 0; key < keys; ++key) {
-      max_s = max<T>(load(s + key * Queries), max_s);
-      max_t = max<T>(load(t + key * Queries), max_t);
+  template <class Exp>
+  HASTE_INLINE void update_lanes(const T* s, T student_factor, const T* t, T teacher_factor, int64_t keys,
+                                 const Exp& exp, int i) {
+    Vector<T> top_s = load(s), top_t = load(t);
+    for (int64_t key = 1; key < keys; ++key) {
+      top_s = max<T>(load(s + key * Queries), top_s);
+      top_t = max<T>(load(t + key * Queries), top_t);
     }
+    const Vector<T> old_s = load(student_max + i), old_t = load(teacher_max + i);
+    const Vector<T> max_s = max<T>(top_s * student_factor, old_s), max_t = max<T>(top_t * teacher_factor, old_t);
     Vector<T> sum_s{}, sum_t{}, x{};
     for (int64_t first = 0; first < keys; first += kSummedAtOnce) {
       Vector<T> part_s{}, part_t{}, part_x{};
       for (int64_t key = first; key < least(first + kSummedAtOnce, keys); ++key) {
-        const Vector<T> from_max = load(s + key * Queries) - max_s;
-        const Vector<T> weight = exp_t(load(t + key * Queries) - max_t);
-        part_s += exp_s(from_max);
+        const Vector<T> from_max = load(s + key * Queries) * student_factor - max_s;
+        const Vector<T> weight = exp(load(t + key * Queries) * teacher_factor - max_t);
+        part_s += exp(from_max);
         part_t += weight;
         part_x += weight * from_max;
       }
@@ -168,7 +171,7 @@ struct OnlineSoftmax {
       sum_t += part_t;
       x += part_x;
     }
-    const Vector<T> shrink_s = exp_s(old_s - max_s), shrink_t = exp_t(old_t - max_t);
+    const Vector<T> shrink_s = exp(old_s - max_s), shrink_t = exp(old_t - max_t);
     const Vector<T> old_sum_t = load(teacher_sum + i);
     store(cross + i, (load(cross + i) + old_sum_t * (old_s - max_s)) * shrink_t + x);
     store(student_sum + i, load(student_sum + i) * shrink_s + sum_s);

@@ -51,6 +51,7 @@ struct Kernels {
 HASTE_DECLARE_KERNELS(portable)
 HASTE_DECLARE_KERNELS(avx2)
 HASTE_DECLARE_KERNELS(avx512)
+HASTE_DECLARE_KERNELS(avx512bf16)
 HASTE_DECLARE_KERNELS(amx)
 
 // The kernels of the path in force.

@@ -1,22 +1,20 @@
 // Products of bf16 matrices on AMX tiles, summed in fp32. A tile is 16 rows of 64 bytes: 16 × 16 sums, 16 rows × 32
-// numbers of the left operand, or 16 pairs of rows × 16 columns of the right one, where the two numbers that a column
-// has in a pair of rows lie side by side in one 32-bit word.
+// numbers of the left operand, or 16 pairs of rows × 16 columns of the right one.
 #pragma once
 
-#include <immintrin.h>
-
-#include "vec.h"
+#include "bf16_matrix.h"
 
 namespace haste::cpu::HASTE_ISA {
 namespace {
 
-constexpr int kTile = 16;   // rows of a tile, and columns of a tile of sums
-constexpr int kDepth = 32;  // numbers that one instruction sums over
+constexpr int kTile = 16;     // rows of a tile, and columns of a tile of sums
+constexpr int kRows = kTile;  // a product has whole kRows of rows, whole vectors of columns,
+constexpr int kDepth = 32;    // and sums over whole kDepth
 
 // The tile registers, all of full size, for as long as this lives.
-class Tiles {
+class Engine {
  public:
-  Tiles() {
+  Engine() {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -25,16 +23,7 @@ class Tiles {
     static_assert(sizeof config == 64, "as the instruction wants it");
     _tile_loadconfig(&config);
   }
-  ~Tiles() { _tile_release(); }
-};
-
-// A matrix in memory; the stride in elements.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t stride;
-
-  T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
+  ~Engine() { _tile_release(); }
 };
 
 // `Rows` × `Columns` tiles of sums: sums (+)= left · right over `depth` numbers.
@@ -74,8 +63,7 @@ HASTE_INLINE void multiply_tiles(Matrix<const uint16_t> left, Matrix<const uint3
   if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, sums.at(kTile, kTile), sums_bytes);
 }
 
-// sums[rows][columns] (+)= left[rows][depth] · right[depth][columns]; rows and columns in whole tiles, depth in
-// whole kDepth.
+// sums[rows][columns] (+)= left[rows][depth] · right[depth][columns].
 template <bool Accumulate>
 void multiply(Matrix<const uint16_t> left, Matrix<const uint32_t> right, int64_t rows, int64_t columns, int64_t depth,
               Matrix<float> sums) {
@@ -97,15 +85,6 @@ void multiply(Matrix<const uint16_t> left, Matrix<const uint32_t> right, int64_t
       }
     }
   }
-}
-
-// Rows 2p and 2p+1, 32 numbers of each, as the words of a right operand.
-HASTE_INLINE void store_pairs(__m512i even, __m512i odd, uint32_t* to) {
-  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, lower, odd));
-  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, upper, odd));
 }
 
 }  // namespace
