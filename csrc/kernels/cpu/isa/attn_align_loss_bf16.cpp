@@ -51,6 +51,7 @@ void pack_rows(const AttnOperand& x, const AttnBlock& block, int64_t first, int6
                          block.head * x.stride_head + first * x.stride_token;
   for (int64_t i = 0; i < padded; ++i, from += x.stride_token) {
     if (i + kAhead < count) read_ahead(from + kAhead * x.stride_token, x.dim);
+    if (i < count) read_ahead(from + x.stride_head, x.dim);  // most often the thread's next task
     for (int64_t d = 0; d < stride; d += kWord) {
       const int64_t inside = i < count ? least(x.dim - d, kWord) : 0;
       const __m512i row = _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << inside) - 1), from + d);
