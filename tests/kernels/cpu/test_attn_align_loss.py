@@ -1,4 +1,4 @@
-"""attn_align_loss on every processor path, against its definition in float64."""
+"""attn_align_loss on every processor path and on emulated AMX tiles, against its definition in float64."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def value_and_gradients(loss, tensors, **kwargs):
     return out.detach(), *torch.autograd.grad(out.sum(), (q, k))
 
 
-def check_against_definition(tensors, **kwargs):
+def check_against_definition(attn_align_loss, tensors, **kwargs):
     exact = value_and_gradients(reference.attn_align_loss, [t.double() for t in tensors], **kwargs)
     eager = value_and_gradients(reference.attn_align_loss, tensors, **kwargs)
-    ours = value_and_gradients(haste_ext.attn_align_loss, tensors, **kwargs)
+    ours = value_and_gradients(attn_align_loss, tensors, **kwargs)
     for name, mine, theirs, ref in zip(("loss", "dq", "dk"), ours, eager, exact, strict=True):
         assert_as_accurate_as_eager(mine, theirs, ref, f"{name} {tensors[0].dtype}")
 
@@ -40,30 +40,30 @@ def check_against_definition(tensors, **kwargs):
     ("tokens", "dims"),
     ((2, (1, 1)), (17, (3, 130)), (31, (16, 8)), (65, (33, 31)), (97, (72, 64)), (255, (72, 64)), (529, (40, 48))),
 )
-def test_values_and_gradients(path, dtype, tokens, dims):
-    check_against_definition(operands(2, 2, tokens, dims, (dtype, dtype)), reduction="none")
+def test_values_and_gradients(attn_align_loss, dtype, tokens, dims):
+    check_against_definition(attn_align_loss, operands(2, 2, tokens, dims, (dtype, dtype)), reduction="none")
 
 
-def test_one_token_has_loss_and_gradients_of_exactly_zero(path):
+def test_one_token_has_loss_and_gradients_of_exactly_zero(attn_align_loss):
     for dtype in (torch.float64, *FLOAT_TYPES):
-        for result in value_and_gradients(haste_ext.attn_align_loss, operands(2, 3, 1, (72, 64), (dtype, dtype))):
+        for result in value_and_gradients(attn_align_loss, operands(2, 3, 1, (72, 64), (dtype, dtype))):
             assert not result.any()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_near_convergence(path, dtype):
+def test_near_convergence(attn_align_loss, dtype):
     """The student within 1 % of its teacher: the gradient is a small difference of two maps."""
     teacher = torch.randn(2, 2, 2, 100, 64, generator=torch.Generator().manual_seed(1))
     student = teacher + 0.01 * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(2))
-    check_against_definition([*student.to(dtype), *teacher.to(dtype)])
+    check_against_definition(attn_align_loss, [*student.to(dtype), *teacher.to(dtype)])
 
 
 @pytest.mark.parametrize("student_type", (torch.float64, *FLOAT_TYPES))
 @pytest.mark.parametrize("teacher_type", (torch.float64, *FLOAT_TYPES))
-def test_student_and_teacher_of_any_types(path, student_type, teacher_type):
+def test_student_and_teacher_of_any_types(attn_align_loss, student_type, teacher_type):
     tensors = operands(1, 2, 70, (40, 24), (student_type, teacher_type))
     exact = value_and_gradients(reference.attn_align_loss, [t.double() for t in tensors])
-    ours = value_and_gradients(haste_ext.attn_align_loss, tensors)
+    ours = value_and_gradients(attn_align_loss, tensors)
     assert ours[0].dtype == (torch.float64 if student_type == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-14, torch.float32: 2e-6}.get(student_type, 2 * torch.finfo(student_type).eps)
     for mine, ref in zip(ours, exact, strict=True):
@@ -72,21 +72,21 @@ def test_student_and_teacher_of_any_types(path, student_type, teacher_type):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("scale", (-0.3, 0.0, 1e-9, 0.8))
-def test_any_scale(path, dtype, scale):
+def test_any_scale(attn_align_loss, dtype, scale):
     tensors = operands(1, 2, 33, (24, 24), (dtype, dtype))
-    check_against_definition(tensors, student_scale=scale, teacher_scale=0.2, reduction="none")
+    check_against_definition(attn_align_loss, tensors, student_scale=scale, teacher_scale=0.2, reduction="none")
 
 
 @pytest.mark.parametrize("exponent", (5, 13, 15, 40, 62, 90, 127))
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_logits_of_any_size_give_no_nan(path, dtype, exponent):
+def test_logits_of_any_size_give_no_nan(attn_align_loss, dtype, exponent):
     """Up to the largest powers of two of the type, where the products of two operands overflow float.
 
     All sums of such operands are exact, so that rows with a tie for the largest logit can be compared too.
     """
     size = 2.0 ** min(exponent, 15 if dtype == torch.float16 else 127)
     tensors = [(x.sign() * size).to(dtype) for x in operands(1, 2, 40, (16, 16), (torch.float64,) * 2)]
-    loss, dq, dk = value_and_gradients(haste_ext.attn_align_loss, tensors, reduction="none")
+    loss, dq, dk = value_and_gradients(attn_align_loss, tensors, reduction="none")
     assert not loss.isnan().any() and not dq.isnan().any() and not dk.isnan().any()
     exact = reference.attn_align_loss(*(t.double() for t in tensors), reduction="none")
     if exponent < 62:  # larger logits are held to 1e38
@@ -94,23 +94,23 @@ def test_logits_of_any_size_give_no_nan(path, dtype, exponent):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_a_row_that_is_not_a_number_stays_alone(path, dtype):
+def test_a_row_that_is_not_a_number_stays_alone(attn_align_loss, dtype):
     tensors = operands(1, 1, 70, (16, 16), (dtype, dtype))
-    clean = haste_ext.attn_align_loss(*tensors, reduction="none")
+    clean = attn_align_loss(*tensors, reduction="none")
     for bad in (float("nan"), float("inf")):
         spoiled = [x.clone() for x in tensors]
         spoiled[0][0, 0, 5, 3] = bad
-        loss = haste_ext.attn_align_loss(*spoiled, reduction="none")
+        loss = attn_align_loss(*spoiled, reduction="none")
         others = torch.arange(70) != 5
         torch.testing.assert_close(loss[..., others], clean[..., others])
     assert not loss[..., 5].isfinite() or loss[..., 5].abs() > 1e30
     spoiled[1][0, 0, 7] = float("nan")
-    assert value_and_gradients(haste_ext.attn_align_loss, spoiled)[0].isnan()
+    assert value_and_gradients(attn_align_loss, spoiled)[0].isnan()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("shape", ((2, 3, 70), (1, 1, 1100)))
-def test_bits_do_not_depend_on_the_threads(path, dtype, shape):
+def test_bits_do_not_depend_on_the_threads(attn_align_loss, dtype, shape):
     """Nor on whether dq and dk come from one pass or, where one head must keep several threads busy, from two."""
     tensors = operands(*shape, (40, 24), (dtype, dtype))
     before = torch.get_num_threads()
@@ -118,7 +118,7 @@ def test_bits_do_not_depend_on_the_threads(path, dtype, shape):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(value_and_gradients(haste_ext.attn_align_loss, tensors, reduction="none"))
+            results.append(value_and_gradients(attn_align_loss, tensors, reduction="none"))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -138,3 +138,24 @@ def test_backward_takes_what_the_forward_of_another_path_left():
         _C.force_cpu_path("")
         for grad, ref in zip(grads, exact[1:], strict=True):
             assert (grad - ref).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * ref.abs().max()
+
+
+def test_the_bits_are_those_of_the_path(attn_align_loss):
+    """Guards against a path that is named but not taken, by the order in which it sums."""
+    tensors = operands(1, 2, 97, (72, 64), (torch.bfloat16,) * 2)
+    ours = attn_align_loss(*tensors, reduction="none")
+    in_force = haste_ext.build_info()["cpu_path"]
+    _C.force_cpu_path("portable")
+    portable = haste_ext.attn_align_loss(*tensors, reduction="none")
+    assert torch.equal(ours, portable) == (attn_align_loss is haste_ext.attn_align_loss and in_force == "portable")
+
+
+def test_emulated_tiles_give_the_bits_of_the_processors(emulated):
+    if "amx" not in _C.cpu_paths():
+        pytest.skip("this processor has no AMX to compare its emulation with")
+    tensors = operands(2, 2, 97, (72, 64), (torch.bfloat16,) * 2)
+    _C.force_cpu_path("amx")
+    ours = value_and_gradients(haste_ext.attn_align_loss, tensors, reduction="none")
+    _C.force_cpu_path("")
+    for emulation, processor in zip(value_and_gradients(emulated, tensors, reduction="none"), ours, strict=True):
+        assert torch.equal(emulation, processor)
