@@ -10,7 +10,7 @@ namespace haste::cpu::HASTE_ISA {
 namespace {
 
 // Long sums are built from shorter ones: their rounding errors grow with the length of a chain of additions.
-constexpr int64_t kSummedAtOnce = 40;
+constexpr int64_t kSummedAtOnce = 16;
 
 // Also the maximum to start from, negative: −∞ would give 0 · ∞ on the first rescaling.
 template <class T>

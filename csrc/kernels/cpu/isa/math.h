@@ -42,25 +42,27 @@ HASTE_INLINE Vector<T> exp(Vector<T> x) {
   const Vector<T> f = (clamped - n * C::ln2_high) - n * C::ln2_low;
   Vector<T> p = broadcast(C::polynomial[0]);
   for (unsigned i = 1; i < sizeof C::polynomial / sizeof(T); ++i) p = p * f + C::polynomial[i];
-  p = p * (f * f) + (f + T(1));
+  p = T(1) + (p * (f * f) + f);  // the sum with 1 last: half a unit is its rounding, the rest counts little
   const Bits<T> scaled = Bits<T>(p) + (Bits<T>(shifted) << C::mantissa);
   return x < C::lowest ? Vector<T>{} : Vector<T>(scaled);
 }
 
-// log x for normal x > 0; NaN stays NaN. x = 2^n · m with m around 1, and log m = 2 artanh((m − 1) / (m + 1)) by its
-// series, which is exactly 0 at 1: a map of one key has loss 0.
+// log x for normal x > 0; NaN stays NaN. x = 2^n · (1 + f) with 1 + f around 1; log(1 + f) = f − f²/2 + s · (f²/2 + R),
+// s = f / (2 + f) and R what the series of 2 artanh s has past its first term. f is exact, and 0 at x = 1: a map of one
+// key has loss 0.
 template <class T>
 HASTE_INLINE Vector<T> log(Vector<T> x) {
   using C = ExpConstants<T>;
-  constexpr int terms = sizeof(T) == sizeof(float) ? 5 : 12;  // the argument is below 0.172: 6e-10, 1e-19 are left out
+  constexpr int terms = sizeof(T) == sizeof(float) ? 4 : 11;  // s is below 0.172: 6e-10, 1e-19 are left out
   const Bits<T> root_half = Bits<T>(broadcast(T(0.70710678118654752)));
   const Bits<T> n = (Bits<T>(x) - root_half) >> C::mantissa;
-  const Vector<T> m = Vector<T>(Bits<T>(x) - (n << C::mantissa));
-  const Vector<T> a = (m - T(1)) / (m + T(1)), square = a * a;
-  Vector<T> p = broadcast(T(1) / (2 * terms - 1));
-  for (int k = terms - 2; k >= 0; --k) p = p * square + T(1) / (2 * k + 1);
+  const Vector<T> f = Vector<T>(Bits<T>(x) - (n << C::mantissa)) - T(1);
+  const Vector<T> s = f / (f + T(2)), square = s * s, half = T(0.5) * f * f;
+  Vector<T> r = broadcast(T(2) / (2 * terms + 1));
+  for (int k = terms - 1; k >= 1; --k) r = r * square + T(2) / (2 * k + 1);
   const Vector<T> exponent = __builtin_convertvector(n, Vector<T>);
-  const Vector<T> result = exponent * C::ln2_high + (T(2) * a * p + exponent * C::ln2_low);
+  const Vector<T> correction = half - (s * (half + r * square) + exponent * C::ln2_low);
+  const Vector<T> result = exponent * C::ln2_high - (correction - f);
   return x != x ? x : result;
 }
 
