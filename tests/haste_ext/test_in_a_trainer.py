@@ -112,6 +112,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # within torch.func.jvp
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_other_transforms_are_refused(operation, transform, device):

@@ -25,6 +25,7 @@ ptxas info    : Function properties for _Z6kernelIfLi4EEvPT_
 ptxas info    : Used 128 registers, used 1 barriers
 """
 SPILLING = REPORT.replace("0 bytes spill stores, 0 bytes spill loads", "52 bytes spill stores, 36 bytes spill loads")
+LOSS = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
 OTHER_KERNEL = REPORT.replace("Li4E", "Li8E")
 WARNING = 'kernel.cu(7): warning #177-D: variable "x" was declared but never referenced'
 
@@ -122,6 +123,13 @@ def test_what_is_worse_than_the_record_fails(tree, report, sentence):
     result = tree.run("check")
     assert result.returncode == 1
     assert sentence in result.stdout and "tools/kernel_resources accept" in result.stdout
+
+
+def test_serialised_wgmma_fails_and_is_not_hidden_while_compiling(tree):
+    assert LOSS in tree.compile(REPORT + LOSS).stdout
+    result = tree.run("check", nvcc=False)
+    assert result.returncode == 1
+    assert f"csrc/kernels/cuda/kernel.cu: {LOSS}" in result.stdout
 
 
 def test_of_another_compiler_only_spills_are_judged(tree):
