@@ -82,7 +82,7 @@ def peak_extra_bytes(call: Call, device: str) -> int | None:
 
     On the CPU it is Linux's count (the resident high-water mark), so scratch that no tensor knows of is counted too;
     elsewhere there is no such count. On a GPU it is the caching allocator's, and the operations allocate nowhere else.
-    The median of three calls: what another thread of the process frees or takes meanwhile is counted too.
+    The highest of three calls, as Linux's mark has been seen to lag behind on a busy machine.
     """
     if device == "cuda":
         peak = _peak_on_gpu
@@ -91,7 +91,7 @@ def peak_extra_bytes(call: Call, device: str) -> int | None:
     else:
         return None
     gc.collect()
-    return max(0, sorted(peak(call) for _ in range(3))[1])
+    return max(0, *(peak(call) for _ in range(3)))
 
 
 def _peak_on_gpu(call: Call) -> int:

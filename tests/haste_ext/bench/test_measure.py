@@ -42,7 +42,8 @@ def test_peak_memory_counts_what_the_call_holds_but_not_its_results():
         temporary = torch.ones(96 * mebibytes)
         return (temporary[: 32 * mebibytes] * 2,)
 
-    assert 90 * 2**20 < peak_extra_bytes(call, "cpu") < 110 * 2**20
+    # 96 MiB; without the temporary it would be 0, with the results 128. The mark may lag behind by as much as a result.
+    assert 60 * 2**20 < peak_extra_bytes(call, "cpu") < 110 * 2**20
 
 
 @on_linux
