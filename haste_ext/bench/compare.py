@@ -60,6 +60,8 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
     try:
         inputs = [case.inputs() for _ in range(rotations(case))]
         yardsticks = verification(op, case, inputs[0], forward_only)
+        if op.bandwidth_bound:  # first, so that the memory it holds is there when the others are tried
+            calls[COPY] = [copy_call(copied_bytes, case.device)]
     except RuntimeError as error:  # torch's word for memory that runs out
         why = f"the inputs cannot be made: {why_absent(error)}"
         return [{"name": c.name, "absent": why, "failed": c.name == op.ours} for c in op.contenders]
@@ -77,9 +79,8 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
             calls.pop(contender.name, None)
             row["absent"] = why_absent(error)
             row["failed"] = contender.name == op.ours
-    if op.bandwidth_bound:
+    if COPY in calls:
         rows[COPY] = {"name": COPY}
-        calls[COPY] = [copy_call(copied_bytes, case.device)]
     for name, times in times_in_turns(calls, min_seconds, case.device).items():
         rows[name]["seconds"] = spread(times)
         rows[name]["peak_extra_bytes"] = None if name == COPY else peak_extra_bytes(calls[name][0], case.device)
