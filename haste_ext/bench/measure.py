@@ -77,12 +77,12 @@ def _times_on_gpu(calls: Sequence[Call], min_seconds: float) -> list[float]:
     return times
 
 
-def peak_extra_bytes(call: Call, device: str) -> int | None:
+def peak_extra_bytes(call: Call, device: str, calls: int = 3) -> int | None:
     """Peak memory during one call beyond what was held before it and beyond its own results; None if unknown.
 
     On the CPU it is Linux's count (the resident high-water mark), so scratch that no tensor knows of is counted too;
     elsewhere there is no such count. On a GPU it is the caching allocator's, and the operations allocate nowhere else.
-    The highest of three calls, as Linux's mark has been seen to lag behind on a busy machine.
+    The highest of so many calls, as Linux's mark has been seen to lag behind on a busy machine.
     """
     if device == "cuda":
         peak = _peak_on_gpu
@@ -91,7 +91,7 @@ def peak_extra_bytes(call: Call, device: str) -> int | None:
     else:
         return None
     gc.collect()
-    return max(0, *(peak(call) for _ in range(3)))
+    return max(0, *(peak(call) for _ in range(calls)))
 
 
 def _peak_on_gpu(call: Call) -> int:

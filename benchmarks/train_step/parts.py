@@ -1,0 +1,73 @@
+"""Alignment's own parts of a step, timed by themselves: their forward, and their share of the backward.
+
+Beside a whole step they are too small to be told by subtraction. Each part works on what the step would give it, and
+where the step adds its gradients to those of attention or of the next block, they are added here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from haste.alignment import alignment_losses
+from haste.models.sit import SiTOutput
+from torch import Tensor
+from variants import Contender
+
+Call = Callable[[], tuple[()]]
+
+
+def make_parts(haste: Contender) -> dict[str, Call]:
+    """By name, one call per part of the HASTE contender's alignment."""
+    case, batch, aligner = haste.case, haste.batch, haste.aligner
+    with torch.no_grad(), case.autocast():
+        t = torch.rand(case.batch, device=case.device)
+        output = haste.model(batch.latents, t, batch.labels, aligner.student_layers, aligner.project)
+    pairs = [(leaf(q), leaf(k)) for q, k in output.queries_keys]
+    projections = [leaf(z) for z in output.projections]
+    return {
+        "L_A: attention maps": loss_call(haste, SiTOutput(output.velocity, pairs, []), aligner.attn_coeff),
+        "L_R: cosine": loss_call(haste, SiTOutput(output.velocity, [], projections), aligner.proj_coeff),
+        "L_R: projector, with its AdamW": projector_call(haste, torch.randn_like(projections[0])),
+    }
+
+
+def leaf(x: Tensor) -> Tensor:
+    """The same numbers in the same place, as the beginning of a graph."""
+    return x.detach().requires_grad_()
+
+
+def loss_call(haste: Contender, output: SiTOutput, weight: float) -> Call:
+    """The one loss that `output` allows: L_A with q and k, L_R with projections."""
+    (teacher,) = haste.aligner.teachers
+    queries_keys = [x for pair in output.queries_keys for x in pair]
+    others = [torch.zeros_like(x) for x in queries_keys]  # the gradients that attention itself has
+
+    def call() -> tuple[()]:
+        with haste.case.autocast():
+            attention, feature = alignment_losses(output, [teacher.said])
+            loss = weight * (feature if attention is None else attention)
+        gradients = torch.autograd.grad(loss, queries_keys or output.projections)
+        if others:
+            torch._foreach_add_(others, gradients)
+        return ()
+
+    return call
+
+
+def projector_call(haste: Contender, upstream: Tensor) -> Call:
+    """The three linear layers and their update; the gradient that comes from the cosine is handed in."""
+    case, (projector,) = haste.case, haste.model.projectors
+    tokens = leaf(torch.randn(case.batch, case.grid**2, projector[0].in_features, device=case.device))
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer.state.update({p: haste.optimizer.state[p] for p in projector.parameters()})
+
+    def call() -> tuple[()]:
+        with case.autocast():
+            projection = projector(tokens)
+        projection.backward(upstream)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return ()
+
+    return call

@@ -1,0 +1,119 @@
+"""The tables, drawn from the JSON document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from haste_ext.bench.measure import spread
+from haste_ext.bench.report import revision, where
+
+PLAIN, AGAIN, HASTE, STOPPED = "plain", "plain, again", "HASTE", "HASTE after τ"
+ATTENTION_PART = "L_A: attention maps"
+TARGET = 0.02
+LEGEND = """\
+Time per training step: median over the rounds, with the 20th and 80th percentile. "× plain" is the ratio to the plain
+step of the same round. Memory: what is held between steps (weights, AdamW's moments, the teacher or what is handed in
+for it), and the peak during a step. The teacher's queries, keys and patch tokens are handed in, unless it is said to be
+included. "eager" materialises the maps as the public code does, and goes on doing so after τ. The parts are timed by
+themselves, forward and backward; their share is that of the plain step of the same round."""
+
+
+def report(document: Mapping) -> str:
+    """All cases as Markdown."""
+    sections = [section(result) for result in document["results"]]
+    return "\n\n".join(["# One training step", LEGEND, *sections]) + "\n"
+
+
+def section(result: Mapping) -> str:
+    machine, settings = result["machine"], result["settings"]
+    steps = settings["steps_per_turn"]
+    made = (
+        f"{where(machine)}; torch {machine['torch']}, haste_ext {machine['haste_ext']}{revision(machine)}, "
+        f"{machine['date']}; {settings['rounds']} rounds of {steps} step{'s' if steps > 1 else ''} each."
+    )
+    return "\n\n".join([f"## {title(result)}", made, step_table(result), part_table(result), verdicts(result)])
+
+
+def title(result: Mapping) -> str:
+    case = result["case"]
+    precision = "float32" if case["precision"] == "no" else case["precision"]
+    return f"{case['model']}, {case['tokens']} tokens, batch {case['batch']}, {precision}, {case['device']}"
+
+
+def step_table(result: Mapping) -> str:
+    rows = {row["name"]: row for row in result["rows"]}
+    lines = ["| step | ms | p20 – p80 | × plain | p20 – p80 | held MiB | peak MiB | × plain |", f"|---{'|---:' * 7}|"]
+    for name, row in rows.items():
+        if "absent" in row:
+            lines.append(f"| {name} | {row['absent']} |" + " |" * 6)
+            continue
+        time, ratio = spread(row["seconds"]), spread(ratios(result, row))
+        cells = [
+            f"{1e3 * time['median']:,.1f}",
+            f"{1e3 * time['p20']:,.1f} – {1e3 * time['p80']:,.1f}",
+            f"{ratio['median']:.3f}",
+            f"{ratio['p20']:.3f} – {ratio['p80']:.3f}",
+            f"{row['held_bytes'] / 2**20:,.0f}",
+            *peak_cells(row, rows[PLAIN]),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def peak_cells(row: Mapping, plain: Mapping) -> tuple[str, str]:
+    if row["peak_bytes"] is None:
+        return "–", "–"
+    return f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['peak_bytes'] / plain['peak_bytes']:.3f}"
+
+
+def part_table(result: Mapping) -> str:
+    lines = ["| part of alignment | ms | share of a plain step | p20 – p80 |", "|---|---:|---:|---:|"]
+    for part in result["parts"]:
+        time, share = spread(part["seconds"]), spread(ratios(result, part))
+        lines.append(
+            f"| {part['name']} | {1e3 * time['median']:,.2f} | {share['median']:.2%} "
+            f"| {share['p20']:.2%} – {share['p80']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def verdicts(result: Mapping) -> str:
+    """The two targets: what alignment costs, and what is left of it after τ."""
+    rows = {row["name"]: row for row in result["rows"]}
+    shares = {part["name"]: spread(ratios(result, part))["median"] for part in result["parts"]}
+    total, maps = sum(shares.values()), shares[ATTENTION_PART]
+    lines = [
+        f"- The attention loss takes {maps:.2%} of a step: {met(maps)}. Alignment as a whole, the projector included, "
+        f"takes {total:.2%}: {met(total)}. By subtraction HASTE costs {difference(result, rows[HASTE])} more."
+    ]
+    if "seconds" in rows[STOPPED] and "seconds" in rows[AGAIN]:
+        lines.append(f"- {stopped_verdict(result, rows)}")
+    return "\n".join(lines)
+
+
+def met(share: float) -> str:
+    return f"{'under' if share < TARGET else 'not under'} {TARGET:.0%}"
+
+
+def difference(result: Mapping, row: Mapping) -> str:
+    ratio = spread(ratios(result, row))
+    return f"{ratio['median'] - 1:.1%} (p20 {ratio['p20'] - 1:.1%}, p80 {ratio['p80'] - 1:.1%})"
+
+
+def stopped_verdict(result: Mapping, rows: Mapping[str, Mapping]) -> str:
+    """Noise is judged by plain against plain: the 80th percentile of how far the two are apart within a round."""
+    noise = spread([abs(ratio - 1) for ratio in ratios(result, rows[AGAIN])])["p80"]
+    median = spread(ratios(result, rows[STOPPED]))["median"]
+    verdict = "equal" if abs(median - 1) <= noise else "not equal"
+    memory = rows[STOPPED]["peak_bytes"]
+    share = f" and {memory / rows[PLAIN]['peak_bytes']:.3f} × its memory" if memory is not None else ""
+    return (
+        f"After τ a step takes {median:.3f} × plain{share}. Two plain steps of one round are up to {noise:.1%} apart "
+        f"(80th percentile), so within noise the times are {verdict}."
+    )
+
+
+def ratios(result: Mapping, row: Mapping) -> Sequence[float]:
+    """A row's or a part's time over that of the plain step of the same round."""
+    plain = next(other for other in result["rows"] if other["name"] == PLAIN)
+    return [own / base for own, base in zip(row["seconds"], plain["seconds"], strict=True)]

@@ -1,0 +1,113 @@
+"""Measures one case: the contenders' peak memory, then their time in rounds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from time import perf_counter
+
+import psutil
+import torch
+from cases import Case
+from haste.errors import UserError
+from haste.models import SiT
+from parts import make_parts
+from variants import HASTE, PLAIN, Contender, make_contenders
+
+from haste_ext.bench.compare import why_absent
+from haste_ext.bench.machine import describe_machine
+from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes, times_of
+
+STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
+WARM_UP_STEPS = {"cpu": 0, "cuda": 1}  # before each turn: the allocator's blocks are cut to the last contender's sizes
+PART_SECONDS = 0.2  # for which a part is called in each round
+BYTES_PER_PARAMETER = 16  # weight, gradient and two moments, all float32
+
+
+def measure(case: Case, rounds: int) -> dict[str, object]:
+    """What the JSON document holds of one case."""
+    check_memory(case)
+    torch.manual_seed(0)
+    with memory_within_the_machine(case.device):
+        contenders = make_contenders(case)
+        rows = {name: memory_row(contender) for name, contender in contenders.items()}
+        able = {name: contender for name, contender in contenders.items() if "absent" not in rows[name]}
+        for name in (PLAIN.name, HASTE.name):
+            if name not in able:
+                raise UserError(f"{case.model} at batch {case.batch}, {name}: {rows[name]['absent']}")
+        parts = make_parts(able[HASTE.name])
+        seconds, part_seconds = time_in_rounds(able, parts, rounds, case.device)
+    for name, times in seconds.items():
+        rows[name]["seconds"] = times
+    return {
+        "case": case.as_json(),
+        "machine": describe_machine(case.device),
+        "settings": {"rounds": rounds, "steps_per_turn": STEPS_PER_TURN[case.device]},
+        "parameters": sum(p.numel() for p in able[PLAIN.name].model.parameters()),
+        "rows": list(rows.values()),
+        "parts": [{"name": name, "seconds": times} for name, times in part_seconds.items()],
+    }
+
+
+def check_memory(case: Case) -> None:
+    """UserError if not even the weights, gradients and moments will fit."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in SiT(**case.student).parameters())
+    free = torch.cuda.mem_get_info()[0] if case.device == "cuda" else psutil.virtual_memory().available
+    needed = BYTES_PER_PARAMETER * parameters
+    if needed > free:
+        raise UserError(
+            f"{case.model} needs {needed / 2**30:.1f} GiB for weights, gradients and AdamW's moments alone, "
+            f"and {free / 2**30:.1f} GiB are free; choose a smaller --model"
+        )
+
+
+def memory_row(contender: Contender) -> dict[str, object]:
+    """Its memory over one step, which is its first; or why it cannot make one."""
+    row = {"name": contender.variant.name}
+    try:
+        extra = peak_extra_bytes(contender.step, contender.case.device, calls=1)
+    except RuntimeError as error:  # torch's word for memory that runs out
+        contender.optimizer.zero_grad(set_to_none=True)
+        row["absent"] = why_absent(error)
+    else:
+        held = contender.held_bytes()
+        row |= {"held_bytes": held, "peak_bytes": None if extra is None else held + extra}
+    return row
+
+
+def time_in_rounds(
+    contenders: Mapping[str, Contender], parts: Mapping[str, Callable[[], tuple[()]]], rounds: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds per step of each contender, and per call of each part: one number per round.
+
+    A machine drifts, so ratios are taken within a round, and every round begins with another contender.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    part_seconds: dict[str, list[float]] = {name: [] for name in parts}
+    names = list(contenders)
+    for turn in range(rounds):
+        first = turn % len(names)
+        gc.collect()
+        by_name = {name: seconds_per_step(contenders[name], device) for name in names[first:] + names[:first]}
+        for name, value in by_name.items():
+            seconds[name].append(value)
+        for name, call in parts.items():
+            part_seconds[name].append(torch.tensor(times_of([call], PART_SECONDS, device)).median().item())
+    return seconds, part_seconds
+
+
+def seconds_per_step(contender: Contender, device: str) -> float:
+    for _ in range(WARM_UP_STEPS[device]):
+        contender.step()
+    synchronize(device)
+    begin = perf_counter()
+    for _ in range(STEPS_PER_TURN[device]):
+        contender.step()
+    synchronize(device)
+    return (perf_counter() - begin) / STEPS_PER_TURN[device]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
