@@ -15,7 +15,8 @@ Time per training step: median over the rounds, with the 20th and 80th percentil
 step of the same round. Memory: what is held between steps (weights, AdamW's moments, the teacher or what is handed in
 for it), and the peak during a step. The teacher's queries, keys and patch tokens are handed in, unless it is said to be
 included. "eager" materialises the maps as the public code does, and goes on doing so after τ. The parts are timed by
-themselves, forward and backward; their share is that of the plain step of the same round."""
+themselves, forward and backward; their share is that of the plain step of the same round. EMA is left out of all steps,
+which makes the shares look a little larger than they are in training."""
 
 
 def report(document: Mapping) -> str:

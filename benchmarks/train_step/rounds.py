@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable, Mapping
 from time import perf_counter
 
@@ -29,12 +30,15 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
     check_memory(case)
     torch.manual_seed(0)
     with memory_within_the_machine(case.device):
-        contenders = make_contenders(case)
+        try:
+            contenders = make_contenders(case)
+        except RuntimeError as error:  # torch's word for memory that runs out
+            raise UserError(f"{describe(case)} cannot be measured: {why_absent(error)}") from error
         rows = {name: memory_row(contender) for name, contender in contenders.items()}
         able = {name: contender for name, contender in contenders.items() if "absent" not in rows[name]}
         for name in (PLAIN.name, HASTE.name):
             if name not in able:
-                raise UserError(f"{case.model} at batch {case.batch}, {name}: {rows[name]['absent']}")
+                raise UserError(f"{describe(case)}, {name}, cannot be measured: {rows[name]['absent']}")
         parts = make_parts(able[HASTE.name])
         seconds, part_seconds = time_in_rounds(able, parts, rounds, case.device)
     for name, times in seconds.items():
@@ -47,6 +51,10 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
         "rows": list(rows.values()),
         "parts": [{"name": name, "seconds": times} for name, times in part_seconds.items()],
     }
+
+
+def describe(case: Case) -> str:
+    return f"{case.model} at --resolution {case.resolution} and --batch-size {case.batch}"
 
 
 def check_memory(case: Case) -> None:
@@ -81,17 +89,16 @@ def time_in_rounds(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds per step of each contender, and per call of each part: one number per round.
 
-    A machine drifts, so ratios are taken within a round, and every round begins with another contender.
+    A machine drifts, so ratios are taken within a round, and every round has another order: a step also feels the heap
+    or the allocator's blocks that the one before it left.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     part_seconds: dict[str, list[float]] = {name: [] for name in parts}
     names = list(contenders)
     for turn in range(rounds):
-        first = turn % len(names)
         gc.collect()
-        by_name = {name: seconds_per_step(contenders[name], device) for name in names[first:] + names[:first]}
-        for name, value in by_name.items():
-            seconds[name].append(value)
+        for name in random.Random(turn).sample(names, len(names)):
+            seconds[name].append(seconds_per_step(contenders[name], device))
         for name, call in parts.items():
             part_seconds[name].append(torch.tensor(times_of([call], PART_SECONDS, device)).median().item())
     return seconds, part_seconds

@@ -61,8 +61,7 @@ def test_the_eager_baseline_has_hastes_loss_and_gradients(contenders):
             torch.testing.assert_close(eager_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_the_eager_maps_are_part_of_the_loss(contenders):
-    """What the comparison above would not see: an L_A that is weighted nowhere."""
+def test_hastes_loss_is_plains_and_both_alignments(contenders):
     losses = {v: loss_and_gradients(contenders[v.name])[0] for v in (PLAIN, ATTENTION, REPA, HASTE)}
     torch.testing.assert_close(losses[HASTE] - losses[PLAIN], losses[ATTENTION] + losses[REPA] - 2 * losses[PLAIN])
     assert losses[ATTENTION] > losses[PLAIN] + 0.1
@@ -179,3 +178,10 @@ def test_memory_that_is_short_is_told_before_anything_is_built(tmp_path, monkeyp
     monkeypatch.setattr(rounds.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**30})())
     with pytest.raises(UserError, match=r"SiT-XL/2 needs 10\.\d GiB .* and 1\.0 GiB are free; choose"):
         run.main(run.Args(model=["SiT-XL/2"], output=tmp_path))
+
+
+def test_a_batch_that_does_not_fit_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(
+        UserError, match="tiny at --resolution 64 and --batch-size 1000000000 cannot be measured: it wants"
+    ):
+        run.main(run.Args(model=["tiny"], resolution=[64], batch_size=10**9, output=tmp_path))
