@@ -27,12 +27,15 @@ def report(document: Mapping) -> str:
 
 def section(result: Mapping) -> str:
     machine, settings = result["machine"], result["settings"]
-    steps = settings["steps_per_turn"]
     made = (
         f"{where(machine)}; torch {machine['torch']}, haste_ext {machine['haste_ext']}{revision(machine)}, "
-        f"{machine['date']}; {settings['rounds']} rounds of {steps} step{'s' if steps > 1 else ''} each."
+        f"{machine['date']}; {count(settings['rounds'], 'round')} of {count(settings['steps_per_turn'], 'step')} of each."
     )
     return "\n\n".join([f"## {title(result)}", made, step_table(result), part_table(result), verdicts(result)])
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def title(result: Mapping) -> str:

@@ -28,6 +28,7 @@ BYTES_PER_PARAMETER = 16  # weight, gradient and two moments, all float32
 def measure(case: Case, rounds: int) -> dict[str, object]:
     """What the JSON document holds of one case."""
     check_memory(case)
+    machine = describe_machine(case.device)  # the commit that is measured, whatever becomes of the tree meanwhile
     torch.manual_seed(0)
     with memory_within_the_machine(case.device):
         try:
@@ -45,7 +46,7 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
         rows[name]["seconds"] = times
     return {
         "case": case.as_json(),
-        "machine": describe_machine(case.device),
+        "machine": machine,
         "settings": {"rounds": rounds, "steps_per_turn": STEPS_PER_TURN[case.device]},
         "parameters": sum(p.numel() for p in able[PLAIN.name].model.parameters()),
         "rows": list(rows.values()),
