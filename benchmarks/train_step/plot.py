@@ -32,26 +32,30 @@ def draw_case(left: Axes, right: Axes, result: Mapping) -> None:
     plain = next(row for row in result["rows"] if row["name"] == PLAIN)
     times = [spread(ratios(result, row)) if "seconds" in row else None for row in rows]
     peaks = [row["peak_bytes"] / plain["peak_bytes"] if row.get("peak_bytes") else None for row in rows]
-    bars(left, rows, [time and time["median"] for time in times])
-    for place, time in enumerate(times):
-        if time is not None:
-            left.plot([time["p20"], time["p80"]], [place, place], color=LIGHT.text, linewidth=1.2)
-    bars(right, rows, peaks)
+    bars(left, rows, times)
+    bars(right, rows, [peak and {"median": peak, "p20": peak, "p80": peak} for peak in peaks])
     left.set_title(f"{title(result)}\nTime of a step over plain's (line: p20 – p80)")
     right.set_title("\nPeak memory over plain's")
     left.set_yticks(range(len(rows)), [row["name"] for row in rows])
     left.invert_yaxis()
 
 
-def bars(axes: Axes, rows: Sequence[Mapping], values: Sequence[float | None]) -> None:
-    """A bar per row with its number at its foot; eager code in another colour, what is absent said in words."""
+def bars(axes: Axes, rows: Sequence[Mapping], values: Sequence[Mapping[str, float] | None]) -> None:
+    """A bar per row with its number behind it; eager code in another colour, what is absent said in words."""
     ours, eager = LIGHT.series[:2]
-    style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}  # x in shares of the panel
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         if value is None:
-            axes.text(0.02, place, row.get("absent", "not measured"), color=LIGHT.muted, **style)
+            write(axes, place, 0.0, row.get("absent", "not measured"), LIGHT.muted)
             continue
-        axes.barh(place, value, height=0.66, color=eager if row["name"].startswith("eager") else ours, alpha=0.85)
-        axes.text(0.02, place, f"{value:.3f}", color=LIGHT.background, fontweight="bold", **style)
+        colour = eager if row["name"].startswith("eager") else ours
+        axes.barh(place, value["median"], height=0.66, color=colour, alpha=0.85)
+        axes.plot([value["p20"], value["p80"]], [place, place], color=LIGHT.text, linewidth=1.2)
+        write(axes, place, max(1.0, value["median"], value["p80"]), f"{value['median']:.3f}", LIGHT.text)
     axes.axvline(1.0, color=LIGHT.text, linewidth=1.0, linestyle="--")
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
+
+
+def write(axes: Axes, place: int, x: float, text: str, colour: str) -> None:
+    axes.annotate(text, (x, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=colour)

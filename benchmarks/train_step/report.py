@@ -29,7 +29,7 @@ def section(result: Mapping) -> str:
     machine, settings = result["machine"], result["settings"]
     made = (
         f"{where(machine)}; torch {machine['torch']}, haste_ext {machine['haste_ext']}{revision(machine)}, "
-        f"{machine['date']}; {count(settings['rounds'], 'round')} of {count(settings['steps_per_turn'], 'step')} of each."
+        f"{machine['date']}; {count(settings['rounds'], 'round')}, {count(settings['steps_per_turn'], 'step')} of each."
     )
     return "\n\n".join([f"## {title(result)}", made, step_table(result), part_table(result), verdicts(result)])
 
