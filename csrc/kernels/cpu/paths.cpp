@@ -58,8 +58,7 @@ bool runs_here(Path path) {
   switch (path) {
     case Path::Portable: return true;
 #if defined(HASTE_HAS_AVX2)
-    case Path::Avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Path::Avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
 #if defined(HASTE_HAS_AVX512)
     case Path::Avx512:
