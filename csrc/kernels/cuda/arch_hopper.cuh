@@ -307,7 +307,7 @@ __device__ inline uint64_t rows_descriptor(const void* start) {
   return panel_descriptor(start, 16, 8 * kPanelRowBytes);
 }
 
-// An operand whose contraction runs along the rows ("MN-major", transposed), and whose other dimension along the columns
+// An operand whose contraction runs along the rows ("MN-major", transposed), its other dimension along the columns
 // of one panel, then of the next, `panel_bytes` further on; `start`: row 16·i of a panel. Stride: from 8 rows (of the
 // contraction) to the next 8. Leading: from 64 columns to the next 64.
 __device__ inline uint64_t columns_descriptor(const void* start, unsigned panel_bytes) {
