@@ -39,10 +39,15 @@ void load_panel(void* shared, const TensorMap& map, Barrier* barrier, int column
 void sync_threads(int barrier_id, int threads);
 void arrive_threads(int barrier_id, int threads);
 void fence_shared_for_async();
+void set_registers(int count, bool take);
 template <int kRegisters>
-void take_registers();
+void take_registers() {
+  set_registers(kRegisters, true);
+}
 template <int kRegisters>
-void release_registers();
+void release_registers() {
+  set_registers(kRegisters, false);
+}
 
 void store_matrices(void* row, const uint32_t (&registers)[4]);
 void store_matrices_transposed(void* row, const uint32_t (&registers)[4]);
@@ -53,8 +58,11 @@ template <int kCount>
 void fence_registers(uint32_t (&a)[kCount][4]) {}
 void wgmma_fence();
 void wgmma_commit();
+void wgmma_wait(int pending);
 template <int kPending>
-void wgmma_wait();
+void wgmma_wait() {
+  wgmma_wait(kPending);
+}
 template <typename T, int kColumns, bool kTransposeA, bool kTransposeB>
 void wgmma(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool add);
 template <typename T, int kColumns, bool kTransposeB>

@@ -116,8 +116,8 @@ def emulator(request) -> Emulator:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no {compiler[0]} to compile the CUDA kernels for the host; CXX names another compiler")
-    sources = sorted([*KERNELS.glob("cuda/*.cu"), *EMULATION.glob("*.cpp")], key=lambda path: -path.stat().st_size)
-    everything = [*KERNELS.glob("*.h"), *KERNELS.glob("cuda/*.*"), *EMULATION.rglob("*.*")]
+    sources = sorted([*KERNELS.glob("cuda/**/*.cu"), *EMULATION.glob("*.cpp")], key=lambda path: -path.stat().st_size)
+    everything = [*KERNELS.glob("*.h"), *KERNELS.glob("cuda/**/*.*"), *EMULATION.rglob("*.*")]
     state = hashlib.sha256(" ".join([*compiler, *FLAGS]).encode())
     for path in sorted(path for path in everything if path.suffix in {".h", ".cu", ".cuh", ".cpp"}):
         state.update(path.name.encode() + path.read_bytes())

@@ -1,19 +1,11 @@
 // The primitives of csrc/kernels/cuda/arch.cuh on the host, by the fragment layouts of the PTX ISA.
 #include <kernels/cuda/arch.cuh>
 
-#include "emulator.h"
+#include "warp.h"
 
 namespace {
 
-template <typename Argument>
-void meet_warp(Argument& argument, void (*perform)(void* const*)) {
-  emulation::meet_warp(perform, &argument);
-}
-
-template <typename Argument>
-Argument& at(void* const* arguments, int lane) {
-  return *static_cast<Argument*>(arguments[lane]);
-}
+using namespace emulation;
 
 // ldmatrix: kCount matrices of 8 rows of 8 16-bit elements; lane 8·i + r names row r of matrix i.
 template <int kCount, bool kTransposed>
@@ -22,7 +14,7 @@ void load_matrices_of_warp(uint32_t (&registers)[kCount], const void* row) {
     uint32_t* registers;
     const void* row;
   } argument{registers, row};
-  if (emulation::lane() < 8 * kCount) emulation::check_shared(row, 16);
+  if (lane() < 8 * kCount) check_shared(row, 16);
   meet_warp(argument, [](void* const* arguments) {
     const auto element = [&](int matrix, int r, int c) {
       return static_cast<const uint16_t*>(at<Argument>(arguments, 8 * matrix + r).row)[c];
@@ -36,18 +28,6 @@ void load_matrices_of_warp(uint32_t (&registers)[kCount], const void* row) {
       }
     }
   });
-}
-
-template <typename T>
-float element_of(uint32_t word, int index) {
-  const uint16_t bits = static_cast<uint16_t>(word >> 16 * index);
-  return haste::cuda::to_float(reinterpret_cast<const T&>(bits));
-}
-
-// Tensor cores add exactly and cut the sum off towards zero.
-float truncated(double x) {
-  const float rounded = static_cast<float>(x);
-  return std::fabs(static_cast<double>(rounded)) > std::fabs(x) ? std::nextafter(rounded, 0.f) : rounded;
 }
 
 // mma m16n8k(8·kHalves): A rows lane/4 and lane/4 + 8 in registers 2·half and 2·half + 1, B in register half.

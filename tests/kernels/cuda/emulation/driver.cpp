@@ -1,5 +1,6 @@
 // The emulated kernels as a program: one request on standard input, the buffers that it asks back on standard output.
 //
+// `int major` and `int minor` set the compute capability of the device, if they are there.
 // A request is lines of `op NAME`, `int NAME VALUE`, `real NAME VALUE`, `text NAME VALUE`, `buffer NAME BYTES` and
 // `return NAME`, closed by `end`; then the buffers' contents in the order of their lines. Every buffer is a heap
 // block of exactly its size, so that the address sanitizer sees a kernel that leaves it.
@@ -164,8 +165,8 @@ const char* taylor(const Request& r) {
 // What a user would read on a device of this name and capability that answers a kernel load with this error.
 const char* device_problem(const Request& r) {
   static std::string name = r.texts.at("name");
-  emulation::device = {name.c_str(), static_cast<int>(r.integer("major")), static_cast<int>(r.integer("minor")),
-                       static_cast<cudaError_t>(r.integer("load_error"))};
+  emulation::device.name = name.c_str();
+  emulation::device.load_error = static_cast<cudaError_t>(r.integer("load_error"));
   return cuda::device_problem(0);
 }
 
@@ -192,6 +193,10 @@ int main() {
   std::ios::sync_with_stdio(false);
   const Request request = Request::read(std::cin);
   emulation::set_seed(static_cast<unsigned>(request.integer("seed")));
+  if (request.ints.count("major") == 1) {
+    emulation::device.major = static_cast<int>(request.integer("major"));
+    emulation::device.minor = static_cast<int>(request.integer("minor"));
+  }
   if (const char* refusal = operations.at(request.op)(request)) {
     std::cerr << refusal << "\n";
     return 3;

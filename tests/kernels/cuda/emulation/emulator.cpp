@@ -1,7 +1,8 @@
 // Blocks run one after the other, the threads of a block as fibers in an order drawn from a seed. A fiber gives way
-// only at __syncthreads and at warp-wide operations. What this sees: wrong indices and bounds (with the sanitizers),
+// only at barriers and at warp-wide operations. What this sees: wrong indices and bounds (with the sanitizers),
 // missing barriers and waits (stale or NaN data, in some order of the threads), warps that part ways, shared memory
 // that was never written. What it cannot see: two threads that race within one stretch between barriers.
+// What is asynchronous on the device happens between the stretches, also in an order drawn from the seed.
 #include "emulator.h"
 
 #include <sanitizer/asan_interface.h>
@@ -24,7 +25,8 @@ namespace {
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kWarp = 32;
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
-constexpr size_t kSharedAtMost = 99 * 1024;  // of compute capability 8.6, 8.9 and 12.0, the least of all
+constexpr size_t kSharedAtMost = 227 * 1024;  // of compute capability 9.0 and 10.0
+constexpr size_t kSharedElsewhere = 99 * 1024;  // of 8.6, 8.9 and 12.0, the least of all
 
 struct Copy {
   void* shared;
@@ -47,7 +49,7 @@ struct Warp {
   int arrived = 0;
 };
 
-alignas(256) unsigned char shared[kSharedAtMost];
+alignas(1024) unsigned char shared[kSharedAtMost];
 size_t shared_bytes = 0;
 std::map<const void*, size_t> allowed_shared;
 std::mt19937 random_order;
@@ -56,6 +58,7 @@ std::vector<Fiber> fibers;  // kept from block to block, for their stacks
 std::vector<Warp> warps;
 std::vector<int> ready;
 std::vector<int> at_barrier;
+std::vector<std::function<void()>> events;
 int current = -1;
 int alive = 0;
 const std::function<void()>* thread_body = nullptr;
@@ -92,6 +95,14 @@ void resume(int index) {
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
+// One of the events that have been started, any of them.
+void run_event() {
+  std::swap(events[random_order() % events.size()], events.back());
+  const std::function<void()> event = std::move(events.back());
+  events.pop_back();
+  event();
+}
+
 void run_block(int threads) {
   __asan_unpoison_memory_region(shared, sizeof(shared));
   std::memset(shared, 0xff, sizeof(shared));  // NaN in every type
@@ -101,6 +112,7 @@ void run_block(int threads) {
   warps.assign(threads / kWarp, Warp{});
   ready.clear();
   at_barrier.clear();
+  begin_hopper_block(threads);
   alive = threads;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
@@ -114,12 +126,16 @@ void run_block(int threads) {
     ready.push_back(i);
   }
   while (alive > 0) {
-    if (ready.empty()) fail("the block is stuck: some threads wait for others that have ended or wait elsewhere");
+    if (!events.empty() && (ready.empty() || random_order() % 16 == 0)) run_event();
+    if (ready.empty() && !events.empty()) continue;
+    if (ready.empty()) fail(stuck_hopper_block());
     std::swap(ready[random_order() % ready.size()], ready.back());
     const int next = ready.back();
     ready.pop_back();
     resume(next);
   }
+  if (!events.empty()) fail("a block ends with loads of the copy engine under way");
+  end_hopper_block();
 }
 
 }  // namespace
@@ -128,12 +144,27 @@ Device device;
 
 void set_seed(unsigned seed) { random_order.seed(seed); }
 
-void fail(const char* reason) {
-  std::fprintf(stderr, "emulation: %s (block %u, thread %u)\n", reason, blockIdx.x, threadIdx.x);
+void fail(const std::string& reason) {
+  std::fprintf(stderr, "emulation: %s (block %u, thread %u)\n", reason.c_str(), blockIdx.x, threadIdx.x);
   std::_Exit(4);
 }
 
+int thread() { return current; }
 int lane() { return current % kWarp; }
+
+unsigned draw(unsigned count) { return random_order() % count; }
+
+void start_event(std::function<void()> event) { events.push_back(std::move(event)); }
+
+void wait_in(std::vector<int>& queue) {
+  queue.push_back(current);
+  give_way();
+}
+
+void wake(std::vector<int>& queue) {
+  ready.insert(ready.end(), queue.begin(), queue.end());
+  queue.clear();
+}
 
 void meet_warp(Perform perform, void* argument) {
   const int first = current / kWarp * kWarp;
@@ -176,7 +207,8 @@ void finish_copies() {
 }
 
 cudaError_t allow_shared_memory(const void* kernel, int bytes) {
-  if (bytes > static_cast<int>(kSharedAtMost)) return cudaErrorInvalidValue;
+  const bool much = device.minor == 0 && (device.major == 9 || device.major == 10);
+  if (bytes > static_cast<int>(much ? kSharedAtMost : kSharedElsewhere)) return cudaErrorInvalidValue;
   allowed_shared[kernel] = bytes;
   return cudaSuccess;
 }
@@ -208,11 +240,8 @@ cudaError_t load(const void*) { return device.load_error; }
 
 void __syncthreads() {
   using namespace emulation;
-  at_barrier.push_back(current);
-  if (static_cast<int>(at_barrier.size()) < static_cast<int>(blockDim.x)) return give_way();
-  at_barrier.pop_back();
-  ready.insert(ready.end(), at_barrier.begin(), at_barrier.end());
-  at_barrier.clear();
+  if (at_barrier.size() + 1 < blockDim.x) return wait_in(at_barrier);
+  wake(at_barrier);
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
