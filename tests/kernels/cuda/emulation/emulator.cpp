@@ -260,7 +260,11 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? emulation::device.major : emulation::device.minor;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = emulation::device.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = emulation::device.minor; break;
+    case cudaDevAttrMultiProcessorCount: *value = emulation::device.multiprocessors; break;
+  }
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {

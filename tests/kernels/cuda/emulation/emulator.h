@@ -12,6 +12,7 @@ namespace emulation {
 struct Device {
   const char* name = "Emulated device";
   int major = 8, minor = 6;
+  int multiprocessors = 3;  // few, so that persistent blocks get several pieces of work each
   cudaError_t load_error = cudaSuccess;  // what loading a kernel says
 };
 extern Device device;

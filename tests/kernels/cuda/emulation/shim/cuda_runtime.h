@@ -75,7 +75,11 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+};
 struct cudaFuncAttributes {};
 struct cudaDeviceProp {
   char name[256];
