@@ -301,6 +301,11 @@ __device__ inline void wgmma(float (&c)[kColumns / 8][4], const uint32_t (&a)[4]
 
 #endif  // HASTE_EMULATED
 
+// Where element (row, column) of a panel lies, in bytes; 8 columns from a multiple of 8 on lie side by side.
+__device__ constexpr unsigned panel_offset(unsigned row, unsigned column) {
+  return row * kPanelRowBytes + (column / 8 ^ row % 8) * 16 + column % 8 * 2;
+}
+
 // A matrix descriptor: bits 0–13 the address, 16–29 the leading, 32–45 the stride byte offset, each in units of 16
 // bytes; 49–51 the base offset, 0 as panels are aligned to 1024; 62–63 the swizzle, 1 = 128 bytes. An operand may begin
 // inside of a panel: descriptors add as their addresses do, in units of 16 bytes.

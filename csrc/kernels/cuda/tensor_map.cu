@@ -64,10 +64,12 @@ const char* describe(TensorMap* map, const AttnOperand& operand, int64_t batch, 
   for (int i = 0; i < kDimensions - 1; ++i) strides[i] = static_cast<cuuint64_t>(extents.stride_bytes[i]);
   const cuuint32_t box[kDimensions] = {kPanelColumns, static_cast<cuuint32_t>(rows), 1, 1};  // may exceed the tensor
   const cuuint32_t steps[kDimensions] = {1, 1, 1, 1};
+  const auto type =
+      operand.type == ScalarType::Float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
-      encode(map, operand.type == ScalarType::Float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             kDimensions, const_cast<void*>(operand.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(map, type, kDimensions, const_cast<void*>(operand.data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the CUDA driver refused to describe an operand (cuTensorMapEncodeTiled)";
 }
 

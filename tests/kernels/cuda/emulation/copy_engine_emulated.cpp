@@ -32,7 +32,9 @@ Description description_in(const TensorMap& map) {
 }
 
 // Bits 4 and up of an address in shared memory ^= bits 7 and up: 3 of them in the 128-byte swizzle, then 2, 1, 0.
-uint32_t swizzled(uint32_t address, uint32_t swizzle) { return address ^ ((address >> 7 & ((1u << swizzle) - 1)) << 4); }
+uint32_t swizzled(uint32_t address, uint32_t swizzle) {
+  return address ^ ((address >> 7 & ((1u << swizzle) - 1)) << 4);
+}
 
 unsigned char* writable(uint32_t address) { return const_cast<unsigned char*>(at_shared_address(address)); }
 
@@ -46,8 +48,8 @@ void write_box(const Description& d, uint32_t target, const int (&start)[kDimens
       const int64_t c = int64_t{start[0]} + column;
       uint16_t value = 0;
       if (row_inside && c >= 0 && c < d.sizes[0]) {
-        std::memcpy(&value, d.address + token * d.strides[0] + start[2] * d.strides[1] + start[3] * d.strides[2] + c * 2,
-                    sizeof(value));
+        const uint64_t offset = token * d.strides[0] + start[2] * d.strides[1] + start[3] * d.strides[2] + c * 2;
+        std::memcpy(&value, d.address + offset, sizeof(value));
       }
       std::memcpy(writable(swizzled(target + row * row_bytes + column * 2, d.swizzle)), &value, sizeof(value));
     }
@@ -74,7 +76,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
             (i == 0 || (aligned(strides[i - 1], 16) && strides[i - 1] < uint64_t{1} << 40));
   }
   if (!valid) return CUDA_ERROR_INVALID_VALUE;
-  Description description{kMade, static_cast<const unsigned char*>(address), {}, {}, {}, static_cast<uint32_t>(swizzle)};
+  Description description{kMade, static_cast<const unsigned char*>(address)};
+  description.swizzle = static_cast<uint32_t>(swizzle);
   for (int i = 0; i < kDimensions; ++i) {
     description.sizes[i] = static_cast<uint32_t>(sizes[i]);
     description.box[i] = static_cast<uint16_t>(box[i]);

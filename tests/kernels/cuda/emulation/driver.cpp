@@ -18,6 +18,7 @@
 
 #include "emulator.h"
 #include "faults.h"
+#include "hopper_primitives.h"
 
 namespace {
 
@@ -175,6 +176,31 @@ const char* fault(const Request& r) {
                             static_cast<float*>(r.pointer("target")));
 }
 
+const char* panel(const Request& r) {
+  const auto integer = [&](const char* name) { return static_cast<int>(r.integer(name)); };
+  const AttnOperand operand{r.pointer("operand"),     r.type("type"),         r.integer("dim"), r.stride("operand", 0),
+                            r.stride("operand", 1), r.stride("operand", 2)};
+  return cuda::load_one_panel({operand, r.integer("batch"), r.integer("heads"), r.integer("tokens"), integer("rows"),
+                               integer("column"), integer("token"), integer("head"), integer("sample")},
+                              static_cast<uint16_t*>(r.pointer("panel")));
+}
+
+const char* product(const Request& r) {
+  return cuda::multiply({r.pointer("a"), r.pointer("b"), r.type("type"), static_cast<int>(r.integer("columns")),
+                         static_cast<int>(r.integer("depth")), r.integer("transpose_a") != 0,
+                         r.integer("transpose_b") != 0, r.texts.at("a_from")},
+                        static_cast<float*>(r.pointer("c")));
+}
+
+const char* ring(const Request& r) {
+  return cuda::run_ring(r.pointer("a"), r.pointer("b"), r.integer("tokens"), r.texts.at("name"),
+                        static_cast<float*>(r.pointer("c")));
+}
+
+const char* relay(const Request& r) {
+  return cuda::run_relay(r.texts.at("name"), static_cast<float*>(r.pointer("numbers")));
+}
+
 const char* convert(const Request& r) {
   cuda::convert(static_cast<const float*>(r.pointer("source")), r.integer("count"),
                 static_cast<uint16_t*>(r.pointer("half")), static_cast<uint16_t*>(r.pointer("bfloat16")),
@@ -189,7 +215,9 @@ int main() {
       {"attn_align_loss_forward", attn_forward},   {"attn_align_loss_backward", attn_backward},
       {"token_cosine_loss_forward", cosine_forward}, {"token_cosine_loss_backward", cosine_backward},
       {"taylor_extrapolate", taylor},              {"device_problem", device_problem},
-      {"fault", fault},                            {"convert", convert}};
+      {"fault", fault},                            {"convert", convert},
+      {"panel", panel},                            {"product", product},
+      {"ring", ring},                              {"relay", relay}};
   std::ios::sync_with_stdio(false);
   const Request request = Request::read(std::cin);
   emulation::set_seed(static_cast<unsigned>(request.integer("seed")));

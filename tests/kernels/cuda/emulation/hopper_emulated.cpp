@@ -3,8 +3,8 @@
 // take from each other. mbarriers, copies and products are in files of their own.
 //
 // What this sees besides what emulator.cpp says: see those files. What it cannot see: stores to shared memory by other
-// means than store_matrices() that lack fence_shared_for_async(); how many registers a kernel is launched with; where the
-// compiler moves a use of registers that a product owns (fence_registers).
+// means than store_matrices() that lack fence_shared_for_async(); how many registers a kernel is launched with; where
+// the compiler moves a use of registers that a product owns (fence_registers).
 #include <map>
 
 #include "hopper_state.h"
@@ -84,7 +84,8 @@ void end_hopper_block() {
 
 std::string stuck_hopper_block() {
   const std::string why = stuck_mbarriers();
-  return "the block is stuck: " + (why.empty() ? "some threads wait for others that have ended or wait elsewhere" : why);
+  if (!why.empty()) return "the block is stuck: " + why;
+  return "the block is stuck: some threads wait for others that have ended or wait elsewhere";
 }
 
 const unsigned char* at_shared_address(uint32_t address) {
@@ -126,7 +127,8 @@ void fence_shared_for_async() {
 
 void set_registers(int count, bool take) {
   int& registers = registers_of_warp.emplace(thread() / 32, take ? 0 : 256).first->second;
-  if (take ? count < registers : count > registers) fail("a warpgroup takes fewer registers, or releases more, than it has");
+  const bool wrong_way = take ? count < registers : count > registers;
+  if (wrong_way) fail("a warpgroup takes fewer registers than it has, or releases more");
   registers = count;
 }
 
