@@ -199,18 +199,6 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
-// The element type as an instruction names it.
-template <typename T>
-struct WgmmaType;
-template <>
-struct WgmmaType<__half> {
-  static constexpr char name[] = "f16";
-};
-template <>
-struct WgmmaType<__nv_bfloat16> {
-  static constexpr char name[] = "bf16";
-};
-
 // One instruction per number of columns, each with as many accumulators: HASTE_Ri are the operand numbers of the first
 // i cells of 8 columns, HASTE_Ci the operands; X takes the numbers of the operands behind them.
 #define HASTE_CELL(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
@@ -246,57 +234,66 @@ struct WgmmaType<__nv_bfloat16> {
 #define HASTE_R15 HASTE_R14 ", %56, %57, %58, %59"
 #define HASTE_C16 HASTE_C15, HASTE_CELL(15)
 #define HASTE_R16 HASTE_R15 ", %60, %61, %62, %63"
-#define HASTE_FOR_EACH_WIDTH(X) \
-  X(8, HASTE_R1, HASTE_C1, 4, 5, 6, 7, 8, 9, 10, 11) \
-  X(16, HASTE_R2, HASTE_C2, 8, 9, 10, 11, 12, 13, 14, 15) \
-  X(24, HASTE_R3, HASTE_C3, 12, 13, 14, 15, 16, 17, 18, 19) \
-  X(32, HASTE_R4, HASTE_C4, 16, 17, 18, 19, 20, 21, 22, 23) \
-  X(40, HASTE_R5, HASTE_C5, 20, 21, 22, 23, 24, 25, 26, 27) \
-  X(48, HASTE_R6, HASTE_C6, 24, 25, 26, 27, 28, 29, 30, 31) \
-  X(56, HASTE_R7, HASTE_C7, 28, 29, 30, 31, 32, 33, 34, 35) \
-  X(64, HASTE_R8, HASTE_C8, 32, 33, 34, 35, 36, 37, 38, 39) \
-  X(72, HASTE_R9, HASTE_C9, 36, 37, 38, 39, 40, 41, 42, 43) \
-  X(80, HASTE_R10, HASTE_C10, 40, 41, 42, 43, 44, 45, 46, 47) \
-  X(88, HASTE_R11, HASTE_C11, 44, 45, 46, 47, 48, 49, 50, 51) \
-  X(96, HASTE_R12, HASTE_C12, 48, 49, 50, 51, 52, 53, 54, 55) \
-  X(104, HASTE_R13, HASTE_C13, 52, 53, 54, 55, 56, 57, 58, 59) \
-  X(112, HASTE_R14, HASTE_C14, 56, 57, 58, 59, 60, 61, 62, 63) \
-  X(120, HASTE_R15, HASTE_C15, 60, 61, 62, 63, 64, 65, 66, 67) \
-  X(128, HASTE_R16, HASTE_C16, 64, 65, 66, 67, 68, 69, 70, 71)
+#define HASTE_FOR_EACH_WIDTH(X, type) \
+  X(type, 8, HASTE_R1, HASTE_C1, 4, 5, 6, 7, 8, 9, 10) \
+  X(type, 16, HASTE_R2, HASTE_C2, 8, 9, 10, 11, 12, 13, 14) \
+  X(type, 24, HASTE_R3, HASTE_C3, 12, 13, 14, 15, 16, 17, 18) \
+  X(type, 32, HASTE_R4, HASTE_C4, 16, 17, 18, 19, 20, 21, 22) \
+  X(type, 40, HASTE_R5, HASTE_C5, 20, 21, 22, 23, 24, 25, 26) \
+  X(type, 48, HASTE_R6, HASTE_C6, 24, 25, 26, 27, 28, 29, 30) \
+  X(type, 56, HASTE_R7, HASTE_C7, 28, 29, 30, 31, 32, 33, 34) \
+  X(type, 64, HASTE_R8, HASTE_C8, 32, 33, 34, 35, 36, 37, 38) \
+  X(type, 72, HASTE_R9, HASTE_C9, 36, 37, 38, 39, 40, 41, 42) \
+  X(type, 80, HASTE_R10, HASTE_C10, 40, 41, 42, 43, 44, 45, 46) \
+  X(type, 88, HASTE_R11, HASTE_C11, 44, 45, 46, 47, 48, 49, 50) \
+  X(type, 96, HASTE_R12, HASTE_C12, 48, 49, 50, 51, 52, 53, 54) \
+  X(type, 104, HASTE_R13, HASTE_C13, 52, 53, 54, 55, 56, 57, 58) \
+  X(type, 112, HASTE_R14, HASTE_C14, 56, 57, 58, 59, 60, 61, 62) \
+  X(type, 120, HASTE_R15, HASTE_C15, 60, 61, 62, 63, 64, 65, 66) \
+  X(type, 128, HASTE_R16, HASTE_C16, 64, 65, 66, 67, 68, 69, 70)
 
 // Operands: D, A, B, whether to add to D, the signs of A and B, whether each lies transposed (1: not along the
 // contraction, "MN-major").
-#define HASTE_WGMMA_SHARED(columns, registers, cells, a_, b_, add_, type_, transpose_a_, transpose_b_, _1, _2)       \
-  if constexpr (kColumns == columns) {                                                                                \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_ ", 0;\n"                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.%" #type_ ".%" #type_ " {" registers "}, %" #a_ \
+#define HASTE_WGMMA_SHARED(type, columns, registers, cells, a_, b_, add_, transpose_a_, transpose_b_, _1, _2)          \
+  if constexpr (kColumns == columns) {                                                                                 \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_ ", 0;\n"                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, %" #a_       \
                  ", %" #b_ ", accumulate, 1, 1, %" #transpose_a_ ", %" #transpose_b_ ";\n}\n"                          \
-                 : cells                                                                                              \
-                 : "l"(a), "l"(b), "r"(static_cast<unsigned>(add)), "C"(WgmmaType<T>::name), "n"(int{kTransposeA}),    \
-                   "n"(int{kTransposeB}));                                                                            \
+                 : cells                                                                                               \
+                 : "l"(a), "l"(b), "r"(static_cast<unsigned>(add)), "n"(int{kTransposeA}), "n"(int{kTransposeB}));     \
   }
-#define HASTE_WGMMA_REGISTERS(columns, registers, cells, a0_, a1_, a2_, a3_, b_, add_, type_, transpose_b_)            \
-  if constexpr (kColumns == columns) {                                                                                \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_ ", 0;\n"                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.%" #type_ ".%" #type_ " {" registers "}, {%"    \
-                 #a0_ ", %" #a1_ ", %" #a2_ ", %" #a3_ "}, %" #b_ ", accumulate, 1, 1, %" #transpose_b_ ";\n}\n"       \
-                 : cells                                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(add)),               \
-                   "C"(WgmmaType<T>::name), "n"(int{kTransposeB}));                                                   \
+#define HASTE_WGMMA_REGISTERS(type, columns, registers, cells, a0_, a1_, a2_, a3_, b_, add_, transpose_b_)             \
+  if constexpr (kColumns == columns) {                                                                                 \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_ ", 0;\n"                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, {%" #a0_     \
+                 ", %" #a1_ ", %" #a2_ ", %" #a3_ "}, %" #b_ ", accumulate, 1, 1, %" #transpose_b_ ";\n}\n"            \
+                 : cells                                                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(add)),                \
+                   "n"(int{kTransposeB}));                                                                             \
   }
 
 // c (+)= A·B, 64 × kColumns, over a contraction of 16; A and B in shared memory, by their descriptors.
 template <typename T, int kColumns, bool kTransposeA, bool kTransposeB>
 __device__ inline void wgmma(float (&c)[kColumns / 8][4], uint64_t a, uint64_t b, bool add) {
   static_assert(kColumns % 8 == 0 && kColumns >= 8 && kColumns <= 128);
-  HASTE_FOR_EACH_WIDTH(HASTE_WGMMA_SHARED)
+  if constexpr (std::is_same_v<T, __half>) {
+    HASTE_FOR_EACH_WIDTH(HASTE_WGMMA_SHARED, "f16")
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    HASTE_FOR_EACH_WIDTH(HASTE_WGMMA_SHARED, "bf16")
+  }
 }
 
 // The same with A in registers.
 template <typename T, int kColumns, bool kTransposeB>
 __device__ inline void wgmma(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   static_assert(kColumns % 8 == 0 && kColumns >= 8 && kColumns <= 128);
-  HASTE_FOR_EACH_WIDTH(HASTE_WGMMA_REGISTERS)
+  if constexpr (std::is_same_v<T, __half>) {
+    HASTE_FOR_EACH_WIDTH(HASTE_WGMMA_REGISTERS, "f16")
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    HASTE_FOR_EACH_WIDTH(HASTE_WGMMA_REGISTERS, "bf16")
+  }
 }
 
 #endif  // HASTE_EMULATED
@@ -322,7 +319,7 @@ __device__ inline uint64_t rows_descriptor(const void* start) {
 
 // An operand whose contraction runs along the rows ("MN-major", transposed), its other dimension along the columns
 // of one panel, then of the next, `panel_bytes` further on; `start`: row 16·i of a panel. Stride: from 8 rows (of the
-// contraction) to the next 8. Leading: from 64 columns to the next 64.
+// contraction) to the next 8. Leading: from 64 columns to the next 64; the number of columns may end within a panel.
 __device__ inline uint64_t columns_descriptor(const void* start, unsigned panel_bytes) {
   return panel_descriptor(start, panel_bytes, 8 * kPanelRowBytes);
 }

@@ -1,4 +1,4 @@
-"""The emulated primitives of compute capability 9.0, each against plain indexing and float64, and in kernels at fault."""
+"""The emulated primitives of compute capability 9.0: against plain indexing and float64, and in kernels at fault."""
 
 from __future__ import annotations
 
@@ -89,6 +89,11 @@ def test_what_the_copy_engine_cannot_read(emulator, operand):
         load_panel(emulator, operand, 8)
 
 
+def test_the_driver_refuses_a_panel_of_too_many_rows(emulator):
+    with pytest.raises(emulator.Refused, match="the CUDA driver refused to describe an operand"):
+        load_panel(emulator, random(1, 1, 9, 32), 264)
+
+
 # --- products ---
 
 
@@ -173,6 +178,8 @@ def test_a_wrong_descriptor_shows_in_the_numbers(emulator, fault):
     (
         ("too many bytes", "waits for a phase of an mbarrier that lacks 0 arrivals and 16 bytes"),
         ("no producer", "waits for a phase of an mbarrier that lacks 1 arrivals and 0 bytes"),
+        ("arrives twice", "more threads arrive at a phase of an mbarrier than it expects"),
+        ("overwritten", "an mbarrier was overwritten"),
         ("no wgmma_fence", "a group of wgmma begins without wgmma_fence"),
         ("no commit", "a warp ends with wgmma that it has not committed"),
         ("no init fence", "the copy engine is given an mbarrier without barrier_init_fence"),

@@ -165,6 +165,8 @@ enum class Fault {
   kTooManyBytes,         // the barrier expects more than arrives
   kTooFewBytes,          // and less
   kNoProducer,           // nobody arrives
+  kArrivesTwice,
+  kOverwritten,          // a thread writes over a barrier
   kNoWgmmaFence,
   kNoCommit,
   kNoInitFence,
@@ -179,9 +181,10 @@ enum class Fault {
 };
 constexpr const char* kFaultNames[] = {
     "none",           "read before full", "read before wait", "release before wait", "release for others",
-    "too many bytes", "too few bytes",    "no producer",      "no wgmma_fence",      "no commit",
-    "no init fence",  "no init",          "misaligned",       "wrong swizzle",       "wrong stride",
-    "wrong major",    "touched",          "uneven warps",     "diverged warp",
+    "too many bytes", "too few bytes",    "no producer",      "arrives twice",       "overwritten",
+    "no wgmma_fence", "no commit",        "no init fence",    "no init",             "misaligned",
+    "wrong swizzle",  "wrong stride",     "wrong major",      "touched",             "uneven warps",
+    "diverged warp",
 };
 
 constexpr int kStages = 2;
@@ -197,6 +200,8 @@ void produce(const TensorMap& a_map, const TensorMap& b_map, int tiles, Fault fa
     const int stage = tile % kStages, round = tile / kStages;
     barrier_wait(empty + stage, (round + 1) & 1);  // at once in round 0
     barrier_arrive_and_expect(full + stage, bytes);
+    if (fault == Fault::kArrivesTwice) barrier_arrive(full + stage);
+    if (fault == Fault::kOverwritten) full[stage] = 0;
     load_panel(panels() + (1 + stage) * panel_bytes(kRows) + shift, b_map, full + stage, 0, tile * kRows, 0, 0);
   }
 }
