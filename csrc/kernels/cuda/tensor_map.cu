@@ -2,6 +2,7 @@
 #include "tensor_map.h"
 
 #include <cuda_runtime.h>
+#include <kernels/cuda/launch.cuh>
 
 namespace haste::cuda {
 namespace {
@@ -13,15 +14,18 @@ constexpr int64_t kStrideLimit = int64_t{1} << 40;
 
 struct Extents {
   int64_t size[kDimensions];
-  int64_t stride_bytes[kDimensions - 1];  // of token, head and batch; in any order of size
+  int64_t row_bytes;
+  int64_t stride_bytes[kDimensions - 1];  // of token, head and batch; any of them may be the smallest
 };
 
 // The stride of a dimension of one element means nothing, but must be a valid one.
 Extents extents_of(const AttnOperand& operand, int64_t batch, int64_t heads, int64_t tokens) {
-  const auto stride = [](int64_t size, int64_t elements) {
-    return size == 1 ? kStrideAlignment : elements * kElementBytes;
+  const int64_t row_bytes = operand.dim * kElementBytes;
+  const auto stride = [&](int64_t size, int64_t elements) {
+    return size == 1 ? ceil_div(row_bytes, kStrideAlignment) * kStrideAlignment : elements * kElementBytes;
   };
   return {{operand.dim, tokens, heads, batch},
+          row_bytes,
           {stride(tokens, operand.stride_token), stride(heads, operand.stride_head),
            stride(batch, operand.stride_batch)}};
 }
@@ -43,13 +47,13 @@ Encode find_encode() {
 
 bool can_map(const AttnOperand& operand, int64_t batch, int64_t heads, int64_t tokens) {
   if (operand.type != ScalarType::Float16 && operand.type != ScalarType::BFloat16) return false;
-  if (reinterpret_cast<uintptr_t>(operand.data) % kStrideAlignment != 0) return false;
+  if (!aligned_16(operand.data)) return false;
   const Extents extents = extents_of(operand, batch, heads, tokens);
   for (const int64_t size : extents.size) {
     if (size < 1 || size > INT32_MAX) return false;
   }
   for (const int64_t stride : extents.stride_bytes) {
-    if (stride < 1 || stride >= kStrideLimit || stride % kStrideAlignment != 0) return false;
+    if (stride < extents.row_bytes || stride >= kStrideLimit || stride % kStrideAlignment != 0) return false;
   }
   return true;
 }

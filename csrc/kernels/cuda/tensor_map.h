@@ -12,8 +12,8 @@ using TensorMap = CUtensorMap;
 // A panel is 64 columns of 16-bit elements: rows of 128 bytes, swizzled; see arch_hopper.cuh.
 constexpr int kPanelColumns = 64;
 
-// Whether the copy engine can read the operand where it lies: 16-bit elements, and every address that it steps to a
-// multiple of 16 bytes.
+// Whether the copy engine can read the operand where it lies: 16-bit elements, every row at a multiple of 16 bytes, and
+// no two rows overlapping.
 bool can_map(const AttnOperand& operand, int64_t batch, int64_t heads, int64_t tokens);
 
 // Describes an operand that can_map() for loads of panels of `rows` tokens (≤ 256, a multiple of 8). What lies outside

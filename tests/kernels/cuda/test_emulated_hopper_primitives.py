@@ -81,8 +81,9 @@ def test_strides_of_single_elements_do_not_matter(emulator):
         random(1, 1, 9 * 32 + 1).flatten()[1:].view(1, 1, 9, 32),  # begins 2 bytes behind a multiple of 16
         random(1, 2, 9, 32).float(),
         random(1, 1, 9, 32).expand(1, 2, 9, 32),  # a stride of 0
+        random(1, 1, 1, 96).unfold(3, 32, 8)[:, :, 0],  # a window that moves on by 8
     ),
-    ids=("stride", "address", "type", "expanded"),
+    ids=("stride", "address", "type", "expanded", "overlapping"),
 )
 def test_what_the_copy_engine_cannot_read(emulator, operand):
     with pytest.raises(emulator.Refused, match="the copy engine cannot read the operand"):
