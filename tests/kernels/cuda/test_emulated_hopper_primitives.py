@@ -186,6 +186,7 @@ def test_a_wrong_descriptor_shows_in_the_numbers(emulator, fault):
         ("no init fence", "the copy engine is given an mbarrier without barrier_init_fence"),
         ("no init", "an mbarrier is used that was not initialised"),
         ("misaligned", "a panel does not begin at a multiple of 1024 bytes"),
+        ("stores unfenced", "the copy engine overwrites what a thread stored without fence_shared_for_async"),
         ("uneven warps", "the warps of a warpgroup issue different wgmma"),
         ("diverged warp", "the block is stuck"),
     ),

@@ -1,6 +1,6 @@
 // The copy engine: loads that arrive at some later moment, NaN until then, swizzled by the bits of the shared address,
 // zeros for what lies outside the tensor. What this sees: reading before the barrier, descriptions and targets that are
-// not aligned, targets that leave shared memory.
+// not aligned, targets that leave shared memory, or that a thread stored to without fence_shared_for_async.
 #include <cuda.h>
 
 #include "hopper_state.h"
@@ -106,6 +106,9 @@ void load_panel(void* shared, const TensorMap& map, Barrier* barrier, int column
   const unsigned bytes = description.box[0] * description.box[1] * 2u;
   if (target % kPanelAlignment != 0) fail("a panel does not begin at a multiple of 1024 bytes");
   expect_usable_by_copy_engine(barrier);
+  for (unsigned i = 0; i < bytes; i += 16) {
+    if (!is_fenced(target + i)) fail("the copy engine overwrites what a thread stored without fence_shared_for_async");
+  }
   std::memset(writable(target + bytes - 1) - (bytes - 1), 0xff, bytes);
   start_event([=] {
     write_box(description, target, {column, token, head, batch});

@@ -176,6 +176,7 @@ enum class Fault {
   kWrongStride,          // the descriptor takes 4 rows for 8
   kWrongMajor,           // the contraction runs along the other dimension
   kTouchedAccumulators,  // a thread writes one while the product is under way
+  kStoresUnfenced,       // a stage is written before it goes back, without a fence
   kUnevenWarps,          // one warp names another operand
   kDivergedWarp,         // one lane stays away
 };
@@ -183,8 +184,8 @@ constexpr const char* kFaultNames[] = {
     "none",           "read before full", "read before wait", "release before wait", "release for others",
     "too many bytes", "too few bytes",    "no producer",      "arrives twice",       "overwritten",
     "no wgmma_fence", "no commit",        "no init fence",    "no init",             "misaligned",
-    "wrong swizzle",  "wrong stride",     "wrong major",      "touched",             "uneven warps",
-    "diverged warp",
+    "wrong swizzle",  "wrong stride",     "wrong major",      "touched",             "stores unfenced",
+    "uneven warps",   "diverged warp",
 };
 
 constexpr int kStages = 2;
@@ -243,6 +244,10 @@ void consume(int tiles, Fault fault, float* c) {
     if (fault == Fault::kReleaseBeforeWait) release(empty + stage, fault);
     // The product of the tile before is complete: its stage goes back.
     wgmma_wait<1>();
+    if (fault == Fault::kStoresUnfenced && tile > 0) {
+      char* stored = panels() + (1 + (tile - 1) % kStages) * panel_bytes(kRows);
+      store_matrices(stored + panel_offset(threadIdx.x % kRows, 0), {0, 0, 0, 0});
+    }
     if (tile > 0 && fault != Fault::kReleaseBeforeWait) release(empty + (tile - 1) % kStages, fault);
   }
   if (fault != Fault::kReadBeforeWait) wgmma_wait<0>();
