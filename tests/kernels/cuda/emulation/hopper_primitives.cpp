@@ -245,6 +245,7 @@ void consume(int tiles, Fault fault, float* c) {
     // The product of the tile before is complete: its stage goes back.
     wgmma_wait<1>();
     if (fault == Fault::kStoresUnfenced && tile > 0) {
+      sync_threads(1, kWarpgroupSize);
       char* stored = panels() + (1 + (tile - 1) % kStages) * panel_bytes(kRows);
       store_matrices(stored + panel_offset(threadIdx.x % kRows, 0), {0, 0, 0, 0});
     }
