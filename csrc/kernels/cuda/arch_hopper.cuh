@@ -119,8 +119,9 @@ __device__ inline void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
-// One thread starts the load of one panel, from this column and token on. It counts the bytes of the whole panel on the
-// barrier, those included that lie outside the tensor and are written as zeros.
+// One thread starts the load of one panel, from this column and token on; they may lie outside. It counts the bytes of
+// the whole panel on the barrier, those included that lie outside the tensor and are written as zeros. A block that
+// is no cluster's addresses its own memory in shared::cluster as in shared::cta.
 __device__ inline void load_panel(void* shared, const TensorMap& map, Barrier* barrier, int column, int token,
                                   int head, int batch) {
   asm volatile(
@@ -143,8 +144,10 @@ __device__ inline void arrive_threads(int barrier_id, int threads) {
 // Every thread that wrote shared memory calls it, before the barrier behind which wgmma or the copy engine takes it up.
 __device__ inline void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Registers per thread, for the calling warpgroup, which must call it as a whole: a multiple of 8 from 24 to 256.
-// take_registers waits until other warpgroups have released as many as it needs.
+// Registers per thread, for the calling warpgroup, which must call it as a whole: a multiple of 8 from 24 to 256. They
+// come out of what the block was launched with, which __launch_bounds__(threads, 1) must fix: for all threads, rounded
+// up to whole warpgroups, 65536 / threads rounded down to a multiple of 8. take_registers waits until others have
+// released as many as it needs; it may not go down, release_registers not up.
 template <int kRegisters>
 __device__ inline void take_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
@@ -189,7 +192,7 @@ __device__ inline void fence_registers(uint32_t (&a)[kCount][4]) {
 // Orders what the warpgroup did to registers before the wgmma that follow; needed ahead of every group of them.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 
-// Closes the group of the wgmma since the last commit.
+// Closes the group of this warp's wgmma since the last commit.
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 
 // Waits until at most so many of this warp's latest groups are under way. It speaks for this warp alone: the other
