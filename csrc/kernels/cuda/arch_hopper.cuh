@@ -35,6 +35,7 @@ void barrier_wait(Barrier* barrier, unsigned parity);
 
 void prefetch(const TensorMap& map);
 void load_panel(void* shared, const TensorMap& map, Barrier* barrier, int column, int token, int head, int batch);
+inline void prefetch_panel(const TensorMap&, int, int, int, int) {}
 
 void sync_threads(int barrier_id, int threads);
 void arrive_threads(int barrier_id, int threads);
@@ -48,6 +49,8 @@ template <int kRegisters>
 void release_registers() {
   set_registers(kRegisters, false);
 }
+
+inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 
 void store_matrices(void* row, const uint32_t (&registers)[4]);
 void store_matrices_transposed(void* row, const uint32_t (&registers)[4]);
@@ -132,6 +135,14 @@ __device__ inline void load_panel(void* shared, const TensorMap& map, Barrier* b
       : "memory");
 }
 
+// Lets the copy engine bring a panel into L2 ahead of its load.
+__device__ inline void prefetch_panel(const TensorMap& map, int column, int token, int head, int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(
+                   reinterpret_cast<uint64_t>(&map)),
+               "r"(column), "r"(token), "r"(head), "r"(batch)
+               : "memory");
+}
+
 // Barrier 1 to 15 of the block (0 is that of __syncthreads) among so many threads, whole warps: the first waits for all
 // of them, the second counts this warp in and goes on.
 __device__ inline void sync_threads(int barrier_id, int threads) {
@@ -157,6 +168,14 @@ template <int kRegisters>
 __device__ inline void release_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// The thread's lane, read anew: what is computed from it stays where it is used. Computed from threadIdx, the compiler
+// may move it out of a loop, where it occupies registers all along.
+__device__ inline int lane_index() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  return lane;
 }
 
 // The reverse of load_matrices(): lane 8·i + r gives the 16-byte-aligned address of row r of matrix i.

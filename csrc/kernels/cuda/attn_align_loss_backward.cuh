@@ -4,23 +4,14 @@
 //   G = 2^(s − m_s) / l_s − 2^(t − m_t) / l_t        s, t and their maxima m in powers of 2
 // in registers, and multiplies it onto the streamed student tile: dq_i += G_ij k_j, or dk_j += Gᵀ_ji q_i. For dk the
 // products are computed transposed from the start, so Gᵀ too is an A operand where it stands.
-//
-// G is formed in fp32 and rounded once, to the operand type. It may be as small as fp16's subnormals (1/tokens times
-// the distance of the two maps), so in 16 bits it carries a factor 2^14, which costs nothing (it sits in 1 / l) and is
-// taken back exactly at the end. |G| ≤ 1, and the weights of dk are below 2, so the largest is 2^15.
-//
-// Upstream g_i: dq_i is multiplied by it at the end. For dk it stands inside the sum; G takes g_i / g_ref, where g_ref
-// is the power of 2 at or below the largest |g_i| of this (batch, head), an exact division, and dk takes g_ref.
+// Its range and the upstream gradient: attn_align_upstream.cuh.
 #pragma once
 
 #include "attn_align_fragments.cuh"
 #include "attn_align_tiles.cuh"
+#include "attn_align_upstream.cuh"
 
 namespace haste::cuda {
-
-// The factor that G carries.
-template <typename T>
-constexpr float kGradientFactor = sizeof(T) == 2 ? 16384.f : 1.f;
 
 template <typename T>
 struct GradientArguments {
@@ -84,22 +75,6 @@ struct QueryStatistics {
 
   __device__ Query query(int row, float inverse_reference) const {
     return {student[row], teacher[row], upstream[row] * inverse_reference * kGradientFactor<T>};
-  }
-};
-
-// A power of 2 next to the largest |g_i| of a (batch, head), and its inverse, both exact. Every warp computes it alone.
-struct UpstreamReference {
-  float value, inverse;
-
-  __device__ UpstreamReference(const float* upstream_of_head, int64_t stride, int tokens) {
-    float largest = 0.f;
-    for (int row = threadIdx.x % kWarpSize; row < tokens; row += kWarpSize) {
-      largest = fmaxf(largest, fabsf(upstream_of_head[row * stride]));
-    }
-    const unsigned exponent = __float_as_uint(reduce_max<kWarpSize>(largest)) >> 23;
-    const unsigned normal = min(max(exponent, 1u), 253u);  // so that the inverse is a normal number too
-    value = __uint_as_float(normal << 23);
-    inverse = __uint_as_float((254u - normal) << 23);
   }
 };
 

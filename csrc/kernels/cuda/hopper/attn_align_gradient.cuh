@@ -1,0 +1,208 @@
+// What the Hopper kernels of the backward of attn_align_loss share. All of them form, in registers,
+//   G = 2^(s − m_s) / l_s − 2^(t − m_t) / l_t        s, t and their maxima m in powers of 2
+// of a tile of 64 × 64 logits and multiply it onto a tile of the student's: dq_i += G_ij k_j, dk_j += Gᵀ_ji q_i. G is
+// rounded to the operand type where it stands: accumulators of the logits are the A registers of the next product. Its
+// range and the upstream gradient: ../attn_align_upstream.cuh.
+#pragma once
+
+#include "../attn_align_upstream.cuh"
+#include "attn_align_launch.h"
+
+namespace haste::cuda::hopper {
+
+// Where one gradient goes.
+struct Destination {
+  AttnGradient rows;
+  int tokens, dim;
+  bool chunked;  // its rows may be written in 16-byte chunks
+};
+
+struct GradientArguments {
+  PipelineArguments pipeline;
+  const float2 *student_softmax, *teacher_softmax;  // {m, 1 / l} per row
+  RowGradient upstream;
+  Destination student_q, student_k;
+  float scale;  // the student's logit scale
+
+  __device__ const float* upstream_of(const Place& place) const {
+    return static_cast<const float*>(upstream.data) + place.batch * upstream.stride_batch +
+           place.head * upstream.stride_head;
+  }
+};
+
+constexpr int kChunkBytes = 16;
+
+// One model's softmax of one query: {maximum, weight / sum}. The weight is what G carries, and for dk g_i / g_ref.
+__device__ inline float probability(float dot, float scale_log2, float2 query) {
+  // What overflowed was held to a finite maximum and is above it here.
+  return query.y * fast_exp2(fminf(fmaf(dot, scale_log2, -query.x), kLargestRounding));
+}
+
+// What the producer adds to a stage of 64 queries.
+struct QueryStatistics {
+  float2 student[kTileRows], teacher[kTileRows];
+  float weight[kTileRows];  // g_i / g_ref
+  float4 reference;         // .x: g_ref
+};
+
+// kWeighted: the statistics have the weight in them.
+template <bool kWeighted>
+class StatisticsLoader {
+ public:
+  __device__ explicit StatisticsLoader(const GradientArguments& arguments) : arguments_(arguments) {}
+
+  __device__ void prepare(const Place& place, int first_row) {
+    const float* upstream = arguments_.upstream_of(place);
+    const int64_t stride = arguments_.upstream.stride_token;
+    if (first_row == 0) reference_ = UpstreamReference(upstream, stride, arguments_.pipeline.tokens);
+#pragma unroll
+    for (int i = 0; i < kRowsPerLane; ++i) {
+      const int row = first_row + threadIdx.x % kWarpSize + i * kWarpSize;
+      student_[i] = teacher_[i] = {0.f, 0.f};  // past the last query: its G is 0
+      weight_[i] = 0.f;
+      if (row >= arguments_.pipeline.tokens) continue;
+      weight_[i] = upstream[row * stride] * reference_.inverse;
+      student_[i] = arguments_.student_softmax[place.first_of_head + row];
+      teacher_[i] = arguments_.teacher_softmax[place.first_of_head + row];
+      student_[i].y *= (kWeighted ? weight_[i] : 1.f) * kGradientFactor<__half>;
+      teacher_[i].y *= (kWeighted ? weight_[i] : 1.f) * kGradientFactor<__half>;
+    }
+  }
+
+  __device__ void write(void* extra) const {
+    auto& statistics = *static_cast<QueryStatistics*>(extra);
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < kRowsPerLane; ++i) {
+      statistics.student[lane + i * kWarpSize] = student_[i];
+      statistics.teacher[lane + i * kWarpSize] = teacher_[i];
+      if (!kWeighted) statistics.weight[lane + i * kWarpSize] = weight_[i];
+    }
+    if (lane == 0) statistics.reference.x = reference_.value;
+  }
+
+ private:
+  static constexpr int kRowsPerLane = kTileRows / kWarpSize;
+  const GradientArguments& arguments_;
+  UpstreamReference reference_;
+  float2 student_[kRowsPerLane], teacher_[kRowsPerLane];
+  float weight_[kRowsPerLane];
+};
+
+// A query per column of the tile: makes probabilities of its logits.
+struct QueryColumns {
+  const float2* queries;
+
+  __device__ void to_probabilities(float (&c)[kCells][4], float scale_log2) const {
+#pragma unroll
+    for (int cell = 0; cell < kCells; ++cell) {
+      const auto pair = reinterpret_cast<const float4*>(queries)[cell * 4 + threadIdx.x % 4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 query = i % 2 == 0 ? float2{pair.x, pair.y} : float2{pair.z, pair.w};
+        c[cell][i] = probability(c[cell][i], scale_log2, query);
+      }
+    }
+  }
+};
+
+// s −= t: probabilities become G.
+__device__ inline void subtract(float (&s)[kCells][4], const float (&t)[kCells][4]) {
+#pragma unroll
+  for (int cell = 0; cell < kCells; ++cell) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[cell][i] -= t[cell][i];
+  }
+}
+
+// Rounds a tile to T, as A registers for a contraction over its columns: two cells of 8 are a fragment as they stand.
+template <typename T>
+__device__ void pack_tile(uint32_t (&a)[kTileRows / kStep][4], const float (&c)[kCells][4]) {
+#pragma unroll
+  for (int step = 0; step < kTileRows / kStep; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&cell)[4] = c[2 * step + i / 2];
+      a[step][i] = pack<T>(cell[i % 2 * 2], cell[i % 2 * 2 + 1]);
+    }
+  }
+}
+
+// c += G·B: G 64 × 64 in registers, B 64 × (8·kDimCells) in panels, contracted along its rows; a group of its own.
+template <typename T, int kDimCells>
+__device__ void start_accumulation(float (&c)[kDimCells][4], const uint32_t (&g)[kTileRows / kStep][4],
+                                   const char* b) {
+  const uint64_t descriptor = columns_descriptor(b, kPanelBytes);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kTileRows / kStep; ++step) {
+    constexpr int kStepBytes = kStep * static_cast<int>(kPanelRowBytes);
+    wgmma<T, 8 * kDimCells, true>(c, g[step], descriptor + step * kStepBytes / kDescriptorUnit, true);
+  }
+  wgmma_commit();
+}
+
+// Where a warp's row (0–15) has its 16-byte chunk in panels; `rows`: the panels' row 0 or another multiple of 8.
+__device__ inline char* chunk_of(char* rows, int row, int chunk) {
+  return rows + chunk / 8 * kPanelBytes + row * static_cast<int>(kPanelRowBytes) + (chunk % 8 ^ row % 8) * kChunkBytes;
+}
+
+// Rounds a consumer's 64 rows to T, lays them into `tile`, panels that nobody reads any more, and writes them out in
+// whole rows. Every warp handles its own 16.
+template <typename T, int kDimCells>
+__device__ void store_rows(const float (&rows)[kDimCells][4], const float (&factors)[2], char* tile,
+                           const Destination& destination, const Place& place, int first_row) {
+  constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
+  const int lane = lane_index();
+  tile += threadIdx.x / kWarpSize % kWarpgroupWarps * 16 * kPanelRowBytes;
+  __syncwarp();
+#pragma unroll
+  for (int cell = 0; cell < kDimCells; cell += 2) {
+    uint32_t words[4] = {};  // of an odd last cell, its neighbour is zeros
+#pragma unroll
+    for (int i = 0; i < 4 && cell + i / 2 < kDimCells; ++i) {
+      const float(&pair)[4] = rows[cell + i / 2];
+      words[i] = pack<T>(pair[i % 2 * 2] * factors[i % 2], pair[i % 2 * 2 + 1] * factors[i % 2]);
+    }
+    store_matrices(chunk_of(tile, lane % 16, cell + lane / 16), words);
+  }
+  __syncwarp();
+  const AttnGradient& rows_of = destination.rows;
+  T* head = static_cast<T*>(rows_of.data) + place.batch * rows_of.stride_batch + place.head * rows_of.stride_head;
+  const bool chunked = destination.chunked;
+  const int columns = chunked ? destination.dim / kChunk : destination.dim;  // of chunks, or of elements
+  for (int i = lane; i < 16 * columns; i += kWarpSize) {
+    const int row = i / columns, column = i % columns;
+    if (first_row + row >= destination.tokens) break;
+    T* target = head + (first_row + row) * rows_of.stride_token;
+    if (chunked) {
+      reinterpret_cast<uint4*>(target)[column] = *reinterpret_cast<const uint4*>(chunk_of(tile, row, column));
+    } else {
+      target[column] = reinterpret_cast<const T*>(chunk_of(tile, row, column / kChunk))[column % kChunk];
+    }
+  }
+}
+
+// Host side.
+
+inline Destination describe_destination(const AttnAlignProblem& problem, const AttnGradient& gradient) {
+  // What the copy engine could read, 16-byte accesses can write.
+  const AttnOperand operand{gradient.data, problem.student_q.type, problem.student_q.dim, gradient.stride_batch,
+                            gradient.stride_head, gradient.stride_token};
+  const bool chunked = operand.dim % 8 == 0 && can_map(operand, problem.batch, problem.heads, problem.tokens);
+  return {gradient, static_cast<int>(problem.tokens), static_cast<int>(operand.dim), chunked};
+}
+
+// `rows`: that a block holds at a time.
+inline const char* describe_gradients(GradientArguments* arguments, const AttnAlignProblem& problem,
+                                      const AttnAlignBackward& backward, bool hold_keys, int rows) {
+  arguments->student_softmax = static_cast<const float2*>(backward.student_softmax);
+  arguments->teacher_softmax = static_cast<const float2*>(backward.teacher_softmax);
+  arguments->upstream = backward.upstream;
+  arguments->student_q = describe_destination(problem, backward.student_q);
+  arguments->student_k = describe_destination(problem, backward.student_k);
+  arguments->scale = static_cast<float>(problem.student_scale);
+  return describe_problem(&arguments->pipeline, problem, hold_keys, rows);
+}
+
+}  // namespace haste::cuda::hopper
