@@ -25,7 +25,9 @@ def build_info() -> dict[str, object]:
     """What this build holds.
 
     Returns a dict: ``version``; ``torch`` (built against) and ``torch_loaded``; ``compiler``; ``cuda`` (bool),
-    ``cuda_compiler`` and ``cuda_targets`` (e.g. ``["80", "90"]``); ``cpu_paths`` (the processor paths that can
-    run here, narrowest first) and ``cpu_path`` (the one in force; ``HASTE_CPU_PATH`` chooses another).
+    ``cuda_compiler``, ``cuda_targets`` (e.g. ``["80", "90"]``) and ``cuda_paths`` (``portable`` and, built for 9.0,
+    ``hopper``, which a device of compute capability 9.0 takes by itself; ``HASTE_CUDA_PATH`` chooses one);
+    ``cpu_paths`` (the processor paths that can run here, narrowest first) and ``cpu_path`` (the one in force;
+    ``HASTE_CPU_PATH`` chooses another).
     """
     return {**_C.build_info(), "torch_loaded": torch.__version__}

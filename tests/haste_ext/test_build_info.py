@@ -31,6 +31,10 @@ def test_a_build_with_cuda_holds_every_target():
         pytest.skip("built without nvcc")
     targets = re.findall(r"[\d.]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.6 8.9 9.0 10.0 12.0")
     assert {target.replace(".", "") for target in targets} <= {re.sub("[af]$", "", x) for x in info["cuda_targets"]}
+    assert info["cuda_paths"] == _C.cuda_paths()
+    assert info["cuda_paths"] == ["portable"] + ["hopper"] * bool({"90", "90a"} & set(info["cuda_targets"]))
+    with pytest.raises(ValueError, match="the CUDA path is 'ampere'; it must be one .* holds: portable"):
+        _C.force_cuda_path("ampere")
 
 
 def test_a_path_can_be_forced_by_name_and_by_environment():

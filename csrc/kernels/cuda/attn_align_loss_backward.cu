@@ -1,5 +1,7 @@
 // attn_align_loss, backward: the entry. The kernels are in attn_align_loss_backward.cuh.
 #include "attn_align_tiles.cuh"
+#include "hopper/attn_align_hopper.h"
+#include "paths.h"
 
 namespace haste::cuda {
 
@@ -14,6 +16,11 @@ const char* attn_align_loss_backward(const AttnAlignProblem& problem, const Attn
                                      void* stream) {
   if (const char* reason = refusal(problem)) return reason;
   if (count_blocks(problem) == 0) return nullptr;
+  bool on_hopper = false;
+  if (const char* reason = choose_path(&on_hopper)) return reason;
+#ifdef HASTE_HAS_HOPPER
+  if (on_hopper && hopper::takes(problem)) return hopper::attn_align_loss_backward(problem, backward, stream);
+#endif
   return dispatch_type(problem.student_q.type, [&](auto element) {
     return launch_gradients<decltype(element)>(problem, backward, stream);
   });

@@ -6,6 +6,8 @@
 // Measuring s from its maximum keeps the digits that lse_s − Σ softmax(t)·s would cancel.
 #include "attn_align_fragments.cuh"
 #include "attn_align_tiles.cuh"
+#include "hopper/attn_align_hopper.h"
+#include "paths.h"
 
 namespace haste::cuda {
 namespace {
@@ -137,6 +139,11 @@ const char* attn_align_loss_forward(const AttnAlignProblem& problem, const AttnA
   if (const char* reason = refusal(problem)) return reason;
   const int64_t blocks = count_blocks(problem);
   if (blocks == 0) return nullptr;
+  bool on_hopper = false;
+  if (const char* reason = choose_path(&on_hopper)) return reason;
+#ifdef HASTE_HAS_HOPPER
+  if (on_hopper && hopper::takes(problem)) return hopper::attn_align_loss_forward(problem, rows, stream);
+#endif
   return dispatch_type(problem.student_q.type, [&](auto element) {
     using T = decltype(element);
     const auto arguments = describe<T>(problem, /*hold_keys=*/false);
