@@ -24,7 +24,7 @@ EMULATION = HERE / "emulation"
 KERNELS = ROOT / "csrc/kernels"
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    *("-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-DHASTE_EMULATED"),
+    *("-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-DHASTE_EMULATED", "-DHASTE_HAS_HOPPER"),
     *('-DHASTE_CUDA_TARGETS="80,90,120,120+PTX"', '-DHASTE_CUDA_TOOLKIT="13.0"'),
     *(f"-I{EMULATION / 'shim'}", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"),
 ]
@@ -41,15 +41,19 @@ class Emulator:
     class KernelFault(Exception):
         """The emulation or a sanitizer stopped a kernel."""
 
-    def __init__(self, program: Path):
-        self.program = program
+    def __init__(self, program: Path, **defaults):
+        """`defaults`: values that every call passes, as those of the device that is emulated."""
+        self.program, self.defaults = program, defaults
+
+    def on(self, **defaults) -> Emulator:
+        return Emulator(self.program, **self.defaults, **defaults)
 
     def __call__(
         self, op: str, tensors: dict[str, Tensor], returned: tuple[str, ...] = (), seed: int = 0, **values
     ) -> dict[str, Tensor]:
         """`values`: the problem's integers, floats, texts, and torch types, by the names that the driver reads."""
         header, payload = [f"op {op}", f"int seed {seed}"], []
-        for name, value in values.items():
+        for name, value in (self.defaults | values).items():
             if isinstance(value, torch.dtype):
                 value = SCALAR_TYPES[value]
             kind = {int: "int", float: "real", str: "text"}[type(value)]
@@ -97,7 +101,7 @@ def compile_program(compiler: list[str], sources: list[Path], folder: Path) -> P
         if result.returncode != 0:
             pytest.fail(f"{' '.join(map(str, command))}\n{result.stderr}", pytrace=False)
 
-    objects = [folder / f"{source.name}.o" for source in sources]
+    objects = [folder / f"{i}_{source.name}.o" for i, source in enumerate(sources)]  # names occur twice
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             pool.submit(run, *compiler, *FLAGS, "-x", "c++", "-c", source, "-o", target)

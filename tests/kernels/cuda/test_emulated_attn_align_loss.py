@@ -5,86 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-
-from haste_ext import reference
+from attn_align_problems import NAMES, backward, check, definition, forward, operands
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-NAMES = ("student_q", "student_k", "teacher_q", "teacher_k")
-
-
-def operands(dtype, batch=1, heads=(2, 2), tokens=17, dims=(72, 64), seed=0):
-    """Student q, k as views of a packed (B, N, 3, H, D) projection, teacher q, k contiguous."""
-    generator = torch.Generator().manual_seed(seed)
-    packed = torch.randn(batch, tokens, 3, heads[0], dims[0], generator=generator).to(dtype)
-    teacher = torch.randn(2, batch, heads[1], tokens, dims[1], generator=generator).to(dtype)
-    return [*packed.permute(2, 0, 3, 1, 4)[:2], *(x.clone() for x in teacher)]
-
-
-def problem(tensors, scales=None):
-    """What the driver reads: sizes, type and scales."""
-    batch, _, tokens, student_dim = tensors[0].shape
-    teacher_dim = tensors[2].shape[3]
-    heads = min(tensors[0].shape[1], tensors[2].shape[1])
-    student_scale, teacher_scale = scales or (student_dim**-0.5, teacher_dim**-0.5)
-    return {
-        "batch": batch,
-        "heads": heads,
-        "tokens": tokens,
-        "type": tensors[0].dtype,
-        "student_dim": student_dim,
-        "teacher_dim": teacher_dim,
-        "student_scale": float(student_scale),
-        "teacher_scale": float(teacher_scale),
-    }
-
-
-def forward(emulator, tensors, scales=None, seed=0):
-    """loss (batch, heads, tokens), and the statistics of both softmaxes (batch, heads, tokens, 2)."""
-    values = problem(tensors, scales)
-    rows = (values["batch"], values["heads"], values["tokens"])
-    names = ("loss", "student_softmax", "teacher_softmax")
-    shapes = dict(zip(names, (rows, (*rows, 2), (*rows, 2)), strict=True))
-    buffers = dict(zip(NAMES, tensors, strict=True))
-    buffers |= {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
-    result = emulator("attn_align_loss_forward", buffers, names, seed, **values)
-    return [result[name] for name in names]
-
-
-def backward(emulator, tensors, upstream, scales=None, seed=0, destinations=None, wanted=("grad_q", "grad_k")):
-    """The wanted gradients, in `destinations` or in contiguous tensors of NaN."""
-    values = problem(tensors, scales)
-    _, student_softmax, teacher_softmax = forward(emulator, tensors, scales)
-    shape = (values["batch"], values["heads"], values["tokens"], values["student_dim"])
-    fresh = {name: torch.full(shape, float("nan"), dtype=tensors[0].dtype) for name in wanted}
-    buffers = dict(zip(NAMES, tensors, strict=True)) | (destinations or fresh)
-    buffers |= {"student_softmax": student_softmax, "teacher_softmax": teacher_softmax, "upstream": upstream}
-    return emulator("attn_align_loss_backward", buffers, wanted, seed, **values)
-
-
-def definition(tensors, upstream, scales=None):
-    """Row losses and the gradients of q and k, in the type of the tensors."""
-    heads = min(tensors[0].shape[1], tensors[2].shape[1])
-    student_scale, teacher_scale = scales or (None, None)
-    tensors = [x[:, :heads].detach().clone() for x in tensors]
-    q, k = (x.requires_grad_() for x in tensors[:2])
-    rows = reference.attn_align_loss(q, k, *tensors[2:], student_scale, teacher_scale, reduction="none")
-    rows.backward(upstream.to(rows.dtype))
-    return rows.detach(), q.grad, k.grad
-
-
-def check(emulator, tensors, upstream=None, scales=None, seed=0):
-    batch, heads, tokens = (problem(tensors)[name] for name in ("batch", "heads", "tokens"))
-    if upstream is None:  # that of the mean: one number, expanded
-        upstream = torch.tensor(1 / (batch * heads * tokens)).expand(batch, heads, tokens)
-    exact = definition([x.double() for x in tensors], upstream, scales)
-    eager = definition(tensors, upstream, scales)
-    loss = forward(emulator, tensors, scales, seed)[0]
-    gradients = backward(emulator, tensors, upstream, scales, seed)
-    term = (upstream.abs().max() * max(x.abs().max() for x in tensors[:2])).item()
-    results = (loss, gradients["grad_q"], gradients["grad_k"])
-    for name, ours, theirs, ref in zip(("loss", "dq", "dk"), results, eager, exact, strict=True):
-        what = f"emulated {name}, {tensors[0].dtype}"
-        assert_as_accurate_as_eager(ours, theirs, ref, what, 1.0 if name == "loss" else term)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
