@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../attn_align_upstream.cuh"
-#include "attn_align_launch.h"
+#include "attn_align_launch.cuh"
 
 namespace haste::cuda::hopper {
 

@@ -7,7 +7,7 @@
 //
 // Each consumer starts both products of a tile and works on s while the tensor cores form t.
 #include "attn_align_hopper.h"
-#include "attn_align_launch.h"
+#include "attn_align_launch.cuh"
 
 namespace haste::cuda::hopper {
 namespace {
