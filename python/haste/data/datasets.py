@@ -1,51 +1,90 @@
-"""What the trainer needs to know about a data set."""
+"""From --data-dir to training data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from pathlib import Path
 
-import torch
-
+from haste.data.archive import open_archive
+from haste.data.bad_files import BadFile, OnBadFile, refusal
 from haste.data.digits import load_digits
+from haste.data.memory import InMemoryData
+from haste.data.picture_data import PictureData
+from haste.data.repa_layout import LATENTS, open_repa_layout
+from haste.data.sources import open_pictures
+from haste.data.training_data import TrainingData, count_classes
 from haste.errors import UserError
+from haste.vae import VAE, LatentFormat
+
+logger = logging.getLogger(__name__)
+
+IN_MEMORY = {"digits": load_digits}
 
 
-@dataclass(frozen=True)
-class ImageDataset:
-    """Pictures that fit into memory.
+def load_dataset(
+    data_dir: str,
+    resolution: int,
+    *,
+    vae: str | None = None,
+    vae_stats: str | None = None,
+    on_bad_file: OnBadFile = "refuse",
+    num_classes: int | None = None,
+) -> TrainingData:
+    """The training data that --data-dir names.
 
-    images: (M, C, S, S), float32 in [-1, 1]: what the student learns to draw and what the teacher looks at.
-    labels: (M,), int64, 0 to num_classes - 1.
+    data_dir: the name of a small set that is kept in memory; a folder or zip in REPA's layout, whose latents are used;
+        or a folder, zip or Hugging Face data set of pictures, which are cropped as ADM does.
+    vae: mse, ema, a hub name or a folder. Pictures without latents are encoded on the training device, or, where it is
+        None, learned as pixels. For REPA's layout it tells scale and shift, which are Stable Diffusion's by default.
+    vae_stats: a file with the mean and standard deviation of each latent channel, in place of the VAE's own scale.
+    on_bad_file: "refuse" files that cannot be used, or "skip" them: another picture stands in.
+    num_classes: of the student; None counts the data's.
+
+    Raises UserError for data that does not exist or does not fit these settings.
     """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    num_classes: int
-
-    @property
-    def channels(self) -> int:
-        return self.images.shape[1]
-
-    @property
-    def resolution(self) -> int:
-        return self.images.shape[-1]
-
-    def __len__(self) -> int:
-        return len(self.images)
+    if data_dir in IN_MEMORY:
+        return _load_in_memory(data_dir, resolution, num_classes)
+    path = Path(data_dir).expanduser()
+    if not data_dir or not path.exists():
+        known = ", ".join(IN_MEMORY)
+        raise UserError(f"--data-dir is {data_dir!r}; it must be a folder, a zip, or one of: {known}")
+    archive = open_archive(path, "--data-dir")
+    if archive.child(LATENTS) is not None:
+        data = open_repa_layout(archive, resolution, vae, vae_stats, on_bad_file, num_classes)
+    else:
+        data = _open_plain(path, resolution, vae, vae_stats, on_bad_file, num_classes)
+    _try_first(data)
+    return data
 
 
-def _digits() -> ImageDataset:
-    images, labels = load_digits()
-    return ImageDataset(images, labels, num_classes=10)
+def _load_in_memory(name: str, resolution: int, num_classes: int | None) -> InMemoryData:
+    images, labels = IN_MEMORY[name]()
+    if resolution != images.shape[-1]:
+        raise UserError(f"--resolution is {resolution}; it must be {images.shape[-1]}, like the {name} pictures")
+    return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
 
 
-DATASETS: dict[str, Callable[[], ImageDataset]] = {"digits": _digits}
+def _open_plain(
+    path: Path,
+    resolution: int,
+    vae: str | None,
+    vae_stats: str | None,
+    on_bad_file: OnBadFile,
+    num_classes: int | None,
+) -> PictureData:
+    if vae is None and vae_stats is not None:
+        raise UserError(f"--vae-stats is {vae_stats}, but there are no latents; give --vae as well")
+    source = open_pictures(path, "--data-dir")
+    if source.labels is None:
+        logger.info("%s has no labels: all its pictures are one class", path)
+    encoder = VAE(LatentFormat.of(vae, vae_stats)) if vae is not None else None
+    return PictureData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
 
 
-def load_dataset(data_dir: str) -> ImageDataset:
-    """The data set that --data-dir names; UserError, with the known ones, if there is none."""
-    if data_dir not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise UserError(f"--data-dir is {data_dir!r}; it must be one of: {known} (--recipe digits sets it)")
-    return DATASETS[data_dir]()
+def _try_first(data: TrainingData) -> None:
+    """A wrong --resolution spoils every file: it is told now, before teachers and student are made."""
+    try:
+        data[0]
+    except BadFile as fault:
+        if data.on_bad_file == "refuse":
+            raise UserError(refusal(fault)) from fault

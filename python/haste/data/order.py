@@ -34,6 +34,10 @@ class BatchOrder:
             position += len(part)
         return torch.cat(parts)
 
+    def share(self, step: int, process_index: int, num_processes: int) -> torch.Tensor:
+        """The contiguous part of batch number `step` that one of several processes works on."""
+        return self.batch(step).chunk(num_processes)[process_index]
+
     def _epoch_order(self, epoch: int) -> torch.Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
-from haste.data import BatchOrder, ImageDataset, load_dataset
+from haste.data import Batch, BatchOrder, TrainingData, batches, load_dataset
 from haste.errors import UserError, in_one_line
 from haste.models import SiT
 from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
@@ -63,8 +63,8 @@ def train(config: TrainConfig) -> TrainResult:
     finite; nothing that was saved is lost.
     """
     config.check()
-    dataset = load_dataset(config.data_dir)
-    check_fit(config, dataset)
+    dataset = load_dataset(config.data_dir, config.resolution)
+    check_fit(config)
     folder = RunFolder(config)
     checkpoint = read_newest_checkpoint(folder.checkpoints, config.resume_step)
     if checkpoint is not None:
@@ -72,13 +72,9 @@ def train(config: TrainConfig) -> TrainResult:
     return Trainer(config, dataset, folder, make_accelerator(config), checkpoint).run()
 
 
-def check_fit(config: TrainConfig, dataset: ImageDataset) -> None:
-    """UserError if the pictures, the student and the layer map do not fit together."""
+def check_fit(config: TrainConfig) -> None:
+    """UserError if the student and the layer map do not fit together."""
     depth = student_shape(config.model)["depth"]
-    if config.resolution != dataset.resolution:
-        raise UserError(
-            f"--resolution is {config.resolution}; it must be {dataset.resolution}, like the {config.data_dir} pictures"
-        )
     if config.proj_coeff and not 1 <= config.encoder_depth <= depth:
         raise UserError(
             f"--encoder-depth is {config.encoder_depth}; it must be 1 to {depth}, the depth of {config.model}"
@@ -128,7 +124,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: ImageDataset,
+        dataset: TrainingData,
         folder: RunFolder,
         accelerator: Accelerator,
         checkpoint: Checkpoint | None = None,
@@ -137,9 +133,7 @@ class Trainer:
         self.folder = folder
         self.accelerator = accelerator
         self.device = accelerator.device
-        self.images = dataset.images.to(self.device)
-        self.labels = dataset.labels.to(self.device)
-        self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
+        self.dataset = dataset
         self.termination = FixedTermination(config.early_stop_point)
         if checkpoint is not None:
             self.termination.load_state_dict(checkpoint["termination"])
@@ -147,7 +141,7 @@ class Trainer:
 
         self.model_config = {
             **student_shape(config.model),
-            "input_size": dataset.resolution,
+            "input_size": dataset.input_size,
             "in_channels": dataset.channels,
             "num_classes": dataset.num_classes,
             "class_dropout_prob": config.cfg_prob,
@@ -187,6 +181,8 @@ class Trainer:
         self.folder.claim()
         logger.info("%s", self._describe())
         self.model.train()
+        order = BatchOrder(len(self.dataset), config.batch_size, config.seed)
+        self.batches = batches(self.dataset, order, self.step, self.device)
         self.meter = Meter(config.batch_size, watch_gradient=self.accelerator.scaler is None)
         bar = tqdm(total=config.max_train_steps, initial=self.step, desc=config.exp_name, unit="step")
         with bar, logging_redirect_tqdm(), StopRequest() as stop:
@@ -207,16 +203,15 @@ class Trainer:
                     break
         return TrainResult(self.step, self.folder.path, stop.received)
 
-    def _next_batch(self) -> tuple[Tensor, Tensor]:
-        indices = self.order.batch(self.step).to(self.device, non_blocking=True)
-        return self.images[indices], self.labels[indices]
+    def _next_batch(self) -> Batch:
+        return next(self.batches)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+    def _train_step(self, student: Tensor, images: Tensor, labels: Tensor) -> None:
         """One update. Nothing here waits for a GPU."""
         config, aligner = self.config, self.aligner
-        noise = torch.randn_like(images)
-        t = sample_time(len(images), config.weighting, config.path_type, device=self.device)
-        x_t, target = interpolate(images, noise, t, config.path_type)
+        noise = torch.randn_like(student)
+        t = sample_time(len(student), config.weighting, config.path_type, device=self.device)
+        x_t, target = interpolate(student, noise, t, config.path_type)
         with self.accelerator.autocast():
             if aligner is None:
                 output = self.model(x_t, t, labels)

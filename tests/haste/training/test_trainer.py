@@ -129,7 +129,7 @@ def test_after_tau_neither_teacher_nor_projector_nor_alignment_runs(make_config,
 
 def test_after_tau_teacher_and_projector_are_no_longer_in_memory(make_config):
     config = make_config()
-    trainer = Trainer(config, load_dataset("digits"), RunFolder(config), make_accelerator(config))
+    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
     teacher = [weakref.ref(p) for p in trainer.aligner.parameters()]
     projectors = [weakref.ref(p) for m in (trainer.model, trainer.ema.model) for p in m.projectors.parameters()]
     assert teacher and projectors
@@ -329,7 +329,7 @@ def test_half_precision_trains_with_fp32_weights(make_config, precision):
 
 def test_warmup_raises_the_learning_rate_linearly(make_config):
     config = make_config(warmup_steps=4, learning_rate=0.1)
-    trainer = Trainer(config, load_dataset("digits"), RunFolder(config), make_accelerator(config))
+    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
     rates = []
     for trainer.step in range(6):
         trainer._set_learning_rate()

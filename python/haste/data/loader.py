@@ -1,0 +1,131 @@
+"""Batches in the order of BatchOrder, read ahead by worker processes, from any step on at no cost."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from haste.data.bad_files import BadFile, refusal
+from haste.data.order import BatchOrder
+from haste.data.training_data import Batch, TrainingData
+from haste.errors import UserError, in_one_line
+
+logger = logging.getLogger(__name__)
+
+# So many files in a row that cannot be used are no accident.
+MOST_BAD_NEIGHBOURS = 100
+
+
+def batches(
+    data: TrainingData,
+    order: BatchOrder,
+    start_step: int = 0,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    generator: torch.Generator | None = None,
+) -> Iterator[Batch]:
+    """Batches without end, from that of `start_step` on; of several processes each gets its contiguous share.
+
+    Reading runs ahead in `num_workers` processes. Random draws do not: those of a batch are made when it is asked
+    for, from `generator` or else from torch's own, so that a resumed run draws what an unbroken one would have drawn.
+
+    Raises UserError, in one line, for a file that cannot be used, unless data.on_bad_file is "skip": then the next
+    one that can stands in for it, always the same, and data.skipped has its name.
+    """
+    if order.batch_size % num_processes:
+        raise UserError(
+            f"--batch-size is {order.batch_size}; it must be a multiple of {num_processes}, the number of processes"
+        )
+    device = torch.device(device)
+    reader = _Reader(data)
+    loader = DataLoader(
+        reader,
+        batch_sampler=_Shares(order, start_step, process_index, num_processes),
+        collate_fn=reader.collate,
+        num_workers=num_workers if data.reads_files else 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # DataLoader seeds its workers, who draw nothing; not from the trainer's numbers
+    )
+    return _deliver(data, loader, device, generator)
+
+
+def _deliver(
+    data: TrainingData, loader: DataLoader, device: torch.device, generator: torch.Generator | None
+) -> Iterator[Batch]:
+    try:
+        for raw, faults in loader:
+            _judge(data, faults)
+            if raw is None:
+                raise UserError(f"no file can stand in for a bad one, up to the last tried: {faults[-1]}")
+            yield data.to_batch(raw, device, generator)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads the pictures was lost: {in_one_line(error)}") from error
+
+
+def _judge(data: TrainingData, faults: list[BadFile]) -> None:
+    """Refuse, or name and count, the files that this batch could not use."""
+    if faults and data.on_bad_file == "refuse":
+        raise UserError(refusal(faults[0]))
+    for fault in faults:
+        if fault.name not in data.skipped:
+            data.skipped[fault.name] = fault.reason
+            logger.warning("skipped: %s (%d so far)", fault, len(data.skipped))
+
+
+class _Reader:
+    """What worker processes run: a sample, or what stood in its way, as values, since DataLoader would wrap an
+    exception into a page of traceback."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, list[BadFile]]:
+        attempts = 1 if self.data.on_bad_file == "refuse" else min(len(self.data), MOST_BAD_NEIGHBOURS)
+        faults = []
+        for offset in range(attempts):
+            try:
+                return self.data[(index + offset) % len(self.data)], faults
+            except BadFile as fault:
+                faults.append(fault)
+        return None, faults
+
+    def collate(self, pairs: list[tuple[Any, list[BadFile]]]) -> tuple[Any, list[BadFile]]:
+        samples = [sample for sample, _ in pairs]
+        faults = [fault for _, found in pairs for fault in found]
+        whole = all(sample is not None for sample in samples)
+        return self.data.collate(samples) if whole else None, faults
+
+
+class _Shares:
+    """The indices of one process's share of every batch, without end."""
+
+    def __init__(self, order: BatchOrder, start_step: int, process_index: int, num_processes: int) -> None:
+        self.order = order
+        self.start_step = start_step
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in itertools.count(self.start_step):
+            yield self.order.share(step, self.process_index, self.num_processes).tolist()
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process of a job. The trainer saves and then ends its workers; if
+    these went first, it would fail in the middle of its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,125 @@
+"""REPA's layout: pictures that are cropped already, and beside them the moments of their latents.
+
+    images/00000/img00000000.png               or images.zip with the same inside
+    vae-sd/00000/img-mean-std-00000000.npy     or vae-sd.zip; (2C, S, S): means, then standard deviations
+    vae-sd/dataset.json                        {"labels": [["00000/img-mean-std-00000000.npy", 6], ...]}
+
+or one zip with all of it. Where `haste prepare` wrote it, prepare.json tells the VAE; otherwise Stable Diffusion's is
+meant.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+
+from haste.data.archive import Archive
+from haste.data.bad_files import OnBadFile
+from haste.data.latent_data import LatentData
+from haste.data.pictures import is_picture
+from haste.data.sources import LABEL_FILE, listed_labels, read_labels
+from haste.data.training_data import count_classes
+from haste.errors import UserError
+from haste.vae import SD_LATENTS, LatentFormat, resolve_vae
+
+logger = logging.getLogger(__name__)
+
+IMAGES, LATENTS, RECORD = "images", "vae-sd", "prepare.json"
+
+
+def image_name(number: int) -> str:
+    """The file of a picture inside images/: a thousand to a folder."""
+    return f"{number // 1000:05d}/img{number:08d}.png"
+
+
+def latent_name(number: int) -> str:
+    """The file of a picture's moments inside vae-sd/."""
+    return f"{number // 1000:05d}/img-mean-std-{number:08d}.npy"
+
+
+def open_repa_layout(
+    root: Archive,
+    resolution: int,
+    vae: str | None,
+    vae_stats: str | None,
+    on_bad_file: OnBadFile,
+    num_classes: int | None,
+) -> LatentData:
+    """The pictures and latents under `root`, which has a vae-sd; arguments as for load_dataset."""
+    images, latents = root.child(IMAGES), root.child(LATENTS)
+    if images is None:
+        raise UserError(f"{root.locate(LATENTS)} lies there without {root.locate(IMAGES)}; it must be there too")
+    picture_names = [name for name in images.names() if is_picture(name)]
+    moment_names = [name for name in latents.names() if name.endswith(".npy")]
+    pairs = pair_files(picture_names, moment_names)
+    lone = [images.locate(name) for name in picture_names if name not in pairs.values()]
+    lone += [latents.locate(name) for name in moment_names if name not in pairs]
+    _judge_missing(lone + _listed_but_missing(latents, moment_names), on_bad_file)
+    if not pairs:
+        raise UserError(f"{root.locate(LATENTS)} and {root.locate(IMAGES)} hold no picture with its latents")
+    labels = _labels(images, latents, pairs)
+    classes = count_classes(num_classes, int(labels.max()) + 1)
+    found = (images, list(pairs.values())), (latents, list(pairs))
+    return LatentData(*found, labels, resolution, classes, _format(root, vae, vae_stats), on_bad_file)
+
+
+def pair_files(picture_names: list[str], moment_names: list[str]) -> dict[str, str]:
+    """From each moments file, in order, to its picture: by name, or, where no two names agree, by position, as REPA's
+    own loader does throughout."""
+    pictures = {_key(name): name for name in picture_names}
+    pairs = {name: pictures[_key(name)] for name in moment_names if _key(name) in pictures}
+    if not pairs and len(picture_names) == len(moment_names):
+        return dict(zip(moment_names, picture_names, strict=True))
+    return pairs
+
+
+def _key(name: str) -> str:
+    return name.rsplit(".", 1)[0].replace("-mean-std-", "")
+
+
+def _listed_but_missing(latents: Archive, moment_names: list[str]) -> list[str]:
+    listed = listed_labels(latents) if latents.has(LABEL_FILE) else None
+    return [latents.locate(name) for name in (listed or {}).keys() - set(moment_names)]
+
+
+def _judge_missing(lone: list[str], on_bad_file: OnBadFile) -> None:
+    """Refuse, or name and count, files without which another one is of no use."""
+    if not lone:
+        return
+    what = f"{len(lone)} files have no counterpart in {IMAGES}, {LATENTS} or {LABEL_FILE}, the first being {min(lone)}"
+    if on_bad_file == "refuse":
+        raise UserError(f"{what}; restore them, or pass over such files with --on-bad-file skip")
+    logger.warning("skipped: %s", what)
+
+
+def _labels(images: Archive, latents: Archive, pairs: dict[str, str]) -> np.ndarray:
+    """By vae-sd/dataset.json, or else by images/dataset.json; all 0 where that says that there are none."""
+    if not latents.has(LABEL_FILE) and images.has(LABEL_FILE):
+        labels = read_labels(images, list(pairs.values()))
+    else:
+        labels = read_labels(latents, list(pairs))
+    return np.zeros(len(pairs), dtype=np.int64) if labels is None else labels
+
+
+def _format(root: Archive, vae: str | None, vae_stats: str | None) -> LatentFormat:
+    """The VAE that was asked for, or the recorded one, or Stable Diffusion's."""
+    recorded = recorded_format(root)
+    if vae is None:
+        latents = recorded or SD_LATENTS
+        return latents if vae_stats is None else latents.with_statistics(vae_stats)
+    if recorded is not None and recorded.vae != resolve_vae(vae):
+        raise UserError(f"--vae is {vae}; it must be {recorded.vae}, which has made {root.locate(LATENTS)}")
+    return LatentFormat.of(vae, vae_stats)
+
+
+def recorded_format(root: Archive) -> LatentFormat | None:
+    """What prepare.json says of the latents; None without one."""
+    if not root.has(RECORD):
+        return None
+    try:
+        latents = json.loads(root.read(RECORD))["latents"]
+        return None if latents is None else LatentFormat.from_dict(latents)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root.locate(RECORD)} cannot be read as the record of haste prepare ({error!r})") from error

@@ -1,0 +1,194 @@
+"""Where pictures come from, before anything is done to them: their bytes and labels by number.
+
+A folder or a zip of picture files, or a Hugging Face data set on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from haste.data.archive import Archive, Folder, open_archive
+from haste.data.bad_files import BadFile
+from haste.data.pictures import is_picture
+from haste.errors import UserError, in_one_line
+
+LABEL_FILE = "dataset.json"
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+
+
+class PictureSource(Protocol):
+    """labels: (count,), int64, or None where there are none; num_classes: how many there are, 1 without labels."""
+
+    labels: np.ndarray | None
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What messages call a picture."""
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a picture's file; BadFile if there are none."""
+
+
+class FilePictures:
+    """The named picture files of a folder or a zip."""
+
+    def __init__(self, archive: Archive, names: list[str], labels: np.ndarray | None) -> None:
+        self.archive = archive
+        self._names = pack_names(names)
+        self.labels = labels
+        self.num_classes = 1 if labels is None else int(labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self.archive.locate(os.fsdecode(self._names[index]))
+
+    def read(self, index: int) -> bytes:
+        return self.archive.read(os.fsdecode(self._names[index]))
+
+
+def pack_names(names: list[str]) -> np.ndarray:
+    """One block of bytes. A list of a million strings would be copied into every worker process, page by page, as
+    Python counts the references to them."""
+    return np.array([os.fsencode(name) for name in names])
+
+
+def open_pictures(path: Path, flag: str) -> PictureSource:
+    """The pictures at `path`, which `flag` gave; UserError if there are none or if they cannot be told apart."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return HuggingFacePictures(path, flag)
+    archive = open_archive(path, flag)
+    inner = archive.child("images")
+    if inner is not None and not any(is_picture(name) for name in archive.names() if not name.startswith("images/")):
+        archive = inner  # the pictures of REPA's layout
+    return open_files(archive, f"{flag} is {path}, which")
+
+
+def open_files(archive: Archive, what: str) -> FilePictures:
+    """Every picture file of the archive. Labels: dataset.json, or the folders at the top; `what` begins messages."""
+    names = [name for name in archive.names() if is_picture(name)]
+    if not names:
+        raise UserError(f"{what} holds no pictures; it must hold picture files or a folder of them for each class")
+    if archive.has(LABEL_FILE):
+        return FilePictures(archive, names, read_labels(archive, names))
+    return FilePictures(archive, names, _labels_of_folders(names, what))
+
+
+def _labels_of_folders(names: list[str], what: str) -> np.ndarray | None:
+    """The classes are the folders at the top, sorted; None where all pictures lie at the top, as one class."""
+    tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    classes = sorted(set(tops))
+    if classes == [""]:
+        return None
+    if classes[0] == "":
+        raise UserError(f"{what} holds pictures beside its class folders, such as {names[tops.index('')]}")
+    if {name.lower() for name in classes} <= SPLITS:
+        raise UserError(f"{what} holds {' and '.join(classes)}, not classes; it must be one of these folders")
+    number = {name: index for index, name in enumerate(classes)}
+    return np.array([number[top] for top in tops], dtype=np.int64)
+
+
+def listed_labels(archive: Archive) -> dict[str, Any] | None:
+    """dataset.json, {"labels": [[name, label], ...]}, as a dictionary; None where "labels" is null."""
+    where = archive.locate(LABEL_FILE)
+    try:
+        labels = json.loads(archive.read(LABEL_FILE))["labels"]
+        return None if labels is None else {name.replace("\\", "/"): label for name, label in labels}
+    except BadFile as error:
+        raise UserError(f"{error}; it must list the labels of the files beside it") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{where} cannot be read as {{"labels": [[name, label], ...]}} ({error!r})') from error
+
+
+def read_labels(archive: Archive, names: list[str]) -> np.ndarray | None:
+    """The labels of these files by dataset.json; UserError where one has none, or one that is no class."""
+    listed = listed_labels(archive)
+    if listed is None:
+        return None
+    where = archive.locate(LABEL_FILE)
+    missing = [name for name in names if name not in listed]
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise UserError(f"{where} has no label for {missing[0]}{others}")
+    labels = [listed[name] for name in names]
+    for name, label in zip(names, labels, strict=True):
+        if type(label) is not int or label < 0:
+            raise UserError(f"{where} gives {name} the label {label!r}; it must be a class, counted from 0")
+    return np.array(labels, dtype=np.int64)
+
+
+class HuggingFacePictures:
+    """A data set that `save_to_disk` of the package datasets has written; of several splits, the one named train."""
+
+    def __init__(self, path: Path, flag: str) -> None:
+        dataset = _load_from_disk(path, flag)
+        kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+        pictures = [name for name, kind in kinds.items() if kind == "Image"]
+        if len(pictures) != 1:
+            columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+            raise UserError(f"{flag} is {path}, whose columns are {columns}; it must have exactly one column of images")
+        self.path = path
+        self._column = pictures[0]
+        self.labels, self.num_classes = _labels_of_column(dataset, kinds, f"{flag} is {path}, whose")
+        import datasets
+
+        undecoded = dataset.select_columns(pictures).cast_column(self._column, datasets.Image(decode=False))
+        self._rows = undecoded.with_format(None)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        return f"picture {index} of {self.path}"
+
+    def read(self, index: int) -> bytes:
+        picture = self._rows[index][self._column] or {}
+        if picture.get("bytes") is not None:
+            return picture["bytes"]
+        if picture.get("path") is None:
+            raise BadFile(self.name(index), "is missing")
+        file = Path(picture["path"])
+        return Folder(file.parent).read(file.name)
+
+
+def _load_from_disk(path: Path, flag: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{flag} is {path}, a Hugging Face data set, which takes the package datasets: pip install datasets"
+        ) from error
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # pyarrow's own errors among them
+        raise UserError(f"{flag} is {path}, which cannot be loaded by datasets: {in_one_line(error)}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if "train" not in dataset:
+            raise UserError(f"{flag} is {path}, whose splits are {', '.join(dataset)}; it must be one of these folders")
+        dataset = dataset["train"]
+    if len(dataset) == 0:
+        raise UserError(f"{flag} is {path}, which holds no pictures")
+    return dataset
+
+
+def _labels_of_column(dataset: Any, kinds: dict[str, str], what: str) -> tuple[np.ndarray | None, int]:
+    """The one ClassLabel column, or the column named label; the number of classes it tells, or that there are."""
+    classes = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    column = classes[0] if len(classes) == 1 else "label"
+    if column not in kinds:
+        if classes:
+            raise UserError(f"{what} columns {' and '.join(classes)} are both classes; one must be named label")
+        return None, 1
+    labels = np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise UserError(f"{what} column {column} holds other values than classes, counted from 0")
+    told = getattr(dataset.features[column], "num_classes", None)
+    return labels.astype(np.int64), told or int(labels.max()) + 1

@@ -1,0 +1,189 @@
+"""The autoencoder between pictures and latents, and the numbers that make its latents fit for diffusion.
+
+What is diffused is x = (z − shift)·scale, channel by channel, for latents z of the VAE: Stable Diffusion's has shift 0
+and scale 0.18215; REPA-E's come with a file of statistics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haste.errors import UserError, in_one_line
+
+# --vae of REPA's and SiT's generate.py.
+PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
+
+# A VAE's activations at full resolution take gigabytes; so many pictures go through it at a time.
+PICTURES_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """vae: hub name or folder. channels: of the latents. factor: pixels per latent, along a side. shift, scale: one
+    number per channel."""
+
+    vae: str
+    channels: int
+    factor: int
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, stats: str | None = None) -> LatentFormat:
+        """Of a VAE, from its config alone. name: mse, ema, a hub name or a folder; stats: a file of statistics.
+
+        Raises UserError for a VAE that does not exist or is no AutoencoderKL, and for a file that does not fit it.
+        """
+        source = resolve_vae(name)
+        config = _load_config(name, source)
+        channels = config["latent_channels"]
+        shift, scale = _scaling(config) if stats is None else read_statistics(stats, channels)
+        return cls(source, channels, 2 ** (len(config["block_out_channels"]) - 1), shift, scale)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatentFormat:
+        """The inverse of dataclasses.asdict, also by way of JSON, which knows no tuples."""
+        return cls(**{**values, "shift": tuple(values["shift"]), "scale": tuple(values["scale"])})
+
+    def with_statistics(self, stats: str) -> LatentFormat:
+        """The same latents, shifted and scaled by a file of statistics."""
+        return LatentFormat(self.vae, self.channels, self.factor, *read_statistics(stats, self.channels))
+
+    def input_size(self, resolution: int) -> int:
+        """Latents per side of a picture; UserError if that is no whole number."""
+        if resolution % self.factor:
+            raise UserError(
+                f"--resolution is {resolution}; it must be a multiple of {self.factor}, the pixels per latent of "
+                f"the VAE {self.vae}"
+            )
+        return resolution // self.factor
+
+    def draw(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What is diffused, (B, C, S, S), drawn from moments (B, 2C, S, S): means, then standard deviations."""
+        mean, std = moments.chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return (mean + std * noise - _by_channel(self.shift, mean)) * _by_channel(self.scale, mean)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The VAE's latents z of what was diffused."""
+        return x / _by_channel(self.scale, x) + _by_channel(self.shift, x)
+
+
+# What REPA's vae-sd folders hold.
+SD_LATENTS = LatentFormat(PUBLISHED_VAES["mse"], 4, 8, shift=(0.0,) * 4, scale=(0.18215,) * 4)
+
+
+class VAE(nn.Module):
+    """A frozen AutoencoderKL in fp32. UserError if its weights cannot be loaded."""
+
+    def __init__(self, latents: LatentFormat) -> None:
+        super().__init__()
+        self.latents = latents
+        self._model = _load_model(latents.vae).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> VAE:
+        """Stays in eval mode, whatever its owner does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, R, R) in [-1, 1] to moments (B, 2C, S, S): means, then standard deviations."""
+        distributions = [self._model.encode(part).latent_dist for part in images.float().split(PICTURES_AT_A_TIME)]
+        return torch.cat([torch.cat([d.mean, d.std], dim=1) for d in distributions])
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """What was diffused, (B, C, S, S), to pictures (B, 3, R, R) in [-1, 1]."""
+        latents = self.latents.restore(x.float())
+        parts = [self._model.decode(part).sample for part in latents.split(PICTURES_AT_A_TIME)]
+        return torch.cat(parts).clamp(-1, 1)
+
+
+def resolve_vae(name: str) -> str:
+    """mse and ema become their hub names; a folder must hold a config; a hub name stays. UserError for others."""
+    if name in PUBLISHED_VAES:
+        return PUBLISHED_VAES[name]
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        inside = folder / "vae"  # the folder of a whole pipeline
+        folder = inside if (inside / "config.json").is_file() else folder
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--vae is {name}, a folder without a config.json; save one there with save_pretrained()")
+        return str(folder.resolve())
+    if name.count("/") == 1 and not name.startswith((".", "~", os.sep)) and not name.endswith("/"):
+        return name
+    raise UserError(
+        f"--vae is {name!r}, which does not exist; it must be {' or '.join(PUBLISHED_VAES)}, a hub name such as "
+        f"{PUBLISHED_VAES['mse']}, or a folder written by save_pretrained()"
+    )
+
+
+def read_statistics(path: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale, one number per channel, from a file of tensors: latents_bias and latents_scale as REPA-E's
+    have them, or mean and std. UserError for any other content."""
+    try:
+        values = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+        if "latents_scale" in values:
+            shift, scale = values["latents_bias"], values["latents_scale"]
+        else:
+            shift, scale = values["mean"], 1 / values["std"].double()
+        shift, scale = (tuple(value.double().flatten().tolist()) for value in (shift, scale))
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"--vae-stats is {path}, which cannot be read: {in_one_line(error)}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--vae-stats is {path}; it must hold the tensors latents_scale and latents_bias, or mean and std"
+        ) from error
+    if len(shift) != channels or len(scale) != channels:
+        raise UserError(f"--vae-stats is {path}, for {len(scale)} channels; it must be for {channels}, as the latents")
+    return shift, scale
+
+
+def _scaling(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale of a VAE's config, as diffusers' pipelines read them."""
+    channels, factor = config["latent_channels"], config.get("scaling_factor") or 0.18215
+    means, deviations = config.get("latents_mean"), config.get("latents_std")
+    if means is not None and deviations is not None:
+        return tuple(map(float, means)), tuple(factor / deviation for deviation in deviations)
+    return (float(config.get("shift_factor") or 0.0),) * channels, (float(factor),) * channels
+
+
+def _load_config(name: str, source: str) -> dict[str, Any]:
+    try:
+        if Path(source).is_dir():
+            config = json.loads((Path(source) / "config.json").read_text())
+        else:
+            from diffusers import AutoencoderKL
+
+            config = AutoencoderKL.load_config(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the VAE {name} cannot be loaded: {in_one_line(error)}") from error
+    kind = config.get("_class_name")
+    if kind != "AutoencoderKL":
+        raise UserError(f"the VAE {name} is of the class {kind}; it must be an AutoencoderKL")
+    return config
+
+
+def _load_model(source: str) -> nn.Module:
+    from diffusers import AutoencoderKL  # takes a second, and pixels need none of it
+
+    try:
+        model, report = AutoencoderKL.from_pretrained(source, output_loading_info=True)
+    except Exception as error:  # diffusers', safetensors', the hub's own errors
+        raise UserError(f"the VAE {source} cannot be loaded: {in_one_line(error)}") from error
+    if report["missing_keys"]:
+        raise UserError(f"the VAE {source} cannot be loaded: its weights lack {report['missing_keys'][0]}")
+    return model.float()
+
+
+def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
