@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,13 @@ class LatentFormat:
         Raises UserError for a VAE that does not exist or is no AutoencoderKL, and for a file that does not fit it.
         """
         source = resolve_vae(name)
-        config = _load_config(name, source)
-        channels = config["latent_channels"]
-        shift, scale = _scaling(config) if stats is None else read_statistics(stats, channels)
-        return cls(source, channels, 2 ** (len(config["block_out_channels"]) - 1), shift, scale)
+        if source in PUBLISHED_VAES.values():  # known, also where the hub is out of reach
+            latents = replace(SD_LATENTS, vae=source)
+        else:
+            config = _load_config(name, source)
+            factor = 2 ** (len(config["block_out_channels"]) - 1)
+            latents = cls(source, config["latent_channels"], factor, *_scaling(config))
+        return latents if stats is None else latents.with_statistics(stats)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LatentFormat:
@@ -56,7 +59,8 @@ class LatentFormat:
 
     def with_statistics(self, stats: str) -> LatentFormat:
         """The same latents, shifted and scaled by a file of statistics."""
-        return LatentFormat(self.vae, self.channels, self.factor, *read_statistics(stats, self.channels))
+        shift, scale = read_statistics(stats, self.channels)
+        return replace(self, shift=shift, scale=scale)
 
     def input_size(self, resolution: int) -> int:
         """Latents per side of a picture; UserError if that is no whole number."""
@@ -89,6 +93,10 @@ class VAE(nn.Module):
         super().__init__()
         self.latents = latents
         self._model = _load_model(latents.vae).eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
     def train(self, mode: bool = True) -> VAE:
         """Stays in eval mode, whatever its owner does."""

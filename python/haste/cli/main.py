@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from haste.errors import UserError
 
 SUBCOMMANDS = {
+    "prepare": "make training data from pictures: crop, resize, encode to latents",
     "train": "train a SiT: with HASTE, with REPA, or plain",
     "sample": "draw pictures from a checkpoint, all steps or with TaylorSeer",
     "evaluate": "measure how far drawn pictures are from real ones",

@@ -62,7 +62,8 @@ class LatentData(TrainingData):
         where, size = self._pictures.locate(name), self.resolution
         picture = decode_picture(self._pictures.read(name), where)
         if picture.size != (size, size):
-            raise BadFile(where, f"is {picture.width} x {picture.height} pixels; --resolution is {size}")
+            found = f"{picture.width} x {picture.height}"
+            raise BadFile(where, f"is {found} pixels, not {size} x {size} as --resolution says")
         return to_pixels(picture)
 
     def _read_moments(self, index: int) -> np.ndarray:
@@ -70,8 +71,8 @@ class LatentData(TrainingData):
         where, shape = self._moments.locate(name), (2 * self.channels, self.input_size, self.input_size)
         moments = decode_moments(self._moments.read(name), where)
         if moments.shape != shape:
-            must_be = f"at --resolution {self.resolution} it must hold {_times(shape)}"
-            raise BadFile(where, f"holds {_times(moments.shape)} numbers; {must_be}")
+            wanted = f"not {_times(shape)} as --resolution {self.resolution} and the VAE say"
+            raise BadFile(where, f"holds {_times(moments.shape)} numbers, {wanted}")
         return moments
 
     def collate(self, samples: list[Latents]) -> Latents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +53,7 @@ def batches(
         collate_fn=reader.collate,
         num_workers=num_workers if data.reads_files else 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # DataLoader seeds its workers, who draw nothing; not from the trainer's numbers
     )
     return _deliver(data, loader, device, generator)
@@ -61,16 +62,11 @@ def batches(
 def _deliver(
     data: TrainingData, loader: DataLoader, device: torch.device, generator: torch.Generator | None
 ) -> Iterator[Batch]:
-    try:
-        for raw, faults in loader:
-            _judge(data, faults)
-            if raw is None:
-                raise UserError(f"no file can stand in for a bad one, up to the last tried: {faults[-1]}")
-            yield data.to_batch(raw, device, generator)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a process that reads the pictures was lost: {in_one_line(error)}") from error
+    for raw, faults in read_ahead(loader):
+        _judge(data, faults)
+        if raw is None:
+            raise UserError(f"no file can stand in for a bad one, up to the last tried: {faults[-1]}")
+        yield data.to_batch(raw, device, generator)
 
 
 def _judge(data: TrainingData, faults: list[BadFile]) -> None:
@@ -124,8 +120,23 @@ class _Shares:
             yield self.order.share(step, self.process_index, self.num_processes).tolist()
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach every process of a job. The trainer saves and then ends its workers; if
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process of a job. The parent saves and then ends its workers; if
     these went first, it would fail in the middle of its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def read_ahead(loader: DataLoader) -> Iterator[Any]:
+    """What the loader yields. UserError, here and nowhere else, if a worker was killed, mostly for want of memory."""
+    on_child = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise in the middle of whatever the caller does; without it the next read does.
+        signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads the pictures was lost: {in_one_line(error)}") from error

@@ -22,7 +22,7 @@ from haste.data.pictures import is_picture
 from haste.data.sources import LABEL_FILE, listed_labels, read_labels
 from haste.data.training_data import count_classes
 from haste.errors import UserError
-from haste.vae import SD_LATENTS, LatentFormat, resolve_vae
+from haste.vae import SD_LATENTS, LatentFormat
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +106,10 @@ def _labels(images: Archive, latents: Archive, pairs: dict[str, str]) -> np.ndar
 def _format(root: Archive, vae: str | None, vae_stats: str | None) -> LatentFormat:
     """The VAE that was asked for, or the recorded one, or Stable Diffusion's."""
     recorded = recorded_format(root)
-    if vae is None:
-        latents = recorded or SD_LATENTS
-        return latents if vae_stats is None else latents.with_statistics(vae_stats)
-    if recorded is not None and recorded.vae != resolve_vae(vae):
-        raise UserError(f"--vae is {vae}; it must be {recorded.vae}, which has made {root.locate(LATENTS)}")
-    return LatentFormat.of(vae, vae_stats)
+    latents = LatentFormat.of(vae) if vae is not None else recorded or SD_LATENTS
+    if recorded is not None and (recorded.channels, recorded.factor) != (latents.channels, latents.factor):
+        raise UserError(f"--vae is {vae}; it must be one like {recorded.vae}, which has made {root.locate(LATENTS)}")
+    return latents if vae_stats is None else latents.with_statistics(vae_stats)
 
 
 def recorded_format(root: Archive) -> LatentFormat | None:

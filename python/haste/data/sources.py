@@ -5,6 +5,7 @@ A folder or a zip of picture files, or a Hugging Face data set on disk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -35,6 +36,9 @@ class PictureSource(Protocol):
     def read(self, index: int) -> bytes:
         """The bytes of a picture's file; BadFile if there are none."""
 
+    def digest(self) -> str:
+        """A checksum of which pictures these are, in which order, with which labels."""
+
 
 class FilePictures:
     """The named picture files of a folder or a zip."""
@@ -53,6 +57,10 @@ class FilePictures:
 
     def read(self, index: int) -> bytes:
         return self.archive.read(os.fsdecode(self._names[index]))
+
+    def digest(self) -> str:
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        return hashlib.sha256(b"\n".join(self._names.tolist()) + labels).hexdigest()
 
 
 def pack_names(names: list[str]) -> np.ndarray:
@@ -157,6 +165,9 @@ class HuggingFacePictures:
             raise BadFile(self.name(index), "is missing")
         file = Path(picture["path"])
         return Folder(file.parent).read(file.name)
+
+    def digest(self) -> str:
+        return self._rows._fingerprint
 
 
 def _load_from_disk(path: Path, flag: str) -> Any:

@@ -1,13 +1,59 @@
 import pytest
-from haste.data import load_dataset
+import torch
+from haste.data import BatchOrder, batches, load_dataset
 from haste.errors import UserError
+from haste.vae import VAE, LatentFormat
+from picture_files import cut_short
 
 
 def test_digits_by_name():
-    dataset = load_dataset("digits", 8)
-    assert (len(dataset), dataset.channels, dataset.resolution, dataset.num_classes) == (1797, 1, 8, 10)
+    data = load_dataset("digits", 8)
+    assert (len(data), data.channels, data.resolution, data.input_size, data.num_classes) == (1797, 1, 8, 8, 10)
+    assert data.latents is None and data.without_images() is data
 
 
-def test_unknown_data_is_refused_with_the_known_names():
-    with pytest.raises(UserError, match="--data-dir is 'nothing'; it must be a folder, a zip, or one of: digits"):
-        load_dataset("nothing", 8)
+def test_pictures_of_a_folder_as_pixels(class_folder):
+    data = load_dataset(str(class_folder), 8)
+    assert (len(data), data.channels, data.resolution, data.input_size, data.num_classes) == (12, 3, 8, 8, 3)
+    batch = next(batches(data, BatchOrder(12, 12, seed=0)))
+    assert batch.student.shape == (12, 3, 8, 8) and batch.student.dtype == torch.float32
+    assert -1 <= batch.student.min() < batch.student.max() <= 1
+    assert batch.labels.dtype == torch.int64
+
+
+def test_pictures_of_a_folder_as_latents_made_on_the_fly(class_folder, vae_folder):
+    data = load_dataset(str(class_folder), 8, vae=str(vae_folder))
+    assert (data.channels, data.input_size, data.latents) == (4, 2, LatentFormat.of(str(vae_folder)))
+    order = BatchOrder(12, 12, seed=0)
+    batch = next(batches(data, order, num_workers=2, generator=torch.Generator().manual_seed(0)))
+    assert batch.images.shape == (12, 3, 8, 8)
+    moments = VAE(data.latents).encode(batch.images)
+    expected = data.latents.draw(moments, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(batch.student, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nothing", 8), "--data-dir is 'nothing'; it must be a folder, a zip, or one of: digits"),
+        (("", 8), "--data-dir is ''; it must be a folder, a zip, or one of: digits"),
+        (("digits", 16), "--resolution is 16; it must be 8, like the digits pictures"),
+    ],
+)
+def test_data_that_does_not_exist_or_fit_is_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_dataset(*arguments)
+
+
+def test_settings_that_do_not_fit_a_folder_are_refused(class_folder, vae_folder):
+    folder = str(class_folder)
+    with pytest.raises(UserError, match="--vae-stats is x.pt, but there are no latents; give --vae as well"):
+        load_dataset(folder, 8, vae_stats="x.pt")
+    with pytest.raises(UserError, match="--resolution is 10; it must be a multiple of 4"):
+        load_dataset(folder, 10, vae=str(vae_folder))
+    with pytest.raises(UserError, match="--num-classes is 2; it must be at least 3, as in the data"):
+        load_dataset(folder, 8, num_classes=2)
+    cut_short(class_folder / "ant" / "00.png")
+    with pytest.raises(UserError, match="ant/00.png is no whole picture"):
+        load_dataset(folder, 8)
+    assert load_dataset(folder, 8, num_classes=1000, on_bad_file="skip").num_classes == 1000

@@ -1,0 +1,166 @@
+"""The folder that `haste prepare` fills, in REPA's layout: what is there, what is missing, what belongs to whom."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from haste.data.repa_layout import IMAGES, LATENTS, RECORD, image_name, latent_name
+from haste.data.sources import LABEL_FILE, PictureSource
+from haste.errors import UserError
+from haste.training.checkpoint import write_atomically
+from haste.vae import LatentFormat
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG without compression, as REPA's, which every step of training decodes. pixels: (3, R, R) uint8."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, format="PNG", compress_level=0)
+    return file.getvalue()
+
+
+def encode_npy(moments: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, moments)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the two folders: the name of each file in it, and the size of them all, by which a whole one is known."""
+
+    folder: str
+    file_name: Callable[[int], str]
+    file_size: int
+
+
+class Destination:
+    """A folder that belongs to one source and its settings. UserError if it holds anything else.
+
+    latents: None for pictures alone.
+    """
+
+    def __init__(self, path: Path, source: PictureSource, resolution: int, latents: LatentFormat | None) -> None:
+        self.path = path
+        self.count = len(source)
+        self.settings = {
+            "resolution": resolution,
+            "latents": None if latents is None else asdict(latents),
+            "pictures": len(source),
+            "source": source.digest(),
+        }
+        blank = encode_png(np.zeros((3, resolution, resolution), dtype=np.uint8))
+        self.kinds = [Kind(IMAGES, image_name, len(blank))]
+        if latents is not None:
+            side = latents.input_size(resolution)
+            empty = encode_npy(np.zeros((2 * latents.channels, side, side), dtype=np.float32))
+            self.kinds.append(Kind(LATENTS, latent_name, len(empty)))
+        self.finished = self._check_owner()
+
+    def _check_owner(self) -> bool:
+        """Whether an earlier command has finished here."""
+        record = self.path / RECORD
+        if not record.is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(f"--dest is {self.path}, which holds something else; give a new or an empty folder")
+            return False
+        try:
+            saved = json.loads(record.read_text())
+            finished = saved.pop("finished")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{record} cannot be read as the record of haste prepare ({error!r})") from error
+        wanted = json.loads(json.dumps(self.settings))
+        other = [name for name in wanted if saved.get(name) != wanted[name]]
+        if other:
+            raise UserError(
+                f"--dest is {self.path}, which belongs to a command with other {', '.join(other)}; give another folder"
+            )
+        return finished
+
+    def claim(self) -> None:
+        """Make the folder this command's, and remove what a kill in the middle of a write has left."""
+        try:
+            self._write_record(finished=False)
+            for leftover in self.path.glob("*/*/.*.tmp"):
+                leftover.unlink()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def _write_record(self, finished: bool) -> None:
+        text = json.dumps({**self.settings, "finished": finished}, indent=2) + "\n"
+        write_atomically(self.path / RECORD, lambda temporary: temporary.write_text(text))
+
+    def present(self, kind: Kind) -> set[int]:
+        """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""
+        sizes = {}
+        for folder in (self.path / kind.folder).glob("[0-9]*"):
+            with os.scandir(folder) as entries:
+                sizes |= {f"{folder.name}/{entry.name}": entry.stat().st_size for entry in entries}
+        return {number for number in range(self.count) if sizes.get(kind.file_name(number)) == kind.file_size}
+
+    def missing(self, share: Iterable[int]) -> list[int]:
+        """Those of these numbers of which a file is missing."""
+        whole = set.intersection(*map(self.present, self.kinds))
+        return [number for number in share if number not in whole]
+
+    def write(self, kind: Kind, number: int, data: bytes) -> None:
+        """One file, whole or not at all after a kill. It is not pushed to the disk, which would take longer than all
+        the rest: after a power failure its size tells."""
+        path = self.path / kind.folder / kind.file_name(number)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+
+    def finish(self, labels: np.ndarray | None) -> None:
+        """Write dataset.json of both folders, for the pictures of which every file is there."""
+        numbers = sorted(set.intersection(*map(self.present, self.kinds)))
+        if not numbers:
+            raise UserError(f"--dest is {self.path}, and none of the {self.count} pictures of --source can be read")
+        for kind in self.kinds:
+            listed = None if labels is None else [[kind.file_name(number), int(labels[number])] for number in numbers]
+            text = json.dumps({"labels": listed})
+            path = self.path / kind.folder / LABEL_FILE
+            write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        self._write_record(finished=True)
+
+    def check_space(self, pack: bool) -> None:
+        """UserError if the disk has no room for what is missing and, to pack, for the larger folder once more."""
+        block = 4096  # a file takes whole blocks
+        sizes = [-(-kind.file_size // block) * block for kind in self.kinds]
+        needed = len(self.missing(range(self.count))) * sum(sizes) + (self.count * max(sizes) if pack else 0)
+        free = shutil.disk_usage(next(folder for folder in (self.path, *self.path.parents) if folder.exists())).free
+        if needed > free:
+            raise UserError(
+                f"--dest is {self.path}, where {free / 2**30:.2f} GiB are free; {needed / 2**30:.2f} GiB are needed"
+            )
+
+    def pack(self) -> None:
+        """Turn each folder into a zip beside it, stored without compression."""
+        for kind in self.kinds:
+            folder, packed = self.path / kind.folder, self.path / f"{kind.folder}.zip"
+            try:
+                if not packed.is_file():
+                    write_atomically(packed, lambda temporary, folder=folder: _zip_folder(folder, temporary))
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"--dest is {path}, which cannot be written: {error.strerror}; what is there is kept")
+
+
+def _zip_folder(folder: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            packed.write(path, path.relative_to(folder).as_posix())

@@ -1,0 +1,252 @@
+"""`haste prepare` on real photographs and a tiny random VAE: what it writes, what it refuses, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from haste.cli.main import main
+from haste.data import BatchOrder, batches, load_dataset
+from haste.data.destination import Destination
+from haste.data.pictures import center_crop
+from haste.vae import VAE, LatentFormat
+from picture_files import cut_short, pixels_of, save_vae, write_classes
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_classes(tmp_path / "source")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def prepare(source: Path, dest: Path, vae: object, *flags: str) -> None:
+    common = ("--resolution", "8", "--batch-size", "5", "--num-workers", "0")
+    main(["prepare", "--source", str(source), "--dest", str(dest), "--vae", str(vae), *common, *flags])
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as exit_:
+        prepare(*arguments)
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("haste prepare:")]
+    return line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_files(one: Path, two: Path) -> None:
+    """Moments may differ in their last digits: how a batch is cut up decides how convolutions round."""
+    a, b = contents(one), contents(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith(".npy"):
+            np.testing.assert_allclose(np.load(one / name), np.load(two / name), rtol=1e-4, atol=1e-5)
+        else:
+            assert a[name] == b[name], name
+
+
+def test_pictures_and_latents_in_repas_layout(source, tmp_path, vae, capsys):
+    prepare(source, tmp_path / "out", vae)
+    assert capsys.readouterr().out == f"{tmp_path / 'out'} is ready for haste train --data-dir\n"
+    originals = sorted(source.rglob("*.png"))
+    encoder = VAE(LatentFormat.of(str(vae)))
+    for index, original in enumerate(originals):
+        pixels = pixels_of(Image.open(tmp_path / f"out/images/00000/img{index:08d}.png"))
+        assert (pixels == center_crop(Image.open(original).convert("RGB"), 8)).all()
+        moments = np.load(tmp_path / f"out/vae-sd/00000/img-mean-std-{index:08d}.npy")
+        expected = encoder.encode(torch.tensor(pixels.copy())[None] / 127.5 - 1)[0].numpy()
+        np.testing.assert_allclose(moments, expected, rtol=1e-4, atol=1e-5)
+    labels = [["ant", "bee", "cat"].index(original.parent.name) for original in originals]
+    for folder, name in (("images", "img"), ("vae-sd", "img-mean-std-")):
+        listed = json.loads((tmp_path / "out" / folder / "dataset.json").read_text())["labels"]
+        ending = "png" if folder == "images" else "npy"
+        assert listed == [[f"00000/{name}{index:08d}.{ending}", label] for index, label in enumerate(labels)]
+
+
+def test_training_reads_back_what_was_prepared(source, tmp_path, vae):
+    prepare(source, tmp_path / "out", vae)
+    data = load_dataset(str(tmp_path / "out"), 8)
+    assert data.latents == LatentFormat.of(str(vae))  # as prepare.json tells
+    batch = next(batches(data, BatchOrder(12, 12, seed=0), num_workers=2))
+    assert batch.student.shape == (12, 4, 2, 2) and batch.images.shape == (12, 3, 8, 8)
+    assert sorted(batch.labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_without_a_vae_the_pictures_alone(source, tmp_path):
+    prepare(source, tmp_path / "out", "none", "--num-workers", "2")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images", "prepare.json"]
+    data = load_dataset(str(tmp_path / "out"), 8)
+    assert (len(data), data.channels, data.num_classes, data[11].label) == (12, 3, 3, 2)
+
+
+def test_zips(source, tmp_path, vae):
+    prepare(source, tmp_path / "folders", vae)
+    prepare(source, tmp_path / "zips", vae, "--zip")
+    assert sorted(path.name for path in (tmp_path / "zips").iterdir()) == ["images.zip", "prepare.json", "vae-sd.zip"]
+    folders, zips = (load_dataset(str(tmp_path / name), 8) for name in ("folders", "zips"))
+    for index in range(12):
+        assert all(torch.equal(a, b) for a, b in zip(folders[index], zips[index], strict=True))
+    before = contents(tmp_path / "zips")
+    prepare(source, tmp_path / "zips", vae, "--zip")
+    assert contents(tmp_path / "zips") == before
+
+
+# ---- going on ----
+
+
+def test_a_command_that_was_killed_goes_on_with_what_is_missing(source, tmp_path, vae, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(self, images):
+        if dead:
+            raise Killed
+        dead.append(True)
+        return encode(self, images)
+
+    encode, dead = VAE.encode, []
+    prepare(source, tmp_path / "unbroken", vae)
+    monkeypatch.setattr(VAE, "encode", die)
+    with pytest.raises(Killed):
+        prepare(source, tmp_path / "broken", vae)
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    first = tmp_path / "broken/vae-sd/00000/img-mean-std-00000000.npy"
+    written = first.stat().st_mtime_ns
+    cut_short(tmp_path / "broken/images/00000/img00000001.png")  # as a power failure leaves it
+    prepare(source, tmp_path / "broken", vae)
+    assert first.stat().st_mtime_ns == written
+    assert_same_files(tmp_path / "broken", tmp_path / "unbroken")
+
+
+def test_kill_9(source, tmp_path):
+    """The process and its workers, at whatever moment; the half-written file that it may leave goes away."""
+    write_classes(source, 200)
+    command = [sys.executable, "-c", "from haste.cli.main import main; main()", "prepare", "--vae", "none"]
+    flags = ["--source", str(source), "--resolution", "128", "--num-workers", "1", "--dest"]
+    process = subprocess.Popen([*command, *flags, str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list((tmp_path / "out").glob("images/*/*.png"))) < 20:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "out").glob("images/*/*.png"))) < 200
+    (tmp_path / "out/images/00000/.img00000199.png.1.tmp").write_bytes(b"half")
+    time.sleep(0.1)
+    for folder in ("out", "unbroken"):
+        main(["prepare", "--vae", "none", *flags, str(tmp_path / folder)])
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+
+
+def test_each_of_several_processes_takes_its_share(source, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "haste", "prepare", "--source", str(source), "--vae", "none", "--resolution", "8"]
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [*command, "--num-workers", "0", "--dest", str(tmp_path / "two")],
+            env={**os.environ, **launched, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [out.count("is ready for haste train") for out, _ in outputs] == [1, 0]
+    assert ["6/6" in progress for _, progress in outputs] == [True, True]
+    prepare(source, tmp_path / "one", "none")
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
+# ---- faults ----
+
+
+def test_bad_pictures_are_refused_or_left_out(source, tmp_path, vae, capsys):
+    cut_short(source / "bee" / "04.png")
+    (source / "cat" / "02.png").write_bytes(b"")
+    assert "bee/04.png is no whole picture (image file is truncated); replace it, or pass over such files" in refusal(
+        capsys, source, tmp_path / "out", vae
+    )
+    prepare(source, tmp_path / "out", vae, "--on-bad-file", "skip")
+    assert "2 of 12 pictures cannot be read and are left out" in capsys.readouterr().out
+    data = load_dataset(str(tmp_path / "out"), 8)
+    assert [int(data[index].label) for index in range(len(data))] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_destination_of_another_command_is_left_alone(source, tmp_path, vae, capsys):
+    prepare(source, tmp_path / "out", vae)
+    before = contents(tmp_path / "out")
+    line = refusal(capsys, source, tmp_path / "out", vae, "--resolution", "16")
+    assert line.endswith("which belongs to a command with other resolution; give another folder")
+    (source / "ant" / "00.png").unlink()
+    assert "a command with other pictures, source;" in refusal(capsys, source, tmp_path / "out", vae)
+    assert contents(tmp_path / "out") == before
+    shutil.rmtree(tmp_path / "out" / "images")
+    (tmp_path / "out" / "prepare.json").unlink()
+    assert "which holds something else; give a new or an empty folder" in refusal(
+        capsys, source, tmp_path / "out", vae
+    )
+
+
+def test_disk_space_is_looked_at_first(source, tmp_path, vae, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**16))
+    line = refusal(capsys, source, tmp_path / "out", vae)
+    assert line.endswith("out, where 0.00 GiB are free; 0.00 GiB are needed")  # 24 files of one block: 96 KiB
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**17))
+    prepare(source, tmp_path / "out", vae)
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_in_one_line(source, tmp_path, capsys, monkeypatch):
+    def full(self, kind, number, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Destination, "write", full)
+    assert "which cannot be written: No space left on device; what is there is kept" in refusal(
+        capsys, source, tmp_path / "out", "none", "--num-workers", "1"
+    )
+    (tmp_path / "file").write_text("in the way")
+    assert "which holds something else" in refusal(capsys, source, tmp_path / "file", "none")
+    assert "which cannot be written: Not a directory" in refusal(capsys, source, tmp_path / "file" / "out", "none")
+
+
+def test_flags_that_make_no_sense(source, tmp_path, vae, capsys):
+    for flags, sentence in [
+        (("--resolution", "0"), "--resolution is 0; it must be at least 1"),
+        (("--resolution", "10"), "--resolution is 10; it must be a multiple of 4"),
+        (("--num-workers", "-1"), "--num-workers is -1; it must be at least 0"),
+        (("--source", str(tmp_path / "nothing")), "--source is .*nothing, which does not exist"),
+        (("--dest", str(source / "out")), "--dest is .*, inside --source; it must be a folder elsewhere"),
+    ]:
+        assert re.search(sentence, refusal(capsys, source, tmp_path / "out", vae, *flags))
+    assert not (tmp_path / "out").exists()

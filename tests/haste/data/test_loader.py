@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from haste.data import BatchOrder, batches, load_dataset
+from haste.errors import UserError
+from picture_files import cut_short
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(x, y, strict=True))
+
+
+@pytest.fixture
+def data(class_folder):
+    return load_dataset(str(class_folder), 8)
+
+
+@pytest.fixture
+def latents(repa_folder):
+    return load_dataset(str(repa_folder), 16)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_hold_the_pictures_of_the_order(data, num_workers):
+    order = BatchOrder(12, 4, seed=0)
+    for step, batch in enumerate(take(batches(data, order, num_workers=num_workers), 5)):
+        samples = [data[index] for index in order.batch(step).tolist()]
+        assert torch.equal(batch.labels, torch.stack([sample.label for sample in samples]))
+        pixels = torch.stack([sample.pixels for sample in samples])
+        assert torch.equal(((batch.student + 1) * 127.5).round().to(torch.uint8), pixels)
+        assert batch.images is batch.student
+
+
+def test_any_step_can_be_the_first_and_draws_what_it_would_have_drawn(latents):
+    order = BatchOrder(len(latents), 4, seed=0)
+    torch.manual_seed(1)
+    stream = batches(latents, order)
+    take(stream, 3)
+    state = torch.get_rng_state()
+    expected = take(stream, 2)
+    torch.set_rng_state(state)
+    assert_same(take(batches(latents, order, start_step=3, num_workers=2), 2), expected)
+
+
+def test_reading_ahead_touches_no_random_numbers_of_the_trainer(data):
+    before = torch.get_rng_state()
+    take(batches(data, BatchOrder(12, 4, seed=0), num_workers=2), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_come_from_the_generator_that_is_given(latents):
+    before = torch.get_rng_state()
+    pair = [
+        next(batches(latents, BatchOrder(6, 4, seed=0), generator=torch.Generator().manual_seed(7))) for _ in range(2)
+    ]
+    assert_same(pair[:1], pair[1:])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_shares_of_several_processes_make_up_the_batch(data):
+    order = BatchOrder(12, 6, seed=0)
+    whole = take(batches(data, order), 4)
+    shares = [take(batches(data, order, process_index=index, num_processes=3), 4) for index in range(3)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([share[step].student for share in shares]), batch.student)
+        assert all(len(share[step].labels) == 2 for share in shares)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(data):
+    with pytest.raises(UserError, match="--batch-size is 6; it must be a multiple of 4, the number of processes"):
+        batches(data, BatchOrder(12, 6, seed=0), num_processes=4)
+
+
+# ---- bad files ----
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_file_ends_the_run_with_one_line(class_folder, data, num_workers):
+    cut_short(class_folder / "bee" / "04.png")
+    with pytest.raises(UserError) as error:
+        take(batches(data, BatchOrder(12, 4, seed=0), num_workers=num_workers), 3)
+    message = str(error.value)
+    assert message.startswith(f"{class_folder}/bee/04.png is no whole picture (")
+    assert message.endswith("; replace it, or pass over such files with --on-bad-file skip") and "\n" not in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_files_are_named_and_counted_once_and_the_next_stands_in(class_folder, num_workers, caplog):
+    data = load_dataset(str(class_folder), 8, on_bad_file="skip")
+    cut_short(class_folder / "bee" / "04.png")
+    (class_folder / "bee" / "07.png").unlink()
+    order = BatchOrder(12, 12, seed=0)
+    (batch, _) = take(batches(data, order, num_workers=num_workers), 2)
+    place = order.batch(0).tolist()
+    for bad in (5, 6):  # bee/04 and bee/07; bee/10 is the next
+        assert torch.equal(batch.student[place.index(bad)], batch.student[place.index(7)])
+    assert sorted(data.skipped) == [f"{class_folder}/bee/04.png", f"{class_folder}/bee/07.png"]
+    first, second = (record.message for record in caplog.records)
+    assert first.endswith("(1 so far)") and second.endswith("(2 so far)")
+
+
+def test_where_nothing_is_left_skipping_ends(class_folder):
+    data = load_dataset(str(class_folder), 8, on_bad_file="skip")
+    for path in class_folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no file can stand in for a bad one, .* is empty"):
+        next(batches(data, BatchOrder(12, 4, seed=0)))
+
+
+# ---- worker processes ----
+
+
+def test_workers_outlive_the_signals_that_ask_the_trainer_to_save(data):
+    stream = batches(data, BatchOrder(12, 4, seed=0), num_workers=2)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    assert_same(take(stream, 9), take(batches(data, BatchOrder(12, 4, seed=0), 1), 9))
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line_by_the_next_read(data, monkeypatch):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # 5 s between two looks
+    stream = batches(data, BatchOrder(12, 4, seed=0), num_workers=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(UserError, match="a process that reads the pictures was lost: DataLoader worker"):
+        take(stream, 50)
+
+
+def test_data_in_memory_needs_no_workers():
+    data = load_dataset("digits", 8)
+    stream = batches(data, BatchOrder(len(data), 32, seed=0), num_workers=4)
+    batch = next(stream)
+    assert multiprocessing.active_children() == []
+    indices = BatchOrder(len(data), 32, seed=0).batch(0)
+    assert torch.equal(batch.labels, data._labels[indices]) and torch.equal(batch.student, data._images[indices])

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from haste.data import BadFile, BatchOrder, batches, load_dataset
+from haste.data.repa_layout import image_name, latent_name, pair_files
+from haste.errors import UserError
+from picture_files import cut_short, photographs, pixels_of
+
+CPU = torch.device("cpu")
+
+
+def everything(data):
+    return data.collate([data[index] for index in range(len(data))])
+
+
+def test_pictures_moments_and_labels_belong_together(repa_folder):
+    data = load_dataset(str(repa_folder), 16)
+    assert (len(data), data.num_classes, data.channels, data.input_size, data.resolution) == (6, 4, 4, 2, 16)
+    for index, picture in enumerate(photographs(6, (16, 16))):
+        sample = data[index]
+        assert (sample.pixels.numpy() == pixels_of(picture)).all()
+        assert sample.moments[:4].unique().tolist() == [index] and sample.label == index % 4
+
+
+def test_latents_are_drawn_anew_with_stable_diffusions_scale(repa_folder):
+    data = load_dataset(str(repa_folder), 16)
+    raw = everything(data)
+    draws = torch.stack([data.to_batch(raw, CPU).student for _ in range(400)])
+    means = torch.arange(6).view(6, 1, 1, 1) * 0.18215
+    torch.testing.assert_close(draws.mean(0), means.expand(6, 4, 2, 2), rtol=0, atol=0.03)
+    assert draws.std(0).mean().item() == pytest.approx(0.5 * 0.18215, rel=0.03)
+    batch = data.to_batch(raw, CPU)
+    assert batch.images.shape == (6, 3, 16, 16) and batch.student.dtype == torch.float32
+
+
+def test_without_images_none_is_read(repa_folder):
+    data = load_dataset(str(repa_folder), 16)
+    silent = data.without_images()
+    shutil.rmtree(repa_folder / "images")
+    batch = next(batches(silent, BatchOrder(6, 6, seed=0), num_workers=1))
+    assert batch.images is None and batch.student.shape == (6, 4, 2, 2)
+    with pytest.raises(BadFile, match="is missing"):
+        data[0]
+
+
+@pytest.mark.parametrize("packing", ["each", "all"])
+def test_zips_hold_the_same_data(repa_folder, packing):
+    expected = everything(load_dataset(str(repa_folder), 16))
+    if packing == "all":
+        root = Path(shutil.make_archive(str(repa_folder), "zip", repa_folder))
+    else:
+        root = repa_folder
+        for name in ("images", "vae-sd"):
+            shutil.make_archive(str(root / name), "zip", root / name)
+            shutil.rmtree(root / name)
+    data = load_dataset(str(root), 16)
+    assert all(torch.equal(a, b) for a, b in zip(everything(data), expected, strict=True))
+    assert len(next(batches(data, BatchOrder(6, 6, seed=0), num_workers=2)).labels) == 6
+
+
+def test_the_names_are_those_of_repas_preprocessing():
+    assert image_name(12_345) == "00012/img00012345.png"
+    assert latent_name(12_345) == "00012/img-mean-std-00012345.npy"
+
+
+def test_files_pair_by_name_or_else_by_position():
+    assert pair_files(["a/img1.png", "a/img2.png"], ["a/img-mean-std-2.npy"]) == {"a/img-mean-std-2.npy": "a/img2.png"}
+    assert pair_files(["x/cat.jpg"], ["x/cat.npy"]) == {"x/cat.npy": "x/cat.jpg"}
+    assert pair_files(["a.png", "b.png"], ["1.npy", "2.npy"]) == {"1.npy": "a.png", "2.npy": "b.png"}
+    assert pair_files(["a.png", "b.png"], ["1.npy"]) == {}
+
+
+def test_labels_may_lie_beside_the_pictures(repa_folder):
+    (repa_folder / "vae-sd" / "dataset.json").unlink()
+    labels = [[image_name(index), 5 - index] for index in range(6)]
+    (repa_folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert everything(load_dataset(str(repa_folder), 16)).label.tolist() == [5, 4, 3, 2, 1, 0]
+
+
+def test_no_labels_make_one_class(repa_folder):
+    (repa_folder / "vae-sd" / "dataset.json").write_text('{"labels": null}')
+    data = load_dataset(str(repa_folder), 16)
+    assert data.num_classes == 1 and everything(data).label.tolist() == [0] * 6
+
+
+def test_moments_may_be_of_half_precision_and_have_a_leading_one(repa_folder):
+    path = repa_folder / "vae-sd" / latent_name(3)
+    np.save(path, np.load(path).astype(np.float16)[None])
+    moments = load_dataset(str(repa_folder), 16)[3].moments
+    assert moments.dtype == torch.float32 and moments.shape == (8, 2, 2)
+
+
+def test_the_vae_may_have_another_shape_and_scale(repa_folder, vae_folder):
+    for path in repa_folder.glob("vae-sd/*/*.npy"):
+        np.save(path, np.zeros((8, 4, 4), dtype=np.float32))
+    data = load_dataset(str(repa_folder), 16, vae=str(vae_folder))
+    assert data.input_size == 4
+    batch = data.to_batch(everything(data), CPU)
+    assert batch.student.unique().tolist() == [-0.125]  # (0 − 0.25)·0.5
+
+
+def test_statistics_replace_the_scale(repa_folder, tmp_path):
+    torch.save({"mean": torch.ones(4), "std": torch.full((4,), 2.0)}, tmp_path / "stats.pt")
+    latents = load_dataset(str(repa_folder), 16, vae_stats=str(tmp_path / "stats.pt")).latents
+    assert latents.shift == (1,) * 4 and latents.scale == (0.5,) * 4
+
+
+# ---- faults ----
+
+
+def test_another_resolution_than_the_files_have_is_refused_at_once(repa_folder, vae_folder):
+    with pytest.raises(UserError, match="img00000000.png is 16 x 16 pixels, not 32 x 32 as --resolution says"):
+        load_dataset(str(repa_folder), 32)
+    with pytest.raises(UserError, match="--resolution is 20; it must be a multiple of 8"):
+        load_dataset(str(repa_folder), 20)
+    with pytest.raises(UserError, match="holds 8 x 2 x 2 numbers, not 8 x 4 x 4 as --resolution 16 and the VAE say"):
+        load_dataset(str(repa_folder), 16, vae=str(vae_folder))
+
+
+def test_files_without_a_counterpart_are_refused_or_skipped(repa_folder, caplog):
+    (repa_folder / "images" / image_name(2)).unlink()
+    (repa_folder / "vae-sd" / latent_name(4)).unlink()
+    with pytest.raises(UserError, match=r"3 files have no counterpart .*, the first being .*img00000004.png; restore"):
+        load_dataset(str(repa_folder), 16)
+    data = load_dataset(str(repa_folder), 16, on_bad_file="skip")
+    assert everything(data).label.tolist() == [0, 1, 3, 1]
+    assert "skipped: 3 files have no counterpart" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not numpy at all"])
+def test_moments_that_are_no_whole_array_are_bad_files(repa_folder, content):
+    path = repa_folder / "vae-sd" / latent_name(1)
+    path.write_bytes(content)
+    with pytest.raises(BadFile, match="img-mean-std-00000001.npy is no whole .npy file"):
+        load_dataset(str(repa_folder), 16)[1]
+
+
+def test_moments_cut_short_and_moments_that_are_not_finite_are_bad_files(repa_folder):
+    data = load_dataset(str(repa_folder), 16)
+    cut_short(repa_folder / "vae-sd" / latent_name(1))
+    with pytest.raises(BadFile, match="is no whole .npy file"):
+        data[1]
+    np.save(repa_folder / "vae-sd" / latent_name(2), np.full((8, 2, 2), np.nan, dtype=np.float32))
+    with pytest.raises(BadFile, match="holds numbers that are not finite"):
+        data[2]
+
+
+def test_an_array_of_objects_is_not_unpickled(repa_folder):
+    np.save(repa_folder / "vae-sd" / latent_name(1), np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(BadFile, match="is no whole .npy file"):
+        load_dataset(str(repa_folder), 16)[1]
+
+
+def test_missing_parts_are_refused(repa_folder, tmp_path):
+    with pytest.raises(UserError, match="--num-classes is 3; it must be at least 4, as in the data"):
+        load_dataset(str(repa_folder), 16, num_classes=3)
+    assert load_dataset(str(repa_folder), 16, num_classes=1000).num_classes == 1000
+    (repa_folder / "vae-sd" / "dataset.json").unlink()
+    with pytest.raises(UserError, match="vae-sd/dataset.json is missing; it must list the labels"):
+        load_dataset(str(repa_folder), 16)
+    shutil.rmtree(repa_folder / "images")
+    with pytest.raises(UserError, match="vae-sd lies there without .*images; it must be there too"):
+        load_dataset(str(repa_folder), 16)
+    (tmp_path / "empty" / "vae-sd").mkdir(parents=True)
+    (tmp_path / "empty" / "images").mkdir()
+    with pytest.raises(UserError, match="hold no picture with its latents"):
+        load_dataset(str(tmp_path / "empty"), 16)

@@ -1,0 +1,158 @@
+"""Latents and pictures by a tiny random AutoencoderKL that was saved to disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from haste.errors import UserError
+from haste.vae import PUBLISHED_VAES, SD_LATENTS, VAE, LatentFormat
+from picture_files import cut_short, save_vae
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+def changed_config(folder: Path, target: Path, **changes) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+def moments_of(mean: list[float], std: list[float]) -> torch.Tensor:
+    return torch.tensor([*mean, *std]).view(1, -1, 1, 1).expand(2, -1, 50, 50).contiguous()
+
+
+def test_the_format_of_a_folder_comes_from_its_config(folder, tmp_path):
+    latents = LatentFormat.of(str(folder))
+    assert latents == LatentFormat(str(folder), 4, 4, (0.25,) * 4, (0.5,) * 4)
+    assert latents.input_size(24) == 6
+    shutil.copytree(folder, tmp_path / "pipeline" / "vae")
+    assert LatentFormat.of(str(tmp_path / "pipeline")).factor == 4
+
+
+def test_stable_diffusions_are_known_without_a_download(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("nothing is asked of the hub")
+
+    monkeypatch.setattr(AutoencoderKL, "load_config", fail)
+    assert LatentFormat.of("mse") == SD_LATENTS
+    assert LatentFormat.of("ema") == replace(SD_LATENTS, vae=PUBLISHED_VAES["ema"])
+    assert (SD_LATENTS.channels, SD_LATENTS.factor, SD_LATENTS.scale[0]) == (4, 8, 0.18215)
+
+
+def test_the_mean_and_deviation_of_a_config_go_channel_by_channel(folder, tmp_path):
+    path = changed_config(folder, tmp_path / "x", latents_mean=[1, 2, 3, 4], latents_std=[1, 2, 4, 8], scaling_factor=2)
+    latents = LatentFormat.of(str(path))
+    assert latents.shift == (1, 2, 3, 4) and latents.scale == (2, 1, 0.5, 0.25)
+
+
+def test_what_is_diffused_is_drawn_from_the_moments_shifted_and_scaled():
+    latents = LatentFormat("", 2, 8, shift=(1.0, -1.0), scale=(0.5, 4.0))
+    drawn = latents.draw(moments_of([3.0, 0.0], [2.0, 0.25]), torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, 2, 50, 50)
+    for channel, (mean, std) in enumerate([(1.0, 1.0), (4.0, 1.0)]):
+        assert drawn[:, channel].mean().item() == pytest.approx(mean, abs=0.05)
+        assert drawn[:, channel].std().item() == pytest.approx(std, abs=0.05)
+    certain = moments_of([3.0, 0.0], [0.0, 0.0])
+    torch.testing.assert_close(latents.restore(latents.draw(certain)), certain[:, :2])
+
+
+def test_draws_differ_and_repeat_with_their_generator():
+    moments = moments_of([0.0] * 4, [1.0] * 4)
+    draws = [SD_LATENTS.draw(moments, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_encoding_and_decoding_are_the_autoencoders_own(folder):
+    vae, original = VAE(LatentFormat.of(str(folder))), AutoencoderKL.from_pretrained(folder).eval()
+    images = torch.rand(20, 3, 16, 16) * 2 - 1  # more than go through it at a time
+    distribution = original.encode(images).latent_dist
+    moments = vae.encode(images)
+    torch.testing.assert_close(moments, torch.cat([distribution.mean, distribution.std], dim=1))
+    x = (distribution.mean - 0.25) * 0.5
+    torch.testing.assert_close(vae.decode(x), original.decode(distribution.mean).sample.clamp(-1, 1))
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    assert not vae.train().training
+
+
+def test_the_format_survives_json(folder):
+    latents = LatentFormat.of(str(folder))
+    assert LatentFormat.from_dict(json.loads(json.dumps(asdict(latents)))) == latents
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"latents_bias": torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1), "latents_scale": torch.full((4,), 0.25)},
+        {"mean": torch.tensor([1.0, 2.0, 3.0, 4.0]), "std": torch.full((1, 4, 1, 1), 4.0)},
+    ],
+)
+def test_a_file_of_statistics_replaces_shift_and_scale(folder, tmp_path, content):
+    path = str(tmp_path / "stats.pt")
+    torch.save(content, path)
+    for latents in (LatentFormat.of(str(folder), path), LatentFormat.of("mse", path)):
+        assert latents.shift == (1, 2, 3, 4) and latents.scale == (0.25,) * 4
+
+
+def test_files_that_are_no_statistics_are_refused(folder, tmp_path):
+    path = tmp_path / "stats.pt"
+    for content, sentence in [
+        ({"mean": torch.zeros(4)}, "it must hold the tensors latents_scale and latents_bias, or mean and std"),
+        ([1, 2], "it must hold the tensors"),
+        ({"mean": torch.zeros(16), "std": torch.ones(16)}, "for 16 channels; it must be for 4, as the latents"),
+        ({"mean": Path}, "which cannot be read"),  # a class: nothing of it is executed
+    ]:
+        torch.save(content, path)
+        with pytest.raises(UserError, match=f"--vae-stats is .*stats.pt.*{sentence}"):
+            LatentFormat.of(str(folder), str(path))
+    cut_short(path)
+    with pytest.raises(UserError, match="--vae-stats is .*, which cannot be read"):
+        LatentFormat.of(str(folder), str(path))
+
+
+# ---- VAEs that are none ----
+
+
+def test_a_vae_that_does_not_exist_or_is_none(folder, tmp_path):
+    for name in ("", "/does/not/exist", "./x", "sd"):
+        with pytest.raises(UserError, match=f"--vae is '{name}', which does not exist; it must be mse or ema"):
+            LatentFormat.of(name)
+    with pytest.raises(UserError, match="a folder without a config.json"):
+        LatentFormat.of(str(tmp_path))
+    other = changed_config(folder, tmp_path / "other", _class_name="AutoencoderDC")
+    with pytest.raises(UserError, match="is of the class AutoencoderDC; it must be an AutoencoderKL"):
+        LatentFormat.of(str(other))
+    (other / "config.json").write_text("{")
+    with pytest.raises(UserError, match="the VAE .* cannot be loaded"):
+        LatentFormat.of(str(other))
+
+
+def test_weights_that_are_missing_or_damaged_are_refused(folder, tmp_path):
+    deeper = changed_config(folder, tmp_path / "deeper", layers_per_block=2)
+    latents = LatentFormat.of(str(deeper))
+    with pytest.raises(UserError, match="the VAE .* cannot be loaded: .*lack"):
+        VAE(latents)
+    weights = next(deeper.glob("*.safetensors"))
+    cut_short(weights)
+    with pytest.raises(UserError, match="the VAE .* cannot be loaded"):
+        VAE(latents)
+    weights.unlink()
+    with pytest.raises(UserError, match="the VAE .* cannot be loaded"):
+        VAE(latents)
+
+
+def test_a_resolution_that_the_vae_cannot_divide_is_refused(folder):
+    with pytest.raises(UserError, match="--resolution is 18; it must be a multiple of 4, the pixels per latent of"):
+        LatentFormat.of(str(folder)).input_size(18)
