@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from haste.data.destination import Destination
 from haste.data.prepare import Preparation
 from haste.data.sources import PictureSource, open_pictures
 from haste.errors import UserError
+from haste.training.signals import StopRequest
 from haste.vae import VAE, LatentFormat
 
 
@@ -87,8 +89,14 @@ def fill(
     share = range(accelerator.process_index, len(source), accelerator.num_processes)
     missing = destination.missing(share)
     bar = tqdm(total=len(share), initial=len(share) - len(missing), unit="image", desc="prepare")
-    with bar, logging_redirect_tqdm():
-        preparation.run(missing, bar.update)
+    with bar, logging_redirect_tqdm(), StopRequest() as stop:
+        for count in preparation.run(missing):
+            bar.update(count)
+            if stop.received is not None:
+                break
+    if stop.received is not None:
+        print(f"haste prepare: stopped by {stop.received.name}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(128 + stop.received)
     if preparation.faults:
         print(f"{len(preparation.faults)} of {len(share)} pictures cannot be read and are left out")
     accelerator.wait_for_everyone()

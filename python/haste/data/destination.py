@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,8 +20,10 @@ from PIL import Image
 from haste.data.repa_layout import IMAGES, LATENTS, RECORD, image_name, latent_name
 from haste.data.sources import LABEL_FILE, PictureSource
 from haste.errors import UserError
-from haste.training.checkpoint import write_atomically
+from haste.training.checkpoint import remove_leftovers, write_atomically
 from haste.vae import LatentFormat
+
+logger = logging.getLogger(__name__)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -88,16 +93,17 @@ class Destination:
 
     def claim(self) -> None:
         """Make the folder this command's, and remove what a kill in the middle of a write has left."""
-        try:
+        with told_in_one_line(self.path):
             self._write_record(finished=False)
-            for leftover in self.path.glob("*/*/.*.tmp"):
+            for leftover in self.path.rglob(".*.tmp"):
                 leftover.unlink()
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     def _write_record(self, finished: bool) -> None:
-        text = json.dumps({**self.settings, "finished": finished}, indent=2) + "\n"
-        write_atomically(self.path / RECORD, lambda temporary: temporary.write_text(text))
+        self._write_json(self.path / RECORD, {**self.settings, "finished": finished}, indent=2)
+
+    def _write_json(self, path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+        text = json.dumps(content, indent=indent) + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text))
 
     def present(self, kind: Kind) -> set[int]:
         """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""
@@ -126,12 +132,12 @@ class Destination:
         numbers = sorted(set.intersection(*map(self.present, self.kinds)))
         if not numbers:
             raise UserError(f"--dest is {self.path}, and none of the {self.count} pictures of --source can be read")
-        for kind in self.kinds:
-            listed = None if labels is None else [[kind.file_name(number), int(labels[number])] for number in numbers]
-            text = json.dumps({"labels": listed})
-            path = self.path / kind.folder / LABEL_FILE
-            write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-        self._write_record(finished=True)
+        with told_in_one_line(self.path):
+            for kind in self.kinds:
+                names = map(kind.file_name, numbers)
+                listed = None if labels is None else list(zip(names, labels[numbers].tolist(), strict=True))
+                self._write_json(self.path / kind.folder / LABEL_FILE, {"labels": listed})
+            self._write_record(finished=True)
 
     def check_space(self, pack: bool) -> None:
         """UserError if the disk has no room for what is missing and, to pack, for the larger folder once more."""
@@ -146,18 +152,25 @@ class Destination:
 
     def pack(self) -> None:
         """Turn each folder into a zip beside it, stored without compression."""
+        remove_leftovers(self.path)
         for kind in self.kinds:
             folder, packed = self.path / kind.folder, self.path / f"{kind.folder}.zip"
-            try:
-                if not packed.is_file():
+            if not packed.is_file():
+                logger.info("packing %s", packed)
+                with told_in_one_line(self.path):
                     write_atomically(packed, lambda temporary, folder=folder: _zip_folder(folder, temporary))
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"--dest is {path}, which cannot be written: {error.strerror}; what is there is kept")
+@contextmanager
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """UserError for a disk that is full or cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--dest is {path}, which cannot be written: {error.strerror}; what is there is kept"
+        ) from error
 
 
 def _zip_folder(folder: Path, target: Path) -> None:

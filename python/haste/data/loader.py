@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -122,9 +123,16 @@ class _Shares:
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach every process of a job. The parent saves and then ends its workers; if
-    these went first, it would fail in the middle of its step."""
+    these went first, it would wait in vain in the middle of its step. So only the parent's own SIGTERM counts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_the_parents_word, daemon=True).start()
+
+
+def _end_at_the_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def read_ahead(loader: DataLoader) -> Iterator[Any]:

@@ -8,16 +8,16 @@ itself encodes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from haste.data.bad_files import BadFile, OnBadFile, refusal
-from haste.data.destination import Destination, cannot_write, encode_npy, encode_png
+from haste.data.destination import Destination, encode_npy, encode_png, told_in_one_line
 from haste.data.loader import leave_signals_to_the_parent, read_ahead
 from haste.data.pictures import center_crop, decode_picture
 from haste.data.sources import PictureSource
@@ -48,11 +48,10 @@ class _CropAndWrite:
         try:
             picture = decode_picture(self.source.read(number), self.source.name(number))
             pixels = center_crop(picture, self.resolution)
-            self.destination.write(self.destination.kinds[0], number, encode_png(pixels))
-        except BadFile as fault:
-            return Cropped(number, None, fault)
-        except OSError as error:
-            return Cropped(number, None, cannot_write(self.destination.path, error))
+            with told_in_one_line(self.destination.path):
+                self.destination.write(self.destination.kinds[0], number, encode_png(pixels))
+        except (BadFile, UserError) as problem:
+            return Cropped(number, None, problem)
         return Cropped(number, torch.from_numpy(pixels), None)
 
 
@@ -71,8 +70,8 @@ class Preparation:
     def __post_init__(self) -> None:
         self.faults: list[BadFile] = []
 
-    def run(self, numbers: list[int], advance: Callable[[int], Any]) -> None:
-        """Write the files of these numbers; `advance` is told how many each batch had.
+    def run(self, numbers: list[int]) -> Iterator[int]:
+        """Write the files of these numbers; yields after each batch how many it had.
 
         Raises UserError for the first bad file that may not be skipped, and when the disk cannot be written.
         """
@@ -81,7 +80,7 @@ class Preparation:
                 if cropped.problem is not None:
                     self._judge(cropped.problem)
             self._encode([cropped for cropped in batch if cropped.problem is None])
-            advance(len(batch))
+            yield len(batch)
 
     def _judge(self, problem: BadFile | UserError) -> None:
         if isinstance(problem, UserError):
@@ -107,8 +106,6 @@ class Preparation:
             return
         pixels = torch.stack([picture.pixels for picture in pictures]).to(self.vae.device)
         moments = self.vae.encode(to_unit(pixels)).cpu().numpy()
-        try:
+        with told_in_one_line(self.destination.path):
             for picture, array in zip(pictures, moments, strict=True):
                 self.destination.write(self.destination.kinds[1], picture.number, encode_npy(array))
-        except OSError as error:
-            raise cannot_write(self.destination.path, error) from error

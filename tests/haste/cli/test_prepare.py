@@ -22,6 +22,7 @@ from haste.cli.main import main
 from haste.data import BatchOrder, batches, load_dataset
 from haste.data.destination import Destination
 from haste.data.pictures import center_crop
+from haste.data.prepare import Preparation
 from haste.vae import VAE, LatentFormat
 from picture_files import cut_short, pixels_of, save_vae, write_classes
 from PIL import Image
@@ -163,6 +164,23 @@ def test_kill_9(source, tmp_path):
     for folder in ("out", "unbroken"):
         main(["prepare", "--vae", "none", *flags, str(tmp_path / folder)])
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+
+
+def test_ctrl_c_ends_a_command_after_its_batch(source, tmp_path, monkeypatch, capsys):
+    def interrupted(self, numbers):
+        for count in run(self, numbers):
+            signal.raise_signal(signal.SIGINT)
+            yield count
+
+    run = Preparation.run
+    monkeypatch.setattr(Preparation, "run", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        prepare(source, tmp_path / "out", "none", "--num-workers", "1")
+    assert exit_.value.code == 128 + signal.SIGINT
+    error = capsys.readouterr().err
+    assert error.endswith("haste prepare: stopped by SIGINT; the same command goes on from there\n")
+    assert "5/12" in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "images" / "dataset.json").exists()
 
 
 def test_each_of_several_processes_takes_its_share(source, tmp_path):

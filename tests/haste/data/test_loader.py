@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -126,9 +127,20 @@ def test_workers_outlive_the_signals_that_ask_the_trainer_to_save(data):
     stream = batches(data, BatchOrder(12, 4, seed=0), num_workers=2)
     next(stream)
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
+        for name in ("INT", "TERM"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     assert_same(take(stream, 9), take(batches(data, BatchOrder(12, 4, seed=0), 1), 9))
+
+
+def test_workers_end_at_the_parents_word_and_when_nobody_reads_any_more(data):
+    stream = batches(data, BatchOrder(12, 4, seed=0), num_workers=2)
+    next(stream)
+    first, second = multiprocessing.active_children()
+    first.terminate()
+    first.join(timeout=30)
+    assert first.exitcode == 0
+    stream.close()
+    assert not second.is_alive()
 
 
 def test_a_worker_that_is_killed_is_told_in_one_line_by_the_next_read(data, monkeypatch):
