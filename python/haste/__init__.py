@@ -4,7 +4,8 @@
     haste.transport   the paths between noise and data, the velocity loss
     haste.teachers    frozen image encoders, with the attention and the features that a student learns from
     haste.alignment   the losses that hold a student to its teacher
-    haste.data        data sets
+    haste.data        training data from memory, folders, zips and latents, and what prepares it
+    haste.vae         the autoencoder between pictures and latents
     haste.training    the trainer, its recipes and its checkpoints
     haste.sampling    Euler, Heun and Euler-Maruyama samplers with guidance
     haste.caching     feature caching: most steps of a sampler at a fraction of their cost

@@ -54,7 +54,8 @@ def open_repa_layout(
     picture_names = [name for name in images.names() if is_picture(name)]
     moment_names = [name for name in latents.names() if name.endswith(".npy")]
     pairs = pair_files(picture_names, moment_names)
-    lone = [images.locate(name) for name in picture_names if name not in pairs.values()]
+    paired = set(pairs.values())
+    lone = [images.locate(name) for name in picture_names if name not in paired]
     lone += [latents.locate(name) for name in moment_names if name not in pairs]
     _judge_missing(lone + _listed_but_missing(latents, moment_names), on_bad_file)
     if not pairs:
