@@ -19,7 +19,7 @@ from haste.data.archive import Archive
 from haste.data.bad_files import OnBadFile
 from haste.data.latent_data import LatentData
 from haste.data.pictures import is_picture
-from haste.data.sources import LABEL_FILE, listed_labels, read_labels
+from haste.data.sources import LABEL_FILE, choose_labels, listed_labels
 from haste.data.training_data import count_classes
 from haste.errors import UserError
 from haste.vae import SD_LATENTS, LatentFormat
@@ -47,23 +47,34 @@ def open_repa_layout(
     on_bad_file: OnBadFile,
     num_classes: int | None,
 ) -> LatentData:
-    """The pictures and latents under `root`, which has a vae-sd; arguments as for load_dataset."""
+    """The pictures and latents under `root`, which has a vae-sd; arguments as for load_dataset.
+
+    Labels are those of vae-sd/dataset.json, or else of images/dataset.json; where they are null there is one class.
+    """
     images, latents = root.child(IMAGES), root.child(LATENTS)
     if images is None:
         raise UserError(f"{root.locate(LATENTS)} lies there without {root.locate(IMAGES)}; it must be there too")
     picture_names = [name for name in images.names() if is_picture(name)]
     moment_names = [name for name in latents.names() if name.endswith(".npy")]
     pairs = pair_files(picture_names, moment_names)
+    if not pairs:
+        raise UserError(f"{root.locate(LATENTS)} and {root.locate(IMAGES)} hold no picture with its latents")
     paired = set(pairs.values())
     lone = [images.locate(name) for name in picture_names if name not in paired]
     lone += [latents.locate(name) for name in moment_names if name not in pairs]
-    _judge_missing(lone + _listed_but_missing(latents, moment_names), on_bad_file)
-    if not pairs:
-        raise UserError(f"{root.locate(LATENTS)} and {root.locate(IMAGES)} hold no picture with its latents")
-    labels = _labels(images, latents, pairs)
+    by_picture = images.has(LABEL_FILE) and not latents.has(LABEL_FILE)
+    labelled, found = (images, picture_names) if by_picture else (latents, moment_names)
+    listed = listed_labels(labelled)
+    lone += [labelled.locate(name) for name in (listed or {}).keys() - set(found)]
+    _judge_missing(lone, on_bad_file)
+    pictures, moments = list(pairs.values()), list(pairs)
+    labels = choose_labels(listed, pictures if by_picture else moments, labelled.locate(LABEL_FILE))
+    if labels is None:
+        logger.info("%s has no labels: all its pictures are one class", root.locate(LATENTS))
+        labels = np.zeros(len(pairs), dtype=np.int64)
     classes = count_classes(num_classes, int(labels.max()) + 1)
-    found = (images, list(pairs.values())), (latents, list(pairs))
-    return LatentData(*found, labels, resolution, classes, _format(root, vae, vae_stats), on_bad_file)
+    vae_latents = _format(root, vae, vae_stats)
+    return LatentData((images, pictures), (latents, moments), labels, resolution, classes, vae_latents, on_bad_file)
 
 
 def pair_files(picture_names: list[str], moment_names: list[str]) -> dict[str, str]:
@@ -80,11 +91,6 @@ def _key(name: str) -> str:
     return name.rsplit(".", 1)[0].replace("-mean-std-", "")
 
 
-def _listed_but_missing(latents: Archive, moment_names: list[str]) -> list[str]:
-    listed = listed_labels(latents) if latents.has(LABEL_FILE) else None
-    return [latents.locate(name) for name in (listed or {}).keys() - set(moment_names)]
-
-
 def _judge_missing(lone: list[str], on_bad_file: OnBadFile) -> None:
     """Refuse, or name and count, files without which another one is of no use."""
     if not lone:
@@ -93,15 +99,6 @@ def _judge_missing(lone: list[str], on_bad_file: OnBadFile) -> None:
     if on_bad_file == "refuse":
         raise UserError(f"{what}; restore them, or pass over such files with --on-bad-file skip")
     logger.warning("skipped: %s", what)
-
-
-def _labels(images: Archive, latents: Archive, pairs: dict[str, str]) -> np.ndarray:
-    """By vae-sd/dataset.json, or else by images/dataset.json; all 0 where that says that there are none."""
-    if not latents.has(LABEL_FILE) and images.has(LABEL_FILE):
-        labels = read_labels(images, list(pairs.values()))
-    else:
-        labels = read_labels(latents, list(pairs))
-    return np.zeros(len(pairs), dtype=np.int64) if labels is None else labels
 
 
 def _format(root: Archive, vae: str | None, vae_stats: str | None) -> LatentFormat:

@@ -86,7 +86,7 @@ def open_files(archive: Archive, what: str) -> FilePictures:
     if not names:
         raise UserError(f"{what} holds no pictures; it must hold picture files or a folder of them for each class")
     if archive.has(LABEL_FILE):
-        return FilePictures(archive, names, read_labels(archive, names))
+        return FilePictures(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
     return FilePictures(archive, names, _labels_of_folders(names, what))
 
 
@@ -116,12 +116,10 @@ def listed_labels(archive: Archive) -> dict[str, Any] | None:
         raise UserError(f'{where} cannot be read as {{"labels": [[name, label], ...]}} ({error!r})') from error
 
 
-def read_labels(archive: Archive, names: list[str]) -> np.ndarray | None:
-    """The labels of these files by dataset.json; UserError where one has none, or one that is no class."""
-    listed = listed_labels(archive)
+def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -> np.ndarray | None:
+    """Those of these files; UserError where one has none, or one that is no class. where: the path of dataset.json."""
     if listed is None:
         return None
-    where = archive.locate(LABEL_FILE)
     missing = [name for name in names if name not in listed]
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
