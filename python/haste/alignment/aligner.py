@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from haste.alignment.layers import LayerMap
 from haste.alignment.loss import AlignmentLosses, alignment_losses
 from haste.models.sit import SiTOutput
-from haste.teachers.vision import VisionTeacher
+from haste.teachers.vision import TeacherOutput, VisionTeacher
 
 
 class Aligner(nn.Module):
@@ -69,12 +68,24 @@ class Aligner(nn.Module):
         """The widths that the student's projectors must have, one per teacher; empty without L_R."""
         return tuple(teacher.width for teacher in self.teachers) if self.project else ()
 
+    def ask(self, images: Tensor) -> list[TeacherOutput]:
+        """What every teacher says about the pictures (B, C, H, W) in [-1, 1]."""
+        return [teacher(images) for teacher in self.teachers]
+
+    def losses(self, output: SiTOutput, lessons: Sequence[TeacherOutput]) -> AlignmentLosses:
+        """The losses for which the student was asked what they need, without their weights."""
+        return alignment_losses(output, lessons)
+
+    def weigh(self, losses: AlignmentLosses) -> Tensor:
+        """proj_coeff·L_R + attn_coeff·L_A."""
+        terms = []
+        if losses.feature is not None:
+            terms.append(self.proj_coeff * losses.feature)
+        if losses.attention is not None:
+            terms.append(self.attn_coeff * losses.attention)
+        return sum(terms)
+
     def forward(self, output: SiTOutput, images: Tensor) -> tuple[Tensor, AlignmentLosses]:
         """Returns (proj_coeff·L_R + attn_coeff·L_A, the two losses), for the pictures (B, C, H, W) in [-1, 1]."""
-        losses = alignment_losses(output, [teacher(images) for teacher in self.teachers])
-        total = torch.zeros((), device=images.device)
-        if losses.feature is not None:
-            total = total + self.proj_coeff * losses.feature
-        if losses.attention is not None:
-            total = total + self.attn_coeff * losses.attention
-        return total, losses
+        losses = self.losses(output, self.ask(images))
+        return self.weigh(losses), losses

@@ -148,6 +148,12 @@ def build_projector(width: int, hidden: int, out: int) -> nn.Sequential:
     )
 
 
+def _initialize_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 class SiT(nn.Module):
     """A diffusion transformer that predicts the velocity of an image at time t, given its class.
 
@@ -208,16 +214,18 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(
             SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
         )
-        self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
+        with torch.random.fork_rng(devices=[]):  # the trunk's weights do not depend on whether there are projectors
+            self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self._initialize()
 
     def _initialize(self) -> None:
-        """As DiT: Xavier on linear maps, normal(0.02) on the embeddings, zeros where a block or the output is gated."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        """As DiT: Xavier on linear maps, normal(0.02) on the embeddings, zeros where a block or the output is gated.
+
+        The projectors come last, so that one seed gives the same trunk with them and without.
+        """
+        for part in (self.t_embedder, self.blocks, self.final_layer):
+            part.apply(_initialize_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a linear map per patch; a view, so in place
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -226,6 +234,7 @@ class SiT(nn.Module):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        self.projectors.apply(_initialize_linear)
 
     @property
     def dtype(self) -> torch.dtype:

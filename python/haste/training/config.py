@@ -52,6 +52,26 @@ class TrainConfig:
     """Width of the small network between the student's and the teacher's features."""
     early_stop_point: int = 250_000
     """The step from which on nothing is taught any more and the teacher is let go. -1: never."""
+    termination: Literal["fixed", "cosine-ramp", "gradient-cosine", "plateau"] = "fixed"
+    """How the teaching ends: all at once at --early-stop-point; by weights that fall along half a cosine until there;
+    when the gradients of features and velocity point apart; when the alignment loss no longer falls. With the last two
+    --early-stop-point is the latest step at which it ends."""
+    ramp_start: int = 0
+    """cosine-ramp: the step at which the weights begin to fall."""
+    probe_start: int = 50_000
+    """gradient-cosine and plateau: the step of the first probe."""
+    probe_every: int = 10_000
+    """gradient-cosine and plateau: steps between two probes."""
+    probe_images: int = 2048
+    """gradient-cosine and plateau: pictures that a probe looks at, always the same ones."""
+    probe_block: int = 0
+    """gradient-cosine: the block whose gradients are compared, counted from 1. 0: the one at --encoder-depth."""
+    probe_threshold: float = -0.05
+    """gradient-cosine: teaching ends when the mean cosine is below this."""
+    plateau_patience: int = 3
+    """plateau: teaching ends after so many probes without a lower alignment loss."""
+    plateau_min_delta: float = 0.001
+    """plateau: a loss is lower when it is below the lowest so far by more than this."""
     teacher_resolution: int | None = None
     """Pixels per side that the teacher sees. None: as many as give it the student's grid of tokens."""
 

@@ -1,27 +1,232 @@
-"""When alignment ends. Once it has ended it never comes back."""
+"""When alignment ends, and how strong it is until then. Once it has ended it never comes back.
+
+The trainer asks, before each step:
+
+    if rule.wants_probe(step):
+        rule.observe(step, rule.measure(model, aligner, batches))
+    if rule.due(step):
+        rule.stopped_at = step  # and lets go of the teachers
+    loss = L_v + rule.weight(step) * (proj_coeff * L_R + attn_coeff * L_A)
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from haste.alignment.probes import ProbeBatch, Reduce, alone, gradient_cosine, mean_alignment_loss
+from haste.errors import UserError
+
+if TYPE_CHECKING:
+    from haste.alignment import Aligner
+    from haste.models import SiT
+    from haste.training.config import TrainConfig
 
 NEVER = -1
 
 
-class FixedTermination:
-    """HASTE's default rule: alignment holds while step < τ.
+class Termination:
+    """HASTE's default rule (arXiv 2505.16792): alignment holds with full weight while step < τ.
+
+    It is also what the other rules share: with them, τ is the step at which alignment ends at the latest.
 
     early_stop_point: τ, or -1 for never.
-    stopped_at: the step at which alignment ended; None while it has not. Saved in the checkpoint.
+    stopped_at: the step before which alignment ended; None while it has not. The trainer sets it.
     """
 
     def __init__(self, early_stop_point: int) -> None:
         self.early_stop_point = early_stop_point
         self.stopped_at: int | None = None
 
+    def weight(self, step: int) -> float:
+        """What both alignment losses are multiplied by in this step; above 0 wherever due() has not been true."""
+        return 1.0
+
     def due(self, step: int) -> bool:
         """Whether alignment must end before the step with this number, counted from 0."""
         return self.stopped_at is None and self.early_stop_point != NEVER and step >= self.early_stop_point
 
-    def state_dict(self) -> dict[str, int | None]:
+    def wants_probe(self, step: int) -> bool:
+        """Whether something must be measured, and told by observe(), before this step."""
+        return False
+
+    def measure(self, model: SiT, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone) -> float:
+        """What observe() is to be told, from pictures that are the same at every probe. Draws no random number of the
+        run's. reduce: the sum over processes, each of which brings its own pictures."""
+        raise RuntimeError(f"{type(self).__name__} measures nothing")
+
+    def observe(self, step: int, value: float) -> None:
+        raise RuntimeError(f"{type(self).__name__} measures nothing")
+
+    @property
+    def reason(self) -> str:
+        """Why alignment ends, in a few words."""
+        return f"--early-stop-point is {self.early_stop_point}"
+
+    def state_dict(self) -> dict[str, Any]:
         return {"stopped_at": self.stopped_at}
 
-    def load_state_dict(self, state: dict[str, int | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stopped_at = state["stopped_at"]
+
+
+class CosineRamp(Termination):
+    """The weight falls from 1 before `ramp_start` to 0 at τ along half a cosine: ½(1 + cos π·progress)."""
+
+    def __init__(self, early_stop_point: int, ramp_start: int) -> None:
+        super().__init__(early_stop_point)
+        self.ramp_start = ramp_start
+
+    def weight(self, step: int) -> float:
+        left = (self.early_stop_point - step) / (self.early_stop_point - self.ramp_start)
+        # The same half cosine, written so that the last steps before τ do not round to 0.
+        return math.sin(0.5 * math.pi * min(1.0, left)) ** 2
+
+
+class ProbedTermination(Termination):
+    """A rule that looks at a measurement every `every` steps from step `start` on.
+
+    What was measured is part of the state, so that a resumed run decides as an unbroken one.
+    TIMES: at which the probe pictures are noised.
+    """
+
+    TIMES = (0.02, 0.1, 0.5, 0.8)
+
+    def __init__(self, early_stop_point: int, start: int, every: int, path_type: str) -> None:
+        super().__init__(early_stop_point)
+        self.start = start
+        self.every = every
+        self.path_type = path_type
+        self.observed: list[tuple[int, float]] = []
+
+    def triggered(self) -> bool:
+        """Whether what was observed calls for the end."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What was observed, once triggered."""
+        raise NotImplementedError
+
+    def due(self, step: int) -> bool:
+        return super().due(step) or (self.stopped_at is None and self.triggered())
+
+    def wants_probe(self, step: int) -> bool:
+        on_schedule = step >= self.start and (step - self.start) % self.every == 0
+        seen = bool(self.observed) and self.observed[-1][0] == step
+        return on_schedule and not seen and self.stopped_at is None and not self.due(step)
+
+    def observe(self, step: int, value: float) -> None:
+        self.observed.append((step, value))
+
+    @property
+    def reason(self) -> str:
+        return self.describe() if self.triggered() else super().reason
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "observed": list(self.observed)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.observed = [(step, value) for step, value in state["observed"]]
+
+
+class GradientCosine(ProbedTermination):
+    """HASTE's automatic trigger: the gradients of L_R and L_v at one block point apart.
+
+    block: whose parameters' gradients are compared, counted from 0.
+    threshold: alignment ends when the mean cosine is below it.
+    """
+
+    def __init__(
+        self, early_stop_point: int, start: int, every: int, path_type: str, block: int, threshold: float
+    ) -> None:
+        super().__init__(early_stop_point, start, every, path_type)
+        self.block = block
+        self.threshold = threshold
+
+    def measure(self, model: SiT, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone) -> float:
+        return gradient_cosine(model, aligner, batches, self.block, self.TIMES, self.path_type, reduce)
+
+    def triggered(self) -> bool:
+        return bool(self.observed) and self.observed[-1][1] < self.threshold
+
+    def describe(self) -> str:
+        value = self.observed[-1][1]
+        return f"the gradients of features and velocity have cosine {value:.4f}, below {self.threshold}"
+
+
+class Plateau(ProbedTermination):
+    """The mean alignment loss of the probe pictures has not fallen for `patience` probes.
+
+    min_delta: by less than this, a loss counts as not fallen below the lowest one before it.
+    """
+
+    def __init__(
+        self, early_stop_point: int, start: int, every: int, path_type: str, patience: int, min_delta: float
+    ) -> None:
+        super().__init__(early_stop_point, start, every, path_type)
+        self.patience = patience
+        self.min_delta = min_delta
+
+    def measure(self, model: SiT, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone) -> float:
+        return mean_alignment_loss(model, aligner, batches, self.TIMES, self.path_type, reduce)
+
+    def triggered(self) -> bool:
+        return self._lowest()[1] >= self.patience
+
+    def describe(self) -> str:
+        lowest, since = self._lowest()
+        return f"the alignment loss is not below {lowest:.4f} by more than {self.min_delta} after {since} more probes"
+
+    def _lowest(self) -> tuple[float, int]:
+        """The lowest loss, and how many probes have come since."""
+        lowest, since = math.inf, 0
+        for _, value in self.observed:
+            if value < lowest - self.min_delta:
+                lowest, since = value, 0
+            else:
+                since += 1
+        return lowest, since
+
+
+def make_termination(config: TrainConfig) -> Termination:
+    """The rule that --termination names. UserError for settings with which it cannot work."""
+    tau = config.early_stop_point
+    if config.termination == "fixed":
+        return Termination(tau)
+    if config.termination == "cosine-ramp":
+        if tau == NEVER:
+            raise UserError("--early-stop-point is -1; it must be a step, at which --termination cosine-ramp is at 0")
+        if not 0 <= config.ramp_start < tau:
+            raise UserError(
+                f"--ramp-start is {config.ramp_start}; it must be at least 0 and below --early-stop-point, {tau}"
+            )
+        return CosineRamp(tau, config.ramp_start)
+    _check_probe_settings(config)
+    schedule = (tau, config.probe_start, config.probe_every, config.path_type)
+    if config.termination == "gradient-cosine":
+        block = config.probe_block or config.encoder_depth
+        return GradientCosine(*schedule, block=block - 1, threshold=config.probe_threshold)
+    if config.termination == "plateau":
+        return Plateau(*schedule, patience=config.plateau_patience, min_delta=config.plateau_min_delta)
+    known = "fixed, cosine-ramp, gradient-cosine or plateau"
+    raise UserError(f"--termination is {config.termination!r}; it must be {known}")
+
+
+def _check_probe_settings(config: TrainConfig) -> None:
+    least = {"probe_start": 0, "probe_every": 1, "probe_images": 1, "plateau_patience": 1, "plateau_min_delta": 0}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {value}")
+    if config.termination != "gradient-cosine":
+        return
+    if not -1 <= config.probe_threshold <= 1:
+        raise UserError(f"--probe-threshold is {config.probe_threshold}; it must be -1 to 1, as a cosine is")
+    if config.proj_coeff == 0 and config.attn_coeff != 0:
+        raise UserError("--proj-coeff is 0; it must be greater for --termination gradient-cosine, which needs features")
+    if not 0 <= config.probe_block <= config.encoder_depth:
+        raise UserError(
+            f"--probe-block is {config.probe_block}; it must be 1 to --encoder-depth, {config.encoder_depth}, "
+            "or 0 for that one"
+        )

@@ -41,7 +41,7 @@ from haste.training.meter import Meter
 from haste.training.run_folder import RunFolder
 from haste.training.signals import StopRequest
 from haste.training.students import student_shape
-from haste.training.termination import NEVER, FixedTermination
+from haste.training.termination import NEVER, make_termination
 from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Trainer:
         self.accelerator = accelerator
         self.device = accelerator.device
         self.dataset = dataset
-        self.termination = FixedTermination(config.early_stop_point)
+        self.termination = make_termination(config)
         if checkpoint is not None:
             self.termination.load_state_dict(checkpoint["termination"])
         self.step = 0
@@ -187,9 +187,11 @@ class Trainer:
         bar = tqdm(total=config.max_train_steps, initial=self.step, desc=config.exp_name, unit="step")
         with bar, logging_redirect_tqdm(), StopRequest() as stop:
             while self.step < config.max_train_steps:
-                if self.aligner is not None and self.termination.due(self.step):
-                    self._log(bar)
-                    self._end_alignment()
+                if self.aligner is not None:
+                    self._probe()
+                    if self.termination.due(self.step):
+                        self._log(bar)
+                        self._end_alignment()
                 self._train_step(*self._next_batch())
                 self.step += 1
                 bar.update()
@@ -222,7 +224,7 @@ class Trainer:
         if aligner is not None:
             with self.accelerator.autocast():
                 alignment, (attention, feature) = aligner(output, images)
-            loss = velocity + alignment
+            loss = velocity + self.termination.weight(self.step) * alignment
 
         self._set_learning_rate()
         self.accelerator.backward(loss)
@@ -240,10 +242,23 @@ class Trainer:
 
     # ---- the end of alignment ----
 
+    def _probe(self) -> None:
+        """Let the rule of termination measure what it decides by, at the steps at which it wants to."""
+        if not self.termination.wants_probe(self.step):
+            return
+        count, size = min(self.config.probe_images, len(self.dataset)), max(1, self.config.batch_size)
+        samples = [self.dataset[index] for index in range(count)]
+        raw = (self.dataset.collate(samples[start : start + size]) for start in range(0, count, size))
+        batches = (self.dataset.to_batch(part, self.device) for part in raw)
+        with self.accelerator.autocast():
+            value = self.termination.measure(self.model, self.aligner, batches)
+        self.termination.observe(self.step, value)
+        logger.info("step %d: the probe gives %.4f", self.step, value)
+
     def _end_alignment(self) -> None:
         """From here on a step is a step of plain SiT: teachers, projectors and their optimizer state are gone."""
         self.termination.stopped_at = self.step
-        logger.info("step %d: alignment ends, the teacher is released", self.step)
+        logger.info("step %d: alignment ends (%s), the teacher is released", self.step, self.termination.reason)
         projector_parameters = set(self.model.projectors.parameters())
         self.aligner = None
         self.model.release_projectors()

@@ -235,6 +235,18 @@ def test_projections_read_the_tokens_after_encoder_depth():
         torch.testing.assert_close(projection, projector(after[0]))
 
 
+def test_one_seed_gives_one_trunk_with_projectors_and_without():
+    states = []
+    for z_dims in ((), (5,), (5, 7)):
+        torch.manual_seed(0)
+        states.append(SiT(**SMALL, encoder_depth=1, z_dims=z_dims, projector_dim=8).state_dict())
+    for state in states[1:]:
+        assert any(name.startswith("projectors.") for name in state)
+        for name, value in states[0].items():
+            assert torch.equal(state[name], value), name
+    assert not torch.equal(states[2]["projectors.0.2.weight"], states[2]["projectors.1.2.weight"])
+
+
 def test_released_projectors_leave_and_can_return():
     model, whole = small_sit(z_dims=(5,)), small_sit(z_dims=(5,))
     state = model.release_projectors()

@@ -96,7 +96,7 @@ def test_a_haste_run_leaves_its_log_and_its_checkpoints(make_config):
     names = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
     assert names == ["0000004.pt", "0000008.pt", "0000012.pt"]
     checkpoint = read_checkpoint(result.folder / "checkpoints" / "0000008.pt")
-    assert checkpoint["termination"] == {"stopped_at": 6}
+    assert checkpoint["termination"]["stopped_at"] == 6
 
 
 def test_log_lines_are_means_that_never_mix_aligned_and_free_steps(make_config):
@@ -149,6 +149,34 @@ def test_a_run_resumed_after_tau_loads_no_teacher(make_config, calls):
     assert calls["load"] == 1
     train(make_config())
     assert calls["load"] == 1 and calls["teacher"] == calls["projector"] == 6
+
+
+@pytest.mark.parametrize(
+    ("rule", "probes", "stopped_at"),
+    [
+        ({"termination": "cosine-ramp", "ramp_start": 2}, 0, 6),
+        ({"termination": "gradient-cosine", "probe_threshold": 1.0}, 1, 4),  # every cosine is below 1
+        ({"termination": "gradient-cosine", "probe_threshold": -1.0}, 1, 6),  # and none below -1
+        ({"termination": "plateau", "plateau_min_delta": 100.0}, 3, 8),  # after the first, no loss is lower by 100
+    ],
+)
+def test_a_rule_ends_alignment_for_good_and_a_resumed_run_follows_it(make_config, rule, probes, stopped_at, caplog):
+    settings = {"probe_start": 4, "probe_every": 2, "probe_images": 10, "plateau_patience": 2, **rule}
+    settings["early_stop_point"] = 9 if rule["termination"] == "plateau" else 6
+    with caplog.at_level(logging.INFO):
+        result = train(make_config(exp_name="unbroken", **settings))
+    assert caplog.text.count("the probe gives") == probes
+    assert f"step {stopped_at}: alignment ends (" in caplog.text
+    assert [line["aligned"] for line in read_log(result.folder)] == [step < stopped_at for step in range(12)]
+    train(make_config(max_train_steps=5, **settings))
+    assert_same_bits(final_state(train(make_config(**settings))), final_state(result))
+
+
+def test_the_ramp_weighs_both_alignment_losses(make_config):
+    log = read_log(train(make_config(termination="cosine-ramp", early_stop_point=4, max_train_steps=4)).folder)
+    for line, weight in zip(log, [1.0, 0.8536, 0.5, 0.1464], strict=True):
+        alignment = 0.5 * line["feature_loss"] + 0.5 * line["attention_loss"]
+        assert line["loss"] == pytest.approx(line["velocity_loss"] + weight * alignment, abs=1e-3)
 
 
 def test_never_stopping_aligns_to_the_end(make_config, calls):

@@ -1,0 +1,111 @@
+"""What the termination rules measure, on pictures, noise and times that are the same at every probe.
+
+Nothing here touches the random state, the gradients or the mode of the run that is being probed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from haste.alignment.aligner import Aligner
+from haste.models.sit import SiT
+from haste.transport import interpolate, velocity_loss
+
+ProbeBatch = tuple[Tensor, Tensor, Tensor]
+"""What is diffused (B, C, S, S), the pictures that the teachers look at (B, C, R, R), the labels (B,)."""
+
+Reduce = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all processes."""
+
+NOISE_SEED = 0
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over one process."""
+    return tensor
+
+
+def gradient_cosine(
+    model: SiT,
+    aligner: Aligner,
+    batches: Iterable[ProbeBatch],
+    block: int,
+    times: Sequence[float],
+    path_type: str = "linear",
+    reduce: Reduce = alone,
+) -> float:
+    """The cosine between the gradients of L_R and L_v with respect to the parameters of one block.
+
+    A gradient is that of the mean over all pictures at one time, so the size of the batches does not matter; the
+    cosines are averaged over the times. Of several processes, each brings its own pictures.
+
+    model: the plain module, not a wrapper that shards or synchronises it.
+    block: counted from 0; L_R says nothing to a block at or beyond the model's encoder_depth.
+    """
+    parameters = [p for p in model.blocks[block].parameters() if p.requires_grad]
+    totals = [torch.zeros((), device=parameters[0].device)] * len(times)  # become (2, number of parameters)
+    with _probing(model):
+        for student, images, labels, noise in _with_noise(batches):
+            lessons = aligner.ask(images)
+            for index, time in enumerate(times):
+                t = torch.full(labels.shape, time, device=student.device)
+                x_t, target = interpolate(student, noise, t, path_type)
+                output = model(x_t, t, labels, project=True)
+                feature = _gradient(aligner.losses(output, lessons).feature, parameters)
+                velocity = _gradient(velocity_loss(output.velocity, target), parameters)
+                totals[index] = totals[index] + len(student) * torch.stack([feature, velocity])
+    cosines = [torch.cosine_similarity(*reduce(total).double(), dim=0) for total in totals]
+    return torch.stack(cosines).mean().item()
+
+
+@torch.no_grad()
+def mean_alignment_loss(
+    model: SiT,
+    aligner: Aligner,
+    batches: Iterable[ProbeBatch],
+    times: Sequence[float],
+    path_type: str = "linear",
+    reduce: Reduce = alone,
+) -> float:
+    """The mean over pictures and times of proj_coeff·L_R + attn_coeff·L_A. Of several processes, each brings its own
+    pictures."""
+    total = torch.zeros(2)  # the sum of the losses and their number
+    with _probing(model):
+        for student, images, labels, noise in _with_noise(batches):
+            lessons = aligner.ask(images)
+            for time in times:
+                t = torch.full(labels.shape, time, device=student.device)
+                x_t, _ = interpolate(student, noise, t, path_type)
+                output = model(x_t, t, labels, aligner.student_layers, aligner.project)
+                loss = aligner.weigh(aligner.losses(output, lessons))
+                total = total.to(loss.device) + len(student) * torch.stack([loss, torch.ones_like(loss)])
+    loss, number = reduce(total).tolist()
+    return loss / number
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """No label is dropped in the meantime."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _with_noise(batches: Iterable[ProbeBatch]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Each batch with noise of its own, drawn on the CPU: the same at every probe and on every device."""
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    for student, images, labels in batches:
+        yield student, images, labels, torch.randn(student.shape, generator=generator).to(student.device)
+
+
+def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The gradient as one float32 vector; the graph stays."""
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return torch.cat([gradient.flatten().float() for gradient in gradients])

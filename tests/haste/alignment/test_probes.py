@@ -1,0 +1,141 @@
+"""The probes against their definitions, and that they leave the run alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from haste.alignment import Aligner, LayerMap
+from haste.alignment.probes import NOISE_SEED, gradient_cosine, mean_alignment_loss
+from haste.models import SiT
+from haste.transport import interpolate, velocity_loss
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model
+
+TIMES = (0.1, 0.6)
+
+
+@pytest.fixture(scope="module")
+def aligner(tmp_path_factory) -> Aligner:
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2, num_channels=1
+    )
+    folder = tmp_path_factory.mktemp("teacher")
+    Dinov2Model(config).save_pretrained(folder)
+    return Aligner.from_pretrained([str(folder)], LayerMap((0,), (1,)), grid=4, proj_coeff=0.25, attn_coeff=2.0)
+
+
+@pytest.fixture
+def model() -> SiT:
+    torch.manual_seed(1)
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 1, "num_classes": 10}
+    model = SiT(**sizes, hidden_size=16, depth=3, num_heads=2, encoder_depth=2, z_dims=(16,), projector_dim=8)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # a fresh student's gates are shut, and no gradient of L_v passes them
+    return model
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    torch.manual_seed(2)
+    images = torch.rand(6, 1, 8, 8) * 2 - 1
+    return images, images, torch.arange(6)
+
+
+def split(pictures, size):
+    return list(zip(*(tensor.split(size) for tensor in pictures), strict=True))
+
+
+def noise_of(images):
+    return torch.randn(images.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+
+
+def test_gradient_cosine_is_that_of_backward(model, aligner, pictures):
+    images, _, labels = pictures
+    model.eval()
+    cosines = []
+    for time in TIMES:
+        t = torch.full((6,), time)
+        x_t, target = interpolate(images, noise_of(images), t)
+        gradients = []
+        for name in ("feature", "velocity"):
+            model.zero_grad()
+            output = model(x_t, t, labels, project=True)
+            losses = {"feature": aligner(output, images)[1].feature, "velocity": velocity_loss(output.velocity, target)}
+            losses[name].backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.blocks[1].parameters()]).double())
+        cosines.append(gradients[0] @ gradients[1] / gradients[0].norm() / gradients[1].norm())
+    expected = sum(cosines).item() / len(TIMES)
+    assert abs(expected) > 1e-3
+    measured = gradient_cosine(model, aligner, split(pictures, 6), block=1, times=TIMES)
+    assert measured == pytest.approx(expected, abs=1e-5)
+
+
+class OneNumber(nn.Module):
+    """A student of one parameter w, whose velocity is w everywhere and whose projection is `slope` · w."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ParameterList([nn.Parameter(torch.ones(()))])])
+        self.slope = slope
+
+    def forward(self, x, t, y, aligned_layers=(), project=False):
+        w = self.blocks[0][0]
+        return type("Output", (), {"velocity": w.expand(x.shape), "projections": self.slope * w})
+
+
+class Follow:
+    """L_R is the projection itself: its gradient is the slope."""
+
+    def ask(self, images):
+        return []
+
+    def losses(self, output, lessons):
+        return type("Losses", (), {"feature": output.projections})
+
+
+@pytest.mark.parametrize("slope", [2.0, -2.0])
+def test_constructed_gradients_agree_or_oppose(slope):
+    zeros = torch.zeros(64, 1, 8, 8)
+    # w = 1 and targets of mean 0: the gradient of L_v is positive
+    batches = [(zeros, zeros, torch.zeros(64, dtype=torch.int64))]
+    cosine = gradient_cosine(OneNumber(slope), Follow(), batches, block=0, times=TIMES)
+    assert cosine == pytest.approx(1.0 if slope > 0 else -1.0)
+
+
+def test_mean_alignment_loss_is_the_mean_over_pictures_and_times(model, aligner, pictures):
+    images, _, labels = pictures
+    model.eval()
+    expected = []
+    for time in TIMES:
+        t = torch.full((6,), time)
+        x_t, _ = interpolate(images, noise_of(images), t)
+        losses = aligner(model(x_t, t, labels, (0,), True), images)[1]
+        expected.append((0.25 * losses.feature + 2.0 * losses.attention).item())
+    measured = mean_alignment_loss(model, aligner, split(pictures, 6), TIMES)
+    assert measured == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("probe", ["gradient", "loss"])
+def test_the_split_into_batches_and_processes_does_not_matter(model, aligner, pictures, probe):
+    def measure(batches, reduce=lambda total: total):
+        if probe == "gradient":
+            return gradient_cosine(model, aligner, batches, 0, TIMES, reduce=reduce)
+        return mean_alignment_loss(model, aligner, batches, TIMES, reduce=reduce)
+
+    whole = measure(split(pictures, 6))
+    assert measure(split(pictures, 4)) == pytest.approx(whole, rel=1e-4)  # 4 + 2: unequal batches weigh as their size
+    # Twice the same process: sums double, means do not.
+    assert measure(split(pictures, 6), reduce=lambda total: 2 * total) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_probe_leaves_the_run_as_it_was(model, aligner, pictures):
+    model.train()
+    state = torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = gradient_cosine(model, aligner, split(pictures, 3), 0, TIMES)
+    mean_alignment_loss(model, aligner, split(pictures, 3), TIMES)
+    assert gradient_cosine(model, aligner, split(pictures, 3), 0, TIMES) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
