@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from haste.alignment.layers import LayerMap
 from haste.alignment.loss import AlignmentLosses, alignment_losses
 from haste.models.sit import SiTOutput
-from haste.teachers.vision import TeacherOutput, VisionTeacher
+from haste.teachers.vision import GridRule, TeacherOutput, VisionTeacher
 
 
 class Aligner(nn.Module):
@@ -41,8 +41,13 @@ class Aligner(nn.Module):
         proj_coeff: float,
         attn_coeff: float,
         image_size: int | None = None,
+        grid_rule: GridRule = "match",
     ) -> Aligner:
-        """Load the teachers for a student of grid x grid tokens; each keeps only what the losses call for."""
+        """Load the teachers for a student of grid x grid tokens; each keeps only what the losses call for.
+
+        image_size, grid_rule: the pixels per side that the teachers see, and what to do where their grid is not the
+        student's; see VisionTeacher.
+        """
         features = proj_coeff != 0
         if not features:
             names = names[:1]  # the others would have nothing to do
@@ -53,6 +58,7 @@ class Aligner(nn.Module):
                 grid=grid,
                 image_size=image_size,
                 features=features,
+                grid_rule=grid_rule,
             )
             for index, name in enumerate(names)
         ]
@@ -67,6 +73,19 @@ class Aligner(nn.Module):
     def z_dims(self) -> tuple[int, ...]:
         """The widths that the student's projectors must have, one per teacher; empty without L_R."""
         return tuple(teacher.width for teacher in self.teachers) if self.project else ()
+
+    def describe(self, num_heads: int) -> str:
+        """Who teaches a student of so many heads, and what is done where the two differ, in one line."""
+        teachers = ", ".join(teacher.describe() for teacher in self.teachers)
+        if not self.student_layers:
+            return teachers
+        theirs = self.teachers[0].num_heads
+        if num_heads == theirs:
+            heads = f"all {num_heads} heads"
+        else:
+            side, more = ("student", num_heads) if num_heads > theirs else ("teacher", theirs)
+            heads = f"the first {min(num_heads, theirs)} heads, of {more} that the {side} has,"
+        return f"{teachers}; {heads} are aligned"
 
     def ask(self, images: Tensor) -> list[TeacherOutput]:
         """What every teacher says about the pictures (B, C, H, W) in [-1, 1]."""

@@ -48,7 +48,7 @@ def gradient_cosine(
     """
     parameters = [p for p in model.blocks[block].parameters() if p.requires_grad]
     totals = [torch.zeros((), device=parameters[0].device)] * len(times)  # become (2, number of parameters)
-    with _probing(model):
+    with _probing(model, parameters[0].device):
         for student, images, labels, noise in _with_noise(batches):
             lessons = aligner.ask(images)
             for index, time in enumerate(times):
@@ -74,7 +74,7 @@ def mean_alignment_loss(
     """The mean over pictures and times of proj_coeff·L_R + attn_coeff·L_A. Of several processes, each brings its own
     pictures."""
     total = torch.zeros(2)  # the sum of the losses and their number
-    with _probing(model):
+    with _probing(model, next(model.parameters()).device):
         for student, images, labels, noise in _with_noise(batches):
             lessons = aligner.ask(images)
             for time in times:
@@ -88,12 +88,14 @@ def mean_alignment_loss(
 
 
 @contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
-    """No label is dropped in the meantime."""
+def _probing(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """No label is dropped in the meantime, and everything is computed in the type of the weights: gradients that no
+    scaler has lifted would vanish in fp16."""
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         model.train(training)
 

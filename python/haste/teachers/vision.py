@@ -2,55 +2,69 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig
-from transformers.utils import cached_file
 
 from haste.errors import UserError, in_one_line
-from haste.teachers.families import VISION_TOWERS, Family, find_family, find_layers
+from haste.teachers.families import VISION_TOWERS, Family, Normalisation, find_family, find_layers
+from haste.teachers.grids import (
+    NaFlexPatches,
+    own_image_size,
+    patch_size_of,
+    resample_positions,
+    resample_tokens,
+)
 from haste.teachers.names import resolve_teacher
+from haste.teachers.preprocessing import load_normalisation
 from haste.teachers.recorder import ATTENTION_NAME, QueriesKeys, record
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+GridRule = Literal["match", "interpolate"]
+"""Where the teacher's own grid of tokens is not the student's. match: the pictures are resized until it is, and the
+teacher's positions are resampled to it, as HASTE and REPA do. interpolate: the teacher sees pictures of its own size,
+or of the size asked for, and its queries, keys and features are interpolated over the grid."""
 
 
 @dataclass
 class TeacherOutput:
-    """What one teacher says about one batch.
+    """What one teacher says about one batch, on the student's grid of N tokens.
 
     queries_keys: for each wanted layer, in the order asked for, (q, k), each (B, H, prefix + N, D).
     prefix: number of leading class and register tokens in q and k.
     patch_tokens: (B, N, C), the last layer's patch tokens after the final norm, without the prefix; None if features
-        were not asked for.
+        were not asked for. CLIP and MAE give them before the norm, as in REPA.
     """
 
     queries_keys: list[QueriesKeys]
     prefix: int
-    patch_tokens: torch.Tensor | None
+    patch_tokens: Tensor | None
 
 
 class VisionTeacher(nn.Module):
     """Runs the encoder without gradient, in eval mode, on the student's own pictures.
 
-    Make one with `from_pretrained`. The pictures are resized (bicubic, as HASTE and REPA do) so that the teacher has
-    `grid` x `grid` patches, and normalised with the encoder's own mean and standard deviation.
+    Make one with `from_pretrained`. The pictures are resized (bicubic, as HASTE and REPA do) and normalised with the
+    encoder's own mean and standard deviation.
+
+    grid: tokens per side that the encoder has at `image_size` pixels.
+    student_grid: tokens per side of what it gives out; where they differ, it is interpolated.
     """
 
     def __init__(
         self,
+        name: str,
         encoder: nn.Module,
         family: Family,
         layers: Sequence[int],
         image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        grid: int,
+        student_grid: int,
+        normalisation: Normalisation,
         features: bool = True,
     ) -> None:
         super().__init__()
@@ -59,18 +73,21 @@ class VisionTeacher(nn.Module):
         if not features:
             # Nothing after the last recorded layer is needed, so it need not exist.
             del blocks[max(layers) + 1 :]
+        self.name = name
         self.encoder = encoder.eval().requires_grad_(False)
         self.layers = tuple(layers)
         self.features = features
         self.image_size = image_size
-        self.grid = image_size // config.patch_size
+        self.grid = grid
+        self.student_grid = student_grid
         self.prefix = family.prefix_tokens(config)
         self.width: int = config.hidden_size
+        self.num_heads: int = config.num_attention_heads
         self.num_channels: int = config.num_channels
         self._family = family
         self._layer_of_module = {module: layer for layer in set(layers) for module in blocks[layer].modules()}
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(normalisation.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(normalisation.std).view(1, -1, 1, 1), persistent=False)
 
     @classmethod
     def from_pretrained(
@@ -80,17 +97,19 @@ class VisionTeacher(nn.Module):
         grid: int | None = None,
         image_size: int | None = None,
         features: bool = True,
+        grid_rule: GridRule = "match",
     ) -> VisionTeacher:
         """Load a teacher from a local folder, a hub name, or one of HASTE's and REPA's short names.
 
         layers: 0-based layers whose q and k are wanted.
-        grid: patches per side that the student has; the teacher's positions are resampled to it.
+        grid: tokens per side that the student has. None: as many as the teacher has.
         image_size: pixels per side that the teacher sees. Default: grid x patch size, or the encoder's own size when
-            no grid is given.
+            no grid is given or when tokens are interpolated.
         features: whether the final patch tokens are wanted; without them, later layers are dropped.
+        grid_rule: what to do where the two grids differ.
 
         Raises UserError for a folder that is missing or no model, an unknown family, a layer that the encoder does
-        not have, and an image_size whose grid is not the student's.
+        not have, and an image_size that does not fit.
         """
         source = resolve_teacher(name)
         config = _load_config(name, source)
@@ -98,15 +117,25 @@ class VisionTeacher(nn.Module):
         _check_layers(name, layers, config.num_hidden_layers)
         if not layers and not features:
             raise ValueError("a teacher of which neither layers nor features are wanted has nothing to do")
-        image_size = _choose_image_size(name, config, grid, image_size)
-        mean, std = _load_normalisation(source, config.num_channels)
-        return cls(_load_encoder(name, source, family), family, layers, image_size, mean, std, features)
+        image_size = _choose_image_size(name, config, grid, image_size, grid_rule)
+        own = image_size // patch_size_of(name, config)
+        return cls(
+            name,
+            _load_encoder(name, source, family, own),
+            family,
+            layers,
+            image_size,
+            grid=own,
+            student_grid=own if grid is None else grid,
+            normalisation=load_normalisation(name, source, family, config.num_channels),
+            features=features,
+        )
 
     def train(self, mode: bool = True) -> VisionTeacher:
         """A teacher stays in eval mode, whatever its owner does."""
         return super().train(False)
 
-    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+    def preprocess(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, num_channels, image_size, image_size), normalised."""
         if images.shape[1] == 1 and self.num_channels == 3:
             images = images.expand(-1, 3, -1, -1)
@@ -121,22 +150,37 @@ class VisionTeacher(nn.Module):
         return images
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> TeacherOutput:
+    def forward(self, images: Tensor) -> TeacherOutput:
         """images: (B, C, H, W), float, in [-1, 1], of any size."""
         pixels = self.preprocess(images)
         arguments = self._family.forward_arguments(pixels, self.grid**2)
         with record(self._layer_of_module) as recording:
             tokens = self.encoder(pixels, **arguments).last_hidden_state
-        return TeacherOutput(
+        output = TeacherOutput(
             queries_keys=[recording.queries_keys[layer] for layer in self.layers],
             prefix=self.prefix,
-            patch_tokens=self._finish(tokens) if self.features else None,
+            patch_tokens=tokens[:, self.prefix :] if self.features else None,
+        )
+        return output if self.grid == self.student_grid else self._interpolate(output)
+
+    def _interpolate(self, output: TeacherOutput) -> TeacherOutput:
+        """The same on the student's grid. The prefix has no place on a grid and is left out."""
+
+        def resample(tokens: Tensor) -> Tensor:
+            return resample_tokens(tokens, self.grid, self.student_grid)
+
+        pairs = [(q[:, :, self.prefix :], k[:, :, self.prefix :]) for q, k in output.queries_keys]
+        return TeacherOutput(
+            queries_keys=[(resample(q), resample(k)) for q, k in pairs],
+            prefix=0,
+            patch_tokens=None if output.patch_tokens is None else resample(output.patch_tokens),
         )
 
-    def _finish(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self._family.final_norm is not None:
-            tokens = getattr(self.encoder, self._family.final_norm)(tokens)
-        return tokens[:, self.prefix :]
+    def describe(self) -> str:
+        """What it sees and what becomes of its tokens, in a few words."""
+        size, grid, wanted = self.image_size, self.grid, self.student_grid
+        tokens = f"{grid} x {grid} tokens" + (f" interpolated to {wanted} x {wanted}" if grid != wanted else "")
+        return f"{self.name} ({size} x {size} pixels, {tokens})"
 
 
 def _load_config(name: str, source: str) -> PretrainedConfig:
@@ -150,15 +194,31 @@ def _load_config(name: str, source: str) -> PretrainedConfig:
     return config
 
 
-def _load_encoder(name: str, source: str, family: Family) -> nn.Module:
+def _load_encoder(name: str, source: str, family: Family, grid: int) -> nn.Module:
+    """The encoder with positions for grid x grid patches, and without the parts that a teacher does not use."""
     try:
-        model = AutoModel.from_pretrained(source, attn_implementation=ATTENTION_NAME)
+        model, info = AutoModel.from_pretrained(
+            source, attn_implementation=ATTENTION_NAME, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
     encoder = getattr(model, "vision_model", model)  # the text side of a two-tower model is dropped here
-    if family.masks_patches:
-        encoder.config.mask_ratio = 0.0
+    family.strip(encoder)
+    _refuse_missing_weights(name, encoder, info["missing_keys"])
+    if family.takes_patches:
+        encoder.embeddings = NaFlexPatches(encoder.embeddings, grid)
+    else:
+        own = own_image_size(name, encoder.config) // patch_size_of(name, encoder.config)
+        resample_positions(encoder.embeddings, own, grid)
     return encoder
+
+
+def _refuse_missing_weights(name: str, encoder: nn.Module, missing: Iterable[str]) -> None:
+    """transformers draws weights that a checkpoint lacks at random, which here would teach nonsense."""
+    own = {parameter for parameter, _ in encoder.named_parameters()}
+    lacking = sorted(own & {key.removeprefix("vision_model.") for key in missing})
+    if lacking:
+        raise UserError(f"the teacher {name} lacks {len(lacking)} weights of its encoder, such as {lacking[0]}")
 
 
 def _check_layers(name: str, layers: Sequence[int], depth: int) -> None:
@@ -170,42 +230,21 @@ def _check_layers(name: str, layers: Sequence[int], depth: int) -> None:
         )
 
 
-def _choose_image_size(name: str, config: PretrainedConfig, grid: int | None, image_size: int | None) -> int:
-    patch = config.patch_size
+def _choose_image_size(
+    name: str, config: PretrainedConfig, grid: int | None, image_size: int | None, grid_rule: GridRule
+) -> int:
+    patch = patch_size_of(name, config)
+    match = grid is not None and grid_rule == "match"
     if image_size is None:
-        return config.image_size if grid is None else grid * patch
-    if image_size % patch:
+        return grid * patch if match else own_image_size(name, config)
+    if image_size < 1 or image_size % patch:
         raise UserError(
             f"--teacher-resolution is {image_size}; it must be a multiple of {patch}, the patch of {name}"
         )
     own = image_size // patch
-    if grid is not None and own != grid:
+    if match and own != grid:
         raise UserError(
             f"the teacher {name} at {image_size} pixels has {own} x {own} tokens and the student has {grid} x {grid}; "
-            f"--teacher-resolution {grid * patch} would fit"
+            f"--teacher-resolution {grid * patch} would fit, or --teacher-grid interpolate"
         )
     return image_size
-
-
-def _load_normalisation(source: str, num_channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, one per channel: the checkpoint's own, or ImageNet's where it has none."""
-    file = cached_file(
-        source,
-        "preprocessor_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    settings = {}
-    if file is not None:
-        with open(file) as stream:
-            settings = json.load(stream)
-    mean = _per_channel(settings.get("image_mean", IMAGENET_MEAN), num_channels)
-    std = _per_channel(settings.get("image_std", IMAGENET_STD), num_channels)
-    return mean, std
-
-
-def _per_channel(value: float | Sequence[float], num_channels: int) -> list[float]:
-    values = [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
-    if len(values) == num_channels:
-        return values
-    return [sum(values) / len(values)] * num_channels

@@ -74,6 +74,9 @@ class TrainConfig:
     """plateau: a loss is lower when it is below the lowest so far by more than this."""
     teacher_resolution: int | None = None
     """Pixels per side that the teacher sees. None: as many as give it the student's grid of tokens."""
+    teacher_grid: Literal["match", "interpolate"] = "match"
+    """Where the teacher's own grid of tokens is not the student's: resize the pictures until it is (match), or let the
+    teacher see pictures of its own size, or of --teacher-resolution, and interpolate its queries, keys and features."""
 
     # The diffusion path
     path_type: Literal["linear", "cosine"] = "linear"

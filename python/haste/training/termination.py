@@ -52,12 +52,20 @@ class Termination:
         return False
 
     def measure(self, model: SiT, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone) -> float:
-        """What observe() is to be told, from pictures that are the same at every probe. Draws no random number of the
-        run's. reduce: the sum over processes, each of which brings its own pictures."""
+        """What observe() is to be told, from pictures that are the same at every probe.
+
+        It draws none of the run's random numbers. reduce: the sum over processes, each of which brings its own
+        pictures. It computes in fp32, so batches should be half as large as in a half-precision step.
+        """
         raise RuntimeError(f"{type(self).__name__} measures nothing")
 
     def observe(self, step: int, value: float) -> None:
         raise RuntimeError(f"{type(self).__name__} measures nothing")
+
+    @property
+    def plan(self) -> str:
+        """When alignment is to end, in a few words."""
+        return "to the end" if self.early_stop_point == NEVER else f"until step {self.early_stop_point}"
 
     @property
     def reason(self) -> str:
@@ -83,6 +91,10 @@ class CosineRamp(Termination):
         # The same half cosine, written so that the last steps before τ do not round to 0.
         return math.sin(0.5 * math.pi * min(1.0, left)) ** 2
 
+    @property
+    def plan(self) -> str:
+        return f"with weights that fall from step {self.ramp_start} to 0 at step {self.early_stop_point}"
+
 
 class ProbedTermination(Termination):
     """A rule that looks at a measurement every `every` steps from step `start` on.
@@ -104,7 +116,7 @@ class ProbedTermination(Termination):
         """Whether what was observed calls for the end."""
         raise NotImplementedError
 
-    def describe(self) -> str:
+    def finding(self) -> str:
         """What was observed, once triggered."""
         raise NotImplementedError
 
@@ -121,14 +133,14 @@ class ProbedTermination(Termination):
 
     @property
     def reason(self) -> str:
-        return self.describe() if self.triggered() else super().reason
+        return self.finding() if self.triggered() else super().reason
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "observed": list(self.observed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.observed = [(step, value) for step, value in state["observed"]]
+        self.observed = [(step, value) for step, value in state.get("observed", [])]
 
 
 class GradientCosine(ProbedTermination):
@@ -151,7 +163,11 @@ class GradientCosine(ProbedTermination):
     def triggered(self) -> bool:
         return bool(self.observed) and self.observed[-1][1] < self.threshold
 
-    def describe(self) -> str:
+    @property
+    def plan(self) -> str:
+        return f"until the gradients' cosine is below {self.threshold}, or {super().plan}"
+
+    def finding(self) -> str:
         value = self.observed[-1][1]
         return f"the gradients of features and velocity have cosine {value:.4f}, below {self.threshold}"
 
@@ -175,7 +191,11 @@ class Plateau(ProbedTermination):
     def triggered(self) -> bool:
         return self._lowest()[1] >= self.patience
 
-    def describe(self) -> str:
+    @property
+    def plan(self) -> str:
+        return f"until its loss has not fallen for {self.patience} probes, or {super().plan}"
+
+    def finding(self) -> str:
         lowest, since = self._lowest()
         return f"the alignment loss is not below {lowest:.4f} by more than {self.min_delta} after {since} more probes"
 

@@ -41,7 +41,7 @@ from haste.training.meter import Meter
 from haste.training.run_folder import RunFolder
 from haste.training.signals import StopRequest
 from haste.training.students import student_shape
-from haste.training.termination import NEVER, make_termination
+from haste.training.termination import make_termination
 from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
         proj_coeff=config.proj_coeff,
         attn_coeff=config.attn_coeff,
         image_size=config.teacher_resolution,
+        grid_rule=config.teacher_grid,
     )
 
 
@@ -246,12 +247,12 @@ class Trainer:
         """Let the rule of termination measure what it decides by, at the steps at which it wants to."""
         if not self.termination.wants_probe(self.step):
             return
-        count, size = min(self.config.probe_images, len(self.dataset)), max(1, self.config.batch_size)
+        count = min(self.config.probe_images, len(self.dataset))
+        size = max(1, self.config.batch_size // 2)  # what half precision takes for a whole batch, fp32 takes for half
         samples = [self.dataset[index] for index in range(count)]
         raw = (self.dataset.collate(samples[start : start + size]) for start in range(0, count, size))
         batches = (self.dataset.to_batch(part, self.device) for part in raw)
-        with self.accelerator.autocast():
-            value = self.termination.measure(self.model, self.aligner, batches)
+        value = self.termination.measure(self.model, self.aligner, batches)
         self.termination.observe(self.step, value)
         logger.info("step %d: the probe gives %.4f", self.step, value)
 
@@ -279,10 +280,8 @@ class Trainer:
         if self.aligner is None:
             alignment = "no alignment"
         else:
-            sizes = ", ".join(f"{t.image_size} x {t.image_size}" for t in self.aligner.teachers)
-            until = self.config.early_stop_point
-            end = f"until step {until}" if until != NEVER else "to the end"
-            alignment = f"taught by {self.config.enc_type} (at {sizes} pixels) {end}"
+            teachers = self.aligner.describe(self.model_config["num_heads"])
+            alignment = f"taught by {teachers} {self.termination.plan}"
         start = f", going on from step {self.step}" if self.step else ""
         return f"{self.config.model} ({parameters:.1f} M parameters) on {self.device}, {alignment}{start}"
 

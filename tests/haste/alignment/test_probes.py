@@ -129,6 +129,16 @@ def test_the_split_into_batches_and_processes_does_not_matter(model, aligner, pi
     assert measure(split(pictures, 6), reduce=lambda total: 2 * total) == pytest.approx(whole, rel=1e-6)
 
 
+def test_a_probe_under_autocast_is_as_exact_as_without(model, aligner, pictures):
+    def measure():
+        batches = split(pictures, 6)
+        return gradient_cosine(model, aligner, batches, 0, TIMES), mean_alignment_loss(model, aligner, batches, TIMES)
+
+    expected = measure()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert measure() == expected
+
+
 def test_a_probe_leaves_the_run_as_it_was(model, aligner, pictures):
     model.train()
     state = torch.get_rng_state()

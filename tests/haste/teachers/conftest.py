@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ TEXT = {
     "vocab_size": 32,
     "max_position_embeddings": 8,
 }
+NAFLEX = {**{key: value for key, value in COMMON.items() if key != "image_size"}, "num_patches": 16}
 
 
 def _vit() -> tf.PreTrainedModel:
@@ -58,6 +60,10 @@ def _siglip() -> tf.PreTrainedModel:
     return tf.SiglipModel(tf.SiglipConfig(text_config=TEXT, vision_config=COMMON))
 
 
+def _siglip2_naflex() -> tf.PreTrainedModel:
+    return tf.Siglip2Model(tf.Siglip2Config(text_config=TEXT, vision_config=NAFLEX))
+
+
 def _mae() -> tf.PreTrainedModel:
     return tf.ViTMAEModel(tf.ViTMAEConfig(**COMMON))
 
@@ -76,24 +82,36 @@ FAMILIES = {
     "clip": (_clip, 1),
     "clip_vision": (_clip_vision, 1),
     "siglip": (_siglip, 0),
+    "siglip2_naflex": (_siglip2_naflex, 0),
     "mae": (_mae, 1),
     "ijepa": (_ijepa, 0),
 }
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def saved_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """(folder, prefix tokens) of one family: 3 layers of 3 heads, width 24, 4 x 4 patches of 4 pixels."""
-    build, prefix = FAMILIES[request.param]
+class Saved(NamedTuple):
+    """A folder and what is known of the encoder in it: 3 layers of 3 heads, width 24, 4 x 4 patches of 4 pixels."""
+
+    name: str
+    folder: Path
+    prefix: int
+
+
+def save(name: str, folder: Path) -> Saved:
+    """No parameter is left at 0 or 1, where transformers starts positions, class tokens, biases and norms."""
+    build, prefix = FAMILIES[name]
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp(request.param)
-    build().save_pretrained(folder)
-    return folder, prefix
+    model = build()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.05, std=0.2)
+    model.save_pretrained(folder)
+    return Saved(name, folder, prefix)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return save(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dinov2-only")
-    _dinov2().save_pretrained(folder)
-    return folder
+    return save("dinov2", tmp_path_factory.mktemp("dinov2-only")).folder

@@ -7,6 +7,11 @@ def test_published_names_become_hub_names():
     assert resolve_teacher("dinov2-vit-b") == "facebook/dinov2-base"
 
 
+def test_a_name_of_repa_that_transformers_lacks_is_refused_with_what_would_do():
+    with pytest.raises(UserError, match=r"mocov3-vit-b cannot be had: .* saved as a ViTModel"):
+        resolve_teacher("mocov3-vit-b")
+
+
 def test_hub_names_and_folders_stay(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert resolve_teacher("somebody/some-vit") == "somebody/some-vit"

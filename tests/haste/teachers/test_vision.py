@@ -1,110 +1,181 @@
+"""A teacher against transformers' own eager run of the same folder, for every family."""
+
 from __future__ import annotations
 
 import gc
 import json
 import shutil
 import weakref
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from haste.errors import UserError
-from haste.teachers import VisionTeacher
-from haste.teachers.vision import IMAGENET_MEAN, IMAGENET_STD
-from torch.nn import functional as F
-from transformers import AutoModel
+from haste.teachers import VisionTeacher, recorder, vision
+from haste.teachers.grids import resample_tokens
+from PIL import Image
+from transformers import AutoConfig, AutoModel, Dinov2Model
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    return ((images + 1) / 2 - mean) / std
+def random_images(size=16, batch=2):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def vision_tower(model):
+    return getattr(model, "vision_model", model)
 
 
 @torch.no_grad()
-def eager_reference(folder: Path, pixels: torch.Tensor):
-    """The same encoder with transformers' own eager attention, which gives its maps out."""
-    model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    encoder = getattr(model, "vision_model", model)
-    extra = {}
-    if encoder.config.model_type == "vit_mae":
-        encoder.config.mask_ratio = 0.0
-        extra["noise"] = torch.arange(16.0).expand(len(pixels), -1)
-    return encoder, encoder(pixels, output_attentions=True, **extra)
+def run_eager(encoder, pixels):
+    """The maps of every layer and the last tokens. For MAE those before its final norm, as in REPA."""
+    config = encoder.config
+    inputs, before_norm = {"pixel_values": pixels}, []
+    if config.model_type == "siglip2_vision_model":  # patches row by row, channels last within each
+        grid = pixels.shape[-1] // 4
+        blocks = [pixels[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4] for r in range(grid) for c in range(grid)]
+        patches = torch.stack([block.permute(0, 2, 3, 1).flatten(1) for block in blocks], dim=1)
+        shapes = torch.tensor([[grid, grid]] * len(pixels))
+        inputs = {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(patches.shape[:2]),
+            "spatial_shapes": shapes,
+        }
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0
+        inputs["noise"] = torch.arange(pixels.shape[-1] ** 2 / 16).expand(len(pixels), -1)
+        encoder.layernorm.register_forward_pre_hook(lambda module, args: before_norm.append(args[0]))
+    output = encoder(**inputs, output_attentions=True)
+    return output.attentions, before_norm[0] if before_norm else output.last_hidden_state
 
 
-def test_queries_and_keys_make_the_encoders_own_attention_maps(saved_family):
-    folder, prefix = saved_family
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
-    output = VisionTeacher.from_pretrained(str(folder), layers=[2, 0])(images)
-    _, reference = eager_reference(folder, normalise(images))
-    assert output.prefix == prefix
-    for layer, (q, k) in zip([2, 0], output.queries_keys, strict=True):
-        assert q.shape == k.shape == (2, 3, prefix + 16, 8)
-        maps = (q @ k.mT * 8**-0.5).softmax(-1)
-        torch.testing.assert_close(maps, reference.attentions[layer], rtol=1e-4, atol=1e-6)
+def assert_teaches_as(teacher, images, encoder, layers):
+    output = teacher(images)
+    attentions, tokens = run_eager(encoder, teacher.preprocess(images))
+    for layer, (q, k) in zip(layers, output.queries_keys, strict=True):
+        maps = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        torch.testing.assert_close(maps, attentions[layer], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.patch_tokens, tokens[:, output.prefix :], rtol=1e-4, atol=1e-4)
 
 
-def test_patch_tokens_are_the_final_normalised_ones(saved_family):
-    folder, prefix = saved_family
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
-    output = VisionTeacher.from_pretrained(str(folder))(images)
-    encoder, reference = eager_reference(folder, normalise(images))
-    expected = reference.last_hidden_state
-    if encoder.config.model_type == "clip_vision_model":  # this one leaves its norm to the pooler
-        expected = encoder.post_layernorm(expected)
-    assert output.queries_keys == []
-    torch.testing.assert_close(output.patch_tokens, expected[:, prefix:], rtol=1e-4, atol=1e-5)
+def test_queries_and_keys_make_the_encoders_own_maps_and_the_tokens_are_its_last(saved):
+    teacher = VisionTeacher.from_pretrained(str(saved.folder), layers=[2, 0])
+    images = random_images()
+    output = teacher(images)
+    assert output.prefix == teacher.prefix == saved.prefix
+    assert {tensor.shape for pair in output.queries_keys for tensor in pair} == {(2, 3, saved.prefix + 16, 8)}
+    assert output.patch_tokens.shape == (2, 16, 24) and teacher.width == 24 and teacher.num_heads == 3
+    model = AutoModel.from_pretrained(saved.folder, attn_implementation="eager")
+    assert_teaches_as(teacher, images, vision_tower(model), [2, 0])
 
 
-def test_positions_are_resampled_to_the_students_grid(saved_family):
-    folder, prefix = saved_family
-    teacher = VisionTeacher.from_pretrained(str(folder), layers=[1], grid=6)
-    output = teacher(torch.rand(1, 3, 20, 20))
-    assert teacher.image_size == 24
-    assert output.queries_keys[0][0].shape == (1, 3, prefix + 36, 8)
-    assert output.patch_tokens.shape == (1, 36, 24)
+def resize_by_pillow(table, own, grid):
+    """Bicubic with antialiasing, channel by channel, by another library."""
+    prefix, patches = table[: -(own**2)], table[-(own**2) :].T.reshape(-1, own, own).numpy()
+    maps = [Image.fromarray(channel).resize((grid, grid), Image.Resampling.BICUBIC) for channel in patches]
+    resized = torch.stack([torch.from_numpy(np.array(channel)).flatten() for channel in maps], dim=1)
+    return torch.cat([prefix, resized])
 
 
-def test_layers_after_the_last_needed_one_do_not_exist_without_features(saved_family):
-    folder, _ = saved_family
-    images = torch.rand(1, 3, 16, 16)
-    full = VisionTeacher.from_pretrained(str(folder), layers=[0, 1])
-    short = VisionTeacher.from_pretrained(str(folder), layers=[0, 1], features=False)
+@pytest.mark.parametrize("grid", [3, 6])
+def test_on_another_grid_it_is_the_encoder_with_its_positions_resampled_once(saved, grid):
+    """The reference: transformers' model of the other size, whose table of positions Pillow has resampled.
+
+    DINOv3 and SigLIP 2 NaFlex take any grid by themselves, so theirs is the same folder.
+    """
+    teacher = VisionTeacher.from_pretrained(str(saved.folder), layers=[1], grid=grid)
+    assert teacher.image_size == 4 * grid
+    model = AutoModel.from_pretrained(saved.folder, attn_implementation="eager")
+    if saved.name not in ("dinov3", "siglip2_naflex"):
+        state = vision_tower(model).state_dict()
+        for name in ("embeddings.position_embeddings", "embeddings.position_embedding.weight"):
+            if name in state:
+                state[name] = resize_by_pillow(state[name].view(-1, 24), 4, grid).view(*state[name].shape[:-2], -1, 24)
+        config = AutoConfig.from_pretrained(saved.folder)
+        getattr(config, "vision_config", config).image_size = 4 * grid
+        model = type(model)._from_config(config, attn_implementation="eager").eval()
+        vision_tower(model).load_state_dict(state, strict=False)
+    assert_teaches_as(teacher, random_images(20), vision_tower(model), [1])
+
+
+@pytest.mark.parametrize(
+    ("folder", "resolution", "pixels"),
+    [("dinov2", 256, 224), ("dinov2", 512, 448), ("mae", 256, 256), ("mae", 512, 512)],
+)
+def test_pictures_get_the_sizes_of_repa(tmp_path, folder, resolution, pixels):
+    """224·(R/256) where patches are 14 pixels wide, R where they are 16."""
+    patch = {"dinov2": 14, "mae": 16}[folder]
+    config = {"model_type": "dinov2", "patch_size": patch, "image_size": 37 * patch}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert vision._choose_image_size("teacher", config, resolution // 16, None, "match") == pixels
+
+
+# ---- what runs and what is kept ----
+
+
+@pytest.fixture
+def attention_calls(monkeypatch):
+    """Weak references to the q and k of every attention call, in order."""
+    calls, original = [], recorder.sdpa_attention_forward
+
+    def attend(module, query, key, *args, **kwargs):
+        calls.append((weakref.ref(query), weakref.ref(key)))
+        return original(module, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(recorder, "sdpa_attention_forward", attend)
+    return calls
+
+
+def alive(calls):
+    return [query() is not None and key() is not None for query, key in calls]
+
+
+def test_only_the_needed_layers_keep_their_queries_and_keys(saved, attention_calls):
+    teacher = VisionTeacher.from_pretrained(str(saved.folder), layers=[0, 2])
+    output = teacher(random_images())
+    assert alive(attention_calls) == [True, False, True]
+    del output
+    assert alive(attention_calls) == [False, False, False]
+
+
+def test_features_alone_keep_no_queries_and_keys(saved, attention_calls):
+    output = VisionTeacher.from_pretrained(str(saved.folder))(random_images())
+    assert output.queries_keys == [] and output.patch_tokens is not None
+    assert alive(attention_calls) == [False, False, False]
+
+
+def test_layers_after_the_last_needed_one_do_not_run_without_features(saved, attention_calls):
+    images = random_images()
+    full = VisionTeacher.from_pretrained(str(saved.folder), layers=[0, 1])
+    expected = full(images)
+    assert len(attention_calls) == 3
+    short = VisionTeacher.from_pretrained(str(saved.folder), layers=[0, 1], features=False)
     output = short(images)
+    assert len(attention_calls) == 3 + 2
+    assert sum(p.numel() for p in short.parameters()) < 0.8 * sum(p.numel() for p in full.parameters())
     assert output.patch_tokens is None
-    assert sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in full.parameters())
-    for (q, k), (full_q, full_k) in zip(output.queries_keys, full(images).queries_keys, strict=True):
-        torch.testing.assert_close((q, k), (full_q, full_k))
+    for pair, expected_pair in zip(output.queries_keys, expected.queries_keys, strict=True):
+        torch.testing.assert_close(pair, expected_pair)
 
 
-def test_preprocessing_resizes_bicubically_and_uses_the_folders_mean_and_std(dinov2_folder, tmp_path):
-    folder = shutil.copytree(dinov2_folder, tmp_path / "teacher")
-    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    images = torch.rand(1, 3, 32, 32) * 2 - 1
-    pixels = VisionTeacher.from_pretrained(str(folder)).preprocess(images)
-    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
-    resized = F.interpolate(images, (16, 16), mode="bicubic")
-    torch.testing.assert_close(pixels, ((resized + 1) / 2 - mean) / std, rtol=1e-4, atol=1e-5)
-
-
-def test_grey_pictures_are_shown_to_a_colour_teacher(dinov2_folder):
-    teacher = VisionTeacher.from_pretrained(str(dinov2_folder))
-    grey = torch.rand(1, 1, 16, 16)
-    torch.testing.assert_close(teacher(grey).patch_tokens, teacher(grey.expand(1, 3, 16, 16)).patch_tokens)
+def test_poolers_and_the_text_side_are_gone(saved):
+    teacher = VisionTeacher.from_pretrained(str(saved.folder))
+    kinds = {type(module).__name__ for module in teacher.modules()}
+    assert not [kind for kind in kinds if "Pool" in kind or "Text" in kind]
+    assert "MultiheadAttention" not in kinds  # SigLIP's pooler
 
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode(dinov2_folder):
     teacher = VisionTeacher.from_pretrained(str(dinov2_folder), layers=[0]).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    output = teacher(torch.rand(1, 3, 16, 16, requires_grad=True))
+    output = teacher(random_images().requires_grad_())
     assert not output.patch_tokens.requires_grad and not output.queries_keys[0][0].requires_grad
 
 
 def test_dropping_a_teacher_frees_it(dinov2_folder):
     teacher = VisionTeacher.from_pretrained(str(dinov2_folder), layers=[0])
-    teacher(torch.rand(1, 3, 16, 16))
+    teacher(random_images())
     parameters = [weakref.ref(parameter) for parameter in teacher.parameters()]
     del teacher
     gc.collect()
@@ -114,10 +185,47 @@ def test_dropping_a_teacher_frees_it(dinov2_folder):
 def test_two_teachers_record_apart(dinov2_folder):
     first = VisionTeacher.from_pretrained(str(dinov2_folder), layers=[0])
     second = VisionTeacher.from_pretrained(str(dinov2_folder), layers=[1, 2])
-    images = torch.rand(1, 3, 16, 16)
+    images = random_images()
     expected = first(images).queries_keys[0][0]
     second(images)
     torch.testing.assert_close(first(images).queries_keys[0][0], expected)
+
+
+def test_weights_saved_in_half_precision_run_in_float32(dinov2_folder, tmp_path):
+    Dinov2Model.from_pretrained(dinov2_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    teacher = VisionTeacher.from_pretrained(str(tmp_path))
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
+# ---- another grid than the student's ----
+
+
+@pytest.mark.parametrize(("grid", "image_size"), [(2, None), (6, None), (6, 20)])
+def test_interpolated_tokens_are_those_of_the_teachers_own_grid_made_larger_or_smaller(saved, grid, image_size):
+    folder, images = str(saved.folder), random_images(20)
+    own = VisionTeacher.from_pretrained(folder, layers=[1], image_size=image_size)(images)
+    teacher = VisionTeacher.from_pretrained(folder, [1], grid, image_size, grid_rule="interpolate")
+    assert teacher.image_size == (image_size or 16) and teacher.student_grid == grid
+    output = teacher(images)
+    assert output.prefix == 0
+    own_grid = teacher.image_size // 4
+    (q, k), (own_q, own_k) = output.queries_keys[0], own.queries_keys[0]
+    pairs = [(q, own_q[:, :, own.prefix :]), (k, own_k[:, :, own.prefix :]), (output.patch_tokens, own.patch_tokens)]
+    for tokens, own_tokens in pairs:
+        torch.testing.assert_close(tokens, resample_tokens(own_tokens, own_grid, grid))
+    assert f"{own_grid} x {own_grid} tokens interpolated to {grid} x {grid}" in teacher.describe()
+
+
+def test_interpolation_leaves_a_grid_that_fits_alone(dinov2_folder):
+    images = random_images()
+    teacher = VisionTeacher.from_pretrained(str(dinov2_folder), layers=[1], grid=4, grid_rule="interpolate")
+    expected = VisionTeacher.from_pretrained(str(dinov2_folder), layers=[1])(images)
+    output = teacher(images)
+    assert output.prefix == expected.prefix == 1
+    torch.testing.assert_close(output.queries_keys, expected.queries_keys)
+
+
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -125,8 +233,10 @@ def test_two_teachers_record_apart(dinov2_folder):
     [
         ({"layers": [3]}, "asks for layer 3 of the teacher .* which has 3 layers; teacher layers must be 0 to 2"),
         ({"layers": [-1]}, "asks for layer -1"),
-        ({"grid": 6, "image_size": 16}, "has 4 x 4 tokens and the student has 6 x 6; --teacher-resolution 24"),
+        ({"grid": 6, "image_size": 16}, "4 x 4 tokens and .* 6 x 6; --teacher-resolution 24 .* --teacher-grid interp"),
         ({"image_size": 18}, "--teacher-resolution is 18; it must be a multiple of 4"),
+        ({"image_size": 0}, "--teacher-resolution is 0; it must be a multiple of 4"),
+        ({"grid": 6, "image_size": 18, "grid_rule": "interpolate"}, "--teacher-resolution is 18; it must be a multip"),
     ],
 )
 def test_what_does_not_fit_is_refused(dinov2_folder, arguments, sentence):
@@ -134,15 +244,31 @@ def test_what_does_not_fit_is_refused(dinov2_folder, arguments, sentence):
         VisionTeacher.from_pretrained(str(dinov2_folder), **arguments)
 
 
-def test_a_family_that_is_no_vision_transformer_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match="is a 'bert' model; a teacher must be one of .*dinov2"):
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "bert"}, "is a 'bert' model; a teacher must be one of .*dinov2"),
+        ({"model_type": "dinov2", "patch_size": [4, 2]}, r"has patch_size \(4, 2\); it must be square"),
+        ({"model_type": "no-such-model"}, "cannot be loaded"),
+    ],
+)
+def test_a_folder_that_holds_no_teacher_is_refused(tmp_path, config, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=sentence):
         VisionTeacher.from_pretrained(str(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused(dinov2_folder, tmp_path):
     shutil.copy(dinov2_folder / "config.json", tmp_path)
     with pytest.raises(UserError, match="cannot be loaded"):
+        VisionTeacher.from_pretrained(str(tmp_path))
+
+
+def test_a_folder_that_lacks_weights_is_refused(dinov2_folder, tmp_path):
+    model = Dinov2Model.from_pretrained(dinov2_folder)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.layer.1.")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match=r"lacks \d+ weights of its encoder, such as encoder.layer.1"):
         VisionTeacher.from_pretrained(str(tmp_path))
 
 

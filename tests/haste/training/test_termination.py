@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,19 @@ def test_it_ends_once_and_for_good_also_after_a_resume(name):
     for again in (rule, resumed):
         assert again.stopped_at == 50 and again.reason == rule.reason
         assert not any(again.due(step) or again.wants_probe(step) for step in range(50, 200))
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("fixed", "until step 50"),
+        ("cosine-ramp", "with weights that fall from step 0 to 0 at step 50"),
+        ("gradient-cosine", "until the gradients' cosine is below -0.05, or to the end"),
+        ("plateau", "until its loss has not fallen for 2 probes, or to the end"),
+    ],
+)
+def test_the_plan_says_when_it_ends(name, plan):
+    assert re.fullmatch(plan, make_rule(termination=name, **RULES[name]).plan)
 
 
 @pytest.mark.parametrize(
