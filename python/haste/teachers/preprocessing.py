@@ -21,11 +21,14 @@ def load_normalisation(name: str, source: str, family: Family, num_channels: int
     if settings is None:
         logger.info("the teacher %s has no preprocessor_config.json; its family's mean and deviation are used", name)
         return _per_channel(*family.normalisation, num_channels)
-    if not settings.get("do_normalize", True):
-        return _per_channel((0.0,), (1.0,), num_channels)
-    mean = settings.get("image_mean", family.normalisation.mean)
-    std = settings.get("image_std", family.normalisation.std)
-    own = _per_channel(mean, std, num_channels)
+    if settings.get("do_normalize") is False:
+        return _per_channel(0.0, 1.0, num_channels)
+    mean, std = settings.get("image_mean"), settings.get("image_std")  # absent or null: left at the default
+    own = _per_channel(
+        family.normalisation.mean if mean is None else mean,
+        family.normalisation.std if std is None else std,
+        num_channels,
+    )
     if family.hub_normalisation_is_wrong and own == _per_channel(*HALF, num_channels):
         logger.info("the teacher %s comes with transformers' default mean; the one it was trained with is used", name)
         return _per_channel(*family.normalisation, num_channels)

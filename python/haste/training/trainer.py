@@ -281,7 +281,7 @@ class Trainer:
             alignment = "no alignment"
         else:
             teachers = self.aligner.describe(self.model_config["num_heads"])
-            alignment = f"taught by {teachers} {self.termination.plan}"
+            alignment = f"taught {self.termination.plan} by {teachers}"
         start = f", going on from step {self.step}" if self.step else ""
         return f"{self.config.model} ({parameters:.1f} M parameters) on {self.device}, {alignment}{start}"
 

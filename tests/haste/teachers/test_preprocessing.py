@@ -76,7 +76,8 @@ def test_pictures_are_resized_bicubically_without_antialiasing_as_repa_does(dino
         ({"image_processor": {"image_mean": [0.1, 0.2, 0.3]}}, "processor_config.json", [0.1, 0.2, 0.3]),
         ({"image_mean": 0.25}, "preprocessor_config.json", [0.25] * 3),
         ({"image_mean": [0.1, 0.2, 0.3], "do_normalize": False}, "preprocessor_config.json", [0.0] * 3),
-        ({}, "preprocessor_config.json", IMAGENET["image_mean"]),
+        ({"image_mean": None}, "preprocessor_config.json", IMAGENET["image_mean"]),
+        ({"image_processor": {}}, "processor_config.json", IMAGENET["image_mean"]),
     ],
 )
 def test_the_mean_is_read_as_transformers_writes_it(dinov2_folder, tmp_path, settings, file_name, mean):
