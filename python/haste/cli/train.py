@@ -1,28 +1,34 @@
 """Train a diffusion transformer (SiT) with HASTE, with REPA, or plain.
 
 The quickest look: `haste train --recipe digits` trains on real handwritten digits, in minutes without a GPU.
-`haste train --recipe digits --help` shows what the recipe sets. Started again, the same command goes on from the last
-checkpoint.
+`haste train --recipe` lists all recipes with what they set. Started again, the same command goes on from the last
+checkpoint. On several GPUs: `accelerate launch -m haste train ...`.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from haste.training.config import TrainConfig
-from haste.training.recipes import recipe_config
+from haste.training.recipes import describe_recipe, list_recipes, recipe_config
 
 Args = TrainConfig
 
+LIST = "list"  # what --recipe means without a name
+
 
 def default_args(arguments: Sequence[str]) -> TrainConfig:
-    """The recipe's values, which the other flags then override."""
+    """The recipe's values, which the other flags then override. --recipe without a name lists the recipes instead."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", default="")
+    parser.add_argument("--recipe", nargs="?", default="", const=LIST)
     known, _ = parser.parse_known_args(arguments)
+    if known.recipe == LIST:
+        print(list_recipes())
+        raise SystemExit(0)
     return recipe_config(known.recipe)
 
 
@@ -33,13 +39,24 @@ def main(args: TrainConfig) -> None:
     from haste.training.trainer import train  # brings torch: only once the flags are known to be right
 
     disable_progress_bar()  # transformers' own, for loading weights; downloads still show theirs
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one tells what happens, all tell what is wrong
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    if args.recipe:
+        logging.getLogger(__name__).info("recipe %s: %s", args.recipe, describe_recipe(args.recipe))
     result = train(args)
     if result.interrupted is not None:
-        print(
-            f"haste train: stopped by {result.interrupted.name} after step {result.step}, which is saved; "
-            "the same command goes on from there",
-            file=sys.stderr,
-        )
+        if first:
+            print(
+                f"haste train: stopped by {result.interrupted.name} after step {result.step}, which is saved; "
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
         raise SystemExit(128 + result.interrupted)
-    print(f"trained {result.step} steps; everything is in {result.folder}")
+    if first:
+        print(f"trained {result.step} steps; everything is in {result.folder}")
+
+
+if __name__ == "__main__":  # accelerate launch -m haste.cli.train ...
+    from haste.cli.main import main as haste
+
+    haste(["train", *sys.argv[1:]])

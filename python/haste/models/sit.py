@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError
+from haste.models.attention import BACKENDS
 from haste.models.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
 from haste.models.positions import sincos_positions
 
@@ -55,10 +56,10 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention over (B, N, width) tokens."""
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool, fused: bool) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: bool, backend: str) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.fused = fused
+        self.attend = BACKENDS[backend]
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
@@ -71,10 +72,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         # Under autocast on a GPU LayerNorm returns float32; attention runs in the type of the projection.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+        out = self.attend(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (q, k)
 
 
@@ -93,10 +91,10 @@ class Mlp(nn.Module):
 class SiTBlock(nn.Module):
     """Attention, then MLP, each behind an adaLN and in front of a gate."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: bool, fused_attn: bool) -> None:
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: bool, attention: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads, qk_norm, fused_attn)
+        self.attn = Attention(width, num_heads, qk_norm, attention)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -169,7 +167,8 @@ class SiT(nn.Module):
             0: the model has no null class.
         num_classes: classes, without the null class.
         qk_norm: LayerNorm on q and k per head.
-        fused_attn: attention through scaled_dot_product_attention, else through a plain softmax.
+        fused_attn: False computes attention step by step, with its map in memory, whatever `attention` says.
+        attention: what computes it: sdpa, flash-attn or xformers.
         encoder_depth: the projectors read the tokens after this block, counted from 1.
         z_dims: one projector per entry, onto that many features. Empty: no projector.
         projector_dim: hidden width of the projectors.
@@ -191,6 +190,7 @@ class SiT(nn.Module):
         num_classes: int = 1000,
         qk_norm: bool = False,
         fused_attn: bool = True,
+        attention: str = "sdpa",
         encoder_depth: int = 8,
         z_dims: Sequence[int] = (),
         projector_dim: int = 2048,
@@ -212,7 +212,8 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
+            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, attention if fused_attn else "plain")
+            for _ in range(depth)
         )
         with torch.random.fork_rng(devices=[]):  # the trunk's weights do not depend on whether there are projectors
             self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
@@ -294,19 +295,6 @@ class SiT(nn.Module):
             if project and index + 1 == self.encoder_depth:
                 projections = [projector(tokens) for projector in self.projectors]
         return SiTOutput(self.finish(tokens, c), [kept[layer] for layer in aligned_layers], projections)
-
-    def release_projectors(self) -> dict[str, Tensor]:
-        """Lets go of the projectors, whose work is over when alignment ends.
-
-        Returns:
-            Their state on the CPU, under the names that it has in the model's own state_dict, so that a checkpoint
-            can go on holding it. The parameters leave the model; an optimizer that holds them must drop them too.
-        """
-        state = {
-            f"projectors.{name}": value.detach().cpu().clone() for name, value in self.projectors.state_dict().items()
-        }
-        self.projectors = nn.ModuleList()
-        return state
 
 
 def _check_sizes(

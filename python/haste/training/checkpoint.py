@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without executing anything.
 
-A file holds what HASTE's and REPA's files hold (model, ema, opt, args, steps) and, under keys of their own, what it
-takes to go on as if nothing had happened: model_config, rng, termination, scaler.
+A file holds what HASTE's and REPA's files hold (model, ema, opt, args, steps), laid out as there, and under keys of
+their own what it takes to go on as if nothing had happened: model_config, rng, termination, scaler.
 The position in the data needs no entry of its own: the order of the pictures is a function of the step.
 """
 
@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ import torch
 from haste.errors import UserError
 from haste.models.sit import SiT
 from haste.training.config import TrainConfig
+from haste.training.interchange import Weights, infer_model_config, to_our_conventions
 
 logger = logging.getLogger(__name__)
 
 Checkpoint = dict[str, Any]
 
 PUBLIC_KEYS = {"model", "ema", "opt", "args", "steps"}
-RESUME_KEYS = {"model_config", "rng", "termination", "scaler"}
+RESUME_KEYS = ("model_config", "rng", "termination", "scaler")
 
 
 class BrokenCheckpoint(Exception):
@@ -61,7 +63,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def require_space(folder: Path, size: int) -> None:
+    """OSError if there are not so many bytes free on the disk of `folder`, which exists."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"{folder} has {free / 2**30:.1f} GiB free, and a checkpoint takes {size / 2**30:.1f} GiB")
+
+
+def read_file(path: Path) -> Checkpoint:
     """Read on the CPU. Tensors, plain values and argparse.Namespace are admitted, and no other class.
 
     Raises BrokenCheckpoint for a file that is cut short, damaged, of another kind, or that asks for another class.
@@ -71,10 +80,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if archive.testzip() is not None:  # torch.load does not look at the checksums that torch.save wrote
                 raise BrokenCheckpoint(f"{path} is no whole checkpoint: it is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise BrokenCheckpoint(f"{path} is no whole checkpoint") from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= PUBLIC_KEYS:
+    if not isinstance(content, dict):
+        raise BrokenCheckpoint(f"{path} holds no checkpoint")
+    return content
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """One to go on from, ours or the public trainers'; BrokenCheckpoint as in read_file, or if a part is missing."""
+    checkpoint = read_file(path)
+    if not checkpoint.keys() >= PUBLIC_KEYS:
         raise BrokenCheckpoint(f"{path} lacks model, ema, opt, args or steps")
     return checkpoint
 
@@ -82,6 +99,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def remove_leftovers(folder: Path) -> None:
     """Delete what a kill in the middle of a write has left."""
     for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+    for path in list_checkpoints(folder)[:-keep] if keep else ():
         path.unlink(missing_ok=True)
 
 
@@ -93,8 +116,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
     """The checkpoint of `step`, or for 0 the newest whole one; None if there are no files.
 
-    A damaged newest file is passed over with a warning. UserError if the wanted file is missing, if none is whole, or
-    if it comes from a trainer that leaves out what going on takes.
+    One that REPA or HASTE wrote is completed: it has no state of random generators, of a rule of termination or of a
+    scaler, so those are None. A damaged newest file is passed over with a warning. UserError if the wanted file is
+    missing or if none is whole.
     """
     paths = list_checkpoints(folder)
     if step:
@@ -107,52 +131,77 @@ def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
         except BrokenCheckpoint as error:
             logger.warning("%s; looking for an earlier one", error)
             continue
-        if not checkpoint.keys() >= RESUME_KEYS:
-            missing = ", ".join(sorted(RESUME_KEYS - checkpoint.keys()))
-            raise UserError(f"{path} was not written by haste train: it holds no {missing}")
-        return checkpoint
+        if "model_config" not in checkpoint:
+            logger.info("%s is another trainer's; training goes on from its weights and its optimizer", path)
+        return {**dict.fromkeys(RESUME_KEYS), **checkpoint, **both_weights(checkpoint)}
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start again")
     return None
 
 
 def capture_rng() -> dict[str, Any]:
-    """The states of all random generators that training draws from."""
+    """The states of all random generators that training draws from, which are the same in every process."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
         "python": random.getstate(),
     }
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """The inverse of capture_rng. GPU states are restored on as many GPUs as there are."""
+    """The inverse of capture_rng, for the GPU of this process."""
     torch.set_rng_state(state["torch"])
-    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, device)
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     random.setstate(state["python"])
+
+
+def both_weights(content: Checkpoint) -> dict[str, Weights]:
+    """model and ema of a file of this trainer, of HASTE's, REPA's or SiT's, in our conventions.
+
+    A bare file of weights, and one that holds only averaged ones, gives these for both.
+    """
+    args = settings_of(content)
+    alone = content.get("ema") or content
+    return {part: to_our_conventions(content.get(part) or alone, args) for part in ("model", "ema")}
+
+
+def settings_of(content: Checkpoint) -> dict[str, Any]:
+    """The settings of the run that wrote a file; empty if it does not hold them."""
+    return vars(content["args"]) if "args" in content else {}
+
+
+def read_student(path: Path) -> Checkpoint:
+    """model, ema and model_config of a checkpoint of any of these trainers, and the settings of its run as `args`.
+
+    Raises UserError if the file is missing or holds no SiT.
+    """
+    if not path.is_file():
+        raise UserError(f"the checkpoint {path} does not exist")
+    try:
+        content = read_file(path)
+    except BrokenCheckpoint as error:
+        raise UserError(str(error)) from error
+    args, weights = settings_of(content), both_weights(content)
+    try:
+        model_config = content.get("model_config") or infer_model_config(weights["model"], args)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    return {**weights, "model_config": model_config, "args": args}
 
 
 def load_model(path: str | Path, ema: bool = True) -> tuple[SiT, TrainConfig]:
     """The student of a checkpoint, in eval mode on the CPU and without its projectors, and the run's settings.
 
     ema: the averaged weights, which samples are drawn with, or the trained ones.
-    Raises UserError if the file is missing or no whole checkpoint of this trainer.
+    Raises UserError if the file is missing or no checkpoint of this trainer, HASTE's, REPA's or SiT's.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"the checkpoint {path} does not exist")
-    try:
-        checkpoint = read_checkpoint(path)
-    except BrokenCheckpoint as error:
-        raise UserError(str(error)) from error
-    if "model_config" not in checkpoint:
-        raise UserError(f"{path} was not written by haste train: it holds no model_config")
-    model = SiT(**checkpoint["model_config"], z_dims=())
-    weights = checkpoint["ema" if ema else "model"]
+    student = read_student(Path(path))
+    model = SiT(**{**student["model_config"], "attention": "sdpa"}, z_dims=())  # which is everywhere
+    weights = student["ema" if ema else "model"]
     model.load_state_dict({name: value for name, value in weights.items() if not name.startswith("projectors.")})
-    return model.eval(), TrainConfig.from_dict(vars(checkpoint["args"]))
+    return model.eval(), TrainConfig.from_dict(student["args"])

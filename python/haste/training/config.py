@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -14,17 +15,32 @@ class TrainConfig:
     """The settings of `haste train`, with the values of the papers as defaults."""
 
     recipe: str = ""
-    """A set of values for everything below, which any flag overrides. Known: digits."""
+    """A set of values for everything below, which any flag overrides. `haste train --recipe` lists them all."""
 
     # Where the run goes and what it learns from
     output_dir: str = "exps"
     """Folder of all runs."""
     exp_name: str = ""
     """Name of this run: its folder inside --output-dir. The same command again goes on where it stopped."""
+    init_from: str = ""
+    """A checkpoint (of haste, HASTE, REPA or SiT) whose weights and averaged weights a new run begins with. SiT's own,
+    whose time and velocity have the other sign, are converted."""
     data_dir: str = ""
-    """The training pictures. `digits` are scikit-learn's handwritten digits, which need no download."""
+    """The training pictures: REPA's layout, as `haste prepare` writes it; a folder or zip with a folder for each class;
+    or a Hugging Face data set on disk. `digits` are scikit-learn's handwritten digits, which need no download."""
+    vae: str | None = None
+    """mse, ema, a hub name or a folder: what turns pictures without latents into latents while training. None: pixels,
+    or the latents that are there."""
+    vae_stats: str | None = None
+    """A file with mean and standard deviation of each latent channel, in place of the VAE's own scale."""
+    on_bad_file: Literal["refuse", "skip"] = "refuse"
+    """When a file is missing or damaged: refuse it, or name and count it and take another picture."""
     resolution: int = 256
     """Pixels per side of the pictures."""
+    num_classes: int | None = None
+    """Classes that the student knows. None: as many as the pictures have."""
+    num_workers: int = 4
+    """Processes that read pictures, for each training process. Pictures that fit into memory need none."""
 
     # The student
     model: str = "SiT-XL/2"
@@ -32,13 +48,17 @@ class TrainConfig:
     qk_norm: bool = False
     """Normalise queries and keys in the student's attention."""
     fused_attn: bool = True
-    """Use torch's scaled_dot_product_attention in the student."""
+    """Fused attention in the student; --no-fused-attn computes it step by step."""
+    attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
+    """Whose fused attention: torch's, or that of a package that must be installed."""
+    compile: bool = False
+    """Let torch.compile fuse the student's blocks. The first steps take a minute or so longer."""
     cfg_prob: float = 0.1
     """How often the label is dropped in training, so that samples can be guided later."""
 
     # What it is taught: L = velocity + proj_coeff * features + attn_coeff * attention
     enc_type: str = "dinov2-vit-b"
-    """The teacher: dinov2-vit-b and the like, a hub name, or a folder written by save_pretrained().
+    """The teacher: dinov2-vit-b and the like, a hub name, or a folder written by save_pretrained(); None for plain SiT.
     Several, separated by commas, teach features together; the first one alone teaches attention."""
     attn_coeff: float = 0.5
     """Weight of the attention loss of HASTE. 0 turns it off: REPA."""
@@ -88,9 +108,13 @@ class TrainConfig:
 
     # Optimisation
     batch_size: int = 256
-    """Pictures per step, over all devices."""
+    """Pictures per forward pass, over all devices."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per step: a step sees so many times --batch-size pictures."""
     max_train_steps: int = 400_000
     """Steps in all."""
+    epochs: int = 1400
+    """Training ends after so many times all pictures, if that is before --max-train-steps."""
     learning_rate: float = 1e-4
     """AdamW's learning rate, constant."""
     warmup_steps: int = 0
@@ -111,6 +135,9 @@ class TrainConfig:
     """Type of the matrix products."""
     allow_tf32: bool = False
     """Let NVIDIA GPUs round fp32 matrix products to TF32."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite: stop, and say at which step; or leave that step out and say so. Neither
+    lets it reach the weights. Under fp16 an infinite gradient is left out either way."""
     seed: int = 0
     """Same seed, same run."""
 
@@ -119,29 +146,47 @@ class TrainConfig:
     """Steps between two lines of log.jsonl."""
     checkpointing_steps: int = 50_000
     """Steps between two checkpoints. The last step, Ctrl-C and SIGTERM write one as well."""
+    sampling_steps: int = 10_000
+    """Steps between two previews: pictures that the averaged student draws, in previews/ of the run. 0: none."""
+    keep: int = 0
+    """Keep the newest so many checkpoints and delete older ones, once a newer one is whole on the disk. 0: keep all."""
     resume_step: int = 0
     """Go on from the checkpoint of this step. 0: from the newest whole one, if there is any."""
+    report_to: str = "none"
+    """Where the log goes besides log.jsonl: tensorboard, wandb, both with a comma between them, or none."""
+    logging_dir: str = "logs"
+    """Folder inside --output-dir for what tensorboard reads."""
+    legacy: bool = False
+    """Accepted because REPA's commands have it: checkpoints with REPA's older names are known by those names."""
 
     @property
     def teachers(self) -> list[str]:
         """The teachers to load; none when nothing is aligned."""
-        if self.proj_coeff == 0 and self.attn_coeff == 0:
+        if self.enc_type == "None" or (self.proj_coeff == 0 and self.attn_coeff == 0):
             return []
         return [name.strip() for name in self.enc_type.split(",")]
+
+    @property
+    def trackers(self) -> list[str]:
+        """Those that --report-to names."""
+        return [] if self.report_to in ("", "none") else [name.strip() for name in self.report_to.split(",")]
 
     def check(self) -> None:
         """UserError, naming the flag, its value and what it must be, for values that no run can have."""
         if not self.exp_name:
             raise UserError("--exp-name is empty; give the run a name, or a --recipe that has one")
-        for name in ("resolution", "batch_size", "max_train_steps", "logging_steps", "checkpointing_steps"):
+        for name in AT_LEAST_ONE:
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("num_classes", self.num_classes is None or self.num_classes >= 1, "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, getattr(self, name) > 0, "greater than 0")
-        for name in ("proj_coeff", "attn_coeff", "warmup_steps", "adam_weight_decay", "resume_step"):
+        for name in AT_LEAST_ZERO:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("cfg_prob", "ema_decay", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._require("early_stop_point", self.early_stop_point >= -1, "a step, or -1 for never")
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        self._require("report_to", not unknown, "tensorboard, wandb, both with a comma between them, or none")
 
     def _require(self, name: str, holds: bool, must_be: str) -> None:
         if not holds:
@@ -158,15 +203,35 @@ class TrainConfig:
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
-# What may change from one start of a run to the next: it moves the end or the bookkeeping, not the computation.
-CHANGEABLE = {"output_dir", "exp_name", "max_train_steps", "logging_steps", "checkpointing_steps", "resume_step"}
+AT_LEAST_ONE = (
+    "resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "epochs", "logging_steps",
+    "checkpointing_steps",
+)  # fmt: skip
+
+AT_LEAST_ZERO = (
+    "proj_coeff", "attn_coeff", "warmup_steps", "adam_weight_decay", "resume_step", "num_workers", "keep",
+    "sampling_steps",
+)  # fmt: skip
+
+TRACKERS = ("tensorboard", "wandb")
+
+# What may change from one start of a run to the next: it moves the end, the bookkeeping or a folder, not the
+# computation.
+CHANGEABLE = {
+    "recipe", "output_dir", "exp_name", "init_from", "data_dir", "num_workers", "max_train_steps", "epochs",
+    "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir", "legacy", "keep", "on_nan",
+    "on_bad_file", "attention", "compile", "sampling_steps",
+}  # fmt: skip
 
 
-def differing_settings(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """'--seed (0, now 1)' for each setting that makes `new` another run than `old`."""
-    before, after = asdict(old), asdict(new)
+def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
+    """'--seed (0, now 1)' for each setting that makes `new` another run than the one that had the settings `old`.
+
+    What `old` does not hold, because another trainer or an older version wrote it, is not compared.
+    """
+    after = asdict(new)
     return [
-        f"--{name.replace('_', '-')} ({before[name]}, now {after[name]})"
-        for name in before
-        if name not in CHANGEABLE and before[name] != after[name]
+        f"--{name.replace('_', '-')} ({old[name]}, now {after[name]})"
+        for name in after
+        if name not in CHANGEABLE and name in old and old[name] != after[name]
     ]

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from haste.training.launch import own
+
 
 class EMA:
     """A second copy of a model that follows the first: ema ← decay·ema + (1 − decay)·weights."""
@@ -17,5 +19,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One fused pass over all parameters."""
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay)
+        """One fused pass over all parameters, or over this process's shares of them."""
+        averages = [own(parameter) for parameter in self.model.parameters()]
+        torch._foreach_lerp_(averages, [own(parameter) for parameter in model.parameters()], 1 - self.decay)

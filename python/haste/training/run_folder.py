@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from haste.errors import UserError, in_one_line
-from haste.training.checkpoint import remove_leftovers, write_atomically
+from haste.training.checkpoint import remove_leftovers, require_space, write_atomically
 from haste.training.config import TrainConfig, differing_settings
 
 
@@ -24,23 +25,30 @@ class RunFolder:
         if self._settings.is_file():
             self.refuse_other(self._read_settings(), "holds a run")
 
-    def claim(self) -> None:
-        """Make the folder this run's, once it is known that the run can start; UserError if it cannot be written."""
+    def claim(self, checkpoint_size: int) -> None:
+        """Make the folder this run's, once it is known that the run can start.
+
+        UserError if it cannot be written, or has no room for a checkpoint of so many bytes.
+        """
         text = json.dumps(asdict(self.config), indent=2) + "\n"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self._settings, lambda temporary: temporary.write_text(text))
             remove_leftovers(self.checkpoints)
+            require_space(self.checkpoints, checkpoint_size)
         except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from error
+            raise UserError(f"the run folder {self.path} cannot be used: {error.strerror or error}") from error
 
-    def _read_settings(self) -> TrainConfig:
+    def _read_settings(self) -> dict[str, Any]:
         try:
-            return TrainConfig.from_dict(json.loads(self._settings.read_text()))
-        except (ValueError, AttributeError) as error:
+            settings = json.loads(self._settings.read_text())
+        except ValueError as error:
             raise UserError(f"{self._settings} does not hold the settings of a run: {in_one_line(error)}") from error
+        if not isinstance(settings, dict):
+            raise UserError(f"{self._settings} does not hold the settings of a run, but {type(settings).__name__}")
+        return settings
 
-    def refuse_other(self, found: TrainConfig, what: str) -> None:
+    def refuse_other(self, found: Mapping[str, Any], what: str) -> None:
         """UserError, naming the first differences, if the settings found here are not those of this run."""
         differences = differing_settings(found, self.config)
         if differences:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -23,25 +25,32 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
-from haste.data import Batch, BatchOrder, TrainingData, batches, load_dataset
+from haste.data import Batch, TrainingData, load_dataset
 from haste.errors import UserError, in_one_line
-from haste.models import SiT
+from haste.models.attention import check_backend
 from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
 from haste.training.checkpoint import (
     Checkpoint,
     capture_rng,
     checkpoint_path,
     read_newest_checkpoint,
+    read_student,
+    remove_old,
+    require_space,
     restore_rng,
     save_checkpoint,
 )
 from haste.training.config import TrainConfig
-from haste.training.ema import EMA
+from haste.training.feed import Feed
+from haste.training.launch import make_accelerator, sharding
 from haste.training.meter import Meter
+from haste.training.previews import Previews
 from haste.training.run_folder import RunFolder
 from haste.training.signals import StopRequest
+from haste.training.student import Student
 from haste.training.students import student_shape
 from haste.training.termination import make_termination
+from haste.training.tracking import start_trackers, track
 from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -63,18 +72,32 @@ def train(config: TrainConfig) -> TrainResult:
     finite; nothing that was saved is lost.
     """
     config.check()
-    dataset = load_dataset(config.data_dir, config.resolution)
     check_fit(config)
+    dataset = load_dataset(
+        config.data_dir,
+        config.resolution,
+        vae=config.vae,
+        vae_stats=config.vae_stats,
+        on_bad_file=config.on_bad_file,
+        num_classes=config.num_classes,
+    )
+    accelerator = make_accelerator(config)
     folder = RunFolder(config)
     checkpoint = read_newest_checkpoint(folder.checkpoints, config.resume_step)
     if checkpoint is not None:
-        folder.refuse_other(TrainConfig.from_dict(vars(checkpoint["args"])), "holds a checkpoint")
-    return Trainer(config, dataset, folder, make_accelerator(config), checkpoint).run()
+        folder.refuse_other(vars(checkpoint["args"]), "holds a checkpoint")
+        refuse_other_data(config, dataset, checkpoint)
+    return Trainer(config, dataset, folder, accelerator, checkpoint).run()
 
 
 def check_fit(config: TrainConfig) -> None:
-    """UserError if the student and the layer map do not fit together."""
+    """UserError if the student, the layer map and the rule of termination do not fit together."""
     depth = student_shape(config.model)["depth"]
+    if config.termination == "gradient-cosine" and sharding():
+        raise UserError(
+            "--termination is gradient-cosine, which needs whole weights; with FSDP it must be another rule"
+        )
+    check_backend(config.attention)
     if config.proj_coeff and not 1 <= config.encoder_depth <= depth:
         raise UserError(
             f"--encoder-depth is {config.encoder_depth}; it must be 1 to {depth}, the depth of {config.model}"
@@ -83,18 +106,11 @@ def check_fit(config: TrainConfig) -> None:
         choose_layer_map(config.layer_map, config.model).check_student(depth)
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    except ValueError as error:  # a precision that the device lacks, or another than this process has used before
-        raise UserError(
-            f"--mixed-precision is {config.mixed_precision}, which does not work here: {in_one_line(error)}"
-        ) from error
-    if accelerator.num_processes > 1:
-        raise UserError(f"{accelerator.num_processes} processes were launched; haste train runs in one process so far")
-    return accelerator
+def refuse_other_data(config: TrainConfig, dataset: TrainingData, checkpoint: Checkpoint) -> None:
+    """UserError if the run began with another number of pictures, whose order would be another."""
+    began = (checkpoint.get("data") or {}).get("images", len(dataset))
+    if began != len(dataset):
+        raise UserError(f"--data-dir {config.data_dir} has {len(dataset)} pictures; the run began with {began}")
 
 
 def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
@@ -116,8 +132,23 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
     )
 
 
+class Draws(NamedTuple):
+    """What chance decides in a step: noise (B, C, S, S), times (B,), and whose label is dropped, (B,) bool."""
+
+    noise: Tensor
+    t: Tensor
+    dropped: Tensor
+
+    def share(self, number: int, size: int) -> Draws:
+        """Those of so many pictures, the `number`-th such share of the step."""
+        return Draws(*(drawn[number * size : (number + 1) * size] for drawn in self))
+
+
 class Trainer:
-    """One run: student, averaged student, optimizer, alignment, and the step at which they stand.
+    """One run: the student, its alignment, and the step at which they stand.
+
+    Every process draws the same noise, times and dropped labels, those of the whole step, and takes its share of them
+    as of the pictures. So a run does not depend on how many processes share it, but for the order of sums.
 
     checkpoint: where to go on from; None starts anew.
     """
@@ -134,11 +165,16 @@ class Trainer:
         self.folder = folder
         self.accelerator = accelerator
         self.device = accelerator.device
-        self.dataset = dataset
+        self.data = dataset
+        self.share_size = config.batch_size // accelerator.num_processes  # pictures per process and pass
+        step_size = config.batch_size * config.gradient_accumulation_steps
+        self.last_step = min(config.max_train_steps, max(1, config.epochs * len(dataset) // step_size))
+        self.step = 0 if checkpoint is None else checkpoint["steps"]
         self.termination = make_termination(config)
-        if checkpoint is not None:
+        if checkpoint is not None and checkpoint["termination"] is not None:
             self.termination.load_state_dict(checkpoint["termination"])
-        self.step = 0
+        elif self.termination.due(self.step):
+            self.termination.stopped_at = self.step
 
         self.model_config = {
             **student_shape(config.model),
@@ -148,98 +184,120 @@ class Trainer:
             "class_dropout_prob": config.cfg_prob,
             "qk_norm": config.qk_norm,
             "fused_attn": config.fused_attn,
+            "attention": config.attention,
             "encoder_depth": config.encoder_depth,
             "projector_dim": config.projector_dim,
         }
-        stopped = self.termination.stopped_at is not None
-        self.aligner = None if stopped else build_aligner(config, self.model_config)
+        self.aligner: Aligner | None = None
+        if self.termination.stopped_at is None:
+            with accelerator.main_process_first():  # which downloads or trains what is not there yet
+                self.aligner = build_aligner(config, self.model_config)
         if self.aligner is not None:
             self.aligner.to(self.device)
-        z_dims = self.aligner.z_dims if self.aligner is not None else ()
         set_seed(config.seed)
-        # The student is not wrapped by accelerate: its wrapper would copy every q and k to fp32 on their way out.
-        self.model = SiT(**self.model_config, z_dims=z_dims).to(self.device)
-        self.ema = EMA(self.model, config.ema_decay)
-        self.optimizer = accelerator.prepare(self._make_optimizer())
-        set_seed(config.seed)  # runs that differ in their alignment alone see the same noise, times and dropped labels
-        if checkpoint is not None:
-            self._resume(checkpoint)
+        self.student = self._build_student(self._begin_from() if checkpoint is None else checkpoint)
+        if checkpoint is not None and checkpoint["rng"] is not None:
+            restore_rng(checkpoint["rng"])
+        else:  # runs that differ in their alignment alone see the same noise, times and dropped labels
+            set_seed(config.seed + self.step)
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.config.learning_rate,
-            betas=(self.config.adam_beta1, self.config.adam_beta2),
-            weight_decay=self.config.adam_weight_decay,
-            eps=self.config.adam_epsilon,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+    def _begin_from(self) -> dict[str, Any] | None:
+        """The weights with which a new run begins, if --init-from names any."""
+        return read_student(Path(self.config.init_from).expanduser()) if self.config.init_from else None
+
+    def _build_student(self, saved: dict[str, Any] | None) -> Student:
+        z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()
+        return Student(self.model_config, z_dims, self.config, self.accelerator, saved)
 
     # ---- the loop ----
 
     def run(self) -> TrainResult:
+        try:
+            interrupted = self._run()
+        finally:
+            self.student.leave_group()
+            self.accelerator.end_training()
+        return TrainResult(self.step, self.folder.path, interrupted)
+
+    def _run(self) -> signal.Signals | None:
+        """The loop; returns the signal that ended it early, if one did."""
         config = self.config
-        self.folder.claim()
+        if self.accelerator.is_main_process:
+            self.folder.claim(self.student.checkpoint_size)
+            self.folder.forget_after(self.step)
+        start_trackers(self.accelerator, config)
         logger.info("%s", self._describe())
-        self.model.train()
-        order = BatchOrder(len(self.dataset), config.batch_size, config.seed)
-        self.batches = batches(self.dataset, order, self.step, self.device)
-        self.meter = Meter(config.batch_size, watch_gradient=self.accelerator.scaler is None)
-        bar = tqdm(total=config.max_train_steps, initial=self.step, desc=config.exp_name, unit="step")
+        self.feed = Feed(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
+        previews = Previews(self.folder.path / "previews", config, self.data, self.accelerator)
+        self.meter = Meter(self.accelerator, config, self.model_config)
+        shown = self.accelerator.is_local_main_process
+        bar = tqdm(total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=not shown)
+        interrupted, saved = None, True
         with bar, logging_redirect_tqdm(), StopRequest() as stop:
-            while self.step < config.max_train_steps:
+            while self.step < self.last_step and interrupted is None:
                 if self.aligner is not None:
                     self._probe()
                     if self.termination.due(self.step):
                         self._log(bar)
                         self._end_alignment()
-                self._train_step(*self._next_batch())
+                self._train_step()
                 self.step += 1
                 bar.update()
-                last = self.step == config.max_train_steps or stop.received is not None
-                save = last or self.step % config.checkpointing_steps == 0
-                if save or self.step % config.logging_steps == 0:
+                interrupted = stop.poll()
+                last = self.step == self.last_step or interrupted is not None
+                log = last or self.step % config.logging_steps == 0
+                save = last or self.step % config.checkpointing_steps == 0 or (log and not saved)
+                if save or log:
                     self._log(bar)
-                if save:
-                    self._save()
-                if stop.received is not None:
-                    break
-        return TrainResult(self.step, self.folder.path, stop.received)
+                if save:  # a write that fails is tried again at the next line of the log
+                    saved = self._save(must=last)
+                if config.sampling_steps and self.step % config.sampling_steps == 0:
+                    previews.draw(self.student.ema.model, self.step)
+        return interrupted
 
-    def _next_batch(self) -> Batch:
-        return next(self.batches)
+    def _train_step(self) -> None:
+        """One update, from as many passes as gradients are accumulated over. Nothing here waits for a GPU."""
+        passes, processes = self.config.gradient_accumulation_steps, self.accelerator.num_processes
+        draws = self._draw()
+        for number in range(passes):
+            batch = self.feed.next(self.step, number)
+            share = draws.share(number * processes + self.accelerator.process_index, self.share_size)
+            with self.student.passes(last=number == passes - 1):
+                self._pass(batch, share)
+        self.meter.add_norm(self.student.update(self._learning_rate()))
 
-    def _train_step(self, student: Tensor, images: Tensor, labels: Tensor) -> None:
-        """One update. Nothing here waits for a GPU."""
-        config, aligner = self.config, self.aligner
-        noise = torch.randn_like(student)
-        t = sample_time(len(student), config.weighting, config.path_type, device=self.device)
-        x_t, target = interpolate(student, noise, t, config.path_type)
+    def _draw(self) -> Draws:
+        """What chance decides in this step, for all of its pictures."""
+        config = self.config
+        count = config.batch_size * config.gradient_accumulation_steps
+        size, channels = self.model_config["input_size"], self.model_config["in_channels"]
+        noise = torch.randn(count, channels, size, size, device=self.device)
+        t = sample_time(count, config.weighting, config.path_type, device=self.device)
+        dropped = torch.zeros_like(t, dtype=torch.bool)
+        if config.cfg_prob:
+            dropped = torch.rand(count, device=self.device) < config.cfg_prob
+        return Draws(noise, t, dropped)
+
+    def _pass(self, batch: Batch, draws: Draws) -> None:
+        """Forward and backward of one share of the pictures."""
+        aligner = self.aligner
+        labels = torch.where(draws.dropped, self.model_config["num_classes"], batch.labels)
+        x_t, target = interpolate(batch.student, draws.noise, draws.t, self.config.path_type)
+        layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
-            if aligner is None:
-                output = self.model(x_t, t, labels)
-            else:
-                output = self.model(x_t, t, labels, aligner.student_layers, aligner.project)
+            output = self.student(x_t, draws.t, labels, layers, project)
         loss = velocity = velocity_loss(output.velocity, target)
         feature = attention = None
         if aligner is not None:
             with self.accelerator.autocast():
-                alignment, (attention, feature) = aligner(output, images)
+                alignment, (attention, feature) = aligner(output, batch.images)
             loss = velocity + self.termination.weight(self.step) * alignment
+        self.student.backward(loss)
+        self.meter.add(loss, velocity, feature, attention)
 
-        self._set_learning_rate()
-        self.accelerator.backward(loss)
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
-        self.meter.add(loss, velocity, feature, attention, grad_norm)
-
-    def _set_learning_rate(self) -> None:
+    def _learning_rate(self) -> float:
         """Constant, after a linear warm-up over warmup_steps."""
-        warmup = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * warmup
+        return self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
 
     # ---- the end of alignment ----
 
@@ -247,81 +305,82 @@ class Trainer:
         """Let the rule of termination measure what it decides by, at the steps at which it wants to."""
         if not self.termination.wants_probe(self.step):
             return
-        count = min(self.config.probe_images, len(self.dataset))
-        size = max(1, self.config.batch_size // 2)  # what half precision takes for a whole batch, fp32 takes for half
-        samples = [self.dataset[index] for index in range(count)]
-        raw = (self.dataset.collate(samples[start : start + size]) for start in range(0, count, size))
-        batches = (self.dataset.to_batch(part, self.device) for part in raw)
-        value = self.termination.measure(self.model, self.aligner, batches)
+        value = self.termination.measure(self.student.model, self.aligner, self.feed.probe(), self.accelerator.reduce)
         self.termination.observe(self.step, value)
         logger.info("step %d: the probe gives %.4f", self.step, value)
 
     def _end_alignment(self) -> None:
-        """From here on a step is a step of plain SiT: teachers, projectors and their optimizer state are gone."""
+        """From here on a step is a step of plain SiT: teachers, projectors and their optimizer state are gone.
+
+        The student is built anew from what a checkpoint would hold, as if training had been resumed here.
+        """
         self.termination.stopped_at = self.step
         logger.info("step %d: alignment ends (%s), the teacher is released", self.step, self.termination.reason)
-        projector_parameters = set(self.model.projectors.parameters())
+        saved = self.student.state_dict()
         self.aligner = None
-        self.model.release_projectors()
-        self.ema.model.release_projectors()
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p not in projector_parameters]
-        for parameter in projector_parameters:
-            self.optimizer.state.pop(parameter, None)
-        del projector_parameters
+        del self.student
         gc.collect()  # a model may hold cycles; its memory is wanted now
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.student = self._build_student(saved)
+        self.feed.close()
+        self.feed = Feed(self.data, self.config, self.accelerator, self.step, images=False)
 
     # ---- keeping track ----
 
     def _describe(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        parameters = sum(p.numel() for p in self.student.model.parameters()) / 1e6
         if self.aligner is None:
             alignment = "no alignment"
         else:
             teachers = self.aligner.describe(self.model_config["num_heads"])
             alignment = f"taught {self.termination.plan} by {teachers}"
+        processes = self.accelerator.num_processes
+        where = f"{processes} processes on {self.device.type}" if processes > 1 else self.device
         start = f", going on from step {self.step}" if self.step else ""
-        return f"{self.config.model} ({parameters:.1f} M parameters) on {self.device}, {alignment}{start}"
+        return f"{self.config.model} ({parameters:.1f} M parameters) on {where}, {alignment}{start}"
 
     def _log(self, bar: tqdm) -> None:
         record = self.meter.read(self.step)
-        if record is not None:
-            self.folder.log({"step": self.step, **record, "aligned": self.aligner is not None})
-            bar.set_postfix(loss=f"{record['velocity_loss']:.4f}", images_per_s=f"{record['images_per_second']:.0f}")
+        if record is None:
+            return
+        record = {"step": self.step, **record, "aligned": self.aligner is not None}
+        if self.accelerator.is_main_process:
+            self.folder.log(record)
+        track(self.accelerator, record, self.step)
+        loss = record["velocity_loss"]  # None if every step since the last line was left out
+        bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=f"{record['images_per_second']:.0f}")
 
     # ---- checkpoints ----
 
-    def _save(self) -> None:
-        scaler = self.accelerator.scaler
+    def _save(self, must: bool) -> bool:
+        """Whether the checkpoint is on the disk; UserError if it must be. If it is not, the older ones are."""
         checkpoint = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "opt": self.optimizer.state_dict(),
+            **self.student.state_dict(),
             "args": self.config.to_namespace(),
             "steps": self.step,
             "model_config": self.model_config,
             "termination": self.termination.state_dict(),
             "rng": capture_rng(),
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "data": {"images": len(self.data)},
+            "latents": None if self.data.latents is None else asdict(self.data.latents),
         }
         path = checkpoint_path(self.folder.checkpoints, self.step)
-        try:
-            save_checkpoint(path, checkpoint)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise UserError(f"the checkpoint {path} could not be written: {in_one_line(error)}") from error
+        failure = self._write(path, checkpoint) if self.accelerator.is_main_process else ""
+        # Only the first process writes, and all must go the same way.
+        failed = self.accelerator.reduce(torch.tensor(float(bool(failure)), device=self.device), reduction="sum") > 0
+        if failed and must:
+            raise UserError(f"the checkpoint {path} could not be written: {failure}")
+        if failed:
+            logger.error("the checkpoint %s could not be written, and training goes on: %s", path, failure)
+        return not failed
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """Stand where the checkpoint stood; UserError if its weights do not fit this student."""
+    def _write(self, path: Path, checkpoint: Checkpoint) -> str:
+        """What went wrong, or nothing."""
         try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.ema.model.load_state_dict(checkpoint["ema"])
-            self.optimizer.load_state_dict(checkpoint["opt"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint does not fit {self.config.model}: {in_one_line(error)}") from error
-        if self.accelerator.scaler is not None and checkpoint["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
-        restore_rng(checkpoint["rng"])
-        self.step = checkpoint["steps"]
-        self.folder.forget_after(self.step)
+            require_space(path.parent, self.student.checkpoint_size)
+            save_checkpoint(path, checkpoint)
+            remove_old(path.parent, self.config.keep)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            return in_one_line(error)
+        return ""

@@ -72,7 +72,7 @@ def test_a_recipe_sets_defaults_and_flags_override_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--recipe", "letters"], "haste train: --recipe is 'letters'; it must be one of: digits\n"),
+        (["--recipe", "letters"], "haste train: --recipe is 'letters'; it must be digits, haste-xl-256 or another"),
         (["--recipe", "digits", "--model", "SiT-Q/2"], "haste train: --model is 'SiT-Q/2'; it must be one of SiT-S/2"),
         (["--recipe", "digits", "--batch-size", "0"], "haste train: --batch-size is 0; it must be at least 1\n"),
         ([], "haste train: --exp-name is empty; give the run a name, or a --recipe that has one\n"),
@@ -82,6 +82,62 @@ def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
     code, out, err = run_expecting_exit(capsys, "train", *arguments)
     assert code == 2 and out == ""
     assert err.startswith(sentence) and err.count("\n") == 1
+
+
+def test_recipe_without_a_name_lists_them_all_with_what_they_set(capsys):
+    code, out, _ = run_expecting_exit(capsys, "train", "--recipe")
+    assert code == 0
+    assert "\ndigits\n" in "\n" + out
+    assert (
+        "\nhaste-xl-512\n  --exp-name haste-xl-512 --resolution 512 --model SiT-XL/2 "
+        "--layer-map 4:8,5:9,6:10,7:11 --encoder-depth 8 --early-stop-point 300000\n"
+    ) in out
+
+
+PUBLISHED = {
+    "HASTE": """--report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --path-type=linear --prediction=v
+        --weighting=uniform --model=SiT-XL/2 --enc-type=dinov2-vit-b --proj-coeff=0.5 --attn-coeff=0.5 --encoder-depth=8
+        --output-dir=exps --exp-name=linear-dinov2-b-enc8-es250k --batch-size 256 --early-stop-point=250000
+        --data-dir=data""",
+    "REPA": """--report_to=wandb --allow_tf32 --mixed_precision=fp16 --seed=0 --path_type=linear --prediction=v
+        --weighting=uniform --model=SiT-XL/2 --enc_type=dinov2-vit-b --proj_coeff=0.5 --encoder_depth=8
+        --output_dir=exps --exp_name=linear-dinov2-b-enc8 --data_dir=data --logging_dir=logs --resume_step=0
+        --num_classes=1000 --no-fused-attn --qk-norm --resolution=256 --epochs=1400 --max-train-steps=400000
+        --checkpointing-steps=50000 --gradient-accumulation-steps=1 --learning-rate=1e-4 --adam-beta1=0.9
+        --adam-beta2=0.999 --adam-weight-decay=0. --adam-epsilon=1e-08 --max-grad-norm=1.0 --num-workers=4
+        --cfg-prob=0.1 --no-legacy""",
+}
+
+
+@pytest.mark.parametrize("trainer", PUBLISHED)
+def test_the_published_commands_mean_what_they_meant(trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr("haste.cli.train.main", seen.append)
+    main(["train", *PUBLISHED[trainer].split()])
+    (config,) = seen
+    config.check()
+    assert config.model == "SiT-XL/2" and config.allow_tf32 and config.mixed_precision == "fp16"
+    assert config.trackers == ["wandb"] and config.encoder_depth == 8 and config.proj_coeff == 0.5
+    if trainer == "REPA":
+        assert config.exp_name == "linear-dinov2-b-enc8" and config.qk_norm and not config.fused_attn
+        assert config.num_classes == 1000 and config.adam_epsilon == 1e-8
+    else:
+        assert config.early_stop_point == 250_000 and config.attn_coeff == 0.5 and config.batch_size == 256
+
+
+@pytest.mark.parametrize("module", ["haste", "haste.cli.train"])
+def test_launchers_that_take_a_module_find_one(module, tmp_path):
+    words = [module, "train"] if module == "haste" else [module]
+    result = subprocess.run([sys.executable, "-m", *words, "--batch-size", "0"], capture_output=True, text=True)
+    assert result.returncode == 2 and "--exp-name is empty" in result.stderr
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("haste.training.tracking.importlib.util.find_spec", lambda name: None)
+    code, _, err = run_expecting_exit(
+        capsys, "train", "--recipe", "digits", "--report-to", "wandb", "--output-dir", str(tmp_path)
+    )
+    assert code == 2 and "--report-to is wandb, and wandb is not installed; pip install wandb" in err
 
 
 def test_an_unknown_flag_and_a_malformed_value_are_refused(capsys):

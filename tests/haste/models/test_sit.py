@@ -247,18 +247,6 @@ def test_one_seed_gives_one_trunk_with_projectors_and_without():
     assert not torch.equal(states[2]["projectors.0.2.weight"], states[2]["projectors.1.2.weight"])
 
 
-def test_released_projectors_leave_and_can_return():
-    model, whole = small_sit(z_dims=(5,)), small_sit(z_dims=(5,))
-    state = model.release_projectors()
-    assert len(model.projectors) == 0 and not any(key.startswith("projectors") for key in model.state_dict())
-    merged = {**model.state_dict(), **state}
-    whole.load_state_dict(merged, strict=True)
-    assert all(torch.equal(whole.state_dict()[key], value) for key, value in state.items())
-    model(*small_batch())
-    with pytest.raises(ValueError, match="no projectors"):
-        model(*small_batch(), project=True)
-
-
 # -- training ---------------------------------------------------------------------------------------------------
 
 

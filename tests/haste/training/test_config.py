@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from haste.errors import UserError
@@ -18,6 +18,9 @@ from haste.training.config import TrainConfig, differing_settings
         ({"attn_coeff": -0.5}, "--attn-coeff is -0.5; it must be at least 0"),
         ({"cfg_prob": 1.0}, "--cfg-prob is 1.0; it must be at least 0 and less than 1"),
         ({"ema_decay": float("nan")}, "--ema-decay is nan"),
+        ({"gradient_accumulation_steps": 0}, "--gradient-accumulation-steps is 0; it must be at least 1"),
+        ({"num_classes": 0}, "--num-classes is 0; it must be at least 1"),
+        ({"report_to": "mlflow"}, "--report-to is mlflow; it must be tensorboard, wandb, both"),
         ({"early_stop_point": -2}, "--early-stop-point is -2; it must be a step, or -1 for never"),
     ],
 )
@@ -31,6 +34,7 @@ def test_teachers_are_those_that_have_something_to_teach():
     assert TrainConfig(enc_type="a, b").teachers == ["a", "b"]
     assert TrainConfig(enc_type="a", attn_coeff=0.0).teachers == ["a"]
     assert TrainConfig(enc_type="a", attn_coeff=0.0, proj_coeff=0.0).teachers == []
+    assert TrainConfig(enc_type="None").teachers == []  # as REPA's commands have it
 
 
 def test_the_namespace_of_a_checkpoint_gives_the_settings_back():
@@ -41,13 +45,19 @@ def test_the_namespace_of_a_checkpoint_gives_the_settings_back():
 
 
 def test_another_trainers_own_flags_are_left_out():
-    assert TrainConfig.from_dict({"seed": 5, "report_to": "wandb"}) == TrainConfig(seed=5)
+    assert TrainConfig.from_dict({"seed": 5, "vae_type": "ema"}) == TrainConfig(seed=5)
 
 
 def test_only_what_changes_the_computation_makes_another_run():
-    old = TrainConfig(exp_name="a")
-    assert differing_settings(old, replace(old, max_train_steps=7, logging_steps=3, output_dir="there")) == []
-    assert differing_settings(old, replace(old, seed=1, batch_size=8)) == [
+    new = TrainConfig(exp_name="a")
+    old = asdict(new)
+    moved = replace(new, max_train_steps=7, logging_steps=3, output_dir="there", data_dir="elsewhere")
+    assert differing_settings(old, moved) == []
+    assert differing_settings(old, replace(new, seed=1, batch_size=8)) == [
         "--batch-size (256, now 8)",
         "--seed (0, now 1)",
     ]
+
+
+def test_what_another_trainer_had_no_setting_for_is_not_compared():
+    assert differing_settings({"seed": 0, "use_wandb": True}, TrainConfig(attn_coeff=0.7)) == []

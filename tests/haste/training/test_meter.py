@@ -2,42 +2,71 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from haste.errors import UserError
+from haste.training.config import TrainConfig
 from haste.training.meter import Meter
+
+TINY = {"hidden_size": 16, "patch_size": 2, "input_size": 8, "in_channels": 1, "depth": 3}
+
+
+@pytest.fixture
+def make_meter():
+    def make(watch_gradient=True, passes=1):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = None if watch_gradient else object()
+        return Meter(accelerator, TrainConfig(batch_size=4, gradient_accumulation_steps=passes), TINY)
+
+    return make
+
+
+def one_pass(meter, loss, attention=None):
+    scalar = torch.tensor
+    meter.add(scalar(loss), scalar(loss), None, None if attention is None else scalar(attention))
 
 
 def step(meter, loss, grad_norm=1.0, attention=None):
-    scalar = torch.tensor
-    meter.add(scalar(loss), scalar(loss), None, None if attention is None else scalar(attention), scalar(grad_norm))
+    one_pass(meter, loss, attention)
+    meter.add_norm(torch.tensor(grad_norm))
 
 
-def test_it_reads_means_since_the_last_time():
-    meter = Meter(batch_size=4, watch_gradient=True)
+def test_it_reads_means_since_the_last_time(make_meter):
+    meter = make_meter()
     assert meter.read(0) is None
     step(meter, 1.0, grad_norm=3.0, attention=2.0)
     step(meter, 3.0, grad_norm=5.0, attention=4.0)
     record = meter.read(2)
-    assert record.pop("images_per_second") > 0
+    assert record.pop("images_per_second") > 0 and record.pop("teraflops") > 0 and record.pop("peak_memory_gib") > 0
+    assert record.pop("mfu") is None  # nobody says what this processor could do
     assert record == {
-        "loss": 2.0, "velocity_loss": 2.0, "feature_loss": None, "attention_loss": 3.0, "grad_norm": 4.0
+        "loss": 2.0, "velocity_loss": 2.0, "feature_loss": None, "attention_loss": 3.0, "grad_norm": 4.0,
+        "skipped_steps": 0,
     }  # fmt: skip
     step(meter, 7.0)
     assert meter.read(3)["loss"] == 7.0
     assert meter.read(3) is None
 
 
+def test_a_step_of_several_passes_counts_once(make_meter):
+    meter = make_meter(passes=2)
+    one_pass(meter, 1.0)
+    step(meter, 2.0)
+    step(meter, 4.5)
+    assert meter.read(2)["loss"] == 3.0
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_the_first_step_that_is_not_finite_is_named(loss):
-    meter = Meter(batch_size=4, watch_gradient=True)
+def test_the_first_step_that_is_not_finite_is_named(make_meter, loss):
+    meter = make_meter()
     for value in (1.0, loss, 1.0, math.nan):
         step(meter, value)
     with pytest.raises(UserError, match="not finite at step 98 "):
         meter.read(100)
 
 
-def test_an_infinite_gradient_is_an_error_only_where_it_is_watched():
+def test_an_infinite_gradient_is_an_error_only_where_it_is_watched(make_meter):
     for watch in (True, False):
-        meter = Meter(batch_size=4, watch_gradient=watch)
+        meter = make_meter(watch)
         step(meter, 1.0, grad_norm=math.inf)
         if watch:
             with pytest.raises(UserError, match="not finite at step 1 "):

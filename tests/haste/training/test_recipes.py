@@ -1,7 +1,8 @@
 import pytest
+from haste.alignment.layers import PAPER_LAYER_MAPS, LayerMap
 from haste.errors import UserError
 from haste.training.config import TrainConfig
-from haste.training.recipes import RECIPES, recipe_config
+from haste.training.recipes import RECIPES, describe_recipe, recipe_config
 from haste.training.students import student_shape
 
 
@@ -16,10 +17,29 @@ def test_a_recipe_is_a_whole_run(name):
     assert config.recipe == name
     assert student_shape(config.model)["depth"] > 0
     assert config.early_stop_point < config.max_train_steps
+    assert describe_recipe(name).startswith(f"--exp-name {name} ")
 
 
-def test_an_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="--recipe is 'digit'; it must be one of: digits"):
+def test_every_size_has_every_method_at_both_resolutions():
+    sizes, methods = ("s", "b", "l", "xl"), ("haste", "repa", "plain")
+    wanted = {f"{method}-{size}-{side}" for method in methods for size in sizes for side in (256, 512)}
+    assert wanted | {"digits"} == RECIPES.keys()
+
+
+def test_the_papers_settings():
+    xl = recipe_config("haste-xl-512")
+    assert (xl.model, xl.resolution, xl.encoder_depth, xl.early_stop_point) == ("SiT-XL/2", 512, 8, 300_000)
+    assert LayerMap.parse(xl.layer_map) == PAPER_LAYER_MAPS["SiT-XL"]
+    b = recipe_config("haste-b-256")
+    assert LayerMap.parse(b.layer_map) == PAPER_LAYER_MAPS["SiT-B"]
+    assert (b.encoder_depth, b.early_stop_point, b.attn_coeff, b.proj_coeff) == (5, 100_000, 0.5, 0.5)
+    repa = recipe_config("repa-l-256")
+    assert (repa.attn_coeff, repa.proj_coeff, repa.encoder_depth, repa.early_stop_point) == (0.0, 0.5, 8, -1)
+    assert recipe_config("plain-s-256").teachers == []
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(UserError, match="--recipe is 'digit'; it must be digits, haste-xl-256 or another"):
         recipe_config("digit")
 
 

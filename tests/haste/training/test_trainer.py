@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import logging
 import os
 import signal
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +19,11 @@ from haste.errors import UserError
 from haste.models import SiT
 from haste.teachers import VisionTeacher
 from haste.training import trainer as trainer_module
-from haste.training.checkpoint import checkpoint_path, read_checkpoint
+from haste.training.checkpoint import checkpoint_path, read_checkpoint, read_newest_checkpoint
+from haste.training.feed import Feed
+from haste.training.launch import make_accelerator
 from haste.training.run_folder import RunFolder
-from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
+from haste.training.trainer import Trainer, load_dataset, train
 
 import haste_ext
 
@@ -131,17 +135,39 @@ def test_after_tau_teacher_and_projector_are_no_longer_in_memory(make_config):
     config = make_config()
     trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
     teacher = [weakref.ref(p) for p in trainer.aligner.parameters()]
-    projectors = [weakref.ref(p) for m in (trainer.model, trainer.ema.model) for p in m.projectors.parameters()]
+    student = trainer.student
+    projectors = [weakref.ref(p) for m in (student.model, student.ema.model) for p in m.projectors.parameters()]
     assert teacher and projectors
+    del student
     trainer.run()
     gc.collect()
     assert trainer.aligner is None
     assert [r for r in teacher + projectors if r() is not None] == []
-    kept = {id(p) for p in trainer.model.parameters()}
-    assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == kept
-    assert {id(p) for p in trainer.optimizer.state} <= kept
-    checkpoint = read_checkpoint(checkpoint_path(trainer.folder.checkpoints, 12))
-    assert not [name for part in ("model", "ema") for name in checkpoint[part] if name.startswith("projectors.")]
+    student = trainer.student
+    kept = {id(p) for p in student.model.parameters()}
+    assert {id(p) for group in student.optimizer.param_groups for p in group["params"]} == kept
+    assert {id(p) for p in student.optimizer.state} <= kept
+
+
+def test_checkpoints_after_tau_keep_the_projectors_as_they_were_for_the_public_trainers(make_config):
+    folder = train(make_config(checkpointing_steps=6)).folder / "checkpoints"
+    before, after = (read_checkpoint(checkpoint_path(folder, step)) for step in (6, 12))
+    for part in ("model", "ema"):
+        assert list(before[part]) == list(after[part])
+        for name in before[part]:
+            if name != "pos_embed":
+                assert torch.equal(before[part][name], after[part][name]) == name.startswith("projectors."), name
+    first_moment = after["opt"]["state"][list(after["model"]).index("final_layer.linear.weight")]["exp_avg"].clone()
+    theirs = SiT(**after["model_config"], z_dims=(16,))
+    theirs.load_state_dict(after["model"], strict=True)
+    optimizer = torch.optim.AdamW(theirs.parameters())
+    optimizer.load_state_dict(after["opt"])
+    for parameter in theirs.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    state = optimizer.state[theirs.final_layer.linear.weight]
+    assert state["step"] == 13
+    torch.testing.assert_close(state["exp_avg"], 0.9 * first_moment + 0.1)
 
 
 def test_a_run_resumed_after_tau_loads_no_teacher(make_config, calls):
@@ -247,17 +273,17 @@ def test_going_on_from_an_earlier_step(make_config, unbroken):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_next_start_goes_on(make_config, unbroken, monkeypatch, number):
-    original = Trainer._next_batch
+    original = Feed.next
 
-    def interrupted(self):
-        if self.step == 4:
+    def interrupted(self, step, pass_number):
+        if step == 4:
             os.kill(os.getpid(), number)
-        return original(self)
+        return original(self, step, pass_number)
 
-    monkeypatch.setattr(Trainer, "_next_batch", interrupted)
+    monkeypatch.setattr(Feed, "next", interrupted)
     result = train(make_config(checkpointing_steps=100))
     assert result.interrupted == number and result.step == 5
-    monkeypatch.setattr(Trainer, "_next_batch", original)
+    monkeypatch.setattr(Feed, "next", original)
     assert_same_bits(final_state(train(make_config(checkpointing_steps=100))), unbroken)
 
 
@@ -280,7 +306,7 @@ def test_a_finished_run_is_not_trained_again(make_config):
 def test_a_checkpoint_of_another_run_is_refused(make_config):
     other = train(make_config(exp_name="other", seed=1, max_train_steps=4))
     folder = RunFolder(make_config())
-    folder.claim()
+    folder.claim(0)
     (other.folder / "checkpoints" / "0000004.pt").rename(folder.checkpoints / "0000004.pt")
     with pytest.raises(UserError, match=r"holds a checkpoint with other settings: --seed \(1, now 0\)"):
         train(make_config())
@@ -295,17 +321,69 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused(make_config):
         train(make_config())
 
 
+# ---- checkpoints of other trainers ----
+
+
+def as_repa_writes(path, **settings):
+    """Takes out of a checkpoint what REPA's trainer does not know."""
+    checkpoint = read_checkpoint(path)
+    args = argparse.Namespace(seed=0, encoder_depth=2, report_to="wandb", sampling_steps=10_000, **settings)
+    public = {name: checkpoint[name] for name in ("model", "ema", "opt", "steps")}
+    torch.save({**public, "args": args}, path)
+    return public
+
+
+@pytest.mark.parametrize("step", [4, 8])  # aligned, and after τ
+def test_going_on_from_a_public_checkpoint(make_config, step):
+    path = checkpoint_path(train(make_config(max_train_steps=step)).folder / "checkpoints", step)
+    public = as_repa_writes(path, max_train_steps=400_000)
+    (path.parent.parent / "args.json").write_text('{"seed": 0, "report_to": "wandb"}')
+    config = make_config()
+    checkpoint = read_newest_checkpoint(path.parent)
+    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config), checkpoint)
+    assert trainer.step == step and (trainer.aligner is None) == (step == 8)
+    loaded = trainer.student.state_dict()
+    for part in ("model", "ema"):
+        assert_same_bits(loaded[part], dict(public[part]))
+    assert_same_bits(loaded["opt"]["state"], public["opt"]["state"])
+    result = trainer.run()
+    assert [line["step"] for line in read_log(result.folder)] == list(range(1, 13))
+
+
+def test_a_new_run_may_begin_with_the_weights_of_another(make_config):
+    other = train(make_config(exp_name="other", ema_decay=0.5))
+    path = checkpoint_path(other.folder / "checkpoints", 12)
+    config = make_config(init_from=str(path), seed=3)
+    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
+    assert trainer.step == 0
+    begun, given = trainer.student.state_dict(), read_checkpoint(path)
+    for part in ("model", "ema"):
+        for name, value in given[part].items():
+            assert torch.equal(begun[part][name], value) != name.startswith("projectors."), name
+    assert begun["opt"]["state"] == {}
+
+
+def test_weights_of_another_size_are_refused(make_config):
+    path = checkpoint_path(train(make_config(exp_name="other", max_train_steps=1)).folder / "checkpoints", 1)
+    with pytest.raises(UserError, match="the checkpoint does not fit SiT-Digits/2: .*Missing key"):
+        train(make_config(init_from=str(path), model="SiT-Digits/2"))
+
+
 # ---- what goes wrong ----
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_spares_the_checkpoint(make_config, monkeypatch):
+@pytest.fixture
+def nan_at_step_seven(monkeypatch):
     original, seen = trainer_module.velocity_loss, []
 
-    def breaks_at_step_seven(*args):
+    def breaks(*args):
         seen.append(1)
         return original(*args) * (float("nan") if len(seen) == 7 else 1.0)
 
-    monkeypatch.setattr(trainer_module, "velocity_loss", breaks_at_step_seven)
+    monkeypatch.setattr(trainer_module, "velocity_loss", breaks)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_spares_the_checkpoint(make_config, nan_at_step_seven):
     config = make_config(logging_steps=100)
     with pytest.raises(UserError, match="not finite at step 7 "):
         train(config)
@@ -313,6 +391,68 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_spares_the_checkpoint
     assert [path.name for path in folder.iterdir()] == ["0000004.pt"]
     weights = read_checkpoint(folder / "0000004.pt")["model"].values()
     assert all(tensor.isfinite().all() for tensor in weights)
+
+
+def test_a_step_that_is_not_finite_may_be_left_out(make_config, nan_at_step_seven, caplog):
+    config = make_config(on_nan="skip", logging_steps=4, checkpointing_steps=1)
+    with caplog.at_level(logging.WARNING):
+        result = train(config)
+    assert result.step == 12 and "not finite at step 7 " in caplog.text and "left out step 7" in caplog.text
+    before, skipped, after = (
+        read_checkpoint(checkpoint_path(result.folder / "checkpoints", step)) for step in (6, 7, 8)
+    )
+    for name, weight in before["model"].items():
+        assert torch.equal(weight, skipped["model"][name])
+    assert before["opt"]["state"][1]["step"] == skipped["opt"]["state"][1]["step"] == 6
+    assert after["opt"]["state"][1]["step"] == 7
+    log = read_log(result.folder)
+    assert sum(line["skipped_steps"] for line in log) == 1
+    assert all(line["loss"] is None or line["loss"] < 10 for line in log)
+
+
+def test_when_no_step_is_finite_skipping_ends(make_config, monkeypatch):
+    original = trainer_module.velocity_loss
+    monkeypatch.setattr(trainer_module, "velocity_loss", lambda *args: original(*args) * float("inf"))
+    with pytest.raises(UserError, match="not finite at step 1 .* nor at any of the 4 steps"):
+        train(make_config(on_nan="skip", logging_steps=4))
+
+
+def test_only_the_newest_checkpoints_are_kept(make_config):
+    folder = train(make_config(checkpointing_steps=2, keep=2)).folder / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["0000010.pt", "0000012.pt"]
+
+
+def test_a_full_disk_is_reported_before_the_first_step(make_config, monkeypatch):
+    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"cannot be used: .*checkpoints has 0.0 GiB free, and a checkpoint takes"):
+        train(make_config())
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_steps_and_no_older_checkpoint(make_config, monkeypatch, caplog):
+    free = iter([10**12, 10**12, 0, 10**12, 10**12, 10**12])
+    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    with caplog.at_level(logging.ERROR):
+        folder = train(make_config(logging_steps=2, keep=1, checkpointing_steps=3, max_train_steps=8)).folder
+    assert "0000006.pt could not be written, and training goes on: " in caplog.text
+    # 3 written; 6 failed, and 3 was not deleted; 8, the next line of the log, is also the last step
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000008.pt"]
+
+
+def test_a_disk_that_stays_full_spares_what_is_there(make_config, monkeypatch):
+    free = iter([10**12, 10**12, 0, 0])
+    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    config = make_config(keep=1, max_train_steps=12, checkpointing_steps=4, logging_steps=100)
+    with pytest.raises(UserError, match=r"0000012.pt could not be written: .*checkpoints has 0.0 GiB free"):
+        train(config)
+    assert [path.name for path in RunFolder(config).checkpoints.iterdir()] == ["0000004.pt"]
+
+
+def test_other_data_than_the_run_began_with_is_refused(make_config):
+    path = checkpoint_path(train(make_config(max_train_steps=4)).folder / "checkpoints", 4)
+    checkpoint = read_checkpoint(path)
+    torch.save({**checkpoint, "data": {"images": 5}}, path)
+    with pytest.raises(UserError, match="--data-dir digits has 1797 pictures; the run began with 5"):
+        train(make_config())
 
 
 @pytest.mark.parametrize(
@@ -341,10 +481,36 @@ def test_a_process_that_has_used_one_precision_is_told_when_another_cannot_be_ha
         train(make_config(exp_name="other", mixed_precision="bf16"))
 
 
-def test_several_processes_are_refused_instead_of_training_twice(make_config, monkeypatch):
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(UserError, match="2 processes were launched; haste train runs in one process so far"):
+def test_a_batch_that_cannot_be_shared_out_is_refused(make_config, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 3))
+    with pytest.raises(UserError, match="--batch-size is 4; it must be a multiple of the 3 processes"):
         train(make_config())
+
+
+def test_only_the_second_version_of_fsdp_is_taken(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP version 1 was launched; it must be 2: accelerate launch"):
+        train(make_config())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="--termination is gradient-cosine, which needs whole weights; with FSDP"):
+        train(make_config(termination="gradient-cosine"))
+
+
+def test_accumulated_passes_equal_one_large_pass(make_config):
+    large = train(make_config(exp_name="large", batch_size=8))
+    small = train(make_config(exp_name="small", batch_size=2, gradient_accumulation_steps=4))
+    for a, b in zip(read_log(large.folder), read_log(small.folder), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
+    a, b = (final_state(result)["ema"] for result in (large, small))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_training_ends_after_the_last_epoch(make_config):
+    # 1797 digits in steps of 800: two epochs are 4 whole steps
+    result = train(make_config(batch_size=400, gradient_accumulation_steps=2, epochs=2))
+    assert result.step == 4
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -360,6 +526,18 @@ def test_warmup_raises_the_learning_rate_linearly(make_config):
     trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
     rates = []
     for trainer.step in range(6):
-        trainer._set_learning_rate()
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        rates.append(trainer._learning_rate())
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_the_plateau_rule_probes_ends_alignment_and_survives_a_resume(make_config, unbroken):
+    rule = {"termination": "plateau", "probe_start": 2, "probe_every": 2, "probe_images": 4, "plateau_patience": 1,
+            "plateau_min_delta": 10.0, "early_stop_point": -1}  # fmt: skip
+    log = read_log(train(make_config(exp_name="whole", **rule)).folder)
+    assert [line["aligned"] for line in log] == [True] * 4 + [False] * 8  # the second probe is at step 4
+    train(make_config(exp_name="broken", max_train_steps=3, **rule))
+    resumed = train(make_config(exp_name="broken", **rule))
+    for a, b in zip(read_log(resumed.folder), log, strict=True):
+        assert (a["loss"], a["aligned"]) == (b["loss"], b["aligned"])
+    # A probe draws nothing of the run's: until it ends alignment, the run is the one without it.
+    assert torch.equal(final_state(resumed)["rng"]["torch"], unbroken["rng"]["torch"])

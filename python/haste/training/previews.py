@@ -1,0 +1,83 @@
+"""Pictures that the averaged student draws while it trains, every time from the same noise."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from haste.data import TrainingData
+from haste.errors import UserError
+from haste.evaluation.images import to_uint8, write_picture
+from haste.models import SiT
+from haste.sampling import initial_noise, sample
+from haste.training.config import TrainConfig
+from haste.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+# As REPA draws its previews, but for their number.
+COUNT = 16
+NUM_STEPS = 50
+CFG_SCALE = 4.0
+SMALLEST_SIDE = 64  # pictures below are enlarged, pixel by pixel
+MARGIN, GREY = 2, 128  # around each
+
+
+class Previews:
+    """folder: gets <step>.png, a square grid of pictures whose classes are spread over all there are."""
+
+    def __init__(self, folder: Path, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
+        self.folder = folder
+        self.config = config
+        self.data = data
+        self.accelerator = accelerator
+        self._failed = False
+
+    def draw(self, model: SiT, step: int) -> None:
+        """Every process takes part, as each may hold a share of the model; one writes. Draws none of the run's chance.
+
+        A preview that cannot be drawn is said to be missing, once, and costs no training.
+        """
+        device, classes = self.accelerator.device, self.data.num_classes
+        shape = (COUNT, self.data.channels, self.data.input_size, self.data.input_size)
+        noise = initial_noise(shape, torch.Generator().manual_seed(self.config.seed), device=device)
+        labels = torch.arange(COUNT, device=device) * max(classes, COUNT) // COUNT % classes
+        drawn = sample(
+            model,
+            noise,
+            labels,
+            num_steps=NUM_STEPS,
+            path=self.config.path_type,
+            cfg_scale=CFG_SCALE if self.config.cfg_prob else 1.0,
+            null_label=classes if self.config.cfg_prob else None,
+        )
+        if self._failed or not self.accelerator.is_main_process:
+            return
+        try:
+            write_picture(self.folder / f"{step:07d}.png", as_grid(to_uint8(self._to_pictures(drawn))))
+        except (UserError, OSError) as error:
+            self._failed = True
+            logger.warning("no previews are drawn: %s", error)
+
+    def _to_pictures(self, drawn: Tensor) -> Tensor:
+        """Latents through their VAE, which is loaded for this and let go of."""
+        if self.data.latents is None:
+            return drawn
+        return VAE(self.data.latents).to(drawn.device).decode(drawn)
+
+
+def as_grid(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3), N a square number, as one picture."""
+    side = math.isqrt(len(images))
+    scale = max(1, SMALLEST_SIDE // images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    images = np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=GREY)
+    _, height, width, channels = images.shape
+    rows = images.reshape(side, side, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(side * height, side * width, channels)

@@ -1,0 +1,111 @@
+"""Other trainers' weights in our conventions: SiT's against its own formula, REPA's older names, and what fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from haste.errors import UserError
+from haste.models import SiT
+from haste.training.checkpoint import load_model
+from haste.training.interchange import from_sit, infer_model_config, rename_legacy, reorder_state, with_projectors
+
+SHAPE = {
+    "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
+    "num_classes": 10, "encoder_depth": 2,
+}  # fmt: skip
+
+
+def random_sit(**changes) -> SiT:
+    torch.manual_seed(0)
+    model = SiT(**{**SHAPE, **changes})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+class PublicSiT(SiT):
+    """SiT's own: eight output channels, of which four predict sigma; x0 - noise at time 0 for noise, 1 for data."""
+
+    def __init__(self, **shape) -> None:
+        super().__init__(**shape)
+        self.final_layer.linear = torch.nn.Linear(shape["hidden_size"], 2 * shape["patch_size"] ** 2 * 4)
+
+    def finish(self, tokens, c):
+        patches = self.final_layer(tokens, c)
+        images = torch.einsum("nhwpqc->nchpwq", patches.view(-1, 4, 4, 2, 2, 8)).reshape(-1, 8, 8, 8)
+        return images.chunk(2, dim=1)[0]
+
+
+def test_sits_weights_predict_our_velocity_after_the_conversion():
+    torch.manual_seed(0)
+    public = PublicSiT(**SHAPE).double().eval()
+    for parameter in public.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = SiT(**SHAPE).double().eval()
+    ours.load_state_dict(from_sit(public.state_dict()))
+    x, t, y = torch.randn(5, 4, 8, 8).double(), torch.tensor([0.0, 0.1, 0.5, 0.93, 1.0]).double(), torch.arange(5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t, y).velocity, -public(x, 1 - t, y).velocity, rtol=1e-10, atol=1e-10)
+
+
+def test_weights_of_our_conventions_are_left_as_they_are():
+    weights = random_sit().state_dict()
+    converted = from_sit(weights)
+    assert all(converted[name] is weights[name] for name in weights)
+
+
+def test_repas_older_names():
+    names = [
+        "blocks.0.attn.proj.bias",
+        "decoder_blocks.0.attn.proj.bias",
+        "decoder_blocks.12.mlp.fc1.bias",
+        "pos_embed",
+    ]
+    renamed = rename_legacy(dict.fromkeys(names), encoder_depth=8)
+    assert list(renamed) == [
+        "blocks.0.attn.proj.bias",
+        "blocks.8.attn.proj.bias",
+        "blocks.20.mlp.fc1.bias",
+        "pos_embed",
+    ]
+
+
+PROJECTED = {"z_dims": (6,), "projector_dim": 8}
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"class_dropout_prob": 0.0}, PROJECTED])
+def test_the_shape_is_read_from_the_weights(changes):
+    model = random_sit(**changes)
+    args = {"encoder_depth": 2, "num_classes": 10}
+    config = infer_model_config(model.state_dict(), args)
+    again = SiT(**config, z_dims=changes.get("z_dims", ()))
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert again.encoder_depth == 2 and again.null_label == model.null_label
+
+
+def test_without_settings_a_null_class_is_assumed():
+    assert infer_model_config(random_sit().state_dict(), {})["num_classes"] == 10
+
+
+def test_what_is_no_sit_of_a_known_size_is_refused():
+    with pytest.raises(UserError, match="pos_embed, x_embedder or y_embedder is missing"):
+        infer_model_config({"w": torch.ones(2)}, {})
+    with pytest.raises(UserError, match="depth 2 and width 16, which none of the known sizes has"):
+        infer_model_config(random_sit(depth=2).state_dict(), {})
+
+
+def test_a_bare_file_of_sits_weights_can_be_sampled_from(tmp_path):
+    public = PublicSiT(**SHAPE)
+    torch.save(public.state_dict(), tmp_path / "SiT.pt")
+    model, _ = load_model(tmp_path / "SiT.pt")
+    assert model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([3, 10])).velocity.shape == (2, 4, 8, 8)
+
+
+def test_projectors_go_back_to_their_place_and_an_optimizers_state_goes_with_the_names():
+    whole = random_sit(**PROJECTED).state_dict()
+    projectors = {name: value for name, value in whole.items() if name.startswith("projectors.")}
+    trunk = {name: value for name, value in whole.items() if name not in projectors}
+    assert list(with_projectors(trunk, projectors)) == list(whole)
+    assert with_projectors(trunk, {}) == trunk
+    assert reorder_state({0: "a", 2: "c"}, ["a", "b", "c"], ["c", "x", "a", "b"]) == {0: "c", 2: "a"}

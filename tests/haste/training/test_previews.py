@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from haste.errors import UserError
+from haste.training import previews
+from haste.training.checkpoint import checkpoint_path, read_checkpoint
+from haste.training.previews import as_grid
+from haste.training.trainer import train
+from picture_files import save_vae, write_classes
+from PIL import Image
+
+
+def weights_of(result):
+    return read_checkpoint(checkpoint_path(result.folder / "checkpoints", result.step))["model"]
+
+
+def test_a_run_leaves_previews_and_is_the_run_without_them(make_config):
+    seen = train(make_config(exp_name="seen", sampling_steps=5))
+    blind = train(make_config(exp_name="blind", sampling_steps=0))
+    assert sorted(path.name for path in (seen.folder / "previews").iterdir()) == ["0000005.png", "0000010.png"]
+    first, second = (np.asarray(Image.open(seen.folder / "previews" / f"{step:07d}.png")) for step in (5, 10))
+    assert first.shape == (272, 272, 3)  # 4 x 4 pictures of 8 pixels, enlarged eight times, and margins
+    assert (first != second).any()
+    assert not (blind.folder / "previews").exists()
+    a, b = weights_of(seen), weights_of(blind)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+PLAIN = {"proj_coeff": 0.0, "attn_coeff": 0.0, "max_train_steps": 2, "sampling_steps": 1, "resolution": 16,
+         "num_workers": 0}  # fmt: skip
+
+
+def test_latents_are_decoded(make_config, tmp_path):
+    classes, vae = write_classes(tmp_path / "classes"), save_vae(tmp_path / "vae")
+    result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
+    assert Image.open(result.folder / "previews" / "0000002.png").size == (272, 272)
+
+
+def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_path, monkeypatch, caplog):
+    classes, vae = write_classes(tmp_path / "classes"), save_vae(tmp_path / "vae")
+
+    def cannot_be_had(latents):
+        raise UserError("the VAE cannot be loaded")
+
+    monkeypatch.setattr(previews, "VAE", cannot_be_had)
+    with caplog.at_level(logging.WARNING):
+        result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
+    assert result.step == 2 and caplog.text.count("no previews are drawn: the VAE cannot be loaded") == 1
+
+
+@pytest.mark.parametrize("side", [2, 100])
+def test_a_grid_is_filled_row_by_row(side):
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, side, side, 3), np.uint8)
+    grid = as_grid(images)
+    size = max(1, 64 // side) * side + 4
+    assert grid.shape == (2 * size, 2 * size, 3)
+    inside = grid[2, 2, 0], grid[2, -3, 0], grid[-3, 2, 0], grid[-3, -3, 0]
+    assert inside == (0, 1, 2, 3) and (grid[0] == 128).all()

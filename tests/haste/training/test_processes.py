@@ -1,0 +1,111 @@
+"""Two processes through accelerate's launcher: DDP and FSDP2 do what one process does, and stop together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from haste.models import SiT
+from haste.training.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
+
+STEPS = 10
+SETTINGS = [
+    "train", "--recipe", "digits", "--exp-name", "run", "--layer-map", "0:1,1:2", "--batch-size", "4",
+    "--gradient-accumulation-steps", "2", "--early-stop-point", "6", "--logging-steps", "1",
+    "--checkpointing-steps", "4",
+]  # fmt: skip
+DDP = ["--multi_gpu"]  # accelerate's word for several processes of one machine; here they are on its CPU
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2"]
+
+
+LAUNCHER = [
+    "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", "0", "-m",
+]  # fmt: skip
+
+
+def command(launch: list[str] | None, folder: Path, teacher: Path, steps: int) -> list[str]:
+    launcher = ["accelerate.commands.launch", *launch, *LAUNCHER] if launch else []
+    words = [*launcher, "haste", *SETTINGS, "--output-dir", str(folder), "--enc-type", str(teacher)]
+    return [sys.executable, "-m", *words, "--max-train-steps", str(steps)]
+
+
+def run(launch: list[str] | None, folder: Path, teacher: Path, steps: int = STEPS) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(launch, folder, teacher, steps), capture_output=True, text=True, env=environment,
+                          timeout=400)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+
+
+def last(folder: Path, step: int = STEPS) -> dict:
+    return read_checkpoint(checkpoint_path(folder / "run" / "checkpoints", step))
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """The same pictures, noise and steps; sums are taken in another order, which Adam's first steps enlarge."""
+    for a, b in zip(read_log(folder), read_log(other), strict=True):
+        assert (a["step"], a["aligned"]) == (b["step"], b["aligned"])
+        for name in ("velocity_loss", "feature_loss", "attention_loss", "grad_norm"):
+            assert a[name] == (None if b[name] is None else pytest.approx(b[name], rel=2e-3)), (a["step"], name)
+    a, b = last(folder), last(other)
+    assert torch.equal(a["rng"]["torch"], b["rng"]["torch"])
+    assert list(a["ema"]) == list(b["ema"])
+    for name in a["ema"]:
+        torch.testing.assert_close(a["ema"][name], b["ema"][name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, teacher_folder) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run(None, folder, teacher_folder)
+    return folder
+
+
+def test_a_copy_each_equals_one_process(tmp_path, teacher_folder, one_process):
+    run(DDP, tmp_path, teacher_folder)
+    assert_same_run(tmp_path, one_process)
+
+
+def test_a_share_each_goes_on_from_one_process_and_equals_it(tmp_path, teacher_folder, one_process):
+    shutil.copytree(one_process, tmp_path, dirs_exist_ok=True)
+    for step in (8, 10):
+        checkpoint_path(tmp_path / "run" / "checkpoints", step).unlink()
+    run(FSDP2, tmp_path, teacher_folder)  # from step 4 on, over the end of alignment
+    assert_same_run(tmp_path, one_process)
+    saved = last(tmp_path)
+    student = SiT(**saved["model_config"], z_dims=(16,))
+    student.load_state_dict(saved["model"], strict=True)
+    shapes = [tuple(parameter.shape) for parameter in student.parameters()]
+    for number, state in saved["opt"]["state"].items():
+        assert tuple(state["exp_avg"].shape) == shapes[number]
+
+
+def test_two_processes_stop_after_the_same_step_and_save_it(tmp_path, teacher_folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(DDP, tmp_path, teacher_folder, 100_000), stderr=subprocess.PIPE, text=True, env=environment
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    step = int(list_checkpoints(tmp_path / "run" / "checkpoints")[-1].stem)
+    assert f"stopped by SIGTERM after step {step}, which is saved" in errors
+    assert read_log(tmp_path)[-1]["step"] == step
+    assert last(tmp_path, step)["steps"] == step
