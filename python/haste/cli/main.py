@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "train": "train a SiT: with HASTE, with REPA, or plain",
     "sample": "draw pictures from a checkpoint, all steps or with TaylorSeer",
     "evaluate": "measure how far drawn pictures are from real ones",
+    "report": "show one run, or several side by side, on one page",
     "demo": "train on handwritten digits, sample, and show it all on one page",
 }
 

@@ -87,6 +87,14 @@ def themed_figure(light: Path, dark: Path, alt: str, caption: str = "") -> str:
     )
 
 
+def figure(path: Path, alt: str, caption: str) -> str:
+    """A PNG file that looks the same on light and on dark pages."""
+    return (
+        f'<figure><img src="{data_uri(path)}" alt="{escape(alt, quote=True)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
 def data_uri(path: Path) -> str:
     """A PNG file as text that an <img> can hold."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

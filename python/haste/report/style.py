@@ -37,6 +37,8 @@ figure { margin: 0 0 1rem; }
 figure:last-child, p:last-child, pre:last-child { margin-bottom: 0; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: var(--muted); font-size: .875rem; margin-top: .5rem; max-width: 85ch; }
+.previews { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 1rem; }
+.previews figure { margin: 0; }
 .scroll { overflow-x: auto; margin-bottom: 1rem; }
 .scroll:last-child { margin-bottom: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .925rem; font-variant-numeric: tabular-nums; }
