@@ -35,6 +35,10 @@ class Meter:
         self.peak = None if peak is None else peak * accelerator.num_processes
         self._passes: list[Tensor] = []
         self._rows: list[Tensor] = []
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count the time from now on, when no step has been added since the last reading."""
         self._start = time.perf_counter()
 
     def add(self, loss: Tensor, velocity: Tensor, feature: Tensor | None, attention: Tensor | None) -> None:
@@ -65,7 +69,8 @@ class Meter:
         seconds = time.perf_counter() - self._start
         means = {name: mean_of_finite([row[column] for row in good]) for column, name in enumerate(METRICS)}
         speed = len(rows) * self.batch_size / seconds
-        self._rows, self._start = [], time.perf_counter()
+        self._rows = []
+        self.start_clock()
         teraflops = speed * self.flops / 1e12
         return {
             **means,

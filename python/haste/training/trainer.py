@@ -247,12 +247,15 @@ class Trainer:
                 last = self.step == self.last_step or interrupted is not None
                 log = last or self.step % config.logging_steps == 0
                 save = last or self.step % config.checkpointing_steps == 0 or (log and not saved)
-                if save or log:
+                preview = bool(config.sampling_steps) and self.step % config.sampling_steps == 0
+                if save or log or preview:
                     self._log(bar)
                 if save:  # a write that fails is tried again at the next line of the log
                     saved = self._save(must=last)
-                if config.sampling_steps and self.step % config.sampling_steps == 0:
+                if preview:
                     previews.draw(self.student.ema.model, self.step)
+                if save or preview:
+                    self.meter.start_clock()  # neither is part of a step
         return interrupted
 
     def _train_step(self) -> None:
@@ -325,6 +328,7 @@ class Trainer:
         self.student = self._build_student(saved)
         self.feed.close()
         self.feed = Feed(self.data, self.config, self.accelerator, self.step, images=False)
+        self.meter.start_clock()
 
     # ---- keeping track ----
 

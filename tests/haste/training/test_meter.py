@@ -47,6 +47,17 @@ def test_it_reads_means_since_the_last_time(make_meter):
     assert meter.read(3) is None
 
 
+def test_what_comes_between_two_steps_is_not_counted(make_meter, monkeypatch):
+    clock = iter([0.0, 2.0, 2.0, 100.0, 104.0, 104.0])
+    monkeypatch.setattr("haste.training.meter.time.perf_counter", lambda: next(clock))
+    meter = make_meter()  # begins at 0
+    step(meter, 1.0)
+    assert meter.read(1)["images_per_second"] == 4 / 2
+    meter.start_clock()  # at 100, after a checkpoint that took 98 seconds
+    step(meter, 1.0)
+    assert meter.read(2)["images_per_second"] == 4 / 4
+
+
 def test_a_step_of_several_passes_counts_once(make_meter):
     meter = make_meter(passes=2)
     one_pass(meter, 1.0)
