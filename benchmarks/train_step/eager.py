@@ -28,7 +28,7 @@ def materialise_maps(model: SiT) -> None:
     """From now on every block of the model forms its map; the attention's weights are new and wait to be loaded."""
     for block in model.blocks:
         attn = block.attn
-        block.attn = MapAttention(attn.qkv.in_features, attn.num_heads, qk_norm=False, fused=attn.fused)
+        block.attn = MapAttention(attn.qkv.in_features, attn.num_heads, qk_norm=False, backend="sdpa")
 
 
 class EagerAligner(nn.Module):

@@ -37,6 +37,11 @@ class Variant:
     def aligned(self) -> bool:
         return self.proj_coeff != 0 or self.attn_coeff != 0
 
+    @property
+    def released(self) -> bool:
+        """At τ the trainer builds the student anew, without projectors, and lets the teacher go."""
+        return self.stopped and not self.eager
+
 
 PLAIN, AGAIN, HASTE, ATTENTION, REPA, STOPPED, WITH_TEACHER, EAGER, EAGER_STOPPED = VARIANTS = (
     Variant("plain"),
@@ -137,16 +142,6 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
         return ()
 
-    def stop_alignment(self) -> None:
-        """What the trainer does at τ."""
-        released = set(self.model.projectors.parameters())
-        self.aligner = None
-        self.model.release_projectors()
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p not in released]
-        for parameter in released:
-            self.optimizer.state.pop(parameter, None)
-
     def held_bytes(self) -> int:
         """What it holds between two steps: weights, moments, and the teacher or what is handed in for it."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -172,15 +167,13 @@ def make_contenders(case: Case, variants: Iterable[Variant] = VARIANTS) -> dict[
         for parameter in contender.model.parameters():
             if parameter in first.optimizer.state:
                 contender.optimizer.state[parameter] = first.optimizer.state[parameter]
-        if variant.stopped and not variant.eager:
-            contender.stop_alignment()
         contenders[variant.name] = contender
     return contenders
 
 
 def make_aligner(variant: Variant, case: Case, teacher: nn.Module) -> nn.Module | None:
     layer_map = case.geometry.layer_map
-    if not variant.aligned:
+    if not variant.aligned or variant.released:
         return None
     if variant.eager:
         return EagerAligner(teacher, layer_map, variant.proj_coeff, variant.attn_coeff, variant.stopped)
@@ -189,7 +182,9 @@ def make_aligner(variant: Variant, case: Case, teacher: nn.Module) -> nn.Module 
 
 def share_weights(variant: Variant, case: Case, source: SiT) -> SiT:
     """A model of its own around the very parameters of another."""
-    widths = [projector[-1].out_features for projector in source.projectors] if variant.proj_coeff else []
+    widths = [projector[-1].out_features for projector in source.projectors]
+    if not variant.proj_coeff or variant.released:
+        widths = []
     with torch.device("meta"):
         model = SiT(**case.student, z_dims=widths)
         if variant.eager:

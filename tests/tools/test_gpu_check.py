@@ -59,6 +59,14 @@ def test_the_stages_name_what_is_there(gpu_check):
     assert len(logs | written) <= 8, "what is brought back from a borrowed machine is few files"
 
 
+def test_whole_training_steps_are_a_run_of_their_own(gpu_check):
+    tool = [sys.executable, ROOT / "tools/gpu_check", "--dry-run", "--training"]
+    build, train_step = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert build.startswith("build") and "benchmarks/train_step/run.py --device cuda" in train_step
+    (stage,) = gpu_check.training_stages(Path("folder"))
+    assert (ROOT / stage.command[1]).is_file()
+
+
 def test_a_kernel_that_passes_everything_is_verified(gpu_check):
     good = gpu_check.Outcome("passed", 1.0, gpu_check.count_tests(JUNIT))
     stages = [f"{kind} {path}" for kind in ("correctness", "memcheck", "racecheck") for path in gpu_check.PATHS]

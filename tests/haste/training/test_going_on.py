@@ -1,0 +1,237 @@
+"""Nothing is lost: runs that were stopped, killed, cut short or starved of disk go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from haste.errors import UserError
+from haste.training import trainer as trainer_module
+from haste.training.checkpoint import checkpoint_path, read_checkpoint, read_newest_checkpoint
+from haste.training.feed import Feed
+from haste.training.launch import make_accelerator
+from haste.training.run_folder import RunFolder
+from haste.training.trainer import Trainer, load_dataset, train
+from training_runs import assert_same_bits, final_state, read_log
+
+
+@pytest.fixture
+def unbroken(make_config):
+    return final_state(train(make_config(exp_name="unbroken")))
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9])  # before τ, at τ, after τ
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_config, unbroken, stop):
+    first = train(make_config(max_train_steps=stop))
+    assert first.step == stop
+    torch.manual_seed(999)
+    result = train(make_config())
+    assert_same_bits(final_state(result), unbroken)
+    assert [line["step"] for line in read_log(result.folder)] == list(range(1, 13))
+
+
+def test_going_on_from_an_earlier_step(make_config, unbroken):
+    train(make_config())
+    assert_same_bits(final_state(train(make_config(resume_step=4))), unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_goes_on(make_config, unbroken, monkeypatch, number):
+    original = Feed.next
+
+    def interrupted(self, step, pass_number):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return original(self, step, pass_number)
+
+    monkeypatch.setattr(Feed, "next", interrupted)
+    result = train(make_config(checkpointing_steps=100))
+    assert result.interrupted == number and result.step == 5
+    monkeypatch.setattr(Feed, "next", original)
+    assert_same_bits(final_state(train(make_config(checkpointing_steps=100))), unbroken)
+
+
+def test_a_newest_checkpoint_that_is_cut_short_costs_only_its_steps(make_config, unbroken, caplog):
+    result = train(make_config())
+    newest = checkpoint_path(result.folder / "checkpoints", 12)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(final_state(train(make_config())), unbroken)
+    assert "is no whole checkpoint" in caplog.text
+
+
+def test_a_finished_run_is_not_trained_again(make_config):
+    result = train(make_config())
+    before = (result.folder / "log.jsonl").read_text()
+    assert train(make_config()).step == 12
+    assert (result.folder / "log.jsonl").read_text() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(make_config):
+    other = train(make_config(exp_name="other", seed=1, max_train_steps=4))
+    folder = RunFolder(make_config())
+    folder.claim(0)
+    (other.folder / "checkpoints" / "0000004.pt").rename(folder.checkpoints / "0000004.pt")
+    with pytest.raises(UserError, match=r"holds a checkpoint with other settings: --seed \(1, now 0\)"):
+        train(make_config())
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_is_refused(make_config):
+    path = checkpoint_path(train(make_config(max_train_steps=4)).folder / "checkpoints", 4)
+    checkpoint = read_checkpoint(path)
+    checkpoint["model"]["pos_embed"] = torch.zeros(1, 9, 16)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="does not fit SiT-Tiny/2"):
+        train(make_config())
+
+
+# ---- checkpoints of other trainers ----
+
+
+def as_repa_writes(path, **settings):
+    """Takes out of a checkpoint what REPA's trainer does not know."""
+    checkpoint = read_checkpoint(path)
+    args = argparse.Namespace(seed=0, encoder_depth=2, report_to="wandb", sampling_steps=10_000, **settings)
+    public = {name: checkpoint[name] for name in ("model", "ema", "opt", "steps")}
+    torch.save({**public, "args": args}, path)
+    return public
+
+
+@pytest.mark.parametrize("step", [4, 8])  # aligned, and after τ
+def test_going_on_from_a_public_checkpoint(make_config, step):
+    path = checkpoint_path(train(make_config(max_train_steps=step)).folder / "checkpoints", step)
+    public = as_repa_writes(path, max_train_steps=400_000)
+    (path.parent.parent / "args.json").write_text('{"seed": 0, "report_to": "wandb"}')
+    config = make_config()
+    checkpoint = read_newest_checkpoint(path.parent)
+    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config), checkpoint)
+    assert trainer.step == step and (trainer.aligner is None) == (step == 8)
+    loaded = trainer.student.state_dict()
+    for part in ("model", "ema"):
+        assert_same_bits(loaded[part], dict(public[part]))
+    assert_same_bits(loaded["opt"]["state"], public["opt"]["state"])
+    result = trainer.run()
+    assert [line["step"] for line in read_log(result.folder)] == list(range(1, 13))
+
+
+def test_a_new_run_may_begin_with_the_weights_of_another(make_config):
+    other = train(make_config(exp_name="other", ema_decay=0.5))
+    path = checkpoint_path(other.folder / "checkpoints", 12)
+    config = make_config(init_from=str(path), seed=3)
+    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
+    assert trainer.step == 0
+    begun, given = trainer.student.state_dict(), read_checkpoint(path)
+    for part in ("model", "ema"):
+        for name, value in given[part].items():
+            assert torch.equal(begun[part][name], value) != name.startswith("projectors."), name
+    assert begun["opt"]["state"] == {}
+
+
+def test_weights_of_another_size_are_refused(make_config):
+    path = checkpoint_path(train(make_config(exp_name="other", max_train_steps=1)).folder / "checkpoints", 1)
+    with pytest.raises(UserError, match="the checkpoint does not fit SiT-Digits/2: .*Missing key"):
+        train(make_config(init_from=str(path), model="SiT-Digits/2"))
+
+
+# ---- what goes wrong ----
+
+
+@pytest.fixture
+def nan_at_step_seven(monkeypatch):
+    original, seen = trainer_module.velocity_loss, []
+
+    def breaks(*args):
+        seen.append(1)
+        return original(*args) * (float("nan") if len(seen) == 7 else 1.0)
+
+    monkeypatch.setattr(trainer_module, "velocity_loss", breaks)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_spares_the_checkpoint(make_config, nan_at_step_seven):
+    config = make_config(logging_steps=100)
+    with pytest.raises(UserError, match="not finite at step 7 "):
+        train(config)
+    folder = RunFolder(config).checkpoints
+    assert [path.name for path in folder.iterdir()] == ["0000004.pt"]
+    weights = read_checkpoint(folder / "0000004.pt")["model"].values()
+    assert all(tensor.isfinite().all() for tensor in weights)
+
+
+def test_a_step_that_is_not_finite_may_be_left_out(make_config, nan_at_step_seven, caplog):
+    config = make_config(on_nan="skip", logging_steps=4, checkpointing_steps=1)
+    with caplog.at_level(logging.WARNING):
+        result = train(config)
+    assert result.step == 12 and "not finite at step 7 " in caplog.text and "left out step 7" in caplog.text
+    before, skipped, after = (
+        read_checkpoint(checkpoint_path(result.folder / "checkpoints", step)) for step in (6, 7, 8)
+    )
+    for name, weight in before["model"].items():
+        assert torch.equal(weight, skipped["model"][name])
+    assert before["opt"]["state"][1]["step"] == skipped["opt"]["state"][1]["step"] == 6
+    assert after["opt"]["state"][1]["step"] == 7
+    log = read_log(result.folder)
+    assert sum(line["skipped_steps"] for line in log) == 1
+    assert all(line["loss"] is None or line["loss"] < 10 for line in log)
+
+
+def test_when_no_step_is_finite_skipping_ends(make_config, monkeypatch):
+    original = trainer_module.velocity_loss
+    monkeypatch.setattr(trainer_module, "velocity_loss", lambda *args: original(*args) * float("inf"))
+    with pytest.raises(UserError, match="not finite at step 1 .* nor at any of the 4 steps"):
+        train(make_config(on_nan="skip", logging_steps=4))
+
+
+def test_only_the_newest_checkpoints_are_kept(make_config):
+    folder = train(make_config(checkpointing_steps=2, keep=2)).folder / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["0000010.pt", "0000012.pt"]
+
+
+def test_a_full_disk_is_reported_before_the_first_step(make_config, monkeypatch):
+    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"cannot be used: .*checkpoints has 0.0 GiB free, and a checkpoint takes"):
+        train(make_config())
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_steps_and_no_older_checkpoint(make_config, monkeypatch, caplog):
+    free = iter([10**12, 10**12, 0, 10**12, 10**12, 10**12])
+    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    with caplog.at_level(logging.ERROR):
+        folder = train(make_config(logging_steps=2, keep=1, checkpointing_steps=3, max_train_steps=8)).folder
+    assert "0000006.pt could not be written, and training goes on: " in caplog.text
+    # 3 written; 6 failed, and 3 was not deleted; 8, the next line of the log, is also the last step
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000008.pt"]
+
+
+def test_a_disk_that_stays_full_spares_what_is_there(make_config, monkeypatch):
+    free = iter([10**12, 10**12, 0, 0])
+    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    config = make_config(keep=1, max_train_steps=12, checkpointing_steps=4, logging_steps=100)
+    with pytest.raises(UserError, match=r"0000012.pt could not be written: .*checkpoints has 0.0 GiB free"):
+        train(config)
+    assert [path.name for path in RunFolder(config).checkpoints.iterdir()] == ["0000004.pt"]
+
+
+def test_other_data_than_the_run_began_with_is_refused(make_config):
+    path = checkpoint_path(train(make_config(max_train_steps=4)).folder / "checkpoints", 4)
+    checkpoint = read_checkpoint(path)
+    torch.save({**checkpoint, "data": {"images": 5}}, path)
+    with pytest.raises(UserError, match="--data-dir digits has 1797 pictures; the run began with 5"):
+        train(make_config())
+
+
+def test_the_plateau_rule_probes_ends_alignment_and_survives_a_resume(make_config, unbroken):
+    rule = {"termination": "plateau", "probe_start": 2, "probe_every": 2, "probe_images": 4, "plateau_patience": 1,
+            "plateau_min_delta": 10.0, "early_stop_point": -1}  # fmt: skip
+    log = read_log(train(make_config(exp_name="whole", **rule)).folder)
+    assert [line["aligned"] for line in log] == [True] * 4 + [False] * 8  # the second probe is at step 4
+    train(make_config(exp_name="broken", max_train_steps=3, **rule))
+    resumed = train(make_config(exp_name="broken", **rule))
+    for a, b in zip(read_log(resumed.folder), log, strict=True):
+        assert (a["loss"], a["aligned"]) == (b["loss"], b["aligned"])
+    # A probe draws nothing of the run's: until it ends alignment, the run is the one without it.
+    assert torch.equal(final_state(resumed)["rng"]["torch"], unbroken["rng"]["torch"])
