@@ -125,7 +125,6 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach every process of a job. The parent saves and then ends its workers; if
     these went first, it would wait in vain in the middle of its step. So only the parent's own SIGTERM counts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_at_the_parents_word, daemon=True).start()
 
 
@@ -138,7 +137,13 @@ def _end_at_the_parents_word() -> None:
 def read_ahead(loader: DataLoader) -> Iterator[Any]:
     """What the loader yields. UserError, here and nowhere else, if a worker was killed, mostly for want of memory."""
     on_child = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    # The workers are born with these blocked: libraries start threads in them before leave_signals_to_the_parent runs,
+    # and one thread that takes SIGTERM is the end of its process.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     if threading.current_thread() is threading.main_thread():
         # torch's handler would raise in the middle of whatever the caller does; without it the next read does.
         signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
