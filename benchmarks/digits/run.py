@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from haste.evaluation.generation import SamplingSettings, run_checkpoints
 from haste.evaluation.pictures import draw_advantage, draw_scores
 from haste.evaluation.scores import evaluate_checkpoints, load_yardstick
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import run_checkpoints
 from haste.training.checkpoint import write_atomically
 from haste.training.config import TrainConfig
 from haste.training.recipes import recipe_config

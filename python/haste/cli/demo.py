@@ -109,7 +109,7 @@ def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> sample
         num_steps=args.num_steps,
         labels="balanced",
         global_seed=args.seed,
-        **({"cache": "taylorseer", "interval": args.interval, "order": args.order} if cached else {}),
+        **({"cache": "taylor", "interval": args.interval, "order": args.order} if cached else {}),
     )
 
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from haste.errors import UserError
 from haste.evaluation.frechet import check_sample_size
-from haste.evaluation.generation import SamplingSettings, choose_labels, load_student, run_checkpoints
 from haste.evaluation.images import read_npz, read_pictures
 from haste.evaluation.judge import NUM_CLASSES
-from haste.evaluation.sample_folder import RECORD, read_record
 from haste.evaluation.scores import Yardstick, alignment_end, evaluate_checkpoints, load_yardstick, read_records
+from haste.generation.labels import choose_labels
+from haste.generation.sample_folder import RECORD, read_record
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import load_student, run_checkpoints
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Draw pictures from a checkpoint of `haste train`: PNGs, an .npz for evaluators, and a grid to look at.
 
-The flags are those of SiT's and REPA's generate.py. `--cache taylorseer` computes only some steps in full and forecasts
-the others. A command that was stopped goes on with the pictures that are missing.
+The flags are those of SiT's and REPA's generate.py. `--cache taylor` is TaylorSeer: it computes only some steps in full and
+forecasts the others. A command that was stopped goes on with the pictures that are missing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from time import perf_counter
 import numpy as np
 
 from haste.errors import UserError
-from haste.evaluation.generation import Sampler, SamplingSettings, Student, choose_labels, load_student
-from haste.evaluation.sample_folder import SampleFolder, Samples
+from haste.generation.drawing import Sampler
+from haste.generation.labels import choose_labels
+from haste.generation.sample_folder import SampleFolder, Samples
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import Student, load_student
 
 GRID_PICTURES = 100
 
@@ -78,8 +81,8 @@ def folder_path(args: Args, student: Student) -> Path:
     """<sample_dir>/<checkpoint>-<sampler>-<steps>...: the settings that people vary are in the name."""
     parts = [student.checkpoint.stem, args.sampler, str(args.num_steps)]
     parts += [f"cfg{args.cfg_scale:g}", f"seed{args.global_seed}"]
-    if args.cache == "taylorseer":
-        parts.append(f"taylorseer-i{args.interval}-o{args.order}")
+    if args.cache != "none":
+        parts.append(f"{args.cache}-i{args.resolved_interval}-o{args.resolved_order}")
     return (args.sample_dir or student.run / "samples") / "-".join(parts)
 
 

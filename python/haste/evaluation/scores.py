@@ -13,8 +13,10 @@ import numpy as np
 
 from haste.errors import UserError
 from haste.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
-from haste.evaluation.generation import Sampler, SamplingSettings, load_student
 from haste.evaluation.judge import Judge, JudgeSettings, load_judge, real_digits
+from haste.generation.drawing import Sampler
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import load_student
 from haste.training.checkpoint import write_atomically
 
 RECORDS = "evaluation.jsonl"

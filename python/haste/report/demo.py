@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 import haste_ext
-from haste.evaluation.generation import SamplingSettings
 from haste.evaluation.pictures import draw_comparison, draw_grid, draw_losses, draw_scores
-from haste.evaluation.sample_folder import Samples
 from haste.evaluation.scores import Yardstick, alignment_end, read_records
 from haste.evaluation.style import DARK, LIGHT, Theme
+from haste.generation.sample_folder import Samples
+from haste.generation.settings import SamplingSettings
 from haste.report.page import (
     commands,
     facts,

@@ -9,7 +9,7 @@ from digits_run import write_run
 from haste.cli import sample
 from haste.cli.main import main
 from haste.evaluation.images import read_npz, read_pictures
-from haste.evaluation.sample_folder import SampleFolder
+from haste.generation.sample_folder import SampleFolder
 from PIL import Image
 
 QUICK = ("--num-steps", "4", "--num-fid-samples", "6")
@@ -43,13 +43,13 @@ def test_pictures_npz_and_grid_of_a_run(run, capsys):
     assert str(folder) in out
 
 
-def test_taylorseer_computes_fewer_steps_and_draws_nearly_the_same(run, capsys):
+def test_taylor_computes_fewer_steps_and_draws_nearly_the_same(run, capsys):
     flags = ("--ckpt", str(run), "--num-steps", "12", "--num-fid-samples", "6")
     main(["sample", *flags])
-    main(["sample", *flags, "--cache", "taylorseer", "--interval", "3", "--order", "1"])
+    main(["sample", *flags, "--cache", "taylor", "--interval", "3", "--order", "1"])
     assert "5 of 12 model evaluations were full" in capsys.readouterr().out  # 0, 1, 4, 7, 10
     full, _ = read_npz(run / "samples" / "0000004-euler-12-cfg1-seed0.npz")
-    cached, _ = read_npz(run / "samples" / "0000004-euler-12-cfg1-seed0-taylorseer-i3-o1.npz")
+    cached, _ = read_npz(run / "samples" / "0000004-euler-12-cfg1-seed0-taylor-i3-o1.npz")
     difference = np.abs(full.astype(int) - cached.astype(int))
     assert 0 < difference.mean() < 0.2 * full.std()
 
@@ -116,9 +116,9 @@ def test_a_checkpoint_that_was_trained_again_does_not_mix_with_its_old_samples(r
         (("--cfg-scale", "0.5"), "cfg_scale is 0.5; it must be at least 1"),
         (("--labels", "cats"), "--labels is 'cats'; it must be random, balanced, or classes such as 3,1,4"),
         (("--labels", "10"), "this model knows the classes 0 to 9"),
-        (("--cache", "taylorseer", "--interval", "0"), "interval is 0; it must be at least 1"),
-        (("--cache", "taylorseer", "--order", "-1"), "order is -1; it must be at least 0"),
-        (("--cache", "taylorseer", "--order", "14"), "order is 14; 50 steps at interval 4 have 14 full ones"),
+        (("--cache", "taylor", "--interval", "0"), "interval is 0; it must be at least 1"),
+        (("--cache", "taylor", "--order", "-1"), "order is -1; it must be at least 0"),
+        (("--cache", "taylor", "--order", "14"), "order is 14; 50 steps at interval 4 have 14 full ones"),
     ],
 )
 def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):

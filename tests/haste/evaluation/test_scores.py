@@ -8,9 +8,10 @@ from digits_run import write_run
 from haste.errors import UserError
 from haste.evaluation import scores as scores_module
 from haste.evaluation.frechet import fit_gaussian, frechet_distance
-from haste.evaluation.generation import SamplingSettings, run_checkpoints
 from haste.evaluation.judge import JudgeSettings, real_digits
 from haste.evaluation.scores import alignment_end, append_record, evaluate_checkpoints, load_yardstick, read_records
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import run_checkpoints
 
 SETTINGS = SamplingSettings(num_steps=2, labels="balanced")
 COUNT = 70

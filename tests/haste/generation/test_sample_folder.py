@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from haste.errors import UserError
 from haste.evaluation.images import read_npz
-from haste.evaluation.sample_folder import SampleFolder, read_record
+from haste.generation.sample_folder import SampleFolder, read_record
 
 SETTINGS = {"checkpoint": "0000002.pt", "num_steps": 4, "labels": "random"}
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

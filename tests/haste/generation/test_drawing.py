@@ -7,14 +7,10 @@ import pytest
 import torch
 from digits_run import write_run
 from haste.errors import UserError
-from haste.evaluation.generation import (
-    Sampler,
-    SamplingSettings,
-    choose_labels,
-    load_student,
-    picture_generator,
-    run_checkpoints,
-)
+from haste.generation.drawing import Sampler
+from haste.generation.labels import choose_labels, picture_generator
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import load_student, run_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +25,7 @@ def run(tmp_path_factory):
         {"heun": True},
         {"mode": "sde"},
         {"cfg_scale": 2.0, "guidance_high": 0.7},
-        {"cache": "taylorseer", "interval": 3, "order": 1},
+        {"cache": "taylor", "interval": 3, "order": 1},
     ],
 )
 def test_a_picture_is_the_same_in_any_batch(run, settings):
@@ -109,7 +105,7 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
     [
         ({}, (8, 8)),
         ({"heun": True}, (15, 15)),  # two per step but for the last
-        ({"cache": "taylorseer", "interval": 3, "order": 1}, (8, 4)),  # steps 0, 1, 4 and 7 are full
+        ({"cache": "taylor", "interval": 3, "order": 1}, (8, 4)),  # steps 0, 1, 4 and 7 are full
     ],
 )
 def test_calls_are_counted(run, settings, calls):
@@ -122,7 +118,7 @@ def test_calls_are_counted(run, settings, calls):
     ("settings", "message"),
     [
         ({"heun": True, "mode": "sde"}, "--heun is a step of the ODE"),
-        ({"interval": 3}, "--interval is 3, which nothing uses without --cache taylorseer"),
+        ({"interval": 3}, "--interval is 3, which nothing uses without --cache"),
         ({"global_seed": -1}, "--global-seed is -1; it must be at least 0"),
     ],
 )
@@ -139,4 +135,4 @@ def test_guidance_without_a_null_class_is_refused(tmp_path):
 
 def test_the_settings_that_decide_the_pictures_leave_out_an_unused_cache():
     assert "interval" not in SamplingSettings().sampling_fields()
-    assert SamplingSettings(cache="taylorseer", interval=7).sampling_fields()["interval"] == 7
+    assert SamplingSettings(cache="taylor", interval=7).sampling_fields()["interval"] == 7

@@ -1,0 +1,108 @@
+"""The settings of feature caching, as plain values that a command line takes and a record keeps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from haste.errors import UserError
+
+FORECASTERS = ("reuse", "taylor", "newton", "hermite")
+
+
+@dataclass(kw_only=True)
+class CacheSettings:
+    """Which steps are computed in full, and what stands in for the others.
+
+    `--cache taylor` alone is TaylorSeer as published for DiT (arXiv 2503.06923): every module's output, one full step
+    in four, order 4.
+    """
+
+    cache: Literal["none", "reuse", "taylor", "newton", "hermite", "delta-dit"] = "none"
+    """none: every step in full. Others forecast most steps from the last full ones: reuse repeats the last, taylor is
+    TaylorSeer, newton interpolates over the true times, hermite is HiCache. delta-dit skips one part of the blocks."""
+    granularity: Literal["module", "block", "model"] = "module"
+    """What is forecast: the output of every attention and MLP, of every block, or of all blocks together."""
+    interval: int | None = None
+    """One full step every so many. [default: 4; delta-dit: 2]"""
+    order: int | None = None
+    """Order of the forecast; order + 1 full steps are kept. [default: 4; reuse: 0]"""
+    first_enhance: int = 2
+    """So many steps at the beginning are full."""
+    full_steps: str = ""
+    """The full steps by their numbers, such as 0,1,2,5,9, in place of --interval."""
+    max_error: float = 0.0
+    """Full steps as far apart as this relative error of a forecast allows, at most --interval. 0: evenly apart."""
+    gate: int | None = None
+    """delta-dit: the rear blocks are skipped while more steps than this remain, then the front ones. [default: 0.6 of
+    --num-steps]"""
+    cached_blocks: int | None = None
+    """delta-dit: so many blocks are skipped. [default: three in four]"""
+
+    @property
+    def full_step_list(self) -> list[int]:
+        """--full-steps as numbers; UserError if it is no list of them."""
+        try:
+            return [int(word) for word in self.full_steps.split(",")] if self.full_steps else []
+        except ValueError:
+            raise UserError(f"--full-steps is {self.full_steps!r}; it must be step numbers such as 0,1,2,5,9") from None
+
+    @property
+    def resolved_interval(self) -> int:
+        if self.interval is not None:
+            return self.interval
+        return 2 if self.cache == "delta-dit" else 4
+
+    @property
+    def resolved_order(self) -> int:
+        if self.order is not None:
+            return self.order
+        return 0 if self.cache == "reuse" else 4
+
+    def cache_fields(self) -> dict[str, Any]:
+        """Exactly the settings that decide the pictures, resolved, for records and names."""
+        fields: dict[str, Any] = {"cache": self.cache}
+        if self.cache == "none":
+            return fields
+        if self.full_steps:
+            fields["full_steps"] = self.full_steps
+        else:
+            fields |= {"interval": self.resolved_interval, "first_enhance": self.first_enhance}
+        if self.cache == "delta-dit":
+            return {**fields, "gate": self.gate, "cached_blocks": self.cached_blocks}
+        if self.max_error:
+            fields["max_error"] = self.max_error
+        return {**fields, "order": self.resolved_order, "granularity": self.granularity}
+
+    def describe_cache(self) -> str:
+        """'taylor per module, interval 4, order 4', for titles; empty without a cache."""
+        if self.cache == "none":
+            return ""
+        when = f"full steps {self.full_steps}" if self.full_steps else f"interval {self.resolved_interval}"
+        if self.cache == "delta-dit":
+            return f"Δ-DiT, {when}"
+        if self.max_error:
+            when = f"error {self.max_error:g}, {when}"
+        return f"{self.cache} per {self.granularity}, {when}, order {self.resolved_order}"
+
+    def check_cache(self) -> None:
+        """UserError for flags that contradict each other; what the number of steps allows is checked with each run."""
+        defaults = CacheSettings()
+        unused = [name for name in asdict(defaults) if name not in (*self.cache_fields(), "cache")]
+        for name in unused:
+            value = getattr(self, name)
+            if value != getattr(defaults, name):
+                flag, why = name.replace("_", "-"), self._why_unused(name)
+                raise UserError(f"--{flag} is {value}, which nothing uses {why}")
+        if self.cache == "reuse" and self.resolved_order != 0:
+            raise UserError(f"--order is {self.order}; it must be 0 for --cache reuse")
+        if self.max_error < 0:
+            raise UserError(f"--max-error is {self.max_error}; it must be above 0, or 0 for evenly spaced full steps")
+        _ = self.full_step_list  # raises for what is no list
+
+    def _why_unused(self, name: str) -> str:
+        if self.cache == "none":
+            return "without --cache"
+        if name in ("interval", "first_enhance", "max_error") and self.full_steps:
+            return "beside --full-steps"
+        return f"with --cache {self.cache}"

@@ -1,0 +1,84 @@
+"""From a checkpoint to 8-bit pictures, each a function of its own number alone.
+
+Picture i of a seed has its own random generator for its label, its starting noise and the noise of the SDE. So it is
+the same picture in any batch size and in any number of pictures, up to the rounding of matrix products of other sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from haste.caching import make_cache
+from haste.errors import UserError
+from haste.evaluation.images import to_uint8
+from haste.generation.labels import choose_labels, picture_generator
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import Student
+from haste.sampling import evaluations, initial_noise, sample
+
+
+class Sampler:
+    """Draws pictures of one student, batch by batch.
+
+    Raises UserError for settings that contradict each other or do not fit the student.
+    """
+
+    def __init__(self, student: Student, settings: SamplingSettings) -> None:
+        settings.check()
+        model = student.model
+        if model.in_channels not in (1, 3):
+            raise UserError(f"the model draws {model.in_channels} channels; pictures have 1 or 3")
+        if settings.cfg_scale > 1 and student.config.cfg_prob == 0:
+            raise UserError(
+                f"--cfg-scale is {settings.cfg_scale:g}; it must be 1 for a model trained with --cfg-prob 0"
+            )
+        self.student = student
+        self.settings = settings
+        self.cache = make_cache(model, settings)
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """Model evaluations of the last batch, and how many of them were full; the others were forecast."""
+        if self.cache is not None:
+            return self.cache.num_full + self.cache.num_skipped, self.cache.num_full
+        count = len(evaluations(self.settings.sampler, self.settings.num_steps))
+        return count, count
+
+    @torch.no_grad()
+    def warm_up(self, count: int) -> None:
+        """Run the model once on `count` pictures: a clock that starts now does not time what a first call sets up."""
+        model = self.student.model
+        like = next(model.parameters())
+        x = like.new_zeros(count, model.in_channels, model.input_size, model.input_size)
+        model(x, like.new_ones(count), torch.zeros(count, dtype=torch.int64, device=like.device))
+
+    def draw(
+        self, indices: Sequence[int], progress: Callable[[int, int], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures with these numbers, (n, H, W, 3) uint8, and their labels (n,) int64, drawn as one batch.
+
+        `progress` is called after every step with the steps done and their number.
+        """
+        settings, model = self.settings, self.student.model
+        device = next(model.parameters()).device
+        labels = choose_labels(settings.labels, settings.global_seed, indices, model.num_classes)
+        generators = [picture_generator(settings.global_seed, index, "noise") for index in indices]
+        shape = (len(indices), model.in_channels, model.input_size, model.input_size)
+        images = sample(
+            self.cache or model,
+            initial_noise(shape, generators, dtype=model.dtype, device=device),
+            torch.from_numpy(labels).to(device),
+            num_steps=settings.num_steps,
+            sampler=settings.sampler,
+            path=self.student.config.path_type,
+            cfg_scale=settings.cfg_scale,
+            guidance_low=settings.guidance_low,
+            guidance_high=settings.guidance_high,
+            null_label=model.null_label,
+            generator=generators,
+            progress=progress,
+        )
+        return to_uint8(images), labels
