@@ -78,7 +78,7 @@ class TaylorSeer:
                 is a step of its own.
         """
         if isinstance(evaluations, int):
-            evaluations = [Evaluation(step, step) for step in range(evaluations)]
+            evaluations = [Evaluation(step, step, 1 - step / evaluations) for step in range(evaluations)]
         num_steps = evaluations[-1].step + 1 if evaluations else 0
         num_full = len(self.schedule.full_steps(num_steps))
         if self.forecaster.order >= num_full:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from haste.errors import UserError
+from haste.sampling.guidance import BOTH, LABEL, NULL, Branches, Guidance
 from haste.transport import get_path, score_from_velocity
 
 SAMPLERS = ("euler", "heun", "euler-maruyama")
@@ -25,21 +26,29 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Evaluation(NamedTuple):
-    """One call of the model. `step` counts the sampler's steps from 0; `position` is the index of t on its grid.
+    """One call of the model. `step` counts the sampler's steps from 0; `position` is the index of `time` on its grid.
 
-    The two differ in Heun's second evaluation, which belongs to step i and looks at position i + 1.
+    Step and position differ in Heun's second evaluation, which belongs to step i and looks at position i + 1.
+    `branches` tells whose rows the batch holds: "label", "null", or first the one and then the other.
     """
 
     step: int
     position: int
+    time: float
+    branches: Branches = LABEL
 
 
-def evaluations(sampler: str, num_steps: int) -> list[Evaluation]:
-    """Every evaluation of a run, in order."""
-    if sampler != "heun":
-        return [Evaluation(step, step) for step in range(num_steps)]
-    pairs = [[Evaluation(step, step), Evaluation(step, step + 1)] for step in range(num_steps)]
-    return [evaluation for pair in pairs for evaluation in pair][:-1]  # the last step is Euler's
+def evaluations(sampler: str, num_steps: int, guidance: Guidance | None = None) -> list[Evaluation]:
+    """Every evaluation of a run, in order; guidance: None is none."""
+    grid = time_grid(sampler, num_steps).tolist()
+    listed = []
+    for step in range(num_steps):
+        heun = sampler == "heun" and step < num_steps - 1  # the last step is Euler's
+        # One answer for both of Heun's evaluations: they must follow the same field.
+        calls = (guidance or Guidance()).calls(grid[step])
+        for position in (step, step + 1) if heun else (step,):
+            listed += [Evaluation(step, position, grid[position], branches) for branches in calls]
+    return listed
 
 
 def time_grid(sampler: str, num_steps: int) -> Tensor:
@@ -81,9 +90,11 @@ def sample(
     cfg_scale: float = 1.0,
     guidance_low: float = 0.0,
     guidance_high: float = 1.0,
+    guidance: str = "batched",
     null_label: int | None = None,
     generator: Generators = None,
     progress: Callable[[int, int], None] | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images from noise.
 
@@ -96,9 +107,11 @@ def sample(
         path: the path that the model was trained on, "linear" or "cosine".
         cfg_scale: v = v_null + cfg_scale·(v_label − v_null). At 1 there is no guidance and no second half of a batch.
         guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
+        guidance: "batched" evaluates both halves at once, "separate" one after the other, in half of the memory.
         null_label: the class that stands for none (SiT: num_classes); needed for guidance.
         generator: for the noise of the SDE; one for all, or one per image.
         progress: called after every step with the number of steps done and num_steps.
+        observe: called after every step with its number, from 0, and the state (B, C, S, S), float64.
 
     Returns:
         (B, C, S, S), in the type of `noise`.
@@ -107,33 +120,19 @@ def sample(
         UserError: an unknown sampler or path, settings that make no sense.
         ValueError: shapes that do not fit, a model in training mode.
     """
-    _check(model, noise, labels, num_steps, sampler, cfg_scale, guidance_low, guidance_high, null_label)
+    _check(model, noise, labels, num_steps, sampler)
     get_path(path)
+    guided = Guidance(cfg_scale, guidance_low, guidance_high, null_label, guidance)
     if hasattr(model, "start"):
-        model.start(evaluations(sampler, num_steps))
-    # Without a type of its own (a function, a DDP wrapper), the model gets the type of the noise.
-    dtype = getattr(model, "dtype", noise.dtype)
-
-    def velocity(x: Tensor, t: Tensor, guided: bool) -> Tensor:
-        y = labels
-        if guided:
-            x, y = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, null_label)])
-        times = torch.full((x.shape[0],), t.item(), dtype=dtype, device=x.device)
-        v = model(x.to(dtype), times, y)
-        v = (v if isinstance(v, Tensor) else v.velocity).double()
-        if guided:
-            v_label, v_null = v.chunk(2)
-            v = v_null + cfg_scale * (v_label - v_null)
-        return v
-
+        model.start(evaluations(sampler, num_steps, guided))
+    velocity = _guided_velocity(model, labels, guided, getattr(model, "dtype", noise.dtype))
     x = noise.double()
     grid = time_grid(sampler, num_steps)
     for step in range(num_steps):
         t, t_next = grid[step], grid[step + 1]
         last = step == num_steps - 1
-        # One answer for both of Heun's evaluations: they must follow the same field.
-        guided = cfg_scale > 1 and guidance_low <= t.item() <= guidance_high
-        v = velocity(x, t, guided)
+        calls = guided.calls(t.item())
+        v = velocity(x, t, calls)
         if sampler == "euler-maruyama":
             x = x + (t_next - t) * sde_drift(v, x, t, path)
             if not last:
@@ -141,13 +140,40 @@ def sample(
                     x.shape, generator, dtype=torch.float64, device=x.device
                 )
         elif sampler == "heun" and not last:
-            v_next = velocity(x + (t_next - t) * v, t_next, guided)
+            v_next = velocity(x + (t_next - t) * v, t_next, calls)
             x = x + (t_next - t) * (v + v_next) / 2
         else:
             x = x + (t_next - t) * v
+        if observe is not None:
+            observe(step, x)
         if progress is not None:
             progress(step + 1, num_steps)
     return x.to(noise.dtype)
+
+
+def _guided_velocity(
+    model: Callable, labels: Tensor, guidance: Guidance, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor, list[Branches]], Tensor]:
+    """velocity(x, t, calls) in double precision; `dtype` is the type that the model wants (without one of its own, as a
+    function or a DDP wrapper, that of the noise)."""
+    of_branches = {LABEL: labels}
+    if guidance.scale > 1:
+        null = torch.full_like(labels, guidance.null_label)
+        of_branches |= {NULL: null, BOTH: torch.cat([labels, null])}
+
+    def velocity(x: Tensor, t: Tensor, calls: list[Branches]) -> Tensor:
+        rounded, outputs = x.to(dtype), []
+        for branches in calls:
+            batch = rounded.repeat(len(branches), 1, 1, 1)
+            times = torch.full((len(batch),), t.item(), dtype=dtype, device=x.device)
+            v = model(batch, times, of_branches[branches])
+            outputs += (v if isinstance(v, Tensor) else v[0]).double().chunk(len(branches))
+        if len(outputs) == 1:
+            return outputs[0]
+        v_label, v_null = outputs
+        return v_null + guidance.scale * (v_label - v_null)
+
+    return velocity
 
 
 def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
@@ -158,20 +184,11 @@ def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
     return velocity - t * score_from_velocity(velocity, x, t, path)
 
 
-def _check(
-    model: Callable, noise: Tensor, labels: Tensor, num_steps: int, sampler: str,
-    cfg_scale: float, guidance_low: float, guidance_high: float, null_label: int | None,
-) -> None:  # fmt: skip
+def _check(model: Callable, noise: Tensor, labels: Tensor, num_steps: int, sampler: str) -> None:
     if sampler not in SAMPLERS:
         raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     if num_steps < 1:
         raise UserError(f"num_steps is {num_steps}; it must be at least 1")
-    if cfg_scale < 1:
-        raise UserError(f"cfg_scale is {cfg_scale}; it must be at least 1, which is no guidance")
-    if cfg_scale > 1 and null_label is None:
-        raise UserError(f"cfg_scale is {cfg_scale}, so null_label must be given: the class that stands for none")
-    if guidance_low > guidance_high:
-        raise UserError(f"guidance_low is {guidance_low}; it must not be above guidance_high, {guidance_high}")
     if labels.shape != noise.shape[:1]:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({noise.shape[0]},), as noise")
     if getattr(model, "training", False):
