@@ -1,18 +1,11 @@
-"""Feature caching: which steps are full (schedule), how the others are predicted (forecaster), of what (snapshots)."""
+"""Feature caching: which steps are full (schedule), how the others are forecast (forecaster), of what (regions).
 
-from __future__ import annotations
+Reading order: settings, schedule, forecaster, snapshots, transformers, regions, cached_model, build.
+"""
 
-from haste.caching.forecaster import TaylorForecaster
-from haste.caching.schedule import IntervalSchedule
-from haste.caching.settings import CacheSettings
-from haste.caching.taylor import TaylorSeer
-from haste.models import SiT
+from haste.caching.build import make_cache, unwrap, wrap
+from haste.caching.cached_model import CachedModel
+from haste.caching.memory import cache_bytes, check_memory
+from haste.caching.settings import FAST, CacheSettings
 
-__all__ = ["CacheSettings", "IntervalSchedule", "TaylorForecaster", "TaylorSeer", "make_cache"]
-
-
-def make_cache(model: SiT, settings: CacheSettings) -> TaylorSeer | None:
-    """The model with a cache around it; None where the settings ask for none."""
-    if settings.cache == "none":
-        return None
-    return TaylorSeer(model, settings.resolved_interval, settings.resolved_order, settings.first_enhance)
+__all__ = ["FAST", "CacheSettings", "CachedModel", "cache_bytes", "check_memory", "make_cache", "unwrap", "wrap"]

@@ -1,16 +1,47 @@
-"""How a skipped step is predicted: as a weighted sum of snapshots of full steps, with weights made on the host."""
+"""How a skipped step is predicted: as a weighted sum of snapshots of full steps, with weights made on the host.
+
+Every forecaster here is linear in the last order + 1 full features, so one kernel serves all of them. Taylor and
+Hermite share TaylorSeer's finite differences and count in the sampler's steps; Newton interpolates over true times.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import factorial, prod
+from typing import ClassVar, Literal, Protocol
 
 from haste.errors import UserError
 
 
+class Forecaster(Protocol):
+    """order: order + 1 snapshots are used. coordinate: what the snapshots are placed by, the number of the sampler's
+    step or its time."""
+
+    order: int
+    coordinate: ClassVar[Literal["position", "time"]]
+
+    def weights(self, places: Sequence[float], at: float) -> list[float]:
+        """The weight of each snapshot in the forecast.
+
+        Args:
+            places: where the snapshots were taken, newest first, all different. Fewer than order + 1, as early in a
+                run, give a forecast of lower order; more are not looked at and get weight 0.
+            at: where to forecast.
+        """
+
+
 @dataclass(frozen=True)
-class TaylorForecaster:
-    """TaylorSeer's forecast as published (arXiv 2503.06923).
+class _OfSomeOrder:
+    order: int
+
+    def __post_init__(self) -> None:
+        if self.order < 0:
+            raise UserError(f"order is {self.order}; it must be at least 0")
+
+
+class TaylorForecaster(_OfSomeOrder):
+    """TaylorSeer's forecast as published (arXiv 2503.06923); of order 0 the last full feature again.
 
     At a full step s, with d the distance to the full step before it,
 
@@ -18,40 +49,79 @@ class TaylorForecaster:
 
     and x steps later F̂ = Σ_i T_i · x^i / i!. The published coordinate counts down; the sign cancels in T_i·x^i.
 
-    T_i is a linear combination of the last i + 1 full features, so F̂ is one of the last order + 1. Every difference
-    is divided by the *last* distance alone, so from order 2 on this is not the interpolating polynomial.
+    Every difference is divided by the *last* distance alone, so from order 2 on this is not the interpolating
+    polynomial.
     """
 
-    order: int
+    coordinate = "position"
 
-    def __post_init__(self) -> None:
-        if self.order < 0:
-            raise UserError(f"order is {self.order}; it must be at least 0")
+    def weights(self, places: Sequence[float], at: float) -> list[float]:
+        return _of_differences(places, self.order, at, lambda x, i: x**i)
 
-    @property
-    def num_snapshots(self) -> int:
-        """How many full features the forecast can use."""
-        return self.order + 1
 
-    def weights(self, positions: Sequence[float], at: float) -> list[float]:
-        """The weight of each snapshot in the forecast.
+@dataclass(frozen=True)
+class HermiteForecaster(_OfSomeOrder):
+    """HiCache's forecast (arXiv 2508.16984): TaylorSeer's with scaled Hermite polynomials in place of powers.
 
-        Args:
-            positions: where the snapshots were taken, newest first, all different. Fewer than num_snapshots, as early
-                in a run, give a forecast of lower order; more are not looked at and get weight 0.
-            at: where to forecast.
-        """
-        used = min(len(positions), self.num_snapshots)
-        distances = [newer - older for newer, older in zip(positions[: used - 1], positions[1:used], strict=True)]
-        # terms[j]: T_i as it stood when snapshot j was the newest, by its coefficients over the snapshots; i grows.
-        terms = [[float(j == k) for k in range(len(positions))] for j in range(used)]
-        weights = [0.0] * len(positions)
-        factor = 1.0  # x^i / i!
-        for i in range(used):
-            weights = [total + factor * coefficient for total, coefficient in zip(weights, terms[0], strict=True)]
-            factor *= (at - positions[0]) / (i + 1)
-            terms = [
-                [(a - b) / d for a, b in zip(term, older, strict=True)]
-                for term, older, d in zip(terms[:-1], terms[1:], distances[: len(terms) - 1], strict=True)
-            ]
-        return weights
+        F̂ = Σ_i T_i · σ^i H_i(σ·x) / i!,   H_{i+1}(x) = 2x·H_i(x) − 2i·H_{i−1}(x)
+
+    The contraction σ damps the high orders, which powers let grow. H_i is even or odd as x^i is, so signs cancel as
+    there.
+    """
+
+    contraction: float = 0.5
+    coordinate: ClassVar = "position"
+
+    def weights(self, places: Sequence[float], at: float) -> list[float]:
+        return _of_differences(places, self.order, at, self._polynomial)
+
+    def _polynomial(self, x: float, i: int) -> float:
+        scaled, older, value = self.contraction * x, 0.0, 1.0
+        for n in range(i):
+            older, value = value, 2 * scaled * value - 2 * n * older
+        return self.contraction**i * value
+
+
+class NewtonForecaster(_OfSomeOrder):
+    """The polynomial through the last order + 1 snapshots, over the true times.
+
+    Newton's divided differences and Lagrange's weights give the same polynomial; it is exact where the features are one
+    of this order, however far apart the full steps are.
+    """
+
+    coordinate = "time"
+
+    def weights(self, places: Sequence[float], at: float) -> list[float]:
+        used = places[: self.order + 1]
+        weights = [
+            prod((at - other) / (place - other) for k, other in enumerate(used) if k != j)
+            for j, place in enumerate(used)
+        ]
+        return weights + [0.0] * (len(places) - len(used))
+
+
+def _of_differences(
+    places: Sequence[float], order: int, at: float, polynomial: Callable[[float, int], float]
+) -> list[float]:
+    """Σ_i T_i · polynomial(x, i) / i! as weights of the snapshots, T_i the differences of TaylorForecaster."""
+    used = min(len(places), order + 1)
+    distances = [newer - older for newer, older in zip(places[: used - 1], places[1:used], strict=True)]
+    # terms[j]: T_i as it stood when snapshot j was the newest, by its coefficients over the snapshots; i grows.
+    terms = [[float(j == k) for k in range(len(places))] for j in range(used)]
+    weights = [0.0] * len(places)
+    for i in range(used):
+        factor = polynomial(at - places[0], i) / factorial(i)
+        weights = [total + factor * coefficient for total, coefficient in zip(weights, terms[0], strict=True)]
+        terms = [
+            [(a - b) / d for a, b in zip(term, older, strict=True)]
+            for term, older, d in zip(terms[:-1], terms[1:], distances[: len(terms) - 1], strict=True)
+        ]
+    return weights
+
+
+FORECASTERS: dict[str, type] = {"taylor": TaylorForecaster, "newton": NewtonForecaster, "hermite": HermiteForecaster}
+
+
+def make_forecaster(name: str, order: int) -> Forecaster:
+    """By the name that --cache has; reuse repeats the last full feature, which is Taylor's of order 0."""
+    return FORECASTERS.get(name, TaylorForecaster)(order)

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from haste.errors import UserError
 
-FORECASTERS = ("reuse", "taylor", "newton", "hermite")
-
 
 @dataclass(kw_only=True)
 class CacheSettings:
@@ -24,11 +22,11 @@ class CacheSettings:
     granularity: Literal["module", "block", "model"] = "module"
     """What is forecast: the output of every attention and MLP, of every block, or of all blocks together."""
     interval: int | None = None
-    """One full step every so many. [default: 4; delta-dit: 2]"""
+    """One full step every so many. [default: 4; with --max-error at most every 10; delta-dit: 2]"""
     order: int | None = None
-    """Order of the forecast; order + 1 full steps are kept. [default: 4; reuse: 0]"""
-    first_enhance: int = 2
-    """So many steps at the beginning are full."""
+    """Order of the forecast; order + 1 full steps are kept. [default: 4; reuse and delta-dit: 0]"""
+    first_enhance: int | None = None
+    """So many steps at the beginning are full. [default: 2; delta-dit: 1]"""
     full_steps: str = ""
     """The full steps by their numbers, such as 0,1,2,5,9, in place of --interval."""
     max_error: float = 0.0
@@ -51,13 +49,19 @@ class CacheSettings:
     def resolved_interval(self) -> int:
         if self.interval is not None:
             return self.interval
-        return 2 if self.cache == "delta-dit" else 4
+        return 2 if self.cache == "delta-dit" else 10 if self.max_error else 4
+
+    @property
+    def resolved_first_enhance(self) -> int:
+        if self.first_enhance is not None:
+            return self.first_enhance
+        return 1 if self.cache == "delta-dit" else 2
 
     @property
     def resolved_order(self) -> int:
         if self.order is not None:
             return self.order
-        return 0 if self.cache == "reuse" else 4
+        return 0 if self.cache in ("reuse", "delta-dit") else 4
 
     def cache_fields(self) -> dict[str, Any]:
         """Exactly the settings that decide the pictures, resolved, for records and names."""
@@ -67,7 +71,7 @@ class CacheSettings:
         if self.full_steps:
             fields["full_steps"] = self.full_steps
         else:
-            fields |= {"interval": self.resolved_interval, "first_enhance": self.first_enhance}
+            fields |= {"interval": self.resolved_interval, "first_enhance": self.resolved_first_enhance}
         if self.cache == "delta-dit":
             return {**fields, "gate": self.gate, "cached_blocks": self.cached_blocks}
         if self.max_error:
@@ -96,7 +100,7 @@ class CacheSettings:
                 raise UserError(f"--{flag} is {value}, which nothing uses {why}")
         if self.cache == "reuse" and self.resolved_order != 0:
             raise UserError(f"--order is {self.order}; it must be 0 for --cache reuse")
-        if self.max_error < 0:
+        if not self.max_error >= 0:
             raise UserError(f"--max-error is {self.max_error}; it must be above 0, or 0 for evenly spaced full steps")
         _ = self.full_step_list  # raises for what is no list
 
@@ -106,3 +110,7 @@ class CacheSettings:
         if name in ("interval", "first_enhance", "max_error") and self.full_steps:
             return "beside --full-steps"
         return f"with --cache {self.cache}"
+
+
+# What `haste sample --fast` and wrap(model) mean.
+FAST = CacheSettings(cache="newton", granularity="model", interval=4, order=4)

@@ -1,65 +1,89 @@
-"""The features of the last full steps, kept raw."""
+"""The features of the last full evaluations, kept raw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class SnapshotRing:
-    """The last `slots` snapshots of `modules` modules, in one tensor `storage` (modules, slots, B, N, D).
+class Place(NamedTuple):
+    """Where in a run an evaluation stands: the index of its time on the sampler's grid, and the time."""
 
-    One tensor, so that a forecast may read one module's snapshots, or those of all modules in one launch. The oldest
-    slot is overwritten in place; nothing moves, and the weights of a forecast are put in the order of the slots.
+    position: float
+    time: float
+
+
+class SnapshotRing:
+    """The last `slots` snapshots of `modules` modules, in one tensor `storage` (modules, slots, rows, N, D).
+
+    One tensor, so that a forecast reads the snapshots of all modules in one launch. The oldest slot is overwritten in
+    place; nothing moves, and the weights of a forecast are put in the order of the slots.
+
+    The rows are those of the guidance branches one after the other. A branch that sits out some steps keeps what it
+    has, and each branch is forecast from the slots that hold its own rows.
     """
 
     def __init__(self, modules: int, slots: int) -> None:
         self.modules = modules
         self.slots = slots
+        self.release()
+
+    def release(self) -> None:
+        """Forgets all snapshots and lets go of their memory."""
+        self.storage: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
-        """Lets go of everything."""
-        self.storage: Tensor | None = None
-        self.positions: list[int] = []  # of the snapshots, newest first
+        """Forgets all snapshots; the memory stays for the next ones."""
+        self._places: list[Place] = []  # of the snapshots, newest first
         self._slot_of: list[int] = []  # of the snapshots, newest first
+        self._held_by: list[set[str]] = []  # the branches in each, newest first
 
-    def fits(self, tokens: Tensor) -> bool:
-        """Whether snapshots are held, and belong to tokens (B, N, D) of this shape on this device."""
-        return self.storage is not None and (
-            self.storage.shape[2:] == tokens.shape and self.storage.device == tokens.device
-        )
+    def require(self, rows: int, tokens: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes the storage fit; snapshots of another shape, type or device are forgotten."""
+        shape = (self.modules, self.slots, rows, tokens, dim)
+        storage = self.storage
+        if storage is None or storage.shape != shape or storage.dtype != dtype or storage.device != device:
+            self.release()  # before the new one needs the memory
+            self.storage = torch.empty(shape, dtype=dtype, device=device)
 
-    def open(self, position: int) -> None:
-        """Begins the snapshot of a full evaluation at `position`; one `write` per module follows.
+    @property
+    def bytes(self) -> int:
+        return 0 if self.storage is None else self.storage.nbytes
 
-        A second one at the newest position takes its place: no difference can be divided by a distance of 0.
+    def places(self, branch: str) -> list[Place]:
+        """Where this branch's snapshots were taken, newest first."""
+        return [place for place, held in zip(self._places, self._held_by, strict=True) if branch in held]
+
+    def open(self, place: Place, branches: Sequence[str]) -> int:
+        """The slot that these branches' snapshot at `place` goes to.
+
+        One at the newest position, of another branch or of Heun's second evaluation, shares its slot: no difference can
+        be divided by a distance of 0.
         """
-        if self.positions and self.positions[0] == position:
-            return
-        if len(self.positions) < self.slots:
-            slot = len(self.positions)
-        else:
-            self.positions.pop()
-            slot = self._slot_of.pop()
-        self.positions.insert(0, position)
-        self._slot_of.insert(0, slot)
+        if not (self._places and self._places[0].position == place.position):
+            if len(self._places) < self.slots:
+                slot = len(self._places)
+            else:
+                self._places.pop()
+                self._held_by.pop()
+                slot = self._slot_of.pop()
+            self._places.insert(0, place)
+            self._held_by.insert(0, set())
+            self._slot_of.insert(0, slot)
+        self._held_by[0] |= set(branches)
+        return self._slot_of[0]
 
-    def write(self, module: int, feature: Tensor) -> None:
-        """Keeps one module's feature (B, N, D) in the snapshot that was opened last."""
-        if self.storage is None:
-            shape = (self.modules, self.slots, *feature.shape)
-            self.storage = torch.empty(shape, dtype=feature.dtype, device=feature.device)
-        self.storage[module, self._slot_of[0]].copy_(feature)
+    def by_slot(self, weights: Sequence[float], branch: str) -> list[float]:
+        """Weights of this branch's snapshots, newest first, in the order of the slots.
 
-    def by_slot(self, weights: Sequence[float]) -> Tensor:
-        """Weights of the snapshots, newest first, as (slots,), float32, beside the storage.
-
-        A slot that is not in use yet gets 0, and a slot of weight 0 is never read.
+        A slot that does not hold this branch gets 0, and a slot of weight 0 is never read.
         """
         slots = [0.0] * self.slots
-        for slot, weight in zip(self._slot_of, weights, strict=True):
+        own = [slot for slot, held in zip(self._slot_of, self._held_by, strict=True) if branch in held]
+        for slot, weight in zip(own, weights, strict=True):
             slots[slot] = weight
-        return torch.tensor(slots, dtype=torch.float32, device=self.storage.device)
+        return slots

@@ -1,7 +1,7 @@
 """Draw pictures from a checkpoint of `haste train`: PNGs, an .npz for evaluators, and a grid to look at.
 
-The flags are those of SiT's and REPA's generate.py. `--cache taylor` is TaylorSeer: it computes only some steps in full and
-forecasts the others. A command that was stopped goes on with the pictures that are missing.
+The flags are those of SiT's and REPA's generate.py. `--cache taylor` is TaylorSeer: only some steps are
+computed in full, and the others are forecast. A command that was stopped goes on with the pictures that are missing.
 """
 
 from __future__ import annotations

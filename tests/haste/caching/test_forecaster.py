@@ -1,11 +1,11 @@
-"""The forecaster's weights against the published recurrence, run on numbers."""
+"""The forecasters' weights against the published recurrences, run on numbers, and on polynomials."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from haste.caching import TaylorForecaster
+from haste.caching.forecaster import HermiteForecaster, NewtonForecaster, TaylorForecaster, make_forecaster
 from haste.errors import UserError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,3 +73,62 @@ def test_early_snapshots_give_a_lower_order_and_late_ones_are_not_looked_at():
 def test_negative_order():
     with pytest.raises(UserError, match="order is -1; it must be at least 0"):
         TaylorForecaster(-1)
+
+
+@given(
+    coefficients=st.lists(st.floats(-3, 3), min_size=1, max_size=5),
+    gaps=st.lists(st.floats(0.05, 0.3), min_size=5, max_size=5),
+    ahead=st.floats(0.01, 0.4),
+)
+def test_newton_is_exact_on_polynomials_however_the_full_steps_are_spaced(coefficients, gaps, ahead):
+    """Times count down from 1, newest last in the run and first in the ring."""
+    order = len(coefficients) - 1
+    times = [1 - sum(gaps[:index]) for index in range(order + 1)][::-1]
+
+    def polynomial(t):
+        return sum(c * t**i for i, c in enumerate(coefficients))
+
+    weights = NewtonForecaster(order).weights(times, times[0] - ahead)
+    forecast = sum(w * polynomial(t) for w, t in zip(weights, times, strict=True))
+    scale = sum(abs(w) for w in weights) * 20
+    assert forecast == pytest.approx(polynomial(times[0] - ahead), abs=1e-12 * scale)
+
+
+def test_newton_uses_the_newest_and_says_so_by_zeros():
+    weights = NewtonForecaster(1).weights([0.4, 0.5, 0.9], 0.3)
+    assert weights == pytest.approx([2.0, -1.0, 0.0])
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_hermite_against_its_explicit_polynomials(order):
+    """H_0 to H_4 of the physicists, written out, over the published recurrence's differences."""
+    explicit = [
+        lambda x: 1,
+        lambda x: 2 * x,
+        lambda x: 4 * x**2 - 2,
+        lambda x: 8 * x**3 - 12 * x,
+        lambda x: 16 * x**4 - 48 * x**2 + 12,
+    ]
+    features, positions, at, sigma = [1.0, 3.0, -2.0, 0.5, 4.0], [0.0, 1.0, 5.0, 9.0, 13.0], 15.0, 0.5
+    terms: list[float] = []
+    for index, feature in enumerate(features):
+        new = [feature]
+        for i in range(min(order, len(terms))):
+            new.append((new[i] - terms[i]) / (positions[index] - positions[index - 1]))
+        terms = new
+    x = at - positions[-1]
+    expected = sum(
+        term * sigma**i * explicit[i](sigma * x) / math.factorial(i) for i, term in enumerate(terms[: order + 1])
+    )
+    kept = slice(None, -order - 2, -1)
+    weights = HermiteForecaster(order).weights(positions[kept], at)
+    assert sum(w * f for w, f in zip(weights, features[kept], strict=True)) == pytest.approx(expected)
+
+
+def test_names():
+    assert make_forecaster("reuse", 0).weights([7, 3], 9) == [1.0, 0.0]
+    kinds = [type(make_forecaster(name, 2)) for name in ("taylor", "newton", "hermite")]
+    assert kinds == [TaylorForecaster, NewtonForecaster, HermiteForecaster]
+    assert [make_forecaster(name, 1).coordinate for name in ("taylor", "newton", "hermite")] == [
+        "position", "time", "position"
+    ]  # fmt: skip

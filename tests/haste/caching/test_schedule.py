@@ -1,9 +1,9 @@
-"""The interval schedule: the published counts, and what it refuses."""
+"""Which steps are full: the published counts, lists, the rule that follows a measured error, and what is refused."""
 
 from __future__ import annotations
 
 import pytest
-from haste.caching import IntervalSchedule
+from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule, describe_steps
 from haste.errors import UserError
 
 
@@ -24,7 +24,7 @@ def test_full_steps_of_ten(interval, first_enhance, full):
 def test_without_a_history_a_step_is_full_and_the_interval_begins_there():
     schedule = IntervalSchedule(3, first_enhance=1)
     assert schedule.is_full(7, None)
-    assert [schedule.is_full(step, 7) for step in (7, 8, 9, 10)] == [True, False, False, True]
+    assert [schedule.is_full(step, 7) for step in (8, 9, 10)] == [False, False, True]
 
 
 @pytest.mark.parametrize("settings, sentence", [((0, 2), "interval is 0"), ((3, 0), "first_enhance is 0")])
@@ -37,3 +37,44 @@ def test_settings_below_one(settings, sentence):
 def test_settings_above_the_number_of_steps(settings, sentence):
     with pytest.raises(UserError, match=sentence + "; it must not be above the number of steps, 8"):
         IntervalSchedule(*settings).full_steps(8)
+
+
+def test_a_list_of_full_steps():
+    schedule = ListedSchedule((0, 1, 4))
+    course = schedule.begin(6)
+    assert [course.is_full(step, 0) for step in range(6)] == [True, True, False, False, True, False]
+    assert course.is_full(3, None)  # nothing to forecast from
+    assert schedule.full_steps(6) == [0, 1, 4] and describe_steps([0, 1, 4]) == "0,1,4"
+
+
+@pytest.mark.parametrize("steps", [(), (1, 2), (0, 3, 2), (0, 2, 2)])
+def test_lists_that_are_none(steps):
+    with pytest.raises(UserError, match="it must be increasing step numbers that begin with 0"):
+        ListedSchedule(steps)
+
+
+def test_a_list_that_goes_beyond_the_run():
+    with pytest.raises(UserError, match="full_steps has 9; the 8 steps are numbered 0 to 7"):
+        ListedSchedule((0, 9)).begin(8)
+
+
+def test_the_distance_follows_the_measured_error():
+    """From n snapshots the error grows as distance^n: a bound of 8 times the error allows twice the distance for 3."""
+    course = AdaptiveSchedule(max_error=0.08, max_interval=10).begin(50)
+    intervals = []
+    reports = [(0.04, 1, 1), (0.01, 2, 3), (0.0001, 4, 2), (0.08, 10, 2), (0.32, 6, 2), (9.0, 3, 1)]
+    for error, distance, orders in reports:
+        course.report(error, distance, orders)
+        intervals.append(course.interval)
+    assert intervals == [2, 4, 10, 10, 3, 1]
+    assert course.is_full(12, 11) and not AdaptiveSchedule(0.08).begin(50).is_full(2, 2)
+
+
+def test_before_anything_is_measured_every_step_is_full():
+    course = AdaptiveSchedule(0.1).begin(20)
+    assert [course.is_full(step, step - 1) for step in (1, 2, 3)] == [True] * 3
+
+
+def test_a_bound_that_bounds_nothing():
+    with pytest.raises(UserError, match="max_error is 0; it must be above 0"):
+        AdaptiveSchedule(0)

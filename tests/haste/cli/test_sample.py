@@ -118,7 +118,7 @@ def test_a_checkpoint_that_was_trained_again_does_not_mix_with_its_old_samples(r
         (("--labels", "10"), "this model knows the classes 0 to 9"),
         (("--cache", "taylor", "--interval", "0"), "interval is 0; it must be at least 1"),
         (("--cache", "taylor", "--order", "-1"), "order is -1; it must be at least 0"),
-        (("--cache", "taylor", "--order", "14"), "order is 14; 50 steps at interval 4 have 14 full ones"),
+        (("--cache", "taylor", "--order", "14"), "order is 14; of 50 steps 14 are full"),
     ],
 )
 def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):

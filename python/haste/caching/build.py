@@ -1,0 +1,84 @@
+"""From settings to a cached model, and back to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from haste.caching.cached_model import CachedModel
+from haste.caching.delta_dit import delta_dit_gate, delta_dit_groups
+from haste.caching.forecaster import make_forecaster
+from haste.caching.regions import REGIONS
+from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule, Schedule
+from haste.caching.settings import FAST, CacheSettings
+from haste.caching.transformers import adapt
+from haste.errors import UserError
+from haste.sampling import Evaluation
+
+
+def make_cache(model: nn.Module, settings: CacheSettings) -> CachedModel | None:
+    """The model with a cache around it, not touched itself; None where the settings ask for no cache.
+
+    Raises UserError for settings that make no sense, and for a model that a cache does not know.
+    """
+    settings.check_cache()
+    if settings.cache == "none":
+        return None
+    if isinstance(model, CachedModel):
+        raise UserError("the model has a cache already; unwrap it before another is wrapped around it")
+    transformer = adapt(model)
+    schedule, forecaster = make_schedule(settings), make_forecaster(settings.cache, settings.resolved_order)
+    if settings.cache == "delta-dit":
+        groups = delta_dit_groups(transformer, settings.cached_blocks)
+        return CachedModel(model, transformer, schedule, forecaster, groups, delta_dit_gate(settings.gate))
+    return CachedModel(model, transformer, schedule, forecaster, [REGIONS[settings.granularity](transformer)])
+
+
+def make_schedule(settings: CacheSettings) -> Schedule:
+    """An explicit list, one that adapts to a bound on the error, or TaylorSeer's interval."""
+    if settings.full_steps:
+        return ListedSchedule(tuple(settings.full_step_list))
+    if settings.max_error:
+        return AdaptiveSchedule(settings.max_error, settings.resolved_interval, settings.resolved_first_enhance)
+    return IntervalSchedule(settings.resolved_interval, settings.resolved_first_enhance)
+
+
+def wrap(
+    model: nn.Module, *, num_steps: int | None = None, evaluations: Sequence[Evaluation] | None = None, **settings: Any
+) -> CachedModel:
+    """A cache around a SiT or DiT, for a sampling loop of your own.
+
+        fast = wrap(model, num_steps=50, cache="taylor", granularity="model", interval=4, order=2)
+        ...                                      # the loop calls fast(x, t, y) where it called model(x, t, y)
+        model = unwrap(fast)
+
+    Every further run begins with fast.start(num_steps). Guidance in one batch of twice the size needs nothing more;
+    where its halves are called one after the other, or a solver evaluates the model more than once a step, pass
+    `haste.sampling.evaluations(...)`, or a list like it.
+
+    Args:
+        model: haste's SiT, or one of the public repositories' SiT and DiT.
+        num_steps: start a run of so many evaluations at once, one per step.
+        evaluations: start a run of these.
+        settings: fields of CacheSettings; without any, `FAST`.
+
+    Raises:
+        UserError: settings that make no sense, a model that is not known.
+    """
+    cached = make_cache(model, CacheSettings(**settings) if settings else FAST)
+    if cached is None:
+        raise UserError('cache is "none"; it must name a forecaster, or be delta-dit')
+    plan = evaluations if evaluations is not None else num_steps
+    if plan is not None:
+        cached.start(plan)
+    return cached
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without its cache, whose memory is let go of; a model that has none comes back as it is."""
+    if not isinstance(model, CachedModel):
+        return model
+    model.release()
+    return model.model

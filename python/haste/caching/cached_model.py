@@ -1,0 +1,280 @@
+"""A model of which most evaluations in a sampling run are not computed in full.
+
+Three small pieces decide everything: a schedule, which steps are full; a forecaster, how the others are predicted; and
+regions, what of the model is predicted. The model itself is not touched.
+
+    fast = wrap(model, num_steps=50)     # settings as of `haste sample`; then call fast(x, t, y) in your own loop
+    model = unwrap(fast)
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haste.caching.forecaster import Forecaster
+from haste.caching.regions import Region
+from haste.caching.schedule import Course, Schedule
+from haste.caching.snapshots import Place, SnapshotRing
+from haste.caching.transformers import PublicTransformer, Transformer
+from haste.errors import UserError
+from haste.sampling import Evaluation
+from haste.sampling.guidance import LABEL
+
+
+class CachedModel(nn.Module):
+    """Called like the model that it wraps, for sampling, and returns what that returns.
+
+    It counts the evaluations of a run, so every run begins with `start`; `haste.sampling.sample` sees to that. Where
+    there is nothing to forecast from, as when another batch arrives, or guidance comes back on and its null half has
+    no history, the step is full whatever the schedule says.
+
+    Args:
+        model: the model; its answer is made through `transformer`, how a cache sees it.
+        schedule, forecaster: which steps, and how.
+        regions: what is cached. Of several, `region_of(step, num_steps)` gives the number of the one in use, and a full
+            step is forced where it changes.
+
+    Attributes:
+        num_full, num_skipped: evaluations so far in this run.
+        full_steps: the steps so far that were full.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transformer: Transformer,
+        schedule: Schedule,
+        forecaster: Forecaster,
+        regions: Sequence[Region],
+        region_of: Callable[[int, int], int] = lambda step, num_steps: 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.transformer = transformer
+        self.schedule = schedule
+        self.forecaster = forecaster
+        self.regions = regions
+        self.region_of = region_of
+        self._ring = SnapshotRing(regions[0].modules, forecaster.order + 1)
+        self._evaluate = [(self._full_function(region), self._skipped_function(region)) for region in regions]
+        self._plan: list[Evaluation] | None = None
+        self.train(model.training)
+
+    # -- what a caller sees of the model ------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the snapshots take, once there are some."""
+        return self._ring.bytes
+
+    def __getattr__(self, name: str) -> Any:
+        """The model's own attributes. Its methods, such as DiT's forward_with_cfg, run on the cached model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(super().__getattr__("model"), name)
+        if isinstance(value, types.MethodType) and value.__self__ is self.model:
+            return types.MethodType(value.__func__, self)
+        return value
+
+    def compile(self, **options: Any) -> CachedModel:
+        """Compiles both kinds of evaluation, each without a graph break; options as of torch.compile."""
+        options = {"fullgraph": True, "dynamic": False, **options}
+        self._evaluate = [tuple(torch.compile(function, **options) for function in pair) for pair in self._evaluate]
+        return self
+
+    def capture(self) -> CachedModel:
+        """Has both kinds of evaluation captured in CUDA graphs when they are first run, and replayed from then on."""
+        from haste.caching.graphs import GraphedFull, GraphedSkipped
+
+        device = next(self.model.parameters()).device
+        if device.type != "cuda":
+            raise UserError(f"the model is on {device}; it must be on a GPU for CUDA graphs")
+        self._evaluate = [(GraphedFull(full), GraphedSkipped(skipped)) for full, skipped in self._evaluate]
+        return self
+
+    def release(self) -> None:
+        """Ends the run and lets go of the snapshots' memory."""
+        self._ring.release()
+        self._plan = None
+
+    # -- a run --------------------------------------------------------------------------------------------------------
+
+    def start(self, evaluations: int | Sequence[Evaluation]) -> None:
+        """Begins a run and forgets the one before.
+
+        Args:
+            evaluations: all that will follow, as `haste.sampling.evaluations` lists them; or their number, if each
+                is a step of its own and their times are evenly spaced.
+
+        Raises:
+            UserError: a schedule or an order that makes no sense for so many steps.
+        """
+        if isinstance(evaluations, int):
+            evaluations = [Evaluation(step, step, 1 - step / evaluations, LABEL) for step in range(evaluations)]
+        plan = list(evaluations)
+        self._num_steps = plan[-1].step + 1 if plan else 0
+        self._course: Course = self.schedule.begin(self._num_steps)
+        self._check_order()
+        self._branches_of_step: dict[int, set[str]] = {}
+        for evaluation in plan:
+            self._branches_of_step.setdefault(evaluation.step, set()).update(evaluation.branches)
+        self._branches = [b for b in ("label", "null") if any(b in of for of in self._branches_of_step.values())]
+        self._plan = plan
+        self._ring.clear()
+        self._step: int | None = None
+        self._region = 0
+        self.full_steps: list[int] = []
+        self.num_full = self.num_skipped = 0
+
+    def _check_order(self) -> None:
+        full = self.schedule.full_steps(self._num_steps)
+        if full is not None and self.forecaster.order >= max(1, len(full)):
+            raise UserError(
+                f"order is {self.forecaster.order}; of {self._num_steps} steps {len(full)} are full, so it must be at "
+                f"most {len(full) - 1}"
+            )
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        """The model's answer, in full or forecast; arguments as for the model."""
+        evaluation = self._next_evaluation()
+        if isinstance(self.transformer, PublicTransformer):
+            self.transformer.verify(x, t, y)
+        self._make_room(x, evaluation)
+        if evaluation.step != self._step or not (self._step_is_full or self._holds(evaluation.branches)):
+            self._begin_step(evaluation.step)
+        if self._step_is_full:
+            output = self._full(x, t, y, evaluation)
+            self.num_full += 1
+        else:
+            output = self._forecast(x, t, y, evaluation)
+            self.num_skipped += 1
+        return output
+
+    def _next_evaluation(self) -> Evaluation:
+        if self._plan is None:
+            raise RuntimeError("no run has begun; call start(number of steps) before the first evaluation")
+        done = self.num_full + self.num_skipped
+        if done == len(self._plan):
+            raise RuntimeError(f"this run had {done} evaluations and is over; call start(...) before the next run")
+        return self._plan[done]
+
+    def _make_room(self, x: Tensor, evaluation: Evaluation) -> None:
+        """Snapshots for every branch of the run, of the type that the region's features have."""
+        tokens, dim = self.transformer.tokens_shape
+        rows = len(x) // len(evaluation.branches) * len(self._branches)
+        dtype = self.transformer.dtype
+        if self.regions[0].branch_outputs and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        self._ring.require(rows, tokens, dim, dtype, x.device)
+
+    def _begin_step(self, step: int) -> None:
+        """Decides whether a step is full. All its evaluations are alike: Heun's two, and those of both branches."""
+        region = self.region_of(step, self._num_steps)
+        if region != self._region:
+            self._region = region
+            self._ring.clear()
+        history = self._holds(self._branches_of_step[step])
+        self._step = step
+        self._step_is_full = self._course.is_full(step, self.full_steps[-1] if history else None)
+        if self._step_is_full:
+            self._measure_first = history and self._course.wants_error
+            self.full_steps.append(step)
+
+    def _holds(self, branches: Iterable[str]) -> bool:
+        """Whether all of these branches have something to be forecast from."""
+        return all(self._ring.places(branch) for branch in branches)
+
+    def _full(self, x: Tensor, t: Tensor, y: Tensor, evaluation: Evaluation) -> Any:
+        rows = self._rows(evaluation.branches, len(x))
+        predicted = None
+        if self._measure_first:  # before the oldest snapshot makes room for the new one
+            distance = evaluation.step - self.full_steps[-2]
+            orders = min(len(self._ring.places(evaluation.branches[0])), self.forecaster.order + 1)
+            predicted = self._forecast(x, t, y, evaluation)
+            self._measure_first = False
+        slot = self._ring.open(Place(evaluation.position, evaluation.time), evaluation.branches)
+        full, _ = self._evaluate[self._region]
+        output = full(x, t, y, self._ring.storage[:, slot, rows])
+        if predicted is not None:
+            self._course.report(_relative_error(predicted, output), distance, orders)
+        return output
+
+    def _forecast(self, x: Tensor, t: Tensor, y: Tensor, evaluation: Evaluation) -> Any:
+        """In one go where all branches have the same history, else branch by branch."""
+        _, skipped = self._evaluate[self._region]
+        place = Place(evaluation.position, evaluation.time)
+        weights = [self._weights(branch, place) for branch in evaluation.branches]
+        if all(other == weights[0] for other in weights):
+            rows = self._rows(evaluation.branches, len(x))
+            return skipped(x, t, y, self._ring.storage[:, :, rows], self._on_device(weights[0]))
+        parts = [
+            skipped(*inputs, self._ring.storage[:, :, self._rows((branch,), len(inputs[0]))], self._on_device(own))
+            for branch, own, *inputs in zip(
+                evaluation.branches, weights, *(v.chunk(len(weights)) for v in (x, t, y)), strict=True
+            )
+        ]
+        return _concatenate(parts)
+
+    def _rows(self, branches: Sequence[str], count: int) -> slice:
+        """Where in the snapshots' rows these branches, of `count` rows together, are."""
+        each = count // len(branches)
+        first = self._branches.index(branches[0]) * each
+        return slice(first, first + count)
+
+    def _weights(self, branch: str, place: Place) -> list[float]:
+        coordinate = self.forecaster.coordinate
+        places = [getattr(taken, coordinate) for taken in self._ring.places(branch)]
+        return self._ring.by_slot(self.forecaster.weights(places, getattr(place, coordinate)), branch)
+
+    def _on_device(self, weights: list[float]) -> Tensor:
+        return torch.tensor(weights, dtype=torch.float32).to(self._ring.storage.device, non_blocking=True)
+
+    # -- the two kinds of evaluation, as functions of tensors alone ---------------------------------------------------
+
+    def _full_function(self, region: Region) -> Callable[..., Any]:
+        transformer = self.transformer
+
+        def full(x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
+            tokens, c = transformer.embed(x, t, y)
+            return transformer.output(region.full(tokens, c, out), c)
+
+        return full
+
+    def _skipped_function(self, region: Region) -> Callable[..., Any]:
+        transformer = self.transformer
+
+        def skipped(x: Tensor, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> Any:
+            tokens, c = transformer.embed(x, t, y)
+            return transformer.output(region.skipped(tokens, c, snapshots, weights), c)
+
+        return skipped
+
+
+def _image(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _relative_error(predicted: Any, computed: Any) -> float:
+    """‖predicted − computed‖ / ‖computed‖ over the whole batch."""
+    computed = _image(computed).double()
+    return ((_image(predicted).double() - computed).norm() / computed.norm().clamp_min(1e-300)).item()
+
+
+def _concatenate(parts: Sequence[Any]) -> Any:
+    """Outputs of parts of a batch as that of the whole."""
+    images = torch.cat([_image(part) for part in parts])
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return images
+    return type(first)(images, *first[1:]) if hasattr(first, "_fields") else (images, *first[1:])

@@ -1,0 +1,58 @@
+"""How much memory the snapshots of a run will take, before the first step takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from haste.caching.build import make_cache
+from haste.caching.settings import CacheSettings
+from haste.errors import UserError
+
+
+def cache_bytes(model: nn.Module, settings: CacheSettings, rows: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the snapshots of `rows` pictures at once, both halves of a guided batch counted.
+
+    dtype: of the snapshots; by default the model's.
+    """
+    cached = make_cache(model, settings)
+    if cached is None:
+        return 0
+    tokens, dim = cached.transformer.tokens_shape
+    slots = cached.forecaster.order + 1
+    return cached.regions[0].modules * slots * rows * tokens * dim * (dtype or cached.dtype).itemsize
+
+
+def check_memory(model: nn.Module, settings: CacheSettings, rows: int, free: int | None = None) -> None:
+    """UserError if the snapshots of `rows` pictures at once do not fit, with what would.
+
+    free: bytes; by default what the device of the model has left.
+    """
+    needed = cache_bytes(model, settings, rows)
+    free = free_bytes(next(model.parameters()).device) if free is None else free
+    if needed <= free:
+        return
+    message = (
+        f"the cache per {settings.granularity} takes {needed / 2**30:.1f} GiB for {rows} pictures at once, and "
+        f"{free / 2**30:.1f} GiB are free"
+    )
+    fitting = [name for name in ("block", "model") if _bytes_per(model, settings, name, rows) <= free]
+    if settings.cache != "delta-dit" and settings.granularity == "module" and fitting:
+        taken = _bytes_per(model, settings, fitting[0], rows)
+        raise UserError(f"{message}; --granularity {fitting[0]} takes {taken / 2**30:.1f} GiB")
+    raise UserError(f"{message}; {max(1, rows * free // needed)} pictures at once would fit")
+
+
+def _bytes_per(model: nn.Module, settings: CacheSettings, granularity: str, rows: int) -> int:
+    from dataclasses import replace
+
+    return cache_bytes(model, replace(settings, granularity=granularity), rows)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is left of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

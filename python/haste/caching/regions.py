@@ -1,0 +1,129 @@
+"""What of a transformer is cached: a region of it, whose work a skipped evaluation replaces by a forecast.
+
+A region says how a full evaluation runs the blocks and what it keeps, and how a skipped one goes without. Both are pure
+functions of tensors: full(tokens, c, out) writes its features into out, skipped(tokens, c, snapshots, weights) reads
+those of the last full evaluations. So either can be compiled, or captured in a CUDA graph.
+
+tokens (B, N, D), c (B, D), out (modules, B, N, D), snapshots (modules, slots, B, N, D), weights (slots,) float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import haste_ext
+from haste.caching.transformers import Transformer, TransformerBlock
+
+
+class Region(Protocol):
+    """modules: features kept per full evaluation. branch_outputs: they have the type that layers put out, which under
+    autocast is not that of the tokens."""
+
+    modules: int
+    branch_outputs: bool
+
+    def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor: ...
+
+    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor: ...
+
+
+class PerModule:
+    """The output of every attention and MLP before its gate, as TaylorSeer (arXiv 2503.06923) has it.
+
+    A skipped evaluation still computes every gate at its own time: tokens + Σ_l gate_l(t) ⊙ F̂_l, all in one launch.
+    """
+
+    branch_outputs = True
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.modules = 2 * len(model.blocks)
+
+    def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
+        for index, block in enumerate(self.model.blocks):
+            m = block.modulation(c)
+            branch = block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
+            out[2 * index].copy_(branch)
+            tokens = tokens + m.gate_attn.unsqueeze(1) * branch
+            branch = block.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
+            out[2 * index + 1].copy_(branch)
+            tokens = tokens + m.gate_mlp.unsqueeze(1) * branch
+        return tokens
+
+    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
+        gates = torch.cat([block.gates(c) for block in self.model.blocks]).to(snapshots.dtype)
+        return haste_ext.taylor_extrapolate_blocks(snapshots, weights, gates, tokens)
+
+
+class PerBlock:
+    """What every block adds to the tokens, its gates included; half of the memory of PerModule.
+
+    All blocks being forecast with the same weights, the sum over blocks is that of one snapshot of what all of them add
+    together; the blocks are kept apart for those who want to look at them one by one.
+    """
+
+    branch_outputs = False
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.modules = len(model.blocks)
+
+    def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
+        for index, block in enumerate(self.model.blocks):
+            before, tokens = tokens, block(tokens, c)[0]
+            torch.sub(tokens, before, out=out[index])
+        return tokens
+
+    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
+        return haste_ext.taylor_extrapolate_blocks(snapshots, weights, residual=tokens)
+
+
+class WholeModel:
+    """The tokens after the last block, as TaylorSeer-Lite has it: a skipped evaluation runs the final layer alone."""
+
+    branch_outputs = False
+    modules = 1
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
+        tokens = _run(self.model.blocks, tokens, c)
+        out[0].copy_(tokens)
+        return tokens
+
+    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
+        return haste_ext.taylor_extrapolate(snapshots[0], weights)
+
+
+class BlockGroup:
+    """What blocks first … last − 1 add to the tokens together; the others are run in every evaluation."""
+
+    branch_outputs = False
+    modules = 1
+
+    def __init__(self, model: Transformer, first: int, last: int) -> None:
+        self.before, self.group, self.after = model.blocks[:first], model.blocks[first:last], model.blocks[last:]
+
+    def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
+        tokens = _run(self.before, tokens, c)
+        entering, tokens = tokens, _run(self.group, tokens, c)
+        torch.sub(tokens, entering, out=out[0])
+        return _run(self.after, tokens, c)
+
+    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
+        tokens = _run(self.before, tokens, c)
+        return _run(self.after, haste_ext.taylor_extrapolate(snapshots[0], weights, residual=tokens), c)
+
+
+def _run(blocks: Iterable[TransformerBlock], tokens: Tensor, c: Tensor) -> Tensor:
+    for block in blocks:
+        tokens = block(tokens, c)[0]
+    return tokens
+
+
+REGIONS = {"module": PerModule, "block": PerBlock, "model": WholeModel}

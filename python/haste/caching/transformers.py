@@ -1,0 +1,168 @@
+"""What a cache has to know of a transformer, and the models that it knows.
+
+Haste's own SiT has these methods. A SiT or DiT of the public repositories (SiT, REPA, HASTE, DiT) has the same parts
+under the same names, as its checkpoints show; PublicTransformer puts them together, and holds the result against the
+model's own forward pass before it is trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from haste.errors import UserError
+from haste.models import SiT, SiTOutput
+from haste.models.sit import Modulation, gates_alone, modulate
+
+
+class TransformerBlock(Protocol):
+    """One block as x + gate ⊙ attention(x), then x + gate ⊙ mlp(x), steered by c (B, D)."""
+
+    def __call__(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Any]:
+        """The next tokens first."""
+
+    def modulation(self, c: Tensor) -> Modulation: ...
+
+    def gates(self, c: Tensor) -> Tensor:
+        """Both gates, (2, B, D), without the rest of the modulation."""
+
+    def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Any]: ...
+
+    def mlp_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor: ...
+
+
+class Transformer(Protocol):
+    """tokens_shape: (N, D) of one image."""
+
+    blocks: Sequence[TransformerBlock]
+    tokens_shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, N, D) and conditioning c (B, D)."""
+
+    def output(self, tokens: Tensor, c: Tensor) -> Any:
+        """What the model returns, made of the last tokens."""
+
+
+class OwnTransformer:
+    """Haste's SiT."""
+
+    def __init__(self, model: SiT) -> None:
+        self.model = model
+        self.blocks = model.blocks
+        self.tokens_shape = tuple(model.pos_embed.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.embed(x, t, y)
+
+    def output(self, tokens: Tensor, c: Tensor) -> SiTOutput:
+        return SiTOutput(self.model.finish(tokens, c), [], [])
+
+
+MODEL_PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
+BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
+
+
+class PublicBlock:
+    """A block of a public repository, by its parts."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Any]:
+        out = self.block(tokens, c)
+        return out if isinstance(out, tuple) else (out, None)
+
+    def modulation(self, c: Tensor) -> Modulation:
+        return Modulation(*self.block.adaLN_modulation(c).chunk(6, dim=1))
+
+    def gates(self, c: Tensor) -> Tensor:
+        return gates_alone(self.block.adaLN_modulation, c)
+
+    def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
+        out = self.block.attn(modulate(self.block.norm1(tokens), shift, scale))
+        return out if isinstance(out, tuple) else (out, None)
+
+    def mlp_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self.block.mlp(modulate(self.block.norm2(tokens), shift, scale))
+
+
+class PublicTransformer:
+    """A SiT or DiT of a public repository: called model(x, t, y), it returns an image, or a tuple that begins with one.
+
+    Raises UserError from `verify` for a model that computes something else than its parts suggest.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.blocks = [PublicBlock(block) for block in model.blocks]
+        self.tokens_shape = tuple(model.pos_embed.shape[1:])
+        self._form: str | None = None  # of the model's answer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.final_layer.parameters()).dtype
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        return model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y, model.training)
+
+    def output(self, tokens: Tensor, c: Tensor) -> Any:
+        return self._in_form(self._image(tokens, c))
+
+    def verify(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """Runs the model once, to see the form of its answer and that it is what its parts compute."""
+        if self._form is not None:
+            return
+        answer = self.model(x, t, y)
+        tokens, c = self.embed(x, t, y)
+        for block in self.blocks:
+            m = block.modulation(c)
+            tokens = tokens + m.gate_attn.unsqueeze(1) * block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
+            tokens = tokens + m.gate_mlp.unsqueeze(1) * block.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
+        image = self._image(tokens, c)
+        first = answer[0] if isinstance(answer, tuple) else answer
+        # SiT's own drops the half of its channels that learn_sigma adds; DiT returns both.
+        self._half = isinstance(first, Tensor) and 2 * first.shape[1] == image.shape[1]
+        image = image.chunk(2, dim=1)[0] if self._half else image
+        tolerance = 0.05 if image.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled() else 1e-3
+        same = isinstance(first, Tensor) and first.shape == image.shape and (
+            (first - image).norm() <= tolerance * first.norm() + 1e-12
+        )  # fmt: skip
+        if not same:
+            raise UserError(
+                f"the model, a {type(self.model).__name__}, computes something else than its blocks and layers in the "
+                "order of SiT and DiT; a cache can be wrapped around those, and around haste's own SiT"
+            )
+        self._form = "tuple" if isinstance(answer, tuple) else "tensor"
+
+    def _image(self, tokens: Tensor, c: Tensor) -> Tensor:
+        return self.model.unpatchify(self.model.final_layer(tokens, c))
+
+    def _in_form(self, image: Tensor) -> Any:
+        image = image.chunk(2, dim=1)[0] if self._half else image
+        return (image, []) if self._form == "tuple" else image
+
+
+def adapt(model: nn.Module) -> Transformer:
+    """The model as a cache sees it; UserError for one that it does not know."""
+    if isinstance(model, SiT):
+        return OwnTransformer(model)
+    parts = [part for part in MODEL_PARTS if not hasattr(model, part)]
+    if not parts:
+        blocks = list(model.blocks)
+        parts = [f"blocks.{part}" for part in BLOCK_PARTS if not blocks or not hasattr(blocks[0], part)]
+    if parts:
+        raise UserError(
+            f"the model is a {type(model).__name__} without {parts[0]}; a cache can be wrapped around haste's SiT and "
+            "around models with the parts of the public SiT and DiT"
+        )
+    return PublicTransformer(model)

@@ -1,0 +1,321 @@
+"""A cache around a SiT, against the published recurrence written out plainly, in double precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from caching_models import small_noise, small_sit
+from haste.caching import CachedModel, wrap
+from haste.errors import UserError
+from haste.models import SiT
+from haste.sampling import sample
+
+
+def cache(model: torch.nn.Module, forecaster: str = "taylor", **settings) -> CachedModel:
+    """With TaylorSeer as published, unless other settings are given."""
+    return wrap(model, **{"cache": forecaster, "granularity": "module", "interval": None, **settings})
+
+
+def published(model: SiT, x, labels, num_steps: int, full: list[int], order: int) -> torch.Tensor:
+    """Euler with TaylorSeer as its authors put it: terms kept per module, the step counted down, dictionaries."""
+    cache: dict[tuple[int, str], list[torch.Tensor]] = {}
+    activated: list[int] = []
+    for index in range(num_steps):
+        step = num_steps - 1 - index
+        if index in full:
+            activated.append(step)
+        t = torch.full((len(x),), 1 - index / num_steps, dtype=x.dtype)
+
+        def branch(key, compute, is_full=index in full, step=step):
+            if not is_full:
+                x = step - activated[-1]
+                return sum(term * x**i / math.factorial(i) for i, term in enumerate(cache[key]))
+            new, old = [compute()], cache.get(key, [])
+            for i in range(order):
+                if i < len(old):
+                    new.append((new[i] - old[i]) / (activated[-1] - activated[-2]))
+            cache[key] = new
+            return new[0]
+
+        tokens, c = model.embed(x, t, labels)
+        for number, block in enumerate(model.blocks):
+            shift, scale, gate, shift2, scale2, gate2 = (v[:, None] for v in block.adaLN_modulation(c).chunk(6, dim=1))
+            h = tokens
+            tokens = h + gate * branch(
+                (number, "attn"), lambda b=block, h=h, s=scale, o=shift: b.attn(b.norm1(h) * (1 + s) + o)[0]
+            )
+            h = tokens
+            tokens = h + gate2 * branch(
+                (number, "mlp"), lambda b=block, h=h, s=scale2, o=shift2: b.mlp(b.norm2(h) * (1 + s) + o)
+            )
+        x = x - model.finish(tokens, c) / num_steps
+    return x
+
+
+@pytest.mark.parametrize("interval, order", [(2, 0), (3, 1), (4, 2), (3, 3), (4, 4)])
+@torch.no_grad()
+def test_it_is_the_published_recurrence(interval, order):
+    model = small_sit().double()
+    noise, labels = small_noise(dtype=torch.float64)
+    full = [0, *range(1, 20, interval)]
+    expected = published(model, noise, labels, 20, full, order)
+    seer = cache(model, interval=interval, order=order)
+    got = sample(seer, noise, labels, num_steps=20)
+    # The weights reach the kernel in float32.
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert (seer.num_full, seer.num_skipped) == (len(full), 20 - len(full))
+    uncached = sample(model, noise, labels, num_steps=20)
+    assert (expected - uncached).abs().max() > 1e-4  # the comparison above is not one of two full runs
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+def test_interval_one_is_the_model_bit_for_bit(sampler):
+    model = small_sit()
+    noise, labels = small_noise()
+    images = [
+        sample(m, noise, labels, num_steps=6, sampler=sampler, cfg_scale=2.0, guidance_low=0.5, null_label=10,
+               generator=torch.Generator().manual_seed(2))
+        for m in (model, cache(model, interval=1, order=2))
+    ]  # fmt: skip
+    assert torch.equal(images[0], images[1])
+
+
+@torch.no_grad()
+def test_a_skipped_step_runs_no_attention_and_no_mlp():
+    model = small_sit()
+    ran = []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda *_: ran.append("attn"))
+        block.mlp.register_forward_hook(lambda *_: ran.append("mlp"))
+        block.adaLN_modulation.register_forward_hook(lambda *_: ran.append("modulation"))
+    noise, labels = small_noise()
+    seer = cache(model, interval=2, order=1, first_enhance=1, num_steps=3)
+    for step, expected in enumerate((["modulation", "attn", "mlp"] * 2, [])):
+        ran.clear()
+        seer(noise, torch.full((2,), 1 - step / 3), labels)
+        assert ran == expected
+
+
+@torch.no_grad()
+def test_a_forecast_of_constant_features_follows_the_gate_of_its_own_time():
+    """With order 0 a skipped step adds gate(t) times the old branches; t, and so the gates, are the new ones."""
+    model = small_sit(depth=1)
+    noise, labels = small_noise()
+    seer = cache(model, interval=3, order=0, first_enhance=1, num_steps=3)
+    seer(noise, torch.ones(2), labels)
+    tokens, c = model.embed(noise, torch.ones(2), labels)
+    block = model.blocks[0]
+    m = block.modulation(c)
+    attn = block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
+    mlp = block.mlp_branch(tokens + m.gate_attn[:, None] * attn, m.shift_mlp, m.scale_mlp)
+
+    x, t = noise * 0.9, torch.full((2,), 0.5)
+    tokens, c = model.embed(x, t, labels)
+    m = block.modulation(c)
+    expected = model.finish(tokens + m.gate_attn[:, None] * attn + m.gate_mlp[:, None] * mlp, c)
+    torch.testing.assert_close(seer(x, t, labels).velocity, expected, rtol=1e-5, atol=1e-5)
+
+
+def watched(cached: CachedModel) -> list[tuple[int, bool]]:
+    """A list that gets, per call, the batch and whether the call was full."""
+    seen: list[tuple[int, bool]] = []
+    forward = cached.forward
+
+    def watching(x, t, y):
+        before = cached.num_full
+        output = forward(x, t, y)
+        seen.append((len(x), cached.num_full > before))
+        return output
+
+    cached.forward = watching
+    return seen
+
+
+def test_where_guidance_ends_the_labelled_half_keeps_its_history():
+    """Guided from t = 1 down to 0.5; the eleven steps begin at t = 1, 10/11, ..., so steps 0 to 5 are guided."""
+    noise, labels = small_noise()
+    cached = cache(small_sit(), interval=4, order=1)
+    seen = watched(cached)
+    sample(cached, noise, labels, num_steps=11, cfg_scale=2.0, guidance_low=0.5, null_label=10)
+    assert seen == list(zip([4] * 6 + [2] * 5, [step in (0, 1, 5, 9) for step in range(11)], strict=True))
+
+
+@pytest.mark.parametrize("guidance, calls", [("batched", [(4, 1)]), ("separate", [(2, 1), (2, 1)])])
+def test_where_guidance_begins_the_null_half_needs_a_full_step(guidance, calls):
+    """Guided below t = 0.5 alone: step 6 is the first one; the interval is counted from it."""
+    noise, labels = small_noise()
+    cached = cache(small_sit(), interval=4, order=1)
+    seen = watched(cached)
+    sample(cached, noise, labels, num_steps=11, cfg_scale=2.0, guidance_high=0.5, null_label=10, guidance=guidance)
+    assert cached.full_steps == [0, 1, 5, 6, 10]
+    expected = [[(2, step in cached.full_steps)] for step in range(6)]
+    expected += [[(rows, step in cached.full_steps) for rows, _ in calls] for step in range(6, 11)]
+    assert seen == [call for step in expected for call in step]
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+def test_batched_and_separate_guidance_draw_the_same(sampler, granularity):
+    """Also where guidance begins late, so that the halves have different histories, and ends early."""
+    model, pictures = small_sit().double(), []
+    noise, labels = small_noise(dtype=torch.float64)
+    for guidance in ("batched", "separate"):
+        cached = cache(model, interval=3, order=2, granularity=granularity)
+        pictures.append(
+            sample(cached, noise, labels, num_steps=14, sampler=sampler, cfg_scale=2.0, guidance_low=0.2,
+                   guidance_high=0.7, null_label=10, guidance=guidance, generator=torch.Generator().manual_seed(2))
+        )  # fmt: skip
+    torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_history_of_its_own_is_what_each_half_is_forecast_from():
+    """Each half of a guided run is what a run of that half alone would give, where both begin together."""
+    model = small_sit().double()
+    noise, labels = small_noise(dtype=torch.float64)
+    times = [1 - step / 8 for step in range(8)]
+    guided = cache(model, interval=3, order=1, num_steps=8)
+    alone = [cache(model, interval=3, order=1, num_steps=8) for _ in range(2)]
+    null = torch.full_like(labels, 10)
+    for t in times:
+        t = torch.full((2,), t, dtype=torch.float64)
+        both = guided(noise.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, null])).velocity
+        parts = torch.cat([part(noise, t, y).velocity for part, y in zip(alone, (labels, null), strict=True)])
+        torch.testing.assert_close(both, parts, rtol=1e-9, atol=1e-9)
+
+
+def test_heun_runs_both_evaluations_of_a_step_alike():
+    noise, labels = small_noise()
+    cached = cache(small_sit(), interval=3, order=1)
+    seen = watched(cached)
+    sample(cached, noise, labels, num_steps=6, sampler="heun")
+    by_step = [[True, True], [True, True], [False, False], [False, False], [True, True], [False]]
+    assert [full for _, full in seen] == [full for step in by_step for full in step]
+    assert cached.full_steps == [0, 1, 4]
+
+
+def test_heun_with_a_short_interval_stays_close_to_the_full_run():
+    """A skipped evaluation at a position that has just been seen in full is that snapshot: no step is lost in x."""
+    model = small_sit().double()
+    noise, labels = small_noise(dtype=torch.float64)
+    full = sample(model, noise, labels, num_steps=40, sampler="heun")
+    errors = []
+    for order in (0, 1):
+        cached = sample(cache(model, interval=2, order=order), noise, labels, num_steps=40, sampler="heun")
+        errors.append(((cached - full).norm() / (full - noise).norm()).item())
+    assert errors[1] < errors[0] / 2 and errors[1] < 0.01
+
+
+def test_every_run_begins_anew():
+    model = small_sit()
+    noise, labels = small_noise()
+    seer = cache(model, interval=3, order=2)
+    first = sample(seer, noise, labels, num_steps=10)
+    sample(seer, -noise[:1], labels[:1], num_steps=12)  # another batch, another length, left behind
+    assert torch.equal(sample(seer, noise, labels, num_steps=10), first)
+
+
+def test_the_wrapped_model_is_left_as_it_was():
+    model = small_sit()
+    noise, labels = small_noise()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = sample(model, noise, labels, num_steps=5)
+    attributes = set(vars(model)), [set(vars(block)) for block in model.blocks]
+    sample(cache(model, interval=2, order=1), noise, labels, num_steps=5)
+    assert (set(vars(model)), [set(vars(block)) for block in model.blocks]) == attributes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(sample(model, noise, labels, num_steps=5), images)
+
+
+def test_under_autocast_the_outputs_of_modules_are_kept_in_bf16():
+    model = small_sit()
+    noise, labels = small_noise()
+    for granularity, dtype in (("module", torch.bfloat16), ("model", torch.float32)):
+        exact = sample(cache(model, interval=3, order=1, granularity=granularity), noise, labels, num_steps=10)
+        with torch.autocast("cpu", torch.bfloat16):
+            cached = cache(model, interval=3, order=1, granularity=granularity)
+            images = sample(cached, noise, labels, num_steps=10)
+        assert cached._ring.storage.dtype == dtype
+        assert (images - exact).norm() < 0.05 * (exact - noise).norm()
+
+
+def test_another_batch_in_the_middle_of_a_run_begins_a_history_of_its_own():
+    """As when a loop of one's own lets guidance end and halves its batch."""
+    model = small_sit()
+    noise, labels = small_noise(4)
+    cached = cache(model, interval=4, order=1, num_steps=8)
+    for step in range(8):
+        rows = 4 if step < 3 else 2
+        out = cached(noise[:rows], torch.full((rows,), 1 - step / 8), labels[:rows])
+        assert out.velocity.shape[0] == rows
+    assert cached.full_steps == [0, 1, 3, 7]
+
+
+def test_an_error_bound_decides_where_the_full_steps_are():
+    model = small_sit().double()
+    noise, labels = small_noise(dtype=torch.float64)
+    full = sample(model, noise, labels, num_steps=40)
+    counts, errors = [], []
+    for bound in (1e-2, 1e-3, 1e-4):
+        cached = cache(model, "newton", order=2, max_error=bound)
+        errors.append((sample(cached, noise, labels, num_steps=40) - full).norm().item())
+        counts.append(cached.num_full)
+    assert counts[0] < counts[1] < counts[2] <= 40 and errors[0] > errors[1] > errors[2]
+
+
+def test_the_measured_error_is_that_of_the_forecast_that_was_not_used():
+    model = small_sit().double()
+    noise, labels = small_noise(dtype=torch.float64)
+    reports = []
+    cached = cache(model, "taylor", order=1, max_error=0.1)
+    cached.start(3)
+    cached._course.report = lambda *report: reports.append(report)
+    times = [torch.full((2,), t, dtype=torch.float64) for t in (1.0, 0.8, 0.6)]
+    first, second, third = (cached(noise * t[0], t, labels).velocity for t in times)
+    probe = cache(model, "taylor", order=1, interval=2, num_steps=3)
+    forecast = [probe(noise * t[0], t, labels).velocity for t in times][2]
+    assert cached.full_steps == [0, 1, 2]
+    assert [report[1:] for report in reports] == [(1, 1), (1, 2)]
+    assert reports[1][0] == pytest.approx(((forecast - third).norm() / third.norm()).item(), rel=1e-9)
+
+
+def test_settings_that_make_no_sense_for_a_run():
+    model = small_sit()
+    with pytest.raises(UserError, match="interval is 9; it must not be above the number of steps, 8"):
+        cache(model, interval=9, num_steps=8)
+    with pytest.raises(UserError, match="order is 4; of 8 steps 3 are full, so it must be at most 2"):
+        cache(model, interval=4, order=4, num_steps=8)
+
+
+def test_calls_outside_a_run():
+    noise, labels = small_noise()
+    cached = cache(small_sit(), interval=2, order=1)
+    with pytest.raises(RuntimeError, match="no run has begun; call start"):
+        cached(noise, torch.ones(2), labels)
+    cached.start(3)
+    for _ in range(3):
+        cached(noise, torch.ones(2), labels)
+    with pytest.raises(RuntimeError, match="this run had 3 evaluations and is over"):
+        cached(noise, torch.ones(2), labels)
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+def test_compiled_without_a_graph_break_it_draws_the_same(granularity):
+    model = small_sit()
+    noise, labels = small_noise()
+    settings = {"cfg_scale": 2.0, "guidance_low": 0.5, "null_label": 10, "num_steps": 10}
+    eager = sample(cache(model, interval=3, order=1, granularity=granularity), noise, labels, **settings)
+    torch._dynamo.reset()
+    compiled = cache(model, interval=3, order=1, granularity=granularity).compile(backend="aot_eager")
+    torch.testing.assert_close(sample(compiled, noise, labels, **settings), eager, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_model_has_the_cache_has():
+    model = small_sit()
+    cached = cache(model, interval=2, order=1)
+    assert cached.num_classes == 10 and cached.null_label == 10 and cached.dtype == torch.float32
+    assert not cached.training and {id(p) for p in cached.parameters()} == {id(p) for p in model.parameters()}
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = cached.nonsense

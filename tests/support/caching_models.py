@@ -1,0 +1,24 @@
+"""Small models for the tests of caching."""
+
+from __future__ import annotations
+
+import torch
+from haste.models import SiT
+from haste.sampling import initial_noise
+
+
+def small_sit(depth: int = 2, input_size: int = 8) -> SiT:
+    """With weights that make every block matter, and gates that differ from time to time."""
+    torch.manual_seed(0)
+    model = SiT(
+        input_size=input_size, patch_size=2, in_channels=1, hidden_size=32, depth=depth, num_heads=4, num_classes=10
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def small_noise(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (batch, 1, 8, 8) and labels (batch,)."""
+    return initial_noise((batch, 1, 8, 8), torch.Generator().manual_seed(1), dtype=dtype), torch.arange(batch)
