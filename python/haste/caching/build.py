@@ -50,7 +50,7 @@ def wrap(
 ) -> CachedModel:
     """A cache around a SiT or DiT, for a sampling loop of your own.
 
-        fast = wrap(model, num_steps=50, cache="taylor", granularity="model", interval=4, order=2)
+        fast = wrap(model, num_steps=50)
         ...                                      # the loop calls fast(x, t, y) where it called model(x, t, y)
         model = unwrap(fast)
 

@@ -117,7 +117,7 @@ class CachedModel(nn.Module):
                 is a step of its own and their times are evenly spaced.
 
         Raises:
-            UserError: a schedule or an order that makes no sense for so many steps.
+            UserError: a schedule, an order or a gate that makes no sense for so many steps.
         """
         if isinstance(evaluations, int):
             evaluations = [Evaluation(step, step, 1 - step / evaluations, LABEL) for step in range(evaluations)]
@@ -132,7 +132,7 @@ class CachedModel(nn.Module):
         self._plan = plan
         self._ring.clear()
         self._step: int | None = None
-        self._region = 0
+        self._region = self.region_of(0, self._num_steps)
         self.full_steps: list[int] = []
         self.num_full = self.num_skipped = 0
 

@@ -68,9 +68,9 @@ class GraphedFull(_Graphed):
         self._features: dict[tuple, Tensor] = {}
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
-        features = self._features.setdefault(_shape(out), None)
-        if features is None:
-            features = self._features[_shape(out)] = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        if _shape(out) not in self._features:
+            self._features[_shape(out)] = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        features = self._features[_shape(out)]
         output = self._run((x, t, y), (features,), lambda *inputs: inputs)
         out.copy_(features)
         return _copy(output)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import psutil
 import torch
 from torch import nn
 
@@ -44,8 +47,6 @@ def check_memory(model: nn.Module, settings: CacheSettings, rows: int, free: int
 
 
 def _bytes_per(model: nn.Module, settings: CacheSettings, granularity: str, rows: int) -> int:
-    from dataclasses import replace
-
     return cache_bytes(model, replace(settings, granularity=granularity), rows)
 
 
@@ -53,6 +54,4 @@ def free_bytes(device: torch.device) -> int:
     """What is left of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
     return psutil.virtual_memory().available

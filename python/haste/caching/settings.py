@@ -113,4 +113,4 @@ class CacheSettings:
 
 
 # What `haste sample --fast` and wrap(model) mean.
-FAST = CacheSettings(cache="newton", granularity="model", interval=4, order=4)
+FAST = CacheSettings(cache="newton", granularity="model", interval=4, order=2)

@@ -1,0 +1,100 @@
+"""CUDA graphs: the bookkeeping around them with a stand-in on the host, and the real thing where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from caching_models import small_noise, small_sit
+from haste.caching import graphs, wrap
+from haste.errors import UserError
+from haste.sampling import sample
+
+GUIDED = {"num_steps": 12, "cfg_scale": 2.0, "guidance_low": 0.3, "guidance_high": 0.8, "null_label": 10}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list:
+    """In place of a capture: a replay computes anew from the captured inputs, into the memory of the first output."""
+    captured = []
+
+    def stand_in(function, inputs):
+        output = function(*inputs)
+        captured.append(function.__name__)
+
+        def replay():
+            output[0].copy_(function(*inputs)[0])
+
+        return replay, output
+
+    monkeypatch.setattr(graphs, "capture", stand_in)
+    return captured
+
+
+def graphed(model, **settings):
+    """As CachedModel.capture leaves it, without its question for a GPU."""
+    cached = wrap(model, **settings)
+    (full, skipped), = cached._evaluate
+    cached._evaluate = [(graphs.GraphedFull(full), graphs.GraphedSkipped(skipped))]
+    return cached
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+def test_replayed_it_draws_the_same(granularity, captures):
+    settings = {"cache": "taylor", "interval": 3, "order": 2, "granularity": granularity}
+    model = small_sit()
+    noise, labels = small_noise()
+    expected = sample(wrap(model, **settings), noise, labels, num_steps=12)
+    cached = graphed(model, **settings)
+    for _ in range(2):  # the second run has nothing left to capture
+        assert torch.equal(sample(cached, noise, labels, num_steps=12), expected)
+        assert captures == ["full", "skipped"]
+
+
+def test_every_batch_of_a_guided_run_has_its_own_two(captures):
+    settings = {"cache": "newton", "interval": 3, "order": 1, "granularity": "module"}
+    model = small_sit()
+    noise, labels = small_noise()
+    expected = sample(wrap(model, **settings), noise, labels, **GUIDED)
+    assert torch.equal(sample(graphed(model, **settings), noise, labels, **GUIDED), expected)
+    # label alone and both halves; and while their histories differ, each half by itself
+    assert captures.count("full") == 2 and captures.count("skipped") <= 4
+
+
+def test_an_answer_survives_the_next_replay(captures):
+    model = small_sit()
+    noise, labels = small_noise()
+    cached = graphed(model, num_steps=4, cache="reuse", interval=2, granularity="model")
+    first = cached(noise, torch.ones(2), labels).velocity
+    kept = first.clone()
+    cached(noise * 2, torch.full((2,), 0.5), labels)
+    assert torch.equal(first, kept)
+
+
+def test_on_the_cpu_there_are_no_graphs():
+    with pytest.raises(UserError, match="the model is on cpu; it must be on a GPU for CUDA graphs"):
+        wrap(small_sit()).capture()
+
+
+@needs_gpu
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_replays_equal_eager_calls(granularity, dtype):
+    settings = {"cache": "taylor", "interval": 3, "order": 2, "granularity": granularity}
+    model = small_sit().to("cuda", dtype)
+    noise, labels = (tensor.cuda() for tensor in small_noise())
+    noise = noise.to(dtype)
+    expected = sample(wrap(model, **settings), noise, labels, **GUIDED)
+    cached = wrap(model, **settings).capture()
+    for _ in range(2):
+        torch.testing.assert_close(sample(cached, noise, labels, **GUIDED), expected)
+
+
+@needs_gpu
+def test_on_a_gpu_two_graphs_serve_a_whole_run():
+    model = small_sit().cuda()
+    noise, labels = (tensor.cuda() for tensor in small_noise())
+    cached = wrap(model, cache="taylor", interval=3, order=2, granularity="module").capture()
+    sample(cached, noise, labels, num_steps=20)
+    (full, skipped) = cached._evaluate[0]
+    assert len(full._captured) == len(skipped._captured) == 1

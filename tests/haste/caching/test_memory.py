@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from caching_models import small_noise, small_sit
+from haste.caching import CacheSettings, cache_bytes, check_memory, make_cache
+from haste.errors import UserError
+from haste.sampling import sample
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_the_estimate_is_what_a_run_takes(granularity, cfg_scale):
+    model = small_sit()
+    noise, labels = small_noise(3)
+    settings = CacheSettings(cache="taylor", granularity=granularity, interval=3, order=2)
+    cached = make_cache(model, settings)
+    sample(cached, noise, labels, num_steps=10, cfg_scale=cfg_scale, null_label=10)
+    assert cached.cache_bytes == cache_bytes(model, settings, 3 if cfg_scale == 1 else 6)
+    cached.release()
+    assert cached.cache_bytes == 0
+
+
+def test_delta_dit_keeps_one_tensor_and_no_cache_nothing():
+    model = small_sit()
+    one = 16 * 32 * 4
+    assert cache_bytes(model, CacheSettings(cache="delta-dit"), 5) == 5 * one
+    assert cache_bytes(model, CacheSettings(), 5) == 0
+    assert cache_bytes(model, CacheSettings(cache="delta-dit"), 1, torch.bfloat16) == one // 2
+
+
+def test_too_little_memory_names_a_granularity_that_would_fit():
+    model, settings = small_sit(), CacheSettings(cache="taylor", order=1)
+    gib = 2**20  # pictures at once, so that sizes are in GiB: per module 4 · 2 · 2 KiB each
+    check_memory(model, settings, gib, free=16 * 2**30)
+    with pytest.raises(UserError, match="per module takes 16.0 GiB for 1048576 pictures at once, and 9.0 GiB are free; "
+                       "--granularity block takes 8.0 GiB"):  # fmt: skip
+        check_memory(model, settings, gib, free=9 * 2**30)
+    with pytest.raises(UserError, match="--granularity model takes 4.0 GiB"):
+        check_memory(model, settings, gib, free=5 * 2**30)
+    with pytest.raises(UserError, match="2.0 GiB are free; 131072 pictures at once would fit"):
+        check_memory(model, settings, gib, free=2 * 2**30)
+
+
+def test_what_is_free_is_asked_of_the_machine():
+    check_memory(small_sit(), CacheSettings(cache="taylor"), 2)
+    with pytest.raises(UserError, match="GiB are free"):
+        check_memory(small_sit(), CacheSettings(cache="taylor"), 2**50)

@@ -1,0 +1,155 @@
+"""Models of the public repositories, stood in for by small ones with their parts, names and forms of answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from caching_models import small_noise, small_sit
+from haste.caching import unwrap, wrap
+from haste.caching.transformers import adapt
+from haste.errors import UserError
+from torch import nn
+
+
+class Block(nn.Module):
+    """timm's names; attention gives its output alone, and the block the tokens alone."""
+
+    def __init__(self, own) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp, self.adaLN_modulation = own.norm1, own.norm2, own.mlp, own.adaLN_modulation
+        self.attn = FirstOf(own.attn)
+
+    def forward(self, x, c):
+        shift, scale, gate, shift2, scale2, gate2 = (v[:, None] for v in self.adaLN_modulation(c).chunk(6, dim=1))
+        x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class FirstOf(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, own) -> None:
+        super().__init__()
+        self.embedding_table = own.embedding_table
+
+    def forward(self, labels, train):
+        assert train is False
+        return self.embedding_table(labels)
+
+
+class PublicModel(nn.Module):
+    """form: "sit" drops half of its channels, "dit" returns them all, "repa" returns a tuple, "odd" adds a residual."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        own = small_sit(depth=3)
+        self.form = form
+        self.in_channels = 1
+        self.x_embedder, self.t_embedder, self.pos_embed = own.x_embedder, own.t_embedder, own.pos_embed
+        self.y_embedder = LabelEmbedder(own.y_embedder)
+        self.blocks = nn.ModuleList(Block(block) for block in own.blocks)
+        self.final_layer = own.final_layer
+        channels = 2 if form in ("sit", "dit") else 1
+        torch.manual_seed(1)
+        self.final_layer.linear = nn.Linear(32, 4 * channels)
+        self.out_channels = channels
+
+    def unpatchify(self, x):
+        x = x.reshape(len(x), 4, 4, 2, 2, self.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), self.out_channels, 8, 8)
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.unpatchify(self.final_layer(x, c))
+        if self.form == "odd":
+            return x * 1.01
+        if self.form == "sit":
+            return x.chunk(2, dim=1)[0]
+        return (x, ["projections"]) if self.form == "repa" else x
+
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        """Guidance on the first channels, as DiT has it: both halves of the batch get the first one's image."""
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        eps, rest = out[:, : self.in_channels], out[:, self.in_channels :]
+        label, null = eps.chunk(2)
+        eps = null + cfg_scale * (label - null)
+        return torch.cat([torch.cat([eps, eps]), rest], dim=1)
+
+
+def run(model, form: str = "", steps: int = 8, **settings) -> torch.Tensor:
+    """A loop of somebody's own: Euler, calling the model as it likes to be called."""
+    fast = wrap(model, num_steps=steps, **settings) if settings else model
+    x, y = small_noise()
+    for step in range(steps):
+        out = fast(x, torch.full((2,), 1 - step / steps), y)
+        x = x - (out[0] if form == "repa" else out)[:, :1] / steps
+    return x
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+@pytest.mark.parametrize("form", ["sit", "dit", "repa"])
+@torch.no_grad()
+def test_public_models_are_forecast_as_ours_is(form, granularity):
+    model = PublicModel(form).eval()
+    settings = {"cache": "taylor", "order": 1, "granularity": granularity}
+    torch.testing.assert_close(run(model, form, **settings, interval=1), run(model, form), rtol=1e-4, atol=1e-5)
+    own = small_sit(depth=3)
+    if form == "repa":  # the same weights in our own model draw the same, forecasts and all
+        own.final_layer.linear = model.final_layer.linear
+        expected = run(own, "repa", **settings, interval=3)
+        torch.testing.assert_close(run(model, form, **settings, interval=3), expected, rtol=1e-4, atol=1e-5)
+    assert (run(model, form, **settings, interval=3) - run(model, form)).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_the_answer_keeps_its_form():
+    x, y = small_noise()
+    t = torch.ones(2)
+    for form, channels in (("sit", 1), ("dit", 2)):
+        model = PublicModel(form).eval()
+        assert wrap(model, num_steps=3, cache="reuse", interval=2)(x, t, y).shape == (2, channels, 8, 8)
+    fast = wrap(PublicModel("repa").eval(), num_steps=6, cache="reuse", interval=2)
+    answers = [fast(x, t, y) for _ in range(3)]
+    assert fast.num_skipped == 1 and all(type(answer) is tuple and len(answer) == 2 for answer in answers)
+
+
+@torch.no_grad()
+def test_a_method_of_the_model_runs_on_the_cache():
+    """DiT's guidance is a method that calls its own forward."""
+    model = PublicModel("dit").eval()
+    x, y = small_noise(4)
+    y[2:] = 10
+    fast = wrap(model, num_steps=4, cache="taylor", interval=3, order=1, granularity="model")
+    for step in range(4):
+        t = torch.full((4,), 1 - step / 4)
+        guided = fast.forward_with_cfg(x, t, y, 2.0)
+        if step < 2:
+            torch.testing.assert_close(guided, model.forward_with_cfg(x, t, y, 2.0), rtol=1e-4, atol=1e-5)
+    assert (fast.num_full, fast.num_skipped) == (2, 2)
+    assert unwrap(fast) is model
+
+
+def test_a_model_that_computes_something_else_is_refused():
+    x, y = small_noise()
+    with pytest.raises(UserError, match="a PublicModel, computes something else than its blocks and layers"):
+        wrap(PublicModel("odd").eval(), num_steps=4, cache="reuse", interval=2)(x, torch.ones(2), y)
+
+
+def test_models_without_the_parts_are_refused_by_the_part():
+    with pytest.raises(UserError, match="the model is a Linear without x_embedder; a cache can be wrapped around"):
+        adapt(nn.Linear(2, 2))
+    model = PublicModel("dit")
+    del model.blocks[0].mlp
+    with pytest.raises(UserError, match="without blocks.mlp"):
+        adapt(model)
