@@ -1,4 +1,4 @@
-"""haste: diffusion transformers that train faster (HASTE, REPA) and sample faster (TaylorSeer).
+"""haste: diffusion transformers that train faster (HASTE, REPA) and sample faster (feature caching).
 
     haste.models      SiT, the diffusion transformer
     haste.transport   the paths between noise and data, the velocity loss
@@ -9,7 +9,9 @@
     haste.training    the trainer, its recipes and its checkpoints
     haste.sampling    Euler, Heun and Euler-Maruyama samplers with guidance
     haste.caching     feature caching: most steps of a sampler at a fraction of their cost
-    haste.evaluation  distances between real and generated pictures
+    haste.generation  from a checkpoint to a folder of pictures
+    haste.evaluation  distances between real and generated pictures, and between two sets of generated ones
+    haste.sweep       quality against seconds, over many settings of caching
     haste.cli         the command `haste`
 
 The fused operations underneath are a package of their own, `haste_ext`.

@@ -79,7 +79,7 @@ class CacheSettings:
         return {**fields, "order": self.resolved_order, "granularity": self.granularity}
 
     def describe_cache(self) -> str:
-        """'taylor per module, interval 4, order 4', for titles; empty without a cache."""
+        """'Taylor per module, interval 4, order 4', for titles; empty without a cache."""
         if self.cache == "none":
             return ""
         when = f"full steps {self.full_steps}" if self.full_steps else f"interval {self.resolved_interval}"
@@ -87,7 +87,10 @@ class CacheSettings:
             return f"Δ-DiT, {when}"
         if self.max_error:
             when = f"error {self.max_error:g}, {when}"
-        return f"{self.cache} per {self.granularity}, {when}, order {self.resolved_order}"
+        name = self.cache.capitalize()
+        if self.cache == "reuse":
+            return f"{name} per {self.granularity}, {when}"
+        return f"{name} per {self.granularity}, {when}, order {self.resolved_order}"
 
     def check_cache(self) -> None:
         """UserError for flags that contradict each other; what the number of steps allows is checked with each run."""

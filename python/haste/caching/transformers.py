@@ -156,6 +156,8 @@ def adapt(model: nn.Module) -> Transformer:
     """The model as a cache sees it; UserError for one that it does not know."""
     if isinstance(model, SiT):
         return OwnTransformer(model)
+    if hasattr(model, "_orig_mod"):
+        raise UserError("the model is compiled; wrap the model itself, and compile the result by its compile()")
     parts = [part for part in MODEL_PARTS if not hasattr(model, part)]
     if not parts:
         blocks = list(model.blocks)

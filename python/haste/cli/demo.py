@@ -1,7 +1,7 @@
 """See HASTE at work on real handwritten digits, on one page: train, sample, judge, and look.
 
 A small vision transformer learns to read scikit-learn's digits, then a diffusion transformer learns from it to draw
-them. The page shows its pictures, TaylorSeer beside the same seeds in full, and how quality grew over training. Every
+them. The page shows its pictures, the same seeds with most steps forecast, and how quality grew over training. Every
 step is a `haste` command that is printed before it runs. Started again, the demo goes on where it was stopped.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from haste.caching import FAST
 from haste.cli import evaluate, sample, train
 from haste.errors import UserError
 from haste.training.checkpoint import write_atomically
@@ -38,12 +39,12 @@ class Args:
     """Seed of the training and of the samples."""
     num_steps: int = 50
     """Sampling steps of the pictures that are compared."""
-    interval: int = 4
-    """TaylorSeer: one full step every so many."""
-    order: int = 2
-    """TaylorSeer: order of the forecast; 0 repeats the last full step, published are up to 4."""
+    interval: int = FAST.resolved_interval
+    """Where steps are forecast: one full step every so many."""
+    order: int = FAST.resolved_order
+    """Where steps are forecast: the order; 0 repeats the last full step."""
     num_pictures: int = 100
-    """Pictures that are drawn twice, in full and with TaylorSeer."""
+    """Pictures that are drawn twice, in full and with most steps forecast."""
     num_fid_samples: int = 700
     """Pictures per checkpoint that is judged."""
 
@@ -73,7 +74,7 @@ def main(args: Args) -> None:
     with clock.stage("sample in full", commands[1]):
         full_samples = sample.sample_to_folder(full)
         sample.report(full_samples)
-    with clock.stage("sample with TaylorSeer", commands[2]):
+    with clock.stage("sample with forecasts", commands[2]):
         cached_samples = sample.sample_to_folder(cached)
         sample.report(cached_samples)
     with clock.stage("judge five checkpoints", commands[3]):
@@ -109,7 +110,7 @@ def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> sample
         num_steps=args.num_steps,
         labels="balanced",
         global_seed=args.seed,
-        **({"cache": "taylor", "interval": args.interval, "order": args.order} if cached else {}),
+        **(replace(FAST, interval=args.interval, order=args.order).cache_fields() if cached else {}),
     )
 
 

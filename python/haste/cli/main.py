@@ -18,7 +18,7 @@ from haste.errors import UserError
 SUBCOMMANDS = {
     "prepare": "make training data from pictures: crop, resize, encode to latents",
     "train": "train a SiT: with HASTE, with REPA, or plain",
-    "sample": "draw pictures from a checkpoint, all steps or with TaylorSeer",
+    "sample": "draw pictures from a checkpoint, every step in full or most of them forecast",
     "evaluate": "measure how far drawn pictures are from real ones",
     "report": "show one run, or several side by side, on one page",
     "demo": "train on handwritten digits, sample, and show it all on one page",

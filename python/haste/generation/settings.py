@@ -38,7 +38,7 @@ class SamplingSettings(CacheSettings):
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
 
     def describe(self) -> str:
-        """'50 Euler steps, guidance 1.5, taylor per module, interval 4, order 4', for titles."""
+        """'50 Euler steps, guidance 1.5, Taylor per module, interval 4, order 4', for titles."""
         parts = [f"{self.num_steps} {self.sampler.title()} steps"]
         if self.cfg_scale > 1:
             parts.append(f"guidance {self.cfg_scale:g}")

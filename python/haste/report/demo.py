@@ -1,4 +1,4 @@
-"""The page of `haste demo`: the pictures, TaylorSeer beside full sampling, curves, commands, timings and settings."""
+"""The page of `haste demo`: the pictures, forecast steps beside full ones, curves, commands, timings and settings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class DemoResults:
 
     @property
     def speedup(self) -> float:
-        """Seconds per picture in full over seconds per picture with TaylorSeer."""
+        """Seconds per picture in full over seconds per picture with forecasts."""
         return self.cached.drawn.pictures_per_second / self.full.drawn.pictures_per_second
 
     @property
@@ -73,11 +73,11 @@ def write_demo_page(
         facts(
             (f"{last['distance']:.2f}", "Fréchet distance to the real digits"),
             (f"{last['accuracy']:.0%}", "of samples show the requested digit"),
-            (f"{results.speedup:.2f}×", "images per second with TaylorSeer"),
+            (f"{results.speedup:.2f}×", "images per second with most steps forecast"),
             (f"{sum(seconds.values()):.0f} s", "for everything on this page"),
         ),
         samples_section(folder, results),
-        taylorseer_section(folder, results),
+        forecast_section(folder, results),
         training_section(folder, results),
         section(
             "The same by hand",
@@ -128,7 +128,7 @@ def samples_section(folder: Path, results: DemoResults) -> str:
     )
 
 
-def taylorseer_section(folder: Path, results: DemoResults) -> str:
+def forecast_section(folder: Path, results: DemoResults) -> str:
     full, cached = results.full.drawn, results.cached.drawn
     args = results.cached_settings
     difference = results.difference
@@ -140,7 +140,7 @@ def taylorseer_section(folder: Path, results: DemoResults) -> str:
             results.full.images[:COMPARED],
             results.cached.images[:COMPARED],
             results.full.labels[:COMPARED],
-            title=f"The same seeds in full and with TaylorSeer, interval {args.interval}, order {args.order}",
+            title=f"The same seeds in full and forecast: {args.describe_cache()}",
             names=(f"{full.full_per_picture} full steps", f"{cached.full_per_picture} full,\n{forecast} forecast"),
             theme=theme,
         )
@@ -154,20 +154,20 @@ def taylorseer_section(folder: Path, results: DemoResults) -> str:
     return section(
         "Most steps forecast instead of computed",
         paragraph(
-            "TaylorSeer computes only some sampling steps in full. At the others it forecasts the output of every "
-            "attention and MLP from those of the last full steps, through the operation taylor_extrapolate."
+            f"Only some sampling steps are computed in full. At the others ({args.describe_cache()}) the model's work "
+            "is forecast from that of the last full steps, as TaylorSeer does, by the operation taylor_extrapolate."
         ),
         both_themes(
             folder,
-            "taylorseer",
+            "forecast",
             draw,
-            alt="Digits drawn in full, the same seeds with TaylorSeer, and their absolute difference",
+            alt="Digits drawn in full, the same seeds with most steps forecast, and their absolute difference",
             caption=f"The pictures differ by {difference.mean():.1f} of 255 grey levels on average, by "
             f"{difference.max():.0f} at most, over all {len(difference)} pictures.",
         ),
         table(
             ("Sampling", "Full model evaluations", "Seconds", "Images per second", "Read as requested"),
-            (row("In full", results.full), row("TaylorSeer", results.cached)),
+            (row("In full", results.full), row("Forecast", results.cached)),
         ),
         paragraph(
             f"Steps computed in full are {full.full_per_picture / cached.full_per_picture:.2f} times fewer; the clock "

@@ -146,6 +146,11 @@ def test_a_model_that_computes_something_else_is_refused():
         wrap(PublicModel("odd").eval(), num_steps=4, cache="reuse", interval=2)(x, torch.ones(2), y)
 
 
+def test_a_compiled_model_is_refused_with_the_way_to_do_it():
+    with pytest.raises(UserError, match="the model is compiled; wrap the model itself, and compile the result by its"):
+        wrap(torch.compile(small_sit()))
+
+
 def test_models_without_the_parts_are_refused_by_the_part():
     with pytest.raises(UserError, match="the model is a Linear without x_embedder; a cache can be wrapped around"):
         adapt(nn.Linear(2, 2))
