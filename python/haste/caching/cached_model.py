@@ -246,8 +246,8 @@ class CachedModel(nn.Module):
         transformer = self.transformer
 
         def full(x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
-            tokens, c = transformer.embed(x, t, y)
-            return transformer.output(region.full(tokens, c, out), c)
+            c = transformer.conditioning(t, y)
+            return transformer.output(region.full(transformer.tokens(x), c, out), c)
 
         return full
 
@@ -255,7 +255,8 @@ class CachedModel(nn.Module):
         transformer = self.transformer
 
         def skipped(x: Tensor, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> Any:
-            tokens, c = transformer.embed(x, t, y)
+            c = transformer.conditioning(t, y)
+            tokens = transformer.tokens(x) if region.reads_tokens else None
             return transformer.output(region.skipped(tokens, c, snapshots, weights), c)
 
         return skipped

@@ -21,23 +21,27 @@ from haste.caching.transformers import Transformer, TransformerBlock
 
 class Region(Protocol):
     """modules: features kept per full evaluation. branch_outputs: they have the type that layers put out, which under
-    autocast is not that of the tokens."""
+    autocast is not that of the tokens. reads_tokens: a skipped evaluation starts from the tokens; if not, they are
+    None."""
 
     modules: int
     branch_outputs: bool
+    reads_tokens: bool
 
     def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor: ...
 
-    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor: ...
+    def skipped(self, tokens: Tensor | None, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor: ...
 
 
 class PerModule:
     """The output of every attention and MLP before its gate, as TaylorSeer (arXiv 2503.06923) has it.
 
     A skipped evaluation still computes every gate at its own time: tokens + Σ_l gate_l(t) ⊙ F̂_l, all in one launch.
+    A full one is SiTBlock.forward with a copy of either output, and with addcmul, which reads the tokens once less.
     """
 
     branch_outputs = True
+    reads_tokens = True
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -48,10 +52,10 @@ class PerModule:
             m = block.modulation(c)
             branch = block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
             out[2 * index].copy_(branch)
-            tokens = tokens + m.gate_attn.unsqueeze(1) * branch
+            tokens = torch.addcmul(tokens, m.gate_attn.unsqueeze(1), branch)
             branch = block.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
             out[2 * index + 1].copy_(branch)
-            tokens = tokens + m.gate_mlp.unsqueeze(1) * branch
+            tokens = torch.addcmul(tokens, m.gate_mlp.unsqueeze(1), branch)
         return tokens
 
     def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
@@ -67,6 +71,7 @@ class PerBlock:
     """
 
     branch_outputs = False
+    reads_tokens = True
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -86,6 +91,7 @@ class WholeModel:
     """The tokens after the last block, as TaylorSeer-Lite has it: a skipped evaluation runs the final layer alone."""
 
     branch_outputs = False
+    reads_tokens = False
     modules = 1
 
     def __init__(self, model: Transformer) -> None:
@@ -96,7 +102,7 @@ class WholeModel:
         out[0].copy_(tokens)
         return tokens
 
-    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
+    def skipped(self, tokens: None, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
         return haste_ext.taylor_extrapolate(snapshots[0], weights)
 
 
@@ -104,6 +110,7 @@ class BlockGroup:
     """What blocks first … last − 1 add to the tokens together; the others are run in every evaluation."""
 
     branch_outputs = False
+    reads_tokens = True
     modules = 1
 
     def __init__(self, model: Transformer, first: int, last: int) -> None:

@@ -41,8 +41,11 @@ class Transformer(Protocol):
     tokens_shape: tuple[int, int]
     dtype: torch.dtype
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, N, D) and conditioning c (B, D)."""
+    def tokens(self, x: Tensor) -> Tensor:
+        """The image as tokens (B, N, D)."""
+
+    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
+        """c (B, D)."""
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         """What the model returns, made of the last tokens."""
@@ -60,8 +63,11 @@ class OwnTransformer:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.embed(x, t, y)
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.model.tokens(x)
+
+    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.model.conditioning(t, y)
 
     def output(self, tokens: Tensor, c: Tensor) -> SiTOutput:
         return SiTOutput(self.model.finish(tokens, c), [], [])
@@ -111,9 +117,11 @@ class PublicTransformer:
     def dtype(self) -> torch.dtype:
         return next(self.model.final_layer.parameters()).dtype
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.model
-        return model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y, model.training)
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.model.x_embedder(x) + self.model.pos_embed
+
+    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.model.t_embedder(t) + self.model.y_embedder(y, self.model.training)
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         return self._in_form(self._image(tokens, c))
@@ -123,7 +131,7 @@ class PublicTransformer:
         if self._form is not None:
             return
         answer = self.model(x, t, y)
-        tokens, c = self.embed(x, t, y)
+        tokens, c = self.tokens(x), self.conditioning(t, y)
         for block in self.blocks:
             m = block.modulation(c)
             tokens = tokens + m.gate_attn.unsqueeze(1) * block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]

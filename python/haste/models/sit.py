@@ -271,7 +271,15 @@ class SiT(nn.Module):
         for name, value in (("t", t), ("y", y)):
             if value.shape != x.shape[:1]:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ({x.shape[0]},), as x")
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        return self.tokens(x), self.conditioning(t, y)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x (B, C, S, S) to tokens (B, N, width) with their positions."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) and y (B,) to what steers every block, (B, width)."""
+        return self.t_embedder(t) + self.y_embedder(y)
 
     def finish(self, tokens: Tensor, c: Tensor) -> Tensor:
         """The last tokens (B, N, width) and the conditioning to the velocity (B, C, S, S)."""

@@ -164,7 +164,7 @@ def _guided_velocity(
     def velocity(x: Tensor, t: Tensor, calls: list[Branches]) -> Tensor:
         rounded, outputs = x.to(dtype), []
         for branches in calls:
-            batch = rounded.repeat(len(branches), 1, 1, 1)
+            batch = rounded if len(branches) == 1 else torch.cat([rounded] * len(branches))
             times = torch.full((len(batch),), t.item(), dtype=dtype, device=x.device)
             v = model(batch, times, of_branches[branches])
             outputs += (v if isinstance(v, Tensor) else v[0]).double().chunk(len(branches))
