@@ -1,31 +1,37 @@
-"""Draw pictures from a checkpoint of `haste train`: PNGs, an .npz for evaluators, and a grid to look at.
+"""Draw pictures from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
 
-The flags are those of SiT's and REPA's generate.py. `--cache taylor` is TaylorSeer: only some steps are
-computed in full, and the others are forecast. A command that was stopped goes on with the pictures that are missing.
+The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
+`haste train`. `--cache taylor` is TaylorSeer: it computes only some steps in full and forecasts the others. A command
+that was stopped goes on with the pictures that are missing.
+
+On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
+import torch
 
 from haste.errors import UserError
 from haste.generation.drawing import Sampler
-from haste.generation.labels import choose_labels
+from haste.generation.filling import fill, settle_full_steps
+from haste.generation.labels import choose_labels, list_labels
+from haste.generation.processes import Processes
+from haste.generation.published_flags import PublishedFlags
 from haste.generation.sample_folder import SampleFolder, Samples
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import Student, load_student
 
-GRID_PICTURES = 100
+# In the grid. Of pictures wider than SMALL fewer are shown, as they are shown in their own size.
+SMALL, MANY, FEW = 64, 100, 40
 
 
 @dataclass(kw_only=True)
-class Args(SamplingSettings):
+class Args(SamplingSettings, PublishedFlags):
     """The flags of `haste sample`."""
 
     ckpt: Path
@@ -33,9 +39,13 @@ class Args(SamplingSettings):
     num_fid_samples: int = 100
     """How many pictures to draw. (50,000 for a published FID.)"""
     per_proc_batch_size: int = 128
-    """Pictures per batch. Changes the speed and the memory, not the pictures."""
+    """Pictures per batch of each process. Changes the speed and the memory, not the pictures."""
     sample_dir: Path | None = None
     """Where the folder of pictures goes; by default samples/ in the run's folder."""
+    fused_attn: bool = True
+    """Fused attention; --no-fused-attn computes it step by step."""
+    tf32: bool = True
+    """Let NVIDIA GPUs round fp32 matrix products to TF32."""
 
     def check(self) -> None:
         super().check()
@@ -46,15 +56,20 @@ class Args(SamplingSettings):
 
 def main(args: Args) -> None:
     """Draw, and say what came out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    report(sample_to_folder(args))
+    processes = Processes()
+    # Of several processes one tells what happens, all tell what is wrong.
+    logging.basicConfig(level=logging.INFO if processes.first else logging.WARNING, format="%(message)s")
+    samples = sample_to_folder(args)
+    if processes.first:
+        report(samples)
+    processes.leave()
 
 
 def report(samples: Samples) -> None:
     """Print how fast pictures came and where they are."""
     folder, drawn = samples.folder, samples.drawn
     print(
-        f"{len(samples.images)} pictures at {drawn.pictures_per_second:.1f} images/s "
+        f"{len(samples.labels)} pictures at {drawn.pictures_per_second:.1f} images/s "
         f"({drawn.seconds:.2f} s for {drawn.pictures}); {drawn.full_per_picture} of "
         f"{drawn.evaluations_per_picture} model evaluations were full"
     )
@@ -62,69 +77,53 @@ def report(samples: Samples) -> None:
 
 
 def sample_to_folder(args: Args) -> Samples:
-    """Draw what is missing of a command's pictures and write the .npz and the grid.
+    """Draw what is missing of a command's pictures and write the .npz and the grid; every process takes part.
 
     Raises UserError for settings or a checkpoint that cannot work, and for a folder that belongs to another command.
     """
+    args = replace(args, labels=list_labels(args.labels))
     args.check()
-    student = load_student(args.ckpt, args.ema)
+    processes = Processes()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    student = load_student(
+        args.ckpt, args.ema, device=processes.device, fused_attn=args.fused_attn, assume=args.assumed()
+    )
     sampler = Sampler(student, args)
-    labels = choose_labels(args.labels, args.global_seed, range(args.num_fid_samples), student.model.num_classes)
-    folder = SampleFolder(folder_path(args, student), settings_record(args, student))
-    draw_missing(sampler, folder, args.num_fid_samples, args.per_proc_batch_size)
-    images = folder.collect(args.num_fid_samples, labels)
-    write_grid(args, student, folder, images, labels)
-    return Samples(images, labels, folder)
+    args.refuse_other(student.model, student.recorded, 1 if sampler.latents is None else sampler.latents.factor)
+    count = args.num_fid_samples
+    labels = choose_labels(args.labels, args.global_seed, range(count), student.model.num_classes)
+    folder = processes.agree(lambda: SampleFolder(folder_path(args, student), settings_record(args, sampler)))
+    fill(settle_full_steps(sampler, folder, count, processes), folder, count, args.per_proc_batch_size, processes)
+
+    def finish() -> None:
+        folder.collect(labels)
+        write_grid(args, student, folder, labels)
+
+    processes.agree(finish)
+    return Samples(labels, folder)
 
 
 def folder_path(args: Args, student: Student) -> Path:
     """<sample_dir>/<checkpoint>-<sampler>-<steps>...: the settings that people vary are in the name."""
-    parts = [student.checkpoint.stem, args.sampler, str(args.num_steps)]
-    parts += [f"cfg{args.cfg_scale:g}", f"seed{args.global_seed}"]
-    if args.cache != "none":
-        parts.append(f"{args.cache}-i{args.resolved_interval}-o{args.resolved_order}")
-    return (args.sample_dir or student.run / "samples") / "-".join(parts)
+    return (args.sample_dir or student.run / "samples") / f"{student.checkpoint.stem}-{args.short_name()}"
 
 
-def settings_record(args: Args, student: Student) -> dict:
+def settings_record(args: Args, sampler: Sampler) -> dict:
     """Everything that decides the pictures, for sample.json. The time of the file tells a retrained checkpoint."""
-    checkpoint = {
-        "checkpoint": student.checkpoint.name,
-        "checkpoint_written": student.checkpoint.stat().st_mtime_ns,
-    }
-    return {**checkpoint, **args.sampling_fields()}
+    checkpoint = sampler.student.checkpoint
+    path_type = sampler.student.config.path_type
+    path = {} if path_type == "linear" else {"path_type": path_type}
+    vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
+    identity = {"checkpoint": checkpoint.name, "checkpoint_written": checkpoint.stat().st_mtime_ns}
+    return {**identity, **args.sampling_fields(), **vae, **path}
 
 
-def draw_missing(sampler: Sampler, folder: SampleFolder, count: int, batch_size: int) -> None:
-    """Draw the pictures below `count` that the folder lacks, in batches, under a progress bar."""
-    from tqdm import tqdm
-
-    missing = folder.missing(count)
-    if missing:
-        sampler.warm_up(min(len(missing), batch_size))
-    with tqdm(total=count, initial=count - len(missing), unit="image", desc="sample") as bar:
-        for start in range(0, len(missing), batch_size):
-            indices = missing[start : start + batch_size]
-            begin = perf_counter()
-            images, _ = sampler.draw(indices, advance(bar, len(indices)))
-            seconds = perf_counter() - begin
-            folder.add(indices, images, seconds, *sampler.calls)
-
-
-def advance(bar, pictures: int) -> Callable[[int, int], None]:
-    """Moves the bar by whole pictures while the steps of one batch go by."""
-    base = bar.n
-
-    def progress(step: int, steps: int) -> None:
-        bar.update(base + pictures * step // steps - bar.n)
-
-    return progress
-
-
-def write_grid(args: Args, student: Student, folder: SampleFolder, images: np.ndarray, labels: np.ndarray) -> None:
+def write_grid(args: Args, student: Student, folder: SampleFolder, labels: np.ndarray) -> None:
     """The labelled grid of the first pictures, in the order of their labels."""
     from haste.evaluation.pictures import draw_grid  # brings matplotlib
 
-    order = np.argsort(labels[:GRID_PICTURES], kind="stable")
-    title = f"{student.label}: {args.describe()}"
-    draw_grid(folder.grid, images[order], labels[order], title=title)
+    (first,) = folder.read(1)
+    shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
+    images = np.stack(list(folder.read(shown)))
+    order = np.argsort(labels[:shown], kind="stable")
+    draw_grid(folder.grid, images[order], labels[order], title=f"{student.label}: {args.describe()}")

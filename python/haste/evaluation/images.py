@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 from haste.training.checkpoint import write_atomically
 
 
@@ -33,12 +35,27 @@ def write_picture(path: Path, image: np.ndarray) -> None:
     write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
-def write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, with the labels (N,) beside it, whole or not at all."""
+def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, with the labels (N,) beside it, whole or not at all.
+
+    images: (H, W, 3) uint8 each, as many as labels. They are written as they come, so that 50,000 of 256 pixels, which
+    are 10 GB, need never be in memory together. Raises UserError if they differ in size.
+    """
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
-            np.savez(file, arr_0=images, labels=labels)
+        pictures = iter(images)
+        first = next(pictures)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape)}
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, header)
+                for _, picture in zip(range(len(labels)), itertools.chain([first], pictures), strict=True):
+                    if picture.shape != first.shape:
+                        sizes = f"{first.shape} and {picture.shape}"
+                        raise UserError(f"{path} cannot hold pictures of different sizes, {sizes}")
+                    entry.write(np.ascontiguousarray(picture).data)
+            with archive.open("labels.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.asarray(labels))
 
     write_atomically(path, write)
 
@@ -56,12 +73,21 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return images, labels
 
 
+def read_picture(path: Path) -> np.ndarray:
+    """One picture, (H, W, 3) uint8. Raises UserError if there is none."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # PIL's word for a damaged PNG
+        raise UserError(f"the picture {path} cannot be read: {in_one_line(error)}") from error
+
+
 def read_pictures(folder: Path) -> np.ndarray:
     """All PNGs of a folder in the order of their names, (N, H, W, 3) uint8. Raises UserError if there are none."""
     paths = sorted(folder.glob("*.png"))
     if not paths:
         raise UserError(f"{folder} holds no PNG pictures")
-    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    pictures = [read_picture(path) for path in paths]
     shapes = {picture.shape for picture in pictures}
     if len(shapes) > 1:
         raise UserError(f"{folder} holds pictures of different sizes, {sorted(shapes)}; they must all be alike")

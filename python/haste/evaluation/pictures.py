@@ -14,6 +14,10 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from haste.evaluation.style import LIGHT, Theme, save, styled, thousands
 
 TILE_INCHES = 0.62
+GRID_INCHES = 13.0  # a grid is at most so wide
+GRID_TILE_INCHES = 0.5  # a picture of a grid is at least so wide,
+LARGEST_TILE = 256  # and at most so many pixels
+GAP_INCHES, LABEL_INCHES = 0.06, 0.2  # between pictures, and above each for its label
 SMOOTHING_WINDOWS = 40  # a loss curve is smoothed over this fraction of its length
 
 LOSSES = {
@@ -33,19 +37,24 @@ def draw_grid(
     predictions: Sequence[int] | None = None,
     theme: Theme = LIGHT,
 ) -> None:
-    """A grid of pictures (N, H, W, 3) uint8, each under its label, small ones enlarged without smoothing.
+    """A grid of pictures (N, H, W, 3) uint8, each under its label: small ones enlarged without smoothing, those of
+    more than LARGEST_TILE pixels made smaller with it.
 
     With `predictions`, a picture in which the judge reads another label has its label in red with that answer.
     """
-    rows = math.ceil(len(images) / columns)
+    side = images.shape[1]
     with styled(theme):
-        size = (columns * TILE_INCHES, rows * TILE_INCHES * 1.3)
-        gaps = {"wspace": 0.12, "hspace": 0.42}
-        figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, gridspec_kw=gaps)
+        tile = max(GRID_TILE_INCHES, min(side, LARGEST_TILE) / plt.rcParams["savefig.dpi"])
+        columns = min(columns, int(GRID_INCHES / tile))
+        rows = math.ceil(len(images) / columns)
+        beside, above = GAP_INCHES / tile, LABEL_INCHES / tile
+        size = (tile * (columns + (columns - 1) * beside), tile * (rows + (rows - 1) * above))
+        whole = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": beside, "hspace": above}
+        figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, gridspec_kw=whole)
         for axes in grid.flat:
             axes.axis("off")
         for index, (axes, image, label) in enumerate(zip(grid.flat, images, labels, strict=False)):
-            axes.imshow(image, interpolation="nearest")
+            axes.imshow(image, interpolation="nearest" if side <= LARGEST_TILE else "auto")
             text, colour = str(label), theme.muted
             if predictions is not None and predictions[index] != label:
                 text, colour = f"{label} → {predictions[index]}", theme.error

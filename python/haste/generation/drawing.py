@@ -1,4 +1,4 @@
-"""From a checkpoint to 8-bit pictures, each a function of its own number alone.
+"""From a student to 8-bit pictures, each a function of its own number alone.
 
 Picture i of a seed has its own random generator for its label, its starting noise and the noise of the SDE. So it is
 the same picture in any batch size and in any number of pictures, up to the rounding of matrix products of other sizes.
@@ -6,18 +6,23 @@ the same picture in any batch size and in any number of pictures, up to the roun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from haste.caching import make_cache
 from haste.errors import UserError
 from haste.evaluation.images import to_uint8
 from haste.generation.labels import choose_labels, picture_generator
+from haste.generation.latents import latent_format
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import Student
-from haste.sampling import evaluations, initial_noise, sample
+from haste.sampling import Guidance, evaluations, initial_noise, sample
+from haste.vae import VAE
 
 
 class Sampler:
@@ -29,31 +34,49 @@ class Sampler:
     def __init__(self, student: Student, settings: SamplingSettings) -> None:
         settings.check()
         model = student.model
-        if model.in_channels not in (1, 3):
-            raise UserError(f"the model draws {model.in_channels} channels; pictures have 1 or 3")
-        if settings.cfg_scale > 1 and student.config.cfg_prob == 0:
+        if settings.cfg_scale > 1 and model.null_label is None:
             raise UserError(
                 f"--cfg-scale is {settings.cfg_scale:g}; it must be 1 for a model trained with --cfg-prob 0"
             )
         self.student = student
         self.settings = settings
+        self.latents = latent_format(student, settings.vae)
+        self.vae = None if self.latents is None else VAE(self.latents).to(self.device)
         self.cache = make_cache(model, settings)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.model.parameters()).device
 
     @property
     def calls(self) -> tuple[int, int]:
         """Model evaluations of the last batch, and how many of them were full; the others were forecast."""
         if self.cache is not None:
             return self.cache.num_full + self.cache.num_skipped, self.cache.num_full
-        count = len(evaluations(self.settings.sampler, self.settings.num_steps))
+        s = self.settings
+        guidance = Guidance(
+            s.cfg_scale, s.guidance_low, s.guidance_high, self.student.model.null_label, s.guidance_mode
+        )
+        count = len(evaluations(s.sampler, s.num_steps, guidance))
         return count, count
+
+    def with_full_steps(self, steps: Sequence[int]) -> Sampler:
+        """The same, with exactly these steps in full."""
+        listed = ",".join(map(str, steps))
+        settings = replace(self.settings, full_steps=listed, max_error=0.0, interval=None, first_enhance=2)
+        other = copy.copy(self)
+        other.settings, other.cache = settings, make_cache(self.student.model, settings)
+        return other
 
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
-        """Run the model once on `count` pictures: a clock that starts now does not time what a first call sets up."""
+        """Run the model once on `count` pictures, and the VAE on one: a clock that starts now does not time what a
+        first call sets up."""
         model = self.student.model
         like = next(model.parameters())
         x = like.new_zeros(count, model.in_channels, model.input_size, model.input_size)
         model(x, like.new_ones(count), torch.zeros(count, dtype=torch.int64, device=like.device))
+        self._to_pictures(x[:1])
 
     def draw(
         self, indices: Sequence[int], progress: Callable[[int, int], None] | None = None
@@ -63,22 +86,26 @@ class Sampler:
         `progress` is called after every step with the steps done and their number.
         """
         settings, model = self.settings, self.student.model
-        device = next(model.parameters()).device
         labels = choose_labels(settings.labels, settings.global_seed, indices, model.num_classes)
         generators = [picture_generator(settings.global_seed, index, "noise") for index in indices]
         shape = (len(indices), model.in_channels, model.input_size, model.input_size)
-        images = sample(
+        drawn = sample(
             self.cache or model,
-            initial_noise(shape, generators, dtype=model.dtype, device=device),
-            torch.from_numpy(labels).to(device),
+            initial_noise(shape, generators, dtype=model.dtype, device=self.device),
+            torch.from_numpy(labels).to(self.device),
             num_steps=settings.num_steps,
             sampler=settings.sampler,
             path=self.student.config.path_type,
             cfg_scale=settings.cfg_scale,
             guidance_low=settings.guidance_low,
             guidance_high=settings.guidance_high,
+            guidance=settings.guidance_mode,
             null_label=model.null_label,
             generator=generators,
             progress=progress,
         )
-        return to_uint8(images), labels
+        return to_uint8(self._to_pictures(drawn)), labels
+
+    def _to_pictures(self, drawn: Tensor) -> Tensor:
+        """What the student draws, as pictures (n, 1 or 3, H, W) in [-1, 1]."""
+        return drawn if self.vae is None else self.vae.decode(drawn)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 
 
 def picture_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -> torch.Generator:
@@ -25,7 +26,36 @@ def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: i
     try:
         listed = np.arange(num_classes) if policy == "balanced" else np.array([int(x) for x in policy.split(",")])
     except ValueError:
-        raise UserError(f"--labels is {policy!r}; it must be random, balanced, or classes such as 3,1,4") from None
-    if listed.min() < 0 or listed.max() >= num_classes:
-        raise UserError(f"--labels is {policy!r}; this model knows the classes 0 to {num_classes - 1}")
+        raise UserError(
+            f"--labels is {shorten(policy)}; it must be random, balanced, classes such as 3,1,4, or a file of them"
+        ) from None
+    unknown = listed[(listed < 0) | (listed >= num_classes)]
+    if len(unknown):
+        raise UserError(
+            f"--labels is {shorten(policy)} and has {unknown[0]}; this model knows the classes 0 to {num_classes - 1}"
+        )
     return listed[np.asarray(indices) % len(listed)]
+
+
+def list_labels(policy: str) -> str:
+    """The policy itself; in place of a file's name, the classes that stand on its lines, as 3,1,4."""
+    path = Path(policy).expanduser()
+    if len(policy) > 255 or not path.is_file():
+        return policy
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels is {policy}, which cannot be read as text: {in_one_line(error)}") from error
+    filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in filled:
+        if not line.isdecimal():
+            raise UserError(f"--labels is {policy}, whose line {number} is {shorten(line)}; it must be a class as 3")
+    if not filled:
+        raise UserError(f"--labels is {policy}, which is empty; it must have one class on each line")
+    return ",".join(line for _, line in filled)
+
+
+def shorten(value: object) -> str:
+    """A value as it is shown in a sentence: a list of 50,000 labels by its beginning."""
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -4,7 +4,7 @@ A folder takes pictures of one command only. Since a picture depends on its numb
 goes on with the numbers that are missing, and a larger count adds to what is there.
 
     <name>/000000.png ...   the pictures, in their own size
-    <name>/sample.json      settings, and the seconds that drawing took
+    <name>/sample.json      settings, the seconds that drawing took, and full steps that were measured
     <name>.npz              arr_0 (N, H, W, 3) uint8 as the ADM evaluator reads it, and labels (N,)
     <name>-grid.png         some of them, enlarged, with their labels
 """
@@ -12,17 +12,24 @@ goes on with the numbers that are missing, and a larger count adds to what is th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from haste.errors import UserError
-from haste.evaluation.images import picture_path, read_pictures, write_npz, write_picture
-from haste.training.checkpoint import write_atomically
+from haste.evaluation.images import picture_path, read_picture, write_npz, write_picture
+from haste.generation.labels import shorten
+from haste.training.checkpoint import remove_leftovers, write_atomically
 
 RECORD = "sample.json"
+
+THREADS = 8  # files that are read or written at a time
+CHUNK = 256  # pictures in memory while the .npz is written
 
 
 @dataclass
@@ -43,6 +50,8 @@ class Drawn:
 class SampleFolder:
     """A folder of samples that belongs to `settings`, a dictionary of plain values.
 
+    full_steps: those that --max-error has found, which hold for all pictures of the folder.
+
     Nothing is written before the first picture. Raises UserError if the folder holds anything but samples with exactly
     these settings.
     """
@@ -50,13 +59,14 @@ class SampleFolder:
     path: Path
     settings: dict[str, Any]
     drawn: Drawn = field(default_factory=Drawn)
+    full_steps: list[int] | None = None
 
     def __post_init__(self) -> None:
         record = self.path / RECORD
         if record.is_file():
             saved = read_record(self.path)
             self._refuse_other(saved["settings"])
-            self.drawn = Drawn(**saved["drawn"])
+            self.drawn, self.full_steps = Drawn(**saved["drawn"]), saved["full_steps"]
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} holds something else than samples; give another --sample-dir")
@@ -64,7 +74,7 @@ class SampleFolder:
     def _refuse_other(self, saved: dict[str, Any]) -> None:
         names = list(dict.fromkeys([*saved, *self.settings]))
         differences = [
-            f"{name} {saved.get(name, 'unset')}, now {self.settings.get(name, 'unset')}"
+            f"{name} {shorten(saved.get(name, 'unset'))}, now {shorten(self.settings.get(name, 'unset'))}"
             for name in names
             if saved.get(name) != self.settings.get(name)
         ]
@@ -78,19 +88,33 @@ class SampleFolder:
         """The numbers below `count` whose picture is not there yet."""
         return [index for index in range(count) if not picture_path(self.path, index).is_file()]
 
-    def add(self, indices: list[int], images: np.ndarray, seconds: float, evaluations: int, full: int) -> None:
-        """Write one batch (n, H, W, 3) uint8 and what it took."""
-        self._save()  # claims the folder before the first picture is in it
-        for index, image in zip(indices, images, strict=True):
-            write_picture(picture_path(self.path, index), image)
-        self.drawn = Drawn(self.drawn.pictures + len(indices), self.drawn.seconds + seconds, evaluations, full)
+    def write(self, indices: Sequence[int], images: np.ndarray) -> None:
+        """Write pictures (n, H, W, 3) uint8 under these numbers; any process may."""
+        if not (self.path / RECORD).is_file():
+            self._save()  # claims the folder before the first picture is in it
+        paths = [picture_path(self.path, index) for index in indices]
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(write_picture, paths, images))
+        except OSError as error:
+            raise UserError(f"the sample folder {self.path} cannot be written: {error.strerror or error}") from error
+
+    def count(self, pictures: int, seconds: float, evaluations: int, full: int) -> None:
+        """Keep in the record that so many pictures more were written, and what they took."""
+        self.drawn = Drawn(self.drawn.pictures + pictures, self.drawn.seconds + seconds, evaluations, full)
         self._save()
 
-    def collect(self, count: int, labels: np.ndarray) -> np.ndarray:
-        """The first `count` pictures (count, H, W, 3) uint8; writes the .npz with their labels beside the folder."""
-        images = read_pictures(self.path)[:count]
-        write_npz(self.npz, images, labels)
-        return images
+    def read(self, count: int) -> Iterator[np.ndarray]:
+        """The first `count` pictures, (H, W, 3) uint8 each. Raises UserError if one cannot be read."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, count, CHUNK):
+                numbers = range(start, min(start + CHUNK, count))
+                yield from pool.map(read_picture, [picture_path(self.path, number) for number in numbers])
+
+    def collect(self, labels: np.ndarray) -> None:
+        """Write the .npz with the first pictures and their labels (N,) beside the folder."""
+        remove_leftovers(self.path)
+        write_npz(self.npz, self.read(len(labels)), labels)
 
     @property
     def npz(self) -> Path:
@@ -101,7 +125,10 @@ class SampleFolder:
         return self.path.with_name(self.path.name + "-grid.png")
 
     def _save(self) -> None:
-        text = json.dumps({"settings": self.settings, "drawn": asdict(self.drawn)}, indent=2) + "\n"
+        record = {"settings": self.settings, "drawn": asdict(self.drawn)}
+        if self.full_steps is not None:
+            record["full_steps"] = self.full_steps
+        text = json.dumps(record, indent=2) + "\n"
         try:
             write_atomically(self.path / RECORD, lambda temporary: temporary.write_text(text))
         except OSError as error:
@@ -110,11 +137,15 @@ class SampleFolder:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a command of `haste sample` left: pictures (N, H, W, 3) uint8, their labels (N,), and the folder."""
+    """What a command of `haste sample` left: pictures with their labels (N,), and the folder."""
 
-    images: np.ndarray
     labels: np.ndarray
     folder: SampleFolder
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """All of them in memory, (N, H, W, 3) uint8."""
+        return np.stack(list(self.folder.read(len(self.labels))))
 
     @property
     def drawn(self) -> Drawn:
@@ -122,9 +153,10 @@ class Samples:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The content of a folder's sample.json: settings and drawn. Raises UserError if it is not one."""
+    """The content of a folder's sample.json: settings, drawn, and full_steps or None. UserError if it is not one."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        return {"settings": dict(record["settings"]), "drawn": dict(record["drawn"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        steps = record.get("full_steps")
+        return {"settings": dict(record["settings"]), "drawn": dict(record["drawn"]), "full_steps": steps}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RECORD} cannot be read as the record of a sample folder ({error})") from error

@@ -25,36 +25,83 @@ class SamplingSettings(CacheSettings):
     """Guide only from this time on, 0 being the picture ..."""
     guidance_high: float = 1.0
     """... up to this time, 1 being noise."""
+    guidance_mode: Literal["batched", "separate"] = "batched"
+    """Guided steps as one batch of twice the size, or in two halves that take half of the memory."""
     global_seed: int = 0
     """Same seed, same pictures, whatever the batch size."""
     labels: str = "random"
-    """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4."""
+    """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn: such as 3,1,4, or a text file
+    with one on each line."""
     ema: bool = True
     """Draw with the averaged weights; --no-ema draws with the trained ones."""
+    vae: str | None = None
+    """ema, mse, a hub name or a folder: what turns latents into pictures. None: what the checkpoint was trained with,
+    or ema where it does not tell."""
 
     @property
     def sampler(self) -> str:
         """The sampler's name in `haste.sampling`."""
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
 
+    @property
+    def guidance_interval(self) -> tuple[float, float] | None:
+        """Lowest and highest time of a guided step; None if all are."""
+        interval = (self.guidance_low, self.guidance_high)
+        return None if interval == (0.0, 1.0) else interval
+
     def describe(self) -> str:
         """'50 Euler steps, guidance 1.5, Taylor per module, interval 4, order 4', for titles."""
         parts = [f"{self.num_steps} {self.sampler.title()} steps"]
         if self.cfg_scale > 1:
-            parts.append(f"guidance {self.cfg_scale:g}")
+            within = "" if self.guidance_interval is None else " from {:g} to {:g}".format(*self.guidance_interval)
+            parts.append(f"guidance {self.cfg_scale:g}{within}")
         if self.cache != "none":
             parts.append(self.describe_cache())
         return ", ".join(parts)
 
+    def short_name(self) -> str:
+        """'euler-50-cfg1.5-seed0-taylor-module-i4-o4', for folders: the settings that people vary."""
+        parts = [self.sampler, str(self.num_steps), f"cfg{self.cfg_scale:g}"]
+        if self.guidance_interval is not None:
+            parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
+        parts.append(f"seed{self.global_seed}")
+        fields = self.cache_fields()
+        if self.cache != "none":
+            parts += [str(fields[name]) for name in ("cache", "granularity") if name in fields]
+            parts += [f"f{len(self.full_step_list)}"] if self.full_steps else []
+            letters = {"max_error": "e", "interval": "i", "order": "o", "gate": "g", "cached_blocks": "n"}
+            parts += [f"{letter}{fields[name]:g}" for name, letter in letters.items() if fields.get(name) is not None]
+        return "-".join(parts)
+
     def sampling_fields(self) -> dict:
         """Exactly the settings that decide the pictures, with the same names and types in every subclass."""
         own = set(SamplingSettings.__dataclass_fields__) - set(CacheSettings.__dataclass_fields__)
-        return {**{name: value for name, value in asdict(self).items() if name in own}, **self.cache_fields()}
+        fields = {name: value for name, value in asdict(self).items() if name in own}
+        del fields["guidance_mode"]  # decides where they are rounded, not what they are
+        if self.vae is None:
+            del fields["vae"]  # whose name is a checkpoint's own
+        return {**fields, **self.cache_fields()}
 
     def check(self) -> None:
         """UserError for settings that contradict each other; the sampler checks the values."""
         if self.heun and self.mode == "sde":
             raise UserError("--heun is a step of the ODE; it cannot be used with --mode sde")
+        self._check_guidance()
         self.check_cache()
+        if self.num_steps < 1:
+            raise UserError(f"--num-steps is {self.num_steps}; it must be at least 1")
         if self.global_seed < 0:
             raise UserError(f"--global-seed is {self.global_seed}; it must be at least 0")
+
+    def _check_guidance(self) -> None:
+        if not self.cfg_scale >= 1:
+            raise UserError(f"--cfg-scale is {self.cfg_scale:g}; it must be at least 1, which is no guidance")
+        if not self.guidance_low <= self.guidance_high:
+            raise UserError(
+                f"--guidance-low is {self.guidance_low:g}; it must not be above --guidance-high, {self.guidance_high:g}"
+            )
+        for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
+            value = getattr(self, name)
+            if self.cfg_scale == 1 and value != default:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {value:g}, and there is no guidance; it needs --cfg-scale above 1")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from haste.errors import UserError
 from haste.models.sit import SiT
-from haste.training.checkpoint import list_checkpoints, load_model
+from haste.training.checkpoint import Checkpoint, build_model, list_checkpoints, read_student
 from haste.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -18,11 +21,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Student:
-    """A trained model with the settings of its run and the checkpoint file that it came from."""
+    """A trained model with the settings of its run and the checkpoint file that it came from.
+
+    recorded: what that file tells besides: `args`, the settings of its run; `z_dims`, the widths of its projectors;
+    and, unless another trainer wrote it, `latents`, their format or None for pixels.
+    """
 
     model: SiT
     config: TrainConfig
     checkpoint: Path
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def run(self) -> Path:
@@ -37,20 +45,31 @@ class Student:
 
     @property
     def label(self) -> str:
-        """'digits, step 2,000', for titles."""
-        return f"{self.config.exp_name}, " + (self.checkpoint.stem if self.step is None else f"step {self.step:,}")
+        """'digits, step 2,000', for titles; the file's name where there is no more."""
+        where = self.checkpoint.stem if self.step is None else f"step {self.step:,}"
+        return f"{self.config.exp_name}, {where}" if self.config.exp_name else where
 
 
-def load_student(path: Path, ema: bool = True) -> Student:
+def load_student(
+    path: Path,
+    ema: bool = True,
+    *,
+    device: torch.device | None = None,
+    fused_attn: bool = True,
+    assume: Mapping[str, Any] | None = None,
+) -> Student:
     """The student of a checkpoint file, or of the newest whole checkpoint of a run's folder.
 
+    device: where it goes; by default the GPU if there is one.
+    assume: settings of the run for which the file has none, as a bare file of weights.
     Raises UserError if there is none, or if the file does not hold one.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(file: Path) -> Student:
-        model, config = load_model(file, ema=ema)
-        return Student(model.to(device), config, file)
+        content = read_student(file, assume)
+        model = build_model(content, ema, fused_attn).to(device)
+        return Student(model, TrainConfig.from_dict(content["args"]), file, what_is_recorded(content))
 
     if not path.is_dir():
         return load(path)
@@ -61,6 +80,13 @@ def load_student(path: Path, ema: bool = True) -> Student:
         except UserError as error:
             logger.warning("%s; looking for an earlier one", error)
     raise UserError(f"none of the {len(candidates)} checkpoints in {path / 'checkpoints'} is whole")
+
+
+def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
+    """`Student.recorded` of what `read_student` returns."""
+    last = re.compile(r"projectors\.\d+\.4\.weight")
+    z_dims = [len(weight) for name, weight in content["model"].items() if last.fullmatch(name)]
+    return {"z_dims": z_dims, **{name: content[name] for name in ("args", "latents") if name in content}}
 
 
 def run_checkpoints(run: Path) -> list[Path]:

@@ -14,6 +14,7 @@ import pickle
 import random
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,13 @@ def restore_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def both_weights(content: Checkpoint) -> dict[str, Weights]:
+def both_weights(content: Checkpoint, args: Mapping[str, Any] | None = None) -> dict[str, Weights]:
     """model and ema of a file of this trainer, of HASTE's, REPA's or SiT's, in our conventions.
 
     A bare file of weights, and one that holds only averaged ones, gives these for both.
+    args: the settings of its run; by default as the file has them.
     """
-    args = settings_of(content)
+    args = settings_of(content) if args is None else args
     alone = content.get("ema") or content
     return {part: to_our_conventions(content.get(part) or alone, args) for part in ("model", "ema")}
 
@@ -175,9 +177,11 @@ def settings_of(content: Checkpoint) -> dict[str, Any]:
     return vars(content["args"]) if "args" in content else {}
 
 
-def read_student(path: Path) -> Checkpoint:
+def read_student(path: Path, assume: Mapping[str, Any] | None = None) -> Checkpoint:
     """model, ema and model_config of a checkpoint of any of these trainers, and the settings of its run as `args`.
 
+    Also `latents`, the format of its latents or None for pixels, if the file tells.
+    assume: settings of the run for which the file has none.
     Raises UserError if the file is missing or holds no SiT.
     """
     if not path.is_file():
@@ -186,12 +190,14 @@ def read_student(path: Path) -> Checkpoint:
         content = read_file(path)
     except BrokenCheckpoint as error:
         raise UserError(str(error)) from error
-    args, weights = settings_of(content), both_weights(content)
+    args = {**(assume or {}), **settings_of(content)}
+    weights = both_weights(content, args)
     try:
         model_config = content.get("model_config") or infer_model_config(weights["model"], args)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
-    return {**weights, "model_config": model_config, "args": args}
+    known = {"latents": content["latents"]} if "latents" in content else {}
+    return {**weights, "model_config": model_config, "args": args, **known}
 
 
 def load_model(path: str | Path, ema: bool = True) -> tuple[SiT, TrainConfig]:
@@ -201,7 +207,13 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[SiT, TrainConfig]:
     Raises UserError if the file is missing or no checkpoint of this trainer, HASTE's, REPA's or SiT's.
     """
     student = read_student(Path(path))
-    model = SiT(**{**student["model_config"], "attention": "sdpa"}, z_dims=())  # which is everywhere
+    return build_model(student, ema), TrainConfig.from_dict(student["args"])
+
+
+def build_model(student: Checkpoint, ema: bool = True, fused_attn: bool = True) -> SiT:
+    """The model of what `read_student` returns, as `load_model` gives it."""
+    config = {**student["model_config"], "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
+    model = SiT(**config, z_dims=())
     weights = student["ema" if ema else "model"]
     model.load_state_dict({name: value for name, value in weights.items() if not name.startswith("projectors.")})
-    return model.eval(), TrainConfig.from_dict(student["args"])
+    return model.eval()

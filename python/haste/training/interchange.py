@@ -39,6 +39,8 @@ def infer_model_config(weights: Weights, args: Mapping[str, Any]) -> dict[str, A
         raise UserError(f"the weights are a SiT of depth {depth} and width {width}, which none of the known sizes has")
     projector = weights.get("projectors.0.0.weight")
     num_classes = args.get("num_classes") or rows - 1
+    if rows - num_classes not in (0, 1):
+        raise UserError(f"its table of labels has {rows} rows, which fits no model of {num_classes} classes")
     return {
         "depth": depth,
         "hidden_size": width,

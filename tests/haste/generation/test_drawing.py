@@ -68,7 +68,7 @@ def test_labels_follow_the_policy():
 
 @pytest.mark.parametrize(
     ("policy", "message"),
-    [("all", "random, balanced, or classes"), ("3,10", "classes 0 to 9"), ("-1", "classes 0 to 9")],
+    [("all", "random, balanced, classes such as"), ("3,10", "classes 0 to 9"), ("-1", "classes 0 to 9")],
 )
 def test_labels_that_do_not_exist_are_refused(policy, message):
     with pytest.raises(UserError, match=message):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from haste.errors import UserError
 from haste.evaluation.images import read_npz
-from haste.generation.sample_folder import SampleFolder, read_record
+from haste.generation.sample_folder import SampleFolder, Samples, read_record
+from picture_files import cut_short
 
 SETTINGS = {"checkpoint": "0000002.pt", "num_steps": 4, "labels": "random"}
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -17,33 +18,56 @@ def test_nothing_is_written_before_the_first_picture(tmp_path):
 
 def test_a_second_start_draws_what_is_missing_and_adds_up_the_seconds(tmp_path):
     first = SampleFolder(tmp_path / "s", SETTINGS)
-    first.add([0, 1, 2], PICTURES[:3], seconds=1.5, evaluations=4, full=2)
+    first.write([0, 1, 2], PICTURES[:3])
+    first.count(3, seconds=1.5, evaluations=4, full=2)
     (first.path / "000001.png").unlink()
 
     second = SampleFolder(tmp_path / "s", SETTINGS)
     assert second.missing(6) == [1, 3, 4, 5]
-    second.add([1, 3, 4, 5], PICTURES[[1, 3, 4, 5]], seconds=0.5, evaluations=4, full=2)
+    second.write([1, 3, 4, 5], PICTURES[[1, 3, 4, 5]])
+    second.count(4, seconds=0.5, evaluations=4, full=2)
     assert second.drawn.pictures == 7 and second.drawn.seconds == 2.0 and second.drawn.pictures_per_second == 3.5
     assert (second.drawn.evaluations_per_picture, second.drawn.full_per_picture) == (4, 2)
 
     labels = np.arange(6)
-    assert (second.collect(6, labels) == PICTURES).all()
+    second.collect(labels)
     images, saved = read_npz(tmp_path / "s.npz")
     assert (images == PICTURES).all() and (saved == labels).all()
+    assert (Samples(labels, second).images == PICTURES).all()
 
 
 def test_fewer_pictures_than_there_are_can_be_collected(tmp_path):
     folder = SampleFolder(tmp_path / "s", SETTINGS)
-    folder.add(list(range(6)), PICTURES, 1.0, 4, 4)
-    assert (folder.collect(2, np.zeros(2)) == PICTURES[:2]).all()
+    folder.write(range(6), PICTURES)
+    folder.collect(np.zeros(2))
+    assert (read_npz(folder.npz)[0] == PICTURES[:2]).all()
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+    folder = SampleFolder(tmp_path / "s", SETTINGS)
+    folder.write(range(3), PICTURES[:3])
+    cut_short(folder.path / "000001.png")
+    with pytest.raises(UserError, match="000001.png cannot be read"):
+        folder.collect(np.zeros(3))
+    assert not folder.npz.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    folder = SampleFolder(tmp_path / "s", SETTINGS)
+    folder.write([0], PICTURES[:1])
+    (folder.path / "000001.png").mkdir()  # what no rename replaces, whoever runs this
+    with pytest.raises(UserError, match="the sample folder .* cannot be written"):
+        folder.write([1], PICTURES[1:2])
 
 
 def test_a_folder_of_another_command_is_refused_with_what_differs(tmp_path):
-    SampleFolder(tmp_path / "s", SETTINGS).add([0], PICTURES[:1], 1.0, 4, 4)
+    SampleFolder(tmp_path / "s", SETTINGS).write([0], PICTURES[:1])
     with pytest.raises(UserError, match=r"another command \(num_steps 4, now 5\); give another --sample-dir"):
         SampleFolder(tmp_path / "s", {**SETTINGS, "num_steps": 5})
     with pytest.raises(UserError, match="interval unset, now 3"):
         SampleFolder(tmp_path / "s", {**SETTINGS, "interval": 3})
+    with pytest.raises(UserError, match="labels random, now 1,2,3,.{0,40}[.][.][.]\\);"):
+        SampleFolder(tmp_path / "s", {**SETTINGS, "labels": "1,2,3," * 1000})
     assert read_record(tmp_path / "s")["settings"] == SETTINGS
 
 
