@@ -1,0 +1,108 @@
+"""The published commands of REPA and HASTE, on checkpoints of theirs that are small."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from haste.cli.main import main
+from haste.evaluation.images import read_npz
+from haste.generation.published_flags import name_of
+from haste.models import SiT
+from latent_student import REST, SHAPE, random_weights, write_bare, write_ours, write_repas
+from picture_files import save_vae
+
+# As REPA's README has it, but for the numbers that are small here.
+PUBLISHED = [
+    "--model", "SiT-XL/2", "--num-fid-samples", "5", "--path-type=linear", "--encoder-depth=2",
+    "--projector-embed-dims=6", "--per-proc-batch-size=64", "--mode=sde", "--num-steps=4", "--cfg-scale=1.8",
+    "--guidance-high=0.7",
+]  # fmt: skip
+THE_REST = [
+    "--global-seed", "0", "--tf32", "--num_classes", "10", "--resolution", "16", "--no-fused-attn", "--no-qk-norm",
+    "--no-heun", "--guidance_low", "0.", "--no-legacy",
+]  # fmt: skip
+
+
+@pytest.fixture
+def vae(tmp_path):
+    return save_vae(tmp_path / "vae")
+
+
+def pictures(tmp_path, ckpt, vae, *flags: str, folder: str = "samples") -> np.ndarray:
+    """What a command draws."""
+    target = tmp_path / folder
+    main(["sample", "--ckpt", str(ckpt), "--vae", str(vae), "--sample-dir", str(target), *flags])
+    (npz,) = target.glob("*.npz")
+    return read_npz(npz)[0]
+
+
+def refusal(capsys, tmp_path, ckpt, vae, *flags: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        pictures(tmp_path, ckpt, vae, *flags)
+    assert exit_.value.code == 2 and not (tmp_path / "samples").exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [write_repas, write_bare])
+def test_a_published_command_draws_as_the_short_one_does(tmp_path, vae, write):
+    ckpt = write(tmp_path / "0400000.pt")
+    published = pictures(tmp_path, ckpt, vae, *PUBLISHED, *THE_REST, folder="published")
+    short = ["--num-fid-samples", "5", "--mode", "sde", "--num-steps", "4", "--cfg-scale", "1.8",
+             "--guidance-high", "0.7"]  # fmt: skip
+    ours = pictures(tmp_path, ckpt, vae, *short, "--no-fused-attn", folder="ours")
+    assert published.shape == (5, 16, 16, 3) and (published == ours).all() and published.std() > 1
+    assert [path.name for path in (tmp_path / "ours").iterdir() if path.is_dir()] == [
+        "0400000-euler-maruyama-4-cfg1.8-from0-to0.7-seed0"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--model SiT-B/2", "--model is SiT-B/2; it must be SiT-XL/2, as the checkpoint has it"),
+        ("--num-classes 1000", "--num-classes is 1000; it must be 10"),
+        ("--encoder-depth 8", "--encoder-depth is 8; it must be 2"),
+        ("--resolution 256", "--resolution is 256; it must be 16"),
+        ("--projector-embed-dims 768,1024", "--projector-embed-dims is 768,1024; it must be 6"),
+        ("--path-type cosine", "--path-type is cosine; it must be linear"),
+        ("--qk-norm", "--qk-norm is given, and the checkpoint's attention has no such norm"),
+    ],
+)
+def test_a_flag_that_says_what_the_checkpoint_is_not_is_refused(tmp_path, vae, capsys, flags, sentence):
+    ckpt = write_ours(tmp_path / "0000000.pt", vae)
+    assert sentence in refusal(capsys, tmp_path, ckpt, vae, *flags.split())
+
+
+def test_a_bare_file_goes_by_the_flags(tmp_path, vae, capsys):
+    ckpt = write_bare(tmp_path / "last.pt")
+    flags = ("--num-steps", "4", "--num-fid-samples", "2")
+    linear, cosine = (
+        pictures(tmp_path, ckpt, vae, *flags, "--mode", "sde", "--path-type", path, folder=path)
+        for path in ("linear", "cosine")
+    )
+    assert (linear != cosine).any()  # the score that the SDE takes from a velocity depends on the path
+    (record,) = (tmp_path / "cosine").glob("*/sample.json")
+    assert json.loads(record.read_text())["settings"]["path_type"] == "cosine"
+    message = "its table of labels has 11 rows, which fits no model of 1000 classes"
+    assert message in refusal(capsys, tmp_path, ckpt, vae, "--num-classes", "1000")
+
+
+def test_repas_older_names_are_known_with_legacy_or_without(tmp_path, vae):
+    new = random_weights()
+    old = {name.replace("blocks.2.", "decoder_blocks.0."): value for name, value in new.items()}
+    assert old.keys() != new.keys()
+    flags = ("--num-steps", "2", "--num-fid-samples", "2", "--encoder-depth", "2")
+    wanted = pictures(tmp_path, write_bare(tmp_path / "new.pt"), vae, *flags, folder="new")
+    for number, extra in enumerate([("--legacy",), ()]):
+        path = write_bare(tmp_path / f"old{number}.pt", old)
+        assert (pictures(tmp_path, path, vae, *flags, *extra, folder=f"old{number}") == wanted).all()
+
+
+def test_models_have_their_published_names():
+    assert name_of(SiT(**SHAPE, **REST)) == "SiT-XL/2"
+    with torch.device("meta"):
+        assert name_of(SiT(hidden_size=768, depth=12, num_heads=12)) == "SiT-B/2"
+        assert name_of(SiT(hidden_size=8, depth=1, num_heads=1)).startswith("a SiT of depth 1, hidden_size 8")
