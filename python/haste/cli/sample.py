@@ -1,8 +1,8 @@
 """Draw pictures from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
 
 The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
-`haste train`. `--cache taylor` is TaylorSeer: it computes only some steps in full and forecasts the others. A command
-that was stopped goes on with the pictures that are missing.
+`haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A command that
+was stopped goes on with the pictures that are missing.
 
 On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
 """
@@ -10,12 +10,14 @@ On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelera
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from haste.caching import FAST, CacheSettings
 from haste.errors import UserError
 from haste.generation.drawing import Sampler
 from haste.generation.filling import fill, settle_full_steps
@@ -36,6 +38,8 @@ class Args(SamplingSettings, PublishedFlags):
 
     ckpt: Path
     """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
+    fast: bool = False
+    """The recommended cache, in place of --cache and what goes with it."""
     num_fid_samples: int = 100
     """How many pictures to draw. (50,000 for a published FID.)"""
     per_proc_batch_size: int = 128
@@ -46,6 +50,22 @@ class Args(SamplingSettings, PublishedFlags):
     """Fused attention; --no-fused-attn computes it step by step."""
     tf32: bool = True
     """Let NVIDIA GPUs round fp32 matrix products to TF32."""
+    compile: bool = False
+    """Let torch.compile fuse the model. The first batch takes a minute or so longer."""
+    cuda_graphs: bool = True
+    """On a GPU and with a cache: replay full and forecast evaluations as CUDA graphs, but with --compile."""
+
+    def resolved(self) -> Args:
+        """The same, with --fast and a file of labels replaced by what they stand for."""
+        chosen: dict[str, Any] = {}
+        if self.fast:
+            for name, default in asdict(CacheSettings()).items():
+                value = getattr(self, name)
+                if value != default:
+                    flag = name.replace("_", "-")
+                    raise UserError(f"--{flag} is {value} beside --fast, which chooses it; give one or the other")
+            chosen = asdict(FAST)
+        return replace(self, fast=False, labels=list_labels(self.labels), **chosen)
 
     def check(self) -> None:
         super().check()
@@ -81,7 +101,7 @@ def sample_to_folder(args: Args) -> Samples:
 
     Raises UserError for settings or a checkpoint that cannot work, and for a folder that belongs to another command.
     """
-    args = replace(args, labels=list_labels(args.labels))
+    args = args.resolved()
     args.check()
     processes = Processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
@@ -93,7 +113,9 @@ def sample_to_folder(args: Args) -> Samples:
     count = args.num_fid_samples
     labels = choose_labels(args.labels, args.global_seed, range(count), student.model.num_classes)
     folder = processes.agree(lambda: SampleFolder(folder_path(args, student), settings_record(args, sampler)))
-    fill(settle_full_steps(sampler, folder, count, processes), folder, count, args.per_proc_batch_size, processes)
+    sampler = settle_full_steps(sampler, folder, count, processes)
+    sampler.speed_up(args.compile, args.cuda_graphs)
+    fill(sampler, folder, count, args.per_proc_batch_size, processes)
 
     def finish() -> None:
         folder.collect(labels)

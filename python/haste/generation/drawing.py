@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from haste.caching import make_cache
+from haste.caching.schedule import describe_steps
 from haste.errors import UserError
 from haste.evaluation.images import to_uint8
 from haste.generation.labels import choose_labels, picture_generator
@@ -60,22 +61,50 @@ class Sampler:
         count = len(evaluations(s.sampler, s.num_steps, guidance))
         return count, count
 
+    @property
+    def rows(self) -> int:
+        """Rows that the model sees for one picture at once, and the cache keeps: two under guidance."""
+        return 2 if self.settings.cfg_scale > 1 else 1
+
     def with_full_steps(self, steps: Sequence[int]) -> Sampler:
         """The same, with exactly these steps in full."""
-        listed = ",".join(map(str, steps))
-        settings = replace(self.settings, full_steps=listed, max_error=0.0, interval=None, first_enhance=2)
+        settings = replace(
+            self.settings,
+            full_steps=describe_steps(steps),
+            order=min(self.settings.resolved_order, len(steps) - 1),  # there is never more to forecast from
+            **dict.fromkeys(("interval", "first_enhance")),
+            max_error=0.0,
+        )
         other = copy.copy(self)
         other.settings, other.cache = settings, make_cache(self.student.model, settings)
         return other
 
+    def speed_up(self, compile: bool, cuda_graphs: bool) -> None:
+        """Draw the same with less overhead: through torch.compile, or on a GPU and with a cache through CUDA graphs."""
+        if compile and self.cache is not None:
+            self.cache.compile()
+        elif compile:
+            for block in self.student.model.blocks:  # all share one compilation
+                block.compile(fullgraph=True)
+        elif cuda_graphs and self.cache is not None and self.device.type == "cuda":
+            self.cache.capture()
+
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
-        """Run the model once on `count` pictures, and the VAE on one: a clock that starts now does not time what a
-        first call sets up."""
-        model = self.student.model
+        """Run the model once on `count` pictures, with a cache until a step was forecast, and the VAE on one picture: a
+        clock that starts now does not time what a first call sets up."""
+        model, rows = self.student.model, count * self.rows
         like = next(model.parameters())
-        x = like.new_zeros(count, model.in_channels, model.input_size, model.input_size)
-        model(x, like.new_ones(count), torch.zeros(count, dtype=torch.int64, device=like.device))
+        x = like.new_zeros(rows, model.in_channels, model.input_size, model.input_size)
+        inputs = (x, like.new_ones(rows), torch.zeros(rows, dtype=torch.int64, device=like.device))
+        if self.cache is None:
+            model(*inputs)
+        else:
+            self.cache.start(self.settings.num_steps)
+            for _ in range(self.settings.num_steps):
+                self.cache(*inputs)
+                if self.cache.num_skipped:
+                    break
         self._to_pictures(x[:1])
 
     def draw(

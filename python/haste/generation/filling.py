@@ -8,6 +8,8 @@ from collections.abc import Callable
 from itertools import groupby
 from time import perf_counter
 
+from haste.caching import check_memory
+from haste.caching.schedule import describe_steps
 from haste.generation.drawing import Sampler
 from haste.generation.processes import Processes
 from haste.generation.sample_folder import SampleFolder
@@ -28,7 +30,9 @@ def fill(sampler: Sampler, folder: SampleFolder, count: int, batch_size: int, pr
     missing = processes.agree(lambda: folder.missing(count))
     batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
     if batches:
-        sampler.warm_up(len(batches[0]))
+        largest = max(map(len, batches))
+        check_memory(sampler.student.model, sampler.settings, largest * sampler.rows)
+        sampler.warm_up(largest)
     with tqdm(
         total=count, initial=count - len(missing), unit="image", desc="sample", disable=not processes.first
     ) as bar:
@@ -80,11 +84,13 @@ def settle_full_steps(sampler: Sampler, folder: SampleFolder, count: int, proces
         folder.full_steps = processes.agree(lambda: measure_full_steps(sampler, min(CALIBRATION_PICTURES, count)))
     steps = folder.full_steps
     error, total = sampler.settings.max_error, sampler.settings.num_steps
-    logger.info("--max-error %g: %d of %d steps in full, %s", error, len(steps), total, ", ".join(map(str, steps)))
+    logger.info("--max-error %g: %d of %d steps are full, %s", error, len(steps), total, describe_steps(steps))
     return sampler.with_full_steps(steps)
 
 
 def measure_full_steps(sampler: Sampler, pictures: int) -> list[int]:
     """The full steps that an adaptive schedule finds for pictures 0, 1, ..., drawn as one batch."""
     sampler.draw(range(pictures))
-    return list(sampler.cache.full_steps)
+    steps = sampler.cache.full_steps
+    sampler.cache.release()
+    return steps
