@@ -5,7 +5,9 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from digits_run import write_run
+from haste.caching import FAST, memory
 from haste.cli import sample
 from haste.cli.main import main
 from haste.evaluation.images import read_npz, read_pictures
@@ -104,6 +106,84 @@ def test_a_checkpoint_that_was_trained_again_does_not_mix_with_its_old_samples(r
     main(["sample", "--ckpt", str(run), *QUICK])
     (run / "checkpoints" / "0000004.pt").touch()
     assert "checkpoint_written" in refusal(capsys, "--ckpt", str(run), *QUICK)
+
+
+def test_fast_is_the_recommended_cache(run, capsys):
+    steps = ("--num-steps", "12", "--num-fid-samples", "6")
+    main(["sample", "--ckpt", str(run), *steps, "--fast"])
+    (folder,) = [path for path in (run / "samples").iterdir() if path.is_dir()]
+    record = json.loads((folder / "sample.json").read_text())
+    assert FAST.cache_fields().items() <= record["settings"].items()
+    assert record["drawn"]["full_per_picture"] < record["drawn"]["evaluations_per_picture"] == 12
+    written = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.cache_fields().items()]
+    main(["sample", "--ckpt", str(run), *steps, *written])  # the same command, so nothing is left to draw
+    assert json.loads((folder / "sample.json").read_text()) == record
+    for flags in (("--cache", "taylor"), ("--interval", "3"), ("--first-enhance", "2")):
+        message = f"{flags[0]} is {flags[1]} beside --fast, which chooses it; give one or the other"
+        assert message in refusal(capsys, "--ckpt", str(run), "--fast", *flags)
+
+
+def test_full_steps_that_were_measured_hold_for_all_pictures_and_are_kept(run, caplog):
+    """The first pictures alone decide, so neither the batch nor a resumption changes a picture."""
+    settings = {"ckpt": run, "num_steps": 20, "cache": "taylor", "max_error": 0.05, "num_fid_samples": 10}
+    whole = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
+    steps = whole.folder.full_steps
+    assert steps[:2] == [0, 1] and 2 < len(steps) < 20
+    assert whole.drawn.full_per_picture == len(steps)
+    record = whole.folder.path / "sample.json"
+    assert json.loads(record.read_text())["full_steps"] == steps
+
+    parts = sample.Args(**settings, sample_dir=run / "parts", per_proc_batch_size=3)
+    assert np.abs(sample.sample_to_folder(parts).images.astype(int) - whole.images.astype(int)).max() <= 1
+    kept = [0, 1, 2, 3, 4, 9, 15]
+    record.write_text(json.dumps({**json.loads(record.read_text()), "full_steps": kept}))
+    (whole.folder.path / "000009.png").unlink()
+    again = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
+    assert again.drawn.full_per_picture == len(kept)
+
+
+def test_an_order_above_what_few_full_steps_allow_is_no_obstacle_to_measuring_them(run):
+    settings = {"ckpt": run, "num_steps": 6, "cache": "taylor", "max_error": 1e6, "num_fid_samples": 2}
+    assert len(sample.sample_to_folder(sample.Args(**settings)).folder.full_steps) < 5
+
+
+def test_a_cache_that_does_not_fit_into_memory_is_refused_before_the_first_step(run, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
+    flags = ("--ckpt", str(run), *QUICK, "--cache", "taylor", "--interval", "2", "--order", "1")
+    assert "the cache per module takes" in refusal(capsys, *flags, "--cfg-scale", "2")
+    assert not (run / "samples").exists()
+    main(["sample", *flags, "--per-proc-batch-size", "2"])
+
+
+@pytest.mark.parametrize("cached", [(), ("--cache", "taylor", "--interval", "3", "--order", "1")])
+def test_compiled_it_draws_the_same(run, monkeypatch, cached):
+    real, compiled = torch.compile, []
+
+    def quick(function, **options):
+        compiled.append(options)
+        return real(function, **{**options, "backend": "aot_eager"})
+
+    flags = ("sample", "--ckpt", str(run), "--num-steps", "8", "--num-fid-samples", "4", *cached)
+    main([*flags, "--sample-dir", str(run / "eager")])
+    assert not compiled
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", quick)
+        main([*flags, "--sample-dir", str(run / "compiled"), "--compile"])
+    assert compiled and all(options["fullgraph"] for options in compiled)
+    eager, other = (read_npz(next((run / name).glob("*.npz")))[0].astype(int) for name in ("eager", "compiled"))
+    assert np.abs(eager - other).max() <= 1
+
+
+def test_labels_from_a_file(run, tmp_path, capsys):
+    path = tmp_path / "labels.txt"
+    path.write_text("7\n0\n\n3\n")
+    main(["sample", "--ckpt", str(run), *QUICK, "--labels", str(path)])
+    assert read_npz(next((run / "samples").glob("*.npz")))[1].tolist() == [7, 0, 3, 7, 0, 3]
+    path.write_text("7\n0\n5\n")  # another content is another command
+    assert "(labels 7,0,3, now 7,0,5)" in refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))
+    for content, message in (("7\nsix\n", "whose line 2 is six; it must be a class"), ("\n", "which is empty")):
+        path.write_text(content)
+        assert f"--labels is {path}, {message}" in refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))
 
 
 @pytest.mark.parametrize(

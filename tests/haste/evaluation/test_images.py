@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,27 @@ def test_the_npz_is_the_adm_evaluators(tmp_path):
     read, read_labels = read_npz(tmp_path / "samples.npz")
     assert (read == pictures).all() and (read_labels == labels).all()
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]  # no leftovers
+
+
+def test_the_npz_is_written_picture_by_picture(tmp_path):
+    """All of them are never in memory together."""
+    one = random_pictures(1, size=64)[0]
+    count = 400
+    tracemalloc.start()
+    write_npz(tmp_path / "samples.npz", (one for _ in range(count)), np.zeros(count))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    images = read_npz(tmp_path / "samples.npz")[0]
+    assert images.shape == (count, 64, 64, 3) and (images == one).all()
+    assert peak < 0.2 * images.nbytes
+
+
+def test_an_npz_of_pictures_that_do_not_fit_together_is_not_written(tmp_path):
+    with pytest.raises(UserError, match=r"different sizes, \(8, 8, 3\) and \(9, 9, 3\)"):
+        write_npz(tmp_path / "s.npz", [*random_pictures(1), *random_pictures(1, size=9)], np.zeros(2))
+    with pytest.raises(ValueError, match="shorter"):
+        write_npz(tmp_path / "s.npz", random_pictures(2), np.zeros(3))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_npz_of_somebody_else_has_no_labels(tmp_path):

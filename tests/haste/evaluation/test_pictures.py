@@ -49,6 +49,16 @@ def test_a_grid_shows_every_picture_without_smoothing(tmp_path, theme):
     assert share(tmp_path / "grid.png", theme.background) > 0.2
 
 
+@pytest.mark.parametrize(("side", "shown"), [(200, 200), (256, 256), (512, 256)])
+def test_a_grid_shows_larger_pictures_in_their_own_size_up_to_a_limit(tmp_path, side, shown):
+    pictures = np.full((12, side, side, 3), (200, 0, 0), dtype=np.uint8)
+    draw_grid(tmp_path / "grid.png", pictures, range(12), title="twelve")
+    red = (np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")) == (200, 0, 0)).all(axis=2)
+    columns = min(10, int(13.0 * 160 / shown))  # dots per inch
+    assert red.sum(axis=1).max() == pytest.approx(columns * shown, abs=2 * columns)
+    assert red.sum(axis=0).max() == pytest.approx(2 * shown, abs=4)
+
+
 def test_a_wrong_reading_is_marked_and_a_right_one_is_not(tmp_path):
     pictures = flat_pictures((0, 0, 0), (0, 0, 0))
     draw_grid(tmp_path / "right.png", pictures, [3, 4], title="", predictions=[3, 4])

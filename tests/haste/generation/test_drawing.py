@@ -136,3 +136,29 @@ def test_guidance_without_a_null_class_is_refused(tmp_path):
 def test_the_settings_that_decide_the_pictures_leave_out_an_unused_cache():
     assert "interval" not in SamplingSettings().sampling_fields()
     assert SamplingSettings(cache="taylor", interval=7).sampling_fields()["interval"] == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "euler-50-cfg1-seed0"),
+        ({"heun": True, "num_steps": 25, "cfg_scale": 1.5, "global_seed": 3}, "heun-25-cfg1.5-seed3"),
+        ({"mode": "sde", "cfg_scale": 1.8, "guidance_high": 0.7}, "euler-maruyama-50-cfg1.8-from0-to0.7-seed0"),
+        ({"cache": "newton", "granularity": "model"}, "euler-50-cfg1-seed0-newton-model-i4-o4"),
+        ({"cache": "taylor", "full_steps": "0,1,5", "order": 1}, "euler-50-cfg1-seed0-taylor-module-f3-o1"),
+        ({"cache": "taylor", "max_error": 0.1}, "euler-50-cfg1-seed0-taylor-module-e0.1-i10-o4"),
+        ({"cache": "delta-dit", "gate": 30, "cached_blocks": 21}, "euler-50-cfg1-seed0-delta-dit-i2-g30-n21"),
+    ],
+)
+def test_the_name_of_a_folder_tells_what_people_vary(settings, name):
+    assert SamplingSettings(**settings).short_name() == name
+
+
+def test_guidance_in_two_halves_draws_the_same(run):
+    student, settings = load_student(run), {"num_steps": 8, "cfg_scale": 2.0, "guidance_high": 0.7}
+    batched, separate = (
+        Sampler(student, SamplingSettings(**settings, guidance_mode=mode)) for mode in ("batched", "separate")
+    )
+    difference = batched.draw(range(5))[0].astype(int) - separate.draw(range(5))[0].astype(int)
+    assert np.abs(difference).max() <= 1
+    assert batched.calls == (8, 8) and separate.calls == (13, 13)  # guided at 0.625, 0.5, 0.375, 0.25 and 0.125
