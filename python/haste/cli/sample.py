@@ -53,7 +53,7 @@ class Args(SamplingSettings, PublishedFlags):
     compile: bool = False
     """Let torch.compile fuse the model. The first batch takes a minute or so longer."""
     cuda_graphs: bool = True
-    """On a GPU and with a cache: replay full and forecast evaluations as CUDA graphs, but with --compile."""
+    """On a GPU, with a cache and without --compile: replay full and forecast evaluations as CUDA graphs."""
 
     def resolved(self) -> Args:
         """The same, with --fast and a file of labels replaced by what they stand for."""

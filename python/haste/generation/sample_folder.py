@@ -112,9 +112,15 @@ class SampleFolder:
                 yield from pool.map(read_picture, [picture_path(self.path, number) for number in numbers])
 
     def collect(self, labels: np.ndarray) -> None:
-        """Write the .npz with the first pictures and their labels (N,) beside the folder."""
+        """Write the .npz with the first pictures and their labels (N,) beside the folder. UserError if it cannot be."""
         remove_leftovers(self.path)
-        write_npz(self.npz, self.read(len(labels)), labels)
+        try:
+            write_npz(self.npz, self.read(len(labels)), labels)
+        except OSError as error:
+            raise UserError(
+                f"{self.npz} cannot be written: {error.strerror or error}; the pictures are all there, and the same "
+                "command tries again"
+            ) from error
 
     @property
     def npz(self) -> Path:

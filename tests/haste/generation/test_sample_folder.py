@@ -58,6 +58,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (folder.path / "000001.png").mkdir()  # what no rename replaces, whoever runs this
     with pytest.raises(UserError, match="the sample folder .* cannot be written"):
         folder.write([1], PICTURES[1:2])
+    folder.npz.mkdir()
+    with pytest.raises(UserError, match="s.npz cannot be written: .*; the pictures are all there"):
+        folder.collect(np.zeros(1))
 
 
 def test_a_folder_of_another_command_is_refused_with_what_differs(tmp_path):
