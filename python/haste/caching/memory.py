@@ -26,24 +26,28 @@ def cache_bytes(model: nn.Module, settings: CacheSettings, rows: int, dtype: tor
     return cached.regions[0].modules * slots * rows * tokens * dim * (dtype or cached.dtype).itemsize
 
 
-def check_memory(model: nn.Module, settings: CacheSettings, rows: int, free: int | None = None) -> None:
-    """UserError if the snapshots of `rows` pictures at once do not fit, with what would.
+def check_memory(
+    model: nn.Module, settings: CacheSettings, pictures: int, guided: bool = False, free: int | None = None
+) -> None:
+    """UserError if the snapshots of so many pictures at once do not fit, with what would.
 
     free: bytes; by default what the device of the model has left.
     """
+    rows = 2 * pictures if guided else pictures
     needed = cache_bytes(model, settings, rows)
     free = free_bytes(next(model.parameters()).device) if free is None else free
     if needed <= free:
         return
+    per = "" if settings.cache == "delta-dit" else f" per {settings.granularity}"
     message = (
-        f"the cache per {settings.granularity} takes {needed / 2**30:.1f} GiB for {rows} pictures at once, and "
+        f"the cache{per} takes {needed / 2**30:.1f} GiB for {pictures} pictures at once, and "
         f"{free / 2**30:.1f} GiB are free"
     )
     fitting = [name for name in ("block", "model") if _bytes_per(model, settings, name, rows) <= free]
     if settings.cache != "delta-dit" and settings.granularity == "module" and fitting:
         taken = _bytes_per(model, settings, fitting[0], rows)
         raise UserError(f"{message}; --granularity {fitting[0]} takes {taken / 2**30:.1f} GiB")
-    raise UserError(f"{message}; {max(1, rows * free // needed)} pictures at once would fit")
+    raise UserError(f"{message}; {pictures * free // needed} pictures at once (--per-proc-batch-size) would fit")
 
 
 def _bytes_per(model: nn.Module, settings: CacheSettings, granularity: str, rows: int) -> int:

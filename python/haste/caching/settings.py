@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from haste.errors import UserError
@@ -115,5 +115,18 @@ class CacheSettings:
         return f"with --cache {self.cache}"
 
 
-# What `haste sample --fast` and wrap(model) mean.
+# What wrap(model) means, and `haste sample --fast` for the ODE.
 FAST = CacheSettings(cache="newton", granularity="model", interval=4, order=2)
+
+LEAST_STEPS = 8  # below, most steps of FAST would be full
+
+
+def fast_settings(num_steps: int, noisy: bool) -> CacheSettings:
+    """What `haste sample --fast` means; UserError for a run too short to leave anything out.
+
+    noisy: the sampler adds noise at every step, as the SDE's does. A high order would multiply it.
+    """
+    if num_steps < LEAST_STEPS:
+        raise UserError(f"--fast leaves out most of many steps, and --num-steps is {num_steps}; it must be at least "
+                        f"{LEAST_STEPS}, or go without --fast")  # fmt: skip
+    return replace(FAST, order=1) if noisy else FAST

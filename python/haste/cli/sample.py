@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from haste.caching import FAST, CacheSettings
+from haste.caching import CacheSettings, fast_settings
 from haste.errors import UserError
 from haste.generation.drawing import Sampler
 from haste.generation.filling import fill, settle_full_steps
@@ -52,8 +52,8 @@ class Args(SamplingSettings, PublishedFlags):
     """Let NVIDIA GPUs round fp32 matrix products to TF32."""
     compile: bool = False
     """Let torch.compile fuse the model. The first batch takes a minute or so longer."""
-    cuda_graphs: bool = True
-    """On a GPU, with a cache and without --compile: replay full and forecast evaluations as CUDA graphs."""
+    cuda_graphs: bool = False
+    """On a GPU and with a cache: replay full and forecast evaluations as CUDA graphs. Not yet tried on a GPU."""
 
     def resolved(self) -> Args:
         """The same, with --fast and a file of labels replaced by what they stand for."""
@@ -64,7 +64,7 @@ class Args(SamplingSettings, PublishedFlags):
                 if value != default:
                     flag = name.replace("_", "-")
                     raise UserError(f"--{flag} is {value} beside --fast, which chooses it; give one or the other")
-            chosen = asdict(FAST)
+            chosen = asdict(fast_settings(self.num_steps, noisy=self.mode == "sde"))
         return replace(self, fast=False, labels=list_labels(self.labels), **chosen)
 
     def check(self) -> None:

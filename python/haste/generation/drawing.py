@@ -80,13 +80,15 @@ class Sampler:
         return other
 
     def speed_up(self, compile: bool, cuda_graphs: bool) -> None:
-        """Draw the same with less overhead: through torch.compile, or on a GPU and with a cache through CUDA graphs."""
+        """Draw the same with less overhead: through torch.compile, or with a cache on a GPU through CUDA graphs."""
         if compile and self.cache is not None:
             self.cache.compile()
         elif compile:
             for block in self.student.model.blocks:  # all share one compilation
                 block.compile(fullgraph=True)
-        elif cuda_graphs and self.cache is not None and self.device.type == "cuda":
+        if cuda_graphs and self.cache is None:
+            raise UserError("--cuda-graphs is given without a cache; it needs --fast or --cache")
+        if cuda_graphs:
             self.cache.capture()
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ def fill(sampler: Sampler, folder: SampleFolder, count: int, batch_size: int, pr
     batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
     if batches:
         largest = max(map(len, batches))
-        check_memory(sampler.student.model, sampler.settings, largest * sampler.rows)
+        check_memory(sampler.student.model, sampler.settings, largest, guided=sampler.rows == 2)
         sampler.warm_up(largest)
     with tqdm(
         total=count, initial=count - len(missing), unit="image", desc="sample", disable=not processes.first

@@ -38,8 +38,10 @@ def test_too_little_memory_names_a_granularity_that_would_fit():
         check_memory(model, settings, gib, free=9 * 2**30)
     with pytest.raises(UserError, match="--granularity model takes 4.0 GiB"):
         check_memory(model, settings, gib, free=5 * 2**30)
-    with pytest.raises(UserError, match="2.0 GiB are free; 131072 pictures at once would fit"):
+    with pytest.raises(UserError, match="2.0 GiB are free; 131072 pictures at once .--per-proc-batch-size. would fit"):
         check_memory(model, settings, gib, free=2 * 2**30)
+    with pytest.raises(UserError, match="32.0 GiB for 2097152 pictures at once, .* 1048576 pictures"):
+        check_memory(model, CacheSettings(cache="taylor", order=1, granularity="block"), gib * 2, True, free=16 * 2**30)
 
 
 def test_what_is_free_is_asked_of_the_machine():
