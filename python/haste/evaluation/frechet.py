@@ -20,39 +20,46 @@ from haste.errors import UserError
 # ‖root·root − matrix‖ / ‖matrix‖ of a healthy decomposition is about 1e-15 times the dimension.
 ROOT_TOLERANCE = 1e-8
 
+BLOCK = 4096  # feature vectors that are converted to double precision at once
+
 # Below this many samples per feature dimension the estimated covariance is too noisy to compare small distances.
 ADVISED_SAMPLES_PER_DIMENSION = 10
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (D,) and covariance (D, D), both float64, of `count` feature vectors."""
+    """Mean (D,) and covariance (D, D), both float64, of `count` feature vectors; None: stored without their number."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int
+    count: int | None
 
     @property
     def dimension(self) -> int:
         return self.mean.shape[0]
 
 
-def fit_gaussian(features: np.ndarray) -> Gaussian:
-    """Mean and unbiased covariance of features (N, D), any real dtype, computed in float64.
+def fit_gaussian(features: np.ndarray, what: str = "samples") -> Gaussian:
+    """Mean and unbiased covariance of features (N, D), any real dtype, computed in float64. what: for messages.
 
     Raises UserError if the features are not a matrix, are not finite, or are too few.
     """
-    features = np.asarray(features, dtype=np.float64)
+    features = np.asarray(features)
     if features.ndim != 2:
         raise UserError(f"features have shape {features.shape}; they must be a matrix (samples, dimension)")
     count, dimension = features.shape
-    check_sample_size(count, dimension)
+    check_sample_size(count, dimension, what)
     if not np.isfinite(features).all():
         raise UserError("features hold values that are not finite; the samples or the network are broken")
-    return Gaussian(features.mean(axis=0), np.cov(features, rowvar=False).reshape(dimension, dimension), count)
+    mean = features.mean(axis=0, dtype=np.float64)
+    scatter = np.zeros((dimension, dimension))
+    for start in range(0, count, BLOCK):
+        centred = features[start : start + BLOCK] - mean
+        scatter += centred.T @ centred
+    return Gaussian(mean, scatter / (count - 1), count)
 
 
-def check_sample_size(count: int, dimension: int) -> str | None:
+def check_sample_size(count: int, dimension: int, what: str = "samples") -> str | None:
     """One sentence of caution if `count` samples make the distance noisy in `dimension` dimensions, else None.
 
     Raises UserError if they are no more than the dimensions: the covariance is then singular, and the distance would
@@ -61,14 +68,14 @@ def check_sample_size(count: int, dimension: int) -> str | None:
     advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
     if count <= dimension:
         raise UserError(
-            f"{count} samples are too few for a Fréchet distance in {dimension} feature dimensions; it needs more "
+            f"{count} {what} are too few for a Fréchet distance in {dimension} feature dimensions; it needs more "
             f"than {dimension}, and {advised} are advised"
         )
     if count >= advised:
         return None
     return (
-        f"The distance rests on {count} samples in {dimension} feature dimensions and is biased upwards; "
-        f"compare it only with distances of as many samples, or use at least {advised}."
+        f"The distance rests on {count} {what} in {dimension} feature dimensions and is biased upwards; "
+        f"compare it only with distances of as many {what}, or use at least {advised}."
     )
 
 

@@ -55,6 +55,18 @@ def test_moments_are_numpys_in_double_precision():
     assert fitted.count == 500 and fitted.dimension == 5
 
 
+def test_moments_of_more_than_one_block_are_those_of_all(monkeypatch):
+    monkeypatch.setattr("haste.evaluation.frechet.BLOCK", 64)
+    features = np.random.default_rng(1).standard_normal((150, 3))
+    assert fit_gaussian(features).covariance == pytest.approx(np.cov(features.T), rel=1e-12)
+
+
+def test_samples_of_shifted_gaussians_are_as_far_apart_as_these():
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((20_000, 4)), 2.0 * rng.standard_normal((20_000, 4)) + 0.5
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(b)) == pytest.approx(4 * 0.5**2 + 4 * (2 - 1) ** 2, rel=0.05)
+
+
 def test_one_feature_is_a_one_by_one_covariance():
     assert fit_gaussian(np.array([[1.0], [2.0], [3.0]])).covariance == pytest.approx(np.array([[1.0]]))
 
