@@ -1,0 +1,289 @@
+"""Inception v3 (Szegedy et al., arXiv 1512.00567) as the Fréchet Inception distance uses it, from weights on disk.
+
+Published FIDs rest on one TensorFlow network of 5 December 2015 with 1,008 classes. Its weights go about in two files:
+the state dict pt_inception-2015-12-05-6726825d.pth, which is loaded into the network below, and the TorchScript module
+inception-2015-12-05.pt, which brings its own code. This network differs from the one in the paper and in other
+libraries: average pools do not count the padding, and the last block's pool takes the maximum.
+
+Not compared with the real weights: these are not shipped, and no machine that tested this file had them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from haste.errors import UserError, in_one_line
+
+CLASSES = 1008
+FEATURES = 2048
+INPUT_SIZE = 299
+
+
+class Convolution(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def row(in_channels: int, out_channels: int, length: int = 7) -> Convolution:
+    """1 × length, of the same size as before."""
+    return Convolution(in_channels, out_channels, (1, length), padding=(0, length // 2))
+
+
+def column(in_channels: int, out_channels: int, length: int = 7) -> Convolution:
+    """length × 1, of the same size as before."""
+    return Convolution(in_channels, out_channels, (length, 1), padding=(length // 2, 0))
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """3 × 3, of the same size as before; at the border over the pixels that are there."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class BlockA(nn.Module):
+    """35 × 35: figure 5 of the paper, the 5 × 5 kept (Mixed_5b to Mixed_5d)."""
+
+    def __init__(self, channels: int, pool_channels: int) -> None:
+        super().__init__()
+        self.branch1x1 = Convolution(channels, 64, 1)
+        self.branch5x5_1 = Convolution(channels, 48, 1)
+        self.branch5x5_2 = Convolution(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = Convolution(channels, 64, 1)
+        self.branch3x3dbl_2 = Convolution(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Convolution(96, 96, 3, padding=1)
+        self.branch_pool = Convolution(channels, pool_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), five, double, self.branch_pool(average_pool(x))], dim=1)
+
+
+class BlockB(nn.Module):
+    """35 × 35 to 17 × 17: figure 10 (Mixed_6a)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch3x3 = Convolution(channels, 384, 3, stride=2)
+        self.branch3x3dbl_1 = Convolution(channels, 64, 1)
+        self.branch3x3dbl_2 = Convolution(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Convolution(96, 96, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class BlockC(nn.Module):
+    """17 × 17: figure 6, n = 7 (Mixed_6b to Mixed_6e)."""
+
+    def __init__(self, width: int, channels: int = 768) -> None:
+        super().__init__()
+        self.branch1x1 = Convolution(channels, 192, 1)
+        self.branch7x7_1 = Convolution(channels, width, 1)
+        self.branch7x7_2 = row(width, width)
+        self.branch7x7_3 = column(width, 192)
+        self.branch7x7dbl_1 = Convolution(channels, width, 1)
+        self.branch7x7dbl_2 = column(width, width)
+        self.branch7x7dbl_3 = row(width, width)
+        self.branch7x7dbl_4 = column(width, width)
+        self.branch7x7dbl_5 = row(width, 192)
+        self.branch_pool = Convolution(channels, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(average_pool(x))], dim=1)
+
+
+class BlockD(nn.Module):
+    """17 × 17 to 8 × 8 (Mixed_7a)."""
+
+    def __init__(self, channels: int = 768) -> None:
+        super().__init__()
+        self.branch3x3_1 = Convolution(channels, 192, 1)
+        self.branch3x3_2 = Convolution(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = Convolution(channels, 192, 1)
+        self.branch7x7x3_2 = row(192, 192)
+        self.branch7x7x3_3 = column(192, 192)
+        self.branch7x7x3_4 = Convolution(192, 192, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        three = self.branch3x3_2(self.branch3x3_1(x))
+        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
+        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class BlockE(nn.Module):
+    """8 × 8: figure 7 (Mixed_7b, Mixed_7c). pool: what stands before the last branch's convolution."""
+
+    def __init__(self, channels: int, pool: str) -> None:
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Convolution(channels, 320, 1)
+        self.branch3x3_1 = Convolution(channels, 384, 1)
+        self.branch3x3_2a = row(384, 384, 3)
+        self.branch3x3_2b = column(384, 384, 3)
+        self.branch3x3dbl_1 = Convolution(channels, 448, 1)
+        self.branch3x3dbl_2 = Convolution(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = row(384, 384, 3)
+        self.branch3x3dbl_3b = column(384, 384, 3)
+        self.branch_pool = Convolution(channels, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        three = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        pooled = average_pool(x) if self.pool == "average" else F.max_pool2d(x, 3, stride=1, padding=1)
+        return torch.cat(
+            [
+                self.branch1x1(x),
+                self.branch3x3_2a(three), self.branch3x3_2b(three),
+                self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
+                self.branch_pool(pooled),
+            ],
+            dim=1,
+        )  # fmt: skip
+
+
+class Inception(nn.Module):
+    """The network; its parameters have the names of the public state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Convolution(32, 32, 3)
+        self.Conv2d_2b_3x3 = Convolution(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
+        self.Conv2d_4a_3x3 = Convolution(80, 192, 3)
+        self.Mixed_5b = BlockA(192, pool_channels=32)
+        self.Mixed_5c = BlockA(256, pool_channels=64)
+        self.Mixed_5d = BlockA(288, pool_channels=64)
+        self.Mixed_6a = BlockB(288)
+        self.Mixed_6b = BlockC(128)
+        self.Mixed_6c = BlockC(160)
+        self.Mixed_6d = BlockC(160)
+        self.Mixed_6e = BlockC(192)
+        self.Mixed_7a = BlockD()
+        self.Mixed_7b = BlockE(1280, pool="average")
+        self.Mixed_7c = BlockE(2048, pool="maximum")
+        self.fc = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) uint8 to features (B, 2048) and class probabilities (B, 1008), float32.
+
+        The probabilities are taken without the last layer's bias, as the Inception score always was.
+        """
+        features = self.features(normalise(resize(pictures.float())))
+        return features, F.linear(features, self.fc.weight).softmax(dim=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, 299, 299) in [−1, 1] to (B, 2048), the mean over the last 8 × 8."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, 3, stride=2)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = F.max_pool2d(x, 3, stride=2)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
+        x = self.Mixed_6a(x)
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        return x.mean(dim=(2, 3))
+
+
+class ScriptedInception(nn.Module):
+    """The TorchScript module, which resizes and normalises uint8 pictures itself; called like Inception."""
+
+    def __init__(self, module: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return self.module(pictures, return_features=True), self.module(pictures, no_output_bias=True)
+
+
+def resize(pictures: Tensor, size: int = INPUT_SIZE) -> Tensor:
+    """(B, C, H, W) float to (B, C, size, size), bilinear as in TensorFlow 1: pixel i looks at i·H/size.
+
+    Corners are aligned at the first pixel alone, and nothing is smoothed where pictures become smaller. F.interpolate
+    looks at (i + ½)·H/size − ½; the difference moves a published FID.
+    """
+
+    def along(x: Tensor, dim: int) -> Tensor:
+        old = x.shape[dim]
+        place = torch.arange(size, dtype=torch.float64) * old / size
+        low = place.long()
+        high = (low + 1).clamp(max=old - 1)
+        shape = [1] * x.dim()
+        shape[dim] = size
+        weight = (place - low).to(x).view(shape)
+        low, high = (x.index_select(dim, index.to(x.device)) for index in (low, high))
+        return low + (high - low) * weight
+
+    return along(along(pictures, 2), 3)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """0 … 255 to −1 … 0.992: (x − 128) / 128, as the network was trained."""
+    return (pixels - 128.0) / 128.0
+
+
+def load_inception(path: Path) -> Inception | ScriptedInception:
+    """The network in either file, in eval mode. Nothing in a file is executed but TorchScript.
+
+    Raises UserError if the file is missing or is neither.
+    """
+    if not path.is_file():
+        raise UserError(f"the weights of Inception are {path}, which is no file; it must be inception-2015-12-05.pt or "
+                        "pt_inception-2015-12-05-6726825d.pth")  # fmt: skip
+    if is_torchscript(path):
+        return load_scripted(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file leads the loader to raise anything
+        raise UserError(f"{path} cannot be loaded as weights of Inception: {in_one_line(error)}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}; it must hold the state dict of Inception")
+    network = Inception()
+    try:
+        network.load_state_dict(dict(state))  # a plain dict: old files have no count of batches, and need none
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold the weights of FID's Inception: {in_one_line(error)}") from error
+    return network.eval()
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive with code in it."""
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def load_scripted(path: Path) -> ScriptedInception:
+    """The TorchScript module; UserError if it cannot be called as the public one is."""
+    try:
+        network = ScriptedInception(torch.jit.load(path, map_location="cpu").eval())
+        with torch.no_grad():
+            features, probabilities = network(torch.zeros(1, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} cannot be used as FID's Inception, called with return_features=True and with "
+            f"no_output_bias=True: {in_one_line(error)}"
+        ) from error
+    if features.shape != (1, FEATURES) or probabilities.dim() != 2:
+        raise UserError(
+            f"{path} gives features of shape {tuple(features.shape)}; FID's Inception gives (1, {FEATURES})"
+        )
+    return network

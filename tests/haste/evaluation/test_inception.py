@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from haste.errors import UserError
+from haste.evaluation.inception import Inception, average_pool, load_inception, normalise, resize
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the public file is TorchScript
+
+
+@pytest.fixture(scope="module")
+def network() -> Inception:
+    torch.manual_seed(0)
+    return Inception().eval()
+
+
+@pytest.fixture(scope="module")
+def state_file(network, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+class Scripted(nn.Module):
+    """Called as the public TorchScript module is, with features that tell the picture."""
+
+    def __init__(self, width: int = 2048) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        mean = x.float().mean(dim=(1, 2, 3)).unsqueeze(1)
+        if return_features:
+            return mean.expand(-1, self.width)
+        return (mean if no_output_bias else 1.0 + mean).expand(-1, 1008)
+
+
+def test_it_has_the_tensors_of_the_public_state_dict(network):
+    state = network.state_dict()
+    assert len(state) == 94 * 6 + 2  # convolutions with their batch norm, and the last layer
+    # The network of the common libraries has 23,834,568 without its second head, and 1,000 classes.
+    assert sum(p.numel() for p in network.parameters()) == 23_834_568 + 8 * (2048 + 1)
+    expected = {
+        "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3),
+        "Conv2d_1a_3x3.bn.running_var": (32,),
+        "Conv2d_4a_3x3.conv.weight": (192, 80, 3, 3),
+        "Mixed_5b.branch1x1.conv.weight": (64, 192, 1, 1),
+        "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
+        "Mixed_5d.branch_pool.conv.weight": (64, 288, 1, 1),
+        "Mixed_6a.branch3x3dbl_3.conv.weight": (96, 96, 3, 3),
+        "Mixed_6b.branch7x7_2.conv.weight": (128, 128, 1, 7),
+        "Mixed_6c.branch7x7_3.conv.weight": (192, 160, 7, 1),
+        "Mixed_6e.branch7x7dbl_5.conv.weight": (192, 192, 1, 7),
+        "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
+        "Mixed_7b.branch3x3_2a.conv.weight": (384, 384, 1, 3),
+        "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
+        "Mixed_7c.branch_pool.bn.bias": (192,),
+        "fc.weight": (1008, 2048),
+        "fc.bias": (1008,),
+    }
+    assert {name: tuple(state[name].shape) for name in expected} == expected
+
+
+@torch.no_grad()
+def test_pictures_of_any_size_give_features_and_probabilities(network):
+    sizes = {}
+    hooks = [
+        getattr(network, name).register_forward_hook(lambda module, x, y, name=name: sizes.update({name: y.shape[1:]}))
+        for name in ("Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c")
+    ]
+    features, probabilities = network(torch.randint(0, 256, (1, 3, 20, 32), dtype=torch.uint8))
+    for hook in hooks:
+        hook.remove()
+    assert sizes == {
+        "Conv2d_4a_3x3": (192, 71, 71),
+        "Mixed_5d": (288, 35, 35),
+        "Mixed_6e": (768, 17, 17),
+        "Mixed_7c": (2048, 8, 8),
+    }
+    assert features.shape == (1, 2048) and probabilities.shape == (1, 1008)
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    expected = (features @ network.fc.weight.T).softmax(dim=1)  # the bias has no part in it
+    assert torch.allclose(probabilities, expected)
+
+
+def test_where_it_differs_from_the_common_network(network):
+    assert average_pool(torch.ones(1, 1, 4, 4)).eq(1).all()  # padding that counted would darken the border
+    assert all(m.eps == 0.001 for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    assert network.Mixed_7b.pool == "average" and network.Mixed_7c.pool == "maximum"
+
+
+def test_resizing_is_tensorflow_ones():
+    """Pixel i of the result looks at i·old/new and never beyond the last pixel."""
+    ramp = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 4, 4)
+    assert resize(ramp, 8)[0, 0, 0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
+    assert resize(ramp.mT, 8)[0, 0, :, 0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
+    assert resize(ramp, 2)[0, 0, 0].tolist() == [0.0, 2.0]  # nothing is smoothed
+    picture = torch.rand(2, 3, 299, 299)
+    assert resize(picture).equal(picture)
+
+
+def test_pixels_become_minus_one_to_one():
+    assert normalise(torch.tensor([0.0, 128.0, 255.0])).tolist() == [-1.0, 0.0, 127 / 128]
+
+
+@torch.no_grad()
+def test_a_state_dict_is_loaded_with_and_without_the_counts_of_batches(network, state_file, tmp_path):
+    old = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+    torch.save(old, tmp_path / "old.pth")
+    x = torch.rand(1, 3, 80, 80)
+    for path in (state_file, tmp_path / "old.pth"):
+        loaded = load_inception(path)
+        assert not loaded.training
+        assert loaded.Conv2d_2b_3x3(loaded.Conv2d_2a_3x3(loaded.Conv2d_1a_3x3(x))).equal(
+            network.Conv2d_2b_3x3(network.Conv2d_2a_3x3(network.Conv2d_1a_3x3(x)))
+        )
+        assert all(loaded.state_dict()[name].equal(value) for name, value in old.items())
+
+
+def test_a_torchscript_module_is_called_for_features_and_for_probabilities(tmp_path):
+    torch.jit.script(Scripted()).save(tmp_path / "inception-2015-12-05.pt")
+    features, probabilities = load_inception(tmp_path / "inception-2015-12-05.pt")(
+        torch.full((2, 3, 9, 9), 7, dtype=torch.uint8)
+    )
+    assert features.shape == (2, 2048) and features.eq(7).all()
+    assert probabilities.shape == (2, 1008) and probabilities.eq(7).all()  # without the bias
+
+
+class Unpickled:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_files_that_are_no_inception_are_refused(network, tmp_path):
+    with pytest.raises(UserError, match="nowhere.pth, which is no file; it must be inception-2015-12-05.pt or"):
+        load_inception(tmp_path / "nowhere.pth")
+    state = dict(network.state_dict())
+    torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "classes.pth")
+    torch.save({**state, "AuxLogits.fc.bias": torch.zeros(1000)}, tmp_path / "head.pth")
+    del state["Mixed_7c.branch1x1.bn.weight"]
+    torch.save(state, tmp_path / "lacking.pth")
+    for name in ("classes", "head", "lacking"):
+        with pytest.raises(UserError, match="does not hold the weights of FID's Inception"):
+            load_inception(tmp_path / f"{name}.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(UserError, match="holds a Tensor; it must hold the state dict"):
+        load_inception(tmp_path / "tensor.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(UserError, match="cannot be loaded as weights"):
+        load_inception(tmp_path / "text.pth")
+    torch.jit.script(Scripted(64)).save(tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"features of shape \(1, 64\); FID's Inception gives \(1, 2048\)"):
+        load_inception(tmp_path / "other.pt")
+    torch.jit.script(nn.ReLU()).save(tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="cannot be used as FID's Inception"):
+        load_inception(tmp_path / "foreign.pt")
+
+
+def test_no_code_of_a_pickle_runs(tmp_path):
+    torch.save({"fc.weight": Unpickled(str(tmp_path / "ran"))}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="cannot be loaded as weights"):
+        load_inception(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
