@@ -92,3 +92,13 @@ def read_pictures(folder: Path) -> np.ndarray:
     if len(shapes) > 1:
         raise UserError(f"{folder} holds pictures of different sizes, {sorted(shapes)}; they must all be alike")
     return np.stack(pictures)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write any arrays as an .npz, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)

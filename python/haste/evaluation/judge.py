@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from haste.data.digits import load_digits
 from haste.errors import UserError
-from haste.evaluation.frechet import Gaussian, fit_gaussian
 from haste.evaluation.images import to_uint8
 from haste.training.checkpoint import write_atomically
 
@@ -53,10 +52,15 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge says of N pictures: features (N, D) float64, standardised; predictions (N,) int64."""
+    """What the judge says of N pictures: features (N, D) float64, standardised; class probabilities (N, 10) float32."""
 
     features: np.ndarray
-    predictions: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """The most probable digits (N,), int64."""
+        return self.probabilities.argmax(axis=1)
 
     def accuracy(self, labels: np.ndarray) -> float:
         """The share of pictures, 0 to 1, in which the judge reads the requested label."""
@@ -86,12 +90,12 @@ class Judge:
                 f"pictures have shape {images.shape} and type {images.dtype}; "
                 "the judge of the digits reads uint8 pictures of shape (count, 8, 8, 3)"
             )
-        features, predictions = [], []
+        features, probabilities = [], []
         for batch in np.split(images, range(BATCH, len(images), BATCH)):
             hidden = self.network[:-1](to_network_input(batch))
             features.append((hidden / self.feature_scale).double())
-            predictions.append(self.network[-1](hidden).argmax(dim=1))
-        return Judgement(torch.cat(features).numpy(), torch.cat(predictions).numpy())
+            probabilities.append(self.network[-1](hidden).softmax(dim=1))
+        return Judgement(torch.cat(features).numpy(), torch.cat(probabilities).numpy())
 
 
 def to_network_input(images: np.ndarray) -> Tensor:
@@ -193,8 +197,3 @@ def shift_randomly(images: Tensor) -> Tensor:
     columns = torch.randint(0, 3, (count, 1)) + torch.arange(width)
     picture = torch.arange(count)[:, None, None]
     return padded[picture, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def real_statistics(judge: Judge) -> Gaussian:
-    """The Gaussian of the judge's features over all real digits."""
-    return fit_gaussian(judge(real_digits()[0]).features)

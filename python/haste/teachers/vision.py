@@ -112,7 +112,7 @@ class VisionTeacher(nn.Module):
         not have, and an image_size that does not fit.
         """
         source = resolve_teacher(name)
-        config = _load_config(name, source)
+        config = load_config(name, source)
         family = find_family(name, config)
         _check_layers(name, layers, config.num_hidden_layers)
         if not layers and not features:
@@ -183,7 +183,7 @@ class VisionTeacher(nn.Module):
         return f"{self.name} ({size} x {size} pixels, {tokens})"
 
 
-def _load_config(name: str, source: str) -> PretrainedConfig:
+def load_config(name: str, source: str) -> PretrainedConfig:
     """The config of the picture side of the checkpoint."""
     try:
         config = AutoConfig.from_pretrained(source)

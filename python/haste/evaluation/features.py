@@ -1,0 +1,272 @@
+"""Networks that turn pictures into features: FID's Inception, any vision teacher, and the judge of the digits.
+
+    inception:PATH      Inception v3 from weights on disk, 2,048 features and class probabilities (see inception.py)
+    digits              the judge of the digits, 64 features and class probabilities (see judge.py)
+    anything else       a teacher by name or folder, as --enc-type of haste train takes it: its class token after the
+                        last layer (with DINOv2 and DINOv3 after the final norm, which is FD-DINOv2's feature; Stein et
+                        al., arXiv 2306.04675), or the mean of its patch tokens where it has no class token
+
+They run on the GPU, if there is one, in single precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from haste.errors import UserError
+from haste.evaluation.images import write_arrays
+from haste.evaluation.inception import FEATURES, load_inception
+from haste.evaluation.judge import Judge, JudgeSettings, load_judge
+from haste.evaluation.picture_sets import PictureArray, PictureSet
+
+INCEPTION = "inception:"
+TEACHER_PIXELS = 224  # per side, as FD-DINOv2; less where an encoder was made for less
+SHARD = 1024  # pictures whose features are kept in one file
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network says of N pictures.
+
+    values: (N, D), float32 or float64, finite.
+    probabilities: (N, classes) where the network is a classifier.
+    """
+
+    values: np.ndarray
+    probabilities: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def dimension(self) -> int:
+        return self.values.shape[1]
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Compute without TF32, which NVIDIA GPUs otherwise round convolutions to: published distances are without it."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = matmul.allow_tf32, convolutions.allow_tf32
+    matmul.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32 = saved
+
+
+class Extractor(Protocol):
+    """A network with its own preparation of pictures.
+
+    key: fit for a file's name, changes with the weights. dimension: features of a picture.
+    """
+
+    key: str
+    dimension: int
+
+    def describe(self) -> str: ...
+
+    def __call__(self, images: np.ndarray) -> Features:
+        """Features of one batch (n, H, W, 3) uint8."""
+
+
+class JudgeExtractor:
+    """The judge of the digits; 8 × 8 pictures."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.key = f"digits-{judge.settings.digest()}"
+        self.dimension = judge.settings.features
+
+    def describe(self) -> str:
+        return "the judge of the digits"
+
+    def __call__(self, images: np.ndarray) -> Features:
+        judged = self.judge(images)
+        return Features(judged.features, judged.probabilities)
+
+
+class InceptionExtractor:
+    """FID's Inception, from either of its files."""
+
+    def __init__(self, path: Path) -> None:
+        self.device = choose_device()
+        self.network = load_inception(path).to(self.device)
+        self.path = path
+        self.dimension = FEATURES
+        self.key = "inception-" + hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+    def describe(self) -> str:
+        return f"Inception v3 ({self.path.name})"
+
+    @torch.no_grad()
+    @single_precision()
+    def __call__(self, images: np.ndarray) -> Features:
+        features, probabilities = self.network(channels_first(images).to(self.device))
+        return Features(features.float().cpu().numpy(), probabilities.float().cpu().numpy())
+
+
+class TeacherExtractor:
+    """A vision transformer by its class token, or else the mean of its patch tokens."""
+
+    def __init__(self, name: str) -> None:
+        # transformers takes a second to import.
+        from haste.teachers.families import find_family
+        from haste.teachers.grids import own_image_size
+        from haste.teachers.names import resolve_teacher
+        from haste.teachers.vision import VisionTeacher, load_config
+
+        config = load_config(name, resolve_teacher(name))
+        self.pixels = min(own_image_size(name, config), TEACHER_PIXELS)
+        self.device = choose_device()
+        self.teacher = VisionTeacher.from_pretrained(name, image_size=self.pixels).to(self.device)
+        self.family = find_family(name, config)
+        self.dimension = self.teacher.width
+        short = re.sub(r"[^\w.-]+", "-", Path(name).name)
+        self.key = f"{short}-{self.pixels}-{digest_of_weights(self.teacher.encoder)}"
+
+    @property
+    def token(self) -> str:
+        return "class token" if self.teacher.prefix else "mean patch token"
+
+    def describe(self) -> str:
+        return f"{self.token} of {self.teacher.name} at {self.pixels} pixels"
+
+    @torch.no_grad()
+    @single_precision()
+    def __call__(self, images: np.ndarray) -> Features:
+        teacher = self.teacher
+        pictures = resize_smoothly(channels_first(images).to(self.device), self.pixels)
+        if teacher.num_channels == 1:
+            pictures = pictures.mean(dim=1, keepdim=True)
+        pixels = teacher.preprocess(pictures / 127.5 - 1.0)
+        tokens = teacher.encoder(pixels, **self.family.forward_arguments(pixels, teacher.grid**2)).last_hidden_state
+        features = tokens[:, 0] if teacher.prefix else tokens.mean(dim=1)
+        return Features(features.float().cpu().numpy())
+
+
+def load_extractor(name: str, judge_dir: Path) -> Extractor:
+    """The network that --features names. judge_dir: where the judge of the digits is kept.
+
+    Raises UserError for a name, a file or a folder that is none.
+    """
+    if name == "digits":
+        return JudgeExtractor(load_judge(judge_dir, JudgeSettings()))
+    if name.startswith(INCEPTION):
+        return InceptionExtractor(Path(name.removeprefix(INCEPTION)).expanduser())
+    if name == "inception" or Path(name).suffix in (".pt", ".pth"):
+        raise UserError(f"--features is {name}; Inception's weights are given as inception:PATH")
+    try:
+        return TeacherExtractor(name)
+    except UserError as error:
+        raise UserError(f"--features is {name}, which is not digits, stored or inception:PATH; as a teacher: {error}"
+                        ) from error  # fmt: skip
+
+
+def extract(
+    extractor: Extractor,
+    images: np.ndarray | PictureSet,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda pictures: None,
+    cache: Path | None = None,
+) -> Features:
+    """Features of all pictures, batch by batch.
+
+    `progress` hears of the pictures done. In the folder `cache`, features are kept by SHARD pictures, so that a killed
+    command goes on and a second one reads them. Raises UserError for features that are not finite.
+    """
+    pictures = PictureArray(images) if isinstance(images, np.ndarray) else images
+    parts = []
+    for start in range(0, len(pictures), SHARD):
+        stop = min(start + SHARD, len(pictures))
+        file = None if cache is None else cache / extractor.key / f"{start:08d}.npz"
+        part = None if file is None else read_shard(file, pictures.digest(start, stop))
+        if part is None:
+            part = extract_range(extractor, pictures, batch_size, start, stop, progress)
+            if file is not None:
+                write_shard(file, part, pictures.digest(start, stop))
+        else:
+            progress(stop - start)
+        parts.append(part)
+    return concatenate(parts)
+
+
+def extract_range(
+    extractor: Extractor, pictures: PictureSet, batch_size: int, start: int, stop: int, progress: Callable[[int], None]
+) -> Features:
+    """Features of pictures start, …, stop − 1."""
+    parts = []
+    for batch in pictures.batches(batch_size, start, stop):
+        part = extractor(batch)
+        if not np.isfinite(part.values).all():
+            raise UserError(
+                f"features of {extractor.describe()} hold values that are not finite; its weights are broken"
+            )
+        parts.append(part)
+        progress(len(batch))
+    return concatenate(parts)
+
+
+def concatenate(parts: Iterable[Features]) -> Features:
+    """One set after the other."""
+    parts = list(parts)
+    values = np.concatenate([part.values for part in parts])
+    if parts[0].probabilities is None:
+        return Features(values)
+    return Features(values, np.concatenate([part.probabilities for part in parts]))
+
+
+def read_shard(path: Path, digest: str) -> Features | None:
+    """Features that were kept of pictures with this digest; None if there are none, or they are of others."""
+    if not path.is_file():
+        return None
+    with np.load(path) as file:
+        if str(file["digest"]) != digest:
+            return None
+        return Features(file["values"], file["probabilities"] if "probabilities" in file.files else None)
+
+
+def write_shard(path: Path, features: Features, digest: str) -> None:
+    """Keep features of pictures with this digest."""
+    arrays = {"values": features.values, "digest": np.array(digest)}
+    if features.probabilities is not None:
+        arrays["probabilities"] = features.probabilities
+    write_arrays(path, arrays)
+
+
+def channels_first(images: np.ndarray) -> Tensor:
+    """(N, H, W, 3) uint8 to a tensor (N, 3, H, W) uint8."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def resize_smoothly(pictures: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) uint8 to float32 (N, C, size, size), 0 … 255: bicubic with antialiasing and rounding, as Pillow."""
+    pictures = pictures.float()
+    if pictures.shape[-2:] == (size, size):
+        return pictures
+    return F.interpolate(pictures, (size, size), mode="bicubic", antialias=True).round().clamp(0.0, 255.0)
+
+
+def choose_device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def digest_of_weights(network: nn.Module) -> str:
+    """Twelve hex digits that change with any weight."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,168 @@
+"""Sets of pictures to be judged, read a batch at a time: a folder or a zip of files, an .npz, or pictures in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from haste.data.archive import Folder, open_archive
+from haste.data.bad_files import BadFile
+from haste.data.pictures import decode_picture, is_picture
+from haste.errors import UserError
+
+
+class PictureSet(Protocol):
+    """Pictures of one size, uint8, in a fixed order. shape: (height, width, 3)."""
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Pictures start, …, stop − 1 in batches (n, H, W, 3) uint8, n = size but for the last."""
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        """Hex digits that change when one of these pictures does."""
+
+
+class PictureArray:
+    """Pictures in memory, (N, H, W, 3) uint8."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+        self.shape = images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        for first, last in steps(size, start, len(self) if stop is None else stop):
+            yield self.images[first:last]
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.images[start:stop]).tobytes()).hexdigest()
+
+
+class PictureFiles:
+    """The picture files of a folder or a zip, at any depth, in the order of their names; the first `count` of them."""
+
+    def __init__(self, path: Path, flag: str, count: int | None = None) -> None:
+        self.path = path
+        self.archive = open_archive(path, flag)
+        self.names = [name for name in self.archive.names() if is_picture(name)][:count]
+        if not self.names:
+            raise UserError(f"{flag} is {path}, which holds no pictures")
+        self.shape = self._read(self.names[0]).shape
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            for first, last in steps(size, start, len(self) if stop is None else stop):
+                yield np.stack(list(pool.map(self._read_alike, self.names[first:last])))
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        if isinstance(self.archive, Folder):
+            stamps = [(name, stamp(self.path / name)) for name in self.names[start:stop]]
+        else:
+            stamps = [(name, stamp(self.path)) for name in self.names[start:stop]]
+        return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+    def numbers(self) -> list[int] | None:
+        """The numbers that the files are named by, as `haste sample` names them; None if they have other names."""
+        stems = [Path(name).stem for name in self.names]
+        return [int(stem) for stem in stems] if all(stem.isdecimal() for stem in stems) else None
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            return np.asarray(decode_picture(self.archive.read(name), self.archive.locate(name)))
+        except BadFile as fault:
+            raise UserError(f"{fault}; replace it or take it out") from fault
+
+    def _read_alike(self, name: str) -> np.ndarray:
+        picture = self._read(name)
+        if picture.shape != self.shape:
+            (height, width, _), (own_height, own_width, _) = self.shape, picture.shape
+            raise UserError(
+                f"{self.path} holds pictures of different sizes, {width} x {height} and {own_width} x {own_height} "
+                f"({name}); they must all be alike"
+            )
+        return picture
+
+
+class NpzPictures:
+    """arr_0 of an .npz as the ADM evaluator reads it, (N, H, W, 3) uint8, read from the file as it is needed.
+
+    labels: (N,), where the file has them. count: only so many, from the first.
+    """
+
+    def __init__(self, path: Path, count: int | None = None) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                shape, fortran_order, dtype = read_header(file)
+            with np.load(path) as arrays:
+                self.labels = arrays["labels"] if "labels" in arrays.files else None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not an .npz with pictures under arr_0 ({error})") from error
+        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or fortran_order or not shape[0]:
+            raise UserError(
+                f"arr_0 in {path} is {dtype} {shape}; it must be uint8 (count, height, width, 3), row by row"
+            )
+        self.count = shape[0] if count is None else min(count, shape[0])
+        self.shape = shape[1:]
+        self.labels = None if self.labels is None else self.labels[: self.count]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        picture = int(np.prod(self.shape))
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            read_header(file)
+            file.seek(start * picture, os.SEEK_CUR)
+            for first, last in steps(size, start, len(self) if stop is None else stop):
+                data = file.read((last - first) * picture)
+                if len(data) < (last - first) * picture:
+                    raise UserError(f"{self.path} is cut short: arr_0 ends before picture {last}")
+                yield np.frombuffer(data, np.uint8).reshape(last - first, *self.shape)
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        return hashlib.sha256(repr((start, stop, stamp(self.path))).encode()).hexdigest()
+
+
+def open_pictures(path: Path, flag: str, count: int | None = None) -> PictureFiles | NpzPictures:
+    """The pictures at `path`, which `flag` gave: all, or the first `count`. UserError if there are none."""
+    if not path.exists():
+        raise UserError(f"{flag} is {path}, which does not exist")
+    if path.is_file() and path.suffix not in (".npz", ".zip"):
+        raise UserError(f"{flag} is {path}; pictures must be in a folder, a .zip or an .npz")
+    return NpzPictures(path, count) if path.suffix == ".npz" else PictureFiles(path, flag, count)
+
+
+def steps(size: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """start, start + size, …: where each batch begins and ends."""
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of writing of a file: what changes with its content."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of the .npy array that a file begins with; the file is left at its first value."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)

@@ -1,0 +1,204 @@
+"""The real side of an evaluation: pictures, or what was stored of their features.
+
+    digits              scikit-learn's handwritten digits
+    a folder, a zip     picture files of one size
+    .npz                arr_0 (N, H, W, 3) uint8, pictures; or mu (D,) and sigma (D, D), the mean and covariance of
+                        features; or both: ADM's two layouts. ADM's mu_s and sigma_s, of another layer, are not used.
+    .npz, .npy          what --save-reference wrote, or features (N, D) with --features stored
+
+Stored features and statistics belong to the network that gave them.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from haste.errors import UserError, in_one_line
+from haste.evaluation.features import Extractor, Features, extract
+from haste.evaluation.frechet import Gaussian, fit_gaussian
+from haste.evaluation.images import write_arrays
+from haste.evaluation.judge import real_digits
+from haste.evaluation.picture_sets import PictureArray, PictureSet, open_pictures
+
+logger = logging.getLogger(__name__)
+
+STORED = "stored"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are held against, in the features of one network.
+
+    name: for messages and records.
+    extractor: the network's key; "stored" for features that came from a file.
+    features: (N, D); None where only statistics were stored.
+    stored: mean and covariance, where they were stored.
+    """
+
+    name: str
+    extractor: str
+    features: np.ndarray | None
+    stored: Gaussian | None = None
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance. Raises UserError if they were not stored and the pictures are too few."""
+        return self.stored if self.stored is not None else fit_gaussian(self.features, "real pictures")
+
+    @property
+    def dimension(self) -> int:
+        """Features of a picture."""
+        return self.gaussian.dimension if self.features is None else self.features.shape[1]
+
+    @property
+    def count(self) -> int | None:
+        """Pictures; None where only statistics were stored, without their number."""
+        return len(self.features) if self.features is not None else self.gaussian.count
+
+
+def load_reference(
+    source: str,
+    extractor: Extractor,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Reference:
+    """The reference that --reference names, in the features of `extractor`.
+
+    `progress` hears of the pictures done and of their number. Raises UserError for what does not exist, holds no
+    reference, or belongs to another network.
+    """
+    if source == "digits":
+        return from_pictures("digits", PictureArray(real_digits()[0]), extractor, batch_size, progress)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"--reference is {source}, which does not exist; it must be digits, a folder of pictures, or "
+                        "an .npz with pictures or statistics")  # fmt: skip
+    arrays = list_arrays(path) if path.suffix == ".npz" else []
+    if "mu" in arrays or "features" in arrays:
+        reference = read_statistics(path, extractor.key)
+        if reference.dimension == extractor.dimension:
+            if reference.features is not None or "arr_0" not in arrays:
+                return reference
+            pictures = from_pictures(source, open_pictures(path, "--reference"), extractor, batch_size, progress)
+            return Reference(source, extractor.key, pictures.features, reference.stored)
+        mismatch = (
+            f"--reference is {source}, whose statistics have {reference.dimension} dimensions; "
+            f"{extractor.describe()} gives {extractor.dimension}"
+        )
+        if "arr_0" not in arrays:
+            raise UserError(f"{mismatch}; both sides need the same network")
+        logger.info("%s, so its pictures are used alone", mismatch)
+    return from_pictures(source, open_pictures(path, "--reference"), extractor, batch_size, progress)
+
+
+def from_pictures(
+    name: str, pictures: PictureSet, extractor: Extractor, batch_size: int, progress: Callable[[int, int], None]
+) -> Reference:
+    """Features of all pictures."""
+    features = extract(extractor, pictures, batch_size, lambda done: progress(done, len(pictures)))
+    return Reference(name, extractor.key, features.values)
+
+
+def stored_reference(source: str) -> Reference:
+    """Features or statistics from a file or a folder, whatever network they come from."""
+    path = Path(source).expanduser()
+    if path.suffix == ".npz" and path.is_file() and "mu" in list_arrays(path):
+        return read_statistics(path, None)
+    return Reference(source, STORED, stored_features(path, "--reference").values)
+
+
+def stored_features(path: Path, flag: str) -> Features:
+    """Features (N, D) of an .npy or .npz file, or of all such files in a folder, in the order of their names.
+
+    In an .npz they lie under features or arr_0, and class probabilities (N, classes), if any, under probabilities.
+    """
+    if not path.exists():
+        raise UserError(f"{flag} is {path}, which does not exist")
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".npy", ".npz"))
+    if not files:
+        raise UserError(f"{flag} is {path}, which holds no .npy or .npz files of features")
+    parts = [read_features(file, flag) for file in files]
+    widths = {part.dimension for part in parts}
+    if len(widths) > 1:
+        listed = " and ".join(map(str, sorted(widths)))
+        raise UserError(f"{flag} is {path}, whose files hold features of {listed} dimensions; they must be alike")
+    known = all(part.probabilities is not None for part in parts)
+    return Features(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.probabilities for part in parts]) if known else None,
+    )
+
+
+def read_features(path: Path, flag: str) -> Features:
+    """One file of features."""
+    try:
+        content = np.load(path)
+        if isinstance(content, np.ndarray):
+            values, probabilities = content, None
+        else:
+            with content:
+                values = content["features" if "features" in content.files else "arr_0"]
+                probabilities = content["probabilities"] if "probabilities" in content.files else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{flag}: {path} holds no features ({in_one_line(error)})") from error
+    if values.ndim != 2 or not len(values) or not np.issubdtype(values.dtype, np.floating):
+        raise UserError(
+            f"{flag}: {path} holds {values.dtype} {values.shape}; features must be floats (pictures, dimension)"
+        )
+    if not np.isfinite(values).all():
+        raise UserError(f"{flag}: {path} holds features that are not finite")
+    return Features(values, probabilities)
+
+
+def read_statistics(path: Path, key: str | None) -> Reference:
+    """mu and sigma of an .npz, and features if it has them. key: the network that is asked for, None if any will do."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "features", "extractor") if name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"--reference is {path}, which cannot be read ({in_one_line(error)})") from error
+    network = str(arrays["extractor"]) if "extractor" in arrays else None
+    if None not in (network, key) and network != key:
+        raise UserError(f"--reference is {path}, which was saved with {network}; --features gives {key}")
+    features = arrays.get("features")
+    stored = None
+    if "mu" in arrays:
+        mean = arrays["mu"].astype(np.float64)
+        covariance = arrays.get("sigma", np.empty(0)).astype(np.float64)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise UserError(
+                f"--reference is {path}, whose mu has shape {mean.shape} and sigma {covariance.shape}; "
+                "they must be (D,) and (D, D)"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise UserError(f"--reference is {path}, whose statistics are not finite")
+        stored = Gaussian(mean, covariance, None if features is None else len(features))
+    return Reference(str(path), key or STORED, features, stored)
+
+
+def save_reference(path: Path, reference: Reference) -> None:
+    """Keep statistics, features and the network's key for the next time; without statistics if pictures are too few."""
+    arrays = {"extractor": np.array(reference.extractor)}
+    try:
+        arrays |= {"mu": reference.gaussian.mean, "sigma": reference.gaussian.covariance}
+    except UserError:
+        logger.info("%s has too few pictures for mu and sigma; %s holds its features alone", reference.name, path)
+    if reference.features is not None:
+        arrays["features"] = reference.features
+    write_arrays(path, arrays)
+
+
+def list_arrays(path: Path) -> list[str]:
+    """The names of the arrays in an .npz."""
+    try:
+        with np.load(path) as file:
+            return list(file.files)
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"--reference is {path}, which is no .npz ({in_one_line(error)})") from error

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from haste.errors import UserError
+from haste.evaluation.images import write_picture
+from haste.evaluation.reference import load_reference, save_reference, stored_features, stored_reference
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def statistics() -> dict[str, np.ndarray]:
+    values = np.random.default_rng(1).standard_normal((50, 3))
+    return {"mu": values.mean(axis=0).astype(np.float32), "sigma": np.cov(values.T)}
+
+
+def test_pictures_of_a_folder_and_of_adms_arrays(tmp_path, network, images):
+    for index, image in enumerate(images):
+        write_picture(tmp_path / "real" / f"{index}.png", image)
+    np.savez(tmp_path / "adm.npz", arr_0=images)
+    heard = []
+    folder = load_reference(str(tmp_path / "real"), network, 5, lambda done, of: heard.append((done, of)))
+    array = load_reference(str(tmp_path / "adm.npz"), network)
+    assert heard == [(5, 12), (5, 12), (2, 12)]
+    assert sorted(map(tuple, folder.features)) == sorted(map(tuple, array.features))
+    assert (array.features == network(images).values).all() and array.count == 12
+    assert array.gaussian.covariance == pytest.approx(np.cov(array.features.T))
+
+
+def test_the_digits_are_a_reference_of_any_network(network):
+    assert load_reference("digits", network).count == 1797
+
+
+def test_adms_statistics_alone(tmp_path, network, statistics):
+    np.savez(tmp_path / "adm.npz", **statistics, mu_s=np.zeros(7), sigma_s=np.eye(7))
+    found = load_reference(str(tmp_path / "adm.npz"), network)
+    assert found.features is None and found.count is None and network.seen == 0
+    assert found.gaussian.mean.dtype == np.float64
+    assert found.gaussian.mean == pytest.approx(statistics["mu"]) and found.gaussian.covariance.shape == (3, 3)
+
+
+def test_adms_statistics_beside_pictures_are_both_used(tmp_path, network, images, statistics):
+    np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
+    found = load_reference(str(tmp_path / "adm.npz"), network)
+    assert found.gaussian.mean == pytest.approx(statistics["mu"])
+    assert (found.features == network(images).values).all() and found.count == 12
+
+
+def test_statistics_of_another_network_are_passed_over_where_there_are_pictures(tmp_path, network, images, caplog):
+    np.savez(tmp_path / "adm.npz", arr_0=images, mu=np.zeros(5), sigma=np.eye(5))
+    with caplog.at_level(logging.INFO):
+        found = load_reference(str(tmp_path / "adm.npz"), network)
+    assert "statistics have 5 dimensions; mean colours gives 3, so its pictures are used alone" in caplog.text
+    assert found.stored is None and found.gaussian.dimension == 3
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(UserError, match="5 dimensions; mean colours gives 3; both sides need the same network"):
+        load_reference(str(tmp_path / "adm.npz"), network)
+
+
+def test_a_saved_reference_needs_no_pictures_the_next_time(tmp_path, network, images):
+    np.savez(tmp_path / "adm.npz", arr_0=images)
+    first = load_reference(str(tmp_path / "adm.npz"), network)
+    save_reference(tmp_path / "saved.npz", first)
+    network.seen = 0
+    second = load_reference(str(tmp_path / "saved.npz"), network)
+    assert network.seen == 0 and second.count == 12
+    assert (second.features == first.features).all() and (second.gaussian.covariance == first.gaussian.covariance).all()
+    network.key = "others"
+    with pytest.raises(UserError, match="which was saved with mean-colours; --features gives others"):
+        load_reference(str(tmp_path / "saved.npz"), network)
+
+
+def test_a_small_reference_is_saved_without_statistics(tmp_path, network, images):
+    np.savez(tmp_path / "adm.npz", arr_0=images[:3])
+    save_reference(tmp_path / "saved.npz", load_reference(str(tmp_path / "adm.npz"), network))
+    again = load_reference(str(tmp_path / "saved.npz"), network)
+    assert again.count == 3
+    with pytest.raises(UserError, match="3 real pictures are too few"):
+        _ = again.gaussian
+
+
+def test_stored_features_come_from_files_and_folders(tmp_path):
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((4, 3)).astype(np.float32), rng.standard_normal((5, 3)).astype(np.float32)
+    np.save(tmp_path / "a.npy", a)
+    np.savez(tmp_path / "b.npz", features=b, probabilities=np.full((5, 2), 0.5))
+    assert (stored_features(tmp_path, "--samples").values == np.concatenate([a, b])).all()
+    assert stored_features(tmp_path / "b.npz", "--samples").probabilities.shape == (5, 2)
+    assert stored_reference(str(tmp_path / "a.npy")).count == 4
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert stored_reference(str(tmp_path / "s.npz")).features is None
+
+
+def test_references_that_are_none_are_refused(tmp_path, network):
+    def refused(message, **arrays):
+        path = tmp_path / "x.npz"
+        if arrays:
+            np.savez(path, **arrays)
+        with pytest.raises(UserError, match=message):
+            load_reference(str(path), network)
+
+    refused("does not exist; it must be digits, a folder of pictures, or an .npz")
+    refused(r"mu has shape \(3,\) and sigma \(2, 2\); they must be", mu=np.zeros(3), sigma=np.eye(2))
+    refused("statistics are not finite", mu=np.full(3, np.nan), sigma=np.eye(3))
+    refused("not an .npz with pictures under arr_0", other=np.zeros(3))
+    (tmp_path / "x.npz").write_text("text")
+    refused("which is no .npz")
+
+
+def test_stored_features_that_are_none_are_refused(tmp_path):
+    def refused(message, array):
+        np.save(tmp_path / "x.npy", array)
+        with pytest.raises(UserError, match=message):
+            stored_features(tmp_path / "x.npy", "--samples")
+
+    refused(r"features must be floats \(pictures, dimension\)", np.zeros(3))
+    refused("features must be floats", np.zeros((3, 2), dtype=np.int64))
+    refused("not finite", np.full((3, 2), np.inf))
+    (tmp_path / "x.npy").write_text("text")
+    with pytest.raises(UserError, match="holds no features"):
+        stored_features(tmp_path / "x.npy", "--samples")
+    (tmp_path / "x.npy").unlink()
+    with pytest.raises(UserError, match="holds no .npy or .npz files of features"):
+        stored_features(tmp_path, "--samples")
+    np.save(tmp_path / "a.npy", np.zeros((2, 2)))
+    np.save(tmp_path / "b.npy", np.zeros((2, 3)))
+    with pytest.raises(UserError, match="2 and 3 dimensions"):
+        stored_features(tmp_path, "--samples")
