@@ -1,4 +1,4 @@
-"""Pictures beside numbers: sample grids, cached against uncached, loss curves, distance and accuracy over steps."""
+"""Pictures beside numbers: sample grids, cached against uncached, losses, scores over training, errors over steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from haste.evaluation.style import LIGHT, Theme, save, styled, thousands
 
@@ -167,6 +167,33 @@ def draw_advantage(
         left.set(title=f"Fréchet distance relative to {baseline}, same seed (%)")
         right.set(title=f"Label accuracy relative to {baseline} (points)")
         finish_scores(figure, title, stop, theme)
+        save(figure, path)
+
+
+def draw_step_errors(
+    path: Path, errors: np.ndarray, *, title: str, full_steps: Sequence[int] = (), theme: Theme = LIGHT
+) -> None:
+    """The relative error of a cached run's state after every step, (steps, pictures): mean, lowest to highest.
+
+    `full_steps`, counted from 0, have a dot. Where the states are still equal there is nothing to draw.
+    """
+    steps = np.arange(1, len(errors) + 1)
+    positive = np.where(errors > 0, errors, np.nan)
+    mean = np.where(errors.mean(axis=1) > 0, errors.mean(axis=1), np.nan)
+    with styled(theme):
+        figure, axes = plt.subplots(figsize=(7.0, 3.4))
+        axes.plot(steps, mean, color=theme.series[0], label="mean")
+        lowest, highest = np.fmin.reduce(positive, axis=1), np.fmax.reduce(positive, axis=1)
+        axes.fill_between(steps, lowest, highest, color=theme.series[0], alpha=0.13, linewidth=0,
+                          label="lowest to highest picture")  # fmt: skip
+        full = np.array(full_steps, dtype=int)
+        if len(full):
+            axes.plot(full + 1, mean[full], "o", color=theme.series[1], markersize=4.5, label="full step")
+        axes.set(xlabel="Sampling step", xlim=(0, len(errors)), yscale="log" if (errors > 0).any() else "linear")
+        axes.set(title="‖x cached − x full‖ / ‖x full‖ after each step")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.legend(loc="lower right")
+        heading(figure, title)
         save(figure, path)
 
 

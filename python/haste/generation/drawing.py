@@ -110,11 +110,15 @@ class Sampler:
         self._to_pictures(x[:1])
 
     def draw(
-        self, indices: Sequence[int], progress: Callable[[int, int], None] | None = None
+        self,
+        indices: Sequence[int],
+        progress: Callable[[int, int], None] | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The pictures with these numbers, (n, H, W, 3) uint8, and their labels (n,) int64, drawn as one batch.
 
-        `progress` is called after every step with the steps done and their number.
+        `progress` is called after every step with the steps done and their number, `observe` with the step's number
+        and the state, as in `haste.sampling.sample`.
         """
         settings, model = self.settings, self.student.model
         labels = choose_labels(settings.labels, settings.global_seed, indices, model.num_classes)
@@ -134,6 +138,7 @@ class Sampler:
             null_label=model.null_label,
             generator=generators,
             progress=progress,
+            observe=observe,
         )
         return to_uint8(self._to_pictures(drawn)), labels
 

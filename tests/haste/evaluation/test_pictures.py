@@ -8,6 +8,7 @@ from haste.evaluation.pictures import (
     draw_grid,
     draw_losses,
     draw_scores,
+    draw_step_errors,
     robust_limits,
     smooth,
 )
@@ -129,3 +130,19 @@ def test_limits_ignore_a_few_extreme_values():
     low, high = robust_limits(values)
     assert low < 1 and 1.9 < high < 3
     assert robust_limits(np.array([4.0]))[0] < 4.0 < robust_limits(np.array([4.0]))[1]
+
+
+def test_errors_over_steps_have_a_band_and_a_dot_at_full_steps(tmp_path):
+    alike = np.repeat(np.geomspace(1e-4, 1e-2, 10)[:, None], 5, axis=1)
+    alike[:2] = 0.0  # equal states have no place on a log scale
+    apart = alike * np.array([0.2, 0.5, 1.0, 2.0, 5.0])
+    draw_step_errors(tmp_path / "alike.png", alike, title="")
+    draw_step_errors(tmp_path / "apart.png", apart, title="", full_steps=[0, 1, 5, 9])
+    assert share(tmp_path / "alike.png", LIGHT.series[0]) > 0
+    assert share(tmp_path / "alike.png", LIGHT.series[1]) == 0 < share(tmp_path / "apart.png", LIGHT.series[1])
+    assert pale_blue(tmp_path / "apart.png") > 10 * pale_blue(tmp_path / "alike.png")
+
+
+def test_errors_that_are_all_zero_can_be_drawn(tmp_path):
+    draw_step_errors(tmp_path / "zero.png", np.zeros((5, 3)), title="", full_steps=[0, 4])
+    assert share(tmp_path / "zero.png", LIGHT.background) > 0.5

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from haste.errors import UserError
+from haste.evaluation.features import Features
+from haste.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
+from haste.evaluation.inception_score import inception_score
+from haste.evaluation.kernel_distance import kernel_distance
+from haste.evaluation.manifolds import manifold_scores
+from haste.evaluation.metrics import NAMES, MetricSettings, Result, measure
+from haste.evaluation.reference import Reference
+from haste.evaluation.tables import checkpoints_text, results_text
+
+SETTINGS = MetricSettings(kid_subsets=5, kid_subset_size=100)
+
+
+def features(count: int, dimension: int = 3, seed: int = 0, shift: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, dimension)) + shift
+
+
+def reference(values: np.ndarray) -> Reference:
+    return Reference("real", "network", values)
+
+
+def by_key(results: list[Result]) -> dict[str, Result]:
+    return {result.key: result for result in results}
+
+
+def test_every_metric_is_that_of_its_own_file():
+    a, b = features(1200), features(1000, seed=1, shift=0.3)
+    probabilities = np.random.default_rng(2).dirichlet(np.ones(4), 1200)
+    labels = np.zeros(1200, dtype=int)
+    found = by_key(measure(Features(a, probabilities), reference(b), SETTINGS, labels))
+    assert list(found) == list(NAMES)
+    assert found["frechet_distance"].value == frechet_distance(fit_gaussian(a), fit_gaussian(b))
+    kernel = kernel_distance(a, b, subsets=5, subset_size=100)
+    assert (found["kernel_distance"].value, found["kernel_distance"].spread) == kernel
+    scores = manifold_scores(a, b)
+    for key in ("precision", "recall", "density", "coverage"):
+        assert found[key].value == getattr(scores, key) and found[key].note is None
+    score = inception_score(probabilities)
+    assert (found["inception_score"].value, found["inception_score"].spread) == score
+    assert found["label_accuracy"].value == np.mean(probabilities.argmax(axis=1) == 0)
+
+
+def test_statistics_alone_allow_the_frechet_distance_alone():
+    stored = Reference("real", "network", None, Gaussian(np.zeros(3), np.eye(3), None))
+    found = by_key(measure(Features(features(1000)), stored, SETTINGS))
+    assert found["frechet_distance"].value < 0.1 and found["frechet_distance"].note is None
+    for key in ("kernel_distance", "precision", "recall", "density", "coverage"):
+        assert found[key].value is None and "only mean and covariance are stored" in found[key].note
+    assert found["inception_score"].note == "these features come without class probabilities"
+    assert "label_accuracy" not in found
+
+
+def test_too_few_pictures_are_refused_metric_by_metric():
+    found = by_key(measure(Features(features(8, 16)), reference(features(2000, 16)), SETTINGS))
+    assert "8 samples are too few for a Fréchet distance in 16" in found["frechet_distance"].note
+    assert "--kid-subset-size is 100; it must be at least 2, and at most 8" in found["kernel_distance"].note
+    assert found["frechet_distance"].value is found["kernel_distance"].value is None
+    assert found["precision"].value is not None and "rest on 8 pictures" in found["precision"].note
+    few = by_key(measure(Features(features(2000, 16)), reference(features(9, 16)), SETTINGS))
+    assert "9 real pictures are too few" in few["frechet_distance"].note
+
+
+def test_few_pictures_come_with_a_caution():
+    probabilities = np.full((100, 4), 0.25)
+    found = by_key(measure(Features(features(100, 16), probabilities), reference(features(120, 16)), SETTINGS))
+    for side in ("100 samples in 16", "120 real pictures in 16"):
+        assert f"rests on {side} feature dimensions and is biased upwards" in found["frechet_distance"].note
+    assert "rest on 100 pictures" in found["recall"].note
+    assert "rests on 100 samples and is biased downwards; use at least 5,000" in found["inception_score"].note
+
+
+def test_two_networks_are_refused():
+    with pytest.raises(UserError, match="samples have 3 features and the reference real has 4"):
+        measure(Features(features(50)), reference(features(50, 4)), SETTINGS)
+
+
+def test_the_table_says_each_thing_once():
+    text = results_text(measure(Features(features(100)), reference(features(150)), MetricSettings()))
+    lines = text.splitlines()
+    assert lines[1].split() == ["kernel", "distance", "-"]
+    assert sum("No kernel distance: --kid-subset-size" in line for line in lines) == 1
+    assert sum("rest on 100 pictures" in line for line in lines) == 1
+
+
+def test_checkpoints_are_rows_and_what_none_of_them_has_is_no_column():
+    real = reference(features(300))
+    rows = [(str(step), measure(Features(features(300, seed=step)), real, SETTINGS)) for step in (1, 2)]
+    head, first, second, *notes = checkpoints_text(rows).splitlines()
+    assert "Fréchet distance" in head and "Inception score" not in head
+    assert first.split()[0] == "1" and second.split()[0] == "2"
+    assert sum("No Inception score" in note for note in notes) == 1
