@@ -1,26 +1,37 @@
-"""Judge what a model of the digits draws: Fréchet distance to the real digits, and accuracy on the requested digit.
+"""Measure how far drawn pictures are from real ones, and how far a cached run is from its uncached twin.
 
-The judge is a small classifier that no training run has seen; it is trained once, in seconds, and kept beside the runs.
 Give exactly one of --run (every checkpoint of a run), --ckpt (one checkpoint) or --samples (pictures drawn before).
+The pictures of --run and --ckpt are drawn first. Of a run on the digits, every checkpoint is judged by Fréchet distance
+and label accuracy; all else gets every metric that its features and its reference allow.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from haste.caching.settings import CacheSettings
+from haste.cli import sample
 from haste.errors import UserError
+from haste.evaluation.agreement import compare_sets, step_errors, summarise_steps
+from haste.evaluation.evaluator import Bar, Evaluation, Evaluator
 from haste.evaluation.frechet import check_sample_size
-from haste.evaluation.images import read_npz, read_pictures
-from haste.evaluation.judge import NUM_CLASSES
+from haste.evaluation.metrics import MetricSettings
+from haste.evaluation.picture_sets import open_pictures
+from haste.evaluation.record import beside, keep_evaluation, metrics_record
+from haste.evaluation.reference import STORED, save_reference
 from haste.evaluation.scores import Yardstick, alignment_end, evaluate_checkpoints, load_yardstick, read_records
-from haste.generation.labels import choose_labels
-from haste.generation.sample_folder import RECORD, read_record
+from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
+from haste.generation.drawing import Sampler
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student, run_checkpoints
+
+FULL = "full"  # --twin: draw it
+STEP_PICTURES = 64  # whose states are compared after every step
 
 
 @dataclass(kw_only=True)
@@ -28,19 +39,34 @@ class Args(SamplingSettings):
     """The flags of `haste evaluate`."""
 
     run: Path | None = None
-    """A run's folder: every checkpoint is judged; writes evaluation.jsonl and evaluation.png there."""
+    """A run's folder: every checkpoint is judged. On digits, writes evaluation.jsonl and evaluation.png there."""
     ckpt: Path | None = None
     """A checkpoint file, or a run's folder: then its newest whole checkpoint."""
     samples: Path | None = None
     """A folder of PNGs or an .npz, as `haste sample` leaves them."""
+    features: str | None = None
+    """Whose features: inception:PATH with the weights of FID's Inception, a teacher's name or folder (dinov2-vit-l is
+    FD-DINOv2), digits, or stored: then --samples and --reference hold features. [default: digits, for digits]"""
+    reference: str | None = None
+    """The real side: a folder of pictures, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
+    --features digits]"""
+    save_reference: Path | None = None
+    """Write the reference's features, their mean and covariance to this .npz, to give as --reference the next time."""
+    twin: str | None = None
+    """The same pictures drawn without a cache, a folder or an .npz: how far the samples are from them. full: with
+    --ckpt and --cache, draw them too, and compare the states after every step."""
     num_fid_samples: int = 1000
     """How many pictures to draw for each checkpoint."""
     num_steps: int = 25
     """Steps from noise to picture."""
     labels: str = "balanced"
     """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4."""
+    per_proc_batch_size: int = 128
+    """Pictures per batch, when they are drawn and in the network of --features."""
+    kid_subset_size: int = 1000
+    """Pictures in each of the 100 subsets that the kernel distance is averaged over."""
     judge_dir: Path | None = None
-    """Where the judge is kept; by default judge/ beside the runs (for --samples: beside the pictures)."""
+    """Where the judge of the digits is kept; by default judge/ beside the runs (for --samples: beside the pictures)."""
 
     def check(self) -> None:
         super().check()
@@ -48,37 +74,180 @@ class Args(SamplingSettings):
         if len(given) != 1:
             raise UserError(f"{' and '.join(f'--{name}' for name in given) or 'nothing'} is given; "
                             "it must be exactly one of --run, --ckpt and --samples")  # fmt: skip
-        if self.num_fid_samples < 1:
-            raise UserError(f"--num-fid-samples is {self.num_fid_samples}; it must be at least 1")
+        for name in ("num_fid_samples", "per_proc_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.kid_subset_size < 2:
+            raise UserError(f"--kid-subset-size is {self.kid_subset_size}; it must be at least 2")
+        if self.samples is not None and not self.samples.exists():
+            raise UserError(f"--samples is {self.samples}, which does not exist")
+        if self.features == STORED and self.samples is None:
+            raise UserError("--features is stored, so features must be given as --samples, not pictures to be drawn")
+        self.check_twin()
+
+    def check_twin(self) -> None:
+        if self.twin is None:
+            return
+        if self.run is not None or self.features == STORED:
+            raise UserError(f"--twin is {self.twin}; pictures of --samples or --ckpt have a twin, "
+                            f"not {'--run' if self.run is not None else '--features stored'}")  # fmt: skip
+        if self.twin != FULL and not Path(self.twin).exists():
+            raise UserError(f"--twin is {self.twin}, which does not exist; it must be a folder, an .npz, or full")
+        if self.twin == FULL and (self.ckpt is None or self.cache == "none"):
+            raise UserError("--twin is full, which draws without a cache what --ckpt draws with one; it needs --ckpt "
+                            "and --cache, or give the folder of a twin that was drawn before")  # fmt: skip
 
 
 def main(args: Args) -> None:
     """Judge, and print a table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.check()
-    if args.samples is not None:
-        yardstick = load_yardstick(args.judge_dir or args.samples.resolve().parent / "judge")
-        images, labels = read_samples(args.samples)
-        caution(len(images), yardstick)
-        scores = yardstick.score(images, labels)
-        print_table([(args.samples.name, scores.distance, scores.accuracy)], yardstick)
-    else:
+    if args.run is None:
+        evaluate_samples(args)
+    elif {args.features, args.reference} <= {None, "digits"}:
         print_records(*evaluate(args))
+    else:
+        evaluate_run(args)
+
+
+# ---- any pictures, all metrics ----
+
+
+def evaluate_samples(args: Args) -> None:
+    """Every metric of one set of pictures; with a twin, how far they are from it."""
+    evaluator = open_evaluator(args)
+    samples = args.samples or draw(args)
+    if evaluator is not None:
+        evaluation = evaluator.measure(samples, drawn(args))
+        print(f"\n{heading(samples, evaluation)}\n\n{results_text(evaluation.results)}")
+        if evaluator.on_digits:
+            print(yardstick_text(load_yardstick(judge_dir(args))))
+        keep(samples, evaluation.settings, {"metrics": metrics_record(evaluation.results)})
+    if args.twin is not None:
+        compare_with_twin(args, samples)
+    print(f"\nkept in  {beside(samples, 'evaluation.json')}")
+
+
+def evaluate_run(args: Args) -> None:
+    """Every metric of every checkpoint of a run, one row each."""
+    checkpoints = run_checkpoints(args.run)
+    evaluator = open_evaluator(args)
+    rows = []
+    for checkpoint in checkpoints:
+        samples = draw(replace(args, run=None, ckpt=checkpoint))
+        evaluation = evaluator.measure(samples, args.num_fid_samples)
+        keep(samples, evaluation.settings, {"metrics": metrics_record(evaluation.results)})
+        rows.append((checkpoint.stem, evaluation.results))
+    print(f"\n{heading(args.run, evaluation)}\n\n{checkpoints_text(rows)}")
+
+
+def open_evaluator(args: Args) -> Evaluator | None:
+    """The network and the reference that the flags name; None if a comparison with a twin alone is asked for."""
+    features = args.features or ("digits" if on_digits(args) else None)
+    if features is None and args.reference is None and args.twin is not None:
+        return None
+    if features is None:
+        raise UserError("--features is not given; for other pictures than the digits it must be inception:PATH, a "
+                        "teacher's name or folder such as dinov2-vit-l, or stored")  # fmt: skip
+    reference = args.reference or ("digits" if features == "digits" else None)
+    if reference is None:
+        raise UserError(f"--reference is not given; --features {features} needs a folder of real pictures, or an .npz "
+                        "of pictures or statistics")  # fmt: skip
+    settings = MetricSettings(kid_subset_size=args.kid_subset_size)
+    evaluator = Evaluator(features, reference, judge_dir(args), args.per_proc_batch_size, settings)
+    if args.save_reference is not None:
+        save_reference(args.save_reference, evaluator.reference)
+    return evaluator
+
+
+def on_digits(args: Args) -> bool:
+    """Whether the pictures are digits: of a run on them, or as small as they are."""
+    if args.samples is None:
+        return load_student(args.run or args.ckpt, args.ema).config.data_dir == "digits"
+    return open_pictures(args.samples, "--samples").shape == (8, 8, 3)
+
+
+def judge_dir(args: Args) -> Path:
+    """As given, or beside the run, or beside the samples."""
+    if args.judge_dir is not None:
+        return args.judge_dir
+    place = (args.samples or args.run or args.ckpt).resolve()
+    if args.ckpt is not None and place.parent.name == "checkpoints":
+        place = place.parents[1]
+    return place.parent / "judge"
+
+
+def draw(args: SamplingSettings) -> Path:
+    """The folder of the pictures of --ckpt; those that are there already are not drawn again."""
+    known = {field.name: getattr(args, field.name) for field in fields(sample.Args) if hasattr(args, field.name)}
+    return sample.sample_to_folder(sample.Args(**known)).folder.path
+
+
+def drawn(args: Args) -> int | None:
+    """How many pictures of a folder were asked for: it may hold more, of another command. None: all."""
+    return None if args.samples is not None else args.num_fid_samples
+
+
+def compare_with_twin(args: Args, samples: Path) -> None:
+    """PSNR and SSIM of the samples with their twin; of a twin that is drawn, also the error of every step's state."""
+    twin = draw(replace(args, twin=None, **asdict(CacheSettings()))) if args.twin == FULL else Path(args.twin)
+    with Bar("twins") as bar:
+        agreement = compare_sets(samples, twin, bar.advance, drawn(args)).summary()
+    print(f"\n{samples.name} beside {twin.name}, {agreement['pictures']:,} pictures\n\n{agreement_text(agreement)}")
+    measured = {"agreement": agreement}
+    if args.twin == FULL:
+        errors = compare_steps(args, beside(samples, "step-errors.png"))
+        print(steps_text(errors))
+        measured["step_errors"] = summarise_steps(errors)
+    keep(samples, {"samples": samples.name, "twin": twin.name, "count": agreement["pictures"]}, measured)
+
+
+def compare_steps(args: Args, plot: Path) -> np.ndarray:
+    """The relative errors (steps, pictures) of the first pictures' states, and a plot of them."""
+    from haste.evaluation.pictures import draw_step_errors  # brings matplotlib
+
+    settings = SamplingSettings(**{field.name: getattr(args, field.name) for field in fields(SamplingSettings)})
+    student = load_student(args.ckpt, args.ema)
+    cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheSettings())))
+    errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_PICTURES)))
+    title = f"{student.label}\n{settings.describe()}"
+    draw_step_errors(plot, errors, title=title, full_steps=cached.cache.full_steps)
+    return errors
+
+
+def keep(samples: Path, settings: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Write evaluation.json beside the samples; UserError if that folder cannot be written."""
+    path = beside(samples, "evaluation.json")
+    try:
+        keep_evaluation(path, settings, measured)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def heading(samples: Path, evaluation: Evaluation) -> str:
+    """What was compared with what, in which features."""
+    settings = evaluation.settings
+    count = settings["reference_count"]
+    real = "statistics of real pictures" if count is None else f"{count:,} real pictures"
+    return (
+        f"{samples.name}: {settings['count']:,} samples against {real} ({settings['reference']}), "
+        f"{settings['dimension']:,} features of {settings['network']}"
+    )
+
+
+# ---- the checkpoints of a run on the digits ----
 
 
 def evaluate(args: Args) -> tuple[list[dict], Yardstick]:
-    """Judge the checkpoints that --run or --ckpt names; their records, and what they were held against."""
+    """Judge the checkpoints that --run names by the digits; their records, and what they were held against."""
     args.check()
-    if args.run is not None:
-        run, checkpoints = args.run, run_checkpoints(args.run)
-    else:
-        student = load_student(args.ckpt, args.ema)
-        run, checkpoints = student.run, [student.checkpoint]
-    yardstick = load_yardstick(args.judge_dir or run.resolve().parent / "judge")
-    caution(args.num_fid_samples, yardstick)
-    records = evaluate_under_bar(args, run, checkpoints, yardstick)
-    if args.run is not None:
-        draw_pictures(args, run, records, yardstick)
+    checkpoints = run_checkpoints(args.run)
+    yardstick = load_yardstick(judge_dir(args))
+    sentence = check_sample_size(args.num_fid_samples, yardstick.real.dimension)
+    if sentence:
+        print(sentence)
+    records = evaluate_under_bar(args, args.run, checkpoints, yardstick)
+    draw_pictures(args, args.run, records)
     return records, yardstick
 
 
@@ -95,7 +264,7 @@ def evaluate_under_bar(args: Args, run: Path, checkpoints: list[Path], yardstick
         return evaluate_checkpoints(run, checkpoints, args, args.num_fid_samples, yardstick, progress)
 
 
-def draw_pictures(args: Args, run: Path, records: list[dict], yardstick: Yardstick) -> None:
+def draw_pictures(args: Args, run: Path, records: list[dict]) -> None:
     """evaluation.png: the scores over steps; losses.png: the curves of log.jsonl. Both in the run's folder."""
     from haste.evaluation.pictures import draw_losses, draw_scores  # brings matplotlib
 
@@ -107,41 +276,20 @@ def draw_pictures(args: Args, run: Path, records: list[dict], yardstick: Yardsti
         draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
 
 
-def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures (N, H, W, 3) uint8 of a folder or an .npz, and their labels where these are known."""
-    if not path.exists():
-        raise UserError(f"--samples is {path}, which does not exist")
-    if path.is_file():
-        return read_npz(path)
-    images = read_pictures(path)
-    if not (path / RECORD).is_file():
-        return images, None
-    settings = read_record(path)["settings"]
-    return images, choose_labels(settings["labels"], settings["global_seed"], range(len(images)), NUM_CLASSES)
-
-
 def print_records(records: list[dict], yardstick: Yardstick) -> None:
     """Print the table of a run: one row per checkpoint, named by its step or, if it was renamed, its file."""
     names = [record["checkpoint"] if record["step"] is None else f"{record['step']:,}" for record in records]
-    scores = [(record["distance"], record["accuracy"]) for record in records]
-    print_table([(name, *score) for name, score in zip(names, scores, strict=True)], yardstick)
-
-
-def caution(count: int, yardstick: Yardstick) -> None:
-    """Say so when `count` samples are too few for a distance that can be compared; UserError if for any at all."""
-    sentence = check_sample_size(count, yardstick.real.dimension)
-    if sentence:
-        print(sentence)
-
-
-def print_table(rows: list[tuple[str, float, float | None]], yardstick: Yardstick) -> None:
-    """Print name, distance and accuracy, and what to make of them."""
-    width = max(len("step"), *(len(name) for name, _, _ in rows))
+    width = max(map(len, ["step", *names]))
     print(f"\n{'step':>{width}}  {'distance':>9}  {'accuracy':>8}")
-    for name, distance, accuracy in rows:
-        print(f"{name:>{width}}  {distance:9.3f}  {'unknown' if accuracy is None else f'{accuracy:8.1%}':>8}")
-    print(
-        f"\nFréchet distance to {yardstick.real.count:,} real digits in {yardstick.real.dimension} features "
+    for name, record in zip(names, records, strict=True):
+        print(f"{name:>{width}}  {record['distance']:9.3f}  {record['accuracy']:8.1%}")
+    print(f"\n{yardstick_text(yardstick)}")
+
+
+def yardstick_text(yardstick: Yardstick) -> str:
+    """What to make of a distance and an accuracy on the digits."""
+    return (
+        f"Fréchet distance to {yardstick.real.count:,} real digits in {yardstick.real.dimension} features "
         f"of the judge; two halves of the real digits are {yardstick.halves:.2f} apart.\n"
         f"The judge reads {yardstick.judge.held_out_accuracy:.1%} of the real digits that it has not seen."
     )

@@ -1,1 +1,1 @@
-"""Judging samples: Fréchet distance, label accuracy, and the pictures that go with the numbers."""
+"""Judging samples: distances and scores in the features of a network, agreement with a twin, and pictures of both."""

@@ -105,7 +105,8 @@ def evaluate_checkpoint(
     """Draw `count` pictures from one checkpoint and score them. Raises UserError if it does not draw digits."""
     student = load_student(checkpoint, settings.ema)
     if student.config.data_dir != "digits":
-        raise UserError(f"{checkpoint} was trained on {student.config.data_dir!r}; the judge knows digits only")
+        raise UserError(f"{checkpoint} was trained on {student.config.data_dir!r}; the judge knows digits only; "
+                        "give --features and --reference")  # fmt: skip
     sampler = Sampler(student, settings)
     begin = perf_counter()
     batches = []

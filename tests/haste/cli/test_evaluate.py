@@ -2,29 +2,60 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import transformers as tf
 from digits_run import write_run
 from haste.cli.main import main
-from haste.evaluation import scores
-from haste.evaluation.judge import JudgeSettings
+from haste.evaluation import features, scores
+from haste.evaluation.images import write_picture
+from haste.evaluation.judge import JudgeSettings, real_digits
+from haste.evaluation.record import read_evaluations
 from PIL import Image
 
 QUICK = ("--num-steps", "2", "--num-fid-samples", "70")
+METRICS = ["frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "inception_score"]
 
 
 @pytest.fixture(autouse=True)
 def quick_judge(monkeypatch):
-    monkeypatch.setattr(scores, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+    for module in (scores, features):
+        monkeypatch.setattr(module, "JudgeSettings", lambda: JudgeSettings(epochs=1))
 
 
 def refusal(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", *arguments])
+        main(["evaluate", *map(str, arguments)])
     assert exit_.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("haste evaluate:")]
     assert len(errors) == 1
     return errors[0]
+
+
+def row(out: str, name: str) -> str:
+    """What stands behind the name of a metric."""
+    (found,) = re.findall(rf"^{re.escape(name)}  +(.+)$", out, re.MULTILINE)
+    return found
+
+
+def write_digits(folder: Path, count: int) -> Path:
+    for index, image in enumerate(real_digits()[0][:count]):
+        write_picture(folder / f"{index:06d}.png", image)
+    return folder
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 16}
+    tf.Dinov2Model(tf.Dinov2Config(**shape, image_size=8, patch_size=4)).save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+# ---- the checkpoints of a run on the digits ----
 
 
 def test_every_checkpoint_of_a_run(tmp_path, capsys):
@@ -48,31 +79,130 @@ def test_every_checkpoint_of_a_run(tmp_path, capsys):
     assert len((run / "evaluation.jsonl").read_text().splitlines()) == 2
 
 
-def test_one_checkpoint_and_its_samples_get_the_same_score(tmp_path, capsys):
-    run = write_run(tmp_path)
-    checkpoint = run / "checkpoints" / "0000002.pt"
-    main(["evaluate", "--ckpt", str(checkpoint), *QUICK])
-    (row,) = re.findall(r"^ *2 +([\d.]+) +([\d.]+%)$", capsys.readouterr().out, re.MULTILINE)
-    assert not (run / "evaluation.png").exists()
+# ---- any pictures, all metrics ----
 
-    main(["sample", "--ckpt", str(checkpoint), *QUICK, "--labels", "balanced"])
+
+def test_a_checkpoint_its_samples_and_its_run_get_the_same_scores(tmp_path, capsys):
+    run = write_run(tmp_path)
+    main(["evaluate", "--run", str(run), *QUICK])
+    (first, _) = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    main(["evaluate", "--ckpt", str(run / "checkpoints" / "0000002.pt"), *QUICK])
+    out = capsys.readouterr().out
+    # Drawn in other batches: a grey level.
+    assert float(row(out, "Fréchet distance")) == pytest.approx(first["distance"], rel=0.01)
+    assert row(out, "label accuracy") == f"{first['accuracy']:.1%}"
+    assert "two halves of the real digits" in out and "biased upwards" in out
+
     folder = run / "samples" / "0000002-euler-2-cfg1-seed0"
-    capsys.readouterr()
     for samples in (folder, folder.with_name(folder.name + ".npz")):
         main(["evaluate", "--samples", str(samples), "--judge-dir", str(tmp_path / "judge")])
-        (judged,) = re.findall(r"^ *\S*euler\S* +([\d.]+) +([\d.]+%)$", capsys.readouterr().out, re.MULTILINE)
-        assert float(judged[0]) == pytest.approx(float(row[0]), rel=0.01)  # drawn in other batches: a grey level
-        assert judged[1] == row[1]
+        again = capsys.readouterr().out
+        for name in ("Fréchet distance", "precision (k = 3)", "Inception score", "label accuracy"):
+            assert row(again, name) == row(out, name)
+
+    kept = read_evaluations(folder.with_name(folder.name + "-evaluation.json"))
+    assert len(kept) == 2 and kept[0]["settings"]["digest"] != kept[1]["settings"]["digest"]  # the folder, the .npz
+    assert list(kept[0]["metrics"]) == [*METRICS, "label_accuracy"]
+    assert kept[0]["settings"]["count"] == 70 and kept[0]["settings"]["reference_count"] == 1797
+    assert kept[0]["metrics"]["kernel_distance"]["value"] is None
 
 
-def test_pictures_without_labels_have_a_distance_alone(tmp_path, capsys):
+def test_pictures_without_labels_have_no_accuracy(tmp_path, capsys):
+    main(["evaluate", "--samples", str(write_digits(tmp_path / "set", 70)), "--kid-subset-size", "50"])
+    out = capsys.readouterr().out
+    assert "label accuracy" not in out and re.match(r"-?0\.\d+ ± 0\.\d+", row(out, "kernel distance"))
+
+
+def test_labels_belong_to_the_numbers_that_are_there(tmp_path, capsys):
+    """Labels in turn: without picture 0 the others still show what they should."""
+    images, labels = real_digits()
+    for label in range(10):
+        write_picture(tmp_path / "set" / f"{label:06d}.png", images[np.flatnonzero(labels == label)[0]])
+    record = {"settings": {"labels": "balanced", "global_seed": 0}, "drawn": {}}
+    (tmp_path / "set" / "sample.json").write_text(json.dumps(record))
+    main(["evaluate", "--samples", str(tmp_path / "set")])
+    (tmp_path / "set" / "000000.png").unlink()
+    main(["evaluate", "--samples", str(tmp_path / "set")])
+    both, fewer = re.findall(r"^label accuracy +([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
+    assert float(both) > 50 and float(fewer) > 50  # one pass over the digits; moved by one they would be near 0
+
+
+def test_a_teachers_features_against_pictures_and_what_was_saved_of_them(tmp_path, teacher, capsys):
+    samples, real = write_digits(tmp_path / "set", 60), write_digits(tmp_path / "real", 90)
+    main(["evaluate", "--samples", str(samples), "--features", str(teacher), "--reference", str(real),
+          "--save-reference", str(tmp_path / "real.npz")])  # fmt: skip
+    first = capsys.readouterr().out
+    assert "60 samples against 90 real pictures" in first and "12 features of class token" in first
+    main(["evaluate", "--samples", str(samples), "--features", str(teacher), "--reference", str(tmp_path / "real.npz")])
+    second = capsys.readouterr().out
+    for name in ("Fréchet distance", "recall (k = 3)", "density (k = 5)"):
+        assert row(second, name) == row(first, name)
+    assert row(second, "Inception score") == "-" and "without class probabilities" in second
+
+
+def test_every_checkpoint_of_a_run_in_a_teachers_features(tmp_path, teacher, capsys):
     run = write_run(tmp_path)
-    main(["sample", "--ckpt", str(run), *QUICK])
-    folder = run / "samples" / "0000004-euler-2-cfg1-seed0"
-    (folder / "sample.json").unlink()
-    capsys.readouterr()
-    main(["evaluate", "--samples", str(folder)])
-    assert re.search(r"euler\S* +[\d.]+ +unknown$", capsys.readouterr().out, re.MULTILINE)
+    few = ("--num-steps", "2", "--num-fid-samples", "14")
+    main(["evaluate", "--run", str(run), *few, "--features", str(teacher), "--reference", "digits"])
+    out = capsys.readouterr().out
+    assert re.search(r"^ +step +Fréchet distance +precision", out, re.MULTILINE)
+    for step in ("0000002", "0000004"):
+        (record,) = read_evaluations(run / "samples" / f"{step}-euler-2-cfg1-seed0-evaluation.json")
+        assert re.search(rf"^{step} +{record['metrics']['frechet_distance']['value']:.3f} ", out, re.MULTILINE)
+
+
+def test_stored_features_on_both_sides(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.standard_normal((400, 4)))
+    np.savez(tmp_path / "b.npz", features=rng.standard_normal((400, 4)) + 1.0)
+    main(["evaluate", "--samples", str(tmp_path / "a.npy"), "--features", "stored",
+          "--reference", str(tmp_path / "b.npz"), "--kid-subset-size", "100"])  # fmt: skip
+    assert float(row(capsys.readouterr().out, "Fréchet distance")) == pytest.approx(4, rel=0.1)
+    assert len(read_evaluations(tmp_path / "a-evaluation.json")) == 1
+
+
+# ---- agreement with a twin ----
+
+
+def test_a_cached_run_and_its_twin(tmp_path, capsys):
+    run = write_run(tmp_path)
+    cached = ("--cache", "taylor", "--interval", "2", "--order", "1", "--num-steps", "6", "--num-fid-samples", "12")
+    main(["evaluate", "--ckpt", str(run), *cached, "--twin", "full"])
+    out = capsys.readouterr().out
+    assert re.search(r"^PSNR +[\d.]+ dB, worst 5 %", out, re.MULTILINE)
+    assert re.search(r"^Relative error of the state, mean of 12 pictures: ", out, re.MULTILINE)
+    samples = run / "samples"
+    (plot,) = samples.glob("*-step-errors.png")
+    Image.open(plot).verify()
+    (record,) = samples.glob("*taylor*-evaluation.json")
+    _, agreement = read_evaluations(record)
+    assert len(agreement["step_errors"]) == 6 and agreement["agreement"]["pictures"] == 12
+
+    folders = sorted(path for path in samples.iterdir() if (path / "sample.json").is_file())
+    main(["evaluate", "--samples", str(folders[1]), "--twin", str(folders[0])])
+    again = capsys.readouterr().out
+    assert row(again, "SSIM") == row(out, "SSIM") and "Relative error" not in again
+
+
+def test_of_folders_that_hold_more_only_what_was_asked_for_is_measured(tmp_path, capsys):
+    run = write_run(tmp_path)
+    main(["sample", "--ckpt", str(run), "--num-steps", "2", "--labels", "balanced", "--num-fid-samples", "20"])
+    cached = ("--cache", "reuse", "--interval", "2", "--num-steps", "2", "--num-fid-samples", "12")
+    main(["evaluate", "--ckpt", str(run), *cached, "--twin", "full"])
+    assert "12 pictures" in capsys.readouterr().out
+    main(["evaluate", "--ckpt", str(run), "--num-steps", "2", "--num-fid-samples", "12"])
+    assert ": 12 samples against" in capsys.readouterr().out
+
+
+def test_twins_alone_need_neither_features_nor_a_reference(tmp_path, capsys):
+    for name, shift in (("a", 0), ("b", 3)):
+        write_picture(tmp_path / name / "0.png", np.full((16, 16, 3), 100 + shift, np.uint8))
+    main(["evaluate", "--samples", str(tmp_path / "a"), "--twin", str(tmp_path / "b")])
+    out = capsys.readouterr().out
+    assert row(out, "PSNR").startswith(f"{10 * np.log10(255**2 / 9):.2f} dB") and "Fréchet" not in out
+
+
+# ---- what cannot be done ----
 
 
 @pytest.mark.parametrize("flags", [(), ("--run", "a", "--ckpt", "b"), ("--run", "a", "--samples", "b")])
@@ -82,11 +212,33 @@ def test_exactly_one_thing_is_judged(capsys, flags):
 
 def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
     run = write_run(tmp_path)
-    assert "64 samples are too few" in refusal(capsys, "--run", str(run), "--num-fid-samples", "64")
+    assert "64 samples are too few" in refusal(capsys, "--run", run, "--num-fid-samples", "64")
     assert not (run / "evaluation.jsonl").exists()
-    assert "nowhere, which does not exist" in refusal(capsys, "--samples", str(tmp_path / "nowhere"))
-    assert "holds no checkpoints" in refusal(capsys, "--run", str(tmp_path))
-    (tmp_path / "large").mkdir()
+    assert "nowhere, which does not exist" in refusal(capsys, "--samples", tmp_path / "nowhere")
+    assert "holds no checkpoints" in refusal(capsys, "--run", tmp_path)
     for index in range(70):
-        Image.new("RGB", (16, 16)).save(tmp_path / "large" / f"{index}.png")
-    assert "reads uint8 pictures of shape (count, 8, 8, 3)" in refusal(capsys, "--samples", str(tmp_path / "large"))
+        write_picture(tmp_path / "large" / f"{index}.png", np.zeros((16, 16, 3), np.uint8))
+    assert "--features is not given" in refusal(capsys, "--samples", tmp_path / "large")
+    assert "--reference is not given; --features dinov2-vit-b needs" in refusal(
+        capsys, "--samples", tmp_path / "large", "--features", "dinov2-vit-b"
+    )
+    assert "reads uint8 pictures of shape (count, 8, 8, 3)" in refusal(
+        capsys, "--samples", tmp_path / "large", "--features", "digits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--samples", ".", "--twin", "full"), "it needs --ckpt and --cache"),
+        (("--ckpt", "run", "--twin", "full"), "it needs --ckpt and --cache"),
+        (("--run", "run", "--twin", "full", "--cache", "taylor"), "have a twin, not --run"),
+        (("--samples", ".", "--twin", "nowhere"), "--twin is nowhere, which does not exist"),
+        (("--samples", ".", "--features", "stored", "--twin", "."), "have a twin, not --features stored"),
+        (("--ckpt", "run", "--features", "stored"), "features must be given as --samples"),
+        (("--samples", ".", "--kid-subset-size", "1"), "--kid-subset-size is 1; it must be at least 2"),
+        (("--samples", ".", "--per-proc-batch-size", "0"), "--per-proc-batch-size is 0; it must be at least 1"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(capsys, flags, message):
+    assert message in refusal(capsys, *flags)
