@@ -27,6 +27,7 @@ from haste.evaluation.reference import STORED, save_reference
 from haste.evaluation.scores import Yardstick, alignment_end, evaluate_checkpoints, load_yardstick, read_records
 from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
 from haste.generation.drawing import Sampler
+from haste.generation.sample_folder import read_record
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student, run_checkpoints
 
@@ -196,21 +197,26 @@ def compare_with_twin(args: Args, samples: Path) -> None:
     print(f"\n{samples.name} beside {twin.name}, {agreement['pictures']:,} pictures\n\n{agreement_text(agreement)}")
     measured = {"agreement": agreement}
     if args.twin == FULL:
-        errors = compare_steps(args, beside(samples, "step-errors.png"))
+        errors = compare_steps(args, samples)
         print(steps_text(errors))
         measured["step_errors"] = summarise_steps(errors)
     keep(samples, {"samples": samples.name, "twin": twin.name, "count": agreement["pictures"]}, measured)
 
 
-def compare_steps(args: Args, plot: Path) -> np.ndarray:
-    """The relative errors (steps, pictures) of the first pictures' states, and a plot of them."""
+def compare_steps(args: Args, samples: Path) -> np.ndarray:
+    """The relative errors (steps, pictures) of the first pictures' states, drawn as these samples were, and a plot."""
     from haste.evaluation.pictures import draw_step_errors  # brings matplotlib
 
+    record = read_record(samples)
     settings = SamplingSettings(**{field.name: getattr(args, field.name) for field in fields(SamplingSettings)})
+    settings = replace(settings, labels=record["settings"]["labels"])  # as they were read from a file
     student = load_student(args.ckpt, args.ema)
     cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheSettings())))
+    if record.get("full_steps"):  # that --max-error has found
+        cached = cached.with_full_steps(record["full_steps"])
     errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_PICTURES)))
     title = f"{student.label}\n{settings.describe()}"
+    plot = beside(samples, "step-errors.png")
     draw_step_errors(plot, errors, title=title, full_steps=cached.cache.full_steps)
     return errors
 

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from digits_run import write_run
 from haste.cli.main import main
-from haste.evaluation import features, scores
+from haste.evaluation import features, pictures, scores
 from haste.evaluation.images import write_picture
 from haste.evaluation.judge import JudgeSettings, real_digits
 from haste.evaluation.record import read_evaluations
@@ -24,6 +24,12 @@ METRICS = ["frechet_distance", "kernel_distance", "precision", "recall", "densit
 def quick_judge(monkeypatch):
     for module in (scores, features):
         monkeypatch.setattr(module, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+
+
+@pytest.fixture(autouse=True)
+def no_grid(monkeypatch):
+    """The grid that is drawn with all samples, which takes longer than these."""
+    monkeypatch.setattr(pictures, "draw_grid", lambda *args, **kwargs: None)
 
 
 def refusal(capsys, *arguments) -> str:
