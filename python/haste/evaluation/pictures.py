@@ -181,7 +181,7 @@ def draw_step_errors(
     positive = np.where(errors > 0, errors, np.nan)
     mean = np.where(errors.mean(axis=1) > 0, errors.mean(axis=1), np.nan)
     with styled(theme):
-        figure, axes = plt.subplots(figsize=(7.0, 3.4))
+        figure, axes = plt.subplots(figsize=(9.6, 3.4))
         axes.plot(steps, mean, color=theme.series[0], label="mean")
         lowest, highest = np.fmin.reduce(positive, axis=1), np.fmax.reduce(positive, axis=1)
         axes.fill_between(steps, lowest, highest, color=theme.series[0], alpha=0.13, linewidth=0,
