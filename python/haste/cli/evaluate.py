@@ -56,6 +56,8 @@ class Args(SamplingSettings):
     twin: str | None = None
     """The same pictures drawn without a cache, a folder or an .npz: how far the samples are from them. full: with
     --ckpt and --cache, draw them too, and compare the states after every step."""
+    fast: bool = False
+    """With --ckpt or --run: the recommended cache, in place of --cache and what goes with it."""
     num_fid_samples: int = 1000
     """How many pictures to draw for each checkpoint."""
     num_steps: int = 25
@@ -68,6 +70,12 @@ class Args(SamplingSettings):
     """Pictures in each of the 100 subsets that the kernel distance is averaged over."""
     judge_dir: Path | None = None
     """Where the judge of the digits is kept; by default judge/ beside the runs (for --samples: beside the pictures)."""
+
+    def resolved(self) -> Args:
+        """The same, with --fast and a file of labels replaced by what they stand for."""
+        chosen = sample_args(self).resolved()
+        names = [field.name for field in fields(SamplingSettings)]
+        return replace(self, fast=False, **{name: getattr(chosen, name) for name in names})
 
     def check(self) -> None:
         super().check()
@@ -96,12 +104,13 @@ class Args(SamplingSettings):
             raise UserError(f"--twin is {self.twin}, which does not exist; it must be a folder, an .npz, or full")
         if self.twin == FULL and (self.ckpt is None or self.cache == "none"):
             raise UserError("--twin is full, which draws without a cache what --ckpt draws with one; it needs --ckpt "
-                            "and --cache, or give the folder of a twin that was drawn before")  # fmt: skip
+                            "and --cache or --fast, or give the folder of a twin that was drawn before")  # fmt: skip
 
 
 def main(args: Args) -> None:
     """Judge, and print a table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = args.resolved()
     args.check()
     if args.run is None:
         evaluate_samples(args)
@@ -178,10 +187,15 @@ def judge_dir(args: Args) -> Path:
     return place.parent / "judge"
 
 
-def draw(args: SamplingSettings) -> Path:
+def draw(args: Args) -> Path:
     """The folder of the pictures of --ckpt; those that are there already are not drawn again."""
-    known = {field.name: getattr(args, field.name) for field in fields(sample.Args) if hasattr(args, field.name)}
-    return sample.sample_to_folder(sample.Args(**known)).folder.path
+    return sample.sample_to_folder(sample_args(args)).folder.path
+
+
+def sample_args(args: Args) -> sample.Args:
+    """The flags that both commands have, for `haste sample`."""
+    shared = {field.name: getattr(args, field.name) for field in fields(sample.Args) if hasattr(args, field.name)}
+    return sample.Args(**shared)
 
 
 def drawn(args: Args) -> int | None:
@@ -207,13 +221,12 @@ def compare_steps(args: Args, samples: Path) -> np.ndarray:
     """The relative errors (steps, pictures) of the first pictures' states, drawn as these samples were, and a plot."""
     from haste.evaluation.pictures import draw_step_errors  # brings matplotlib
 
-    record = read_record(samples)
     settings = SamplingSettings(**{field.name: getattr(args, field.name) for field in fields(SamplingSettings)})
-    settings = replace(settings, labels=record["settings"]["labels"])  # as they were read from a file
     student = load_student(args.ckpt, args.ema)
     cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheSettings())))
-    if record.get("full_steps"):  # that --max-error has found
-        cached = cached.with_full_steps(record["full_steps"])
+    full_steps = read_record(samples)["full_steps"]
+    if full_steps is not None:  # that --max-error has found
+        cached = cached.with_full_steps(full_steps)
     errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_PICTURES)))
     title = f"{student.label}\n{settings.describe()}"
     plot = beside(samples, "step-errors.png")

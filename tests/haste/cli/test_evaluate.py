@@ -190,6 +190,19 @@ def test_a_cached_run_and_its_twin(tmp_path, capsys):
     assert row(again, "SSIM") == row(out, "SSIM") and "Relative error" not in again
 
 
+def test_the_recommended_cache_labels_of_a_file_and_full_steps_that_were_measured(tmp_path, capsys):
+    run = write_run(tmp_path)
+    (tmp_path / "labels.txt").write_text("3\n1\n4\n")
+    labels = ("--labels", str(tmp_path / "labels.txt"))
+    drawn = ("--ckpt", str(run), *labels, "--num-fid-samples", "9", "--num-steps", "12")
+    for cache in (("--fast",), ("--cache", "taylor", "--order", "1", "--max-error", "0.5")):
+        main(["evaluate", *drawn, *cache, "--twin", "full"])
+        assert "mean of 9 pictures" in capsys.readouterr().out
+    records = [json.loads(path.read_text()) for path in (run / "samples").glob("*/sample.json")]
+    assert {record["settings"]["labels"] for record in records} == {"3,1,4"}
+    assert sorted(record["settings"]["cache"] != "none" for record in records) == [False, True, True]
+
+
 def test_of_folders_that_hold_more_only_what_was_asked_for_is_measured(tmp_path, capsys):
     run = write_run(tmp_path)
     main(["sample", "--ckpt", str(run), "--num-steps", "2", "--labels", "balanced", "--num-fid-samples", "20"])
