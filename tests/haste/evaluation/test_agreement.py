@@ -107,14 +107,14 @@ def test_other_numbers_or_labels_are_no_twins(tmp_path):
         compare_sets(tmp_path / "a.npz", tmp_path / "b.npz")
 
 
-def test_states_are_equal_until_the_first_forecast_and_differ_after_it(tmp_path):
+def test_states_agree_until_the_first_forecast_and_differ_after_it(tmp_path):
     student = load_student(write_run(tmp_path))
     full = Sampler(student, SamplingSettings(num_steps=8))
     cached = Sampler(student, SamplingSettings(num_steps=8, cache="taylor", interval=3, order=1))
     errors = step_errors(cached, full, range(70))  # more than one batch
     assert errors.shape == (8, 70) and errors.dtype == np.float64
     skipped = [step for step in range(8) if step not in cached.cache.full_steps]
-    assert (errors[: skipped[0]] == 0).all() and (errors[skipped[0] :] > 0).all()
+    assert errors[: skipped[0]].max() < 1e-6 and errors[skipped[0] :].min() > 1e-5  # rounding, and forecasts
     record = summarise_steps(errors)
     assert record[-1]["step"] == 7 and record[-1]["mean"] == errors[-1].mean() <= record[-1]["largest"]
     assert f"{errors[-1].mean():.2e} after step 8" in steps_text(errors)
