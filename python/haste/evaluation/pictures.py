@@ -175,7 +175,7 @@ def draw_step_errors(
 ) -> None:
     """The relative error of a cached run's state after every step, (steps, pictures): mean, lowest to highest.
 
-    `full_steps`, counted from 0, have a dot. Where the states are still equal there is nothing to draw.
+    `full_steps`, counted from 0, have a dot. Where the states still agree but for rounding, nothing is shown.
     """
     steps = np.arange(1, len(errors) + 1)
     positive = np.where(errors > 0, errors, np.nan)
@@ -190,6 +190,8 @@ def draw_step_errors(
         if len(full):
             axes.plot(full + 1, mean[full], "o", color=theme.series[1], markersize=4.5, label="full step")
         axes.set(xlabel="Sampling step", xlim=(0, len(errors)), yscale="log" if (errors > 0).any() else "linear")
+        if (errors > 0).any():  # rounding, far below the forecasts' errors, would flatten them
+            axes.set_ylim(bottom=max(np.nanmin(positive), np.nanmax(positive) / 1e3) / 1.3)
         axes.set(title="‖x cached − x full‖ / ‖x full‖ after each step")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.legend(loc="lower right")
