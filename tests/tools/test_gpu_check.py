@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,33 @@ def test_whole_training_steps_are_a_run_of_their_own(gpu_check):
     assert build.startswith("build") and "benchmarks/train_step/run.py --device cuda" in train_step
     (stage,) = gpu_check.training_stages(Path("folder"))
     assert (ROOT / stage.command[1]).is_file()
+
+
+def test_whole_sampling_runs_are_a_run_of_their_own(gpu_check):
+    tool = [sys.executable, ROOT / "tools/gpu_check", "--dry-run", "--sampling"]
+    build, tests, *batches = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert build.startswith("build") and "pytest" in tests and "tests/haste/caching" in tests
+    assert [line.split(" --batch-size ")[1].split()[0] for line in batches] == ["1", "8", "64"]
+    stages = gpu_check.sampling_stages(Path("folder"), Path("scratch"))
+    named = [word for stage in stages for word in stage.command if word.startswith(("tests/", "benchmarks/"))]
+    assert len(named) == len(stages) and all((ROOT / path).exists() for path in named)
+    results = ("results.json", "results.md", "results.png")
+    assert len({stage.log for stage in stages} | {"build.log", "machine.json", "summary.md", *results}) <= 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the benchmark would run")
+def test_sampling_runs_take_the_flags_that_they_are_given(gpu_check):
+    """The script reads its whole command line before it says that there is no GPU."""
+    stage = gpu_check.sampling_stages(Path("folder"), Path("scratch"))[-1]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+    result = subprocess.run(stage.command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "--device is cuda, and torch finds no CUDA device here" in result.stderr
+
+
+def test_only_one_kind_of_run_at_a_time():
+    tool = [sys.executable, ROOT / "tools/gpu_check", "--dry-run", "--sampling", "--training"]
+    result = subprocess.run(tool, capture_output=True, text=True)
+    assert result.returncode == 2 and "not allowed with argument" in result.stderr
 
 
 def test_a_kernel_that_passes_everything_is_verified(gpu_check):

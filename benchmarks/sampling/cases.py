@@ -1,0 +1,86 @@
+"""What is measured: the model's geometry, the batch, its type and device, and the settings of the caches."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from haste.errors import UserError
+from haste.training.students import STUDENTS
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A model, and the pictures that it draws unless others are asked for.
+
+    model: arguments of SiT. pixels: of the picture's side per value of what the model draws, 8 for SD-VAE's latents.
+    cpu_batch: pictures per run on two processor cores.
+    """
+
+    model: dict[str, Any]
+    pixels: int
+    resolution: int
+    cpu_batch: int
+
+
+GEOMETRIES = {
+    **{name: Geometry(STUDENTS[name], pixels=8, resolution=256, cpu_batch=1) for name in ("SiT-B/2", "SiT-XL/2")},
+    "digits": Geometry(
+        {**STUDENTS["SiT-Digits/2"], "in_channels": 1, "num_classes": 10}, pixels=1, resolution=8, cpu_batch=100
+    ),
+    # Measures nothing: to see in seconds that the script works on a machine.
+    "tiny": Geometry(
+        {"depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "num_classes": 10},
+        pixels=8, resolution=64, cpu_batch=2,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table of the report."""
+
+    model: str
+    resolution: int
+    batch: int
+    dtype: str
+    device: str
+    num_steps: int
+    interval: int
+    order: int
+
+    @cached_property
+    def sit(self) -> dict[str, Any]:
+        """The arguments of SiT."""
+        geometry = GEOMETRIES[self.model]
+        return {**geometry.model, "input_size": self.resolution // geometry.pixels}
+
+    @property
+    def tokens(self) -> int:
+        return (self.sit["input_size"] // self.sit["patch_size"]) ** 2
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens": self.tokens}
+
+
+def make_case(
+    model: str, resolution: int | None, batch: int, dtype: str, device: str, num_steps: int, interval: int, order: int
+) -> Case:
+    """UserError, in one sentence, for what cannot be measured; what the caches refuse they refuse themselves."""
+    if model not in GEOMETRIES:
+        raise UserError(f"--model is {model!r}; it must be one of {', '.join(GEOMETRIES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    geometry = GEOMETRIES[model]
+    if resolution is None:
+        resolution = geometry.resolution
+    unit = geometry.pixels * geometry.model["patch_size"]
+    if resolution < unit or resolution % unit:
+        raise UserError(f"--resolution is {resolution}; it must be a multiple of {unit}, such as {geometry.resolution}")
+    for name, value in (("batch-size", batch), ("num-steps", num_steps), ("interval", interval)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    return Case(model, resolution, batch, dtype, device, num_steps, interval, order)

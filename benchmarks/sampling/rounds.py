@@ -1,0 +1,138 @@
+"""The measurement: each run once for its pictures, FLOPs and memory, then all of them taking turns."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Mapping
+from statistics import median
+from time import perf_counter
+
+import torch
+from cases import Case
+from haste.errors import UserError
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from variants import EAGER, LAUNCHED, MODULE, PLAIN, Run, make_runs
+
+from haste_ext.bench.compare import why_absent
+from haste_ext.bench.machine import describe_machine
+from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes
+
+# How far apart two ways to write the same forecast may end, relative to the pictures: they round differently. On the
+# digits' model a forecast of order 3 in place of 4 makes 1e-6, one of order 0 makes 1e-2.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}
+
+
+def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args, **kwargs) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+# torch's own table lacks the attention that it runs on the CPU.
+COUNTED_TOO = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+
+
+def measure(case: Case, rounds: int) -> dict[str, object]:
+    """What the JSON document holds of one case."""
+    machine = describe_machine(case.device)  # the commit that is measured, whatever becomes of the tree meanwhile
+    rows: list[dict] = []
+    able: dict[str, Run] = {}
+    pictures: dict[str, Tensor] = {}
+    with memory_within_the_machine(case.device), torch.no_grad():
+        for run in ready(case):
+            row = {"name": run.name, "launch": run.launch}
+            try:
+                pictures[run.name] = first_run(run, row)
+            except RuntimeError as error:  # torch's word for memory that runs out
+                if run.variant is PLAIN:
+                    raise not_measured(case, error) from error
+                row["absent"] = why_absent(error)
+            else:
+                able[run.name] = run
+            rows.append(row)
+        difference = compare(case, pictures)
+        times = time_in_rounds(able, rounds, case.device)
+    for row in rows:
+        row |= times.get(row["name"], {})
+    return {
+        "case": case.as_json(),
+        "machine": machine,
+        "settings": {"rounds": rounds},
+        "difference": difference,
+        "rows": rows,
+    }
+
+
+def ready(case: Case) -> list[Run]:
+    try:
+        return make_runs(case)
+    except RuntimeError as error:
+        raise not_measured(case, error) from error
+
+
+def not_measured(case: Case, error: Exception) -> UserError:
+    where = f"{case.model} at --resolution {case.resolution} and --batch-size {case.batch}"
+    return UserError(f"{where} cannot be measured: {why_absent(error)}")
+
+
+def first_run(run: Run, row: dict) -> Tensor:
+    """Draws once; puts into the row what does not change from run to run."""
+    steps = run.num_steps if run.variant.cached else 1  # without a cache all steps are alike
+    pictures: list[Tensor] = []
+
+    def draw() -> tuple[()]:
+        pictures.append(run(steps))
+        return ()
+
+    with FlopCounterMode(custom_mapping=COUNTED_TOO, display=False) as counter:
+        row["peak_extra_bytes"] = peak_extra_bytes(draw, run.case.device, calls=1)
+    if run.launch == LAUNCHED:  # the others run what the counter does not see
+        row["flops"] = counter.get_total_flops() * run.num_steps // steps
+    row["num_steps"] = run.num_steps
+    row["num_full"] = run.num_steps - run.stopwatch.num_skipped
+    row["cache_bytes"] = run.cache_bytes
+    return pictures[0]
+
+
+def compare(case: Case, pictures: Mapping[str, Tensor]) -> float | None:
+    """The relative difference of TaylorSeer's pictures, ours from the eager ones; UserError where it is too large."""
+    if EAGER.name not in pictures or MODULE.name not in pictures:
+        return None
+    ours, eager = pictures[MODULE.name].double(), pictures[EAGER.name].double()
+    difference = ((ours - eager).norm() / eager.norm()).item()
+    if not difference <= TOLERANCE[case.dtype]:
+        raise UserError(
+            f"{case.model} is not timed: {MODULE.name}, the pictures differ from those of {EAGER.name} by "
+            f"{difference:.1e}; it must be at most {TOLERANCE[case.dtype]:.0e}"
+        )
+    return difference
+
+
+def time_in_rounds(runs: Mapping[str, Run], rounds: int, device: str) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each run, and the medians of its full and its skipped steps: one number of each per round.
+
+    A machine drifts, so ratios are taken within a round, and every round has another order.
+    """
+    times = {name: {"seconds": [], "full_seconds": [], "skipped_seconds": []} for name in runs}
+    names = list(runs)
+    for turn in range(rounds):
+        for name in random.Random(turn).sample(names, len(names)):
+            gc.collect()
+            stopwatch = runs[name].stopwatch
+            times[name]["seconds"].append(seconds_of(runs[name], device))
+            for kind, full in (("full_seconds", True), ("skipped_seconds", False)):
+                times[name][kind] += [median(seconds)] if (seconds := stopwatch.seconds(full)) else []
+    return times
+
+
+def seconds_of(run: Run, device: str) -> float:
+    synchronize(device)
+    begin = perf_counter()
+    run()
+    synchronize(device)
+    return perf_counter() - begin
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,161 @@
+"""The ways to draw one batch of pictures: every step in full, fewer steps, and every cache; each in every launching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from time import perf_counter
+
+import torch
+from cases import Case
+from eager import EagerTaylorSeer, full_steps
+from haste.caching import CacheSettings, make_cache
+from haste.models import SiT, SiTOutput
+from haste.sampling import initial_noise, sample
+from torch import Tensor
+
+LAUNCHED, COMPILED, GRAPHS = "", "torch.compile", "CUDA graphs"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """cache: of haste.caching. eager: the baseline's cache in its place."""
+
+    name: str
+    cache: str | None = None
+    granularity: str = "module"
+    eager: bool = False
+    fewer_steps: bool = False
+
+    @property
+    def cached(self) -> bool:
+        return self.eager or self.cache is not None
+
+    def settings(self, case: Case) -> CacheSettings:
+        if self.cache == "delta-dit":
+            return CacheSettings(cache="delta-dit", interval=case.interval)
+        return CacheSettings(cache="taylor", granularity=self.granularity, interval=case.interval, order=case.order)
+
+
+PLAIN, FEWER, EAGER, MODULE, BLOCK, MODEL, DELTA = VARIANTS = (
+    Variant("plain"),
+    Variant("plain, fewer steps", fewer_steps=True),
+    Variant("eager TaylorSeer", eager=True),
+    Variant("TaylorSeer per module", "taylor", "module"),
+    Variant("TaylorSeer per block", "taylor", "block"),
+    Variant("TaylorSeer whole model", "taylor", "model"),
+    Variant("Δ-DiT", "delta-dit"),
+)
+
+
+def make_model(case: Case) -> SiT:
+    """Weights at which every layer is heard, as in a trained model: a new one's gates are shut."""
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        model = SiT(**case.sit)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                scale = 1 / sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.1
+                parameter.normal_(std=scale)
+    return model.to(getattr(torch, case.dtype)).eval().requires_grad_(False)
+
+
+class Stopwatch:
+    """A model that is asked for its steps, with the time of every call; a GPU does not wait for it."""
+
+    training = False
+
+    def __init__(self, model: Callable[..., SiTOutput], dtype: torch.dtype, device: str) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.device = device
+
+    def start(self, evaluations: list) -> None:
+        if hasattr(self.model, "start"):
+            self.model.start(evaluations)
+        self.calls: list[tuple[bool, float, float]] = []
+
+    def now(self):
+        if self.device == "cpu":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> SiTOutput:
+        skipped, begin = self.num_skipped, self.now()
+        output = self.model(x, t, y)
+        self.calls.append((self.num_skipped == skipped, begin, self.now()))
+        return output
+
+    @property
+    def num_skipped(self) -> int:
+        return getattr(self.model, "num_skipped", 0)
+
+    def seconds(self, full: bool) -> list[float]:
+        """Of the full or of the skipped calls since `start`; on a GPU only once it has been waited for."""
+        if self.device == "cpu":
+            return [end - begin for kind, begin, end in self.calls if kind == full]
+        return [begin.elapsed_time(end) / 1e3 for kind, begin, end in self.calls if kind == full]
+
+
+class GraphedModel:
+    """A model without a cache as one CUDA graph: what caches in CUDA graphs are compared with."""
+
+    def __init__(self, model: SiT, x: Tensor, t: Tensor, y: Tensor) -> None:
+        self.inputs = (x.clone(), t.clone(), y.clone())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up outside a capture
+            model(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.velocity = model(*self.inputs).velocity
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            kept.copy_(given)
+        self.graph.replay()
+        return self.velocity
+
+
+class Run:
+    """One way to draw the case's batch; the noise and the labels are the same every time."""
+
+    def __init__(self, variant: Variant, launch: str, case: Case, model: SiT) -> None:
+        self.variant = variant
+        self.launch = launch
+        self.case = case
+        self.num_steps = len(full_steps(case.num_steps, case.interval)) if variant.fewer_steps else case.num_steps
+        shape = (case.batch, model.in_channels, model.input_size, model.input_size)
+        self.noise = initial_noise(shape, torch.Generator().manual_seed(1), device=case.device)
+        self.labels = torch.arange(case.batch, device=case.device) % model.num_classes
+        self.stopwatch = Stopwatch(self.wrapped(model), model.dtype, case.device)
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}, {self.launch}" if self.launch else self.variant.name
+
+    def wrapped(self, model: SiT) -> Callable[..., SiTOutput]:
+        """The model as the variant calls it."""
+        case, variant = self.case, self.variant
+        if variant.eager:
+            return EagerTaylorSeer(model, case.interval, case.order)
+        return make_cache(model, variant.settings(case)) if variant.cached else model
+
+    def __call__(self, num_steps: int | None = None) -> Tensor:
+        """The pictures (B, C, S, S), or what fewer steps make of them."""
+        return sample(self.stopwatch, self.noise, self.labels, num_steps=num_steps or self.num_steps)
+
+    @property
+    def cache_bytes(self) -> int:
+        return getattr(self.stopwatch.model, "cache_bytes", 0)
+
+
+def make_runs(case: Case) -> list[Run]:
+    """All of them around one model."""
+    model = make_model(case)
+    return [Run(variant, launch, case, model) for launch in (LAUNCHED,) for variant in VARIANTS]

@@ -1,0 +1,186 @@
+"""The benchmark of sampling: its baseline forecasts as haste does, its FLOPs and speed-ups are what they are called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from haste.errors import UserError
+
+ROOT = Path(__file__).parents[2] / "benchmarks" / "sampling"
+
+
+@contextmanager
+def script_folder(folder: Path) -> Iterator[None]:
+    """Its files import each other as those of a script do; those of another benchmark have the same names."""
+    names = [path.stem for path in folder.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
+
+
+with script_folder(ROOT):
+    import eager
+    import report
+    import rounds
+    import run
+    import variants
+    from cases import make_case
+
+SHORT = {"num_steps": 8, "interval": 2, "order": 2}
+
+
+def tiny(**settings):
+    return make_case("tiny", None, 2, "float32", "cpu", **{**SHORT, **settings})
+
+
+def make_run(variant, case):
+    return variants.Run(variant, variants.LAUNCHED, case, variants.make_model(case))
+
+
+@pytest.mark.parametrize(("interval", "order"), [(2, 0), (3, 1), (3, 4), (4, 2)])
+def test_the_eager_baseline_draws_what_haste_draws_per_module(interval, order):
+    case = tiny(num_steps=20, interval=interval, order=order)
+    ours, baseline, plain = (make_run(v, case)() for v in (variants.MODULE, variants.EAGER, variants.PLAIN))
+    torch.testing.assert_close(ours, baseline, rtol=1e-5, atol=1e-5)
+    assert (baseline - plain).abs().max() > 1e-4, "a forecast is no full step"
+
+
+def test_the_eager_baseline_has_the_published_schedule():
+    assert eager.full_steps(12, 4) == [0, 1, 5, 9]
+    assert [len(eager.full_steps(50, interval)) for interval in (3, 4, 5, 6)] == [18, 14, 11, 10]
+    baseline = make_run(variants.EAGER, tiny(num_steps=12, interval=4))
+    baseline()
+    assert [full for full, *_ in baseline.stopwatch.calls] == [step in (0, 1, 5, 9) for step in range(12)]
+
+
+def test_the_eager_baseline_keeps_every_difference_of_every_module():
+    case = tiny()
+    baseline = make_run(variants.EAGER, case)
+    baseline()
+    assert baseline.cache_bytes == 2 * 4 * (case.order + 1) * case.batch * case.tokens * 32 * 4
+
+
+def test_flops_are_those_of_products_convolution_and_attention():
+    case = tiny()
+    row = {}
+    rounds.first_run(make_run(variants.PLAIN, case), row)
+    rows, tokens, width = case.batch, case.batch * case.tokens, 32
+    block = 12 * tokens * width**2 + 2 * rows * case.tokens**2 * width + 6 * rows * width**2
+    ends = 2 * tokens * width * 16 + rows * (256 + width) * width + 2 * rows * width**2
+    assert row["flops"] == case.num_steps * 2 * (4 * block + ends)
+
+    fewer = {}
+    rounds.first_run(make_run(variants.FEWER, case), fewer)
+    assert fewer["flops"] * case.num_steps == row["flops"] * fewer["num_steps"] and fewer["num_steps"] == 5
+
+
+def test_a_skipped_step_has_the_flops_of_its_conditioning():
+    case, plain, cached = tiny(), {}, {}
+    rounds.first_run(make_run(variants.PLAIN, case), plain)
+    rounds.first_run(make_run(variants.EAGER, case), cached)
+    assert (cached["num_full"], cached["num_steps"]) == (5, 8)
+    blocks = 4 * (12 * case.batch * case.tokens * 32**2 + 2 * case.batch * case.tokens**2 * 32)
+    assert plain["flops"] - cached["flops"] == 3 * 2 * blocks
+
+
+def test_every_call_of_the_model_is_timed_and_a_run_is_longer_than_its_calls():
+    contender = make_run(variants.MODULE, tiny())
+    times = rounds.time_in_rounds({"it": contender}, rounds=2, device="cpu")["it"]
+    full, skipped = contender.stopwatch.seconds(full=True), contender.stopwatch.seconds(full=False)
+    assert (len(full), len(skipped)) == (5, 3) and min(full + skipped) > 0
+    assert times["seconds"][-1] > sum(full) + sum(skipped)
+    assert [len(values) for values in times.values()] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_script_measures_every_variant_and_draws_from_its_json_alone(tmp_path, capsys, dtype):
+    run.main(run.Args(model=["tiny"], dtype=dtype, rounds=2, output=tmp_path, **SHORT))
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [row["name"] for row in result["rows"]] == [
+        "plain", "plain, fewer steps", "eager TaylorSeer", "TaylorSeer per module", "TaylorSeer per block",
+        "TaylorSeer whole model", "Δ-DiT",
+    ]  # fmt: skip
+    assert all(len(row["seconds"]) == 2 and row["flops"] > 0 for row in result["rows"])
+    assert [row["cache_bytes"] > 0 for row in result["rows"]] == [False, False] + 5 * [True]
+    assert 0 < result["difference"] < 1e-2
+
+    text = (tmp_path / "results.md").read_text()
+    for name in ("results.md", "results.png"):
+        (tmp_path / name).unlink()
+    run.main(run.Args(output=tmp_path, draw_only=True))
+    assert (tmp_path / "results.md").read_text() == text
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert text in capsys.readouterr().out
+
+
+def fake_row(name, seconds, flops, launch=""):
+    return {"name": f"{name}, {launch}" if launch else name, "launch": launch, "num_steps": 50, "num_full": 14,
+            "seconds": seconds, "flops": flops, "full_seconds": [0.02, 0.02], "skipped_seconds": [],
+            "cache_bytes": 2**20, "peak_extra_bytes": None}  # fmt: skip
+
+
+def fake_result(*rows, device="cpu"):
+    machine = {"gpu": None, "threads": 2, "processor": "P", "cpu_path": "avx2", "torch": "2", "haste_ext": "0",
+               "commit": None, "date": "today"}  # fmt: skip
+    case = {"model": "SiT-B/2", "resolution": 256, "batch": 1, "dtype": "float32", "device": device, "num_steps": 50,
+            "interval": 4, "order": 4, "tokens": 256}  # fmt: skip
+    return {"case": case, "machine": machine, "settings": {"rounds": 2}, "difference": 1e-7, "rows": list(rows)}
+
+
+def test_speedups_are_taken_within_a_round_and_held_against_the_flops():
+    plain, module = fake_row("plain", [6.0, 12.0], 40), fake_row("TaylorSeer per module", [2.0, 4.0], 10)
+    block = fake_row("TaylorSeer per block", [1.6, 3.2], 10)
+    text = report.section(fake_result(plain, module, block))
+    assert "| TaylorSeer per module | 14 of 50 | 3.000 | 2.400 – 3.600 | 3.00× | 4.00× | 0.75 | 0.75 – 0.75 |" in text
+    assert "per module: 0.75 of its FLOPs speed-up in seconds; target 0.8: missed." in text
+    assert "per block: 0.94 of its FLOPs speed-up in seconds; target 0.9: met." in text
+
+
+def test_a_launch_is_compared_with_plain_sampling_launched_alike():
+    rows = [fake_row("plain", [6.0, 6.0], 40), fake_row("plain", [3.0, 3.0], 40, "CUDA graphs")]
+    graphed = fake_row("TaylorSeer whole model", [1.0, 1.0], 10, "CUDA graphs")
+    text = report.section(fake_result(*rows, graphed, device="cuda"))
+    assert "whole model, CUDA graphs: 0.75 of its FLOPs speed-up in seconds; target 0.95: missed." in text
+
+
+def test_what_did_not_fit_is_said_in_the_table():
+    absent = {"name": "eager TaylorSeer", "launch": "", "absent": "it wants more memory than there is"}
+    text = report.section(fake_result(fake_row("plain", [1.0, 1.0], 1), absent))
+    assert "| eager TaylorSeer | it wants more memory than there is |" in text
+
+
+def test_pictures_that_differ_are_not_timed():
+    pictures = {variants.EAGER.name: torch.ones(4), variants.MODULE.name: torch.ones(4) + 1e-4}
+    with pytest.raises(UserError, match="not timed: TaylorSeer per module, the pictures differ from those of eager"):
+        rounds.compare(tiny(), pictures)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": ["SiT-Q/2"]}, "--model is 'SiT-Q/2'; it must be one of SiT-B/2, SiT-XL/2, digits, tiny"),
+        ({"model": ["tiny"], "dtype": "fp8"}, "--dtype is 'fp8'; it must be one of float32, bfloat16"),
+        ({"model": ["digits"], "resolution": 9}, "--resolution is 9; it must be a multiple of 2, such as 8"),
+        ({"model": ["tiny"], "batch_size": [0]}, "--batch-size is 0; it must be at least 1"),
+        ({"model": ["tiny"], "num_steps": 0}, "--num-steps is 0; it must be at least 1"),
+        ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
+        ({"device": "tpu"}, "--device is 'tpu'; it must be one of cpu, cuda"),
+        ({"model": ["tiny"], "batch_size": [10**9]}, "tiny at --resolution 64 and --batch-size 1000000000 cannot be"),
+        ({"draw_only": True}, "results.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        run.main(run.Args(output=tmp_path, **flags))
