@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from statistics import median
 from time import perf_counter
 
@@ -20,8 +21,9 @@ from haste_ext.bench.machine import describe_machine
 from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes
 
 # How far apart two ways to write the same forecast may end, relative to the pictures: they round differently. On the
-# digits' model a forecast of order 3 in place of 4 makes 1e-6, one of order 0 makes 1e-2.
-TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}
+# digits' model a forecast of order 3 in place of 4 makes 1e-6, one of order 0 makes 1e-2: in bfloat16 only gross faults
+# can be seen.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 
 
 def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args, **kwargs) -> int:
@@ -32,40 +34,40 @@ def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args, **kwargs
 COUNTED_TOO = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
-def measure(case: Case, rounds: int) -> dict[str, object]:
+def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> dict[str, object]:
     """What the JSON document holds of one case."""
     machine = describe_machine(case.device)  # the commit that is measured, whatever becomes of the tree meanwhile
-    rows: list[dict] = []
+    rows: dict[str, dict] = {}
     able: dict[str, Run] = {}
     pictures: dict[str, Tensor] = {}
     with memory_within_the_machine(case.device), torch.no_grad():
-        for run in ready(case):
-            row = {"name": run.name, "launch": run.launch}
+        for run in ready(case, launches):
+            rows[run.name] = row = {"name": run.name, "launch": run.launch}
             try:
                 pictures[run.name] = first_run(run, row)
-            except RuntimeError as error:  # torch's word for memory that runs out
+            except Exception as error:  # memory that runs out, a compiler that is missing
                 if run.variant is PLAIN:
                     raise not_measured(case, error) from error
                 row["absent"] = why_absent(error)
-            else:
-                able[run.name] = run
-            rows.append(row)
+                continue
+            row.setdefault("flops", rows[run.variant.name].get("flops"))  # of the same work, launched otherwise
+            able[run.name] = run
         difference = compare(case, pictures)
         times = time_in_rounds(able, rounds, case.device)
-    for row in rows:
-        row |= times.get(row["name"], {})
+    for name, row in rows.items():
+        row |= times.get(name, {})
     return {
         "case": case.as_json(),
         "machine": machine,
         "settings": {"rounds": rounds},
         "difference": difference,
-        "rows": rows,
+        "rows": list(rows.values()),
     }
 
 
-def ready(case: Case) -> list[Run]:
+def ready(case: Case, launches: Sequence[str]) -> list[Run]:
     try:
-        return make_runs(case)
+        return make_runs(case, launches)
     except RuntimeError as error:
         raise not_measured(case, error) from error
 
@@ -84,9 +86,11 @@ def first_run(run: Run, row: dict) -> Tensor:
         pictures.append(run(steps))
         return ()
 
-    with FlopCounterMode(custom_mapping=COUNTED_TOO, display=False) as counter:
+    # The counter sees what is launched call by call; where it watches, nothing is compiled.
+    counter = FlopCounterMode(custom_mapping=COUNTED_TOO, display=False) if run.launch == LAUNCHED else None
+    with counter or nullcontext():
         row["peak_extra_bytes"] = peak_extra_bytes(draw, run.case.device, calls=1)
-    if run.launch == LAUNCHED:  # the others run what the counter does not see
+    if counter is not None:
         row["flops"] = counter.get_total_flops() * run.num_steps // steps
     row["num_steps"] = run.num_steps
     row["num_full"] = run.num_steps - run.stopwatch.num_skipped
@@ -116,8 +120,8 @@ def time_in_rounds(runs: Mapping[str, Run], rounds: int, device: str) -> dict[st
     times = {name: {"seconds": [], "full_seconds": [], "skipped_seconds": []} for name in runs}
     names = list(runs)
     for turn in range(rounds):
+        gc.collect()
         for name in random.Random(turn).sample(names, len(names)):
-            gc.collect()
             stopwatch = runs[name].stopwatch
             times[name]["seconds"].append(seconds_of(runs[name], device))
             for kind, full in (("full_seconds", True), ("skipped_seconds", False)):

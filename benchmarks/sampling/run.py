@@ -1,7 +1,7 @@
 """Seconds, FLOPs and memory of whole sampling runs: plain, fewer steps, eager TaylorSeer, and every cache of haste.
 
     python benchmarks/sampling/run.py                                  SiT-B/2 and the digits' model on the CPU
-    python benchmarks/sampling/run.py --device cuda --output FOLDER    SiT-XL/2 on a GPU, batch 1, 8 and 64
+    python benchmarks/sampling/run.py --device cuda --output FOLDER    SiT-XL/2 on a GPU, also with CUDA graphs
     python benchmarks/sampling/run.py --draw-only --output FOLDER      the table and the plot from results.json alone
 
 All variants are measured in one run, taking turns, on one model with random weights. Nothing is downloaded.
@@ -22,6 +22,7 @@ from haste.training.checkpoint import write_atomically
 from plot import draw
 from report import report, section
 from rounds import measure
+from variants import COMPILED, GRAPHS, LAUNCHED
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = {"cpu": 3, "cuda": 5}
@@ -49,6 +50,8 @@ class Args:
     """One full step in so many, for every cache."""
     order: int = 4
     """Of TaylorSeer's forecast."""
+    compiled: bool = False
+    """Also everything under torch.compile, which takes minutes for a large model."""
     rounds: int | None = None
     """How often every run has its turn. Default: 3 on the CPU, 5 on a GPU."""
     threads: int | None = None
@@ -67,7 +70,7 @@ def main(args: Args) -> None:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         for case in wanted_cases(args):
-            result = measure(case, args.rounds or ROUNDS[args.device])
+            result = measure(case, args.rounds or ROUNDS[args.device], launches(args))
             print(f"{section(result)}\n", flush=True)
             keep(folder, result)
     document = read(folder)
@@ -98,6 +101,11 @@ def wanted_cases(args: Args) -> list[Case]:
         for model in args.model or MODELS[args.device]
         for batch in args.batch_size or default_batches(model, args.device)
     ]
+
+
+def launches(args: Args) -> list[str]:
+    wanted = {LAUNCHED: True, GRAPHS: args.device == "cuda", COMPILED: args.compiled}
+    return [launch for launch, yes in wanted.items() if yes]
 
 
 def default_batches(model: str, device: str) -> list[int]:

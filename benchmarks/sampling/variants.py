@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from time import perf_counter
@@ -10,11 +10,12 @@ from time import perf_counter
 import torch
 from cases import Case
 from eager import EagerTaylorSeer, full_steps
-from haste.caching import CacheSettings, make_cache
+from haste.caching import CacheSettings, graphs, make_cache
 from haste.models import SiT, SiTOutput
 from haste.sampling import initial_noise, sample
 from torch import Tensor
 
+# How the model's work reaches the processor: call by call, compiled, or as CUDA graphs that are replayed.
 LAUNCHED, COMPILED, GRAPHS = "", "torch.compile", "CUDA graphs"
 
 
@@ -102,24 +103,20 @@ class Stopwatch:
 
 
 class GraphedModel:
-    """A model without a cache as one CUDA graph: what caches in CUDA graphs are compared with."""
+    """A model without a cache as one CUDA graph: what a cache in CUDA graphs is compared with."""
 
-    def __init__(self, model: SiT, x: Tensor, t: Tensor, y: Tensor) -> None:
-        self.inputs = (x.clone(), t.clone(), y.clone())
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up outside a capture
-            model(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.velocity = model(*self.inputs).velocity
+    def __init__(self, model: SiT) -> None:
+        self.model = model
+        self.inputs: list[Tensor] = []
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> SiTOutput:
+        if not self.inputs:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            self.replay, self.output = graphs.capture(self.model, self.inputs)
         for kept, given in zip(self.inputs, inputs, strict=True):
             kept.copy_(given)
-        self.graph.replay()
-        return self.velocity
+        self.replay()
+        return self.output
 
 
 class Run:
@@ -144,7 +141,12 @@ class Run:
         case, variant = self.case, self.variant
         if variant.eager:
             return EagerTaylorSeer(model, case.interval, case.order)
-        return make_cache(model, variant.settings(case)) if variant.cached else model
+        cached = make_cache(model, variant.settings(case)) if variant.cached else None
+        if self.launch == GRAPHS:
+            return GraphedModel(model) if cached is None else cached.capture()
+        if self.launch == COMPILED:
+            return torch.compile(model, fullgraph=True, dynamic=False) if cached is None else cached.compile()
+        return model if cached is None else cached
 
     def __call__(self, num_steps: int | None = None) -> Tensor:
         """The pictures (B, C, S, S), or what fewer steps make of them."""
@@ -155,7 +157,8 @@ class Run:
         return getattr(self.stopwatch.model, "cache_bytes", 0)
 
 
-def make_runs(case: Case) -> list[Run]:
-    """All of them around one model."""
+def make_runs(case: Case, launches: Sequence[str]) -> list[Run]:
+    """All of them around one model; the baseline is launched as it is published."""
     model = make_model(case)
-    return [Run(variant, launch, case, model) for launch in (LAUNCHED,) for variant in VARIANTS]
+    pairs = [(v, launch) for launch in launches for v in VARIANTS if launch == LAUNCHED or not v.eager]
+    return [Run(variant, launch, case, model) for variant, launch in pairs]
