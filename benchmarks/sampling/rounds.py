@@ -43,15 +43,21 @@ def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> d
     with memory_within_the_machine(case.device), torch.no_grad():
         for run in ready(case, launches):
             rows[run.name] = row = {"name": run.name, "launch": run.launch}
+            launched = rows[run.variant.name]  # the same work, call by call
+            if "absent" in launched:
+                row["absent"] = launched["absent"]
+                continue
             try:
                 pictures[run.name] = first_run(run, row)
+            except UserError:  # settings that make no sense
+                raise
             except Exception as error:  # memory that runs out, a compiler that is missing
                 if run.variant is PLAIN:
                     raise not_measured(case, error) from error
                 row["absent"] = why_absent(error)
-                continue
-            row.setdefault("flops", rows[run.variant.name].get("flops"))  # of the same work, launched otherwise
-            able[run.name] = run
+            else:
+                row.setdefault("flops", launched.get("flops"))
+                able[run.name] = run
         difference = compare(case, pictures)
         times = time_in_rounds(able, rounds, case.device)
     for name, row in rows.items():
@@ -66,8 +72,11 @@ def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> d
 
 
 def ready(case: Case, launches: Sequence[str]) -> list[Run]:
+    """Every run, the first of which has made a step: what a process sets up once is no run's memory."""
     try:
-        return make_runs(case, launches)
+        runs = make_runs(case, launches)
+        first_run(runs[0], {})
+        return runs
     except RuntimeError as error:
         raise not_measured(case, error) from error
 

@@ -190,6 +190,23 @@ def test_what_did_not_fit_is_said_in_the_table():
     assert "| eager TaylorSeer | it wants more memory than there is |" in text
 
 
+def test_what_does_not_fit_is_left_out_in_every_launching(monkeypatch):
+    first_run = rounds.first_run
+
+    def too_small(contender, row):
+        if contender.variant is variants.MODULE:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return first_run(contender, row)
+
+    monkeypatch.setattr(rounds, "first_run", too_small)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    result = rounds.measure(tiny(), 1, [variants.LAUNCHED, variants.COMPILED])
+    absent = {row["name"]: row["absent"] for row in result["rows"] if "absent" in row}
+    why = "it wants more memory than there is"
+    assert absent == {"TaylorSeer per module": why, "TaylorSeer per module, torch.compile": why}
+    assert result["difference"] is None and why in report.section(result)
+
+
 def test_pictures_that_differ_are_not_timed():
     pictures = {variants.EAGER.name: torch.ones(4), variants.MODULE.name: torch.ones(4) + 1e-4}
     with pytest.raises(UserError, match="not timed: TaylorSeer per module, the pictures differ from those of eager"):
@@ -204,6 +221,8 @@ def test_pictures_that_differ_are_not_timed():
         ({"model": ["digits"], "resolution": 9}, "--resolution is 9; it must be a multiple of 2, such as 8"),
         ({"model": ["tiny"], "batch_size": [0]}, "--batch-size is 0; it must be at least 1"),
         ({"model": ["tiny"], "num_steps": 0}, "--num-steps is 0; it must be at least 1"),
+        ({"model": ["tiny"], "num_steps": 8, "interval": 2, "order": 5}, "order is 5; of 8 steps 5 are full"),
+        ({"model": ["tiny"], "num_steps": 8, "interval": 9}, "interval is 9; it must not be above the number of steps"),
         ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
         ({"device": "tpu"}, "--device is 'tpu'; it must be one of cpu, cuda"),
         ({"model": ["tiny"], "batch_size": [10**9]}, "tiny at --resolution 64 and --batch-size 1000000000 cannot be"),

@@ -73,7 +73,7 @@ def test_whole_sampling_runs_are_a_run_of_their_own(gpu_check):
     build, tests, *batches = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
     assert build.startswith("build") and "pytest" in tests and "tests/haste/caching" in tests
     assert [line.split(" --batch-size ")[1].split()[0] for line in batches] == ["1", "8", "64"]
-    stages = gpu_check.sampling_stages(Path("folder"), Path("scratch"))
+    stages = gpu_check.sampling_stages(Path("folder"))
     named = [word for stage in stages for word in stage.command if word.startswith(("tests/", "benchmarks/"))]
     assert len(named) == len(stages) and all((ROOT / path).exists() for path in named)
     results = ("results.json", "results.md", "results.png")
@@ -83,7 +83,7 @@ def test_whole_sampling_runs_are_a_run_of_their_own(gpu_check):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the benchmark would run")
 def test_sampling_runs_take_the_flags_that_they_are_given(gpu_check):
     """The script reads its whole command line before it says that there is no GPU."""
-    stage = gpu_check.sampling_stages(Path("folder"), Path("scratch"))[-1]
+    stage = gpu_check.sampling_stages(Path("folder"))[-1]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
     result = subprocess.run(stage.command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "--device is cuda, and torch finds no CUDA device here" in result.stderr
