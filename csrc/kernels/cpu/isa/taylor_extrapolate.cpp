@@ -35,19 +35,24 @@ struct SlotRows {
   }
 };
 
+// total[d …] += gate · Σ_k w_k · snapshot_k, `Vectors` whole vectors from element d on.
+template <int Vectors, class T, class Snapshot>
+HASTE_INLINE void add_vectors(const SlotRows<Snapshot>& rows, const Snapshot* gate, int64_t d, T* total) {
+  Vector<T> sum[Vectors];
+  rows.template sum_slots<T>(d, [](const Snapshot* from) { return load_as<T>(from); }, sum);
+  for (int v = 0; v < Vectors; ++v) {
+    const int64_t at = d + v * kLanes<T>;
+    store(total + at, load(total + at) + (gate ? sum[v] * load_as<T>(gate + at) : sum[v]));
+  }
+}
+
 // total += gate · Σ_k w_k · snapshot_k; a null gate is 1. `total` has room for whole vectors.
 template <class T, class Snapshot>
 void add_layer(const SlotRows<Snapshot>& rows, const Snapshot* gate, int64_t dim, T* total) {
-  constexpr int L = kLanes<T>, Vectors = 4;
+  constexpr int L = kLanes<T>;
   int64_t d = 0;
-  for (; d + Vectors * L <= dim; d += Vectors * L) {
-    Vector<T> sum[Vectors];
-    rows.template sum_slots<T>(d, [](const Snapshot* from) { return load_as<T>(from); }, sum);
-    for (int v = 0; v < Vectors; ++v) {
-      const int64_t at = d + v * L;
-      store(total + at, load(total + at) + (gate ? sum[v] * load_as<T>(gate + at) : sum[v]));
-    }
-  }
+  for (; d + 4 * L <= dim; d += 4 * L) add_vectors<4>(rows, gate, d, total);
+  for (; d + 2 * L <= dim; d += 2 * L) add_vectors<2>(rows, gate, d, total);
   for (; d < dim; d += L) {
     const int64_t count = dim - d < L ? dim - d : L;
     Vector<T> sum[1];
