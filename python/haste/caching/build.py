@@ -10,7 +10,7 @@ from torch import nn
 from haste.caching.cached_model import CachedModel
 from haste.caching.delta_dit import delta_dit_gate, delta_dit_groups
 from haste.caching.forecaster import make_forecaster
-from haste.caching.regions import REGIONS
+from haste.caching.regions import make_region
 from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule, Schedule
 from haste.caching.settings import FAST, CacheSettings
 from haste.caching.transformers import adapt
@@ -33,7 +33,7 @@ def make_cache(model: nn.Module, settings: CacheSettings) -> CachedModel | None:
     if settings.cache == "delta-dit":
         groups = delta_dit_groups(transformer, settings.cached_blocks)
         return CachedModel(model, transformer, schedule, forecaster, groups, delta_dit_gate(settings.gate))
-    return CachedModel(model, transformer, schedule, forecaster, [REGIONS[settings.granularity](transformer)])
+    return CachedModel(model, transformer, schedule, forecaster, [make_region(transformer, settings.granularity)])
 
 
 def make_schedule(settings: CacheSettings) -> Schedule:

@@ -43,15 +43,10 @@ def check_memory(
         f"the cache{per} takes {needed / 2**30:.1f} GiB for {pictures} pictures at once, and "
         f"{free / 2**30:.1f} GiB are free"
     )
-    fitting = [name for name in ("block", "model") if _bytes_per(model, settings, name, rows) <= free]
-    if settings.cache != "delta-dit" and settings.granularity == "module" and fitting:
-        taken = _bytes_per(model, settings, fitting[0], rows)
-        raise UserError(f"{message}; --granularity {fitting[0]} takes {taken / 2**30:.1f} GiB")
+    whole = cache_bytes(model, replace(settings, granularity="model"), rows)
+    if settings.cache != "delta-dit" and whole <= free:
+        raise UserError(f"{message}; --granularity model takes {whole / 2**30:.1f} GiB")
     raise UserError(f"{message}; {pictures * free // needed} pictures at once (--per-proc-batch-size) would fit")
-
-
-def _bytes_per(model: nn.Module, settings: CacheSettings, granularity: str, rows: int) -> int:
-    return cache_bytes(model, replace(settings, granularity=granularity), rows)
 
 
 def free_bytes(device: torch.device) -> int:

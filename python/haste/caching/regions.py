@@ -63,30 +63,6 @@ class PerModule:
         return haste_ext.taylor_extrapolate_blocks(snapshots, weights, gates, tokens)
 
 
-class PerBlock:
-    """What every block adds to the tokens, its gates included; half of the memory of PerModule.
-
-    All blocks being forecast with the same weights, the sum over blocks is that of one snapshot of what all of them add
-    together; the blocks are kept apart for those who want to look at them one by one.
-    """
-
-    branch_outputs = False
-    reads_tokens = True
-
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
-        self.modules = len(model.blocks)
-
-    def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
-        for index, block in enumerate(self.model.blocks):
-            before, tokens = tokens, block(tokens, c)[0]
-            torch.sub(tokens, before, out=out[index])
-        return tokens
-
-    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
-        return haste_ext.taylor_extrapolate_blocks(snapshots, weights, residual=tokens)
-
-
 class WholeModel:
     """The tokens after the last block, as TaylorSeer-Lite has it: a skipped evaluation runs the final layer alone."""
 
@@ -107,7 +83,11 @@ class WholeModel:
 
 
 class BlockGroup:
-    """What blocks first … last − 1 add to the tokens together; the others are run in every evaluation."""
+    """What blocks first … last − 1 add to the tokens; the others are run in every evaluation.
+
+    Every block of a group is forecast with the same weights, so the sum of their forecasts is the forecast of their
+    sum, tokens + Σ_l Σ_k w_k·F_{l,k} = tokens + Σ_k w_k·(Σ_l F_{l,k}). That sum alone is kept.
+    """
 
     branch_outputs = False
     reads_tokens = True
@@ -133,4 +113,8 @@ def _run(blocks: Iterable[TransformerBlock], tokens: Tensor, c: Tensor) -> Tenso
     return tokens
 
 
-REGIONS = {"module": PerModule, "block": PerBlock, "model": WholeModel}
+def make_region(model: Transformer, granularity: str) -> Region:
+    """By the name that --granularity has."""
+    if granularity == "block":
+        return BlockGroup(model, 0, len(model.blocks))
+    return PerModule(model) if granularity == "module" else WholeModel(model)

@@ -20,7 +20,7 @@ class CacheSettings:
     """none: every step in full. Others forecast most steps from the last full ones: reuse repeats the last, taylor is
     TaylorSeer, newton interpolates over the true times, hermite is HiCache. delta-dit skips one part of the blocks."""
     granularity: Literal["module", "block", "model"] = "module"
-    """What is forecast: the output of every attention and MLP, of every block, or of all blocks together."""
+    """What is forecast: the output of every attention and MLP, what every block adds, or the tokens after the last."""
     interval: int | None = None
     """One full step every so many. [default: 4; with --max-error at most every 10; delta-dit: 2]"""
     order: int | None = None

@@ -29,19 +29,18 @@ def test_delta_dit_keeps_one_tensor_and_no_cache_nothing():
     assert cache_bytes(model, CacheSettings(cache="delta-dit"), 1, torch.bfloat16) == one // 2
 
 
-def test_too_little_memory_names_a_granularity_that_would_fit():
+def test_too_little_memory_names_what_would_fit():
     model, settings = small_sit(), CacheSettings(cache="taylor", order=1)
     gib = 2**20  # pictures at once, so that sizes are in GiB: per module 4 · 2 · 2 KiB each
     check_memory(model, settings, gib, free=16 * 2**30)
     with pytest.raises(UserError, match="per module takes 16.0 GiB for 1048576 pictures at once, and 9.0 GiB are free; "
-                       "--granularity block takes 8.0 GiB"):  # fmt: skip
+                       "--granularity model takes 4.0 GiB"):  # fmt: skip
         check_memory(model, settings, gib, free=9 * 2**30)
-    with pytest.raises(UserError, match="--granularity model takes 4.0 GiB"):
-        check_memory(model, settings, gib, free=5 * 2**30)
     with pytest.raises(UserError, match="2.0 GiB are free; 131072 pictures at once .--per-proc-batch-size. would fit"):
         check_memory(model, settings, gib, free=2 * 2**30)
-    with pytest.raises(UserError, match="32.0 GiB for 2097152 pictures at once, .* 1048576 pictures"):
-        check_memory(model, CacheSettings(cache="taylor", order=1, granularity="block"), gib * 2, True, free=16 * 2**30)
+    with pytest.raises(UserError, match="per model takes 8.0 GiB for 1048576 pictures at once, .* 524288 pictures"):
+        settings = CacheSettings(cache="taylor", order=1, granularity="model")
+        check_memory(model, settings, gib, guided=True, free=4 * 2**30)
 
 
 def test_what_is_free_is_asked_of_the_machine():

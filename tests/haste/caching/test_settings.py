@@ -7,7 +7,7 @@ import torch
 from caching_models import small_noise, small_sit
 from haste.caching import FAST, CacheSettings, make_cache, unwrap, wrap
 from haste.caching.forecaster import NewtonForecaster
-from haste.caching.regions import PerBlock, PerModule, WholeModel
+from haste.caching.regions import BlockGroup, PerModule, WholeModel
 from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule
 from haste.errors import UserError
 from haste.sampling import evaluations, sample
@@ -91,7 +91,7 @@ def test_a_loop_that_calls_more_than_once_a_step_hands_over_its_plan():
 
 def test_what_wrap_takes():
     regions = [type(wrap(small_sit(), cache="reuse", granularity=g).regions[0]) for g in ("module", "block", "model")]
-    assert regions == [PerModule, PerBlock, WholeModel]
+    assert regions == [PerModule, BlockGroup, WholeModel]
     assert isinstance(wrap(small_sit(), cache="newton", order=2).forecaster, NewtonForecaster)
     with pytest.raises(UserError, match='cache is "none"; it must name a forecaster'):
         wrap(small_sit(), cache="none")
