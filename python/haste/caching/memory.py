@@ -43,9 +43,10 @@ def check_memory(
         f"the cache{per} takes {needed / 2**30:.1f} GiB for {pictures} pictures at once, and "
         f"{free / 2**30:.1f} GiB are free"
     )
-    whole = cache_bytes(model, replace(settings, granularity="model"), rows)
-    if settings.cache != "delta-dit" and whole <= free:
-        raise UserError(f"{message}; --granularity model takes {whole / 2**30:.1f} GiB")
+    if settings.granularity == "module" and settings.cache != "delta-dit":
+        whole = cache_bytes(model, replace(settings, granularity="model"), rows)
+        if whole <= free:
+            raise UserError(f"{message}; --granularity model takes {whole / 2**30:.1f} GiB")
     raise UserError(f"{message}; {pictures * free // needed} pictures at once (--per-proc-batch-size) would fit")
 
 
