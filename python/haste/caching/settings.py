@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from haste.errors import UserError
 
@@ -94,6 +95,12 @@ class CacheSettings:
 
     def check_cache(self) -> None:
         """UserError for flags that contradict each other; what the number of steps allows is checked with each run."""
+        for name in ("cache", "granularity"):
+            value, known = getattr(self, name), get_args(get_type_hints(CacheSettings)[name])
+            if value not in known:
+                raise UserError(f"--{name} is {value}; it must be {', '.join(known[:-1])} or {known[-1]}")
+        if not isinstance(self.full_steps, str):
+            raise UserError(f"--full-steps is {self.full_steps}; it must be text such as '0,1,2,5,9'")
         defaults = CacheSettings()
         unused = [name for name in asdict(defaults) if name not in (*self.cache_fields(), "cache")]
         for name in unused:
@@ -103,7 +110,7 @@ class CacheSettings:
                 raise UserError(f"--{flag} is {value}, which nothing uses {why}")
         if self.cache == "reuse" and self.resolved_order != 0:
             raise UserError(f"--order is {self.order}; it must be 0 for --cache reuse")
-        if not self.max_error >= 0:
+        if not 0 <= self.max_error < math.inf:
             raise UserError(f"--max-error is {self.max_error}; it must be above 0, or 0 for evenly spaced full steps")
         _ = self.full_step_list  # raises for what is no list
 

@@ -97,3 +97,17 @@ def test_what_wrap_takes():
         wrap(small_sit(), cache="none")
     with pytest.raises(UserError, match="the model has a cache already; unwrap it"):
         wrap(wrap(small_sit()))
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"cache": "tayler"}, "--cache is tayler; it must be none, reuse, taylor, .* or delta-dit"),
+        ({"cache": "taylor", "granularity": "modules"}, "--granularity is modules; it must be module, block or model"),
+        ({"cache": "taylor", "full_steps": [0, 1, 4]}, "--full-steps is .0, 1, 4.; it must be text such as '0,1,2,5,9'"),
+        ({"cache": "taylor", "max_error": float("inf")}, "--max-error is inf; it must be above 0"),
+    ],
+)
+def test_values_that_no_command_line_would_pass_on(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        wrap(small_sit(), **settings)
