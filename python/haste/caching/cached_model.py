@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -61,9 +63,10 @@ class CachedModel(nn.Module):
         self.regions = regions
         self.region_of = region_of
         self._ring = SnapshotRing(regions[0].modules, forecaster.order + 1)
-        self._evaluate = [(self._full_function(region), self._skipped_function(region)) for region in regions]
+        of_regions = [_Evaluations(transformer, region) for region in regions]
+        self._evaluate = [(of.full, of.skipped) for of in of_regions]
         self._plan: list[Evaluation] | None = None
-        self.train(model.training)
+        self.training = model.training  # and every part of the model stays in its own mode
 
     # -- what a caller sees of the model ------------------------------------------------------------------------------
 
@@ -119,7 +122,7 @@ class CachedModel(nn.Module):
         Raises:
             UserError: a schedule, an order or a gate that makes no sense for so many steps.
         """
-        if isinstance(evaluations, int):
+        if isinstance(evaluations, Integral):  # NumPy's too
             evaluations = [Evaluation(step, step, 1 - step / evaluations, LABEL) for step in range(evaluations)]
         plan = list(evaluations)
         self._num_steps = plan[-1].step + 1 if plan else 0
@@ -146,7 +149,14 @@ class CachedModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
-        """The model's answer, in full or forecast; arguments as for the model."""
+        """The model's answer, in full or forecast; arguments as for the model.
+
+        Raises:
+            RuntimeError: no run has begun, or all of its evaluations are done.
+            ValueError: the model is in training mode.
+        """
+        if self.model.training:
+            raise ValueError("model is in training mode, where it drops labels at random; call model.eval() first")
         evaluation = self._next_evaluation()
         if isinstance(self.transformer, PublicTransformer):
             self.transformer.verify(x, t, y)
@@ -166,7 +176,10 @@ class CachedModel(nn.Module):
             raise RuntimeError("no run has begun; call start(number of steps) before the first evaluation")
         done = self.num_full + self.num_skipped
         if done == len(self._plan):
-            raise RuntimeError(f"this run had {done} evaluations and is over; call start(...) before the next run")
+            raise RuntimeError(
+                f"this run had {done} evaluations and is over; call start(...) before the next run, with a list of "
+                "evaluations if the model is called more than once a step"
+            )
         return self._plan[done]
 
     def _make_room(self, x: Tensor, evaluation: Evaluation) -> None:
@@ -240,26 +253,25 @@ class CachedModel(nn.Module):
     def _on_device(self, weights: list[float]) -> Tensor:
         return torch.tensor(weights, dtype=torch.float32).to(self._ring.storage.device, non_blocking=True)
 
-    # -- the two kinds of evaluation, as functions of tensors alone ---------------------------------------------------
 
-    def _full_function(self, region: Region) -> Callable[..., Any]:
-        transformer = self.transformer
+@dataclass(frozen=True)
+class _Evaluations:
+    """The two kinds of evaluation, as functions of tensors alone.
 
-        def full(x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
-            c = transformer.conditioning(t, y)
-            return transformer.output(region.full(transformer.tokens(x), c, out), c)
+    Methods and no closures: copy.deepcopy of a cached model then makes ones that run the copied model.
+    """
 
-        return full
+    transformer: Transformer
+    region: Region
 
-    def _skipped_function(self, region: Region) -> Callable[..., Any]:
-        transformer = self.transformer
+    def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
+        c = self.transformer.conditioning(t, y)
+        return self.transformer.output(self.region.full(self.transformer.tokens(x), c, out), c)
 
-        def skipped(x: Tensor, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> Any:
-            c = transformer.conditioning(t, y)
-            tokens = transformer.tokens(x) if region.reads_tokens else None
-            return transformer.output(region.skipped(tokens, c, snapshots, weights), c)
-
-        return skipped
+    def skipped(self, x: Tensor, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> Any:
+        c = self.transformer.conditioning(t, y)
+        tokens = self.transformer.tokens(x) if self.region.reads_tokens else None
+        return self.transformer.output(self.region.skipped(tokens, c, snapshots, weights), c)
 
 
 def _image(output: Any) -> Tensor:

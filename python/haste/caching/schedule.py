@@ -131,7 +131,8 @@ class AdaptiveCourse:
 
     def report(self, error: float, distance: int, orders: int) -> None:
         allowed = distance * (self.schedule.max_error / max(error, 1e-12)) ** (1 / orders)
-        self.interval = max(1, min(int(allowed), self.schedule.max_interval))
+        # A model that gave NaN has an error of NaN, which is within no bound.
+        self.interval = int(min(allowed, self.schedule.max_interval)) if allowed >= 1 else 1
 
 
 def describe_steps(steps: Sequence[int]) -> str:

@@ -48,7 +48,8 @@ class SnapshotRing:
         storage = self.storage
         if storage is None or storage.shape != shape or storage.dtype != dtype or storage.device != device:
             self.release()  # before the new one needs the memory
-            self.storage = torch.empty(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a later run outside of that mode writes to it too
+                self.storage = torch.empty(shape, dtype=dtype, device=device)
 
     @property
     def bytes(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from caching_models import small_noise, small_sit
@@ -321,3 +323,54 @@ def test_what_the_model_has_the_cache_has():
     assert not cached.training and {id(p) for p in cached.parameters()} == {id(p) for p in model.parameters()}
     with pytest.raises(AttributeError, match="nonsense"):
         _ = cached.nonsense
+
+
+def run_by_hand(cached: CachedModel, num_steps: int = 8) -> torch.Tensor:
+    """An Euler loop as a user has it."""
+    x, labels = small_noise()
+    for step in range(num_steps):
+        x = x - cached(x, torch.full((len(x),), 1 - step / num_steps), labels)[0] / num_steps
+    return x
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+def test_a_run_in_inference_mode_may_be_followed_by_one_outside_of_it(granularity):
+    cached = cache(small_sit(), order=1, granularity=granularity, num_steps=8)
+    with torch.inference_mode():
+        first = run_by_hand(cached)
+    cached.start(8)
+    assert torch.equal(run_by_hand(cached), first)
+
+
+def test_a_copy_runs_the_copied_model():
+    cached = cache(small_sit(), order=1, num_steps=8)
+    other = copy.deepcopy(cached)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.zero_()
+    assert torch.equal(run_by_hand(other), small_noise()[0])  # which draws nothing
+    assert not torch.equal(run_by_hand(cached), small_noise()[0])
+
+
+def test_a_model_in_training_mode_is_refused_and_its_parts_keep_their_modes():
+    model = small_sit().train()
+    model.blocks[0].eval()
+    cached = cache(model, num_steps=20)
+    assert not model.blocks[0].training
+    with pytest.raises(ValueError, match="model is in training mode.* call model.eval.. first"):
+        run_by_hand(cached)
+    run_by_hand(cached.eval())
+
+
+def test_the_number_of_steps_may_be_numpys():
+    cached = cache(small_sit(), order=1, num_steps=np.int64(8))
+    run_by_hand(cached)
+    assert cached.full_steps == [0, 1, 5]
+
+
+def test_an_adaptive_schedule_computes_a_model_that_gives_nan_in_full():
+    model = small_sit()
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(float("nan"))
+    cached = cache(model, order=1, max_error=0.1, num_steps=8)
+    assert run_by_hand(cached).isnan().all() and cached.full_steps == list(range(8))
