@@ -47,7 +47,9 @@ def check_memory(
         whole = cache_bytes(model, replace(settings, granularity="model"), rows)
         if whole <= free:
             raise UserError(f"{message}; --granularity model takes {whole / 2**30:.1f} GiB")
-    raise UserError(f"{message}; {pictures * free // needed} pictures at once (--per-proc-batch-size) would fit")
+    fitting = pictures * free // needed
+    would = f"{fitting} pictures at once (--per-proc-batch-size) would fit" if fitting else "not even one picture fits"
+    raise UserError(f"{message}; {would}")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -38,6 +38,8 @@ def test_too_little_memory_names_what_would_fit():
         check_memory(model, settings, gib, free=9 * 2**30)
     with pytest.raises(UserError, match="2.0 GiB are free; 131072 pictures at once .--per-proc-batch-size. would fit"):
         check_memory(model, settings, gib, free=2 * 2**30)
+    with pytest.raises(UserError, match="0.0 GiB are free; not even one picture fits"):
+        check_memory(model, settings, gib, free=100)
     with pytest.raises(UserError, match="the cache takes 2.0 GiB for 1048576 pictures at once, .* 524288 pictures"):
         check_memory(model, CacheSettings(cache="delta-dit"), gib, free=2**30)
     with pytest.raises(UserError, match="per model takes 8.0 GiB for 1048576 pictures at once, .* 524288 pictures"):
