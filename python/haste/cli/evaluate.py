@@ -73,16 +73,27 @@ class Args(SamplingSettings):
 
     def resolved(self) -> Args:
         """The same, with --fast and a file of labels replaced by what they stand for."""
+        self.check_drawing()
         chosen = sample_args(self).resolved()
         names = [field.name for field in fields(SamplingSettings)]
         return replace(self, fast=False, **{name: getattr(chosen, name) for name in names})
+
+    def check_drawing(self) -> None:
+        if self.samples is None:
+            return
+        for name in [*(field.name for field in fields(SamplingSettings)), "fast"]:
+            value = getattr(self, name)
+            if value != self.__dataclass_fields__[name].default:
+                flag = name.replace("_", "-")
+                given = f"--{flag} is given" if value is True else f"--{flag} is {value}"
+                raise UserError(f"{given} beside --samples, which are drawn already; it needs --ckpt or --run")
 
     def check(self) -> None:
         super().check()
         given = [name for name in ("run", "ckpt", "samples") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise UserError(f"{' and '.join(f'--{name}' for name in given) or 'nothing'} is given; "
-                            "it must be exactly one of --run, --ckpt and --samples")  # fmt: skip
+            what = f"{' and '.join(f'--{name}' for name in given)} are given" if given else "nothing is given"
+            raise UserError(f"{what}; it must be exactly one of --run, --ckpt and --samples")
         for name in ("num_fid_samples", "per_proc_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

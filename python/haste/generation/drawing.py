@@ -63,7 +63,8 @@ class Sampler:
 
     @property
     def rows(self) -> int:
-        """Rows that the model sees for one picture at once, and the cache keeps: two under guidance."""
+        """Rows that the cache keeps for one picture, and the model sees at once but for separate guidance: two under
+        guidance."""
         return 2 if self.settings.cfg_scale > 1 else 1
 
     def with_full_steps(self, steps: Sequence[int]) -> Sampler:
@@ -95,7 +96,8 @@ class Sampler:
     def warm_up(self, count: int) -> None:
         """Run the model once on `count` pictures, with a cache until a step was forecast, and the VAE on one picture: a
         clock that starts now does not time what a first call sets up."""
-        model, rows = self.student.model, count * self.rows
+        model = self.student.model
+        rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())
         x = like.new_zeros(rows, model.in_channels, model.input_size, model.input_size)
         inputs = (x, like.new_ones(rows), torch.zeros(rows, dtype=torch.int64, device=like.device))

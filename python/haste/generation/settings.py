@@ -65,6 +65,8 @@ class SamplingSettings(CacheSettings):
         if self.guidance_interval is not None:
             parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
         parts.append(f"seed{self.global_seed}")
+        if self.labels != "random":
+            parts.append("balanced" if self.labels == "balanced" else "listed")
         fields = self.cache_fields()
         if self.cache != "none":
             parts += [str(fields[name]) for name in ("cache", "granularity") if name in fields]

@@ -99,7 +99,7 @@ def test_a_checkpoint_its_samples_and_its_run_get_the_same_scores(tmp_path, caps
     assert row(out, "label accuracy") == f"{first['accuracy']:.1%}"
     assert "two halves of the real digits" in out and "biased upwards" in out
 
-    folder = run / "samples" / "0000002-euler-2-cfg1-seed0"
+    folder = run / "samples" / "0000002-euler-2-cfg1-seed0-balanced"
     for samples in (folder, folder.with_name(folder.name + ".npz")):
         main(["evaluate", "--samples", str(samples), "--judge-dir", str(tmp_path / "judge")])
         again = capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_every_checkpoint_of_a_run_in_a_teachers_features(tmp_path, teacher, cap
     out = capsys.readouterr().out
     assert re.search(r"^ +step +Fréchet distance +precision", out, re.MULTILINE)
     for step in ("0000002", "0000004"):
-        (record,) = read_evaluations(run / "samples" / f"{step}-euler-2-cfg1-seed0-evaluation.json")
+        (record,) = read_evaluations(run / "samples" / f"{step}-euler-2-cfg1-seed0-balanced-evaluation.json")
         assert re.search(rf"^{step} +{record['metrics']['frechet_distance']['value']:.3f} ", out, re.MULTILINE)
 
 
@@ -252,6 +252,8 @@ def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
         (("--samples", ".", "--twin", "full"), "it needs --ckpt and --cache"),
         (("--ckpt", "run", "--twin", "full"), "it needs --ckpt and --cache"),
         (("--run", "run", "--twin", "full", "--cache", "taylor"), "have a twin, not --run"),
+        (("--samples", ".", "--fast"), "--fast is given beside --samples, which are drawn already; it needs --ckpt or"),
+        (("--samples", ".", "--num-steps", "50"), "--num-steps is 50 beside --samples"),
         (("--samples", ".", "--twin", "nowhere"), "--twin is nowhere, which does not exist"),
         (("--samples", ".", "--features", "stored", "--twin", "."), "have a twin, not --features stored"),
         (("--ckpt", "run", "--features", "stored"), "features must be given as --samples"),

@@ -34,7 +34,7 @@ def refusal(capsys, *arguments) -> str:
 
 def test_pictures_npz_and_grid_of_a_run(run, capsys):
     main(["sample", "--ckpt", str(run), *QUICK, "--labels", "3,1"])
-    folder = run / "samples" / "0000004-euler-4-cfg1-seed0"
+    folder = run / "samples" / "0000004-euler-4-cfg1-seed0-listed"
     images, labels = read_npz(folder.with_name(folder.name + ".npz"))
     assert images.shape == (6, 8, 8, 3) and labels.tolist() == [3, 1, 3, 1, 3, 1]
     assert (read_pictures(folder) == images).all()
@@ -98,8 +98,8 @@ def test_a_second_start_draws_nothing_and_a_larger_number_adds(run, capsys):
 
 def test_a_folder_of_another_command_is_refused(run, capsys):
     main(["sample", "--ckpt", str(run), *QUICK])
-    message = refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", "balanced")
-    assert "holds the samples of another command (labels random, now balanced); give another --sample-dir" in message
+    message = refusal(capsys, "--ckpt", str(run), *QUICK, "--no-ema")
+    assert "holds the samples of another command (ema True, now False); give another --sample-dir" in message
 
 
 def test_a_checkpoint_that_was_trained_again_does_not_mix_with_its_old_samples(run, capsys):

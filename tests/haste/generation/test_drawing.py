@@ -144,6 +144,8 @@ def test_the_settings_that_decide_the_pictures_leave_out_an_unused_cache():
         ({}, "euler-50-cfg1-seed0"),
         ({"heun": True, "num_steps": 25, "cfg_scale": 1.5, "global_seed": 3}, "heun-25-cfg1.5-seed3"),
         ({"mode": "sde", "cfg_scale": 1.8, "guidance_high": 0.7}, "euler-maruyama-50-cfg1.8-from0-to0.7-seed0"),
+        ({"labels": "balanced"}, "euler-50-cfg1-seed0-balanced"),
+        ({"labels": "3,1,4", "cache": "reuse"}, "euler-50-cfg1-seed0-listed-reuse-module-i4-o0"),
         ({"cache": "newton", "granularity": "model"}, "euler-50-cfg1-seed0-newton-model-i4-o4"),
         ({"cache": "taylor", "full_steps": "0,1,5", "order": 1}, "euler-50-cfg1-seed0-taylor-module-f3-o1"),
         ({"cache": "taylor", "max_error": 0.1}, "euler-50-cfg1-seed0-taylor-module-e0.1-i10-o4"),
@@ -152,6 +154,15 @@ def test_the_settings_that_decide_the_pictures_leave_out_an_unused_cache():
 )
 def test_the_name_of_a_folder_tells_what_people_vary(settings, name):
     assert SamplingSettings(**settings).short_name() == name
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("batched", 6), ("separate", 3)])
+def test_a_warm_up_takes_no_more_memory_than_drawing(run, mode, rows):
+    sampler = Sampler(load_student(run), SamplingSettings(cfg_scale=2.0, guidance_mode=mode))
+    seen = []
+    sampler.student.model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])))
+    sampler.warm_up(3)
+    assert seen == [rows]
 
 
 def test_guidance_in_two_halves_draws_the_same(run):
