@@ -131,6 +131,7 @@ class CachedModel(nn.Module):
         self._branches_of_step: dict[int, set[str]] = {}
         for evaluation in plan:
             self._branches_of_step.setdefault(evaluation.step, set()).update(evaluation.branches)
+        self._last_position = {evaluation.step: evaluation.position for evaluation in plan}
         self._branches = [b for b in ("label", "null") if any(b in of for of in self._branches_of_step.values())]
         self._plan = plan
         self._ring.clear()
@@ -201,7 +202,7 @@ class CachedModel(nn.Module):
         self._step = step
         self._step_is_full = self._course.is_full(step, self.full_steps[-1] if history else None)
         if self._step_is_full:
-            self._measure_first = history and self._course.wants_error
+            self._measure = history and self._course.wants_error
             self.full_steps.append(step)
 
     def _holds(self, branches: Iterable[str]) -> bool:
@@ -211,11 +212,14 @@ class CachedModel(nn.Module):
     def _full(self, x: Tensor, t: Tensor, y: Tensor, evaluation: Evaluation) -> Any:
         rows = self._rows(evaluation.branches, len(x))
         predicted = None
-        if self._measure_first:  # before the oldest snapshot makes room for the new one
-            distance = evaluation.step - self.full_steps[-2]
-            orders = min(len(self._ring.places(evaluation.branches[0])), self.forecaster.order + 1)
-            predicted = self._forecast(x, t, y, evaluation)
-            self._measure_first = False
+        # Heun's second evaluation: the first is where the full step before may have looked already.
+        last = evaluation.position == self._last_position[evaluation.step]
+        if self._measure and last and self._holds(evaluation.branches):
+            places = self._ring.places(evaluation.branches[0])
+            distance = evaluation.position - places[0].position
+            orders = min(len(places), self.forecaster.order + 1)
+            predicted = self._forecast(x, t, y, evaluation)  # before the oldest snapshot makes room for the new one
+            self._measure = False
         slot = self._ring.open(Place(evaluation.position, evaluation.time), evaluation.branches)
         full, _ = self._evaluate[self._region]
         output = full(x, t, y, self._ring.storage[:, slot, rows])

@@ -97,7 +97,7 @@ class AdaptiveSchedule:
     At every full step the forecast that would have stood in for it is computed as well, and its relative error e, over
     a distance d, measured. A forecast from n snapshots errs as d^n, so the next distance is d·(max_error / e)^(1/n), as
     the step size of an ODE solver is chosen (Hairer, Nørsett & Wanner, Solving ODEs I, II.4), at least 1 and at most
-    max_interval.
+    max_interval. Distances are those to the newest snapshot, and of Heun's two evaluations the second is measured.
     """
 
     max_error: float

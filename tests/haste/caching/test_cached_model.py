@@ -257,16 +257,29 @@ def test_another_batch_in_the_middle_of_a_run_begins_a_history_of_its_own():
     assert cached.full_steps == [0, 1, 3, 7]
 
 
-def test_an_error_bound_decides_where_the_full_steps_are():
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_an_error_bound_decides_where_the_full_steps_are(sampler):
     model = small_sit().double()
     noise, labels = small_noise(dtype=torch.float64)
-    full = sample(model, noise, labels, num_steps=40)
+    full = sample(model, noise, labels, num_steps=40, sampler=sampler)
     counts, errors = [], []
     for bound in (1e-2, 1e-3, 1e-4):
         cached = cache(model, "newton", order=2, max_error=bound)
-        errors.append((sample(cached, noise, labels, num_steps=40) - full).norm().item())
+        errors.append((sample(cached, noise, labels, num_steps=40, sampler=sampler) - full).norm().item())
         counts.append(cached.num_full)
-    assert counts[0] < counts[1] < counts[2] <= 40 and errors[0] > errors[1] > errors[2]
+    assert counts[0] < counts[1] < counts[2] <= 2 * 40 and errors[0] > errors[1] > errors[2]
+
+
+def test_of_heuns_two_evaluations_the_second_is_measured():
+    """Of two full steps after each other the first evaluation of the later one is known but for the corrector's change,
+    which is far smaller than the error of a forecast."""
+    model = small_sit().double()
+    noise, labels = small_noise(dtype=torch.float64)
+    bounds = {0.1: [0, 1, 9], 0.03: [0, 1, 5, 8], 0.003: list(range(12))}
+    for bound, full_steps in bounds.items():
+        cached = cache(model, "newton", order=1, max_error=bound)
+        sample(cached, noise, labels, num_steps=12, sampler="heun")
+        assert cached.full_steps == full_steps
 
 
 def test_the_measured_error_is_that_of_the_forecast_that_was_not_used():
