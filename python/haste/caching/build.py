@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -54,20 +55,20 @@ def wrap(
         ...                                      # the loop calls fast(x, t, y) where it called model(x, t, y)
         model = unwrap(fast)
 
-    Every further run begins with fast.start(num_steps). Guidance in one batch of twice the size needs nothing more;
-    where its halves are called one after the other, or a solver evaluates the model more than once a step, pass
-    `haste.sampling.evaluations(...)`, or a list like it.
+    Every further run, of the next batch say, begins with fast.start(num_steps). Guidance in one batch of twice the size
+    needs nothing more. Where its halves are called one after the other, or a solver evaluates the model more than once
+    a step, a number does not tell which call is which: pass `haste.sampling.evaluations(...)`, or a list like it.
 
     Args:
         model: haste's SiT, or one of the public repositories' SiT and DiT.
         num_steps: start a run of so many evaluations at once, one per step.
         evaluations: start a run of these.
-        settings: fields of CacheSettings; without any, `FAST`.
+        settings: fields of CacheSettings; without `cache`, changes to `FAST`.
 
     Raises:
         UserError: settings that make no sense, a model that is not known.
     """
-    cached = make_cache(model, CacheSettings(**settings) if settings else FAST)
+    cached = make_cache(model, CacheSettings(**settings) if "cache" in settings else replace(FAST, **settings))
     if cached is None:
         raise UserError('cache is "none"; it must name a forecaster, or be delta-dit')
     plan = evaluations if evaluations is not None else num_steps

@@ -106,8 +106,12 @@ class CachedModel(nn.Module):
         return self
 
     def release(self) -> None:
-        """Ends the run and lets go of the snapshots' memory."""
+        """Ends the run and lets go of the snapshots' memory, and of CUDA graphs."""
         self._ring.release()
+        for full, skipped in self._evaluate:
+            for function in (full, skipped):
+                if hasattr(function, "release"):
+                    function.release()
         self._plan = None
 
     # -- a run --------------------------------------------------------------------------------------------------------

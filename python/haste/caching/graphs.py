@@ -40,6 +40,10 @@ class _Graphed:
         self.function = function
         self._captured: dict[tuple, tuple[list[Tensor], Replay, Any]] = {}
 
+    def release(self) -> None:
+        """Lets go of the graphs and of what they read and write; the next call captures anew."""
+        self._captured.clear()
+
     def _run(self, copied: Sequence[Tensor], kept: Sequence[Tensor], arrange: Callable[..., tuple]) -> tuple:
         key = (*map(_shape, copied), *((*_shape(tensor), tensor.stride(), tensor.data_ptr()) for tensor in kept))
         if key not in self._captured:
@@ -66,6 +70,10 @@ class GraphedFull(_Graphed):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         self._features: dict[tuple, Tensor] = {}
+
+    def release(self) -> None:
+        super().release()
+        self._features.clear()
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
         if _shape(out) not in self._features:

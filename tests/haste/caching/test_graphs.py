@@ -61,6 +61,18 @@ def test_every_batch_of_a_guided_run_has_its_own_two(captures):
     assert captures.count("full") == 2 and captures.count("skipped") <= 4
 
 
+def test_released_graphs_are_captured_anew(captures):
+    model = small_sit()
+    noise, labels = small_noise()
+    cached = graphed(model, cache="reuse", interval=2, granularity="model")
+    for _ in range(2):
+        sample(cached, noise, labels, num_steps=4)
+        cached.release()
+        ((full, skipped),) = cached._evaluate
+        assert not (full._captured or full._features or skipped._captured)
+    assert captures == ["full", "skipped"] * 2
+
+
 def test_an_answer_survives_the_next_replay(captures):
     model = small_sit()
     noise, labels = small_noise()

@@ -93,6 +93,8 @@ def test_what_wrap_takes():
     regions = [type(wrap(small_sit(), cache="reuse", granularity=g).regions[0]) for g in ("module", "block", "model")]
     assert regions == [PerModule, BlockGroup, WholeModel]
     assert isinstance(wrap(small_sit(), cache="newton", order=2).forecaster, NewtonForecaster)
+    changed = wrap(small_sit(), interval=6)
+    assert changed.schedule == IntervalSchedule(6, 2) and type(changed.regions[0]) is WholeModel
     with pytest.raises(UserError, match='cache is "none"; it must name a forecaster'):
         wrap(small_sit(), cache="none")
     with pytest.raises(UserError, match="the model has a cache already; unwrap it"):
