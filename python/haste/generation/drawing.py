@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,17 @@ from haste.generation.settings import SamplingSettings
 from haste.generation.student import Student
 from haste.sampling import Guidance, evaluations, initial_noise, sample
 from haste.vae import VAE
+
+Progress = Callable[[int, int], None]
+Observer = Callable[[int, Tensor], None]
+
+
+class Start(NamedTuple):
+    """noise: (n, C, S, S). labels: (n,) int64. generators: one per picture, for the noise of the SDE."""
+
+    noise: Tensor
+    labels: Tensor
+    generators: list[torch.Generator]
 
 
 class Sampler:
@@ -76,6 +88,11 @@ class Sampler:
             **dict.fromkeys(("interval", "first_enhance")),
             max_error=0.0,
         )
+        return self.with_settings(settings)
+
+    def with_settings(self, settings: SamplingSettings) -> Sampler:
+        """The same student and the same VAE, sampled otherwise."""
+        settings.check()
         other = copy.copy(self)
         other.settings, other.cache = settings, make_cache(self.student.model, settings)
         return other
@@ -112,24 +129,33 @@ class Sampler:
         self._to_pictures(x[:1])
 
     def draw(
-        self,
-        indices: Sequence[int],
-        progress: Callable[[int, int], None] | None = None,
-        observe: Callable[[int, Tensor], None] | None = None,
+        self, indices: Sequence[int], progress: Progress | None = None, observe: Observer | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The pictures with these numbers, (n, H, W, 3) uint8, and their labels (n,) int64, drawn as one batch.
 
         `progress` is called after every step with the steps done and their number, `observe` with the step's number
         and the state, as in `haste.sampling.sample`.
         """
+        start = self.start_of(indices)
+        drawn = self.run(start, progress, observe)
+        return to_uint8(self._to_pictures(drawn)), start.labels.cpu().numpy()
+
+    def start_of(self, indices: Sequence[int]) -> Start:
+        """Where the pictures with these numbers begin, as one batch."""
         settings, model = self.settings, self.student.model
         labels = choose_labels(settings.labels, settings.global_seed, indices, model.num_classes)
         generators = [picture_generator(settings.global_seed, index, "noise") for index in indices]
         shape = (len(indices), model.in_channels, model.input_size, model.input_size)
-        drawn = sample(
+        noise = initial_noise(shape, generators, dtype=model.dtype, device=self.device)
+        return Start(noise, torch.from_numpy(labels).to(self.device), generators)
+
+    def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:
+        """What the model and the sampler alone make of a start: (n, C, S, S), on the model's device."""
+        settings, model = self.settings, self.student.model
+        return sample(
             self.cache or model,
-            initial_noise(shape, generators, dtype=model.dtype, device=self.device),
-            torch.from_numpy(labels).to(self.device),
+            start.noise,
+            start.labels,
             num_steps=settings.num_steps,
             sampler=settings.sampler,
             path=self.student.config.path_type,
@@ -138,11 +164,10 @@ class Sampler:
             guidance_high=settings.guidance_high,
             guidance=settings.guidance_mode,
             null_label=model.null_label,
-            generator=generators,
+            generator=start.generators,
             progress=progress,
             observe=observe,
         )
-        return to_uint8(self._to_pictures(drawn)), labels
 
     def _to_pictures(self, drawn: Tensor) -> Tensor:
         """What the student draws, as pictures (n, 1 or 3, H, W) in [-1, 1]."""
