@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "train": "train a SiT: with HASTE, with REPA, or plain",
     "sample": "draw pictures from a checkpoint, every step in full or most of them forecast",
     "evaluate": "measure how far drawn pictures are from real ones",
+    "sweep": "draw the trade-off of caching: quality against seconds, FLOPs and memory",
     "report": "show one run, or several side by side, on one page",
     "demo": "train on handwritten digits, sample, and show it all on one page",
 }

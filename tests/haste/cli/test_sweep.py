@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from digits_run import write_run
+from haste.cli.main import main
+from haste.evaluation import features
+from haste.evaluation.judge import JudgeSettings
+from PIL import Image
+
+QUICK = ("--steps", "8", "--num-steps", "4", "--num-fid-samples", "70", "--repeats", "1")
+GRID = ("--caches", "taylor", "reuse", "--granularities", "model", "--intervals", "3", "--orders", "1", "9")
+
+
+@pytest.fixture(autouse=True)
+def quick_judge(monkeypatch):
+    monkeypatch.setattr(features, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "exps")
+
+
+def refusal(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(["sweep", *arguments])
+    assert exit_.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("haste sweep:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys):
+    main(["sweep", "--ckpt", str(run), *QUICK, *GRID])
+    out = capsys.readouterr().out
+    folder = run / "sweep"
+    records = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
+    assert [(r["point"]["cache"], r["point"]["num_steps"]) for r in records] == [
+        ("none", 8), ("none", 4), ("taylor", 8), ("reuse", 8),
+    ]  # fmt: skip
+    assert records[0]["sweep"]["checkpoint"] == "0000004.pt" and records[0]["sweep"]["settings"]["labels"] == "balanced"
+    assert "passed over: Taylor per model, interval 3, order 9, 8 steps: order is 9" in out
+    assert "70 samples in 64 feature dimensions and is biased upwards" in out
+    table = (folder / "sweep.md").read_text()
+    for record in records:
+        distance = f"{record['distance']:.3f}"
+        assert distance in out and distance in table
+    assert re.search(r"^8 plain steps +8/8 +[\d.,]+ +1\.00× ", out, re.MULTILINE)
+    assert re.search(r"^Taylor per model, interval 3, order 1, 8 steps +4/8 ", out, re.MULTILINE)
+    assert "The fastest plain run with such a distance" in out and "The fastest plain run with such a distance" in table
+    Image.open(folder / "sweep.png").verify()
+    assert len(list((tmp_path / "exps" / "judge").iterdir())) == 1  # beside the runs
+
+
+def test_a_second_start_measures_nothing_and_the_records_alone_draw_the_same(run, capsys, monkeypatch):
+    flags = ("--ckpt", str(run), *QUICK, *GRID, "--output", str(run / "elsewhere"))
+    main(["sweep", *flags])
+    first = capsys.readouterr().out
+    records = (run / "elsewhere" / "sweep.jsonl").read_text()
+    table = (run / "elsewhere" / "sweep.md").read_text()
+    main(["sweep", *flags])
+    assert capsys.readouterr().out == first
+    assert (run / "elsewhere" / "sweep.jsonl").read_text() == records
+
+    (run / "elsewhere" / "sweep.md").unlink()
+    monkeypatch.setattr("haste.cli.sweep.load_student", None)
+    main(["sweep", "--ckpt", "gone", "--output", str(run / "elsewhere"), "--draw-only"])
+    assert (run / "elsewhere" / "sweep.md").read_text() == table
+
+
+def test_guidance_is_part_of_a_sweep(run, capsys):
+    main(["sweep", "--ckpt", str(run), *QUICK, "--caches", "reuse", "--granularities", "model", "--intervals", "3",
+          "--cfg-scale", "2", "--guidance-high", "0.6"])  # fmt: skip
+    records = [json.loads(line) for line in (run / "sweep" / "sweep.jsonl").read_text().splitlines()]
+    assert all(record["sweep"]["settings"]["cfg_scale"] == 2 for record in records)
+    assert "guidance 2" in (run / "sweep" / "sweep.md").read_text()
+
+
+def test_a_run_on_other_pictures_needs_to_be_told_what_measures(tmp_path, capsys):
+    run = write_run(tmp_path / "exps", data_dir="data/imagenet")
+    assert "--features is not given; for other pictures than the digits" in refusal(capsys, "--ckpt", str(run))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-fid-samples", "0"), "--num-fid-samples is 0; it must be at least 1"),
+        (("--num-fid-samples", "64"), "64 samples are too few"),
+        (("--repeats", "0"), "--repeats is 0; it must be at least 1"),
+        (("--num-steps", "0"), "it must be at least 1"),
+        (("--steps",), "--steps is empty"),
+        (("--tolerance", "-1"), "--tolerance is -1.0; it must be at least 0"),
+        (("--heun", "--mode", "sde"), "--heun is a step of the ODE"),
+        (("--reference", "nowhere"), "nowhere, which does not exist"),
+        (("--features", "stored"), "--features is stored; for other pictures than the digits"),
+        (("--features", "inception:weights.pth"), "--reference is not given; --features inception:weights.pth needs"),
+        (("--draw-only",), "hold no full run"),
+    ],
+)
+def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):
+    assert message in refusal(capsys, "--ckpt", str(run), *flags)
+    assert not (run / "sweep").exists()

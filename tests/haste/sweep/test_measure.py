@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import pytest
+from digits_run import write_run
+from haste.errors import UserError
+from haste.evaluation.features import JudgeExtractor
+from haste.evaluation.judge import JudgeSettings, train_judge
+from haste.evaluation.reference import load_reference
+from haste.generation.drawing import Sampler
+from haste.generation.settings import SamplingSettings
+from haste.generation.student import load_student
+from haste.sweep import measure
+from haste.sweep.measure import Sweep
+from haste.sweep.points import Grid, plan, point_fields
+from haste.sweep.quality import Quality
+from haste.sweep.records import RecordBook
+
+BASE = SamplingSettings(labels="balanced")
+GRID = Grid(caches=("taylor",), granularities=("module",), intervals=(1, 3), orders=(1,), steps=(8,))
+POINTS = plan(BASE, [GRID], (4,))
+QUICK = {"samples": 70, "batch": 40, "repeats": 2}
+MEASURED = ("flops", "cache_bytes", "calls", "full_calls", "distance", "accuracy", "psnr", "ssim")
+
+
+@pytest.fixture(scope="module")
+def quality():
+    extractor = JudgeExtractor(train_judge(JudgeSettings(epochs=1)))
+    return Quality(extractor, load_reference("digits", extractor))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return load_student(write_run(tmp_path_factory.mktemp("exps"), steps=(4,)))
+
+
+@pytest.fixture(scope="module")
+def whole(student, quality, tmp_path_factory):
+    """A sweep that ran from beginning to end, and what it said on the way."""
+    book = RecordBook(tmp_path_factory.mktemp("whole") / "sweep.jsonl")
+    sweep = Sweep(student, POINTS, quality, book, **QUICK)
+    sweep.seen = []
+    sweep.run(lambda name, pictures: sweep.seen.append(pictures))
+    return sweep
+
+
+@pytest.fixture
+def make_sweep(student, quality, tmp_path):
+    def make(points=POINTS, **settings) -> Sweep:
+        return Sweep(student, points, quality, RecordBook(tmp_path / "sweep.jsonl"), **{**QUICK, **settings})
+
+    return make
+
+
+def records_of(sweep: Sweep) -> list[dict]:
+    return [sweep.book.find(sweep.shared, point_fields(settings)) for settings in sweep.points]
+
+
+def test_every_point_is_judged_and_timed(whole):
+    assert sum(whole.seen) == whole.pictures == 4 * (70 + 2 * 40)
+    full, fewer, every_step, cached = records_of(whole)
+    assert [record["full_calls"] for record in (full, fewer, every_step, cached)] == [8, 4, 8, 4]
+    for record in (full, fewer, every_step, cached):
+        assert len(record["seconds"]) == len(record["reference_seconds"]) == 2
+    assert full["seconds"] == full["reference_seconds"]
+    assert full["psnr"] is None and full["ssim"] is None
+    assert every_step["psnr"] is None and every_step["ssim"] == pytest.approx(1)  # the same pictures, every one
+    assert every_step["distance"] == full["distance"] != cached["distance"]
+    assert fewer["psnr"] > 0 and cached["psnr"] > 0 and fewer["ssim"] < 1 > cached["ssim"]
+    assert cached["flops"] < full["flops"] == pytest.approx(2 * fewer["flops"])
+
+
+@pytest.mark.parametrize("killed_at", [9, 15, 22])  # among the judged points, then among the timed ones
+def test_a_sweep_that_was_killed_goes_on_and_comes_to_the_same(make_sweep, whole, monkeypatch, killed_at):
+    run, draw, runs, drawn = Sampler.run, Sampler.draw, [], []
+
+    def run_until_killed(self, *args):
+        runs.append(self)
+        if len(runs) == killed_at:
+            raise KeyboardInterrupt
+        return run(self, *args)
+
+    def draw_and_note(self, *args):
+        drawn.append(point_fields(self.settings))
+        return draw(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "run", run_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_sweep().run()
+    resumed = make_sweep()
+    known = [record for record in records_of(resumed) if "distance" in record]
+    timed = [record for record in known if "seconds" in record]
+    assert len(known) == 4 and 0 < len(timed) < 4 if killed_at == 22 else 0 < len(known) < 4
+    monkeypatch.setattr(Sampler, "draw", draw_and_note)
+    resumed.run()
+    assert not [record for record in known[1:] if record["point"] in drawn]  # the reference is drawn again, as twins
+    for before, after in zip(records_of(whole), records_of(resumed), strict=True):
+        assert {name: after[name] for name in MEASURED} == {name: before[name] for name in MEASURED}
+        assert len(after["seconds"]) == len(after["reference_seconds"]) == 2
+    for record in timed:
+        kept = resumed.book.find(resumed.shared, record["point"])["seconds"]
+        assert kept[: len(record["seconds"])] == record["seconds"]
+
+
+def test_a_second_run_measures_nothing_and_other_settings_measure_anew(make_sweep, monkeypatch):
+    make_sweep(repeats=1).run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "run", None)
+        make_sweep(repeats=1).run()
+    again = make_sweep(repeats=3)
+    again.run()
+    assert all(len(record["seconds"]) == 3 for record in records_of(again))
+    assert all("distance" not in record for record in records_of(make_sweep(samples=80)))
+
+
+def test_what_the_number_of_steps_does_not_allow_is_passed_over_with_a_sentence(make_sweep):
+    impossible = plan(BASE, [Grid(caches=("taylor",), intervals=(3,), orders=(1, 7), steps=(8,))], ())
+    sweep = make_sweep(impossible, repeats=1)
+    seen = []
+    sweep.run(lambda name, pictures: seen.append(pictures))
+    (sentence,) = sweep.skipped
+    assert sentence.startswith("Taylor per module, interval 3, order 7, 8 steps: order is 7;")
+    assert sum(seen) == sweep.pictures
+    assert ["distance" in record for record in records_of(sweep)] == [True, True, False]
+
+
+def test_what_is_wrong_with_every_point_is_the_commands_error(make_sweep):
+    with pytest.raises(UserError, match="this model knows the classes 0 to 9"):
+        make_sweep(plan(SamplingSettings(labels="12"), [GRID], ())).run()
+
+
+def test_in_the_sde_agreement_is_with_runs_of_as_many_steps_alone(make_sweep):
+    sweep = make_sweep(plan(SamplingSettings(mode="sde"), [GRID], (4,)), repeats=1)
+    sweep.run()
+    full, fewer, _, cached = records_of(sweep)
+    assert fewer["psnr"] is None and cached["psnr"] > 0
+
+
+def test_all_take_turns_and_each_turn_has_a_reference_of_its_own(make_sweep, monkeypatch):
+    timed = []
+
+    def clock(sampler, batch):
+        timed.append(point_fields(sampler.settings))
+        return float(len(timed))
+
+    monkeypatch.setattr(measure, "time_run", clock)
+    sweep = make_sweep()
+    sweep.run()
+    points = [point_fields(settings) for settings in POINTS]
+    first, second = timed[:4], timed[4:]
+    for turn in (first, second):
+        assert turn[0] == points[0]
+        assert sorted(turn, key=str) == sorted(points, key=str)
+    assert all(record["reference_seconds"] == [1.0, 5.0] for record in records_of(sweep))
+
+
+def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, student):
+    before = make_sweep().shared
+    student.checkpoint.touch()
+    assert make_sweep().shared != before
+
+
+def test_the_full_steps_of_an_adaptive_schedule_are_measured_once_and_the_same_for_all(make_sweep, monkeypatch):
+    points = plan(BASE, [Grid(caches=("newton",), intervals=(4,), orders=(1,), max_errors=(0.05,), steps=(12,))], ())
+    ran = []
+    run = Sampler.run
+
+    def run_and_note(self, *args):
+        result = run(self, *args)
+        ran.append((self.settings.max_error, getattr(self.cache, "full_steps", None)))
+        return result
+
+    monkeypatch.setattr(Sampler, "run", run_and_note)
+    sweep = make_sweep(points)
+    sweep.run()
+    steps = records_of(sweep)[1]["full_steps"]
+    adaptive = [full for error, full in ran if error]
+    listed = [full for error, full in ran if full is not None and not error]
+    assert adaptive == [steps]
+    assert len(listed) >= 6 and all(full == steps for full in listed)

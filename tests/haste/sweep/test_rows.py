@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+from haste.errors import UserError
+from haste.generation.settings import SamplingSettings
+from haste.sweep.points import point_fields, shared_fields
+from haste.sweep.rows import average, make_rows
+from sweep_rows import cached_row, plain_row
+
+
+def record(settings: SamplingSettings, seconds, reference_seconds, **values) -> dict:
+    measured = {"flops": 1e9 * settings.num_steps, "peak_bytes": None, "cache_bytes": 0, "calls": 1, "full_calls": 1,
+                "distance": 1.0, "accuracy": None, "psnr": None, "ssim": None}  # fmt: skip
+    return {
+        "sweep": {"settings": shared_fields(settings)},
+        "point": point_fields(settings),
+        "seconds": seconds,
+        "reference_seconds": reference_seconds,
+        **measured,
+        **values,
+    }
+
+
+FULL, SHORT = SamplingSettings(num_steps=50, labels="3"), SamplingSettings(num_steps=10, labels="3")
+CACHED = SamplingSettings(labels="3", cache="newton", granularity="model", interval=4, order=2)
+
+
+def test_speed_ups_are_over_the_longest_full_run_within_a_turn():
+    records = [
+        record(CACHED, [1.0, 2.0, 3.0], [4.0, 8.0, 9.0], flops=20e9),
+        record(SHORT, [2.0], [10.0]),
+        record(FULL, [4.0, 8.0, 9.0], [4.0, 8.0, 9.0]),
+    ]
+    full, short, cached = make_rows(records)
+    assert [row.plain for row in (full, short, cached)] == [True, True, False]
+    assert (full.speedup, full.flops_speedup, full.kept) == (1.0, 1.0, 1.0)
+    assert (short.speedup, short.flops_speedup) == (5.0, 5.0)
+    assert (cached.seconds, cached.speedup, cached.flops_speedup, cached.kept) == (2.0, 4.0, 2.5, 1.6)
+    assert cached.settings.sampling_fields() == CACHED.sampling_fields()
+
+
+@pytest.mark.parametrize("records", [[], [record(CACHED, [1.0], [2.0])]])
+def test_without_a_full_run_there_is_nothing_to_compare_with(records):
+    with pytest.raises(UserError, match="the records hold no full run to compare with"):
+        make_rows(records)
+
+
+def test_sweeps_are_averaged_over_the_points_that_all_have():
+    first = [plain_row(50, 1.0, accuracy=0.9), cached_row(4, 0.010, 2.0, 40.0), cached_row(6, 0.008, 3.0, 30.0)]
+    second = [plain_row(50, 3.0, accuracy=0.7), cached_row(4, 0.012, 2.0, 50.0)]
+    third = [plain_row(50, 2.0, accuracy=0.8), cached_row(4, 0.090, 2.0, 60.0)]
+    full, cached = average([first, second, third])
+    assert (full.distance, full.accuracy, full.psnr) == (2.0, pytest.approx(0.8), None)
+    assert full.distance_spread == pytest.approx(1.0) and full.accuracy_spread == pytest.approx(0.1)
+    assert (cached.seconds, cached.psnr, cached.distance_spread) == (0.012, 50.0, 0.0)  # the median, the mean
+    assert cached.speedup == pytest.approx(0.05 / 0.012)
+    assert cached.accuracy is None and cached.accuracy_spread is None
+
+
+def test_one_sweep_has_no_spread():
+    (row,) = average([[plain_row(50, 1.0)]])
+    assert row == plain_row(50, 1.0)
