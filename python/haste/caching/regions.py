@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import haste_ext
-from haste.caching.transformers import Transformer, TransformerBlock
+from haste.caching.transformers import Transformer, TransformerBlock, all_gates
 
 
 class Region(Protocol):
@@ -59,7 +59,7 @@ class PerModule:
         return tokens
 
     def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
-        gates = torch.cat([block.gates(c) for block in self.model.blocks]).to(snapshots.dtype)
+        gates = all_gates(self.model, c).to(snapshots.dtype)
         return haste_ext.taylor_extrapolate_blocks(snapshots, weights, gates, tokens)
 
 

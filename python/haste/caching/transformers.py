@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from haste.errors import UserError
 from haste.models import SiT, SiTOutput
-from haste.models.sit import Modulation, gates_alone, modulate
+from haste.models.sit import Modulation, modulate
 
 
 class TransformerBlock(Protocol):
@@ -26,8 +26,8 @@ class TransformerBlock(Protocol):
 
     def modulation(self, c: Tensor) -> Modulation: ...
 
-    def gates(self, c: Tensor) -> Tensor:
-        """Both gates, (2, B, D), without the rest of the modulation."""
+    adaLN_modulation: nn.Sequential
+    """What makes the modulation: an activation, then one linear layer of 6·D outputs."""
 
     def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Any]: ...
 
@@ -49,6 +49,24 @@ class Transformer(Protocol):
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         """What the model returns, made of the last tokens."""
+
+
+def all_gates(model: Transformer, c: Tensor) -> Tensor:
+    """The gates of every block, attention's and then the MLP's, (2·depth, B, D), without the rest of the modulations.
+
+    They are the third and the last sixth of each layer's outputs. The other weights are not read, which at small
+    batches is what these layers' time goes to.
+    """
+    activation = model.blocks[0].adaLN_modulation[0]
+    c = activation(c)
+    return torch.cat([_gates_alone(block.adaLN_modulation[1], c) for block in model.blocks])
+
+
+def _gates_alone(linear: nn.Linear, activated: Tensor) -> Tensor:
+    width = linear.out_features // 6
+    weight = linear.weight.view(6, width, -1)[2::3]
+    bias = linear.bias.view(6, 1, width)[2::3]
+    return torch.baddbmm(bias, activated.expand(2, -1, -1), weight.transpose(1, 2))
 
 
 class OwnTransformer:
@@ -82,6 +100,7 @@ class PublicBlock:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.adaLN_modulation = block.adaLN_modulation
 
     def __call__(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Any]:
         out = self.block(tokens, c)
@@ -89,9 +108,6 @@ class PublicBlock:
 
     def modulation(self, c: Tensor) -> Modulation:
         return Modulation(*self.block.adaLN_modulation(c).chunk(6, dim=1))
-
-    def gates(self, c: Tensor) -> Tensor:
-        return gates_alone(self.block.adaLN_modulation, c)
 
     def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
         out = self.block.attn(modulate(self.block.norm1(tokens), shift, scale))

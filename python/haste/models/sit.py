@@ -53,18 +53,6 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return tokens * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def gates_alone(modulation: nn.Sequential, c: Tensor) -> Tensor:
-    """The third and the last sixth of what SiLU and one linear layer make of c (B, width): (2, B, width).
-
-    The other four sixths of the weights are not read, which at small batches is what such a layer's time goes to.
-    """
-    activation, linear = modulation
-    width = linear.out_features // 6
-    c = activation(c)
-    rows = (slice(2 * width, 3 * width), slice(5 * width, 6 * width))
-    return torch.stack([F.linear(c, linear.weight[r], linear.bias[r]) for r in rows])
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over (B, N, width) tokens."""
 
@@ -114,10 +102,6 @@ class SiTBlock(nn.Module):
     def modulation(self, c: Tensor) -> Modulation:
         """The conditioning (B, width) to this block's six vectors."""
         return Modulation(*self.adaLN_modulation(c).chunk(6, dim=1))
-
-    def gates(self, c: Tensor) -> Tensor:
-        """Both gates of `modulation`, (2, B, width), alone."""
-        return gates_alone(self.adaLN_modulation, c)
 
     def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, QueriesKeys]:
         """The attention output before its gate, (B, N, width), and the q and k behind it."""
