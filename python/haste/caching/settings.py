@@ -123,7 +123,7 @@ class CacheSettings:
 
 
 # What wrap(model) means, and `haste sample --fast` for the ODE.
-FAST = CacheSettings(cache="newton", granularity="model", interval=4, order=2)
+FAST = CacheSettings(cache="newton", granularity="model", interval=6, order=2)
 
 LEAST_STEPS = 8  # below, most steps of FAST would be full
 
