@@ -39,7 +39,7 @@ class Args(SamplingSettings, PublishedFlags):
     ckpt: Path
     """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
     fast: bool = False
-    """The recommended cache, in place of --cache and what goes with it."""
+    """The recommended cache, in place of --cache and what goes with it. Made for the ODE."""
     num_fid_samples: int = 100
     """How many pictures to draw. (50,000 for a published FID.)"""
     per_proc_batch_size: int = 128
