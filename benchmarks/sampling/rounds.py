@@ -12,8 +12,8 @@ from time import perf_counter
 import torch
 from cases import Case
 from haste.errors import UserError
+from haste.sweep.cost import flop_counter
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from variants import EAGER, LAUNCHED, MODULE, PLAIN, Run, make_runs
 
 from haste_ext.bench.compare import why_absent
@@ -24,14 +24,6 @@ from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes
 # digits' model a forecast of order 3 in place of 4 makes 1e-6, one of order 0 makes 1e-2: in bfloat16 only gross faults
 # can be seen.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
-
-
-def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args, **kwargs) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-# torch's own table lacks the attention that it runs on the CPU.
-COUNTED_TOO = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
 def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> dict[str, object]:
@@ -96,7 +88,7 @@ def first_run(run: Run, row: dict) -> Tensor:
         return ()
 
     # The counter sees what is launched call by call; where it watches, nothing is compiled.
-    counter = FlopCounterMode(custom_mapping=COUNTED_TOO, display=False) if run.launch == LAUNCHED else None
+    counter = flop_counter() if run.launch == LAUNCHED else None
     with counter or nullcontext():
         row["peak_extra_bytes"] = peak_extra_bytes(draw, run.case.device, calls=1)
     if counter is not None:

@@ -60,19 +60,6 @@ def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> N
     write_atomically(path, write)
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures (N, H, W, 3) uint8 and, if the file has them, labels (N,). Raises UserError on any other content."""
-    try:
-        with np.load(path) as file:
-            images = file["arr_0"]
-            labels = file["labels"] if "labels" in file.files else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an .npz with pictures under arr_0 ({error})") from error
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise UserError(f"arr_0 in {path} is {images.dtype} {images.shape}; it must be uint8 (count, height, width, 3)")
-    return images, labels
-
-
 def read_picture(path: Path) -> np.ndarray:
     """One picture, (H, W, 3) uint8. Raises UserError if there is none."""
     try:
@@ -80,18 +67,6 @@ def read_picture(path: Path) -> np.ndarray:
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError) as error:  # PIL's word for a damaged PNG
         raise UserError(f"the picture {path} cannot be read: {in_one_line(error)}") from error
-
-
-def read_pictures(folder: Path) -> np.ndarray:
-    """All PNGs of a folder in the order of their names, (N, H, W, 3) uint8. Raises UserError if there are none."""
-    paths = sorted(folder.glob("*.png"))
-    if not paths:
-        raise UserError(f"{folder} holds no PNG pictures")
-    pictures = [read_picture(path) for path in paths]
-    shapes = {picture.shape for picture in pictures}
-    if len(shapes) > 1:
-        raise UserError(f"{folder} holds pictures of different sizes, {sorted(shapes)}; they must all be alike")
-    return np.stack(pictures)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

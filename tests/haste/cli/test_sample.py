@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from digits_run import write_run
+from drawn_pictures import read_npz, read_pictures
 from haste.caching import FAST, memory
 from haste.cli import sample
 from haste.cli.main import main
-from haste.evaluation.images import read_npz, read_pictures
 from haste.generation.sample_folder import SampleFolder
 from PIL import Image
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 from digits_run import write_run
+from drawn_pictures import read_npz
 from haste.cli.sample import Args, sample_to_folder
-from haste.evaluation.images import read_npz
 from haste.generation.filling import deal
 from haste.generation.processes import Processes
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from drawn_pictures import read_npz
 from haste.cli.main import main
-from haste.evaluation.images import read_npz
 from haste.generation.published_flags import name_of
 from haste.models import SiT
 from latent_student import REST, SHAPE, random_weights, write_bare, write_ours, write_repas

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drawn_pictures import read_npz
 from haste.errors import UserError
-from haste.evaluation.images import read_npz
 from haste.generation.sample_folder import SampleFolder, Samples, read_record
 from picture_files import cut_short
 
