@@ -11,14 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def recurrence(features: list[float], positions: list[float], order: int, at: float) -> float:
-    """The published update, full step by full step (oldest first), then the Taylor sum."""
+def differences(features: list[float], positions: list[float], order: int) -> list[float]:
+    """T_0 … T_order as the published update leaves them, full step by full step, oldest first."""
     terms: list[float] = []
     for index, feature in enumerate(features):
         new = [feature]
         for i in range(min(order, len(terms))):
             new.append((new[i] - terms[i]) / (positions[index] - positions[index - 1]))
         terms = new
+    return terms
+
+
+def recurrence(features: list[float], positions: list[float], order: int, at: float) -> float:
+    """The published update, then the Taylor sum."""
+    terms = differences(features, positions, order)
     x = at - positions[-1]
     return sum(term * x**i / math.factorial(i) for i, term in enumerate(terms))
 
@@ -110,12 +116,7 @@ def test_hermite_against_its_explicit_polynomials(order):
         lambda x: 16 * x**4 - 48 * x**2 + 12,
     ]
     features, positions, at, sigma = [1.0, 3.0, -2.0, 0.5, 4.0], [0.0, 1.0, 5.0, 9.0, 13.0], 15.0, 0.5
-    terms: list[float] = []
-    for index, feature in enumerate(features):
-        new = [feature]
-        for i in range(min(order, len(terms))):
-            new.append((new[i] - terms[i]) / (positions[index] - positions[index - 1]))
-        terms = new
+    terms = differences(features, positions, order)
     x = at - positions[-1]
     expected = sum(
         term * sigma**i * explicit[i](sigma * x) / math.factorial(i) for i, term in enumerate(terms[: order + 1])
