@@ -4,7 +4,8 @@
 //   loss_i = lse(s_i) − Σ_j softmax(t_i)_j · s_ij
 //   G_ij   = e^{s_ij − lse(s_i)} − e^{t_ij − lse(t_i)}
 //   dq_i   = g_i · scale_s · Σ_j G_ij k_j        dk_j = scale_s · Σ_i g_i G_ij q_i
-// where g_i is the upstream gradient of loss_i.
+// where g_i is the upstream gradient of loss_i. As a Kullback–Leibler divergence the loss is less by the teacher's
+// entropy, Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j), with the same gradient.
 #pragma once
 
 #include "types.h"
@@ -24,7 +25,15 @@ struct AttnAlignProblem {
   int64_t batch, heads, tokens;  // heads: the aligned ones; tokens: without the prefix
   AttnOperand student_q, student_k, teacher_q, teacher_k;
   double student_scale, teacher_scale;
+  bool kl = false;     // the loss is the divergence, else the cross-entropy
+  int64_t causal = 0;  // b > 0: query i sees the keys of its own block of b tokens and of earlier ones, on both sides
 };
+
+// How many keys a query sees, from the first one on.
+constexpr int64_t visible_keys(const AttnAlignProblem& problem, int64_t query) {
+  const int64_t end = problem.causal > 0 ? (query / problem.causal + 1) * problem.causal : problem.tokens;
+  return end < problem.tokens ? end : problem.tokens;
+}
 
 // Row results, contiguous; double where the student is Float64, else float. What backward needs of a row are the
 // {maximum, 1 / Σ e^{logit − maximum}} of its logits: two numbers, since a log-sum-exp in one would lose the digits of
