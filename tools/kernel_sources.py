@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +42,10 @@ def source_hash(source: str | Path, root: Path = ROOT) -> str:
         content = path.read_bytes()
         state.update(f"{name} {len(content)}\n".encode() + content)
     return state.hexdigest()
+
+
+def compiler_release(nvcc: str | None) -> str:
+    """As nvcc prints it, "13.0"; "unknown" where it prints none or there is none."""
+    said = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True).stdout if nvcc else ""
+    found = re.search(r"release ([\d.]+)", said)
+    return found[1] if found else "unknown"

@@ -44,7 +44,7 @@ class Tree:
         self.root = root
         for folder in ("tools", "csrc/kernels/cuda", "build/here", "tests/kernels/cuda"):
             (root / folder).mkdir(parents=True)
-        for name in ("kernel_resources", "kernel_sources.py"):
+        for name in ("kernel_resources", "kernel_sources.py", "sass.py"):
             shutil.copy(TOOLS / name, root / "tools")
         self.source, self.object = root / "csrc/kernels/cuda/kernel.cu", root / "build/here/kernel.cu.o"
         self.source.write_text('#include "kernel.h"\n')
