@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from haste_ext.bench.accuracy import Judgement, judge
-from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes, spread, times_in_turns
+from haste_ext.bench.gpu_timer import GpuTimer
+from haste_ext.bench.measure import (
+    make_timers,
+    memory_within_the_machine,
+    peak_extra_bytes,
+    spread,
+    times_in_turns,
+)
 from haste_ext.bench.operation import Call, Case, Contender, Operation, bind
 from haste_ext.bench.roofline import Roofline, floor_seconds
 
 VERIFY_BYTES = 2 * 2**30  # of float64, which decides how much of the batch is verified
-ROTATED_BYTES = 512 * 2**20  # inputs on a GPU are rotated until they are this much
+ROTATED_BYTES = 512 * 2**20  # inputs on a GPU are rotated until they are this much, several times any L2
+MOST_ROTATED = 256
 COPY = "a copy of the same bytes"
 
 
@@ -61,7 +69,7 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
         inputs = [case.inputs() for _ in range(rotations(case))]
         yardsticks = verification(op, case, inputs[0], forward_only)
         if op.bandwidth_bound:  # first, so that the memory it holds is there when the others are tried
-            calls[COPY] = [copy_call(copied_bytes, case.device)]
+            calls[COPY] = [copy_call(copied_bytes, case.device) for _ in inputs]
     except RuntimeError as error:  # torch's word for memory that runs out
         why = f"the inputs cannot be made: {why_absent(error)}"
         return [{"name": c.name, "absent": why, "failed": c.name == op.ours} for c in op.contenders]
@@ -81,8 +89,14 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
             row["failed"] = contender.name == op.ours
     if COPY in calls:
         rows[COPY] = {"name": COPY}
-    for name, times in times_in_turns(calls, min_seconds, case.device).items():
+    timers = make_timers(calls, case.device)
+    for name, times in times_in_turns(timers, min_seconds).items():
         rows[name]["seconds"] = spread(times)
+        if isinstance(timers[name], GpuTimer):
+            rows[name]["host_seconds"] = spread(timers[name].host_times())
+            rows[name]["timed_by_events"] = timers[name].why_events
+    timers.clear()  # with the memory that graphs hold
+    for name in calls:
         rows[name]["peak_extra_bytes"] = None if name == COPY else peak_extra_bytes(calls[name][0], case.device)
     return list(rows.values())
 
@@ -140,7 +154,7 @@ def rotations(case: Case) -> int:
     """How many sets of inputs take turns: on the CPU one, on a GPU enough to be new to every cache."""
     if case.device == "cpu":
         return 1
-    return min(8, 1 + ROTATED_BYTES // case.phases()[0].bytes)
+    return min(MOST_ROTATED, 1 + ROTATED_BYTES // case.phases()[0].bytes)
 
 
 def copy_call(size: int, device: str) -> Call:

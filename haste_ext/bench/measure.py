@@ -6,41 +6,57 @@ import ctypes
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from haste_ext.bench.gpu_timer import GpuTimer
 from haste_ext.bench.operation import Call
 
 TURNS = 5  # so often every contender is timed, each time for a fifth of the seconds
 ENOUGH = 3  # measurements of a call so slow that they already last for all of the seconds
-CALLS_PER_SYNC = 10
-FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 
 
-def times_in_turns(contenders: Mapping[str, Sequence[Call]], min_seconds: float, device: str) -> dict[str, list[float]]:
+class CpuTimer:
+    """Times one call on the CPU."""
+
+    def __init__(self, call: Call) -> None:
+        self.timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+
+    def times(self, min_seconds: float) -> list[float]:
+        """Seconds per call, each measurement a mean over a block of calls."""
+        return self.timer.blocked_autorange(min_run_time=min_seconds).times
+
+
+def make_timers(contenders: Mapping[str, Sequence[Call]], device: str) -> dict[str, CpuTimer | GpuTimer]:
+    """One per contender, which is one call, or on a GPU several that differ in their inputs."""
+    if device != "cuda":
+        return {name: CpuTimer(calls[0]) for name, calls in contenders.items()}
+    pool = torch.cuda.graph_pool_handle()  # else every contender's graph would hold its memory beside the others'
+    return {name: GpuTimer(calls, pool) for name, calls in contenders.items()}
+
+
+def times_in_turns(timers: Mapping[str, CpuTimer | GpuTimer], min_seconds: float) -> dict[str, list[float]]:
     """Seconds per call of each contender, over at least `min_seconds` of calls.
 
     A machine drifts: its clock, its neighbours, the pages that eager code faults in. So the contenders take turns, each
-    turn beginning with the next one, and what drifts hits all alike. A contender is one call, or on a GPU several that
-    differ in their inputs.
+    turn beginning with the next one, and what drifts hits all alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    names = list(timers)
     for turn in range(TURNS):
         first = turn % max(1, len(names))
         for name in names[first:] + names[:first]:
             if len(times[name]) >= ENOUGH and sum(times[name]) >= min_seconds:
                 continue
-            times[name] += times_of(contenders[name], min_seconds / TURNS, device)
+            times[name] += timers[name].times(min_seconds / TURNS)
     return times
 
 
 def times_of(calls: Sequence[Call], min_seconds: float, device: str) -> list[float]:
-    return _times_on_gpu(calls, min_seconds) if device == "cuda" else _times_on_cpu(calls[0], min_seconds)
+    return make_timers({"": calls}, device)[""].times(min_seconds)
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
@@ -48,33 +64,6 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     values = torch.tensor(times, dtype=torch.float64)
     quantiles = {name: values.quantile(q).item() for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
     return {**quantiles, "measurements": len(times)}
-
-
-def _times_on_cpu(call: Call, min_seconds: float) -> list[float]:
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=min_seconds).times
-
-
-def _times_on_gpu(calls: Sequence[Call], min_seconds: float) -> list[float]:
-    """By events around each call; before it the L2 cache is overwritten, and the next inputs' turn comes.
-
-    The flush also keeps the GPU busy while the host prepares the call, so that short kernels are not timed as launches.
-    """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    rotation = cycle(calls)
-    times: list[float] = []
-    while sum(times) < min_seconds or len(times) < CALLS_PER_SYNC:
-        events = []
-        for call in islice(rotation, CALLS_PER_SYNC):
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        times += [start.elapsed_time(end) / 1e3 for start, end in events]
-    return times
 
 
 def peak_extra_bytes(call: Call, device: str, calls: int = 3) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 LABELS = {  # of a case's dimensions
     "batch": "batch", "heads": "heads", "tokens": "N", "student_dim": "d student", "teacher_dim": "d teacher",
@@ -65,9 +65,18 @@ def case_table(result: Mapping) -> str:
     lines.append(f"  {'':<{width}}" + "".join(f"{c:>{w}}" for c, w in zip(COLUMNS, WIDTHS, strict=True)))
     for row in rows:
         lines.append(f"  {row['name']:<{width}}" + row_cells(row, by_name[result["baseline"]]))
+    lines += [f"  {line}" for line in launching(rows)]
     for situation, results in by_name[result["ours"]].get("errors", {}).items():
         lines.append(f"  {result['ours']}'s error over eager's, {situation}: {error_ratios(results)}")
     return "\n".join(lines)
+
+
+def launching(rows: Sequence[Mapping]) -> list[str]:
+    """On a GPU, what the host takes to launch a call, and which calls no graph could hold."""
+    host = [(row["name"], row["host_seconds"]["median"]) for row in rows if "host_seconds" in row]
+    lines = ["host µs per call: " + ", ".join(f"{name} {seconds * 1e6:,.0f}" for name, seconds in host)] if host else []
+    by_events = [f"{row['name']} ({row['timed_by_events']})" for row in rows if row.get("timed_by_events")]
+    return lines + (["timed by events, not in a CUDA graph: " + "; ".join(by_events)] if by_events else [])
 
 
 def error_ratios(results: Mapping) -> str:

@@ -9,7 +9,15 @@ from time import sleep
 import pytest
 import torch
 
-from haste_ext.bench.measure import ENOUGH, TURNS, memory_within_the_machine, peak_extra_bytes, spread, times_in_turns
+from haste_ext.bench.measure import (
+    ENOUGH,
+    TURNS,
+    make_timers,
+    memory_within_the_machine,
+    peak_extra_bytes,
+    spread,
+    times_in_turns,
+)
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the count is Linux's")
 
@@ -17,7 +25,7 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason
 def test_contenders_take_turns_and_none_is_always_first():
     order = []
     contenders = {name: [lambda name=name: order.append(name)] for name in "abc"}
-    times = times_in_turns(contenders, 1e-4, "cpu")
+    times = times_in_turns(make_timers(contenders, "cpu"), 1e-4)
     turns = [name for place, name in enumerate(order) if place == 0 or order[place - 1] != name]
     assert turns == [*"abc", *"bca", *"cab", *"abc", *"bca"][: 3 * TURNS]
     assert set(times) == set("abc") and all(len(own) >= TURNS for own in times.values())
@@ -25,7 +33,7 @@ def test_contenders_take_turns_and_none_is_always_first():
 
 def test_a_slow_call_is_timed_three_times_and_a_quick_one_in_every_turn():
     calls = {"slow": [lambda: sleep(0.02)], "quick": [lambda: None]}
-    times = times_in_turns(calls, 0.01, "cpu")
+    times = times_in_turns(make_timers(calls, "cpu"), 0.01)
     assert len(times["slow"]) == ENOUGH
     assert len(times["quick"]) >= TURNS
 
