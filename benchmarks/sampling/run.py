@@ -9,20 +9,25 @@ All variants are measured in one run, taking turns, on one model with random wei
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from cases import GEOMETRIES, Case, make_case
 from haste.errors import UserError
 from haste.training.checkpoint import write_atomically
-from plot import draw
 from report import report, section
 from rounds import measure
 from variants import COMPILED, GRAPHS, LAUNCHED
+
+try:
+    from plot import draw
+except ModuleNotFoundError as error:
+    draw, MISSING_FOR_PLOT = None, error.name
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = {"cpu": 3, "cuda": 5}
@@ -32,35 +37,47 @@ CUDA_BATCHES = [1, 8, 64]
 
 @dataclass
 class Args:
-    """What to measure and where to write it."""
+    """What to measure and where to write it; `parse` says of each what it is."""
 
     model: list[str] | None = None
-    """Of: SiT-B/2, SiT-XL/2, digits, tiny. Default: SiT-B/2 and digits on the CPU, SiT-XL/2 on a GPU."""
     resolution: int | None = None
-    """Pixels per side. Default: 256, and 8 for the digits."""
     batch_size: list[int] | None = None
-    """Pictures per run. Default: 1, and 100 digits, on the CPU; 1, 8 and 64 on a GPU."""
     dtype: str | None = None
-    """Of the model: float32, bfloat16. Default: float32 on the CPU, bfloat16 on a GPU."""
     device: str = "cpu"
-    """cpu or cuda."""
     num_steps: int = 50
-    """Steps from noise to picture, by Euler."""
     interval: int = 4
-    """One full step in so many, for every cache."""
     order: int = 4
-    """Of TaylorSeer's forecast."""
     compiled: bool = False
-    """Also everything under torch.compile, which takes minutes for a large model."""
     rounds: int | None = None
-    """How often every run has its turn. Default: 3 on the CPU, 5 on a GPU."""
     threads: int | None = None
-    """Of the CPU. Default: torch's choice."""
     output: Path | None = None
-    """Folder of results.json, results.md and results.png; cases of earlier runs stay there, the same case is replaced.
-    Default: the folder named after the device, beside this script."""
     draw_only: bool = False
-    """Measure nothing: draw the table and the plot from results.json."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Args:
+    """The command line, by argparse: a borrowed machine may lack tyro."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", help="Of: SiT-B/2, SiT-XL/2, digits, tiny. Default: SiT-B/2 and digits on the CPU, "
+        "SiT-XL/2 on a GPU")  # fmt: skip
+    add("--resolution", type=int, help="Pixels per side. Default: 256, and 8 for the digits")
+    add("--batch-size", nargs="+", type=int, help="Pictures per run. Default: on the CPU 1, and 100 digits; on a GPU "
+        "1, 8 and 64")  # fmt: skip
+    add("--dtype", help="Of the model: float32, bfloat16. Default: float32 on the CPU, bfloat16 on a GPU")
+    add("--device", help="cpu or cuda")
+    add("--num-steps", type=int, help="Steps from noise to picture, by Euler")
+    add("--interval", type=int, help="One full step in so many, for every cache")
+    add("--order", type=int, help="Of TaylorSeer's forecast")
+    add("--compiled", action="store_true", help="Also everything under torch.compile, which takes minutes for a large "
+        "model")  # fmt: skip
+    add("--rounds", type=int, help="How often every run has its turn. Default: 3 on the CPU, 5 on a GPU")
+    add("--threads", type=int, help="Of the CPU. Default: torch's choice")
+    add("--output", type=Path, help="Folder of results.json, results.md and results.png; cases of earlier runs stay "
+        "there, the same case is replaced. Default: the folder named after the device, beside this script")  # fmt: skip
+    add("--draw-only", action="store_true", help="Measure nothing: draw the table and the plot from results.json")
+    return Args(**vars(parser.parse_args(arguments)))
 
 
 def main(args: Args) -> None:
@@ -75,10 +92,19 @@ def main(args: Args) -> None:
             keep(folder, result)
     document = read(folder)
     write_atomically(folder / "results.md", lambda temporary: temporary.write_text(report(document)))
-    draw(document, folder / "results.png")
+    drawn = draw_if_possible(document, folder / "results.png")
     if args.draw_only:
         print(report(document))
-    print(f"wrote {folder}/results.json, results.md and results.png")
+    print(f"wrote {folder}/results.json, results.md{' and results.png' if drawn else ''}")
+
+
+def draw_if_possible(document: dict[str, Any], path: Path) -> bool:
+    """A machine without matplotlib measures all the same."""
+    if draw is None:
+        print(f"no {path.name}, as {MISSING_FOR_PLOT} is not installed here; --draw-only makes it elsewhere")
+        return False
+    draw(document, path)
+    return True
 
 
 def check(args: Args) -> None:
@@ -134,6 +160,6 @@ def read(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse())
     except UserError as error:
         raise SystemExit(f"run.py: {error}") from error

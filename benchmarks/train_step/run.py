@@ -11,21 +11,26 @@ is downloaded.
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from cases import Case, make_case
 from haste.errors import UserError
 from haste.training.checkpoint import write_atomically
-from plot import draw
 from report import report, section
 from rounds import measure
 from transformers.utils.logging import disable_progress_bar
+
+try:
+    from plot import draw
+except ModuleNotFoundError as error:
+    draw, MISSING_FOR_PLOT = None, error.name
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = {"cpu": 5, "cuda": 10}
@@ -33,27 +38,36 @@ ROUNDS = {"cpu": 5, "cuda": 10}
 
 @dataclass
 class Args:
-    """What to measure and where to write it."""
+    """What to measure and where to write it; `parse` says of each what it is."""
 
     model: list[str] = field(default_factory=lambda: ["SiT-B/2", "SiT-XL/2"])
-    """Of: SiT-B/2, SiT-L/2, SiT-XL/2, tiny."""
     resolution: list[int] = field(default_factory=lambda: [256])
-    """Pixels per side: 256 for 256 tokens, 512 for 1,024."""
     precision: list[str] | None = None
-    """Autocast: no, bf16. Default: no on the CPU, bf16 on a GPU."""
     batch_size: int | None = None
-    """Pictures per step. Default: 2 for SiT-B/2 and 1 for larger ones on the CPU, 32 on a GPU."""
     device: str = "cpu"
-    """cpu or cuda."""
     rounds: int | None = None
-    """How often every variant has its turn. Default: 5 on the CPU, 10 on a GPU."""
     threads: int | None = None
-    """Of the CPU. Default: torch's choice."""
     output: Path | None = None
-    """Folder of results.json, results.md and results.png; cases of earlier runs stay there, the same case is replaced.
-    Default: the folder named after the device, beside this script."""
     draw_only: bool = False
-    """Measure nothing: draw the table and the plot from results.json."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Args:
+    """The command line, by argparse: a borrowed machine may lack tyro."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", help="Of: SiT-B/2, SiT-L/2, SiT-XL/2, tiny")
+    add("--resolution", nargs="+", type=int, help="Pixels per side: 256 for 256 tokens, 512 for 1,024")
+    add("--precision", nargs="+", help="Autocast: no, bf16. Default: no on the CPU, bf16 on a GPU")
+    add("--batch-size", type=int, help="Pictures per step. Default: on the CPU 2 for SiT-B/2, else 1; 32 on a GPU")
+    add("--device", help="cpu or cuda")
+    add("--rounds", type=int, help="How often every variant has its turn. Default: 5 on the CPU, 10 on a GPU")
+    add("--threads", type=int, help="Of the CPU. Default: torch's choice")
+    add("--output", type=Path, help="Folder of results.json, results.md and results.png; cases of earlier runs stay "
+        "there, the same case is replaced. Default: the folder named after the device, beside this script")  # fmt: skip
+    add("--draw-only", action="store_true", help="Measure nothing: draw the table and the plot from results.json")
+    return Args(**vars(parser.parse_args(arguments)))
 
 
 def main(args: Args) -> None:
@@ -69,10 +83,19 @@ def main(args: Args) -> None:
             keep(folder, result)
     document = read(folder)
     write_atomically(folder / "results.md", lambda temporary: temporary.write_text(report(document)))
-    draw(document, folder / "results.png")
+    drawn = draw_if_possible(document, folder / "results.png")
     if args.draw_only:
         print(report(document))
-    print(f"wrote {folder}/results.json, results.md and results.png")
+    print(f"wrote {folder}/results.json, results.md{' and results.png' if drawn else ''}")
+
+
+def draw_if_possible(document: dict[str, Any], path: Path) -> bool:
+    """A machine without matplotlib measures all the same."""
+    if draw is None:
+        print(f"no {path.name}, as {MISSING_FOR_PLOT} is not installed here; --draw-only makes it elsewhere")
+        return False
+    draw(document, path)
+    return True
 
 
 def check(args: Args) -> None:
@@ -115,6 +138,6 @@ def read(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse())
     except UserError as error:
         raise SystemExit(f"run.py: {error}") from error

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from haste.errors import UserError, in_one_line
@@ -32,6 +31,8 @@ def picture_path(folder: Path, index: int) -> Path:
 
 def write_picture(path: Path, image: np.ndarray) -> None:
     """Write one picture (H, W, 3) uint8 as PNG, so that a kill leaves the whole file or none."""
+    from PIL import Image  # what samples without writing pictures does without it
+
     write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
@@ -62,6 +63,8 @@ def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> N
 
 def read_picture(path: Path) -> np.ndarray:
     """One picture, (H, W, 3) uint8. Raises UserError if there is none."""
+    from PIL import Image
+
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))

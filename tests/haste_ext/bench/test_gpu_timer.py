@@ -1,4 +1,4 @@
-"""The timer of a GPU, with a stand-in for the device, whose clock moves when work is done and not when it is launched."""
+"""The timer of a GPU, with a stand-in for it, whose clock moves when work is done and not when it is launched."""
 
 from __future__ import annotations
 
