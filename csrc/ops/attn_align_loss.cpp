@@ -38,13 +38,14 @@ void check_pair(const Tensor& q, const Tensor& k, int64_t prefix, const char* q_
 
 Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& teacher_q, const Tensor& teacher_k,
               std::optional<double> student_scale, std::optional<double> teacher_scale, int64_t student_prefix,
-              int64_t teacher_prefix) {
+              int64_t teacher_prefix, bool kl, int64_t causal) {
   check_pair(student_q, student_k, student_prefix, "student_q", "student_k");
   check_pair(teacher_q, teacher_k, teacher_prefix, "teacher_q", "teacher_k");
   check_shape(teacher_q.size(0) == student_q.size(0), "teacher_q", teacher_q, "of the batch size of student_q");
   const int64_t tokens = student_q.size(2) - student_prefix;
   STD_TORCH_CHECK(teacher_q.size(2) - teacher_prefix == tokens, "teacher_q has ", teacher_q.size(2) - teacher_prefix,
                   " tokens after its prefix and student_q has ", tokens, "; they must be equally many");
+  STD_TORCH_CHECK(causal >= 0, "causal is ", causal, "; it must be the size of a block of tokens, or 0");
   check_same_device(student_q, student_k, "student_k");
   check_same_device(student_q, teacher_q, "teacher_q");
   check_same_device(student_q, teacher_k, "teacher_k");
@@ -59,7 +60,9 @@ Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& te
                 operand(in.teacher_q, teacher_prefix, "teacher_q"),
                 operand(in.teacher_k, teacher_prefix, "teacher_k"),
                 student_scale.value_or(1.0 / std::sqrt(static_cast<double>(student_q.size(3)))),
-                teacher_scale.value_or(1.0 / std::sqrt(static_cast<double>(teacher_q.size(3))))};
+                teacher_scale.value_or(1.0 / std::sqrt(static_cast<double>(teacher_q.size(3)))),
+                kl,
+                causal};
   if (student_q.is_cuda()) {
     STD_TORCH_CHECK(teacher_q.scalar_type() == student_q.scalar_type(),
                     "teacher_q must have the type of student_q on CUDA; haste_ext.attn_align_loss converts both");
@@ -73,9 +76,9 @@ Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& te
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k,
                                            std::optional<double> student_scale, std::optional<double> teacher_scale,
-                                           int64_t student_prefix, int64_t teacher_prefix) {
+                                           int64_t student_prefix, int64_t teacher_prefix, bool kl, int64_t causal) {
   const auto in = inputs(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix,
-                         teacher_prefix);
+                         teacher_prefix, kl, causal);
   const auto& p = in.problem;
   const auto empty_softmax = [&] {
     return torch::stable::new_empty(student_q, {p.batch, p.heads, p.tokens, 2}, row_type(student_q));
@@ -111,9 +114,10 @@ AttnGradient destination(const Tensor& gradient, int64_t prefix) {
 std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q,
                                     Tensor teacher_k, Tensor student_softmax, Tensor teacher_softmax,
                                     std::optional<double> student_scale, std::optional<double> teacher_scale,
-                                    int64_t student_prefix, int64_t teacher_prefix, bool need_q, bool need_k) {
+                                    int64_t student_prefix, int64_t teacher_prefix, int64_t causal, bool need_q,
+                                    bool need_k) {
   const auto in = inputs(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix,
-                         teacher_prefix);
+                         teacher_prefix, /*kl=*/false, causal);  // the teacher's entropy has no gradient
   const auto& p = in.problem;
   const auto check_rows = [&](const Tensor& t, int64_t numbers, const char* argument, const char* shape) {
     check_shape(t.dim() == (numbers == 1 ? 3 : 4) && t.size(0) == p.batch && t.size(1) == p.heads &&
@@ -155,15 +159,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(haste, m) {
   m.def(
       "attn_align_loss(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, "
       "float? student_scale=None, float? teacher_scale=None, int student_prefix=0, int teacher_prefix=0, "
-      "str reduction=\"mean\") -> Tensor");
+      "str reduction=\"mean\", str divergence=\"cross_entropy\", int causal=0) -> Tensor");
   m.def(
       "attn_align_loss_forward(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, "
-      "float? student_scale, float? teacher_scale, int student_prefix, int teacher_prefix) "
+      "float? student_scale, float? teacher_scale, int student_prefix, int teacher_prefix, bool kl, int causal) "
       "-> (Tensor loss, Tensor student_softmax, Tensor teacher_softmax)");
   m.def(
       "attn_align_loss_backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q, "
       "Tensor teacher_k, Tensor student_softmax, Tensor teacher_softmax, float? student_scale, float? teacher_scale, "
-      "int student_prefix, int teacher_prefix, bool need_q, bool need_k) -> (Tensor grad_q, Tensor grad_k)");
+      "int student_prefix, int teacher_prefix, int causal, bool need_q, bool need_k) "
+      "-> (Tensor grad_q, Tensor grad_k)");
 }
 
 // One function for both keys: it branches on the device, and in a build without CUDA says what is missing.

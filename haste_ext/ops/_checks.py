@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -29,22 +31,31 @@ def check_tensor(name: str, value: object, dim: int | None = None, layout: str =
         raise ValueError(f"{name} is on {value.device}; it must be on a cpu or cuda device")
     if dim is not None and value.dim() != dim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {layout}")
-    if not torch.compiler.is_compiling():
-        refuse_transforms(name, value)
+    refuse_transforms(**{name: value})
 
 
-def refuse_transforms(name: str, value: Tensor) -> None:
-    """Transforms that go by the operations' autograd formulas: torch answers some of them with a gradient of zero."""
-    if torch._C._are_functorch_transforms_active() and is_differentiated_by_functorch(value):
-        raise NotImplementedError(
-            f"{name} is under a transform of torch.func; of those only vmap is served: take torch.autograd.grad "
-            "or backward()"
-        )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(
-            f"{name} carries a forward-mode tangent; only reverse mode is served: take torch.autograd.grad or "
-            "backward()"
-        )
+def refuse_transforms(**tensors: Tensor | None) -> bool:
+    """Transforms that go by the operations' autograd formulas: torch answers some of them with a gradient of zero.
+
+    Returns whether anything at all stands between the caller and the kernels but autograd: torch.compile, vmap.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    under_functorch = torch._C._are_functorch_transforms_active()
+    for name, value in tensors.items() if under_functorch or forward_ad._current_level >= 0 else ():
+        if not isinstance(value, Tensor):
+            continue
+        if under_functorch and is_differentiated_by_functorch(value):
+            raise NotImplementedError(
+                f"{name} is under a transform of torch.func; of those only vmap is served: take torch.autograd.grad "
+                "or backward()"
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{name} carries a forward-mode tangent; only reverse mode is served: take torch.autograd.grad or "
+                "backward()"
+            )
+    return under_functorch
 
 
 def is_differentiated_by_functorch(value: Tensor) -> bool:
@@ -64,15 +75,22 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *attrib
             raise raise_as(f"{name} has {attribute} {was}; it must be that of {other_name}, {must_be}")
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} is {value!r}; it must be {', '.join(others)} or {last}")
+
+
 def check_reduction(reduction: object) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
-def check_int(name: str, value: object, low: int, high: int, what_high_is: str) -> None:
+def check_int(name: str, value: object, low: int, high: int | None = None, what_high_is: str = "") -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
-    if not low <= value <= high:
+    if high is None and value < low:
+        raise ValueError(f"{name} is {value}; it must be at least {low}")
+    if high is not None and not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must lie between {low} and {high}, {what_high_is}")
 
 
@@ -81,11 +99,13 @@ def check_scale(name: str, value: object) -> None:
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be a number or None")
 
 
-def reduce(rows: Tensor, reduction: str) -> Tensor:
-    """mean, sum or none of the per-row losses, in their own type."""
-    if reduction == "mean":
-        return rows.mean()
-    return rows.sum() if reduction == "sum" else rows
+def refusal_of(check: Callable[..., None], arguments: tuple, error: Exception) -> Exception:
+    """The sentence in which `check` refuses the arguments; the error itself if it finds no fault with them."""
+    try:
+        check(*arguments)
+    except (TypeError, ValueError, RuntimeError) as refusal:
+        return refusal
+    return error
 
 
 def refuse_gradient(operation: str, advice: str):

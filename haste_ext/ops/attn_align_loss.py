@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from haste_ext.ops._autograd import below_autograd, reduce, upstream_of_rows
 from haste_ext.ops._checks import (
+    check_choice,
     check_int,
     check_reduction,
     check_same,
     check_scale,
     check_tensor,
-    reduce,
+    refusal_of,
     refuse_gradient,
+    refuse_transforms,
 )
 
 MAX_CUDA_HEAD_DIM = 128
 LAYOUT = "(batch, heads, tokens, dim)"
+DIVERGENCES = ("cross_entropy", "kl")
 
 
 def attn_align_loss(
@@ -29,6 +33,8 @@ def attn_align_loss(
     student_prefix: int = 0,
     teacher_prefix: int = 0,
     reduction: str = "mean",
+    divergence: str = "cross_entropy",
+    causal: int = 0,
 ) -> Tensor:
     """Cross-entropy H(teacher, student) of two attention maps over their keys, the HASTE loss L_A.
 
@@ -44,6 +50,10 @@ def attn_align_loss(
         student_prefix, teacher_prefix: leading tokens (class, register, text) left out as queries and as keys;
             what remains, N, must be equally long on both sides.
         reduction: "mean" over batch × heads × queries, "sum", or "none".
+        divergence: "cross_entropy", or "kl": less the teacher's entropy, KL(teacher ‖ student). The gradient is the
+            same; a student that has converged reads 0.
+        causal: b > 0 lets a query see the keys of its own block of b tokens and of earlier blocks, in both maps:
+            1 is the ordinary causal mask, xAR's cells are blocks of 64. 0: every key.
 
     Returns:
         float32 (float64 for a float64 student): a scalar, or (B, H, N) for "none". The first H = min(H_s, H_t)
@@ -54,21 +64,23 @@ def attn_align_loss(
 
     Source: HASTE, arXiv 2505.16792, the attention alignment loss.
     """
-    _check(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix)
-    check_reduction(reduction)
-    if student_q.is_cuda and student_q.dtype != teacher_q.dtype:
-        student_q, student_k, teacher_q, teacher_k = (x.float() for x in (student_q, student_k, teacher_q, teacher_k))
-    rows, _, _ = torch.ops.haste.attn_align_loss_forward(
-        student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix
+    transformed = refuse_transforms(
+        student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k
     )
-    return reduce(rows, reduction)
+    arguments = (
+        student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix,
+        reduction, divergence, causal,
+    )  # fmt: skip
+    try:
+        return torch.ops.haste.attn_align_loss.default(*arguments) if transformed else _with_gradient(*arguments)
+    except Exception as error:  # what is refused down there is said again in Python's terms: good calls pay for no check
+        raise refusal_of(_check, arguments, error) from None
 
 
-# torch.ops.haste.attn_align_loss is this very function: rows by a kernel, the reduction and its gradient by torch.
-torch.library.impl("haste::attn_align_loss", "CompositeImplicitAutograd")(attn_align_loss)
-
-
-def _check(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix):
+def _check(
+    student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix,
+    reduction, divergence, causal,
+):  # fmt: skip
     for side, q, k in (("student", student_q, student_k), ("teacher", teacher_q, teacher_k)):
         check_tensor(f"{side}_q", q, 4, LAYOUT)
         check_tensor(f"{side}_k", k, 4, LAYOUT)
@@ -92,26 +104,101 @@ def _check(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_sc
             f"teacher_q has {teacher_tokens} tokens after its prefix of {teacher_prefix}; "
             f"it must have as many as student_q after its own, {student_tokens}"
         )
+    check_reduction(reduction)
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_int("causal", causal, 0)
 
 
-def _row_dtype(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
+def _rows(
+    student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix,
+    reduction, divergence, causal,
+):  # fmt: skip
+    """The row losses, and per row {maximum, 1 / Σ e^{logit − maximum}} of either map, which backward needs."""
+    check_reduction(reduction)
+    check_choice("divergence", divergence, DIVERGENCES)
+    operands = _of_one_type(student_q, student_k, teacher_q, teacher_k)
+    return torch.ops.haste.attn_align_loss_forward.default(
+        *operands, student_scale, teacher_scale, student_prefix, teacher_prefix, divergence == "kl", causal
+    )
+
+
+def _of_one_type(*operands: Tensor) -> tuple[Tensor, ...]:
+    """On CUDA the kernels take all operands in one type."""
+    if operands[0].is_cuda and operands[0].dtype != operands[2].dtype:
+        return tuple(x.float() for x in operands)
+    return operands
+
+
+class _AttnAlignLoss(torch.autograd.Function):
+    """One node of the graph for rows and reduction: its upstream gradient of a mean or a sum is one number, expanded."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with below_autograd():
+            rows, *softmax = _rows(*arguments)
+            loss = reduce(rows, arguments[8])
+        ctx.save_for_backward(*arguments[:4], *softmax)
+        ctx.settings = (*arguments[4:8], arguments[10])
+        ctx.rows, ctx.reduction = rows.shape, arguments[8]
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        need_q, need_k, *_ = ctx.needs_input_grad
+        # Not below autograd: activation checkpointing computes them here.
+        student_q, student_k, teacher_q, teacher_k, *softmax = ctx.saved_tensors
+        upstream = upstream_of_rows(grad_loss, ctx.rows, ctx.reduction)
+        operands = _of_one_type(student_q, student_k, teacher_q, teacher_k)
+        with below_autograd():
+            grad_q, grad_k = torch.ops.haste.attn_align_loss_backward.default(
+                upstream, *operands, *softmax, *ctx.settings, need_q, need_k
+            )
+        if operands[0] is not student_q:
+            grad_q, grad_k = grad_q.to(student_q.dtype), grad_k.to(student_q.dtype)
+        return grad_q if need_q else None, grad_k if need_k else None, *(None,) * 9
+
+
+DEFAULTS = (None, None, 0, 0, "mean", "cross_entropy", 0)  # what torch leaves out of the arguments it passes on
+
+
+def _with_gradient(*arguments):
+    arguments += DEFAULTS[len(arguments) - 4 :]
+    if torch.is_grad_enabled() and (arguments[0].requires_grad or arguments[1].requires_grad):
+        return _AttnAlignLoss.apply(*arguments)
+    with below_autograd():
+        return _without_gradient(*arguments)
+
+
+def _without_gradient(*arguments):
+    arguments += DEFAULTS[len(arguments) - 4 :]
+    return reduce(_rows(*arguments)[0], arguments[8])
+
+
+torch.library.impl("haste::attn_align_loss", "Autograd")(_with_gradient)
+torch.library.impl("haste::attn_align_loss", "CompositeExplicitAutograd")(_without_gradient)
+
+
+@torch.library.register_fake("haste::attn_align_loss")
+def _fake(*arguments):
+    return _without_gradient(*arguments)
 
 
 @torch.library.register_fake("haste::attn_align_loss_forward")
 def _fake_forward(
-    student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix
+    student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix, kl, causal
 ):
-    _check(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix)
+    settings = (student_scale, teacher_scale, student_prefix, teacher_prefix, "none", DIVERGENCES[kl], causal)
+    _check(student_q, student_k, teacher_q, teacher_k, *settings)
     batch, student_heads, tokens, _ = student_q.shape
     rows = (batch, min(student_heads, teacher_q.shape[1]), tokens - student_prefix)
-    return tuple(student_q.new_empty(shape, dtype=_row_dtype(student_q)) for shape in (rows, (*rows, 2), (*rows, 2)))
+    dtype = torch.float64 if student_q.dtype == torch.float64 else torch.float32
+    return tuple(student_q.new_empty(shape, dtype=dtype) for shape in (rows, (*rows, 2), (*rows, 2)))
 
 
 @torch.library.register_fake("haste::attn_align_loss_backward")
 def _fake_backward(
     grad_loss, student_q, student_k, teacher_q, teacher_k, student_softmax, teacher_softmax,
-    student_scale, teacher_scale, student_prefix, teacher_prefix, need_q, need_k,
+    student_scale, teacher_scale, student_prefix, teacher_prefix, causal, need_q, need_k,
 ):  # fmt: skip
     return (
         _empty_gradient(student_q) if need_q else student_q.new_empty((0,)),
@@ -125,23 +212,4 @@ def _empty_gradient(student: Tensor) -> Tensor:
     return torch.empty_like(student if unit_stride else student.contiguous())
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.student_scale, ctx.teacher_scale, ctx.student_prefix, ctx.teacher_prefix = inputs
-    _, student_softmax, teacher_softmax = output
-    ctx.mark_non_differentiable(student_softmax, teacher_softmax)
-    ctx.save_for_backward(*tensors, student_softmax, teacher_softmax)
-
-
-def _backward(ctx, grad_loss, _grad_student_softmax, _grad_teacher_softmax):
-    need_q, need_k = ctx.needs_input_grad[:2]
-    if not (need_q or need_k):
-        return (None,) * 8
-    grad_q, grad_k = torch.ops.haste.attn_align_loss_backward(
-        grad_loss, *ctx.saved_tensors,
-        ctx.student_scale, ctx.teacher_scale, ctx.student_prefix, ctx.teacher_prefix, need_q, need_k,
-    )  # fmt: skip
-    return grad_q if need_q else None, grad_k if need_k else None, None, None, None, None, None, None
-
-
-torch.library.register_autograd("haste::attn_align_loss_forward", _backward, setup_context=_setup_context)
 refuse_gradient("haste::attn_align_loss_backward", "attn_align_loss can be differentiated once only")

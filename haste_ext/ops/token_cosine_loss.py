@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._checks import check_reduction, check_same, check_tensor, reduce, refuse_gradient
+from haste_ext.ops._autograd import below_autograd, reduce, upstream_of_rows
+from haste_ext.ops._checks import (
+    check_reduction,
+    check_same,
+    check_tensor,
+    refusal_of,
+    refuse_gradient,
+    refuse_transforms,
+)
 
 
 def token_cosine_loss(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:
@@ -25,26 +33,63 @@ def token_cosine_loss(student: Tensor, teacher: Tensor, reduction: str = "mean")
 
     Source: REPA, arXiv 2410.06940, eq. 8 with cosine similarity; half-precision cosines made long runs NaN.
     """
-    _check(student, teacher)
-    check_reduction(reduction)
-    return reduce(torch.ops.haste.token_cosine_loss_forward(student, teacher), reduction)
+    transformed = refuse_transforms(student=student, teacher=teacher)
+    try:
+        call = torch.ops.haste.token_cosine_loss.default if transformed else _with_gradient
+        return call(student, teacher, reduction)
+    except Exception as error:  # what is refused down there is said again in Python's terms: good calls pay for no check
+        raise refusal_of(_check, (student, teacher, reduction), error) from None
 
 
-# torch.ops.haste.token_cosine_loss is this very function: rows by a kernel, the reduction and its gradient by torch.
-torch.library.impl("haste::token_cosine_loss", "CompositeImplicitAutograd")(token_cosine_loss)
-
-
-def _check(student: Tensor, teacher: Tensor) -> None:
+def _check(student: Tensor, teacher: Tensor, reduction: str) -> None:
     check_tensor("student", student)
     check_tensor("teacher", teacher)
     if student.dim() < 1 or student.shape[-1] < 1:
         raise ValueError(f"student has shape {tuple(student.shape)}; it must be (..., dim) with dim at least 1")
     check_same("teacher", teacher, "student", student, "shape", "device")
+    check_reduction(reduction)
+
+
+class _TokenCosineLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, reduction):
+        ctx.save_for_backward(student, teacher)
+        ctx.rows, ctx.reduction = student.shape[:-1], reduction
+        with below_autograd():
+            return _without_gradient(student, teacher, reduction)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        student, teacher = ctx.saved_tensors  # not below autograd: activation checkpointing computes them here
+        upstream = upstream_of_rows(grad_loss, ctx.rows, ctx.reduction)
+        with below_autograd():
+            return torch.ops.haste.token_cosine_loss_backward.default(upstream, student, teacher), None, None
+
+
+def _with_gradient(student, teacher, reduction="mean"):
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _TokenCosineLoss.apply(student, teacher, reduction)
+    with below_autograd():
+        return _without_gradient(student, teacher, reduction)
+
+
+def _without_gradient(student, teacher, reduction="mean"):
+    check_reduction(reduction)
+    return reduce(torch.ops.haste.token_cosine_loss_forward.default(student, teacher), reduction)
+
+
+torch.library.impl("haste::token_cosine_loss", "Autograd")(_with_gradient)
+torch.library.impl("haste::token_cosine_loss", "CompositeExplicitAutograd")(_without_gradient)
+
+
+@torch.library.register_fake("haste::token_cosine_loss")
+def _fake(student, teacher, reduction="mean"):
+    return _without_gradient(student, teacher, reduction)
 
 
 @torch.library.register_fake("haste::token_cosine_loss_forward")
 def _fake_forward(student, teacher):
-    _check(student, teacher)
+    _check(student, teacher, "none")
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     return student.new_empty(student.shape[:-1], dtype=dtype)
 
@@ -54,15 +99,4 @@ def _fake_backward(grad_loss, student, teacher):
     return student.new_empty(student.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_loss):
-    if not ctx.needs_input_grad[0]:
-        return None, None
-    return torch.ops.haste.token_cosine_loss_backward(grad_loss, *ctx.saved_tensors), None
-
-
-torch.library.register_autograd("haste::token_cosine_loss_forward", _backward, setup_context=_setup_context)
 refuse_gradient("haste::token_cosine_loss_backward", "token_cosine_loss can be differentiated once only")

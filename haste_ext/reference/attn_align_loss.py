@@ -1,11 +1,11 @@
-"""H(teacher, student) of two attention maps as one writes it down, maps and all, in the type of its input."""
+"""The divergence of two attention maps as one writes it down, maps and all, in the type of its input."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from haste_ext.ops._checks import reduce
+from haste_ext.ops._autograd import reduce
 
 
 def attn_align_loss(
@@ -18,14 +18,28 @@ def attn_align_loss(
     student_prefix: int = 0,
     teacher_prefix: int = 0,
     reduction: str = "mean",
+    divergence: str = "cross_entropy",
+    causal: int = 0,
 ) -> Tensor:
-    """Σ_j −softmax(t)_j · log_softmax(s)_j per query row, then the reduction; see haste_ext.attn_align_loss."""
+    """Σ_j −softmax(t)_j · log_softmax(s)_j per query row, for "kl" with + softmax(t)_j · log_softmax(t)_j, over the keys
+    that the query sees; then the reduction. See haste_ext.attn_align_loss."""
     heads = min(student_q.shape[1], teacher_q.shape[1])
     student = attention_logits(student_q, student_k, student_scale, student_prefix, heads)
     with torch.no_grad():
-        teacher = attention_logits(teacher_q, teacher_k, teacher_scale, teacher_prefix, heads).softmax(-1)
-    rows = -(teacher.to(student.dtype) * student.log_softmax(-1)).sum(-1)
-    return reduce(rows, reduction)
+        teacher = attention_logits(teacher_q, teacher_k, teacher_scale, teacher_prefix, heads)
+    hidden = hidden_keys(student.shape[-1], causal, student.device)
+    teacher = teacher.masked_fill(hidden, -torch.inf)
+    terms = -student.masked_fill(hidden, -torch.inf).log_softmax(-1)
+    if divergence == "kl":
+        terms = terms + teacher.log_softmax(-1).to(student.dtype)
+    rows = teacher.softmax(-1).to(student.dtype) * terms.masked_fill(hidden, 0)
+    return reduce(rows.sum(-1), reduction)
+
+
+def hidden_keys(tokens: int, causal: int, device: torch.device) -> Tensor:
+    """(N, N): which keys (columns) a query (row) does not see; causal b: those of later blocks of b tokens."""
+    block = torch.arange(tokens, device=device) // (causal if causal > 0 else max(tokens, 1))
+    return block[None, :] > block[:, None]
 
 
 def attention_logits(q: Tensor, k: Tensor, scale: float | None, prefix: int, heads: int) -> Tensor:

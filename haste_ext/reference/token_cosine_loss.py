@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from haste_ext.ops._checks import reduce
+from haste_ext.ops._autograd import reduce
 
 
 def token_cosine_loss(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:

@@ -170,14 +170,17 @@ def test_any_shape_type_and_layout(device, data):
 def test_opcheck(device):
     q, k, tq, tk = operands(2, (3, 2), (10, 12), (8, 4), FLOAT32, device)
     q, k = (x.detach().requires_grad_() for x in (q, k))
-    settings_ = (None, 0.5, 0, 2)
-    torch.library.opcheck(torch.ops.haste.attn_align_loss_forward.default, (q, k, tq, tk, *settings_))
-    torch.library.opcheck(torch.ops.haste.attn_align_loss.default, (q, k, tq, tk, *settings_, "sum"))
-    rows, softmax, teacher_softmax = torch.ops.haste.attn_align_loss_forward(q.detach(), k.detach(), tq, tk, *settings_)
-    args = (torch.ones_like(rows), q.detach(), k.detach(), tq, tk, softmax, teacher_softmax, *settings_)
+    settings_, last = (None, 0.5, 0, 2), (True, 3)
+    for rest in (("sum",), ("mean", "kl", 4), ("none", "cross_entropy", 1)):
+        torch.library.opcheck(torch.ops.haste.attn_align_loss.default, (q, k, tq, tk, *settings_, *rest))
+    q, k = q.detach(), k.detach()
+    torch.library.opcheck(torch.ops.haste.attn_align_loss_forward.default, (q, k, tq, tk, *settings_, *last))
+    rows, softmax, teacher_softmax = torch.ops.haste.attn_align_loss_forward(q, k, tq, tk, *settings_, *last)
+    settings_ += last[1:]
+    args = (torch.ones_like(rows), q, k, tq, tk, softmax, teacher_softmax, *settings_)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, True, True))
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, False, True))
-    by_columns = [x.mT.contiguous().mT for x in (q.detach(), k.detach())]
+    by_columns = [x.mT.contiguous().mT for x in (q, k)]
     args = (torch.ones_like(rows), *by_columns, tq, tk, softmax, teacher_softmax, *settings_)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, True, True))
 
@@ -210,6 +213,9 @@ REFUSED = {
         (q4,) * 4,
         {"reduction": "avg"},
     ),
+    "divergence": (ValueError, "divergence is 'js'; it must be 'cross_entropy' or 'kl'", (q4,) * 4, {"divergence": "js"}),
+    "negative mask": (ValueError, "causal is -1; it must be at least 0", (q4,) * 4, {"causal": -1}),
+    "mask not an int": (TypeError, "causal is of type float; it must be an int", (q4,) * 4, {"causal": 1.0}),
     "device": (ValueError, "teacher_q has device meta", (q4, q4, q4.to("meta"), q4.to("meta")), {}),
 }
 
@@ -223,4 +229,6 @@ def test_bad_input_is_refused_with_the_argument_named(case):
 
 def test_the_compiled_side_checks_again():
     with pytest.raises(RuntimeError, match="teacher_q has 3 tokens"):
-        torch.ops.haste.attn_align_loss_forward(q4, q4, q4[:, :, 1:], q4[:, :, 1:], None, None, 0, 0)
+        torch.ops.haste.attn_align_loss_forward(q4, q4, q4[:, :, 1:], q4[:, :, 1:], None, None, 0, 0, False, 0)
+    with pytest.raises(RuntimeError, match="causal is -1"):
+        torch.ops.haste.attn_align_loss_forward(q4, q4, q4, q4, None, None, 0, 0, False, -1)

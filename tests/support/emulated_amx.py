@@ -13,13 +13,13 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_bool, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from haste_ext.ops._checks import reduce
+from haste_ext.ops._autograd import reduce
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc/kernels"
@@ -44,7 +44,10 @@ class Operand(ctypes.Structure):
 
 
 class Problem(ctypes.Structure):
-    _fields_ = [("sizes", c_int64 * 3), ("operands", Operand * 4), ("scales", c_double * 2)]
+    _fields_ = [
+        *(("sizes", c_int64 * 3), ("operands", Operand * 4), ("scales", c_double * 2)),
+        *(("kl", c_bool), ("causal", c_int64)),
+    ]
 
 
 class Rows(ctypes.Structure):
@@ -106,32 +109,36 @@ class EmulatedAmx:
         self.library.forward.argtypes = [POINTER(Problem), POINTER(Rows), c_int64]
         self.library.backward.argtypes = [POINTER(Problem), POINTER(Backward), c_int64]
 
-    def __call__(self, *tensors: Tensor, student_scale=None, teacher_scale=None, reduction="mean") -> Tensor:
+    def __call__(
+        self, *tensors: Tensor, student_scale=None, teacher_scale=None, reduction="mean", divergence="cross_entropy",
+        causal=0,
+    ) -> Tensor:  # fmt: skip
         scales = [
             x.shape[-1] ** -0.5 if scale is None else scale
             for x, scale in ((tensors[0], student_scale), (tensors[2], teacher_scale))
         ]
-        return reduce(_EmulatedRows.apply(*tensors, scales, torch.get_num_threads(), self.library), reduction)
+        settings = scales, divergence == "kl", causal
+        return reduce(_EmulatedRows.apply(*tensors, settings, torch.get_num_threads(), self.library), reduction)
 
 
 class _EmulatedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, scales, pieces, library = inputs
+        *tensors, settings, pieces, library = inputs
         student = tensors[0]
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         loss = torch.empty(student.shape[:3], dtype=dtype)
         softmax = [torch.empty(*loss.shape, 2, dtype=dtype) for _ in range(2)]
         rows = Rows((c_void_p * 3)(*(x.data_ptr() for x in (loss, *softmax))))
-        library.forward(_problem(tensors, scales), rows, pieces)
+        library.forward(_problem(tensors, *settings), rows, pieces)
         ctx.save_for_backward(*tensors, *softmax)
-        ctx.rest = scales, pieces, library
+        ctx.rest = settings, pieces, library
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         *tensors, student_softmax, teacher_softmax = ctx.saved_tensors
-        scales, pieces, library = ctx.rest
+        settings, pieces, library = ctx.rest
         gradients = [
             torch.empty_like(x) if need else None for x, need in zip(tensors[:2], ctx.needs_input_grad[:2], strict=True)
         ]
@@ -140,7 +147,7 @@ class _EmulatedRows(torch.autograd.Function):
             (c_void_p * 2)(student_softmax.data_ptr(), teacher_softmax.data_ptr()),
             (Strided * 2)(*(Strided() if x is None else _strided(x) for x in gradients)),
         )
-        library.backward(_problem(tensors, scales), call, pieces)
+        library.backward(_problem(tensors, *settings), call, pieces)
         return *gradients, None, None, None, None, None
 
 
@@ -148,8 +155,9 @@ def _strided(x: Tensor) -> Strided:
     return Strided(x.data_ptr(), (c_int64 * 3)(*x.stride()[:3]))
 
 
-def _problem(tensors: list[Tensor], scales: list[float]) -> Problem:
+def _problem(tensors: list[Tensor], scales: list[float], kl: bool, causal: int) -> Problem:
     operands = (
         Operand(x.data_ptr(), SCALAR_TYPES[x.dtype], x.shape[3], (c_int64 * 3)(*x.stride()[:3])) for x in tensors
     )
-    return Problem((c_int64 * 3)(*tensors[0].shape[:3]), (Operand * 4)(*operands), (c_double * 2)(*scales))
+    sizes = (c_int64 * 3)(*tensors[0].shape[:3])
+    return Problem(sizes, (Operand * 4)(*operands), (c_double * 2)(*scales), kl, causal)

@@ -44,6 +44,47 @@ def test_values_and_gradients(attn_align_loss, dtype, tokens, dims):
     check_against_definition(attn_align_loss, operands(2, 2, tokens, dims, (dtype, dtype)), reduction="none")
 
 
+# Blocks around those of the kernels and longer than all tokens; 1 is the ordinary causal mask, 64 a cell of xAR.
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(("tokens", "causal"), ((2, 1), (97, 1), (255, 64), (131, 7), (300, 100), (64, 65), (1100, 40)))
+@pytest.mark.parametrize("divergence", ("cross_entropy", "kl"))
+def test_a_causal_mask_by_blocks(attn_align_loss, dtype, tokens, causal, divergence):
+    tensors = operands(1, 2, tokens, (40, 48), (dtype, dtype))
+    check_against_definition(attn_align_loss, tensors, reduction="none", causal=causal, divergence=divergence)
+
+
+def test_a_query_knows_nothing_of_keys_that_it_does_not_see(attn_align_loss):
+    """Whatever finite numbers they hold (here within what the bf16 kernels take): not a bit of its loss and gradient changes, nor do they get one from it."""
+    for dtype in (torch.float64, *FLOAT_TYPES):
+        tensors = operands(1, 2, 70, (40, 24), (dtype, dtype))
+        changed = [x.clone() for x in tensors]
+        for x in changed:
+            x[:, :, 48:] = torch.tensor([30, -30, 1e-4]).repeat_interleave(8)[:22, None]
+        settings = {"reduction": "none", "causal": 16}
+        (loss, dq, _), (other_loss, other_dq, _) = (
+            value_and_gradients(attn_align_loss, x, **settings) for x in (tensors, changed)
+        )
+        assert torch.equal(loss[..., :48], other_loss[..., :48]) and torch.equal(dq[..., :48, :], other_dq[..., :48, :])
+        q, k = (x.detach().requires_grad_() for x in tensors[:2])
+        (dk,) = torch.autograd.grad(attn_align_loss(q, k, *tensors[2:], **settings)[..., :48].sum(), k)
+        assert not dk[..., 48:, :].any() and dk[..., :48, :].any()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_a_student_that_has_converged_reads_zero(attn_align_loss, dtype):
+    tensors = operands(2, 2, 97, (64, 64), (dtype, dtype))
+    tensors[2:] = [x.clone() for x in tensors[:2]]
+    rows = attn_align_loss(*tensors, reduction="none", divergence="kl")
+    assert not rows.any()
+    entropies = attn_align_loss(*tensors, reduction="none")
+    student = [x * (1 + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))) for x in tensors[:2]]
+    tensors[:2] = [x.to(dtype) for x in student]
+    near = attn_align_loss(*tensors, reduction="none", divergence="kl")
+    exact = reference.attn_align_loss(*(x.double() for x in tensors), reduction="none", divergence="kl")
+    assert (near - exact).abs().max() < (1e-5 if dtype == torch.bfloat16 else 1e-6)  # bf16's powers are shorter
+    assert entropies.min() > 2
+
+
 def test_one_token_has_loss_and_gradients_of_exactly_zero(attn_align_loss):
     for dtype in (torch.float64, *FLOAT_TYPES):
         for result in value_and_gradients(attn_align_loss, operands(2, 3, 1, (72, 64), (dtype, dtype))):

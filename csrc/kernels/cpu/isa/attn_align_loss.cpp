@@ -83,9 +83,10 @@ HASTE_INLINE T finite(double factor) {
   return T(factor > largest ? largest : factor < -largest ? -largest : factor);
 }
 
-// Both tiles of logits for the packed queries and `count` packed keys from `first` on.
+// Both tiles of logits for the packed queries, from `query` on, and `count` packed keys from `first` on.
 template <class T>
-HASTE_INLINE void logits(const AttnAlignProblem& problem, int64_t first, int64_t count, Workspace<T>& work) {
+HASTE_INLINE void logits(const AttnAlignProblem& problem, const AttnBlock& block, int64_t query, int64_t first,
+                         int64_t count, Workspace<T>& work) {
   const int64_t student_dim = problem.student_q.dim, teacher_dim = problem.teacher_q.dim;
   logits(work.student_k + first * key_stride(student_dim), key_stride(student_dim), count, work.student_q_lanes,
          student_dim, finite<T>(problem.student_scale * work.student_k_divisor * work.student_q_divisor),
@@ -93,9 +94,12 @@ HASTE_INLINE void logits(const AttnAlignProblem& problem, int64_t first, int64_t
   logits(work.teacher_k + first * key_stride(teacher_dim), key_stride(teacher_dim), count, work.teacher_q_lanes,
          teacher_dim, finite<T>(problem.teacher_scale * work.teacher_k_divisor * work.teacher_q_divisor),
          work.teacher_logits);
+  for (T* tile : {work.student_logits, work.teacher_logits}) {
+    hide_keys<kQueries<T>>(problem, query, block.key_begin + first, count, kHiddenLogit<T>, tile);
+  }
 }
 
-template <class T>
+template <class T, bool kKl>
 void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin;
@@ -105,13 +109,14 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
   for (int64_t query = block.query_begin; query < block.query_end; query += kQueries<T>) {
     const int64_t queries = least(kQueries<T>, block.query_end - query);
     pack_queries(problem, block, query, queries, work);
+    const int64_t keys_seen = keys_in_sight(problem, block, query + queries);
     work.softmax->reset();
-    for (int64_t key = 0; key < keys; key += kKeys) {
-      const int64_t count = least(kKeys, keys - key);
-      logits(problem, key, count, work);
-      work.softmax->update(work.student_logits, 1, work.teacher_logits, 1, count, exp<T>);
+    for (int64_t key = 0; key < keys_seen; key += kKeys) {
+      const int64_t count = least(kKeys, keys_seen - key);
+      logits(problem, block, query, key, count, work);
+      work.softmax->template update<kKl>(work.student_logits, 1, work.teacher_logits, 1, count, exp<T>);
     }
-    work.softmax->finish(rows, first_row(problem, block) + query, 1, queries);
+    work.softmax->template finish<kKl>(rows, first_row(problem, block) + query, 1, queries);
   }
 }
 
@@ -146,12 +151,16 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
 
   for (int64_t query = block.query_begin; query < block.query_end; query += kQueries<T>) {
     const int64_t queries = least(kQueries<T>, block.query_end - query);
+    // In whole kKeyGradientRows: what is left over in the rows of a tile past its last key must not reach dk.
+    const int64_t keys_seen =
+        least(round_up(keys_in_sight(problem, block, query + queries), kKeyGradientRows), keys);
+    if (keys_seen == 0) continue;  // where the block holds some of the keys, there is no dq to write
     pack_queries(problem, block, query, queries, work);
     work.rows->load_rows(problem, gradient, block, query, queries);
     clear(work.query_gradient, round_up(k_stride, kLanes<T>) * kQueries<T>);
-    for (int64_t key = 0; key < keys; key += kKeys) {
-      const int64_t count = least(kKeys, keys - key);
-      logits(problem, key, count, work);
+    for (int64_t key = 0; key < keys_seen; key += kKeys) {
+      const int64_t count = least(kKeys, keys_seen - key);
+      logits(problem, block, query, key, count, work);
       logit_gradient(*work.rows, count, work);
       if (query_wanted) {
         add_query_gradient(work.student_k + key * k_stride, k_stride, count, work.student_logits, dim,
@@ -190,7 +199,9 @@ size_t attn_align_loss_scratch(const AttnAlignProblem& problem, int64_t keys) {
 
 void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block,
                              void* scratch) {
-  in_double(problem) ? forward<double>(problem, rows, block, scratch) : forward<float>(problem, rows, block, scratch);
+  const auto run = in_double(problem) ? problem.kl ? forward<double, true> : forward<double, false>
+                                      : problem.kl ? forward<float, true> : forward<float, false>;
+  run(problem, rows, block, scratch);
 }
 
 void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient,

@@ -19,6 +19,7 @@ constexpr int kStrip = 32;      // keys whose logits exist at a time: with the t
 constexpr int kKeyBlock = 256;  // keys over which dq is summed in registers
 static_assert(kStrip % kRows == 0 && kStrip % kDepth == 0, "whole strips on both sides of a product");
 constexpr float kLargestHere = 1e4f;
+constexpr float kHiddenHere = -1e5f;  // of a key that a query does not see: its power is 0 beside that of any logit
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 typedef Vector<float> V;
@@ -85,10 +86,12 @@ struct Side {
     transpose(reinterpret_cast<const uint32_t*>(q), stride / 2, kQueries, stride / 2, q_lanes, kQueries);
   }
 
-  // Of `count` keys from `first` on.
-  HASTE_INLINE void multiply_strip(int64_t first, int64_t count) {
+  // The queries packed, from `query` on, and `count` keys from `first` on.
+  HASTE_INLINE void multiply_strip(const AttnAlignProblem& problem, const AttnBlock& block, int64_t query,
+                                   int64_t first, int64_t count) {
     multiply<false>({k + first * stride, stride}, {q_lanes, kQueries}, round_up(count, kRows), kQueries,
                     round_up(q_operand.dim, kDepth), {logits, kQueries});
+    hide_keys<kQueries>(problem, query, block.key_begin + first, count, kHiddenHere / factor, logits);
   }
 };
 
@@ -100,6 +103,7 @@ HASTE_INLINE bool row_within_reach(const void* softmax, int64_t row) {
 }
 
 // Returns false, with rows that do not count, where a logit was too large (or not a number) for this kernel.
+template <bool kKl>
 bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin;
@@ -114,15 +118,16 @@ bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
     const int64_t queries = least(kQueries, block.query_end - query);
     student.pack_queries(block, query, queries);
     teacher.pack_queries(block, query, queries);
+    const int64_t keys_seen = keys_in_sight(problem, block, query + queries);
     softmax.reset();
-    for (int64_t key = 0; key < keys; key += kStrip) {
-      const int64_t count = least(kStrip, keys - key);
-      student.multiply_strip(key, count);
-      teacher.multiply_strip(key, count);
-      softmax.update(student.logits, student.factor, teacher.logits, teacher.factor, count, exp2_short);
+    for (int64_t key = 0; key < keys_seen; key += kStrip) {
+      const int64_t count = least(kStrip, keys_seen - key);
+      student.multiply_strip(problem, block, query, key, count);
+      teacher.multiply_strip(problem, block, query, key, count);
+      softmax.update<kKl>(student.logits, student.factor, teacher.logits, teacher.factor, count, exp2_short);
     }
     const int64_t row = first_row(problem, block) + query;
-    softmax.finish(rows, row, kLn2, queries);
+    softmax.finish<kKl>(rows, row, kLn2, queries);
     for (int64_t i = row; i < row + queries; ++i) {
       if (!(within_reach(static_cast<const float*>(rows.loss)[i]) && row_within_reach(rows.student_softmax, i) &&
             row_within_reach(rows.teacher_softmax, i))) {
@@ -231,6 +236,8 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
   rows.factor_t = teacher.factor;
   for (int64_t query = block.query_begin; query < block.query_end; query += kQueries) {
     const int64_t queries = least(kQueries, block.query_end - query);
+    const int64_t keys_seen = keys_in_sight(problem, block, query + queries);
+    if (keys_seen == 0) continue;  // where the block holds some of the keys, there is no dq to write
     student.pack_queries(block, query, queries);
     teacher.pack_queries(block, query, queries);
     work.pack_queries(student);
@@ -239,12 +246,12 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
       rows.state.student_max[i] *= kLog2E;
       rows.state.teacher_max[i] *= kLog2E;
     }
-    for (int64_t first = 0; first < keys; first += kKeyBlock) {
-      const int64_t block_keys = least(kKeyBlock, keys - first);
+    for (int64_t first = 0; first < keys_seen; first += kKeyBlock) {
+      const int64_t block_keys = least(kKeyBlock, keys_seen - first);
       for (int64_t key = 0; key < block_keys; key += kStrip) {
         const int64_t count = least(kStrip, block_keys - key);
-        student.multiply_strip(first + key, count);
-        teacher.multiply_strip(first + key, count);
+        student.multiply_strip(problem, block, query, first + key, count);
+        teacher.multiply_strip(problem, block, query, first + key, count);
         round_gradient(rows, student, teacher, key, count, work);
       }
       const int64_t depth = round_up(block_keys, kStrip);
@@ -297,7 +304,8 @@ size_t attn_align_loss_scratch(const AttnAlignProblem& problem, int64_t keys) {
 
 void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block,
                              void* scratch) {
-  if (!for_engine(problem) || !forward(problem, rows, block, scratch)) {
+  const auto run = problem.kl ? forward<true> : forward<false>;
+  if (!for_engine(problem) || !run(problem, rows, block, scratch)) {
     avx512::attn_align_loss_forward(problem, rows, block, scratch);
   }
 }

@@ -16,6 +16,10 @@ constexpr int64_t kSummedAtOnce = 16;
 template <class T>
 constexpr T kLargestLogit = sizeof(T) == sizeof(float) ? T(1e38) : T(1e300);
 
+// Of a key that a query does not see: below every logit, and finite, as is its distance from any maximum.
+template <class T>
+constexpr T kHiddenLogit = -2 * kLargestLogit<T>;
+
 // scale · sum, held to ± kLargestLogit, lest ∞ − ∞ make NaN of what was finite. NaN stays NaN.
 template <class T>
 HASTE_INLINE Vector<T> to_logit(Vector<T> sum, T scale) {
@@ -100,14 +104,32 @@ void unpack_tokens(const T* from, int64_t stride, T scale, int64_t dim, const At
   });
 }
 
+// How many of the block's keys, from its first on, the queries before `query_end` see between them.
+HASTE_INLINE int64_t keys_in_sight(const AttnAlignProblem& problem, const AttnBlock& block, int64_t query_end) {
+  const int64_t end = least(visible_keys(problem, query_end - 1), block.key_end);
+  return end > block.key_begin ? end - block.key_begin : 0;
+}
+
+// Under a causal mask: the logits [key][query] of `count` keys from `first_key` on become `hidden` where a query, of
+// Queries from `first_query` on, does not see the key. Its first seer is the first query of the key's own block.
+template <int Queries, class T>
+void hide_keys(const AttnAlignProblem& problem, int64_t first_query, int64_t first_key, int64_t count, T hidden,
+               T* logits) {
+  if (first_key + count <= visible_keys(problem, first_query)) return;
+  for (int64_t key = 0; key < count; ++key) {
+    const int64_t first_seer = (first_key + key) / problem.causal * problem.causal;
+    for (int64_t i = 0; i < least(first_seer - first_query, Queries); ++i) logits[key * Queries + i] = hidden;
+  }
+}
+
 // First row of a (batch, heads, tokens) result.
 HASTE_INLINE int64_t first_row(const AttnAlignProblem& problem, const AttnBlock& block) {
   return (block.batch * problem.heads + block.head) * problem.tokens;
 }
 
-// Per query, over the keys seen so far: the maxima, Σ e^{s−max_s}, Σ e^{t−max_t} and x = Σ e^{t−max_t} (s − max_s).
-// Measuring s from its maximum keeps the digits that lse(s) − Σ softmax(t) s would cancel. A logit is what a tile holds
-// times a positive factor; its unit is `exp`'s.
+// Per query, over the keys seen so far: the maxima, Σ e^{s−max_s}, Σ e^{t−max_t} and x = Σ e^{t−max_t} (s − max_s), for
+// the divergence (kKl) x = Σ e^{t−max_t} ((s − max_s) − (t − max_t)). Measuring a logit from its maximum keeps the digits
+// that lse(s) − Σ softmax(t) s would cancel. A logit is what a tile holds times a positive factor; its unit is `exp`'s.
 template <class T, int Queries>
 struct OnlineSoftmax {
   alignas(64) T student_max[Queries], student_sum[Queries];
@@ -122,21 +144,23 @@ struct OnlineSoftmax {
   }
 
   // One tile of logits, `keys` rows.
-  template <class Exp>
+  template <bool kKl, class Exp>
   HASTE_INLINE void update(const T* s, T student_factor, const T* t, T teacher_factor, int64_t keys, const Exp& exp) {
     for (int i = 0; i < Queries; i += kLanes<T>) {
-      update_lanes(s + i, student_factor, t + i, teacher_factor, keys, exp, i);
+      update_lanes<kKl>(s + i, student_factor, t + i, teacher_factor, keys, exp, i);
     }
   }
 
   // Rows [0, count) to where the caller keeps them, in natural units: one of the logits' is `unit` of them.
+  template <bool kKl>
   void finish(const AttnAlignRows& rows, int64_t first_row, T unit, int64_t count) const {
     T* loss = static_cast<T*>(rows.loss) + first_row;
     T* student = static_cast<T*>(rows.student_softmax) + 2 * first_row;
     T* teacher = static_cast<T*>(rows.teacher_softmax) + 2 * first_row;
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vector<T> row_loss = log<T>(load(student_sum + i)) - load(cross + i) * unit / load(teacher_sum + i);
-      store_first<T>(loss + i, row_loss, least(count - i, kLanes<T>));
+      const Vector<T> sum_t = load(teacher_sum + i);
+      const Vector<T> sums = kKl ? load(student_sum + i) / sum_t : load(student_sum + i);
+      store_first<T>(loss + i, log<T>(sums) - load(cross + i) * unit / sum_t, least(count - i, kLanes<T>));
     }
     for (int64_t i = 0; i < count; ++i) {
       student[2 * i] = student_max[i] * unit;
@@ -147,7 +171,7 @@ struct OnlineSoftmax {
   }
 
  private:
-  template <class Exp>
+  template <bool kKl, class Exp>
   HASTE_INLINE void update_lanes(const T* s, T student_factor, const T* t, T teacher_factor, int64_t keys,
                                  const Exp& exp, int i) {
     Vector<T> top_s = load(s), top_t = load(t);
@@ -162,10 +186,11 @@ struct OnlineSoftmax {
       Vector<T> part_s{}, part_t{}, part_x{};
       for (int64_t key = first; key < least(first + kSummedAtOnce, keys); ++key) {
         const Vector<T> from_max = load(s + key * Queries) * student_factor - max_s;
-        const Vector<T> weight = exp(load(t + key * Queries) * teacher_factor - max_t);
+        const Vector<T> teacher_from_max = load(t + key * Queries) * teacher_factor - max_t;
+        const Vector<T> weight = exp(teacher_from_max);
         part_s += exp(from_max);
         part_t += weight;
-        part_x += weight * from_max;
+        part_x += weight * (kKl ? from_max - teacher_from_max : from_max);
       }
       sum_s += part_s;
       sum_t += part_t;
@@ -173,7 +198,8 @@ struct OnlineSoftmax {
     }
     const Vector<T> shrink_s = exp(old_s - max_s), shrink_t = exp(old_t - max_t);
     const Vector<T> old_sum_t = load(teacher_sum + i);
-    store(cross + i, (load(cross + i) + old_sum_t * (old_s - max_s)) * shrink_t + x);
+    const Vector<T> moved = kKl ? (old_s - max_s) - (old_t - max_t) : old_s - max_s;
+    store(cross + i, (load(cross + i) + old_sum_t * moved) * shrink_t + x);
     store(student_sum + i, load(student_sum + i) * shrink_s + sum_s);
     store(teacher_sum + i, old_sum_t * shrink_t + sum_t);
     store(student_max + i, max_s);
