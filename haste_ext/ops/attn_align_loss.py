@@ -64,16 +64,14 @@ def attn_align_loss(
 
     Source: HASTE, arXiv 2505.16792, the attention alignment loss.
     """
-    transformed = refuse_transforms(
-        student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k
-    )
+    transformed = refuse_transforms(student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k)
     arguments = (
         student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix,
         reduction, divergence, causal,
     )  # fmt: skip
     try:
         return torch.ops.haste.attn_align_loss.default(*arguments) if transformed else _with_gradient(*arguments)
-    except Exception as error:  # what is refused down there is said again in Python's terms: good calls pay for no check
+    except Exception as error:  # refused down there: said again in Python's terms, so that good calls pay for no check
         raise refusal_of(_check, arguments, error) from None
 
 
@@ -130,7 +128,7 @@ def _of_one_type(*operands: Tensor) -> tuple[Tensor, ...]:
 
 
 class _AttnAlignLoss(torch.autograd.Function):
-    """One node of the graph for rows and reduction: its upstream gradient of a mean or a sum is one number, expanded."""
+    """One node of the graph for rows and reduction."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -212,4 +210,5 @@ def _empty_gradient(student: Tensor) -> Tensor:
     return torch.empty_like(student if unit_stride else student.contiguous())
 
 
+refuse_gradient("haste::attn_align_loss_forward", "it is a part of haste::attn_align_loss, which has one")
 refuse_gradient("haste::attn_align_loss_backward", "attn_align_loss can be differentiated once only")

@@ -37,7 +37,7 @@ def token_cosine_loss(student: Tensor, teacher: Tensor, reduction: str = "mean")
     try:
         call = torch.ops.haste.token_cosine_loss.default if transformed else _with_gradient
         return call(student, teacher, reduction)
-    except Exception as error:  # what is refused down there is said again in Python's terms: good calls pay for no check
+    except Exception as error:  # refused down there: said again in Python's terms, so that good calls pay for no check
         raise refusal_of(_check, (student, teacher, reduction), error) from None
 
 
@@ -99,4 +99,5 @@ def _fake_backward(grad_loss, student, teacher):
     return student.new_empty(student.shape)
 
 
+refuse_gradient("haste::token_cosine_loss_forward", "it is a part of haste::token_cosine_loss, which has one")
 refuse_gradient("haste::token_cosine_loss_backward", "token_cosine_loss can be differentiated once only")

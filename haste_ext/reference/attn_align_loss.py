@@ -21,8 +21,9 @@ def attn_align_loss(
     divergence: str = "cross_entropy",
     causal: int = 0,
 ) -> Tensor:
-    """Σ_j −softmax(t)_j · log_softmax(s)_j per query row, for "kl" with + softmax(t)_j · log_softmax(t)_j, over the keys
-    that the query sees; then the reduction. See haste_ext.attn_align_loss."""
+    """Per query row, over the keys that it sees, Σ_j −softmax(t)_j · log_softmax(s)_j, or for "kl"
+    Σ_j softmax(t)_j · (log_softmax(t)_j − log_softmax(s)_j); then the reduction. See haste_ext.attn_align_loss.
+    """
     heads = min(student_q.shape[1], teacher_q.shape[1])
     student = attention_logits(student_q, student_k, student_scale, student_prefix, heads)
     with torch.no_grad():

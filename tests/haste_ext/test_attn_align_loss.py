@@ -213,7 +213,12 @@ REFUSED = {
         (q4,) * 4,
         {"reduction": "avg"},
     ),
-    "divergence": (ValueError, "divergence is 'js'; it must be 'cross_entropy' or 'kl'", (q4,) * 4, {"divergence": "js"}),
+    "divergence": (
+        ValueError,
+        "divergence is 'js'; it must be 'cross_entropy' or 'kl'",
+        (q4,) * 4,
+        {"divergence": "js"},
+    ),
     "negative mask": (ValueError, "causal is -1; it must be at least 0", (q4,) * 4, {"causal": -1}),
     "mask not an int": (TypeError, "causal is of type float; it must be an int", (q4,) * 4, {"causal": 1.0}),
     "device": (ValueError, "teacher_q has device meta", (q4, q4, q4.to("meta"), q4.to("meta")), {}),

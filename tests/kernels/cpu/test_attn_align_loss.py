@@ -54,7 +54,9 @@ def test_a_causal_mask_by_blocks(attn_align_loss, dtype, tokens, causal, diverge
 
 
 def test_a_query_knows_nothing_of_keys_that_it_does_not_see(attn_align_loss):
-    """Whatever finite numbers they hold (here within what the bf16 kernels take): not a bit of its loss and gradient changes, nor do they get one from it."""
+    """Whatever finite numbers they hold (here within what the bf16 kernels take): not a bit of its loss and gradient
+    changes, nor do they get a gradient from it.
+    """
     for dtype in (torch.float64, *FLOAT_TYPES):
         tensors = operands(1, 2, 70, (40, 24), (dtype, dtype))
         changed = [x.clone() for x in tensors]
