@@ -18,8 +18,8 @@ def operands(dtype, batch=1, heads=(2, 2), tokens=17, dims=(72, 64), seed=0):
     return [*packed.permute(2, 0, 3, 1, 4)[:2], *(x.clone() for x in teacher)]
 
 
-def problem(tensors, scales=None):
-    """What the driver reads: sizes, type and scales."""
+def problem(tensors, scales=None, divergence="cross_entropy", causal=0):
+    """What the driver reads: sizes, type, scales, and which loss it is."""
     batch, _, tokens, student_dim = tensors[0].shape
     teacher_dim = tensors[2].shape[3]
     heads = min(tensors[0].shape[1], tensors[2].shape[1])
@@ -33,12 +33,14 @@ def problem(tensors, scales=None):
         "teacher_dim": teacher_dim,
         "student_scale": float(student_scale),
         "teacher_scale": float(teacher_scale),
+        "kl": int(divergence == "kl"),
+        "causal": causal,
     }
 
 
-def forward(emulator, tensors, scales=None, seed=0):
+def forward(emulator, tensors, scales=None, seed=0, **loss):
     """loss (batch, heads, tokens), and the statistics of both softmaxes (batch, heads, tokens, 2)."""
-    values = problem(tensors, scales)
+    values = problem(tensors, scales, **loss)
     rows = (values["batch"], values["heads"], values["tokens"])
     names = ("loss", "student_softmax", "teacher_softmax")
     shapes = dict(zip(names, (rows, (*rows, 2), (*rows, 2)), strict=True))
@@ -48,10 +50,10 @@ def forward(emulator, tensors, scales=None, seed=0):
     return [result[name] for name in names]
 
 
-def backward(emulator, tensors, upstream, scales=None, seed=0, destinations=None, wanted=("grad_q", "grad_k")):
+def backward(emulator, tensors, upstream, scales=None, seed=0, destinations=None, wanted=("grad_q", "grad_k"), **loss):
     """The wanted gradients, in `destinations` or in contiguous tensors of NaN."""
-    values = problem(tensors, scales)
-    _, student_softmax, teacher_softmax = forward(emulator, tensors, scales)
+    values = problem(tensors, scales, **loss)
+    _, student_softmax, teacher_softmax = forward(emulator, tensors, scales, **loss)
     shape = (values["batch"], values["heads"], values["tokens"], values["student_dim"])
     fresh = {name: torch.full(shape, float("nan"), dtype=tensors[0].dtype) for name in wanted}
     buffers = dict(zip(NAMES, tensors, strict=True)) | (destinations or fresh)
@@ -59,27 +61,28 @@ def backward(emulator, tensors, upstream, scales=None, seed=0, destinations=None
     return emulator("attn_align_loss_backward", buffers, wanted, seed, **values)
 
 
-def definition(tensors, upstream, scales=None):
+def definition(tensors, upstream, scales=None, **loss):
     """Row losses and the gradients of q and k, in the type of the tensors."""
     heads = min(tensors[0].shape[1], tensors[2].shape[1])
     student_scale, teacher_scale = scales or (None, None)
     tensors = [x[:, :heads].detach().clone() for x in tensors]
     q, k = (x.requires_grad_() for x in tensors[:2])
-    rows = reference.attn_align_loss(q, k, *tensors[2:], student_scale, teacher_scale, reduction="none")
+    rows = reference.attn_align_loss(q, k, *tensors[2:], student_scale, teacher_scale, reduction="none", **loss)
     rows.backward(upstream.to(rows.dtype))
     return rows.detach(), q.grad, k.grad
 
 
-def check(emulator, tensors, upstream=None, scales=None, seed=0):
+def check(emulator, tensors, upstream=None, scales=None, seed=0, **loss):
+    """`loss`: divergence and causal, as the operation takes them."""
     batch, heads, tokens = (problem(tensors)[name] for name in ("batch", "heads", "tokens"))
     if upstream is None:  # that of the mean: one number, expanded
         upstream = torch.tensor(1 / (batch * heads * tokens)).expand(batch, heads, tokens)
-    exact = definition([x.double() for x in tensors], upstream, scales)
-    eager = definition(tensors, upstream, scales)
-    loss = forward(emulator, tensors, scales, seed)[0]
-    gradients = backward(emulator, tensors, upstream, scales, seed)
+    exact = definition([x.double() for x in tensors], upstream, scales, **loss)
+    eager = definition(tensors, upstream, scales, **loss)
+    rows = forward(emulator, tensors, scales, seed, **loss)[0]
+    gradients = backward(emulator, tensors, upstream, scales, seed, **loss)
     term = (upstream.abs().max() * max(x.abs().max() for x in tensors[:2])).item()
-    results = (loss, gradients["grad_q"], gradients["grad_k"])
+    results = (rows, gradients["grad_q"], gradients["grad_k"])
     for name, ours, theirs, ref in zip(("loss", "dq", "dk"), results, eager, exact, strict=True):
         what = f"emulated {name}, {tensors[0].dtype}"
         assert_as_accurate_as_eager(ours, theirs, ref, what, 1.0 if name == "loss" else term)

@@ -52,6 +52,30 @@ __device__ float gradient_element(float student_dot, float teacher_dot, float st
          query.teacher_factor * power<T>(teacher_dot, teacher_scale, query.teacher_maximum);
 }
 
+// Makes G 0 where the query does not see the key. That a key past the last one is zeros does not do: the G of it is not,
+// and infinity times zero would be NaN. Most tiles have nothing to hide.
+template <bool kHoldKeys, typename T, int kTiles>
+__device__ void hide_elements(float (&g)[kTiles][4], const AlignArguments<T>& arguments, int first, int first_row,
+                              int last_row, int first_of_warp) {
+  const bool all_seen = kHoldKeys ? first >= arguments.first_query(last_row)
+                                  : first + 8 * kTiles <= arguments.visible_keys(first_row);
+  if (all_seen) return;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_of_warp + lane / 4 + 8 * half;
+    const int bound = (kHoldKeys ? arguments.first_query(row) : arguments.visible_keys(row)) - first;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int streamed = tile * 8 + lane % 4 * 2 + column;
+        if (kHoldKeys ? streamed < bound : streamed >= bound) g[tile][2 * half + column] = 0.f;
+      }
+    }
+  }
+}
+
 // The row statistics of the streamed queries (dk), which travel with the student's tile.
 template <typename T, int kRows>
 struct QueryStatistics {
@@ -149,11 +173,16 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T, kDimTiles>)
     }
   }
 
+  // Under a causal mask a row meets the other side up to some key (dq), or from some query on (dk); so does the block.
+  const int last_row = min(place.first_row + kHeldRows, tokens) - 1;
+  const int begin = kHoldKeys ? arguments.first_query(place.first_row) / kStreamed * kStreamed : 0;
+  const int end = kHoldKeys ? tokens : arguments.visible_keys(last_row);
+
   float sum[kDimTiles][4] = {};
   copy_tile<kHeldRows>(tiles.held_student, student, student.held, place, place.first_row, tokens);
   copy_tile<kHeldRows>(tiles.held_teacher, teacher, teacher.held, place, place.first_row, tokens);
-  copy_tile<kStreamed>(tiles.streamed_teacher, teacher, teacher.streamed, place, 0, tokens);
-  for (int first = 0; first < tokens; first += kStreamed) {
+  copy_tile<kStreamed>(tiles.streamed_teacher, teacher, teacher.streamed, place, begin, tokens);
+  for (int first = begin; first < end; first += kStreamed) {
     wait_for_copies();
     __syncthreads();  // the teacher's tile is here, and nobody reads the student's or the statistics any more
     copy_tile<kStreamed>(tiles.streamed_student, student, student.streamed, place, first, tokens);
@@ -163,7 +192,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T, kDimTiles>)
 
     wait_for_copies();
     __syncthreads();  // the student's tile is here, and nobody reads the teacher's any more
-    if (first + kStreamed < tokens) {
+    if (first + kStreamed < end) {
       copy_tile<kStreamed>(tiles.streamed_teacher, teacher, teacher.streamed, place, first + kStreamed, tokens);
     }
     float g[kTiles][4];
@@ -181,11 +210,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T, kDimTiles>)
           float& element = g[tile][2 * half + column];
           element =
               gradient_element<T>(element, t[tile][2 * half + column], student.scale_log2, teacher.scale_log2, query);
-          // A key past the last is zeros, but its G is not, and infinity times zero would be NaN.
-          if (!kHoldKeys && first + streamed >= tokens) element = 0.f;
         }
       }
     }
+    hide_elements<kHoldKeys>(g, arguments, first, place.first_row, last_row, first_of_warp);
     Fragments<T>::accumulate(sum, g, tiles.streamed_student, student.shared_stride, student.padded_dim);
   }
   store_rows(sum, factors, held_student, student, gradient.destination, gradient.destination_chunked, place,

@@ -3,7 +3,8 @@
 // Per row, online over tiles of keys (in powers of 2, so logits carry a factor log2(e)):
 //   m_s, l_s = max and Σ 2^(s − m_s);  m_t, l_t the same of t;  x = Σ 2^(t − m_t)·(s − m_s)
 //   loss = log2 l_s − x / l_t
-// Measuring s from its maximum keeps the digits that lse_s − Σ softmax(t)·s would cancel.
+// For the divergence (kKl), x = Σ 2^(t − m_t)·((s − m_s) − (t − m_t)) and loss = log2(l_s / l_t) − x / l_t. Measuring a
+// logit from its maximum keeps the digits that lse_s − Σ softmax(t)·s would cancel.
 #include "attn_align_fragments.cuh"
 #include "attn_align_tiles.cuh"
 #include "hopper/attn_align_hopper.h"
@@ -53,23 +54,23 @@ struct OnlineSoftmax {
 constexpr float kLargestLogit = 1e38f;
 
 // Scales logits, holds them to finite numbers, lest ∞ − ∞ make NaN of what was none, and hides the columns past the last
-// key. These get a very low number, not −∞: their power of 2 is 0 all the same, and 0 times their distance from any
-// maximum is 0, not NaN.
+// key that each of the lane's two rows sees. These get a very low number, not −∞: their power of 2 is 0 all the same, and
+// 0 times their distance from any maximum is 0, not NaN.
 template <typename T, int kTiles>
-__device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, int keys_left) {
+__device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, const int (&keys_left)[2]) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      logits[tile][i] = tile * 8 + column + i % 2 < keys_left ? logits[tile][i] * scale : -kLargestLogit;
+      logits[tile][i] = tile * 8 + column + i % 2 < keys_left[i / 2] ? logits[tile][i] * scale : -kLargestLogit;
       if (!std::is_same_v<T, __half>) logits[tile][i] = hold_within(logits[tile][i], kLargestLogit);  // fp16: never larger
     }
   }
 }
 
 // 4 blocks on a multiprocessor, by registers: at 128 threads, up to 128 each.
-template <typename T>
+template <typename T, bool kKl>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     forward_kernel(AlignArguments<T> arguments, float* loss, float2* student_statistics, float2* teacher_statistics) {
   constexpr int kTiles = kKeyTiles<T>, kKeys = 8 * kTiles;
@@ -80,13 +81,21 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   const T* student_q = tiles.held_student + warp * 16 * student.shared_stride;
   const T* teacher_q = tiles.held_teacher + warp * 16 * teacher.shared_stride;
 
+  // No query of the block sees a key past those of its last one.
+  const int last_query = min(place.first_row + kHeldRows, tokens) - 1, keys = arguments.visible_keys(last_query);
+  int keys_left[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    keys_left[half] = arguments.visible_keys(min(place.first_row + warp * 16 + lane / 4 + 8 * half, last_query));
+  }
+
   OnlineSoftmax student_softmax, teacher_softmax;
   float x[2] = {0.f, 0.f};
 
   copy_tile<kHeldRows>(tiles.held_student, student, student.held, place, place.first_row, tokens);
   copy_tile<kHeldRows>(tiles.held_teacher, teacher, teacher.held, place, place.first_row, tokens);
   copy_tile<kKeys>(tiles.streamed_student, student, student.streamed, place, 0, tokens);
-  for (int key = 0; key < tokens; key += kKeys) {
+  for (int key = 0; key < keys; key += kKeys) {
     float powers[kTiles][4], rise[2], correction[2];
 
     wait_for_copies();
@@ -94,28 +103,33 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     copy_tile<kKeys>(tiles.streamed_teacher, teacher, teacher.streamed, place, key, tokens);
     float s[kTiles][4];
     Fragments<T>::logits(s, student_q, tiles.streamed_student, student.shared_stride, student.padded_dim);
-    scale_and_mask<T>(s, student.scale_log2, tokens - key);
+    scale_and_mask<T>(s, student.scale_log2, keys_left);
     student_softmax.update(s, powers, rise, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) x[half] -= teacher_softmax.sum[half] * rise[half];
 
     wait_for_copies();
     __syncthreads();  // the teacher's keys are here, and nobody reads the student's any more
-    if (key + kKeys < tokens) {
+    if (key + kKeys < keys) {
       copy_tile<kKeys>(tiles.streamed_student, student, student.streamed, place, key + kKeys, tokens);
     }
     float t[kTiles][4];
     Fragments<T>::logits(t, teacher_q, tiles.streamed_teacher, teacher.shared_stride, teacher.padded_dim);
-    scale_and_mask<T>(t, teacher.scale_log2, tokens - key);
+    scale_and_mask<T>(t, teacher.scale_log2, keys_left);
+    const float before[2] = {teacher_softmax.sum[0], teacher_softmax.sum[1]};
     teacher_softmax.update(t, powers, rise, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (kKl) x[half] += before[half] * rise[half];
       x[half] *= correction[half];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        x[half] = fmaf(powers[tile][2 * half], s[tile][2 * half], x[half]);
-        x[half] = fmaf(powers[tile][2 * half + 1], s[tile][2 * half + 1], x[half]);
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          x[half] = fmaf(powers[tile][i], kKl ? s[tile][i] - t[tile][i] : s[tile][i], x[half]);
+        }
       }
+      keys_left[half] -= kKeys;
     }
   }
 
@@ -126,7 +140,8 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     const float x_sum = reduce_sum<4>(x[half]);
     const int row = place.first_row + warp * 16 + lane / 4 + 8 * half;
     if (lane % 4 == 0 && row < tokens) {
-      loss[place.first_of_head + row] = kLn2 * (log2f(student_sum) - x_sum / teacher_sum);
+      const float sums = kKl ? student_sum / teacher_sum : student_sum;
+      loss[place.first_of_head + row] = kLn2 * (log2f(sums) - x_sum / teacher_sum);
       student_statistics[place.first_of_head + row] = make_float2(student_softmax.maximum[half], 1.f / student_sum);
       teacher_statistics[place.first_of_head + row] = make_float2(teacher_softmax.maximum[half], 1.f / teacher_sum);
     }
@@ -147,7 +162,7 @@ const char* attn_align_loss_forward(const AttnAlignProblem& problem, const AttnA
   return dispatch_type(problem.student_q.type, [&](auto element) {
     using T = decltype(element);
     const auto arguments = describe<T>(problem, /*hold_keys=*/false);
-    return launch(forward_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
+    return launch(problem.kl ? forward_kernel<T, true> : forward_kernel<T, false>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
                   arguments.template tile_bytes<8 * kKeyTiles<T>>(), stream, arguments, static_cast<float*>(rows.loss),
                   static_cast<float2*>(rows.student_softmax), static_cast<float2*>(rows.teacher_softmax));
   });

@@ -42,7 +42,12 @@ struct Model {
 template <typename T>
 struct AlignArguments {
   int heads, tokens, row_blocks;
+  int causal;  // tokens in a block of the mask; without a mask all of them, so that every token is in the first block
   Model<T> student, teacher;
+
+  // Keys from here on are hidden from the query; queries before there do not see the key.
+  __device__ int visible_keys(int query) const { return min(query - query % causal + causal, tokens); }
+  __device__ int first_query(int key) const { return key - key % causal; }
 
   template <int kStreamedRows>
   int64_t tile_bytes() const {
@@ -146,6 +151,8 @@ AlignArguments<T> describe(const AttnAlignProblem& problem, bool hold_keys) {
   arguments.heads = static_cast<int>(problem.heads);
   arguments.tokens = static_cast<int>(problem.tokens);
   arguments.row_blocks = static_cast<int>(ceil_div(problem.tokens, kHeldRows));
+  const bool masked = problem.causal > 0 && problem.causal < problem.tokens;
+  arguments.causal = static_cast<int>(masked ? problem.causal : problem.tokens);
   const auto model = [&](const AttnOperand& q, const AttnOperand& k, double scale) {
     return hold_keys ? describe_model<T>(problem, k, q, scale) : describe_model<T>(problem, q, k, scale);
   };

@@ -48,6 +48,26 @@ def test_what_a_row_of_logits_has_in_common_costs_the_loss_no_digits(emulator, d
     assert_as_accurate_as_eager(ours, eager, exact, f"loss {dtype}", 1.0)
 
 
+# Blocks that end within a tile, with it, and past the last token; rows and tiles of the kernels are 32 and 64.
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("tokens", "causal"), ((2, 1), (70, 1), (100, 7), (140, 64), (150, 100), (40, 41)))
+def test_a_causal_mask_by_blocks(emulator, dtype, tokens, causal):
+    divergence = "kl" if causal % 2 else "cross_entropy"
+    upstream = torch.randn(1, 2, tokens, generator=torch.Generator().manual_seed(1))
+    check(emulator, operands(dtype, tokens=tokens, dims=(40, 24)), upstream, causal=causal, divergence=divergence)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_divergence_over_several_tiles(emulator, dtype):
+    check(emulator, operands(dtype, tokens=150), divergence="kl")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_student_that_has_converged_reads_zero(emulator, dtype):
+    student = operands(dtype, tokens=100, dims=(64, 64))[:2]
+    assert not forward(emulator, [*student, *student], divergence="kl")[0].any()
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("scales", ((9.0, -15.0), (300.0, 200.0)))
 def test_logits_beyond_a_plain_exponential(emulator, dtype, scales):

@@ -99,7 +99,9 @@ AttnAlignProblem attn_problem(const Request& r) {
           operand("teacher_q", "teacher"),
           operand("teacher_k", "teacher"),
           r.reals.at("student_scale"),
-          r.reals.at("teacher_scale")};
+          r.reals.at("teacher_scale"),
+          r.ints.count("kl") != 0 && r.integer("kl") != 0,
+          r.ints.count("causal") != 0 ? r.integer("causal") : 0};
 }
 
 const char* attn_forward(const Request& r) {
