@@ -28,6 +28,7 @@ OPERATIONS = {
     "token_cosine_loss": ([random(2, 17, 96), random(2, 17, 96)], 1, ()),
     "taylor_extrapolate": ([SNAPSHOTS[0], WEIGHTS, RESIDUAL, GATES[0]], 0, (1,)),
     "taylor_extrapolate_blocks": ([SNAPSHOTS, WEIGHTS, GATES, RESIDUAL], 0, (1,)),
+    "taylor_extrapolate_steps": ([SNAPSHOTS, random(2, 4), random(2, 3, 2, 40)], 0, (1,)),
 }
 
 

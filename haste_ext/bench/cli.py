@@ -9,13 +9,21 @@ from pathlib import Path
 import torch
 
 import haste_ext
-from haste_ext.bench import attn_align_loss, taylor_extrapolate, taylor_extrapolate_blocks, token_cosine_loss
+from haste_ext.bench import (
+    attn_align_loss,
+    taylor_extrapolate,
+    taylor_extrapolate_blocks,
+    taylor_extrapolate_steps,
+    token_cosine_loss,
+)
 from haste_ext.bench.operation import Case, Operation
 
 OPERATIONS: dict[str, Operation] = {
     module.OPERATION.name: module.OPERATION
-    for module in (attn_align_loss, token_cosine_loss, taylor_extrapolate, taylor_extrapolate_blocks)
-}
+    for module in (
+        attn_align_loss, token_cosine_loss, taylor_extrapolate, taylor_extrapolate_blocks, taylor_extrapolate_steps,
+    )
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -23,7 +31,7 @@ def preset(depth: int, width: int, heads: int) -> dict[str, int]:
     """A SiT beside DINOv2-B, whose 12 heads of 64 and 768 features it is aligned to."""
     return {
         "heads": min(heads, 12), "student_dim": width // heads, "teacher_dim": 64,
-        "feature_dim": 768, "width": width, "layers": 2 * depth, "order": 4,
+        "feature_dim": 768, "width": width, "layers": 2 * depth, "order": 4, "steps": 3,
     }  # fmt: skip
 
 
@@ -77,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     shape.add_argument(
         "--order", type=whole_number, metavar="N", help="of the forecast: order + 1 snapshots (taylor_...)"
     )
-    shape.add_argument("--layers", type=whole_number, metavar="N", help="cached modules (taylor_extrapolate_blocks)")
+    shape.add_argument("--layers", type=whole_number, metavar="N", help="cached modules (taylor_..._blocks, _steps)")
+    shape.add_argument("--steps", type=whole_number, metavar="N", help="skipped in a row (taylor_extrapolate_steps)")
 
     parser.add_argument("--threads", type=whole_number, metavar="N", default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 LABELS = {  # of a case's dimensions
     "batch": "batch", "heads": "heads", "tokens": "N", "student_dim": "d student", "teacher_dim": "d teacher",
     "feature_dim": "width", "width": "width", "order": "order", "layers": "modules",
+    "steps": "steps",
 }  # fmt: skip
 COLUMNS = ("ms", "p20 … p80", "speed", "GB/s", "GFLOP/s", "roof", "MiB", "error")
 WIDTHS = (10, 21, 8, 8, 9, 7, 9, 8)

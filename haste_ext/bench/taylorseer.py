@@ -16,38 +16,38 @@ INTERVAL = 4  # steps from one full step to the next
 AHEAD = 2  # steps from the last full step to the forecast
 
 
-def weights(order: int) -> list[float]:
+def weights(order: int, ahead: int = AHEAD, interval: int = INTERVAL) -> list[float]:
     """The weight of each snapshot, newest first."""
     return [
         sum(
-            (AHEAD / INTERVAL) ** i / factorial(i) * (-1) ** slot * comb(i, slot)  # of snapshot `slot` in T_i·x^i/i!
+            (ahead / interval) ** i / factorial(i) * (-1) ** slot * comb(i, slot)  # of snapshot `slot` in T_i·x^i/i!
             for i in range(slot, order + 1)
         )
         for slot in range(order + 1)
     ]
 
 
-def differences(snapshots: Tensor) -> dict[int, Tensor]:
+def differences(snapshots: Tensor, interval: int = INTERVAL) -> dict[int, Tensor]:
     """T_0 … T_order from the snapshots (order + 1, ...), newest first, as a cache of finite differences keeps them."""
     cache: dict[int, Tensor] = {}
     for feature in reversed(snapshots.unbind()):
-        cache = updated(cache, feature, order=len(snapshots) - 1)
+        cache = updated(cache, feature, len(snapshots) - 1, interval)
     return cache
 
 
-def updated(cache: dict[int, Tensor], feature: Tensor, order: int) -> dict[int, Tensor]:
+def updated(cache: dict[int, Tensor], feature: Tensor, order: int, interval: int) -> dict[int, Tensor]:
     """What a full step does to the cache."""
     new = {0: feature}
     for i in range(order):
         if i not in cache:
             break
-        new[i + 1] = (new[i] - cache[i]) / INTERVAL
+        new[i + 1] = (new[i] - cache[i]) / interval
     return new
 
 
-def forecast(cache: dict[int, Tensor]) -> Tensor:
+def forecast(cache: dict[int, Tensor], ahead: int = AHEAD) -> Tensor:
     """Σ_i T_i · x^i / i! as published, term by term."""
     total = torch.zeros_like(cache[0])
     for i, term in cache.items():
-        total = total + (1 / factorial(i)) * term * AHEAD**i
+        total = total + (1 / factorial(i)) * term * ahead**i
     return total

@@ -4,7 +4,17 @@ Give them float64 tensors for the reference values, or the working type for what
 """
 
 from haste_ext.reference.attn_align_loss import attn_align_loss
-from haste_ext.reference.taylor_extrapolate import taylor_extrapolate, taylor_extrapolate_blocks
+from haste_ext.reference.taylor_extrapolate import (
+    taylor_extrapolate,
+    taylor_extrapolate_blocks,
+    taylor_extrapolate_steps,
+)
 from haste_ext.reference.token_cosine_loss import token_cosine_loss
 
-__all__ = ["attn_align_loss", "taylor_extrapolate", "taylor_extrapolate_blocks", "token_cosine_loss"]
+__all__ = [
+    "attn_align_loss",
+    "taylor_extrapolate",
+    "taylor_extrapolate_blocks",
+    "taylor_extrapolate_steps",
+    "token_cosine_loss",
+]

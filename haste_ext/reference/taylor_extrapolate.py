@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +31,14 @@ def taylor_extrapolate_blocks(
             forecast = gates[layer].unsqueeze(1) * forecast
         out = out + forecast.to(out_type)
     return out
+
+
+def taylor_extrapolate_steps(snapshots: Tensor, weights: Tensor, gates: Tensor | None = None) -> Tensor:
+    """Σ_l gates_{s,l} ⊙ Σ_k weights_{s,l,k} · snapshot_{l,k} for every s; see haste_ext.taylor_extrapolate_steps."""
+    if snapshots.dim() == 4:
+        snapshots = snapshots.unsqueeze(0)
+    steps = [
+        taylor_extrapolate_blocks(snapshots, of_step, None if gates is None else gates[step])
+        for step, of_step in enumerate(weights)
+    ]
+    return torch.stack(steps) if steps else snapshots.new_empty((0, *snapshots.shape[2:]))

@@ -10,6 +10,8 @@ from operations import (
     OPERATIONS,
     TAYLOR_EXTRAPOLATE,
     TAYLOR_EXTRAPOLATE_BLOCKS,
+    TAYLOR_EXTRAPOLATE_STEPS,
+    TAYLOR_OPERATIONS,
     TOKEN_COSINE_LOSS,
 )
 
@@ -74,16 +76,16 @@ def test_the_smallest_values_of_a_type(operation, dtype, device):
     assert all(torch.isfinite(x).all() for x in ours)
 
 
-@pytest.mark.parametrize("operation", (TAYLOR_EXTRAPOLATE, TAYLOR_EXTRAPOLATE_BLOCKS), ids=str)
+@pytest.mark.parametrize("operation", TAYLOR_OPERATIONS, ids=str)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_a_forecast_whose_terms_overflow_where_the_sum_does_not(operation, dtype, device):
     """2·max − 1.5·max in float32 inside; beyond the type it is infinite, as float64 rounded to the type is."""
     largest = torch.finfo(dtype).max / (1 if dtype == torch.float16 else 8)  # terms of the others must fit a float
-    residual = 2 if operation is TAYLOR_EXTRAPOLATE else 3
+    residual = {TAYLOR_EXTRAPOLATE: 2, TAYLOR_EXTRAPOLATE_BLOCKS: 3}.get(operation)
     operands = operation.operands(dtype=dtype)
     operands[0].fill_(largest)
     operands[1].copy_(torch.tensor([2.0, -1.5, 0.25, -0.25]))
-    for i in (2, 3):
+    for i in range(2, len(operands)):
         operands[i].fill_(0.0 if i == residual else 1.0)
     layers = 1 if operation is TAYLOR_EXTRAPOLATE else 3
     ours = operation.ours(*(x.to(device) for x in operands)).cpu()
@@ -100,5 +102,6 @@ def test_a_value_that_is_no_number_spoils_only_what_depends_on_it(operation, val
     batch = operands[0].dim() - (4 if operation is ATTN_ALIGN_LOSS else 3)
     operands[0].select(batch, 1)[..., -1, -1] = value
     out = operation.ours(*operands, **({"reduction": "none"} if operation in LOSSES else {}))
+    out = out[0] if operation is TAYLOR_EXTRAPOLATE_STEPS else out
     assert not torch.isfinite(out[1]).all()
     assert torch.isfinite(out[0]).all() and torch.isfinite(out[2]).all()

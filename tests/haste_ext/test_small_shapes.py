@@ -8,7 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from operations import ATTN_ALIGN_LOSS, OPERATIONS, TAYLOR_EXTRAPOLATE, TAYLOR_EXTRAPOLATE_BLOCKS, TOKEN_COSINE_LOSS
+from operations import (
+    ATTN_ALIGN_LOSS,
+    OPERATIONS,
+    TAYLOR_EXTRAPOLATE,
+    TAYLOR_EXTRAPOLATE_BLOCKS,
+    TAYLOR_OPERATIONS,
+    TOKEN_COSINE_LOSS,
+)
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 BF16 = torch.bfloat16
@@ -119,7 +126,7 @@ def test_of_two_types(operation, snapshot_type, residual_type, device):
         check(operation, operands, device)
 
 
-@pytest.mark.parametrize("operation", (TOKEN_COSINE_LOSS, TAYLOR_EXTRAPOLATE, TAYLOR_EXTRAPOLATE_BLOCKS), ids=str)
+@pytest.mark.parametrize("operation", (TOKEN_COSINE_LOSS, *TAYLOR_OPERATIONS), ids=str)
 @pytest.mark.parametrize(("batch", "tokens"), ((0, 3), (3, 0), (1, 1), (1, 257), (257, 1)))
 def test_of_few_or_no_tokens(operation, batch, tokens, device):
     kwargs = {"reduction": "sum"} if operation is TOKEN_COSINE_LOSS else {}

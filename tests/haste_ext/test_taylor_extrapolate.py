@@ -1,4 +1,4 @@
-"""taylor_extrapolate and taylor_extrapolate_blocks against their definition in float64."""
+"""The taylor_extrapolate operations against their definition in float64."""
 
 from __future__ import annotations
 
@@ -51,6 +51,43 @@ def test_any_shape_and_layout(device, data):
     check_blocks(snapshots, weights, gates, residual)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_steps_of_any_shape_and_layout(device, data):
+    draw = data.draw
+    steps, layers, slots, batch, tokens, dim = (
+        draw(st.integers(low, high)) for low, high in ((0, 10), (1, 4), (1, 8), (0, 3), (0, 9), (1, 70))
+    )
+    dtype = draw(st.sampled_from(TYPES[1:] if device == "cuda" else TYPES))
+    snapshots = torch.randn(slots, layers, tokens, batch, dim).to(device, dtype).permute(1, 0, 3, 2, 4)
+    weights = torch.randn((steps, layers, slots) if draw(st.booleans()) else (steps, slots), device=device)
+    weights[torch.rand(weights.shape, device=device) < 0.3] = 0
+    gates = None
+    if draw(st.booleans()):
+        gates = torch.randn(layers, steps, batch, 2 * dim).to(snapshots)[..., :dim].transpose(0, 1)
+    operands = (snapshots, weights, gates)
+    ours = haste_ext.taylor_extrapolate_steps(*operands)
+    assert ours.dtype == dtype and ours.shape == (steps, batch, tokens, dim)
+    exact = reference.taylor_extrapolate_steps(*map(double, operands))
+    assert_as_accurate_as_eager(ours, reference.taylor_extrapolate_steps(*operands), exact, f"steps {dtype}")
+
+
+def test_snapshots_without_layers_are_one_layer(device):
+    snapshots, weights = torch.randn(4, 2, 9, 24, device=device), torch.randn(3, 4, device=device)
+    gates = torch.randn(3, 1, 2, 24, device=device)
+    ours = haste_ext.taylor_extrapolate_steps(snapshots, weights, gates)
+    assert torch.equal(ours, haste_ext.taylor_extrapolate_steps(snapshots[None], weights[:, None], gates))
+    for step in range(3):
+        single = haste_ext.taylor_extrapolate(snapshots, weights[step], gate=gates[step, 0])
+        torch.testing.assert_close(ours[step], single)
+
+
+def test_no_layers_and_no_slots_add_nothing(device):
+    weights = torch.ones(2, 0, device=device)
+    for shape in ((3, 0, 2, 4, 8), (0, 0, 2, 4, 8)):
+        assert (haste_ext.taylor_extrapolate_steps(torch.ones(shape, device=device), weights) == 0).all()
+
+
 def test_one_module_is_one_layer_of_blocks():
     snapshots, weights = torch.randn(4, 2, 9, 24), torch.randn(4)
     residual, gate = torch.randn(2, 9, 24), torch.randn(2, 24)
@@ -76,6 +113,8 @@ def test_a_gradient_is_refused_when_it_is_asked_for():
         out.sum().backward()
     with pytest.raises(NotImplementedError, match="inference"):
         haste_ext.taylor_extrapolate_blocks(snapshots[None], torch.ones(2)).sum().backward()
+    with pytest.raises(NotImplementedError, match="inference"):
+        haste_ext.taylor_extrapolate_steps(snapshots, torch.ones(3, 2)).sum().backward()
 
 
 def test_opcheck_and_compile(device):
@@ -83,11 +122,18 @@ def test_opcheck_and_compile(device):
     gates, residual = torch.randn(2, 2, 8, device=device), torch.randn(2, 5, 8, device=device).half()
     torch.library.opcheck(torch.ops.haste.taylor_extrapolate.default, (snapshots[0], weights, residual, gates[0]))
     torch.library.opcheck(torch.ops.haste.taylor_extrapolate_blocks.default, (snapshots, weights, gates, residual))
+    of_steps = (snapshots, torch.randn(4, 3, device=device), torch.randn(4, 2, 2, 8, device=device))
+    torch.library.opcheck(torch.ops.haste.taylor_extrapolate_steps.default, of_steps)
     torch._dynamo.reset()
     compiled = torch.compile(haste_ext.taylor_extrapolate_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 9):
         args = torch.randn(2, 3, 2, tokens, 8).to(device), weights, gates, torch.randn(2, tokens, 8).to(device)
         assert torch.equal(compiled(*args), haste_ext.taylor_extrapolate_blocks(*args))
+
+    compiled = torch.compile(haste_ext.taylor_extrapolate_steps, fullgraph=True, dynamic=True, backend="aot_eager")
+    for steps in (4, 5):
+        args = snapshots, torch.randn(steps, 3).to(device), torch.randn(steps, 2, 2, 8).to(device)
+        assert torch.equal(compiled(*args), haste_ext.taylor_extrapolate_steps(*args))
 
 
 s4, w2 = torch.zeros(2, 3, 4, 8), torch.zeros(2)
@@ -110,6 +156,38 @@ def test_bad_input_is_refused_with_the_argument_named(case):
         haste_ext.taylor_extrapolate(*args, **kwargs)
 
 
+s5, w43 = torch.zeros(2, 3, 3, 4, 8), torch.zeros(4, 3)
+STEPS_REFUSED = {
+    "dimensions": (ValueError, r"snapshots has shape \(3, 4, 8\)", (s5[0, 0], w43), {}),
+    "weights' shape": (
+        ValueError, r"weights has shape \(4, 2\); it must be \(steps, 3\) or \(steps, 2, 3\)", (s5, w43[:, :2]), {},
+    ),
+    "weights' layers": (ValueError, r"weights has shape \(4, 3, 3\)", (s5, w43.unsqueeze(1).expand(4, 3, 3)), {}),
+    "weights' dimensions": (ValueError, r"weights has shape \(\)", (s5, torch.tensor(1.0)), {}),
+    "weights of one step": (ValueError, r"weights has shape \(3,\)", (s5, w43[0]), {}),
+    "weights' type": (TypeError, "weights has dtype torch.bfloat16", (s5, w43.bfloat16()), {}),
+    "weights' device": (ValueError, "weights has device meta", (s5, w43.to("meta")), {}),
+    "gates' steps": (
+        ValueError, r"gates has shape \(3, 2, 3, 8\); it must be \(4, 2, 3, 8\)", (s5, w43),
+        {"gates": torch.zeros(3, 2, 3, 8)},
+    ),
+    "gates of one step": (ValueError, r"gates has shape \(2, 3, 8\)", (s5, w43), {"gates": torch.zeros(2, 3, 8)}),
+    "gates' type": (TypeError, "gates has dtype torch.float16", (s5, w43), {"gates": torch.zeros(4, 2, 3, 8).half()}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEPS_REFUSED)
+def test_bad_input_of_steps_is_refused_with_the_argument_named(case):
+    error, message, args, kwargs = STEPS_REFUSED[case]
+    with pytest.raises(error, match=message):
+        haste_ext.taylor_extrapolate_steps(*args, **kwargs)
+
+
 def test_the_compiled_side_checks_again():
+    for weights in (torch.zeros(4, 2), torch.zeros(4, 3, 3), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError, match="weights has shape"):
+            torch.ops.haste.taylor_extrapolate_steps(s5, weights)
+    with pytest.raises(RuntimeError, match="gates has shape"):
+        torch.ops.haste.taylor_extrapolate_steps(s5, w43, torch.zeros(3, 2, 3, 8))
     with pytest.raises(RuntimeError, match="weights has shape"):
         torch.ops.haste.taylor_extrapolate(s4, torch.zeros(3))

@@ -54,5 +54,9 @@ TAYLOR_EXTRAPOLATE = Operation(
 TAYLOR_EXTRAPOLATE_BLOCKS = Operation(
     "taylor_extrapolate_blocks", 0, lambda b, n, d: [(3, 4, b, n, d), (4,), (3, b, d), (b, n, d)], always_float32=1
 )
-OPERATIONS = (ATTN_ALIGN_LOSS, TOKEN_COSINE_LOSS, TAYLOR_EXTRAPOLATE, TAYLOR_EXTRAPOLATE_BLOCKS)
+TAYLOR_EXTRAPOLATE_STEPS = Operation(
+    "taylor_extrapolate_steps", 0, lambda b, n, d: [(3, 4, b, n, d), (2, 4), (2, 3, b, d)], always_float32=1
+)
+TAYLOR_OPERATIONS = (TAYLOR_EXTRAPOLATE, TAYLOR_EXTRAPOLATE_BLOCKS, TAYLOR_EXTRAPOLATE_STEPS)
+OPERATIONS = (ATTN_ALIGN_LOSS, TOKEN_COSINE_LOSS, *TAYLOR_OPERATIONS)
 LOSSES = (ATTN_ALIGN_LOSS, TOKEN_COSINE_LOSS)

@@ -9,9 +9,9 @@ namespace haste::cpu {
 
 void taylor_extrapolate(const TaylorProblem& problem, const ParallelFor& parallel_for) {
   const Kernels& kernels = active_kernels();
-  const int64_t row_elements = problem.dim * std::max<int64_t>(1, problem.layers * problem.slots);
+  const int64_t row_elements = problem.dim * (problem.steps + problem.layers * problem.slots);
   parallel_rows(problem.batch * problem.tokens, row_elements, parallel_for, [&](int64_t begin, int64_t end) {
-    AlignedScratch scratch(problem.dim * sizeof(double) + 64);
+    AlignedScratch scratch(problem.steps * (problem.dim * sizeof(double) + 64));
     kernels.taylor_extrapolate(problem, begin, end, scratch.get());
   });
 }

@@ -37,6 +37,12 @@ template <typename T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b);
 float fast_exp2(float x);
 float hold_within(float x, float limit);
+void load_16(uint4& words, const void* source, bool wanted);
+void load_16_once(uint4& words, const void* source, bool wanted);
+template <int kCount>
+void add_if_weighted(float (&sum)[kCount], const float (&values)[kCount], float weight) {
+  for (int i = 0; weight != 0.f && i < kCount; ++i) sum[i] = fmaf(weight, values[i], sum[i]);
+}
 
 #else
 
@@ -144,6 +150,43 @@ __device__ inline float hold_within(float x, float limit) {
   float y;
   asm("{\n.reg .f32 low;\nmax.NaN.f32 low, %1, %2;\nmin.NaN.f32 %0, low, %3;\n}" : "=f"(y) : "f"(x), "f"(-limit), "f"(limit));
   return y;
+}
+
+// Loads 16 bytes that nobody writes during the launch; where they are not wanted nothing is read and `words` stays.
+// These loads keep the order in which they are written, so that many can be under way before the first is waited for.
+__device__ inline void load_16(uint4& words, const void* source, bool wanted) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+               : "l"(source), "r"(static_cast<int>(wanted)));
+}
+
+// The same of what nobody will read again: it takes no room in the first-level cache.
+__device__ inline void load_16_once(uint4& words, const void* source, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+      : "l"(source), "r"(static_cast<int>(wanted)));
+}
+
+// sum += weight · values, unless the weight is 0: then not even a NaN comes in. Without a branch, which the compiler
+// would make of it.
+__device__ inline void add_if_weighted(float (&sum)[4], const float (&values)[4], float weight) {
+  asm("{\n.reg .pred p;\nsetp.neu.f32 p, %8, 0f00000000;\n"
+      "@p fma.rn.f32 %0, %8, %4, %0;\n@p fma.rn.f32 %1, %8, %5, %1;\n"
+      "@p fma.rn.f32 %2, %8, %6, %2;\n@p fma.rn.f32 %3, %8, %7, %3;\n}"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "f"(weight));
+}
+
+__device__ inline void add_if_weighted(float (&sum)[8], const float (&values)[8], float weight) {
+  asm("{\n.reg .pred p;\nsetp.neu.f32 p, %16, 0f00000000;\n"
+      "@p fma.rn.f32 %0, %16, %8, %0;\n@p fma.rn.f32 %1, %16, %9, %1;\n"
+      "@p fma.rn.f32 %2, %16, %10, %2;\n@p fma.rn.f32 %3, %16, %11, %3;\n"
+      "@p fma.rn.f32 %4, %16, %12, %4;\n@p fma.rn.f32 %5, %16, %13, %5;\n"
+      "@p fma.rn.f32 %6, %16, %14, %6;\n@p fma.rn.f32 %7, %16, %15, %7;\n}"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]), "+f"(sum[4]), "+f"(sum[5]), "+f"(sum[6]), "+f"(sum[7])
+      : "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "f"(values[4]), "f"(values[5]), "f"(values[6]),
+        "f"(values[7]), "f"(weight));
 }
 
 #endif  // HASTE_EMULATED

@@ -18,6 +18,7 @@ TINY = {
     "token_cosine_loss": {"feature_dim": 48},
     "taylor_extrapolate": {"width": 40, "order": 4},
     "taylor_extrapolate_blocks": {"width": 40, "order": 3, "layers": 5},
+    "taylor_extrapolate_steps": {"width": 40, "order": 3, "layers": 5, "steps": 2},
 }
 EACH = [(op, contender) for op in OPERATIONS.values() for contender in op.contenders]
 NAMES = [f"{op.name}-{contender.name}" for op, contender in EACH]
@@ -84,6 +85,8 @@ def test_the_weights_are_those_of_the_forecaster(order):
     full_steps = [-taylorseer.INTERVAL * slot for slot in range(order + 1)]
     expected = TaylorForecaster(order).weights(full_steps, taylorseer.AHEAD)
     assert taylorseer.weights(order) == pytest.approx(expected)
+    elsewhere = TaylorForecaster(order).weights([-6 * slot for slot in range(order + 1)], 5)
+    assert taylorseer.weights(order, 5, 6) == pytest.approx(elsewhere)
 
 
 def test_the_least_work_is_that_of_the_design():
@@ -100,6 +103,8 @@ def test_the_least_work_is_that_of_the_design():
 def test_the_least_work_of_a_forecast_reads_every_snapshot_once():
     module = OPERATIONS["taylor_extrapolate"].case(2, 16, torch.float32, "cpu", 32, 4).phases()[0]
     network = OPERATIONS["taylor_extrapolate_blocks"].case(2, 16, torch.float32, "cpu", 32, 4, 3).phases()[0]
+    steps = OPERATIONS["taylor_extrapolate_steps"].case(2, 16, torch.float32, "cpu", 32, 4, 3, 6).phases()[0]
     tensor, gate, weights = 4 * 2 * 16 * 32, 4 * 2 * 32, 4 * 5
     assert module.bytes == 7 * tensor + gate + weights
     assert network.bytes == (3 * 5 + 2) * tensor + 3 * gate + weights
+    assert steps.bytes == (3 * 5 + 6) * tensor + 6 * (3 * gate + weights)

@@ -12,24 +12,28 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run(emulator, snapshots, weights, gates=None, residual=None):
+    """One step, as blocks has it; several where the weights are (S, L, K) and the gates (S, L, B, D)."""
     layers, slots, batch, tokens, dim = snapshots.shape
-    values = {"layers": layers, "slots": slots, "batch": batch, "tokens": tokens, "dim": dim}
+    of_steps = weights if weights.dim() == 3 else weights.expand(1, layers, slots)
+    steps = len(of_steps)
+    values = {"steps": steps, "layers": layers, "slots": slots, "batch": batch, "tokens": tokens, "dim": dim}
     out_type = snapshots.dtype if residual is None else residual.dtype
-    buffers = {"snapshots": snapshots, "weights": weights.expand(layers, slots)}
-    buffers["out"] = torch.full((batch, tokens, dim), float("nan"), dtype=out_type)
+    buffers = {"snapshots": snapshots, "weights": of_steps}
+    buffers["out"] = torch.full((steps, batch, tokens, dim), float("nan"), dtype=out_type)
     if gates is not None:
-        buffers["gates"] = gates
+        buffers["gates"] = gates if weights.dim() == 3 else gates.unsqueeze(0)
     if residual is not None:
         buffers["residual"] = residual
     values |= {"snapshot_type": snapshots.dtype, "out_type": out_type}
-    return emulator("taylor_extrapolate", buffers, ("out",), **values)["out"]
+    out = emulator("taylor_extrapolate", buffers, ("out",), **values)["out"]
+    return out if weights.dim() == 3 else out[0]
 
 
 def check(emulator, snapshots, weights, gates=None, residual=None):
-    ours = run(emulator, snapshots, weights, gates, residual)
-    eager = reference.taylor_extrapolate_blocks(snapshots, weights, gates, residual)
-    doubles = (None if x is None else x.double() for x in (snapshots, weights, gates, residual))
-    exact = reference.taylor_extrapolate_blocks(*doubles)
+    operands = (snapshots, weights, gates) if weights.dim() == 3 else (snapshots, weights, gates, residual)
+    definition = reference.taylor_extrapolate_steps if weights.dim() == 3 else reference.taylor_extrapolate_blocks
+    ours, eager = run(emulator, *operands), definition(*operands)
+    exact = definition(*(None if x is None else x.double() for x in operands))
     assert_as_accurate_as_eager(ours, eager, exact, f"emulated taylor, {snapshots.dtype} into {ours.dtype}")
 
 
@@ -74,6 +78,53 @@ def test_more_than_one_block(emulator):
 @pytest.mark.parametrize("shape", ((1, 2, 0, 3, 8), (1, 2, 2, 0, 8)))
 def test_nothing_to_do(emulator, shape):
     assert run(emulator, torch.zeros(shape), torch.ones(2)).shape == shape[2:]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("steps", (1, 2, 3, 4, 5, 8, 9, 17))
+def test_any_number_of_steps(emulator, dtype, steps):
+    """Of one, two and three passes over the snapshots."""
+    snapshots, gates = draw((3, 5, 2, 5, 40), dtype), draw((steps, 3, 2, 40), dtype, 2)
+    check(emulator, snapshots, draw((steps, 3, 5), seed=1), gates)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("slots", range(1, 12))
+def test_any_number_of_slots(emulator, dtype, slots):
+    for dim, steps in ((40, 3), (40, 1), (41, 2)):
+        snapshots, gates = draw((4, slots, 2, 3, dim), dtype), draw((steps, 4, 2, dim), dtype, 2)
+        check(emulator, snapshots, draw((steps, 4, slots), seed=1), gates)
+        check(emulator, snapshots, draw((steps, 4, slots), seed=1))
+
+
+@pytest.mark.parametrize(("layers", "slots"), ((200, 5), (700, 1), (3, 800)))
+def test_more_weights_than_shared_memory_holds(emulator, layers, slots):
+    """For several batch entries, each of which must get all of them."""
+    weights = draw((3, layers, slots), seed=1) / slots
+    check(emulator, draw((layers, slots, 2, 3, 8), torch.bfloat16), weights, draw((3, layers, 2, 8), torch.bfloat16, 2))
+
+
+@pytest.mark.parametrize("dim", (16, 17))
+def test_a_slot_adds_nothing_at_a_step_where_it_has_no_weight(emulator, dim):
+    snapshots = draw((2, 3, 1, 3, dim))
+    weights = draw((3, 2, 3), seed=1)
+    weights[:, :, 0], weights[1:, :, 2] = 0, 0
+    clean = run(emulator, snapshots, weights)
+    snapshots[:, 0], snapshots[:, 2] = float("nan"), float("inf")
+    out = run(emulator, snapshots, weights)
+    assert torch.equal(out[1:], clean[1:]) and not out[0].isfinite().any()
+
+
+def test_operands_of_several_steps_where_they_lie(emulator):
+    """Gates of a larger tensor with the steps last, weights with the slots first."""
+    snapshots = draw((2, 5, 2, 3, 26), torch.bfloat16)[..., 1:25]
+    gates = draw((2, 2, 3, 32), torch.bfloat16, 1).permute(2, 0, 1, 3)[..., :24]
+    check(emulator, snapshots, draw((5, 2, 3), seed=2).permute(2, 1, 0), gates)
+
+
+def test_several_steps_take_no_residual(emulator):
+    with pytest.raises(emulator.Refused, match="without a residual"):
+        run(emulator, draw((1, 1, 1, 1, 8)), torch.ones(2, 1, 1), residual=draw((1, 1, 8)))
 
 
 def test_refuses_float64(emulator):

@@ -32,7 +32,7 @@ struct Kernels {
   void (*token_cosine_loss_backward)(const TokenCosineProblem&, const TokenGradient&, void* student_gradient,
                                      int64_t begin, int64_t end);
 
-  // Rows [begin, end) of batch × tokens; scratch (aligned to 64): 8 bytes × dim, and 64 more.
+  // Rows [begin, end) of batch × tokens; scratch (aligned to 64): for each step 8 bytes × dim, and 64 more.
   void (*taylor_extrapolate)(const TaylorProblem&, int64_t begin, int64_t end, void* scratch);
 };
 

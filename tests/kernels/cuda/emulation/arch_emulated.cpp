@@ -125,6 +125,12 @@ float fast_exp2(float x) {
   return __uint_as_float(__float_as_uint(exact) + ulps);
 }
 
+void load_16(uint4& words, const void* source, bool wanted) {
+  if (wanted) words = *static_cast<const uint4*>(source);
+}
+
+void load_16_once(uint4& words, const void* source, bool wanted) { load_16(words, source, wanted); }
+
 float hold_within(float x, float limit) { return std::isnan(x) ? x : std::clamp(x, -limit, limit); }
 
 }  // namespace haste::cuda

@@ -140,6 +140,7 @@ const char* cosine_backward(const Request& r) {
 
 const char* taylor(const Request& r) {
   TaylorProblem p{};
+  p.steps = r.integer("steps");
   p.layers = r.integer("layers");
   p.slots = r.integer("slots");
   p.batch = r.integer("batch");
@@ -152,11 +153,13 @@ const char* taylor(const Request& r) {
   p.snapshot_stride_batch = r.stride("snapshots", 2);
   p.snapshot_stride_token = r.stride("snapshots", 3);
   p.weights = static_cast<const float*>(r.pointer("weights"));
-  p.weight_stride_layer = r.stride("weights", 0);
-  p.weight_stride_slot = r.stride("weights", 1);
+  p.weight_stride_step = r.stride("weights", 0);
+  p.weight_stride_layer = r.stride("weights", 1);
+  p.weight_stride_slot = r.stride("weights", 2);
   p.gates = r.pointer("gates");
-  p.gate_stride_layer = r.stride("gates", 0);
-  p.gate_stride_batch = r.stride("gates", 1);
+  p.gate_stride_step = r.stride("gates", 0);
+  p.gate_stride_layer = r.stride("gates", 1);
+  p.gate_stride_batch = r.stride("gates", 2);
   p.residual = r.pointer("residual");
   p.residual_stride_batch = r.stride("residual", 0);
   p.residual_stride_token = r.stride("residual", 1);
