@@ -2,6 +2,7 @@
 
 python -m haste_ext.bench --op attn_align_loss --tokens 256 1024 --output attn_align_loss.json
 python -m haste_ext.bench plot attn_align_loss.json
+python -m haste_ext.bench host
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in ("table", "plot"):
         return show(argv)
+    if argv and argv[0] == "host":
+        return time_host(argv[1:])
     return run(cli.parse_arguments(argv))
 
 
@@ -52,6 +55,19 @@ def run(args: argparse.Namespace) -> int:
     for path in by_file:
         print(f"wrote {path}")
     return int(status)
+
+
+def time_host(argv: Sequence[str]) -> int:
+    """What each loss costs the host, beside a Function that does nothing."""
+    from haste_ext.bench import host_time
+
+    args = cli.check_device(host_time.build_parser(), argv)
+    document = host_time.run(args)
+    print(host_time.table(document))
+    if args.output:
+        write(args.output, document)
+        print(f"wrote {args.output}")
+    return 0
 
 
 def show(argv: Sequence[str]) -> int:

@@ -47,6 +47,7 @@ under torch.compile, compositions of torch's kernels. Then there are
 
   python -m haste_ext.bench table FILE.json ...                    the tables of a run, from its JSON
   python -m haste_ext.bench plot FILE.json ... [--output FOLDER]   its plots: time, memory, share of the roofline over N
+  python -m haste_ext.bench host                                   what a call costs the host, whatever its size
 """
 
 
@@ -100,14 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device is cuda; torch finds no CUDA device here, so it must be cpu")
-        if not haste_ext.build_info()["cuda"]:
-            parser.error("--device is cuda; this build of haste_ext holds no CUDA kernels, so it must be cpu")
-        if "float64" in args.dtype:
-            parser.error("--dtype is float64; on cuda it must be float32, bfloat16 or float16")
+    args = check_device(parser, argv)
+    if args.device == "cuda" and "float64" in args.dtype:
+        parser.error("--dtype is float64; on cuda it must be float32, bfloat16 or float16")
     if args.batch and len(args.batch) not in (1, len(args.tokens)):
         parser.error(f"--batch has {len(args.batch)} values; it must have one, or one for each of the "
                      f"{len(args.tokens)} of --tokens")  # fmt: skip
@@ -118,6 +114,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    return args
+
+
+def check_device(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed flags, where --device is to be had."""
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda; torch finds no CUDA device here, so it must be cpu")
+    if args.device == "cuda" and not haste_ext.build_info()["cuda"]:
+        parser.error("--device is cuda; this build of haste_ext holds no CUDA kernels, so it must be cpu")
     return args
 
 

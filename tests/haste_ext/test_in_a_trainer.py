@@ -12,6 +12,7 @@ import torch
 from operations import ATTN_ALIGN_LOSS, LOSSES, OPERATIONS, TOKEN_COSINE_LOSS
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -36,6 +37,31 @@ def test_under_autocast_the_loss_stays_float32(operation, device):
     assert torch.equal(loss, operation.ours(*inputs))
     loss.backward()
     assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.abs().max() > 0
+
+
+class UpstreamStrides(TorchDispatchMode):
+    """Notes the strides of the gradient that the kernels of a backward are given."""
+
+    strides = None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().startswith("haste::") and function.name().endswith("_backward"):
+            self.strides = args[0].stride()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+def test_a_loss_is_one_node_and_hands_its_kernels_one_number(operation, reduction, device):
+    """Between a loss and its operands stands nothing else, and no gradient of equal rows is written out to be read."""
+    operands = operation.operands(device)
+    student = [x.requires_grad_() for x in operands[: operation.differentiable]]
+    loss = operation.ours(*operands, reduction=reduction)
+    leaves = [node.variable for node, _ in loss.grad_fn.next_functions if node is not None]
+    assert len(leaves) == len(student) and all(leaf is x for leaf, x in zip(leaves, student, strict=True))
+    with UpstreamStrides() as seen:
+        loss.backward(torch.ones_like(loss))
+    assert seen.strides == loss.stride() if reduction == "none" else not any(seen.strides)
 
 
 @pytest.mark.parametrize("use_reentrant", (False, True))

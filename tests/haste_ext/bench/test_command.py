@@ -231,3 +231,23 @@ def test_a_json_of_something_else_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plot", str(path)])
     assert "holds no results of this benchmark" in capsys.readouterr().err
+
+
+def test_host_time_of_each_loss_beside_a_function_that_does_nothing(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    assert main(["host", *FAST, "--output", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert [result["operation"] for result in document["results"]] == ["attn_align_loss", "token_cosine_loss"]
+    for result in document["results"]:
+        trivial, ours = (result["seconds"][name]["median"] for name in ("trivial Function", "haste"))
+        assert result["ratio"] == ours / trivial > 1  # it does less than ours, and as much of torch's own
+    printed = capsys.readouterr().out
+    assert "token_cosine_loss, trivial" in printed and "times trivial" in printed
+
+
+def test_host_time_needs_a_device_that_is_there(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SystemExit):
+        main(["host", "--device", "cuda"])
+    assert "--device is cuda; torch finds no CUDA device here, so it must be cpu" in capsys.readouterr().err
