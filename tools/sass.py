@@ -64,7 +64,7 @@ class Block:
     successors: list[int] = field(default_factory=list)
 
 
-Measure = Callable[[Block], tuple[int, ...]]
+Work = Callable[[Block], tuple[int, ...]]
 Loop = tuple[int, frozenset[int]]  # its head, and all of its blocks
 
 
@@ -142,26 +142,35 @@ class Kernel:
                 return head, body
         raise LookupError(f"no loop of {self.name} has {name}")
 
-    def way_through(self, loop: Loop, measure: Measure) -> list[int]:
-        """The blocks of one round of a loop: of all ways from its head back to it, that of the largest measure, summed.
+    def way_through(self, loop: Loop, work: Work, wanted: tuple[int, ...]) -> list[int]:
+        """The blocks of one round of a loop: the shortest way from its head back to it that does the work wanted.
 
-        Of a loop within it one round is taken, and of the retries of a wait none.
+        Of a loop within it one round is taken, and of the retries of a wait none. Shortest is what has the fewest
+        instructions; `wanted` are least amounts of what `work` gives for a block.
+
+        Raises:
+            LookupError: no way does so much.
         """
         head, body = loop
-        best: dict[int, tuple[tuple[int, ...], int | None] | None] = {}
+        best: dict[int, dict[tuple[int, ...], tuple[int, int | None, tuple[int, ...]]]] = {}  # by block, by work done
         for block in self._behind_their_successors(loop):
-            own, ways = measure(self.blocks[block]), []
+            own, length = work(self.blocks[block]), len(self.blocks[block].instructions)
+            ways = best[block] = {}
             for successor in self.blocks[block].successors:
                 if successor == head:
-                    ways.append((own, None))
-                elif (block, successor) not in self.back_edges and best.get(successor) is not None:
-                    rest = best[successor][0]
-                    ways.append((tuple(a + b for a, b in zip(own, rest, strict=True)), successor))
-            best[block] = max(ways, key=lambda way: way[0]) if ways else None
-        taken, block = [], head
+                    onward = {(0,) * len(wanted): (0, None, ())}
+                else:
+                    onward = {} if (block, successor) in self.back_edges else best.get(successor, {})
+                for rest, (instructions, _, _) in onward.items():
+                    done = tuple(min(a + b, most) for a, b, most in zip(own, rest, wanted, strict=True))
+                    if done not in ways or instructions + length < ways[done][0]:
+                        ways[done] = (instructions + length, None if successor == head else successor, rest)
+        if wanted not in best[head]:
+            raise LookupError(f"no way through the loop of {self.name} does {wanted}")
+        taken, block, done = [], head, wanted
         while block is not None:
             taken.append(block)
-            block = best[block][1]
+            _, block, done = best[block][done]
         return taken
 
     def _behind_their_successors(self, loop: Loop) -> list[int]:

@@ -51,6 +51,7 @@ void release_registers() {
 }
 
 inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
 void store_matrices(void* row, const uint32_t (&registers)[4]);
 void store_matrices_transposed(void* row, const uint32_t (&registers)[4]);
@@ -177,6 +178,10 @@ __device__ inline int lane_index() {
   asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
   return lane;
 }
+
+// The warp's index in the block. From a shuffle the compiler learns that all lanes have the same, and what is computed
+// from it, addresses and descriptors, needs no vector registers; the whole warp must be there.
+__device__ inline int warp_index() { return __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0); }
 
 // The reverse of load_matrices(): lane 8·i + r gives the 16-byte-aligned address of row r of matrix i.
 __device__ inline void store_matrices(void* row, const uint32_t (&registers)[4]) {

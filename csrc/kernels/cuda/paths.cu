@@ -70,4 +70,15 @@ const char* choose_path(bool* hopper) {
   return nullptr;
 }
 
+const char* choose_split(bool* split) {
+  static const std::string asked = [] {
+    const char* value = std::getenv("HASTE_HOPPER_SPLIT_N72");
+    return std::string(value ? value : "");
+  }();
+  *split = asked == "1";
+  if (*split || asked.empty() || asked == "0") return nullptr;
+  static const std::string reason = "HASTE_HOPPER_SPLIT_N72 is '" + asked + "'; it must be 0 or 1";
+  return reason.c_str();
+}
+
 }  // namespace haste::cuda

@@ -19,4 +19,8 @@ void force_path(const std::string& name);
 // path asked for cannot be.
 const char* choose_path(bool* hopper);
 
+// Whether the Hopper kernels are to multiply by 72 columns in instructions of 64 and of 8 (HASTE_HOPPER_SPLIT_N72=1):
+// a way out should a device not take 72 at once, which no device has been asked yet. Returns as choose_path().
+const char* choose_split(bool* split);
+
 }  // namespace haste::cuda

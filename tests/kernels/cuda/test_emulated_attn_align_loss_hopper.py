@@ -14,9 +14,9 @@ def hopper(emulator):
     return emulator.on(major=9, minor=0)
 
 
-def served_by_hopper(emulator, tensors):
+def served_by_hopper(emulator, tensors, **loss):
     """Whether a device of 9.0 gives other bits than one of 8.6: the two paths add in another order."""
-    ours, portable = (forward(device, tensors) for device in (emulator.on(major=9, minor=0), emulator))
+    ours, portable = (forward(device, tensors, **loss) for device in (emulator.on(major=9, minor=0), emulator))
     return not all(torch.equal(a, b) for a, b in zip(ours, portable, strict=True))
 
 
@@ -66,6 +66,55 @@ def test_logits_beyond_float_give_no_nan(hopper, size):
     assert all((gradient == 0).all() for gradient in gradients.values())
 
 
+def divergence(tensors, scale):
+    student_q, student_k, teacher_q, teacher_k = (x.double() for x in tensors)
+    s, t = ((q @ k.mT * scale).log_softmax(-1) for q, k in ((student_q, student_k), (teacher_q, teacher_k)))
+    return (t.exp() * (t - s)).sum(-1)
+
+
+@pytest.mark.parametrize("scales", (None, (-0.3, 0.5)))
+@pytest.mark.parametrize("tokens", (1, 40, 64, 130))
+@pytest.mark.parametrize("dtype", TYPES)
+def test_divergence(hopper, dtype, tokens, scales):
+    check(hopper, operands(dtype, heads=(1, 1), tokens=tokens), scales=scales, divergence="kl")
+
+
+@pytest.mark.parametrize("tokens", (64, 130))
+def test_divergence_of_a_converged_student(hopper, tokens):
+    """Exactly 0 where it is its teacher, and of the size of its terms' rounding where it nearly is."""
+    q, k, noise_q, noise_k = operands(torch.float32, heads=(1, 1), dims=(64, 64), tokens=tokens)
+    teacher = [q.bfloat16(), k.bfloat16()]
+    assert (forward(hopper, [*teacher, *teacher], divergence="kl")[0] == 0).all()
+    student = [(q + 0.01 * noise_q).bfloat16(), (k + 0.01 * noise_k).bfloat16()]
+    loss = forward(hopper, [*student, *teacher], divergence="kl")[0]
+    exact = divergence([*student, *teacher], 0.125)
+    assert 0 < exact.max() < 1e-2
+    assert (loss - exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size", (2.0**40, 2.0**63, 2.0**127))
+def test_divergence_of_logits_beyond_float(hopper, size):
+    tensors = [torch.full((1, 1, 66, 16), size, dtype=torch.bfloat16) for _ in range(4)]
+    assert (forward(hopper, tensors, divergence="kl")[0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ("cross_entropy", "kl"))
+def test_products_of_minus_infinity(hopper, kind):
+    """Of some keys, in full tiles: they have no part in any softmax, and their infinite distance none in the loss."""
+    tensors = operands(torch.bfloat16, heads=(1, 1), tokens=70, dims=(16, 16))
+    for q, k in (tensors[:2], tensors[2:]):
+        q[..., 0], k[..., 0] = 2.0**100, 0
+        k[..., 3::5, 0] = -(2.0**100)
+    kept = torch.arange(70) % 5 != 3
+    loss = forward(hopper, tensors, divergence=kind)[0]
+    for k in (1, 3):
+        tensors[k] = tensors[k][..., kept, :]
+    teacher = (tensors[2].double() @ tensors[3].double().mT / 4).log_softmax(-1)
+    entropy = -(teacher.exp() * teacher).sum(-1)
+    expected = divergence(tensors, 0.25) + (entropy if kind == "cross_entropy" else 0)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_not_a_number_stays_one(hopper):
     tensors = operands(torch.bfloat16, tokens=70)
     tensors[0][0, 0, 3, 5] = tensors[2][0, 1, 66, 0] = float("nan")
@@ -91,6 +140,72 @@ def test_upstream_of_every_row(hopper, expanded, tokens):
     upstream[:, :, ::7] = 0
     one_number = upstream[:, :, 3:4].expand_as(upstream)
     check(hopper, tensors, one_number if expanded else (upstream.mT.contiguous() * 1e-3).mT)
+
+
+def shifted(x, shifts):
+    """Operands of whose logits every row is `shifts` higher, by one more column: q (…, N, D), shifts (N,)."""
+    q, k = x
+    column = shifts.to(q.dtype).expand(q.shape[:-1])[..., None]
+    zeros = torch.zeros_like(column).expand(*column.shape[:-1], 7)  # the copy engine takes dims in eights
+    return torch.cat([q, column, zeros], -1), torch.cat([k, torch.ones_like(column), zeros], -1)
+
+
+@pytest.mark.parametrize("tokens", (70, 130))
+@pytest.mark.parametrize("shifts", ((100.0, 0.0), (0.0, -100.0), (-35.0, 35.0)))
+def test_tiles_of_small_and_of_large_maxima(hopper, shifts, tokens):
+    """Of the first tile of queries and of the others; beyond a bound a tile takes the longer way, its neighbour not."""
+    q, k, *teacher = operands(torch.float16, heads=(1, 1), tokens=tokens, dims=(40, 24))
+    rows = torch.where(torch.arange(tokens) < 64, *shifts)
+    check(hopper, [*shifted((q, k), rows), *shifted(teacher, rows)], scales=(0.2, 0.2))
+
+
+def nearly_converged(tokens, dim, shift, seed=0):
+    """A student within 1 % of its teacher whose keys are unit vectors, as far as there are columns, and a shift of all
+    logits by a last column: logits are a query's numbers, exactly, and dq / scale its G."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, 1, tokens, dim, generator=generator)
+    noise = 0.01 * torch.randn(1, 1, tokens, dim, generator=generator)
+    k = torch.eye(tokens, dim).expand(1, 1, tokens, dim).clone()
+    k[..., -1], q[..., -1], noise[..., -1] = 1, shift, 0
+    return [x.half() for x in (q + noise, k, q, k)]
+
+
+@pytest.mark.parametrize("shift", (-42.0, -20.0, 0.0, 40.0, 200.0))  # 64 powers of 2 are 44.4
+@pytest.mark.parametrize(("tokens", "gradient"), ((70, "grad_q"), (70, "grad_k"), (130, "grad_q"), (130, "grad_k")))
+def test_error_of_the_difference_near_convergence(hopper, gradient, tokens, shift):
+    """Beyond its rounding to fp16 at most 5e-4 of G: by norm, and the largest error by the largest G."""
+    dim = 64
+    tensors = nearly_converged(tokens, dim, shift)
+    if gradient == "grad_k":  # queries and keys change places: then dk / scale is Gᵀ
+        tensors = [tensors[i] for i in (1, 0, 3, 2)]
+    one = torch.tensor(1.0).expand(1, 1, tokens)
+    written = backward(hopper, tensors, one, scales=(1.0, 1.0))[gradient].double()[..., : dim - 1]
+    student_q, student_k, teacher_q, teacher_k = (x.double() for x in tensors)
+    difference = (student_q @ student_k.mT).softmax(-1) - (teacher_q @ teacher_k.mT).softmax(-1)
+    exact = (difference if gradient == "grad_q" else difference.mT)[..., : dim - 1]
+    rounding = exact.abs() * 2**-11 + 2**-25
+    excess = ((written - exact).abs() - rounding).clamp(min=0)
+    assert exact.abs().max() > 1e-4
+    error, largest = (excess.norm() / exact.norm()).item(), (excess.max() / exact.abs().max()).item()
+    print(f"G of {tokens} tokens, shift {shift}: error {error:.1e}, largest {largest:.1e}")
+    assert max(error, largest) <= 5e-4
+
+
+@pytest.mark.parametrize("tokens", (70, 130))
+def test_products_of_72_columns_in_two_instructions(hopper, tokens, monkeypatch):
+    """The same bits, on a device that refuses 72 at once."""
+    tensors = operands(torch.bfloat16, heads=(1, 1), tokens=tokens)
+    upstream = torch.rand(1, 1, tokens, generator=torch.Generator().manual_seed(2))
+    expected = backward(hopper, tensors, upstream)
+    device = hopper.on(whole_panels=1)
+    with pytest.raises(hopper.KernelFault, match="columns of a transposed operand that end within its second panel"):
+        backward(device, tensors, upstream)
+    monkeypatch.setenv("HASTE_HOPPER_SPLIT_N72", "1")
+    split = backward(device, tensors, upstream)
+    assert all(torch.equal(split[name], expected[name]) for name in expected)
+    monkeypatch.setenv("HASTE_HOPPER_SPLIT_N72", "yes")
+    with pytest.raises(hopper.Refused, match="HASTE_HOPPER_SPLIT_N72 is 'yes'; it must be 0 or 1"):
+        backward(device, tensors, upstream)
 
 
 @pytest.mark.parametrize("tokens", (70, 130))
@@ -136,6 +251,7 @@ def test_what_the_copy_engine_cannot_read_goes_to_the_portable_kernels(emulator)
     assert not served_by_hopper(emulator, [x.float() for x in aligned])
     assert not served_by_hopper(emulator, [x[..., 1:] for x in aligned])  # begins 2 bytes off
     assert not served_by_hopper(emulator, [x[:, :1].expand(-1, 2, -1, -1) for x in aligned])  # heads in one place
+    assert not served_by_hopper(emulator, aligned, causal=8)
 
 
 def test_a_path_that_is_asked_for(emulator, hopper, monkeypatch):

@@ -85,12 +85,17 @@ def test_no_loop_costs_more_than_recorded():
 def test_the_way_through_a_loop(counts):
     """All powers and the fewest instructions: no retry, not the dear way, one round of what loops within."""
     kernel = counts.read_kernels(LISTING)["_Z6kernelv"]
-    assert counts.count_rounds(kernel, counts.most_powers) == {
+    assert counts.count_rounds(kernel, (1, 2, 0)) == {
         "issue": 2 + 4 + 3 + 1 + 3 + 4 * 2,  # the inner loop five times
         "exponentials": 8,
         "tensor": 36 + 32,
         "shared": 72 * 32 / 128 + 2 * 64 * 32 / 128 + 4 * 32 * 8 / 128 + 4 * 512 / 128,
     }
+
+
+def test_no_way_does_the_work(counts):
+    with pytest.raises(LookupError, match=r"no way through the loop of _Z6kernelv does \(2, 2, 0\)"):
+        counts.count_rounds(counts.read_kernels(LISTING)["_Z6kernelv"], (2, 2, 0))
 
 
 def test_loads_in_flight(counts):

@@ -3,6 +3,13 @@
 // of a tile of 64 × 64 logits and multiply it onto a tile of the student's: dq_i += G_ij k_j, dk_j += Gᵀ_ji q_i. G is
 // rounded to the operand type where it stands: accumulators of the logits are the A registers of the next product. Its
 // range and the upstream gradient: ../attn_align_upstream.cuh.
+//
+// Of a *plain* tile a probability is one fused multiply-add and one power, 2^(s + o), with o = log2(2^14 / l_s) − m_s
+// in one float. It needs the upstream gradient to be one number per (batch, head), as that of a mean or sum is, so that
+// no query has a weight; and maxima within kLargestPlainMaximum. The rounding of o, at most 2^−18 then, moves a
+// probability by up to 2.6e-6 of itself. With a student within 1 % of its teacher, G being a hundredth of a probability,
+// that is 1e-4 of G by norm and 5e-4 at most, beside the 1.7e-3 of its rounding to bf16. All other tiles keep m and 1 / l
+// apart.
 #pragma once
 
 #include "../attn_align_upstream.cuh"
@@ -24,6 +31,8 @@ struct GradientArguments {
   Destination student_q, student_k;
   float scale;  // the student's logit scale
 
+  // Whether the upstream gradient is one number per (batch, head): that of a mean or a sum, expanded.
+  __device__ bool is_uniform() const { return upstream.stride_token == 0; }
   __device__ const float* upstream_of(const Place& place) const {
     return static_cast<const float*>(upstream.data) + place.batch * upstream.stride_batch +
            place.head * upstream.stride_head;
@@ -32,17 +41,32 @@ struct GradientArguments {
 
 constexpr int kChunkBytes = 16;
 
-// One model's softmax of one query: {maximum, weight / sum}. The weight is what G carries, and for dk g_i / g_ref.
+// Up to here (in powers of 2) the maxima of a tile's logits let it be plain.
+constexpr float kLargestPlainMaximum = 64.f;
+
+__device__ inline bool is_plain(float2 softmax) { return fabsf(softmax.x) <= kLargestPlainMaximum; }
+
+// o of one query, from its {maximum, 1 / sum}; −∞, whose power is 0, where there is no query.
+__device__ inline float offset_of(float2 softmax) {
+  constexpr float kFactorLog2 = 14.f;
+  static_assert(kGradientFactor<__half> == 16384.f && kGradientFactor<__nv_bfloat16> == 16384.f);
+  return log2f(softmax.y) + kFactorLog2 - softmax.x;
+}
+
+// A logit's probability, times what G carries. `query`: {o, -} of a plain tile, else {maximum, factor / sum}.
+template <bool kPlain>
 __device__ inline float probability(float dot, float scale_log2, float2 query) {
+  if constexpr (kPlain) return fast_exp2(fmaf(dot, scale_log2, query.x));
   // What overflowed was held to a finite maximum and is above it here.
   return query.y * fast_exp2(fminf(fmaf(dot, scale_log2, -query.x), kLargestRounding));
 }
 
 // What the producer adds to a stage of 64 queries.
 struct QueryStatistics {
-  float2 student[kTileRows], teacher[kTileRows];
-  float weight[kTileRows];  // g_i / g_ref
-  float4 reference;         // .x: g_ref
+  float student_offset[kTileRows], teacher_offset[kTileRows];  // NaN unless the tile is plain, which needs no more
+  float2 student[kTileRows], teacher[kTileRows];               // {maximum, factor / sum}
+  float weight[kTileRows];                                     // g_i / g_ref
+  float4 reference;                                            // .x: g_ref
 };
 
 // kWeighted: the statistics have the weight in them.
@@ -53,19 +77,36 @@ class StatisticsLoader {
 
   __device__ void prepare(const Place& place, int first_row) {
     const float* upstream = arguments_.upstream_of(place);
-    const int64_t stride = arguments_.upstream.stride_token;
-    if (first_row == 0) reference_ = UpstreamReference(upstream, stride, arguments_.pipeline.tokens);
+    bool plain = arguments_.is_uniform();
+    if (first_row == 0) {
+      if (plain) {
+        reference_.value = *upstream;
+      } else {
+        reference_ = UpstreamReference(upstream, arguments_.upstream.stride_token, arguments_.pipeline.tokens);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kRowsPerLane; ++i) {
       const int row = first_row + threadIdx.x % kWarpSize + i * kWarpSize;
       student_[i] = teacher_[i] = {0.f, 0.f};  // past the last query: its G is 0
       weight_[i] = 0.f;
       if (row >= arguments_.pipeline.tokens) continue;
-      weight_[i] = upstream[row * stride] * reference_.inverse;
+      weight_[i] = arguments_.is_uniform() ? 1.f : upstream[row * arguments_.upstream.stride_token] * reference_.inverse;
       student_[i] = arguments_.student_softmax[place.first_of_head + row];
       teacher_[i] = arguments_.teacher_softmax[place.first_of_head + row];
-      student_[i].y *= (kWeighted ? weight_[i] : 1.f) * kGradientFactor<__half>;
-      teacher_[i].y *= (kWeighted ? weight_[i] : 1.f) * kGradientFactor<__half>;
+      plain &= is_plain(student_[i]) && is_plain(teacher_[i]);
+    }
+    plain_ = !__any_sync(kFullWarp, !plain);
+#pragma unroll
+    for (int i = 0; i < kRowsPerLane; ++i) {
+      if (plain_) {
+        student_[i].x = offset_of(student_[i]);
+        teacher_[i].x = offset_of(teacher_[i]);
+      } else {
+        const float factor = (kWeighted ? weight_[i] : 1.f) * kGradientFactor<__half>;
+        student_[i].y *= factor;
+        teacher_[i].y *= factor;
+      }
     }
   }
 
@@ -74,11 +115,15 @@ class StatisticsLoader {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int i = 0; i < kRowsPerLane; ++i) {
-      statistics.student[lane + i * kWarpSize] = student_[i];
-      statistics.teacher[lane + i * kWarpSize] = teacher_[i];
-      if (!kWeighted) statistics.weight[lane + i * kWarpSize] = weight_[i];
+      const int row = lane + i * kWarpSize;
+      statistics.student_offset[row] = plain_ ? student_[i].x : NAN;
+      statistics.teacher_offset[row] = plain_ ? teacher_[i].x : NAN;
+      if (plain_) continue;
+      statistics.student[row] = student_[i];
+      statistics.teacher[row] = teacher_[i];
+      if (!kWeighted) statistics.weight[row] = weight_[i];
     }
-    if (lane == 0) statistics.reference.x = reference_.value;
+    if (lane == 0 && !plain_) statistics.reference.x = reference_.value;
   }
 
  private:
@@ -87,21 +132,37 @@ class StatisticsLoader {
   UpstreamReference reference_;
   float2 student_[kRowsPerLane], teacher_[kRowsPerLane];
   float weight_[kRowsPerLane];
+  bool plain_ = false;
 };
 
 // A query per column of the tile: makes probabilities of its logits.
 struct QueryColumns {
+  const float* offsets;
   const float2* queries;
 
+  // The same for all lanes. It reads what they need first: one value fewer to load than a flag.
+  __device__ bool is_plain() const {
+    const float offset = offsets[threadIdx.x % 4 * 2];
+    return offset == offset;
+  }
+
+  template <bool kPlain>
   __device__ void to_probabilities(float (&c)[kCells][4], float scale_log2) const {
 #pragma unroll
     for (int cell = 0; cell < kCells; ++cell) {
-      const auto pair = reinterpret_cast<const float4*>(queries)[cell * 4 + threadIdx.x % 4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 query = i % 2 == 0 ? float2{pair.x, pair.y} : float2{pair.z, pair.w};
-        c[cell][i] = probability(c[cell][i], scale_log2, query);
+      const int pair = cell * 4 + threadIdx.x % 4;
+      float2 query[2];
+      if constexpr (kPlain) {
+        const float2 both = reinterpret_cast<const float2*>(offsets)[pair];
+        query[0].x = both.x;
+        query[1].x = both.y;
+      } else {
+        const float4 both = reinterpret_cast<const float4*>(queries)[pair];
+        query[0] = {both.x, both.y};
+        query[1] = {both.z, both.w};
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[cell][i] = probability<kPlain>(c[cell][i], scale_log2, query[i % 2]);
     }
   }
 };
@@ -128,8 +189,32 @@ __device__ void pack_tile(uint32_t (&a)[kTileRows / kStep][4], const float (&c)[
   }
 }
 
-// c += G·B: G 64 × 64 in registers, B 64 × (8·kDimCells) in panels, contracted along its rows; a group of its own.
+// c (+)= A·B over a contraction of 16: A in registers or, transposed, in shared memory, B 16 × (8·kDimCells) there, too.
 template <typename T, int kDimCells>
+__device__ void multiply_step(float (&c)[kDimCells][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  wgmma<T, 8 * kDimCells, true>(c, a, b, add);
+}
+template <typename T, int kDimCells>
+__device__ void multiply_step(float (&c)[kDimCells][4], uint64_t a, uint64_t b, bool add) {
+  wgmma<T, 8 * kDimCells, true, true>(c, a, b, add);
+}
+
+// The same; kSplit: the columns of B's second panel by an instruction of their own, should wgmma not take columns that
+// end within a panel behind a whole one.
+template <typename T, bool kSplit, int kDimCells, typename A>
+__device__ void multiply(float (&c)[kDimCells][4], const A& a, uint64_t b, bool add) {
+  constexpr int kPanelCells = kPanelColumns / 8;
+  if constexpr (kSplit && kDimCells > kPanelCells) {
+    multiply_step<T>(reinterpret_cast<float(&)[kPanelCells][4]>(c[0]), a, b, add);
+    multiply_step<T>(reinterpret_cast<float(&)[kDimCells - kPanelCells][4]>(c[kPanelCells]), a,
+                     b + kPanelBytes / kDescriptorUnit, add);
+  } else {
+    multiply_step<T>(c, a, b, add);
+  }
+}
+
+// c += G·B: G 64 × 64 in registers, B 64 × (8·kDimCells) in panels, contracted along its rows; a group of its own.
+template <typename T, bool kSplit, int kDimCells>
 __device__ void start_accumulation(float (&c)[kDimCells][4], const uint32_t (&g)[kTileRows / kStep][4],
                                    const char* b) {
   const uint64_t descriptor = columns_descriptor(b, kPanelBytes);
@@ -137,7 +222,7 @@ __device__ void start_accumulation(float (&c)[kDimCells][4], const uint32_t (&g)
 #pragma unroll
   for (int step = 0; step < kTileRows / kStep; ++step) {
     constexpr int kStepBytes = kStep * static_cast<int>(kPanelRowBytes);
-    wgmma<T, 8 * kDimCells, true>(c, g[step], descriptor + step * kStepBytes / kDescriptorUnit, true);
+    multiply<T, kSplit>(c, g[step], descriptor + step * kStepBytes / kDescriptorUnit, true);
   }
   wgmma_commit();
 }

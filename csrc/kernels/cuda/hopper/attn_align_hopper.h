@@ -1,14 +1,19 @@
 // The Hopper kernels of attn_align_loss, for problems that takes() accepts; the interface is that of attn_align_loss.h.
 //
-// What binds them, in clocks of a multiprocessor per pair of logits s, t, at head dims 72 and 64:
-//   exponentials   2 at 16 a clock: 0.125, and 0.25 for a backward of two launches
-//   tensor cores   144 multiply-adds at 4096 a clock: 0.035 forward; 0.070 for both gradients at once
-//   shared memory  products of 64 × 64 read 4 KB per 16 columns, at 128 bytes a clock: 0.070 forward; 0.137 for both
-//                  gradients at once, where G is written and read, too
-// So exponentials bind, and tiles of 64 × 64 do: they leave registers for several consumers a scheduler, one of which
-// computes powers while others wait for products. For 65,536 tokens × 12 heads of 256 tokens 0.125 clocks are 109 µs on
-// 132 multiprocessors at 1.755 GHz; with loads and ends of pieces not quite hidden, some 140 µs forward and 200 µs
-// backward are to be expected. Reckoned, not measured: these kernels have run in emulation only.
+// What they cost, in clocks of a multiprocessor per 64 × 64 block of pairs of logits s, t, at head dims 72 and 64 in bf16,
+// counted in their machine code by tools/kernel_counts, which says how, and kept in tests/kernels/cuda/kernel_counts.txt:
+//                              issue per scheduler   exponentials   tensor   shared memory
+//   forward                                    412            544      288             336
+//   dq                                         262            512      432             424
+//   dk                                         286            512      432             552
+//   dq and dk at once (N ≤ 256)                490            514      576             776
+// Powers, 16 a clock: 512 for the two of a pair. Tensor cores: 2,048 multiply-adds a clock: 144 per pair forward, 288
+// for both gradients at once. Shared memory, 128 bytes a clock: products of 64 × 64 read 4 KB per 16 columns, lanes of
+// dk a number per query and model (128), both gradients at once write and read G (128), and tiles come in.
+// So exponentials bind the forward and dq, shared memory dk and both at once. Tiles of 64 × 64 leave registers for
+// several consumers a scheduler, one of which computes powers while others wait for products. For 65,536 tokens × 12
+// heads of 256 tokens, on 132 multiprocessors at 1.755 GHz, the largest column is 115 µs forward and 165 µs backward,
+// without loads and ends of pieces that are not quite hidden. Counted, not measured: they have run in emulation only.
 #pragma once
 
 #include "../../attn_align_loss.h"

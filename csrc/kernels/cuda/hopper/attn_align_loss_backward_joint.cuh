@@ -96,14 +96,8 @@ struct JointShared {
  private:
   // Into L2, where they wait for their place.
   __device__ void fetch_keys(const PipelineArguments& pipeline, const Place& place) const {
-    if (threadIdx.x % kWarpSize != 0) return;
-    for (int block = 0; block < kKeyBlocks; ++block) {
-      for (int panel = 0; panel < kStudentPanels; ++panel) {
-        prefetch_panel(pipeline.student.held, panel * kPanelColumns, block * kTileRows, place.head, place.batch);
-      }
-      for (int panel = 0; panel < kTeacherPanels; ++panel) {
-        prefetch_panel(pipeline.teacher.held, panel * kPanelColumns, block * kTileRows, place.head, place.batch);
-      }
+    for (int first_key = 0; first_key < pipeline.tokens; first_key += kTileRows) {
+      fetch_tile<kStudentPanels, kTeacherPanels>(pipeline.student.held, pipeline.teacher.held, place, first_key);
     }
   }
 
@@ -117,13 +111,13 @@ struct JointShared {
   }
 };
 
-template <typename T, int kStudentSteps, int kTeacherSteps>
+template <typename T, int kStudentSteps, int kTeacherSteps, bool kSplit>
 class JointConsumer {
  public:
   using Shared = JointShared<kStudentSteps, kTeacherSteps>;
 
   __device__ JointConsumer(const GradientArguments& arguments, const Shared& shared)
-      : arguments_(arguments), shared_(shared), consumer_(threadIdx.x / kWarpgroupSize) {}
+      : arguments_(arguments), shared_(shared), consumer_(warp_index() / kWarpgroupWarps) {}
 
   __device__ void run() {
     const PipelineArguments& pipeline = arguments_.pipeline;
@@ -133,18 +127,17 @@ class JointConsumer {
     for (int round = 0, piece; (piece = piece_of_round(round)) < pipeline.pieces; ++round) {
       const Place place(pipeline, piece);
       float dk[kBlocks][kDimCells][4] = {};
-      float factor = 0.f;
+      float reference = *arguments_.upstream_of(place);  // unless there are tiles that are not plain
       for (int first_query = 0; first_query < pipeline.tokens; first_query += kTileRows) {
         const bool last = first_query + kTileRows >= pipeline.tokens;
         barrier_wait(shared_.full + ring.stage, ring.parity);
         const QueryStatistics& statistics = shared_.statistics[ring.stage];
-        factor = statistics.reference.x / kGradientFactor<T> * arguments_.scale;
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
           const int block = block_of(i);
           if (first_query == 0) barrier_wait(shared_.keys_full + block, keys_parity);
           take_queries(dk[i], shared_.queries + ring.stage * Shared::kTileBytes, statistics, block, buffer,
-                       pipeline.tokens - block * kTileRows);
+                       pipeline.tokens - block * kTileRows, reference);
         }
         fence_shared_for_async();
         release(shared_.g_full + buffer.stage);
@@ -154,7 +147,7 @@ class JointConsumer {
         if (first_query > 0 && buffer.stage == consumer_) give_dq(place, first_query - kTileRows, last);
       }
       if (buffer.stage != consumer_) give_dq(place, (pipeline.tokens - 1) / kTileRows * kTileRows, true);
-      give_dk(dk, factor, place);
+      give_dk(dk, reference / kGradientFactor<T> * arguments_.scale, place);
       keys_parity ^= 1;
     }
   }
@@ -169,17 +162,30 @@ class JointConsumer {
 
   // One tile of queries with one block of keys.
   __device__ void take_queries(float (&dk)[kDimCells][4], const char* queries, const QueryStatistics& statistics,
-                               int block, RingPosition<Shared::kGBuffers> buffer, int keys_left) const {
+                               int block, RingPosition<Shared::kGBuffers> buffer, int keys_left, float& reference) const {
     float s[kCells][4], t[kCells][4];
     hand_over(t, s);
     start_logits<T, kTeacherSteps>(t, shared_.teacher_keys + block * Shared::kTeacherBytes,
                                    queries + Shared::kStudentBytes);
     start_logits<T, kStudentSteps>(s, shared_.student_keys + block * Shared::kStudentBytes, queries);
     finish_product<1>(t);
-    meanwhile([&] { QueryColumns{statistics.teacher}.to_probabilities(t, arguments_.pipeline.teacher.scale_log2); });
+    const QueryColumns teacher{statistics.teacher_offset, statistics.teacher};
+    const QueryColumns student{statistics.student_offset, statistics.student};
+    const bool plain = teacher.is_plain();
+    if (plain) {
+      teacher.to_probabilities<true>(t, arguments_.pipeline.teacher.scale_log2);
+    } else {
+      teacher.to_probabilities<false>(t, arguments_.pipeline.teacher.scale_log2);
+    }
+    __syncwarp();  // what waits for products needs the whole warp
     finish_product<0>(s);
-    QueryColumns{statistics.student}.to_probabilities(s, arguments_.pipeline.student.scale_log2);
-    subtract(s, t);
+    if (plain) {
+      student.to_probabilities<true>(s, arguments_.pipeline.student.scale_log2);
+      subtract(s, t);
+    } else {
+      student.to_probabilities<false>(s, arguments_.pipeline.student.scale_log2);
+      subtract(s, t);
+    }
     if (keys_left < kTileRows) hide_keys(s, keys_left);
 
     uint32_t g[kSteps][4];
@@ -192,10 +198,14 @@ class JointConsumer {
       store_matrices(chunk_of(rows, lane % 16, 2 * step + lane / 16), g[step]);
     }
 
-    weigh(s, statistics.weight);
-    pack_tile<T>(g, s);
+    if (!plain) {
+      reference = statistics.reference.x;
+      weigh(s, statistics.weight);
+      pack_tile<T>(g, s);
+    }
+    __syncwarp();
     hand_over(dk, g);
-    start_accumulation<T>(dk, g, queries);
+    start_accumulation<T, kSplit>(dk, g, queries);
     finish_product<0>(dk);
   }
 
@@ -241,7 +251,7 @@ class JointConsumer {
     for (int step = 0; step < Shared::kKeyBlocks * kSteps; ++step) {
       constexpr int kStepBytes = kStep * static_cast<int>(kPanelRowBytes);
       const int block = step / kSteps, offset = step % kSteps * kStepBytes;
-      wgmma<T, 8 * kDimCells, true, true>(
+      multiply<T, kSplit>(
           dq, columns_descriptor(g_buffer + block * kPanelBytes + offset, kPanelBytes),
           columns_descriptor(shared_.student_keys + block * Shared::kStudentBytes + offset, kPanelBytes), step > 0);
     }
@@ -272,10 +282,10 @@ class JointConsumer {
   unsigned dq_parity_ = 0;
 };
 
-template <typename T, int kStudentSteps, int kTeacherSteps>
+template <typename T, int kStudentSteps, int kTeacherSteps, bool kSplit>
 __global__ void __launch_bounds__(kBlockThreads<2>, 1)
     joint_gradient_kernel(const __grid_constant__ GradientArguments arguments) {
-  using Consumer = JointConsumer<T, kStudentSteps, kTeacherSteps>;
+  using Consumer = JointConsumer<T, kStudentSteps, kTeacherSteps, kSplit>;
   using Shared = typename Consumer::Shared;
   constexpr int kConsumerThreads = Shared::kConsumers * kWarpgroupSize;
   const Shared shared;
@@ -289,13 +299,13 @@ __global__ void __launch_bounds__(kBlockThreads<2>, 1)
   }
 }
 
-template <typename T, int kStudentSteps, int kTeacherSteps>
+template <typename T, int kStudentSteps, int kTeacherSteps, bool kSplit>
 const char* launch_joint_gradients(const AttnAlignProblem& problem, const AttnAlignBackward& backward, void* stream) {
   using Shared = JointShared<kStudentSteps, kTeacherSteps>;
   GradientArguments arguments{};
   const char* error = describe_gradients(&arguments, problem, backward, /*hold_keys=*/true, Shared::kRows);
   if (error != nullptr) return error;
-  return launch_pieces<Shared>(joint_gradient_kernel<T, kStudentSteps, kTeacherSteps>, arguments, stream);
+  return launch_pieces<Shared>(joint_gradient_kernel<T, kStudentSteps, kTeacherSteps, kSplit>, arguments, stream);
 }
 
 // Fewer tokens would leave blocks of keys empty; what has more, or does not fit a block, takes a launch per gradient.

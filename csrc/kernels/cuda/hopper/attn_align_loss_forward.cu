@@ -1,11 +1,15 @@
 // attn_align_loss on Hopper, forward. Per row, online over tiles of keys, in powers of 2:
-//   m_s, l_s = max and Σ 2^(s − m_s);  m_t, l_t the same of t;  x = Σ 2^(t − m_t)·(s − m_s)
-//   loss = log2 l_s − x / l_t
-// Measuring s from its maximum keeps the digits that lse_s − Σ softmax(t)·s would cancel. A distance s − m_s is one
-// fused multiply-add of the product itself, so it is rounded once; backward forms the same distance from the same
-// maximum. That of the maximum itself is then not 0 but the rounding of m_s, of which the quotients by l know nothing.
+//   m_s, l_s = max and Σ 2^(s − m_s);  m_t, l_t the same of t
+//   cross-entropy: x = Σ 2^(t − m_t)·(s − m_s),                loss = log2 l_s − x / l_t
+//   divergence:    x = Σ 2^(t − m_t)·((t − m_t) − (s − m_s)),  loss = log2 l_s − log2 l_t + x / l_t
+// Measuring logits from their maxima keeps the digits that lse_s − Σ softmax(t)·s would cancel; of a student like its
+// teacher every term of a divergence is 0. A distance s − m_s is one fused multiply-add of the product itself, so it is
+// rounded once; backward forms the same distance from the same maximum. That of the maximum itself is then not 0 but the
+// rounding of m_s, of which the quotients by l know nothing.
 //
-// Each consumer starts both products of a tile and works on s while the tensor cores form t.
+// Each consumer starts both products of a tile and works on s while the tensor cores form t. A tile is *plain* if all
+// of its columns are keys and no scale is negative; what else can occur, logits beyond a fused distance and products
+// beyond float, is found by a vote of the warp and done again.
 #include "attn_align_hopper.h"
 #include "attn_align_launch.cuh"
 
@@ -25,9 +29,10 @@ struct ForwardArguments {
 };
 
 // The largest logit of one of the lane's two rows in a tile. A negative scale makes it the smallest product.
+template <bool kPlain>
 __device__ inline float largest_logit(const float (&dots)[kCells][4], int half, float scale) {
   float extreme = dots[0][2 * half];
-  if (scale < 0.f) {
+  if (!kPlain && scale < 0.f) {
 #pragma unroll
     for (const auto& cell : dots) extreme = fminf(extreme, fminf(cell[2 * half], cell[2 * half + 1]));
   } else {
@@ -38,82 +43,118 @@ __device__ inline float largest_logit(const float (&dots)[kCells][4], int half, 
 }
 
 // Running maximum and sum of one model's two rows of a lane (lane/4 and lane/4 + 8). The maximum is that of the whole
-// row, the sum that of the lane's own columns until the end.
+// row, the sum that of the lane's own columns until the end. It begins with the lowest that a logit is held to: then it
+// rises from there by a finite number, which an empty sum makes 0.
 struct OnlineSoftmax {
-  float maximum[2] = {-INFINITY, -INFINITY};
+  float maximum[2] = {-kLargestLogit, -kLargestLogit};
   float sum[2] = {0.f, 0.f};
 
   // Turns a tile of products into the logits' distances from the new maximum. Gives how far the maximum has risen, and
   // the factor by which what was summed before must shrink. Columns past the last key are as far away as can be: their
   // power of 2 is 0, and 0 times a finite number is 0, not NaN.
+  template <bool kPlain>
   __device__ void update(float (&dots)[kCells][4], float scale, int keys_left, float (&rise)[2],
                          float (&correction)[2]) {
-    const bool last = keys_left < kTileRows;
-    if (last) hide_columns(dots, keys_left, scale < 0.f ? kLargest : -kLargest);
+    if (!kPlain && keys_left < kTileRows) hide_columns(dots, keys_left, scale < 0.f ? kLargest : -kLargest);
+    float higher[2];
+    bool large = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float higher = fmaxf(maximum[half], hold_within(largest_logit(dots, half, scale), kLargestLogit));
-      rise[half] = maximum[half] == -INFINITY ? 0.f : higher - maximum[half];
-      correction[half] = fast_exp2(maximum[half] - higher);
-      maximum[half] = higher;
-      sum[half] *= correction[half];
-      if (fabsf(higher) <= kLargestPlainLogit) {
+      higher[half] = fmaxf(maximum[half], largest_logit<kPlain>(dots, half, scale));
+      large |= fabsf(higher[half]) > kLargestPlainLogit;
+    }
+    if (__any_sync(kFullWarp, large)) {
+      take_large_distances(dots, scale, higher);
+    } else {
 #pragma unroll
-        for (auto& cell : dots) {
-          cell[2 * half] = fmaf(cell[2 * half], scale, -higher);
-          cell[2 * half + 1] = fmaf(cell[2 * half + 1], scale, -higher);
-        }
-      } else {  // the largest must be at distance 0, however much rounding takes
+      for (auto& cell : dots) {
 #pragma unroll
-        for (auto& cell : dots) {
-          cell[2 * half] = hold_within(__fmul_rn(cell[2 * half], scale), kLargestLogit) - higher;
-          cell[2 * half + 1] = hold_within(__fmul_rn(cell[2 * half + 1], scale), kLargestLogit) - higher;
+        for (int i = 0; i < 4; ++i) cell[i] = fmaf(cell[i], scale, -higher[i / 2]);
+      }
+    }
+    if (!kPlain && keys_left < kTileRows) hide_columns(dots, keys_left, -kLargest);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rise[half] = higher[half] - maximum[half];
+      correction[half] = fast_exp2(-rise[half]);
+      maximum[half] = higher[half];
+    }
+  }
+
+  // Where the maximum is so large that its own distance must be 0, however much rounding takes.
+  static __device__ void take_large_distances(float (&dots)[kCells][4], float scale, float (&maximum)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool fused = fabsf(maximum[half]) <= kLargestPlainLogit;
+      maximum[half] = fminf(maximum[half], kLargestLogit);
+#pragma unroll
+      for (auto& cell : dots) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const float rounded = hold_within(__fmul_rn(cell[i], scale), kLargestLogit) - maximum[half];
+          cell[i] = fused ? fmaf(cell[i], scale, -maximum[half]) : rounded;
         }
       }
     }
-    if (last) hide_columns(dots, keys_left, -kLargest);
   }
 };
 
 // The row results of one consumer's 64 rows, tile by tile.
+template <bool kDivergence, bool kMayOverflow>
 struct RowResults {
   OnlineSoftmax student, teacher;
   float x[2] = {0.f, 0.f};
 
-  // kMayOverflow: a product may be −∞, which times a power of 0 would be NaN.
-  template <bool kMayOverflow>
+  template <bool kPlain>
   __device__ void take_student(float (&s)[kCells][4], float scale, int keys_left) {
     float rise[2], correction[2];
-    student.update(s, scale, keys_left, rise, correction);
+    student.update<kPlain>(s, scale, keys_left, rise, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      x[half] -= teacher.sum[half] * rise[half];
+      student.sum[half] *= correction[half];
+      x[half] = fmaf(kDivergence ? teacher.sum[half] : -teacher.sum[half], rise[half], x[half]);
 #pragma unroll
-      for (auto& cell : s) {
+      for (const auto& cell : s) {
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          student.sum[half] += fast_exp2(cell[i]);
-          if (kMayOverflow) cell[i] = fmaxf(cell[i], -kLargest);  // if it was NaN, the sum is too
-        }
+        for (int i = 2 * half; i < 2 * half + 2; ++i) student.sum[half] += fast_exp2(cell[i]);
       }
     }
   }
 
-  // `distances`: what take_student left of s.
-  __device__ void take_teacher(float (&t)[kCells][4], const float (&distances)[kCells][4], float scale,
-                               int keys_left) {
-    float rise[2], correction[2];
-    teacher.update(t, scale, keys_left, rise, correction);
+  // `s`: what take_student left of it.
+  template <bool kPlain>
+  __device__ void take_teacher(float (&t)[kCells][4], const float (&s)[kCells][4], float scale, int keys_left) {
+    float rise[2], correction[2], before[2];
+    teacher.update<kPlain>(t, scale, keys_left, rise, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      x[half] *= correction[half];
+      if (kDivergence) x[half] = fmaf(-teacher.sum[half], rise[half], x[half]);
+      teacher.sum[half] *= correction[half];
+      before[half] = x[half] *= correction[half];
 #pragma unroll
       for (int cell = 0; cell < kCells; ++cell) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
           const float power = fast_exp2(t[cell][i]);
           teacher.sum[half] += power;
-          x[half] = fmaf(power, distances[cell][i], x[half]);
+          x[half] = fmaf(power, kDivergence ? t[cell][i] - s[cell][i] : s[cell][i], x[half]);
+        }
+      }
+    }
+    if (kMayOverflow && __any_sync(kFullWarp, x[0] != x[0] || x[1] != x[1])) take_infinite(t, s, before);
+  }
+
+  // A product of −∞ has met a power of 0. If it was NaN, a sum is NaN, too.
+  __device__ void take_infinite(const float (&t)[kCells][4], const float (&s)[kCells][4], const float (&before)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      x[half] = before[half];
+#pragma unroll
+      for (int cell = 0; cell < kCells; ++cell) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const float of_student = fmaxf(s[cell][i], -kLargest), of_teacher = fmaxf(t[cell][i], -kLargest);
+          x[half] = fmaf(fast_exp2(of_teacher), kDivergence ? of_teacher - of_student : of_student, x[half]);
         }
       }
     }
@@ -129,7 +170,8 @@ struct RowResults {
       const int row = first_row + lane / 4 + 8 * half;
       if (lane % 4 != 0 || row >= place.end_row) continue;
       const int64_t index = place.first_of_head + row;
-      const float loss = kLn2 * (log2f(student_sum) - x_sum / teacher_sum);
+      const float mean = x_sum / teacher_sum;
+      const float loss = kLn2 * (log2f(student_sum) + (kDivergence ? mean - log2f(teacher_sum) : -mean));
       arguments.loss[index] = arguments.pipeline.tokens == 1 ? 0.f * loss : loss;  // exactly, whatever exp2 rounds
       arguments.student_softmax[index] = {student.maximum[half], 1.f / student_sum};
       arguments.teacher_softmax[index] = {teacher.maximum[half], 1.f / teacher_sum};
@@ -137,13 +179,15 @@ struct RowResults {
   }
 };
 
-template <typename T, int kStudentSteps, int kTeacherSteps>
+template <typename T, int kStudentSteps, int kTeacherSteps, bool kDivergence>
 struct Forward {
   using Lanes = Pipeline<kStudentSteps, kTeacherSteps, kConsumers>;
+  using Rows = RowResults<kDivergence, std::is_same_v<T, __nv_bfloat16>>;
 
   static __device__ void consume(const ForwardArguments& arguments, const Lanes& lanes) {
     const PipelineArguments& pipeline = arguments.pipeline;
-    const int warp = threadIdx.x / kWarpSize, consumer = warp / kWarpgroupWarps;
+    const int warp = warp_index(), consumer = warp / kWarpgroupWarps;
+    const bool signless = pipeline.student.scale_log2 >= 0.f && pipeline.teacher.scale_log2 >= 0.f;
     typename Lanes::Position ring;
     unsigned held_parity = 0;
     for (int round = 0, piece; (piece = piece_of_round(round)) < pipeline.pieces; ++round) {
@@ -152,34 +196,41 @@ struct Forward {
         lanes.pass(pipeline, ring);
         continue;
       }
-      RowResults rows;
+      Rows rows;
       barrier_wait(lanes.held_full + consumer, held_parity);
       held_parity ^= 1;
-      for (int key = 0; key < pipeline.tokens; key += kTileRows) {
-        const int keys_left = pipeline.tokens - key;
-        take_keys(rows, pipeline, lanes, consumer, ring.stage, ring.parity, keys_left);
+      for (int keys_left = pipeline.tokens; keys_left > 0; keys_left -= kTileRows) {
+        take_keys(rows, pipeline, lanes, consumer, ring, keys_left, signless && keys_left >= kTileRows);
         ring.advance();
       }
       rows.store(arguments, place, place.first_row + warp * 16);
     }
   }
 
-  static __device__ void take_keys(RowResults& rows, const PipelineArguments& pipeline, const Lanes& lanes,
-                                   int consumer, int stage, unsigned parity, int keys_left) {
-    const char *queries = lanes.held(consumer), *keys = lanes.streamed(stage);
+  // Without a branch around it the assembler moves most of the work on s behind the wait for t.
+  static __device__ void take_keys(Rows& rows, const PipelineArguments& pipeline, const Lanes& lanes, int consumer,
+                                   const typename Lanes::Position& ring, int keys_left, bool plain) {
+    const char *queries = lanes.held(consumer), *keys = lanes.streamed(ring.stage);
     float s[kCells][4], t[kCells][4];
-    barrier_wait(lanes.full + stage, parity);
+    barrier_wait(lanes.full + ring.stage, ring.parity);
     hand_over(s, t);
     start_logits<T, kStudentSteps>(s, queries, keys);
     start_logits<T, kTeacherSteps>(t, queries + Lanes::kTeacherOffset, keys + Lanes::kTeacherOffset);
     finish_product<1>(s);
-    meanwhile([&] {
-      rows.template take_student<std::is_same_v<T, __nv_bfloat16>>(s, pipeline.student.scale_log2, keys_left);
-    });
+    if (plain) {
+      rows.template take_student<true>(s, pipeline.student.scale_log2, keys_left);
+    } else {
+      rows.template take_student<false>(s, pipeline.student.scale_log2, keys_left);
+    }
+    __syncwarp();  // what waits for products needs the whole warp
     finish_product<0>(t);
-    release(lanes.empty + stage);
+    release(lanes.empty + ring.stage);
     if (keys_left <= kTileRows) release(lanes.held_empty + consumer);
-    rows.take_teacher(t, s, pipeline.teacher.scale_log2, keys_left);
+    if (plain) {
+      rows.template take_teacher<true>(t, s, pipeline.teacher.scale_log2, keys_left);
+    } else {
+      rows.template take_teacher<false>(t, s, pipeline.teacher.scale_log2, keys_left);
+    }
   }
 };
 
@@ -188,10 +239,10 @@ struct NothingExtra {
   __device__ void write(void*) {}
 };
 
-template <typename T, int kStudentSteps, int kTeacherSteps>
+template <typename T, int kStudentSteps, int kTeacherSteps, bool kDivergence>
 __global__ void __launch_bounds__(kBlockThreads<kConsumers>, 1)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
-  using Kernel = Forward<T, kStudentSteps, kTeacherSteps>;
+  using Kernel = Forward<T, kStudentSteps, kTeacherSteps, kDivergence>;
   const typename Kernel::Lanes lanes;
   lanes.initialise();
   if (threadIdx.x < kConsumers * kWarpgroupSize) {
@@ -213,13 +264,16 @@ const char* launch_forward(const AttnAlignProblem& problem, const AttnAlignRows&
     arguments.loss = static_cast<float*>(rows.loss);
     arguments.student_softmax = static_cast<float2*>(rows.student_softmax);
     arguments.teacher_softmax = static_cast<float2*>(rows.teacher_softmax);
-    return launch_pieces<Lanes>(forward_kernel<T, student_steps, teacher_steps>, arguments, stream);
+    const auto kernel = problem.kl ? forward_kernel<T, student_steps, teacher_steps, true>
+                                   : forward_kernel<T, student_steps, teacher_steps, false>;
+    return launch_pieces<Lanes>(kernel, arguments, stream);
   });
 }
 
 }  // namespace
 
 bool takes(const AttnAlignProblem& problem) {
+  if (problem.causal > 0) return false;
   for (const AttnOperand* operand : {&problem.student_q, &problem.student_k, &problem.teacher_q, &problem.teacher_k}) {
     if (!can_map(*operand, problem.batch, problem.heads, problem.tokens)) return false;
   }

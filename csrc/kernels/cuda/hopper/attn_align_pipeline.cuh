@@ -111,6 +111,19 @@ __device__ void load_tile(char* student, char* teacher, Barrier* barrier, const 
   }
 }
 
+// As load_tile(), into L2 only.
+template <int kStudentPanels, int kTeacherPanels>
+__device__ void fetch_tile(const TensorMap& student_map, const TensorMap& teacher_map, const Place& place,
+                           int first_row) {
+  if (threadIdx.x % kWarpSize != 0) return;
+  for (int panel = 0; panel < kStudentPanels; ++panel) {
+    prefetch_panel(student_map, panel * kPanelColumns, first_row, place.head, place.batch);
+  }
+  for (int panel = 0; panel < kTeacherPanels; ++panel) {
+    prefetch_panel(teacher_map, panel * kPanelColumns, first_row, place.head, place.batch);
+  }
+}
+
 // Head dims by their steps of 16, which are compile-time numbers: wgmma run at full speed only in straight-line code.
 // kExtraBytes: what a kernel adds to every stage.
 template <int kStudentSteps, int kTeacherSteps, int kConsumers, int kExtraBytes = 0>
@@ -180,6 +193,8 @@ struct Pipeline {
         ring.advance();
       }
       if (ahead == tiles_per_piece) load_held(arguments, place, held_parity);
+      const int next = piece_of_round(round + 1);
+      if (next < arguments.pieces) fetch_held(arguments, Place(arguments, next));
     }
   }
 
@@ -196,6 +211,13 @@ struct Pipeline {
   static __device__ void load(char* tile, Barrier* barrier, const TensorMap& student, const TensorMap& teacher,
                               const Place& place, int first_row) {
     load_tile<kStudentPanels, kTeacherPanels>(tile, tile + kTeacherOffset, barrier, student, teacher, place, first_row);
+  }
+
+  // Into L2, where they wait for their place.
+  static __device__ void fetch_held(const PipelineArguments& arguments, const Place& place) {
+    for (int first_row = place.first_row; first_row < place.end_row; first_row += kTileRows) {
+      fetch_tile<kStudentPanels, kTeacherPanels>(arguments.student.held, arguments.teacher.held, place, first_row);
+    }
   }
 
   // The held tiles of those consumers that have any rows.
@@ -236,14 +258,6 @@ template <int kPending, typename Accumulator>
 __device__ void finish_product(Accumulator& accumulator) {
   wgmma_wait<kPending>();
   fence_registers(accumulator);
-}
-
-// Does the work here, while a product is under way. Without a branch around it, whose condition (true) the assembler
-// cannot know, it moves most of the work behind the wait for that product.
-template <typename Work>
-__device__ void meanwhile(const Work& work) {
-  if (lane_index() < kWarpSize) work();
-  __syncwarp();  // what waits for products needs the whole warp
 }
 
 // Columns of a tile of logits from `columns_left` on get `value`.

@@ -85,6 +85,14 @@ float __shfl_sync(unsigned, float value, int source_lane, int) { return shuffle(
 float __shfl_xor_sync(unsigned, float value, int lane_mask, int) {
   return shuffle(value, emulation::lane() ^ lane_mask);
 }
+int __any_sync(unsigned, int predicate) {
+  meet_warp(predicate, [](void* const* arguments) {
+    int any = 0;
+    for (int lane = 0; lane < 32; ++lane) any |= at<int>(arguments, lane) != 0;
+    for (int lane = 0; lane < 32; ++lane) at<int>(arguments, lane) = any;
+  });
+  return predicate;
+}
 
 namespace haste::cuda {
 

@@ -230,6 +230,7 @@ int main() {
     emulation::device.major = static_cast<int>(request.integer("major"));
     emulation::device.minor = static_cast<int>(request.integer("minor"));
   }
+  emulation::device.whole_panels = request.ints.count("whole_panels") == 1;
   if (const char* refusal = operations.at(request.op)(request)) {
     std::cerr << refusal << "\n";
     return 3;

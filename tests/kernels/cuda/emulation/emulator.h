@@ -14,6 +14,7 @@ struct Device {
   int major = 8, minor = 6;
   int multiprocessors = 3;  // few, so that persistent blocks get several pieces of work each
   cudaError_t load_error = cudaSuccess;  // what loading a kernel says
+  bool whole_panels = false;  // a transposed operand of wgmma may not end within a panel behind a whole one
 };
 extern Device device;
 

@@ -180,6 +180,10 @@ void issue_of_warp(void* const* arguments) {
 
 void issue(Issue argument) {
   if (device.major != 9 || device.minor != 0) fail("only a device of compute capability 9.0 has wgmma");
+  const Instruction& in = argument.instruction;
+  if (device.whole_panels && in.transpose_b && in.columns > 64 && in.columns % 64 != 0) {
+    fail("wgmma takes columns of a transposed operand that end within its second panel");
+  }
   if ((thread() / 128 + 1) * 128 > static_cast<int>(blockDim.x)) fail("wgmma needs a warpgroup of 4 whole warps");
   meet_warp(argument, issue_of_warp);
 }

@@ -43,6 +43,7 @@ void __syncthreads();
 void __syncwarp(unsigned mask = 0xffffffffu);
 float __shfl_sync(unsigned mask, float value, int source_lane, int width = 32);
 float __shfl_xor_sync(unsigned mask, float value, int lane_mask, int width = 32);
+int __any_sync(unsigned mask, int predicate);
 
 using std::max;
 using std::min;
