@@ -114,8 +114,8 @@ AttnGradient destination(const Tensor& gradient, int64_t prefix) {
 std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q,
                                     Tensor teacher_k, Tensor student_softmax, Tensor teacher_softmax,
                                     std::optional<double> student_scale, std::optional<double> teacher_scale,
-                                    int64_t student_prefix, int64_t teacher_prefix, int64_t causal, bool need_q,
-                                    bool need_k) {
+                                    int64_t student_prefix, int64_t teacher_prefix, bool need_q, bool need_k,
+                                    int64_t causal) {
   const auto in = inputs(student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix,
                          teacher_prefix, /*kl=*/false, causal);  // the teacher's entropy has no gradient
   const auto& p = in.problem;
@@ -162,12 +162,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(haste, m) {
       "str reduction=\"mean\", str divergence=\"cross_entropy\", int causal=0) -> Tensor");
   m.def(
       "attn_align_loss_forward(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, "
-      "float? student_scale, float? teacher_scale, int student_prefix, int teacher_prefix, bool kl, int causal) "
+      "float? student_scale, float? teacher_scale, int student_prefix, int teacher_prefix, "
+      "bool kl=False, int causal=0) "
       "-> (Tensor loss, Tensor student_softmax, Tensor teacher_softmax)");
   m.def(
       "attn_align_loss_backward(Tensor grad_loss, Tensor student_q, Tensor student_k, Tensor teacher_q, "
       "Tensor teacher_k, Tensor student_softmax, Tensor teacher_softmax, float? student_scale, float? teacher_scale, "
-      "int student_prefix, int teacher_prefix, int causal, bool need_q, bool need_k) "
+      "int student_prefix, int teacher_prefix, bool need_q, bool need_k, int causal=0) "
       "-> (Tensor grad_q, Tensor grad_k)");
 }
 

@@ -136,7 +136,7 @@ class _AttnAlignLoss(torch.autograd.Function):
             rows, *softmax = _rows(*arguments)
             loss = reduce(rows, arguments[8])
         ctx.save_for_backward(*arguments[:4], *softmax)
-        ctx.settings = (*arguments[4:8], arguments[10])
+        ctx.settings, ctx.causal = arguments[4:8], arguments[10]
         ctx.rows, ctx.reduction = rows.shape, arguments[8]
         return loss
 
@@ -149,7 +149,7 @@ class _AttnAlignLoss(torch.autograd.Function):
         operands = _of_one_type(student_q, student_k, teacher_q, teacher_k)
         with below_autograd():
             grad_q, grad_k = torch.ops.haste.attn_align_loss_backward.default(
-                upstream, *operands, *softmax, *ctx.settings, need_q, need_k
+                upstream, *operands, *softmax, *ctx.settings, need_q, need_k, ctx.causal
             )
         if operands[0] is not student_q:
             grad_q, grad_k = grad_q.to(student_q.dtype), grad_k.to(student_q.dtype)
@@ -183,8 +183,9 @@ def _fake(*arguments):
 
 @torch.library.register_fake("haste::attn_align_loss_forward")
 def _fake_forward(
-    student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix, kl, causal
-):
+    student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix,
+    kl=False, causal=0,
+):  # fmt: skip
     settings = (student_scale, teacher_scale, student_prefix, teacher_prefix, "none", DIVERGENCES[kl], causal)
     _check(student_q, student_k, teacher_q, teacher_k, *settings)
     batch, student_heads, tokens, _ = student_q.shape
@@ -196,7 +197,7 @@ def _fake_forward(
 @torch.library.register_fake("haste::attn_align_loss_backward")
 def _fake_backward(
     grad_loss, student_q, student_k, teacher_q, teacher_k, student_softmax, teacher_softmax,
-    student_scale, teacher_scale, student_prefix, teacher_prefix, causal, need_q, need_k,
+    student_scale, teacher_scale, student_prefix, teacher_prefix, need_q, need_k, causal=0,
 ):  # fmt: skip
     return (
         _empty_gradient(student_q) if need_q else student_q.new_empty((0,)),

@@ -176,10 +176,9 @@ def test_opcheck(device):
     q, k = q.detach(), k.detach()
     torch.library.opcheck(torch.ops.haste.attn_align_loss_forward.default, (q, k, tq, tk, *settings_, *last))
     rows, softmax, teacher_softmax = torch.ops.haste.attn_align_loss_forward(q, k, tq, tk, *settings_, *last)
-    settings_ += last[1:]
     args = (torch.ones_like(rows), q, k, tq, tk, softmax, teacher_softmax, *settings_)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, True, True))
-    torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, False, True))
+    torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, False, True, 3))
     by_columns = [x.mT.contiguous().mT for x in (q, k)]
     args = (torch.ones_like(rows), *by_columns, tq, tk, softmax, teacher_softmax, *settings_)
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, True, True))
