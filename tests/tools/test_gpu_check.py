@@ -1,178 +1,329 @@
-"""tools/gpu_check without a GPU: its stages name what is there, and whatever a stage does its folder is whole."""
+"""tools/gpu_check without a GPU: its stages name what is there, and stand-ins for them fail, hang and crash."""
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from gpu import entry, records, runner, sanitizer, stand_in
+from gpu.plan import KINDS, plan
+from gpu.runner import Run, run_plan
+from gpu.stage import Outcome, Stage
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"gpu": "NVIDIA Test", "capability": "9.0", "date": "2026-01-31", "sources": {}}
-AT_WORK = "import os; print(os.environ['HASTE_CUDA_PATH'], 'for', os.environ['TORCH_CUDA_ARCH_LIST'])"
-# What pytest's --junitxml writes, shortened.
-JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"><testsuite name="pytest" tests="5">
-<testcase classname="tests.haste_ext.test_attn_align_loss" name="test_opcheck[cuda]" time="0.1" />
-<testcase classname="tests.haste_ext.test_small_shapes" name="test_any_layout[cuda-attn_align_loss-one]" time="0.1">
-<failure message="AssertionError">words</failure></testcase>
-<testcase classname="tests.haste_ext.test_token_cosine_loss" name="test_opcheck[cuda]" time="0.1" />
-<testcase classname="tests.haste_ext.test_cuda_streams" name="test_second[token_cosine_loss]" time="0.1">
-<skipped type="pytest.skip" message="needs two GPUs">here</skipped></testcase>
-<testcase classname="tests.haste_ext.test_small_shapes" name="test_types[cuda-taylor_extrapolate_blocks]" time="0.1" />
-</testsuite></testsuites>"""
+TOOL = [sys.executable, str(ROOT / "tools/gpu_check")]
+GROUPS = ("shared", "portable", "hopper")
+SHORT, LONG = 0.5, 60.0  # limits of a stage that hangs, and of one that does not
 
 
-@pytest.fixture(scope="module")
-def gpu_check():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        loader = importlib.machinery.SourceFileLoader("gpu_check", str(ROOT / "tools/gpu_check"))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
-        sys.modules["gpu_check"] = module  # dataclasses look their module up
-        loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-        sys.modules.pop("gpu_check", None)
+def gpu_check(*arguments: object, **settings: object) -> subprocess.CompletedProcess:
+    return subprocess.run([*TOOL, *map(str, arguments)], capture_output=True, text=True, **settings)
 
 
-def python(code):
-    return [sys.executable, "-c", code]
+def rehearse(folder: Path, faults: dict[str, str], stages: list[Stage] | None = None, scale: float = 1.0) -> Run:
+    """The stages that hang have little time and all others have much, so that a busy machine changes nothing."""
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True)
+    run = Run(folder, scratch, "none", time.monotonic(), scale=scale)
+    chosen = stand_in.rehearsed(stages or plan(), faults)
+    limits = {"hangs": SHORT}
+    run_plan([replace(s, limit=limits.get(faults.get(s.name), LONG)) for s in chosen], run, entry.keep)
+    return run
 
 
-def test_the_stages_name_what_is_there(gpu_check):
-    result = subprocess.run([sys.executable, ROOT / "tools/gpu_check", "--dry-run"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    stages = gpu_check.stages_after_build(Path("folder"), Path("scratch"), gpu_check.PATHS)
-    assert len(result.stdout.splitlines()) == 1 + len(stages)
-    for stage in stages:
-        tests = [word for word in stage.command if word.startswith("tests/")]
-        assert all((ROOT / path).exists() for path in tests)
-        assert tests or "haste_ext.bench" in stage.command
-    logs = {stage.log for stage in stages} | {"build.log", "machine.json", "summary.md"}
-    written = {Path(word).name for stage in stages for word in stage.command if word.startswith("folder/")}
-    assert len(logs | written) <= 8, "what is brought back from a borrowed machine is few files"
+def document(run: Run) -> dict:
+    return json.loads((run.folder / "machine.json").read_text())
 
 
-def test_whole_training_steps_are_a_run_of_their_own(gpu_check):
-    tool = [sys.executable, ROOT / "tools/gpu_check", "--dry-run", "--training"]
-    build, train_step = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert build.startswith("build") and "benchmarks/train_step/run.py --device cuda" in train_step
-    (stage,) = gpu_check.training_stages(Path("folder"))
-    assert (ROOT / stage.command[1]).is_file()
+def statuses(run: Run) -> dict[str, str]:
+    return {name: stage["status"] for name, stage in document(run)["stages"].items()}
 
 
-def test_whole_sampling_runs_are_a_run_of_their_own(gpu_check):
-    tool = [sys.executable, ROOT / "tools/gpu_check", "--dry-run", "--sampling"]
-    build, tests, *batches = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert build.startswith("build") and "pytest" in tests and "tests/haste/caching" in tests
-    assert [line.split(" --batch-size ")[1].split()[0] for line in batches] == ["1", "8", "64"]
-    stages = gpu_check.sampling_stages(Path("folder"))
-    named = [word for stage in stages for word in stage.command if word.startswith(("tests/", "benchmarks/"))]
-    assert len(named) == len(stages) and all((ROOT / path).exists() for path in named)
-    results = ("results.json", "results.md", "results.png")
-    assert len({stage.log for stage in stages} | {"build.log", "machine.json", "summary.md", *results}) <= 8
+def test_the_stages_name_what_is_there_and_come_in_their_order():
+    lines = gpu_check("--dry-run").stdout.splitlines()
+    stages = plan()
+    assert len(lines) == len(stages) + 1 and lines[-1] == "together at most 515 s" and runner.BUDGET < 520
+    kinds = [stage.kind for stage in stages]
+    assert list(dict.fromkeys(kinds)) == list(KINDS) and kinds == sorted(kinds, key=KINDS.index)
+    for line in lines[:-1]:
+        named = [word for word in line.split() if word.startswith(("tests/", "tools/", "benchmarks/"))]
+        assert all((ROOT / path).exists() for path in named), line
+        assert named or "-m haste_ext.bench" in line
+    assert str(ROOT) not in "".join(lines)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the benchmark would run")
-def test_sampling_runs_take_the_flags_that_they_are_given(gpu_check):
-    """The script reads its whole command line before it says that there is no GPU."""
-    stage = gpu_check.sampling_stages(Path("folder"))[-1]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
-    result = subprocess.run(stage.command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert "--device is cuda, and torch finds no CUDA device here" in result.stderr
+def test_stages_can_be_chosen():
+    assert [stage.name for stage in plan(only=["probe"])] == ["probe"]
+    names = [stage.name for stage in plan(only=["timing", "smoke"])]
+    assert names[:2] == ["probe", "earlier build"] and names[2:] == [s.name for s in plan()[2:8]]
+    assert "built" in gpu_check("--dry-run", "--only", "compile").stdout
+    assert "invalid choice: 'tests'" in gpu_check("--dry-run", "--only", "tests").stderr
+
+
+@pytest.mark.parametrize(("what", "last"), [("training", ["train_step"]), ("sampling", ["1", "8", "64"])])
+def test_whole_training_steps_and_sampling_runs_are_runs_of_their_own(what, last):
+    lines = gpu_check("--dry-run", f"--{what}").stdout.splitlines()[:-1]
+    assert [line.split()[0] for line in lines[:6]] == ["probe", "build", "smoke", "smoke", "wgmma", "smoke"]
+    assert [line for line in lines if "timing" in line or "haste_ext.bench" in line] == []
+    found = [line.partition(" --batch-size ")[2].partition(" ")[0] or line.split()[0] for line in lines[-len(last) :]]
+    assert found == last
+    results = {"results.json", "results.md", "results.png"}
+    assert len({"machine.json", "summary.md", "stages.log", "results.jsonl"} | results) <= 8
 
 
 def test_only_one_kind_of_run_at_a_time():
-    tool = [sys.executable, ROOT / "tools/gpu_check", "--dry-run", "--sampling", "--training"]
-    result = subprocess.run(tool, capture_output=True, text=True)
-    assert result.returncode == 2 and "not allowed with argument" in result.stderr
+    for words in (("--sampling", "--training"), ("--training", "--only", "smoke")):
+        result = gpu_check("--dry-run", *words)
+        assert result.returncode == 2 and "not allowed with argument" in result.stderr
 
 
-def test_a_kernel_that_passes_everything_is_verified(gpu_check):
-    good = gpu_check.Outcome("passed", 1.0, gpu_check.count_tests(JUNIT))
-    stages = [f"{kind} {path}" for kind in ("correctness", "memcheck", "racecheck") for path in gpu_check.PATHS]
-    verified = gpu_check.verified_sources(dict.fromkeys(stages, good))
-    names = {Path(source).name for source in verified}
-    assert {"token_cosine_loss.cu", "taylor_extrapolate.cu"} <= names, "what fails elsewhere does not matter to them"
-    assert not [name for name in names if "attn_align_loss" in name], "a test of it failed"
-    assert "device.cu" not in names, "it serves them all"
-    assert verified["csrc/kernels/cuda/token_cosine_loss.cu"] == gpu_check.source_hash(
-        "csrc/kernels/cuda/token_cosine_loss.cu"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the benchmarks would run")
+@pytest.mark.parametrize("what", ("operations", "training", "sampling"))
+def test_the_benchmarks_take_the_flags_that_they_are_given(what):
+    """They read their whole command line before they say that there is no GPU."""
+    run = Run(Path("folder"), Path("scratch"), "none", 0.0)
+    stages = [stage for stage in plan(what) if stage.kind in ("benchmark", "training", "sampling")]
+    for stage in stages[-1:] if what == "sampling" else stages:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+        result = subprocess.run(stage.command(run, GROUPS), cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert "--device is cuda" in result.stderr and "torch finds no CUDA device here" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
+def test_without_a_gpu_one_sentence_says_so(tmp_path):
+    result = gpu_check(tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "gpu_check needs a GPU and a CUDA build of torch, and torch finds none here\n"
+
+
+def test_a_whole_rehearsal_leaves_few_files_beside_what_the_folder_holds(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "results.jsonl").write_text(
+        '{"stage": "smoke shared", "name": "of an earlier run", "result": "failed"}\n'
     )
+    result = gpu_check(tmp_path, "--rehearse", "--commit", "1234abc")
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"notes.txt", "machine.json", "summary.md", "stages.log", "results.jsonl", "benchmark.json"}
+    found = json.loads((tmp_path / "machine.json").read_text())
+    assert found["commit"] == "1234abc" and found["rehearsal"] and found["left_out"] == found["switches"] == {}
+    assert set(found["verified"]) == set(found["sources"]), "every stage passed"
+    assert found["sanitizer"] == "2025.3.1.0" and found["kernel_times"].keys() == {"portable", "hopper"}
+    benchmark = json.loads((tmp_path / "benchmark.json").read_text())
+    assert benchmark["machine"]["commit"] == "1234abc" and len(benchmark["results"]) == 3
+    text = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert str(ROOT) not in text and "Rehearsal, on no GPU" in text and "- sanitizer: 2025.3.1.0" in text
 
 
-@pytest.mark.parametrize("stage", ("correctness portable", "memcheck portable", "racecheck portable"))
-def test_a_stage_that_is_missing_or_did_not_end_verifies_nothing(gpu_check, stage):
-    good = gpu_check.Outcome("passed", 1.0, gpu_check.count_tests(JUNIT))
-    outcomes = dict.fromkeys(("correctness portable", "memcheck portable", "racecheck portable"), good)
-    assert gpu_check.verified_sources(outcomes)
-    for bad in (None, gpu_check.Outcome("out of time", 60.0, None), gpu_check.Outcome("passed", 1.0, {})):
-        assert not gpu_check.verified_sources({**outcomes, stage: bad})
+STAGES = ("smoke portable", "timing hopper", "correctness shared", "compile", "racecheck hopper", "benchmark shared")
 
 
-def test_errors_of_a_sanitizer_count_though_every_test_passed(gpu_check):
-    tests = {name: {"passed": 3, "failed": 0, "skipped": 0} for name in gpu_check.OPERATIONS}
-    stages = ("correctness portable", "memcheck portable", "racecheck portable")
-    outcomes = dict.fromkeys(stages, gpu_check.Outcome("passed", 1.0, tests))
-    names = {Path(source).name for source in gpu_check.verified_sources(outcomes)}
-    assert {"token_cosine_loss.cu", "attn_align_loss_forward.cu"} <= names
-    assert "device.cu" not in names, "it serves the path for Hopper too, which did not run"
-    assert not gpu_check.verified_sources({**outcomes, "racecheck portable": gpu_check.Outcome("failed", 1.0, tests)})
-
-
-def test_every_stage_runs_whatever_the_others_do(gpu_check, monkeypatch, tmp_path, capsys):
-    """One passes, one fails, one is too slow, one cannot start, one runs tests; the folder tells of them all."""
-    folder, junit = tmp_path / "run", tmp_path / "tests.xml"
-    folder.mkdir()
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
-    stages = [
-        gpu_check.Stage("passes", "one.log", 20, python(AT_WORK), {"HASTE_CUDA_PATH": "portable"}),
-        gpu_check.Stage("fails", "one.log", 20, python(f"raise SystemExit('lost in {ROOT}')")),
-        gpu_check.Stage("sleeps", "two.log", 1, python("import time; print('tired'); time.sleep(60)")),
-        gpu_check.Stage("is absent", "two.log", 20, ["no-such-program"]),
-        gpu_check.Stage("tests", "two.log", 20, python(f"open({str(junit)!r}, 'w').write({JUNIT!r})"), {}, junit),
-    ]
-    monkeypatch.setattr(gpu_check, "build_stage", lambda: gpu_check.Stage("build", "b.log", 20, python("")))
-    monkeypatch.setattr(gpu_check, "ask_python", lambda code: {"cuda_paths": ["portable", "hopper"]})
-    monkeypatch.setattr(gpu_check, "stages_after_build", lambda folder, scratch, paths: stages)
-    assert not gpu_check.run_all(folder, dict(MACHINE))
-    document = json.loads((folder / "machine.json").read_text())
-    assert {name: stage["status"] for name, stage in document["stages"].items()} == {
-        "build": "passed",
-        "passes": "passed",
-        "fails": "failed",
-        "sleeps": "out of time",
-        "is absent": "failed",
-        "tests": "passed",
+@pytest.mark.parametrize("fault", stand_in.FAULTS)
+def test_whatever_a_stage_does_the_others_run_and_it_loses_its_own_results_alone(fault, tmp_path):
+    run = rehearse(tmp_path, dict.fromkeys(STAGES, fault))
+    status = {"fails": "failed", "hangs": "out of time", "crashes": "crashed"}[fault]
+    found = document(run)
+    left_out = [name for name, s in statuses(run).items() if s == "left out"]
+    assert left_out == ["timing portable", "correctness portable"]
+    assert {name for name, s in statuses(run).items() if s == status} == set(STAGES)
+    assert {name for name, s in statuses(run).items() if s == "passed"} == {s.name for s in plan()} - {
+        *STAGES,
+        *left_out,
     }
-    assert document["stages"]["tests"]["tests"]["attn_align_loss"] == {"passed": 1, "failed": 1, "skipped": 0}
-    assert document["verified"] == {} and document["build_info"]["cuda_paths"] == ["portable", "hopper"]
-    one, two = (folder / "one.log").read_text(), (folder / "two.log").read_text()
-    assert "$ HASTE_CUDA_PATH=portable" in one and "portable for 9.0" in one and "tired" in two
-    assert "lost in ." in one and str(ROOT) not in one, "no path of the machine is kept"
-    assert "| sleeps | out of time |" in (folder / "summary.md").read_text()
-    assert "sleeps: out of time" in capsys.readouterr().out
+    assert found["left_out"] == {"portable": f"smoke portable {status}"}
+    assert found["stages"]["correctness shared"]["counts"]["token_cosine_loss"] == counts(passed=4)
+    assert found["stages"]["correctness shared"]["counts"]["taylor_extrapolate"] == counts(lost=4)
+    assert found["stages"]["correctness shared"]["note"] == "it ended in taylor_extrapolate_blocks 0"
+    assert found["stages"]["racecheck hopper"]["counts"]["attn_align_loss"] == counts(lost=4), "it has no summary"
+    assert {Path(source).name for source in found["verified"]} == {"token_cosine_loss.cu"}
+    assert found["kernel_times"] == {} and len(json.loads((tmp_path / "benchmark.json").read_text())["results"]) == 2
+    log = (tmp_path / "stages.log").read_text()
+    assert f"it {fault}" in log and f"-- compile: {status}" in log
+    assert f"| compile | {status} |" in (tmp_path / "summary.md").read_text()
 
 
-def test_nothing_is_started_once_the_time_is_up(gpu_check, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
-    monkeypatch.setattr(gpu_check, "BUDGET", 0.0)
-    monkeypatch.setattr(gpu_check, "build_stage", lambda: gpu_check.Stage("build", "b.log", 9, ["false"]))
-    assert not gpu_check.run_all(tmp_path, dict(MACHINE))
-    assert json.loads((tmp_path / "machine.json").read_text())["stages"]["build"]["status"] == "not run"
+def counts(passed=0, failed=0, skipped=0, lost=0):
+    return {"passed": passed, "failed": failed, "skipped": skipped, "lost": lost}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the benchmark would run")
-def test_the_benchmark_takes_the_flags_that_it_is_given(gpu_check):
-    """It reads its whole command line before it says that there is no GPU."""
-    stages = gpu_check.stages_after_build(Path("folder"), Path("scratch"), gpu_check.PATHS)
-    for stage in [stage for stage in stages if "haste_ext.bench" in stage.command]:
-        result = subprocess.run(stage.command, cwd=ROOT, capture_output=True, text=True)
-        assert "--device is cuda; torch finds no CUDA device here" in result.stderr
+@pytest.mark.parametrize("fault", stand_in.FAULTS)
+def test_wrong_kernels_are_left_out_of_every_command_that_follows(fault, tmp_path):
+    found = rehearse(tmp_path, {"smoke shared": fault, "smoke hopper": fault})
+    assert [name for name, s in statuses(found).items() if s == "left out"] == [
+        "timing hopper", "correctness shared", "correctness hopper", "memcheck hopper", "racecheck hopper",
+        "synccheck hopper", "initcheck hopper", "benchmark network", "benchmark shared",
+    ]  # fmt: skip
+    after = (tmp_path / "stages.log").read_text().partition("-- smoke hopper")[2]
+    assert "HASTE_CUDA_PATH=hopper" not in after and "shared" not in after.replace("benchmark shared", "")
+    assert "compile portable stood in" in after and "benchmark portable stood in" in after
+    only = {Path(source).name for source in document(found)["verified"]}
+    assert "attn_align_loss_forward.cu" in only and not only & {"token_cosine_loss.cu", "device.cu"}
+
+
+@pytest.mark.parametrize(("fault", "switched"), [("", False), ("fails", True), ("hangs", True), ("crashes", True)])
+def test_a_doubtful_n72_switches_the_other_form_on(fault, switched, tmp_path):
+    stages = [stage for stage in plan() if stage.kind in ("probe", "build", "smoke", "timing")]
+    run = rehearse(tmp_path, {"wgmma n72": fault} if fault else {}, stages)
+    assert document(run)["switches"] == ({"HASTE_HOPPER_SPLIT_N72": "1"} if switched else {})
+    before, _, after = (tmp_path / "stages.log").read_text().partition("== smoke hopper")
+    assert "HASTE_HOPPER_SPLIT_N72" not in before
+    assert after.count("HASTE_HOPPER_SPLIT_N72=1") == (3 if switched else 0)
+    assert statuses(run)["smoke hopper"] == "passed"
+
+
+def test_a_probe_that_cannot_be_compiled_switches_nothing_on(tmp_path):
+    stages = [s for s in plan() if s.kind in ("probe", "build")]
+    broken = replace(plan()[4], command=lambda run, groups: ["sh", "-c", "exit 1"])
+    run = rehearse(tmp_path, {}, stages)
+    assert runner.attempt(broken, run).status == "failed" and run.switches == {}
+
+
+def test_the_budget_holds_though_everything_hangs(tmp_path):
+    """In a hundredth of the time, from the smoke test on."""
+    scale, stages = 0.01, plan()
+    hanging = [stage.name for stage in stages[6:]]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    run = Run(tmp_path, scratch, "none", time.monotonic())
+    chosen = stand_in.rehearsed(stages, dict.fromkeys(hanging, "hangs"))
+    run_plan(chosen[:6], run, entry.keep)  # these stand in
+    run.scale, run.started = scale, time.monotonic()
+    run_plan(chosen[6:], run, entry.keep)
+    taken = time.monotonic() - run.started
+    assert taken < scale * 520, f"{taken:.1f} s"
+    found = statuses(run)
+    assert [found[name] for name in ("timing hopper", "memcheck hopper")] == ["out of time"] * 2
+    assert found["benchmark attn_align_loss"] == "not run"
+    assert document(run)["stages"]["benchmark attn_align_loss"]["note"] == "no time was left"
+    assert document(run)["verified"] == {}
+
+
+def test_what_fails_to_build_is_not_run(tmp_path):
+    run = rehearse(tmp_path, {"build": "crashes"})
+    assert list(statuses(run).values()) == ["passed", "crashed", *["not run"] * (len(plan()) - 2)]
+    assert "the build failed" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_device_of_another_kind_has_no_use_for_hoppers_kernels(tmp_path):
+    stages = [replace(s, command=machine_of("8.0")) if s.kind == "probe" else s for s in stand_in.rehearsed(plan(), {})]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    run = Run(tmp_path, scratch, "none", time.monotonic())
+    assert run_plan(stages, run, entry.keep)
+    assert [name for name in statuses(run) if "hopper" in name or "n72" in name] == []
+    assert statuses(run)["correctness portable"] == "passed"
+
+
+def machine_of(capability):
+    machine = json.dumps({**stand_in.MACHINE, "capability": capability})
+    return lambda run, groups: ["sh", "-c", f"echo '{machine}' > {run.scratch / 'probe.json'}"]
+
+
+def test_results_that_are_cut_off_are_no_results(tmp_path):
+    """A stage that is killed in the middle of a write leaves half a document."""
+    stages = {stage.name: stage for stage in plan()}
+    chosen = [stages[name] for name in ("probe", "build", "timing hopper", "benchmark shared", "timing portable")]
+    broken = lambda path: lambda run, groups: ["sh", "-c", f"printf '[{{' > {run.scratch / path}"]  # noqa: E731
+    run = rehearse(tmp_path, {}, chosen[:2])
+    for stage, name in zip(chosen[2:4], ("kernel_times_hopper.json", "benchmark_shared.json"), strict=True):
+        run_plan([replace(stage, command=broken(name))], run, entry.keep)
+    assert document(run)["kernel_times"] == {} and not (tmp_path / "benchmark.json").exists()
+    build = replace(stages["build"], command=broken("build.json"), name="a broken build")
+    assert not run_plan([build], run, entry.keep)
+    assert "its results cannot be used" in document(run)["stages"]["a broken build"]["note"]
+
+
+def test_told_to_end_it_ends_its_stage_and_leaves_what_it_has(tmp_path):
+    process = subprocess.Popen([*TOOL, tmp_path, "--rehearse", "correctness shared=hangs"], stdout=subprocess.DEVNULL)
+    wait_for(lambda: "correctness shared" in text(tmp_path / "results.jsonl"))
+    wait_for(lambda: "it hangs" in text(tmp_path / "stages.log"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    wait_for(lambda: not stand_ins(tmp_path))
+    found = json.loads((tmp_path / "machine.json").read_text())
+    assert found["stages"]["timing hopper"]["status"] == "passed" and "correctness shared" not in found["stages"]
+    assert records.tally(tmp_path / "results.jsonl", "correctness shared").counts()["token_cosine_loss"]["passed"] == 4
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def stand_ins(folder: Path) -> list[str]:
+    """Process numbers of stand-ins that write into this folder."""
+    marker = f"GPU_CHECK_RECORDS={folder}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [path.parent.name] if marker in path.read_bytes() else []
+        except OSError:
+            continue
+    return found
+
+
+def test_of_a_long_output_the_beginning_and_the_end_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LOG_LIMIT", 4000)
+    stages = plan(only=["probe"])
+    code = f"print('first'); [print(i, {str(ROOT)!r} + '/file') for i in range(2000)]; print('last')"
+    talks = replace(stages[0], name="talks", kind="smoke", command=lambda run, groups: [sys.executable, "-c", code])
+    run = rehearse(tmp_path, {}, plan(only=["smoke"])[:2])
+    assert run_plan([talks], run, entry.keep)
+    log = (tmp_path / "stages.log").read_text()
+    assert "first" in log and "last" in log and "\n0 ./file" in log and "\n1000 " not in log and len(log) < 10_000
+    assert str(ROOT) + "/" not in log, "no place of the machine is kept"
+
+
+def test_a_program_that_is_absent_is_a_failure(tmp_path):
+    run = rehearse(tmp_path, {}, plan(only=["smoke"])[:2])
+    absent = Stage("absent", "smoke", 5, lambda run, groups: ["no-such-program"])
+    assert runner.attempt(absent, run).status == "failed" and "no-such-program" in (tmp_path / "stages.log").read_text()
+
+
+def all_good() -> dict[str, Outcome]:
+    stages = [stage for stage in plan() if stage.kind in ("correctness", "sanitizers")]
+    return {s.name: Outcome("passed", 1.0, {op: counts(passed=3) for op in records.OPERATIONS}) for s in stages}
+
+
+def verified(outcomes: dict[str, Outcome]) -> set[str]:
+    return {Path(source).name for source in entry.verified_sources(outcomes) if "hopper/" not in source}
+
+
+def test_a_kernel_that_passes_everything_is_verified():
+    found = entry.verified_sources(all_good())
+    assert set(found) == set(entry.kernel_sources())
+    assert all(digest == entry.source_hash(source) for source, digest in found.items())
+
+
+@pytest.mark.parametrize("stage", ("correctness shared", *(f"{tool} portable" for tool in sanitizer.TOOLS)))
+@pytest.mark.parametrize("bad", (counts(passed=3, failed=1), counts(passed=3, lost=1), counts(skipped=3), None))
+def test_one_failure_or_loss_is_enough_for_a_kernel_to_be_unverified(stage, bad):
+    outcomes = all_good()
+    outcomes[stage].counts["token_cosine_loss"] = bad
+    found = verified(outcomes)
+    assert "token_cosine_loss.cu" not in found and "device.cu" not in found, "that serves all operations"
+    assert {"taylor_extrapolate.cu", "attn_align_loss_forward.cu"} <= found
+    del outcomes[stage]
+    assert "token_cosine_loss.cu" not in verified(outcomes)
+
+
+def test_each_path_is_verified_by_itself():
+    outcomes = all_good()
+    outcomes["synccheck hopper"].counts["attn_align_loss"] = counts(passed=3, failed=1)
+    found = entry.verified_sources(outcomes)
+    assert not [source for source in found if "hopper/" in source]
+    assert "csrc/kernels/cuda/attn_align_loss_forward.cu" in found and "csrc/kernels/cuda/paths.cu" not in found

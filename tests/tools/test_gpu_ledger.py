@@ -41,13 +41,14 @@ def ledger(tree, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def add_run(tree, *sources):
+def add_run(tree, *sources, **more):
     """A run that verified these sources as they now stand."""
     code = f"import json, kernel_sources as k; print(json.dumps({{s: k.source_hash(s) for s in {sources!r}}}))"
     out = subprocess.run([sys.executable, "-c", code], cwd=tree / "tools", capture_output=True, text=True, check=True)
     run = tree / "benchmarks/gpu/2026-01-31-h200"
     run.mkdir()
-    (run / "machine.json").write_text(json.dumps({"gpu": "NVIDIA H200", "verified": json.loads(out.stdout)}))
+    machine = {"gpu": "NVIDIA H200", "sanitizer": "2025.3.1.0", "switches": {}, "verified": json.loads(out.stdout)}
+    (run / "machine.json").write_text(json.dumps(machine | more))
 
 
 def rows(tree):
@@ -69,7 +70,8 @@ def test_a_run_verifies_its_sources_and_both_pages_must_say_so(tree):
     ledger(tree, "write")
     add_run(tree, "csrc/kernels/cuda/first.cu")
     found = rows(tree)
-    assert "NVIDIA H200 ([2026-01-31-h200](../benchmarks/gpu/2026-01-31-h200/summary.md))" in found["first.cu"]
+    link = "([2026-01-31-h200](../benchmarks/gpu/2026-01-31-h200/summary.md))"
+    assert f"NVIDIA H200, compute-sanitizer 2025.3.1.0 {link}" in found["first.cu"]
     assert found["hopper/second.cu"] == "not yet"
     stale = ledger(tree, "check")
     assert stale.returncode == 1
@@ -89,3 +91,15 @@ def test_a_change_elsewhere_leaves_it_verified(tree):
     add_run(tree, "csrc/kernels/cuda/first.cu")
     (tree / "csrc/kernels/cuda/hopper/second.cu").write_text("// changed\n")
     assert "NVIDIA H200" in rows(tree)["first.cu"]
+
+
+def test_what_was_switched_on_stands_beside_the_kernels_that_it_is_for(tree):
+    add_run(tree, "csrc/kernels/cuda/first.cu", "csrc/kernels/cuda/hopper/second.cu", switches={"HASTE_OTHER": "1"})
+    found = rows(tree)
+    assert "HASTE_OTHER=1" in found["hopper/second.cu"] and "HASTE_OTHER" not in found["first.cu"]
+
+
+def test_a_rehearsal_is_no_run(tree):
+    add_run(tree, "csrc/kernels/cuda/first.cu", rehearsal=True)
+    result = ledger(tree, "check")
+    assert result.returncode == 1 and "machine.json is of a rehearsal, which ran on no GPU" in result.stderr

@@ -1,0 +1,1 @@
+"""What tools/gpu_check is made of: the plan of its stages, what runs them, what it writes, and the stages' programs."""
