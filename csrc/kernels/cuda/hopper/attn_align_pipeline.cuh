@@ -246,6 +246,19 @@ __device__ void start_logits(float (&c)[kCells][4], const char* a, const char* b
   wgmma_commit();
 }
 
+// The same with A in registers, fragment by fragment.
+template <typename T, int kSteps>
+__device__ void start_logits(float (&c)[kCells][4], const uint32_t (&a)[kSteps][4], const char* b) {
+  const uint64_t b_descriptor = rows_descriptor(b);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int offset = step / kPanelSteps * kPanelBytes + step % kPanelSteps * kStep * static_cast<int>(sizeof(T));
+    wgmma<T, kTileRows, false>(c, a[step], b_descriptor + offset / kDescriptorUnit, step > 0);
+  }
+  wgmma_commit();
+}
+
 // Hands accumulators and A registers to the tensor cores: all of those that will be under way together, since nothing
 // may touch one of them between the start of the first product and the end of the last.
 template <typename... Registers>
