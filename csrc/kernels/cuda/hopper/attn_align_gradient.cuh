@@ -232,6 +232,37 @@ __device__ inline char* chunk_of(char* rows, int row, int chunk) {
   return rows + chunk / 8 * kPanelBytes + row * static_cast<int>(kPanelRowBytes) + (chunk % 8 ^ row % 8) * kChunkBytes;
 }
 
+// A held tile of one model, A of its products: where it lies, or, kRegisters, the warp's 16 rows of it in registers, so
+// that products read shared memory for B alone.
+template <typename T, int kSteps, bool kRegisters>
+class HeldTile {
+ public:
+  __device__ void take(char* tile) {
+    if constexpr (kRegisters) {
+      const int lane = threadIdx.x % kWarpSize;
+      tile += threadIdx.x / kWarpSize % kWarpgroupWarps * 16 * kPanelRowBytes;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        load_matrices(fragments_[step], chunk_of(tile, lane % 16, 2 * step + lane / 16));
+      }
+    } else {
+      tile_ = tile;
+    }
+  }
+
+  __device__ void start_logits_with(float (&c)[kCells][4], const char* streamed) const {
+    if constexpr (kRegisters) {
+      start_logits<T>(c, fragments_, streamed);
+    } else {
+      start_logits<T, kSteps>(c, tile_, streamed);
+    }
+  }
+
+ private:
+  const char* tile_;
+  uint32_t fragments_[kSteps][4];
+};
+
 // Rounds a consumer's 64 rows to T, lays them into `tile`, panels that nobody reads any more, and writes them out in
 // whole rows. Every warp handles its own 16.
 template <typename T, int kDimCells>

@@ -31,50 +31,14 @@ struct QueryRows {
   }
 };
 
-// The held tile where it lies.
-template <typename T, int kStudentSteps, int kTeacherSteps>
-struct HeldPanels {
-  const char *student, *teacher;
-
-  __device__ HeldPanels(const char* student_, const char* teacher_) : student(student_), teacher(teacher_) {}
-  __device__ void start_student(float (&s)[kCells][4], const char* streamed) const {
-    start_logits<T, kStudentSteps>(s, student, streamed);
-  }
-  __device__ void start_teacher(float (&t)[kCells][4], const char* streamed) const {
-    start_logits<T, kTeacherSteps>(t, teacher, streamed);
-  }
-};
-
-// The teacher's in registers, the warp's 16 rows of it: products read it from shared memory no more.
-template <typename T, int kStudentSteps, int kTeacherSteps>
-struct HeldFragments {
-  const char* student;
-  uint32_t teacher[kTeacherSteps][4];
-
-  __device__ HeldFragments(char* student_, char* teacher_) : student(student_) {
-    const int lane = threadIdx.x % kWarpSize;
-    char* rows = teacher_ + threadIdx.x / kWarpSize % kWarpgroupWarps * 16 * kPanelRowBytes;
-#pragma unroll
-    for (int step = 0; step < kTeacherSteps; ++step) {
-      load_matrices(teacher[step], chunk_of(rows, lane % 16, 2 * step + lane / 16));
-    }
-  }
-  __device__ void start_student(float (&s)[kCells][4], const char* streamed) const {
-    start_logits<T, kStudentSteps>(s, student, streamed);
-  }
-  __device__ void start_teacher(float (&t)[kCells][4], const char* streamed) const {
-    start_logits<T>(t, teacher, streamed);
-  }
-};
-
 template <typename T, int kStudentSteps, int kTeacherSteps, bool kHoldKeys, bool kSplit>
 struct Gradient {
   static constexpr int kDimCells = kStudentSteps == 5 ? 9 : 2 * kStudentSteps;  // 72 columns are not 80
   static constexpr int kConsumers = kDimCells > 9 || kTeacherSteps > 4 ? 2 : 3;  // by their registers
   using Lanes = Pipeline<kStudentSteps, kTeacherSteps, kConsumers, kHoldKeys ? sizeof(QueryStatistics) : 0>;
-  // For dk shared memory binds, for dq it does not.
-  using Held = std::conditional_t<kHoldKeys && kConsumers == 3, HeldFragments<T, kStudentSteps, kTeacherSteps>,
-                                  HeldPanels<T, kStudentSteps, kTeacherSteps>>;
+  // Shared memory binds dk; there is room for the teacher's keys where there are three consumers.
+  using HeldStudent = HeldTile<T, kStudentSteps, false>;
+  using HeldTeacher = HeldTile<T, kTeacherSteps, kHoldKeys && kConsumers == 3>;
 
   static __device__ void consume(const GradientArguments& arguments, const Lanes& lanes) {
     const PipelineArguments& pipeline = arguments.pipeline;
@@ -97,15 +61,20 @@ struct Gradient {
       }
       barrier_wait(lanes.held_full + consumer, held_parity);
       held_parity ^= 1;
-      const Held held(lanes.held(consumer), lanes.held(consumer) + Lanes::kTeacherOffset);
+      HeldStudent held_student;
+      HeldTeacher held_teacher;
+      held_student.take(lanes.held(consumer));
+      held_teacher.take(lanes.held(consumer) + Lanes::kTeacherOffset);
       for (int first = 0; first < pipeline.tokens; first += kTileRows) {
         barrier_wait(lanes.full + ring.stage, ring.parity);
         if constexpr (kHoldKeys) {
           const auto& queries = *reinterpret_cast<const QueryStatistics*>(lanes.extra(ring.stage));
-          accumulate(sum, pipeline, lanes, held, ring.stage, QueryColumns{queries.student_offset, queries.student},
+          accumulate(sum, pipeline, lanes, held_student, held_teacher, ring.stage,
+                     QueryColumns{queries.student_offset, queries.student},
                      QueryColumns{queries.teacher_offset, queries.teacher}, kTileRows, &factors[0]);
         } else {
-          accumulate(sum, pipeline, lanes, held, ring.stage, student, teacher, pipeline.tokens - first, nullptr);
+          accumulate(sum, pipeline, lanes, held_student, held_teacher, ring.stage, student, teacher,
+                     pipeline.tokens - first, nullptr);
         }
         release(lanes.empty + ring.stage);
         ring.advance();
@@ -152,13 +121,14 @@ struct Gradient {
   // gives the upstream gradient's reference, where it is wanted.
   template <typename Queries>
   static __device__ void accumulate(float (&sum)[kDimCells][4], const PipelineArguments& pipeline, const Lanes& lanes,
-                                    const Held& held, int stage, const Queries& student, const Queries& teacher,
-                                    int columns_left, float* reference) {
+                                    const HeldStudent& held_student, const HeldTeacher& held_teacher, int stage,
+                                    const Queries& student, const Queries& teacher, int columns_left,
+                                    float* reference) {
     const char* streamed = lanes.streamed(stage);
     float s[kCells][4], t[kCells][4];
     hand_over(t, s);
-    held.start_teacher(t, streamed + Lanes::kTeacherOffset);
-    held.start_student(s, streamed);
+    held_teacher.start_logits_with(t, streamed + Lanes::kTeacherOffset);
+    held_student.start_logits_with(s, streamed);
     finish_product<1>(t);
     const bool plain = teacher.is_plain();
     if (plain) {

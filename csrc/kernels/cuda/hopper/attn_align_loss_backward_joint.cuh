@@ -127,6 +127,7 @@ class JointConsumer {
     for (int round = 0, piece; (piece = piece_of_round(round)) < pipeline.pieces; ++round) {
       const Place place(pipeline, piece);
       float dk[kBlocks][kDimCells][4] = {};
+      TeacherKeys teacher_keys[kBlocks];
       float reference = *arguments_.upstream_of(place);  // unless there are tiles that are not plain
       for (int first_query = 0; first_query < pipeline.tokens; first_query += kTileRows) {
         const bool last = first_query + kTileRows >= pipeline.tokens;
@@ -135,8 +136,11 @@ class JointConsumer {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
           const int block = block_of(i);
-          if (first_query == 0) barrier_wait(shared_.keys_full + block, keys_parity);
-          take_queries(dk[i], shared_.queries + ring.stage * Shared::kTileBytes, statistics, block, buffer,
+          if (first_query == 0) {
+            barrier_wait(shared_.keys_full + block, keys_parity);
+            teacher_keys[i].take(shared_.teacher_keys + block * Shared::kTeacherBytes);
+          }
+          take_queries(dk[i], teacher_keys[i], shared_.queries + ring.stage * Shared::kTileBytes, statistics, block, buffer,
                        pipeline.tokens - block * kTileRows, reference);
         }
         fence_shared_for_async();
@@ -156,17 +160,17 @@ class JointConsumer {
   static constexpr int kDimCells = kStudentSteps == 5 ? 9 : 2 * kStudentSteps;  // 72 columns are not 80
   static constexpr int kBlocks = Shared::kKeyBlocks / Shared::kConsumers;
   static constexpr int kSteps = kTileRows / kStep;
+  using TeacherKeys = HeldTile<T, kTeacherSteps, kTeacherSteps <= 4>;  // by their registers; shared memory binds
   static_assert(kBlocks * Shared::kStudentBytes <= Shared::kGBytes, "a buffer of G takes a consumer's dk");
 
   __device__ int block_of(int i) const { return i * Shared::kConsumers + consumer_; }
 
   // One tile of queries with one block of keys.
-  __device__ void take_queries(float (&dk)[kDimCells][4], const char* queries, const QueryStatistics& statistics,
+  __device__ void take_queries(float (&dk)[kDimCells][4], const TeacherKeys& teacher_keys, const char* queries, const QueryStatistics& statistics,
                                int block, RingPosition<Shared::kGBuffers> buffer, int keys_left, float& reference) const {
     float s[kCells][4], t[kCells][4];
     hand_over(t, s);
-    start_logits<T, kTeacherSteps>(t, shared_.teacher_keys + block * Shared::kTeacherBytes,
-                                   queries + Shared::kStudentBytes);
+    teacher_keys.start_logits_with(t, queries + Shared::kStudentBytes);
     start_logits<T, kStudentSteps>(s, shared_.student_keys + block * Shared::kStudentBytes, queries);
     finish_product<1>(t);
     const QueryColumns teacher{statistics.teacher_offset, statistics.teacher};
