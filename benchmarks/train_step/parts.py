@@ -59,7 +59,8 @@ def projector_call(haste: Contender, upstream: Tensor) -> Call:
     """The three linear layers and their update; the gradient that comes from the cosine is handed in."""
     case, (projector,) = haste.case, haste.model.projectors
     tokens = leaf(torch.randn(case.batch, case.grid**2, projector[0].in_features, device=case.device))
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    on_gpu = case.device == "cuda"  # there the call is timed in a CUDA graph
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-4, weight_decay=0.0, fused=True, capturable=on_gpu)
     optimizer.state.update({p: haste.optimizer.state[p] for p in projector.parameters()})
 
     def call() -> tuple[()]:

@@ -68,6 +68,11 @@ def test_stages_can_be_chosen():
     assert "invalid choice: 'tests'" in gpu_check("--dry-run", "--only", "tests").stderr
 
 
+def test_a_folder_of_wheels_that_is_none_is_refused(tmp_path):
+    result = gpu_check("--dry-run", "--sanitizer-wheels", tmp_path / "absent")
+    assert result.returncode == 2 and "--sanitizer-wheels must be a folder, got" in result.stderr
+
+
 @pytest.mark.parametrize(("what", "last"), [("training", ["train_step"]), ("sampling", ["1", "8", "64"])])
 def test_whole_training_steps_and_sampling_runs_are_runs_of_their_own(what, last):
     lines = gpu_check("--dry-run", f"--{what}").stdout.splitlines()[:-1]

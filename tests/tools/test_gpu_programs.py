@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernel_times
 import probe
 import pytest
 import smoke
 import torch
-from gpu import records
+from gpu import entry, records
+from gpu.runner import Run
 from problems import GROUPS, problems
 
 import haste_ext
@@ -91,6 +94,51 @@ def test_each_kernel_is_called_as_the_operation_takes_it():
     row = {"tokens": 256, "kernel": "forward", "seconds": 2e-4, "host_seconds": 5e-5, "floor_seconds": 1e-4}
     words = kernel_times.line({**row, "timed_by_events": "it waits"})
     assert "200.0 µs   50% of the floor, 100.0 µs;  host 50 µs  by events: it waits" in words
+
+
+def test_the_kernels_times_end_in_a_table_of_the_summary(tmp_path, monkeypatch, capsys):
+    """With a stand-in for the timer, which calls every kernel on all of its inputs."""
+
+    class Timer:
+        why_events = None
+
+        def __init__(self, calls):
+            assert len(calls) > 1 and all(isinstance(call(), (tuple, torch.Tensor)) for call in calls)
+
+        def times(self, min_seconds):
+            return [2e-4] * 3
+
+        def host_times(self):
+            return [5e-5] * 3
+
+    rates = {"copy_bytes_per_second": 1e12, "matmul_flops_per_second": {"bfloat16": 1e14, "float32": 1e13}}
+    output = tmp_path / "kernel_times_hopper.json"
+    monkeypatch.setattr(kernel_times, "GpuTimer", Timer)
+    monkeypatch.setattr(kernel_times, "DEVICE", "cpu")
+    monkeypatch.setattr(kernel_times, "TOKENS", 64)
+    monkeypatch.setattr(kernel_times, "rotations", lambda case: 2)
+    monkeypatch.setattr(kernel_times, "measure_roofline", lambda *_: {**rates, "exps_per_second": 1e12})
+    monkeypatch.setattr(sys, "argv", ["kernel_times.py", "--tokens", "16", "32", "--output", str(output)])
+    assert kernel_times.main() == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["tokens"], row["batch"]) for row in rows] == [(16, 4)] * 6 + [(32, 2)] * 6
+    assert "copy 1.00 TB/s" in capsys.readouterr().out
+    run = Run(tmp_path, tmp_path, "none", 0.0)
+    entry.keep(run)
+    share = f"{rows[0]['floor_seconds'] / 2e-4:.0%}"
+    assert f"| 16 | 4 | forward | 200.0 | {share} | 50 |" in (tmp_path / "summary.md").read_text()
+    assert "| 32 | 2 | dk alone | 200.0 |  | 50 |" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_probe_tells_what_a_gpu_is():
+    gpu = SimpleNamespace(
+        name="NVIDIA Test", major=9, minor=0, multi_processor_count=132, total_memory=2**37, L2_cache_size=60 * 2**20
+    )
+    cuda = SimpleNamespace(get_device_properties=lambda _: gpu, device_count=lambda: 1)
+    fake = SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0"), __version__="2.11.0")
+    machine = json.loads(json.dumps(probe.describe(fake, "no-such-sanitizer")))
+    assert (machine["capability"], machine["memory_gib"], machine["l2_mib"]) == ("9.0", 128.0, 60.0)
+    assert machine["packages"]["pytest"] and machine["sanitizer"] is None and machine["sanitizer_help"] == ""
 
 
 @pytest.mark.parametrize(

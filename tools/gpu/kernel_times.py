@@ -23,6 +23,7 @@ from haste_ext.bench.compare import rotations
 from haste_ext.bench.gpu_timer import GpuTimer
 from haste_ext.bench.roofline import floor_seconds, measure_roofline
 
+DEVICE = "cuda"
 TOKENS = 65_536
 HEADS, STUDENT_DIM, TEACHER_DIM = 12, 72, 64
 SETTINGS = (None, None, 0, 0)  # scales and prefixes
@@ -43,9 +44,7 @@ class Inputs:
         return OPERATIONS.attn_align_loss_forward(*self.operands, *SETTINGS)
 
     def backward(self, upstream: torch.Tensor, need_q: bool = True, need_k: bool = True) -> object:
-        return OPERATIONS.attn_align_loss_backward(
-            upstream, *self.operands, *self.saved, *SETTINGS, need_q, need_k
-        )
+        return OPERATIONS.attn_align_loss_backward(upstream, *self.operands, *self.saved, *SETTINGS, need_q, need_k)
 
 
 # At most 256 tokens Hopper's dq and dk come from one kernel, the joint one; beyond, from one each.
@@ -64,7 +63,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096], metavar="N")
     arguments = parser.parse_args()
-    roofline = measure_roofline("cuda", [torch.bfloat16])
+    roofline = measure_roofline(DEVICE, [torch.bfloat16])
     rate = roofline["matmul_flops_per_second"]["bfloat16"]
     print(
         f"copy {roofline['copy_bytes_per_second'] / 1e12:.2f} TB/s, bf16 products {rate / 1e12:.0f} TFLOP/s", flush=True
@@ -78,7 +77,7 @@ def main() -> int:
 
 
 def measure(tokens: int, roofline: dict) -> list[dict]:
-    case = AttentionCase(max(1, TOKENS // tokens), tokens, torch.bfloat16, "cuda", HEADS, STUDENT_DIM, TEACHER_DIM)
+    case = AttentionCase(max(1, TOKENS // tokens), tokens, torch.bfloat16, DEVICE, HEADS, STUDENT_DIM, TEACHER_DIM)
     sets = [Inputs(case) for _ in range(rotations(case))]
     floors = [floor_seconds([phase], "bfloat16", roofline) for phase in case.phases()]
     rows = []

@@ -22,8 +22,9 @@ WHOLE_NETWORK = ("taylor_extrapolate_blocks", "taylor_extrapolate_steps")
 WORKERS, TEST_LIMIT = 8, 60
 # The shapes that targets are stated for: 65,536 tokens of SiT-XL/2. Of taylor_extrapolate_blocks and _steps the
 # operands are the snapshots of a whole network.
-BENCHMARK = "--device cuda --dtype bfloat16 --preset sit-xl --tokens 256 1024 4096 --min-seconds 0.3"
-BATCHES, SMALL_BATCHES = ("256", "64", "16"), ("32", "8", "2")
+BENCHMARK = "--device cuda --dtype bfloat16 --preset sit-xl --min-seconds 0.3"
+SHAPES = "--tokens 256 1024 4096 --batch 256 64 16"
+NETWORK_SHAPES = "--tokens 256 1024 --batch 32 8"
 
 
 def plan(what: str = "operations", only: Sequence[str] = ()) -> list[Stage]:
@@ -143,19 +144,17 @@ def benchmarks() -> list[Stage]:
     """Beside the other ways of writing the operations."""
     either = ("portable", "hopper")
     return [
-        benchmark("benchmark network", 75, WHOLE_NETWORK, SMALL_BATCHES, ("shared",)),
-        benchmark("benchmark shared", 60, ("token_cosine_loss", "taylor_extrapolate"), BATCHES, ("shared",)),
-        benchmark("benchmark attn_align_loss", 180, (LOSS,), BATCHES, either),
+        benchmark("benchmark network", 75, WHOLE_NETWORK, NETWORK_SHAPES, ("shared",)),
+        benchmark("benchmark shared", 60, ("token_cosine_loss", "taylor_extrapolate"), SHAPES, ("shared",)),
+        benchmark("benchmark attn_align_loss", 180, (LOSS,), SHAPES, either),
     ]
 
 
-def benchmark(
-    name: str, limit: float, operations: Sequence[str], batches: Sequence[str], groups: tuple[str, ...]
-) -> Stage:
+def benchmark(name: str, limit: float, operations: Sequence[str], shapes: str, groups: tuple[str, ...]) -> Stage:
     output = f"{name.replace(' ', '_')}.json"
 
     def command(run: Run, left: Sequence[str]) -> list[str]:
-        words = ["-m", "haste_ext.bench", *BENCHMARK.split(), "--batch", *batches, "--op", *operations]
+        words = ["-m", "haste_ext.bench", *BENCHMARK.split(), *shapes.split(), "--op", *operations]
         return python(*words, "--output", str(run.scratch / output))
 
     return Stage(name, "benchmark", limit, command, groups, output=output)

@@ -31,6 +31,7 @@ ATTENTION = ("portable", "hopper")
 SPLIT_N72 = "HASTE_HOPPER_SPLIT_N72"
 WRONG = 3  # exit status of wgmma_n72.cu
 LOG = "stages.log"
+CUDA_PROGRAMS = "/usr/local/cuda/bin"  # which not every machine has on its PATH
 
 
 @dataclass
@@ -167,6 +168,7 @@ def execute(stage: Stage, groups: Sequence[str], run: Run, limit: float) -> tupl
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | own
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     environment |= {records.FILE: str(run.records), records.STAGE: stage.name}
+    environment["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), CUDA_PROGRAMS])
     begin = time.monotonic()
     with Log(run.folder) as log:
         log.write(f"== {stage.name}\n$ {' '.join([*(f'{k}={v}' for k, v in own.items()), *command])}\n".encode())

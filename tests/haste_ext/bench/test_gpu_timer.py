@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from haste_ext.bench import report
+from haste_ext.bench import compare, report, token_cosine_loss
 from haste_ext.bench.gpu_timer import CALLS_PER_GRAPH, CALLS_PER_SYNC, HOST_CALLS, GpuTimer
 from haste_ext.bench.measure import make_timers
 
@@ -72,7 +72,11 @@ def device(monkeypatch):
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, device, **kwargs: empty(16, **kwargs))
+
+    def on_the_cpu(*size, **kwargs):
+        return empty(16, dtype=kwargs["dtype"]) if kwargs.get("device") == "cuda" else empty(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", on_the_cpu)
     return device
 
 
@@ -132,6 +136,30 @@ def test_host_time_is_a_number_of_its_own(device):
 def test_contenders_share_the_memory_of_their_graphs(device):
     timers = make_timers({name: rotated(device, 1e-3, 2)[0] for name in "ab"}, "cuda")
     assert device.pool == "pool" and [timer.calls_per_replay for timer in timers.values()] == [2, 2]
+
+
+def test_a_case_is_compared_by_graphs_and_says_what_the_host_took(device, monkeypatch):
+    """The contenders compute on the CPU; each then takes the stand-in 1 ms."""
+
+    def timers(contenders, where):
+        def timed(call):
+            device.launch(1e-3)
+            return call()
+
+        return {name: GpuTimer([lambda c=c: timed(c) for c in calls]) for name, calls in contenders.items()}
+
+    monkeypatch.setattr(compare, "make_timers", timers)
+    monkeypatch.setattr(compare, "compiled", lambda function: function)
+    monkeypatch.setattr(compare, "rotations", lambda case: 3)
+    roofline = {"copy_bytes_per_second": 1e12, "matmul_flops_per_second": {"float32": 1e12}, "exps_per_second": None}
+    case = token_cosine_loss.FeatureCase(2, 9, torch.float32, "cpu", 16)
+    result = compare.compare(token_cosine_loss.OPERATION, case, False, 0.01, roofline)
+    rows = {row["name"]: row for row in result["rows"] if "absent" not in row}
+    assert {"haste", "a copy of the same bytes"} <= rows.keys()
+    for row in rows.values():
+        assert row["seconds"]["median"] == pytest.approx(1e-3) and row["timed_by_events"] is None
+        assert 0 < row["host_seconds"]["median"] < 1
+    assert "host µs per call: " in report.case_table(result)
 
 
 def test_the_table_says_how_calls_were_launched():
