@@ -136,9 +136,10 @@ __device__ void store_rows(const float (&rows)[kDimTiles][4], const float (&fact
 }
 
 // Blocks on a multiprocessor that the registers must leave room for; 0 leaves it to the compiler. Left to it, the widest
-// kernel in fp32 spills on sm_86 and sm_89 for the sake of blocks that shared memory has no room for.
+// kernel in fp32 spills on sm_86 and sm_89 for the sake of blocks that shared memory has no room for, and the narrowest
+// for a fifth.
 template <typename T, int kDimTiles>
-constexpr int kBlocksWanted = sizeof(T) == 4 && kDimTiles > 12 ? 1 : 0;
+constexpr int kBlocksWanted = sizeof(T) != 4 ? 0 : kDimTiles > 12 ? 1 : kDimTiles <= 4 ? 4 : 0;
 
 template <typename T, int kDimTiles, bool kHoldKeys>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T, kDimTiles>)

@@ -7,9 +7,9 @@
 // Of a *plain* tile a probability is one fused multiply-add and one power, 2^(s + o), with o = log2(2^14 / l_s) − m_s
 // in one float. It needs the upstream gradient to be one number per (batch, head), as that of a mean or sum is, so that
 // no query has a weight; and maxima within kLargestPlainMaximum. The rounding of o, at most 2^−18 then, moves a
-// probability by up to 2.6e-6 of itself. With a student within 1 % of its teacher, G being a hundredth of a probability,
-// that is 1e-4 of G by norm and 5e-4 at most, beside the 1.7e-3 of its rounding to bf16. All other tiles keep m and 1 / l
-// apart.
+// probability by up to 2.6e-6 of itself. With a student within 1 % of its teacher, whose G is a hundredth of a
+// probability, that is 1e-4 of G by norm and 5e-4 at most, beside the 1.7e-3 of its rounding to bf16. All other tiles
+// keep m and 1 / l apart.
 #pragma once
 
 #include "../attn_align_upstream.cuh"
@@ -91,7 +91,8 @@ class StatisticsLoader {
       student_[i] = teacher_[i] = {0.f, 0.f};  // past the last query: its G is 0
       weight_[i] = 0.f;
       if (row >= arguments_.pipeline.tokens) continue;
-      weight_[i] = arguments_.is_uniform() ? 1.f : upstream[row * arguments_.upstream.stride_token] * reference_.inverse;
+      weight_[i] = 1.f;
+      if (!arguments_.is_uniform()) weight_[i] = upstream[row * arguments_.upstream.stride_token] * reference_.inverse;
       student_[i] = arguments_.student_softmax[place.first_of_head + row];
       teacher_[i] = arguments_.teacher_softmax[place.first_of_head + row];
       plain &= is_plain(student_[i]) && is_plain(teacher_[i]);
@@ -189,7 +190,7 @@ __device__ void pack_tile(uint32_t (&a)[kTileRows / kStep][4], const float (&c)[
   }
 }
 
-// c (+)= A·B over a contraction of 16: A in registers or, transposed, in shared memory, B 16 × (8·kDimCells) there, too.
+// c (+)= A·B over a contraction of 16: A in registers or, transposed, in shared memory, as B, 16 × (8·kDimCells).
 template <typename T, int kDimCells>
 __device__ void multiply_step(float (&c)[kDimCells][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   wgmma<T, 8 * kDimCells, true>(c, a, b, add);

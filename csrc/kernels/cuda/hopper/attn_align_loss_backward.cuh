@@ -117,8 +117,8 @@ struct Gradient {
     }
   }
 
-  // Without a branch around it the assembler moves most of the work on t behind the wait for s. A tile that is not plain
-  // gives the upstream gradient's reference, where it is wanted.
+  // Without a branch around it the assembler moves most of the work on t behind the wait for s. A tile that is not
+  // plain gives the upstream gradient's reference, where it is wanted.
   template <typename Queries>
   static __device__ void accumulate(float (&sum)[kDimCells][4], const PipelineArguments& pipeline, const Lanes& lanes,
                                     const HeldStudent& held_student, const HeldTeacher& held_teacher, int stage,

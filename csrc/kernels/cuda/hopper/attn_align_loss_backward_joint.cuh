@@ -140,8 +140,8 @@ class JointConsumer {
             barrier_wait(shared_.keys_full + block, keys_parity);
             teacher_keys[i].take(shared_.teacher_keys + block * Shared::kTeacherBytes);
           }
-          take_queries(dk[i], teacher_keys[i], shared_.queries + ring.stage * Shared::kTileBytes, statistics, block, buffer,
-                       pipeline.tokens - block * kTileRows, reference);
+          take_queries(dk[i], teacher_keys[i], shared_.queries + ring.stage * Shared::kTileBytes, statistics, block,
+                       buffer, pipeline.tokens - block * kTileRows, reference);
         }
         fence_shared_for_async();
         release(shared_.g_full + buffer.stage);
@@ -166,8 +166,9 @@ class JointConsumer {
   __device__ int block_of(int i) const { return i * Shared::kConsumers + consumer_; }
 
   // One tile of queries with one block of keys.
-  __device__ void take_queries(float (&dk)[kDimCells][4], const TeacherKeys& teacher_keys, const char* queries, const QueryStatistics& statistics,
-                               int block, RingPosition<Shared::kGBuffers> buffer, int keys_left, float& reference) const {
+  __device__ void take_queries(float (&dk)[kDimCells][4], const TeacherKeys& teacher_keys, const char* queries,
+                               const QueryStatistics& statistics, int block, RingPosition<Shared::kGBuffers> buffer,
+                               int keys_left, float& reference) const {
     float s[kCells][4], t[kCells][4];
     hand_over(t, s);
     teacher_keys.start_logits_with(t, queries + Shared::kStudentBytes);

@@ -4,8 +4,8 @@
 //   divergence:    x = Σ 2^(t − m_t)·((t − m_t) − (s − m_s)),  loss = log2 l_s − log2 l_t + x / l_t
 // Measuring logits from their maxima keeps the digits that lse_s − Σ softmax(t)·s would cancel; of a student like its
 // teacher every term of a divergence is 0. A distance s − m_s is one fused multiply-add of the product itself, so it is
-// rounded once; backward forms the same distance from the same maximum. That of the maximum itself is then not 0 but the
-// rounding of m_s, of which the quotients by l know nothing.
+// rounded once; backward forms the same distance from the same maximum. That of the maximum itself is then not 0 but
+// the rounding of m_s, of which the quotients by l know nothing.
 //
 // Each consumer starts both products of a tile and works on s while the tensor cores form t. A tile is *plain* if all
 // of its columns are keys and no scale is negative; what else can occur, logits beyond a fused distance and products
