@@ -124,8 +124,24 @@ def test_a_whole_rehearsal_leaves_few_files_beside_what_the_folder_holds(tmp_pat
     assert found["sanitizer"] == "2025.3.1.0" and found["kernel_times"].keys() == {"portable", "hopper"}
     benchmark = json.loads((tmp_path / "benchmark.json").read_text())
     assert benchmark["machine"]["commit"] == "1234abc" and len(benchmark["results"]) == 3
+    assert found["host_time"] == [stand_in.RESULT]
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert str(ROOT) not in text and "Rehearsal, on no GPU" in text and "- sanitizer: 2025.3.1.0" in text
+
+
+@pytest.mark.parametrize("fault", stand_in.FAULTS)
+def test_a_machine_that_cannot_be_probed_ends_the_run(fault, tmp_path):
+    result = gpu_check(tmp_path, "--rehearse", f"probe={fault}")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+    assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ("training", "sampling"))
+def test_the_other_runs_go_on_past_a_fault_too(what, tmp_path):
+    first = "train_step" if what == "training" else "caching"
+    result = gpu_check(tmp_path, f"--{what}", "--rehearse", f"{first}=crashes", "smoke portable=crashes")
+    assert result.returncode == 1 and f"{first}: crashed" in result.stdout
+    assert what == "training" or "sampling, batch 64: passed" in result.stdout
 
 
 STAGES = ("smoke portable", "timing hopper", "correctness shared", "compile", "racecheck hopper", "benchmark shared")
@@ -164,7 +180,7 @@ def test_wrong_kernels_are_left_out_of_every_command_that_follows(fault, tmp_pat
     found = rehearse(tmp_path, {"smoke shared": fault, "smoke hopper": fault})
     assert [name for name, s in statuses(found).items() if s == "left out"] == [
         "timing hopper", "correctness shared", "correctness hopper", "memcheck hopper", "racecheck hopper",
-        "synccheck hopper", "initcheck hopper", "benchmark network", "benchmark shared",
+        "synccheck hopper", "initcheck hopper", "host time", "benchmark network", "benchmark shared",
     ]  # fmt: skip
     after = (tmp_path / "stages.log").read_text().partition("-- smoke hopper")[2]
     assert "HASTE_CUDA_PATH=hopper" not in after and "shared" not in after.replace("benchmark shared", "")

@@ -21,6 +21,7 @@ def keep(run: Run) -> None:
         "switches": run.switches,
         "left_out": run.left_out,
         "kernel_times": kernel_times(run.scratch),
+        "host_time": (read(run.scratch / "host_time.json") or {}).get("results", []),
         "stages": {name: vars(outcome) for name, outcome in run.outcomes.items()},
         "verified": verified,
     }
@@ -116,6 +117,10 @@ def summary(run: Run, document: dict) -> Iterator[str]:
             microseconds = f"{row['seconds'] * 1e6:,.1f}{' (by events)' if row['timed_by_events'] else ''}"
             host = f"{row['host_seconds'] * 1e6:,.0f}"
             yield f"| {row['tokens']} | {row['batch']} | {row['kernel']} | {microseconds} | {share} | {host} |"
+    if document["host_time"]:
+        yield from ["", "## Host time of forward + backward on tiny tensors", ""]
+        yield from ["| operation | times a trivial Function's |", "|---|---:|"]
+        yield from (f"| {result['operation']} | {result['ratio']:.2f} |" for result in document["host_time"])
     if (run.folder / "benchmark.json").exists():
         yield from [
             "",

@@ -18,8 +18,9 @@ KINDS = ("probe", "build", "smoke", "timing", "correctness", "compile", "sanitiz
 LOSS = "attn_align_loss"
 WITH_ONE_KERNEL = "token_cosine_loss or taylor_extrapolate"
 COMPILED = "inductor or compile or graph_break"
+OPERATIONS_TESTS = ("tests/haste_ext", "--ignore=tests/haste_ext/bench")
 WHOLE_NETWORK = ("taylor_extrapolate_blocks", "taylor_extrapolate_steps")
-WORKERS, TEST_LIMIT = 8, 60
+WORKERS = 8
 # The shapes that targets are stated for: 65,536 tokens of SiT-XL/2. Of taylor_extrapolate_blocks and _steps the
 # operands are the snapshots of a whole network.
 BENCHMARK = "--device cuda --dtype bfloat16 --preset sit-xl --min-seconds 0.3"
@@ -96,9 +97,7 @@ def timing() -> list[Stage]:
 
 def correctness() -> list[Stage]:
     def command(run: Run, groups: Sequence[str]) -> list[str]:
-        return pytest(
-            "tests/haste_ext", f"cuda and not ({COMPILED}) and ({of_groups(groups)})", "--ignore=tests/haste_ext/bench"
-        )
+        return pytest(OPERATIONS_TESTS, 25, f"cuda and not ({COMPILED}) and ({of_groups(groups)})")
 
     return [
         Stage("correctness shared", "correctness", 60, command, ("shared",)),
@@ -111,9 +110,7 @@ def compile_tests() -> Stage:
     """Inductor takes long; a kernel is verified without them."""
 
     def command(run: Run, groups: Sequence[str]) -> list[str]:
-        return pytest(
-            "tests/haste_ext", f"cuda and ({COMPILED}) and ({of_groups(groups)})", "--ignore=tests/haste_ext/bench"
-        )
+        return pytest(OPERATIONS_TESTS, 50, f"cuda and ({COMPILED}) and ({of_groups(groups)})")
 
     return Stage("compile", "compile", 60, command, ("shared", "portable", "hopper"))
 
@@ -144,10 +141,16 @@ def benchmarks() -> list[Stage]:
     """Beside the other ways of writing the operations."""
     either = ("portable", "hopper")
     return [
+        Stage("host time", "benchmark", 30, host_time, either, requires=("shared",), output="host_time.json"),
         benchmark("benchmark network", 75, WHOLE_NETWORK, NETWORK_SHAPES, ("shared",)),
         benchmark("benchmark shared", 60, ("token_cosine_loss", "taylor_extrapolate"), SHAPES, ("shared",)),
         benchmark("benchmark attn_align_loss", 180, (LOSS,), SHAPES, either),
     ]
+
+
+def host_time(run: Run, groups: Sequence[str]) -> list[str]:
+    words = ["-m", "haste_ext.bench", "host", "--device", "cuda", "--min-seconds", "0.5"]
+    return python(*words, "--output", str(run.scratch / "host_time.json"))
 
 
 def benchmark(name: str, limit: float, operations: Sequence[str], shapes: str, groups: tuple[str, ...]) -> Stage:
@@ -171,7 +174,7 @@ def sampling() -> list[Stage]:
     """The largest batch takes longest and comes last; a run that is cut off has the others."""
 
     def tests(run: Run, groups: Sequence[str]) -> list[str]:
-        return pytest("tests/haste/caching", "")
+        return pytest(("tests/haste/caching",), 60)
 
     stages = [Stage("caching", "sampling", 90, tests, ("shared",))]
     for batch, limit in ((1, 90), (8, 90), (64, 150)):
@@ -200,14 +203,15 @@ def of_groups(groups: Sequence[str]) -> str:
     return " or ".join(alternatives)
 
 
-def pytest(tests: str, select: str, *more: str) -> list[str]:
+def pytest(tests: Sequence[str], limit: int, select: str = "") -> list[str]:
     """In parallel and with a limit for each test where the plugins are there; else a hang still names its test."""
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu.record_tests", "-o", "faulthandler_timeout=30"]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu.record_tests"]
+    words += ["-o", f"faulthandler_timeout={limit - 5}"]
     if find_spec("xdist"):
         words += ["-n", str(WORKERS)]
     if find_spec("pytest_timeout"):
-        words += ["--timeout", str(TEST_LIMIT), "--timeout-method", "thread"]  # no signal ends a wait for the GPU
-    return python(*words, tests, *more, *(["-k", select] if select else []))
+        words += ["--timeout", str(limit), "--timeout-method", "thread"]  # no signal ends a wait for the GPU
+    return python(*words, *tests, *(["-k", select] if select else []))
 
 
 def python(*words: str) -> list[str]:
