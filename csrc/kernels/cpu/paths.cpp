@@ -18,10 +18,11 @@ namespace {
 
 constexpr Path kPaths[] = {Path::Portable, Path::Avx2, Path::Avx512, Path::Avx512Bf16, Path::Amx};
 
-#define HASTE_KERNELS_OF(isa)                                                                    \
-  {                                                                                              \
-    isa::attn_align_loss_scratch, isa::attn_align_loss_forward, isa::attn_align_loss_backward,   \
-        isa::token_cosine_loss_forward, isa::token_cosine_loss_backward, isa::taylor_extrapolate \
+#define HASTE_KERNELS_OF(isa)                                                                             \
+  {                                                                                                       \
+    isa::attn_align_loss_scratch, isa::attn_align_loss_forward, isa::attn_align_loss_backward,            \
+        isa::token_cosine_loss_forward, isa::token_cosine_loss_backward, isa::taylor_extrapolate_scratch, \
+        isa::taylor_extrapolate                                                                           \
   }
 
 constexpr Kernels kPortable = HASTE_KERNELS_OF(portable);
@@ -33,10 +34,11 @@ constexpr Kernels kAvx512 = HASTE_KERNELS_OF(avx512);
 #endif
 
 // Products of bf16 serve the attention maps; the memory-bound operations are those of AVX-512.
-#define HASTE_BF16_KERNELS_OF(isa)                                                                    \
-  {                                                                                                   \
-    isa::attn_align_loss_scratch, isa::attn_align_loss_forward, isa::attn_align_loss_backward,        \
-        avx512::token_cosine_loss_forward, avx512::token_cosine_loss_backward, avx512::taylor_extrapolate \
+#define HASTE_BF16_KERNELS_OF(isa)                                                             \
+  {                                                                                            \
+    isa::attn_align_loss_scratch, isa::attn_align_loss_forward, isa::attn_align_loss_backward, \
+        avx512::token_cosine_loss_forward, avx512::token_cosine_loss_backward,                 \
+        avx512::taylor_extrapolate_scratch, avx512::taylor_extrapolate                         \
   }
 
 #if defined(HASTE_HAS_AVX512BF16)

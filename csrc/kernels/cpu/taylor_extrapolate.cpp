@@ -11,7 +11,7 @@ void taylor_extrapolate(const TaylorProblem& problem, const ParallelFor& paralle
   const Kernels& kernels = active_kernels();
   const int64_t row_elements = problem.dim * (problem.steps + problem.layers * problem.slots);
   parallel_rows(problem.batch * problem.tokens, row_elements, parallel_for, [&](int64_t begin, int64_t end) {
-    AlignedScratch scratch(problem.steps * (problem.dim * sizeof(double) + 64));
+    AlignedScratch scratch(kernels.taylor_extrapolate_scratch(problem));
     kernels.taylor_extrapolate(problem, begin, end, scratch.get());
   });
 }

@@ -1,6 +1,6 @@
 """Feature caching: which steps are full (schedule), how the others are forecast (forecaster), of what (regions).
 
-Reading order: settings, schedule, forecaster, snapshots, transformers, regions, cached_model, build.
+Reading order: settings, schedule, forecaster, snapshots, transformers, regions, corrections, cached_model, build.
 """
 
 from haste.caching.build import make_cache, unwrap, wrap

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from haste.caching.corrections import MOST_AHEAD, Correction, Corrections
 from haste.caching.forecaster import Forecaster
 from haste.caching.regions import Region
 from haste.caching.schedule import Course, Schedule
@@ -25,7 +26,7 @@ from haste.caching.snapshots import Place, SnapshotRing
 from haste.caching.transformers import PublicTransformer, Transformer
 from haste.errors import UserError
 from haste.sampling import Evaluation
-from haste.sampling.guidance import LABEL
+from haste.sampling.guidance import LABEL, Branches
 
 
 class CachedModel(nn.Module):
@@ -63,8 +64,8 @@ class CachedModel(nn.Module):
         self.regions = regions
         self.region_of = region_of
         self._ring = SnapshotRing(regions[0].modules, forecaster.order + 1)
-        of_regions = [_Evaluations(transformer, region) for region in regions]
-        self._evaluate = [(of.full, of.skipped) for of in of_regions]
+        self._corrections = Corrections()
+        self._functions = [_Evaluations(transformer, region).functions for region in regions]
         self._plan: list[Evaluation] | None = None
         self.training = model.training  # and every part of the model stays in its own mode
 
@@ -76,8 +77,8 @@ class CachedModel(nn.Module):
 
     @property
     def cache_bytes(self) -> int:
-        """What the snapshots take, once there are some."""
-        return self._ring.bytes
+        """What the snapshots take, once there are some, and the most that was made ahead of time in this run."""
+        return self._ring.bytes + self._corrections.most_bytes
 
     def __getattr__(self, name: str) -> Any:
         """The model's own attributes. Its methods, such as DiT's forward_with_cfg, run on the cached model."""
@@ -92,24 +93,30 @@ class CachedModel(nn.Module):
     def compile(self, **options: Any) -> CachedModel:
         """Compiles both kinds of evaluation, each without a graph break; options as of torch.compile."""
         options = {"fullgraph": True, "dynamic": False, **options}
-        self._evaluate = [tuple(torch.compile(function, **options) for function in pair) for pair in self._evaluate]
+        self._functions = [
+            {name: torch.compile(function, **options) for name, function in functions.items()}
+            for functions in self._functions
+        ]
         return self
 
     def capture(self) -> CachedModel:
         """Has both kinds of evaluation captured in CUDA graphs when they are first run, and replayed from then on."""
-        from haste.caching.graphs import GraphedFull, GraphedSkipped
+        from haste.caching.graphs import GRAPHED
 
         device = next(self.model.parameters()).device
         if device.type != "cuda":
             raise UserError(f"the model is on {device}; it must be on a GPU for CUDA graphs")
-        self._evaluate = [(GraphedFull(full), GraphedSkipped(skipped)) for full, skipped in self._evaluate]
+        self._functions = [
+            {name: GRAPHED[name](function) for name, function in functions.items()} for functions in self._functions
+        ]
         return self
 
     def release(self) -> None:
         """Ends the run and lets go of the snapshots' memory, and of CUDA graphs."""
         self._ring.release()
-        for full, skipped in self._evaluate:
-            for function in (full, skipped):
+        self._corrections.start()
+        for functions in self._functions:
+            for function in functions.values():
                 if hasattr(function, "release"):
                     function.release()
         self._plan = None
@@ -126,7 +133,8 @@ class CachedModel(nn.Module):
         Raises:
             UserError: a schedule, an order or a gate that makes no sense for so many steps.
         """
-        if isinstance(evaluations, Integral):  # NumPy's too
+        self._times_are_known = not isinstance(evaluations, Integral)  # NumPy's too
+        if not self._times_are_known:
             evaluations = [Evaluation(step, step, 1 - step / evaluations, LABEL) for step in range(evaluations)]
         plan = list(evaluations)
         self._num_steps = plan[-1].step + 1 if plan else 0
@@ -139,6 +147,7 @@ class CachedModel(nn.Module):
         self._branches = [b for b in ("label", "null") if any(b in of for of in self._branches_of_step.values())]
         self._plan = plan
         self._ring.clear()
+        self._corrections.start()
         self._step: int | None = None
         self._region = self.region_of(0, self._num_steps)
         self.full_steps: list[int] = []
@@ -224,28 +233,66 @@ class CachedModel(nn.Module):
             orders = min(len(places), self.forecaster.order + 1)
             predicted = self._forecast(x, t, y, evaluation)  # before the oldest snapshot makes room for the new one
             self._measure = False
+        self._corrections.clear()
         slot = self._ring.open(Place(evaluation.position, evaluation.time), evaluation.branches)
-        full, _ = self._evaluate[self._region]
-        output = full(x, t, y, self._ring.storage[:, slot, rows])
+        output = self._functions[self._region]["full"](x, t, y, self._ring.storage[:, slot, rows])
         if predicted is not None:
             self._course.report(_relative_error(predicted, output), distance, orders)
         return output
 
     def _forecast(self, x: Tensor, t: Tensor, y: Tensor, evaluation: Evaluation) -> Any:
         """In one go where all branches have the same history, else branch by branch."""
-        _, skipped = self._evaluate[self._region]
         place = Place(evaluation.position, evaluation.time)
         weights = [self._weights(branch, place) for branch in evaluation.branches]
         if all(other == weights[0] for other in weights):
-            rows = self._rows(evaluation.branches, len(x))
-            return skipped(x, t, y, self._ring.storage[:, :, rows], self._on_device(weights[0]))
+            return self._forecast_rows(x, t, y, evaluation.branches, evaluation)
         parts = [
-            skipped(*inputs, self._ring.storage[:, :, self._rows((branch,), len(inputs[0]))], self._on_device(own))
-            for branch, own, *inputs in zip(
-                evaluation.branches, weights, *(v.chunk(len(weights)) for v in (x, t, y)), strict=True
-            )
+            self._forecast_rows(*inputs, (branch,), evaluation)
+            for branch, *inputs in zip(evaluation.branches, *(v.chunk(len(weights)) for v in (x, t, y)), strict=True)
         ]
         return _concatenate(parts)
+
+    def _forecast_rows(self, x: Tensor, t: Tensor, y: Tensor, branches: Branches, evaluation: Evaluation) -> Any:
+        """The rows of branches that have the same history."""
+        functions, place = self._functions[self._region], Place(evaluation.position, evaluation.time)
+        snapshots = self._ring.storage[:, :, self._rows(branches, len(x))]
+        if "corrections" not in functions:
+            return functions["skipped"](x, t, y, snapshots, self._on_device(self._weights(branches[0], place)))
+        correction = self._corrections.get(branches, place)
+        if correction is None:
+            correction = self._look_ahead(t, y, snapshots, branches, evaluation)
+        return functions["corrected"](x, *correction)
+
+    def _look_ahead(
+        self, t: Tensor, y: Tensor, snapshots: Tensor, branches: Branches, evaluation: Evaluation
+    ) -> Correction:
+        """The correction of this evaluation; those of the coming ones are kept."""
+        places, times = [Place(evaluation.position, evaluation.time)], t
+        # A list of evaluations may count time otherwise than the model does: then the others' times are not known.
+        if self._times_are_known and not self._step_is_full and torch.equal(t, torch.full_like(t, evaluation.time)):
+            places = self._coming_places(evaluation)
+            times = torch.tensor([[place.time] for place in places], dtype=t.dtype, device=t.device)
+        weights = self._on_device([self._weights(branches[0], place) for place in places])
+        added, c = self._functions[self._region]["corrections"](times, y, snapshots, weights)
+        if len(places) > 1:
+            self._corrections.keep(branches, places, added, c)
+        return Correction(added[0], c[0])
+
+    def _coming_places(self, evaluation: Evaluation) -> list[Place]:
+        """Where this evaluation and those like it up to the next full step look, each place once."""
+        places: dict[Place, None] = {}
+        step = self._step
+        for coming in self._plan[self.num_full + self.num_skipped :]:
+            if coming.step != step:
+                step = coming.step
+                region = self.region_of(step, self._num_steps)
+                if self._course.is_full(step, self.full_steps[-1]) or region != self._region:
+                    break
+            if coming.branches == evaluation.branches:
+                places[Place(coming.position, coming.time)] = None
+            if len(places) == MOST_AHEAD:
+                break
+        return list(places)
 
     def _rows(self, branches: Sequence[str], count: int) -> slice:
         """Where in the snapshots' rows these branches, of `count` rows together, are."""
@@ -258,7 +305,7 @@ class CachedModel(nn.Module):
         places = [getattr(taken, coordinate) for taken in self._ring.places(branch)]
         return self._ring.by_slot(self.forecaster.weights(places, getattr(place, coordinate)), branch)
 
-    def _on_device(self, weights: list[float]) -> Tensor:
+    def _on_device(self, weights: list[float] | list[list[float]]) -> Tensor:
         return torch.tensor(weights, dtype=torch.float32).to(self._ring.storage.device, non_blocking=True)
 
 
@@ -272,6 +319,12 @@ class _Evaluations:
     transformer: Transformer
     region: Region
 
+    @property
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        if self.region.looks_ahead:
+            return {"full": self.full, "corrections": self.corrections, "corrected": self.corrected}
+        return {"full": self.full, "skipped": self.skipped}
+
     def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
         c = self.transformer.conditioning(t, y)
         return self.transformer.output(self.region.full(self.transformer.tokens(x), c, out), c)
@@ -280,6 +333,16 @@ class _Evaluations:
         c = self.transformer.conditioning(t, y)
         tokens = self.transformer.tokens(x) if self.region.reads_tokens else None
         return self.transformer.output(self.region.skipped(tokens, c, snapshots, weights), c)
+
+    def corrections(self, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Of S skipped evaluations at t (S, 1), or one at t (B,): what they add to their tokens (S, B, N, D), and
+        their conditioning (S, B, D)."""
+        c = self.transformer.conditioning(t, y).view(-1, *y.shape, self.transformer.tokens_shape[1])
+        return self.region.corrections(c, snapshots, weights), c
+
+    def corrected(self, x: Tensor, added: Tensor, c: Tensor) -> Any:
+        """A skipped evaluation, given what it adds to its tokens."""
+        return self.transformer.output(self.transformer.tokens(x).add_(added), c)
 
 
 def _image(output: Any) -> Tensor:

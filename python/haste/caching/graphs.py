@@ -2,8 +2,9 @@
 
 A replay reads and writes the memory that was there at capture. Images, times, labels and weights are therefore copied
 into tensors that stay; the snapshots stay by themselves, and a full evaluation writes its features into a tensor of its
-own, which is copied to the ring's slot of the moment. So two graphs serve all steps and slots. Where guidance changes
-the batch, or the snapshots move, others are captured.
+own, which is copied to the ring's slot of the moment. So one graph of each kind serves all steps and slots. Where
+guidance changes the batch, the snapshots move, or corrections are made for another number of evaluations, others are
+captured.
 """
 
 from __future__ import annotations
@@ -64,6 +65,21 @@ class GraphedSkipped(_Graphed):
         return _copy(output)
 
 
+class GraphedCorrections(_Graphed):
+    """corrections(t, y, snapshots, weights), replayed; the snapshots are read where they are."""
+
+    def __call__(self, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        output = self._run((t, y, weights), (snapshots,), lambda t, y, weights, kept: (t, y, kept, weights))
+        return tuple(tensor.clone() for tensor in output)
+
+
+class GraphedCorrected(_Graphed):
+    """corrected(x, added, c), replayed."""
+
+    def __call__(self, x: Tensor, added: Tensor, c: Tensor) -> Any:
+        return _copy(self._run((x, added, c), (), lambda *inputs: inputs))
+
+
 class GraphedFull(_Graphed):
     """full(x, t, y, out), replayed; `out` is filled from the tensor that the graph writes to."""
 
@@ -82,6 +98,14 @@ class GraphedFull(_Graphed):
         output = self._run((x, t, y), (features,), lambda *inputs: inputs)
         out.copy_(features)
         return _copy(output)
+
+
+GRAPHED = {
+    "full": GraphedFull,
+    "skipped": GraphedSkipped,
+    "corrections": GraphedCorrections,
+    "corrected": GraphedCorrected,
+}
 
 
 def _shape(tensor: Tensor) -> tuple:

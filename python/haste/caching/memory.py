@@ -1,4 +1,4 @@
-"""How much memory the snapshots of a run will take, before the first step takes it."""
+"""How much memory the snapshots of a run will take, and what is made of them ahead of time, before the first step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from haste.caching.build import make_cache
+from haste.caching.corrections import MOST_AHEAD
 from haste.caching.settings import CacheSettings
 from haste.errors import UserError
 
 
 def cache_bytes(model: nn.Module, settings: CacheSettings, rows: int, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the snapshots of `rows` pictures at once, both halves of a guided batch counted.
+    """Bytes of the snapshots of `rows` pictures at once, both halves of a guided batch counted, and of the corrections
+    of the skipped steps in a row. (Heun's sampler needs one correction more.)
 
     dtype: of the snapshots; by default the model's.
     """
@@ -22,8 +24,12 @@ def cache_bytes(model: nn.Module, settings: CacheSettings, rows: int, dtype: tor
     if cached is None:
         return 0
     tokens, dim = cached.transformer.tokens_shape
-    slots = cached.forecaster.order + 1
-    return cached.regions[0].modules * slots * rows * tokens * dim * (dtype or cached.dtype).itemsize
+    region, slots = cached.regions[0], cached.forecaster.order + 1
+    ahead = 0
+    if region.looks_ahead:
+        ahead = MOST_AHEAD if settings.full_steps else min(MOST_AHEAD, settings.resolved_interval - 1)
+    snapshots, corrections = region.modules * slots * tokens, ahead * (tokens + 1)  # and the conditioning
+    return (snapshots + corrections) * rows * dim * (dtype or cached.dtype).itemsize
 
 
 def check_memory(

@@ -1,10 +1,12 @@
 """What of a transformer is cached: a region of it, whose work a skipped evaluation replaces by a forecast.
 
-A region says how a full evaluation runs the blocks and what it keeps, and how a skipped one goes without. Both are pure
+A region says how a full evaluation runs the blocks and what it keeps, and how a skipped one goes without. All are pure
 functions of tensors: full(tokens, c, out) writes its features into out, skipped(tokens, c, snapshots, weights) reads
-those of the last full evaluations. So either can be compiled, or captured in a CUDA graph.
+those of the last full evaluations. A region that looks ahead has corrections(c, snapshots, weights) in its place, which
+makes what several skipped evaluations add to their tokens. So each can be compiled, or captured in a CUDA graph.
 
-tokens (B, N, D), c (B, D), out (modules, B, N, D), snapshots (modules, slots, B, N, D), weights (slots,) float32.
+tokens (B, N, D), c (B, D), out (modules, B, N, D), snapshots (modules, slots, B, N, D), weights (slots,) float32; of S
+evaluations c (S, B, D), weights (S, slots), corrections (S, B, N, D).
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from haste.caching.transformers import Transformer, TransformerBlock, all_gates
 
 class Region(Protocol):
     """modules: features kept per full evaluation. branch_outputs: they have the type that layers put out, which under
-    autocast is not that of the tokens. reads_tokens: a skipped evaluation starts from the tokens; if not, they are
-    None."""
+    autocast is not that of the tokens. looks_ahead: what a skipped evaluation adds to the tokens depends on them in no
+    way. reads_tokens: a skipped evaluation starts from the tokens; if not, they are None."""
 
     modules: int
     branch_outputs: bool
+    looks_ahead: bool
     reads_tokens: bool
 
     def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor: ...
@@ -36,11 +39,13 @@ class Region(Protocol):
 class PerModule:
     """The output of every attention and MLP before its gate, as TaylorSeer (arXiv 2503.06923) has it.
 
-    A skipped evaluation still computes every gate at its own time: tokens + Σ_l gate_l(t) ⊙ F̂_l, all in one launch.
+    A skipped evaluation still computes every gate at its own time: tokens + Σ_l gate_l(t) ⊙ F̂_l. The sum is known once
+    the time is, so one pass over the snapshots makes that of every evaluation until the next full one.
     A full one is SiTBlock.forward with a copy of either output, and with addcmul, which reads the tokens once less.
     """
 
     branch_outputs = True
+    looks_ahead = True
     reads_tokens = True
 
     def __init__(self, model: Transformer) -> None:
@@ -58,15 +63,16 @@ class PerModule:
             tokens = torch.addcmul(tokens, m.gate_mlp.unsqueeze(1), branch)
         return tokens
 
-    def skipped(self, tokens: Tensor, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
-        gates = all_gates(self.model, c).to(snapshots.dtype)
-        return haste_ext.taylor_extrapolate_blocks(snapshots, weights, gates, tokens)
+    def corrections(self, c: Tensor, snapshots: Tensor, weights: Tensor) -> Tensor:
+        gates = all_gates(self.model, c.flatten(0, 1)).unflatten(1, c.shape[:2]).transpose(0, 1)
+        return haste_ext.taylor_extrapolate_steps(snapshots, weights, gates.to(snapshots.dtype))
 
 
 class WholeModel:
     """The tokens after the last block, as TaylorSeer-Lite has it: a skipped evaluation runs the final layer alone."""
 
     branch_outputs = False
+    looks_ahead = False
     reads_tokens = False
     modules = 1
 
@@ -90,6 +96,7 @@ class BlockGroup:
     """
 
     branch_outputs = False
+    looks_ahead = False
     reads_tokens = True
     modules = 1
 

@@ -45,7 +45,7 @@ class Transformer(Protocol):
         """The image as tokens (B, N, D)."""
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        """c (B, D)."""
+        """c (B, D); of t (S, 1), at S times of which each holds for the whole batch, (S, B, D)."""
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         """What the model returns, made of the last tokens."""
@@ -69,6 +69,11 @@ def _gates_alone(linear: nn.Linear, activated: Tensor) -> Tensor:
     return torch.baddbmm(bias, activated.expand(2, -1, -1), weight.transpose(1, 2))
 
 
+def _times_embedded(model: nn.Module, t: Tensor) -> Tensor:
+    """(…, D) of t (…): the embedders take one dimension."""
+    return model.t_embedder(t.flatten()).unflatten(0, t.shape)
+
+
 class OwnTransformer:
     """Haste's SiT."""
 
@@ -85,7 +90,7 @@ class OwnTransformer:
         return self.model.tokens(x)
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.model.conditioning(t, y)
+        return _times_embedded(self.model, t) + self.model.y_embedder(y)
 
     def output(self, tokens: Tensor, c: Tensor) -> SiTOutput:
         return SiTOutput(self.model.finish(tokens, c), [], [])
@@ -137,7 +142,7 @@ class PublicTransformer:
         return self.model.x_embedder(x) + self.model.pos_embed
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.model.t_embedder(t) + self.model.y_embedder(y, self.model.training)
+        return _times_embedded(self.model, t) + self.model.y_embedder(y, self.model.training)
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         return self._in_form(self._image(tokens, c))

@@ -32,7 +32,8 @@ struct Kernels {
   void (*token_cosine_loss_backward)(const TokenCosineProblem&, const TokenGradient&, void* student_gradient,
                                      int64_t begin, int64_t end);
 
-  // Rows [begin, end) of batch × tokens; scratch (aligned to 64): for each step 8 bytes × dim, and 64 more.
+  // Bytes of scratch (aligned to 64), and rows [begin, end) of batch × tokens.
+  size_t (*taylor_extrapolate_scratch)(const TaylorProblem&);
   void (*taylor_extrapolate)(const TaylorProblem&, int64_t begin, int64_t end, void* scratch);
 };
 
@@ -45,6 +46,7 @@ struct Kernels {
   void token_cosine_loss_forward(const TokenCosineProblem&, void* loss, int64_t begin, int64_t end);             \
   void token_cosine_loss_backward(const TokenCosineProblem&, const TokenGradient&, void* student_gradient,       \
                                   int64_t begin, int64_t end);                                                   \
+  size_t taylor_extrapolate_scratch(const TaylorProblem&);                                                       \
   void taylor_extrapolate(const TaylorProblem&, int64_t begin, int64_t end, void* scratch);                      \
   }
 

@@ -7,53 +7,87 @@
 namespace haste::cpu::HASTE_ISA {
 namespace {
 
+constexpr int64_t kAtOnce = 4;  // steps whose sums are in registers together
+
+HASTE_INLINE int64_t groups_of(const TaylorProblem& problem) { return (problem.steps + kAtOnce - 1) / kAtOnce; }
+
+// Which slots of each layer have a weight at some step, and their weights, `kAtOnce` steps together.
+template <class T>
+struct Plan {
+  int64_t* used;     // (layers): how many
+  int64_t* offsets;  // (layers, slots): in elements, of the used ones
+  T* weights;        // (layers, groups, slots, kAtOnce), of the used ones
+  bool* guarded;     // (layers, groups): a used slot has weight 0 at a step of the group, and must not add even a NaN
+
+  Plan(const TaylorProblem& problem, Scratch& scratch)
+      : used(scratch.take<int64_t>(problem.layers)),
+        offsets(scratch.take<int64_t>(problem.layers * problem.slots)),
+        weights(scratch.take<T>(problem.layers * groups_of(problem) * problem.slots * kAtOnce)),
+        guarded(scratch.take<bool>(problem.layers * groups_of(problem))) {}
+
+  void fill(const TaylorProblem& problem) {
+    for (int64_t layer = 0; layer < problem.layers; ++layer) fill_layer(problem, layer);
+  }
+
+ private:
+  void fill_layer(const TaylorProblem& problem, int64_t layer) {
+    const int64_t groups = groups_of(problem);
+    used[layer] = 0;
+    for (int64_t group = 0; group < groups; ++group) guarded[layer * groups + group] = false;
+    for (int64_t slot = 0; slot < problem.slots; ++slot) {
+      const auto weight = [&](int64_t step) {
+        return problem.weights[step * problem.weight_stride_step + layer * problem.weight_stride_layer +
+                               slot * problem.weight_stride_slot];
+      };
+      bool wanted = false;
+      for (int64_t step = 0; step < problem.steps; ++step) wanted |= weight(step) != 0;
+      if (!wanted) continue;
+      const int64_t k = used[layer]++;
+      offsets[layer * problem.slots + k] = layer * problem.snapshot_stride_layer + slot * problem.snapshot_stride_slot;
+      for (int64_t step = 0; step < problem.steps; ++step) {
+        const int64_t group = layer * groups + step / kAtOnce;
+        weights[(group * problem.slots + k) * kAtOnce + step % kAtOnce] = weight(step);
+        guarded[group] |= weight(step) == 0;
+      }
+    }
+  }
+};
+
 // The many rows of several layers are too many and too short for the processor to read ahead by itself.
 template <int Count, class Snapshot>
 HASTE_INLINE void read_ahead(const Snapshot* row) {
   for (int d = 0; d < Count; d += 64 / int(sizeof(Snapshot))) __builtin_prefetch(row + d, 0, 2);
 }
 
-// One layer of one token: its snapshots, the weights of its slots at `Steps` steps, and its gates at those.
-template <class Snapshot>
+// One layer of one token: its used snapshots, and their weights and the gates at a few steps.
+template <class T, class Snapshot>
 struct LayerRows {
-  const Snapshot* first;
-  int64_t slots, stride;
-  const float* weights;
-  int64_t weight_stride, weight_stride_step;
+  const Snapshot* token;
+  const int64_t* offsets;
+  int64_t slots;
+  const T* weights;
   const Snapshot* gates;  // null: 1
   int64_t gate_stride_step;
   int64_t ahead;  // to what is read next of the same snapshots
 
-  // Σ_k w_{s,k} · snapshot_k, `Vectors` vectors from element d on. What a slot of weight 0 holds must not come in.
-  template <class T, int Steps, int Vectors, class Load>
-  HASTE_INLINE void sum_slots(int64_t d, const Load& load_lanes, Vector<T> (&sum)[Steps][Vectors]) const {
+  // total_s[d …] += gate_s · Σ_k w_{s,k} · snapshot_k, `Vectors` vectors from element d on.
+  template <int Steps, int Vectors, bool Guarded, class Load>
+  HASTE_INLINE void add_vectors(int64_t d, const Load& load_lanes, T* total, int64_t total_stride) const {
+    Vector<T> sum[Steps][Vectors];
     for (int s = 0; s < Steps; ++s) {
       for (int v = 0; v < Vectors; ++v) sum[s][v] = Vector<T>{};
     }
     for (int64_t k = 0; k < slots; ++k) {
-      T weight[Steps];
-      bool used = false;
-      for (int s = 0; s < Steps; ++s) {
-        weight[s] = weights[s * weight_stride_step + k * weight_stride];
-        used |= weight[s] != 0;
-      }
-      if (!used) continue;
-      const Snapshot* row = first + k * stride + d;
+      const Snapshot* row = token + offsets[k] + d;
       if (ahead) read_ahead<Vectors * kLanes<T>>(row + ahead);
       Vector<T> lanes[Vectors];
       for (int v = 0; v < Vectors; ++v) lanes[v] = load_lanes(row + v * kLanes<T>);
       for (int s = 0; s < Steps; ++s) {
-        if (weight[s] == 0) continue;
-        for (int v = 0; v < Vectors; ++v) sum[s][v] += weight[s] * lanes[v];
+        const T weight = weights[k * kAtOnce + s];
+        if (Guarded && weight == 0) continue;
+        for (int v = 0; v < Vectors; ++v) sum[s][v] += weight * lanes[v];
       }
     }
-  }
-
-  // total_s[d …] += gate_s · Σ_k w_{s,k} · snapshot_k, `Vectors` vectors from element d on.
-  template <int Steps, int Vectors, class T, class Load>
-  HASTE_INLINE void add_vectors(int64_t d, const Load& load_lanes, T* total, int64_t total_stride) const {
-    Vector<T> sum[Steps][Vectors];
-    sum_slots<T>(d, load_lanes, sum);
     for (int s = 0; s < Steps; ++s) {
       for (int v = 0; v < Vectors; ++v) {
         const int64_t at = d + v * kLanes<T>;
@@ -66,18 +100,31 @@ struct LayerRows {
 };
 
 // total_s += gate_s · Σ_k w_{s,k} · snapshot_k for `Steps` steps. `total` has room for whole vectors.
-template <int Steps, class T, class Snapshot>
-void add_steps(const LayerRows<Snapshot>& rows, int64_t dim, T* total, int64_t total_stride) {
+template <int Steps, bool Guarded, class T, class Snapshot>
+void add_steps(const LayerRows<T, Snapshot>& rows, int64_t dim, T* total, int64_t stride) {
   constexpr int L = kLanes<T>;
   constexpr int kMost = Steps * 4 <= kVectorRegisters / 2 ? 4 : 2;  // vectors whose sums are kept in registers
   const auto whole = [](const Snapshot* from) { return load_as<T>(from); };
   int64_t d = 0;
-  for (; d + kMost * L <= dim; d += kMost * L) rows.template add_vectors<Steps, kMost>(d, whole, total, total_stride);
-  for (; d + L <= dim; d += L) rows.template add_vectors<Steps, 1>(d, whole, total, total_stride);
+  for (; d + kMost * L <= dim; d += kMost * L) {
+    rows.template add_vectors<Steps, kMost, Guarded>(d, whole, total, stride);
+  }
+  for (; d + 2 * L <= dim; d += 2 * L) rows.template add_vectors<Steps, 2, Guarded>(d, whole, total, stride);
+  for (; d + L <= dim; d += L) rows.template add_vectors<Steps, 1, Guarded>(d, whole, total, stride);
   if (d < dim) {
     const int64_t count = dim - d;
     const auto some = [count](const Snapshot* from) { return load_first<T>(from, count); };
-    rows.template add_vectors<Steps, 1>(d, some, total, total_stride);
+    rows.template add_vectors<Steps, 1, Guarded>(d, some, total, stride);
+  }
+}
+
+template <bool Guarded, class T, class Snapshot>
+void add_group(const LayerRows<T, Snapshot>& rows, int64_t steps, int64_t dim, T* total, int64_t stride) {
+  switch (steps) {
+    case 1: return add_steps<1, Guarded>(rows, dim, total, stride);
+    case 2: return add_steps<2, Guarded>(rows, dim, total, stride);
+    case 3: return add_steps<3, Guarded>(rows, dim, total, stride);
+    default: return add_steps<4, Guarded>(rows, dim, total, stride);
   }
 }
 
@@ -95,45 +142,33 @@ void write_row(const T* from, int64_t dim, Element* to) {
   if (d < dim) store_first<T>(to + d, load(from + d), dim - d);
 }
 
-// All steps of one layer, a few at a time: the later ones find the snapshots in the cache.
+// All steps of one layer; after the first few the snapshots are found in the cache.
 template <class T, class Snapshot>
-void add_layer(const TaylorProblem& problem, LayerRows<Snapshot> rows, T* total, int64_t total_stride) {
-  constexpr int64_t kAtOnce = 4;
-  for (int64_t step = 0; step < problem.steps; step += kAtOnce) {
-    switch (least(kAtOnce, problem.steps - step)) {
-      case 1: add_steps<1>(rows, problem.dim, total, total_stride); break;
-      case 2: add_steps<2>(rows, problem.dim, total, total_stride); break;
-      case 3: add_steps<3>(rows, problem.dim, total, total_stride); break;
-      default: add_steps<4>(rows, problem.dim, total, total_stride);
-    }
-    rows.ahead = 0;
-    rows.weights += kAtOnce * rows.weight_stride_step;
-    if (rows.gates) rows.gates += kAtOnce * rows.gate_stride_step;
-    total += kAtOnce * total_stride;
-  }
-}
-
-template <class T, class Snapshot>
-void add_layers(const TaylorProblem& problem, const Snapshot* snapshots, int64_t batch, int64_t token, T* total,
-                int64_t total_stride) {
+void add_layer(const TaylorProblem& problem, const Plan<T>& plan, const Snapshot* snapshots, int64_t layer,
+               int64_t batch, int64_t token, T* total, int64_t total_stride) {
   const auto* gates = static_cast<const Snapshot*>(problem.gates);
-  for (int64_t layer = 0; layer < problem.layers; ++layer) {
-    LayerRows<Snapshot> rows{};
-    rows.first = snapshots + layer * problem.snapshot_stride_layer + batch * problem.snapshot_stride_batch +
-                 token * problem.snapshot_stride_token;
-    rows.slots = problem.slots, rows.stride = problem.snapshot_stride_slot;
-    rows.weights = problem.weights + layer * problem.weight_stride_layer;
-    rows.weight_stride = problem.weight_stride_slot, rows.weight_stride_step = problem.weight_stride_step;
-    if (gates) rows.gates = gates + layer * problem.gate_stride_layer + batch * problem.gate_stride_batch;
-    rows.gate_stride_step = problem.gate_stride_step;
-    rows.ahead = problem.layers > 1 ? problem.snapshot_stride_token : 0;
-    add_layer(problem, rows, total, total_stride);
+  LayerRows<T, Snapshot> rows{};
+  rows.token = snapshots + batch * problem.snapshot_stride_batch + token * problem.snapshot_stride_token;
+  rows.offsets = plan.offsets + layer * problem.slots, rows.slots = plan.used[layer];
+  rows.gate_stride_step = problem.gate_stride_step;
+  rows.ahead = problem.layers > 1 ? problem.snapshot_stride_token : 0;
+  for (int64_t step = 0; step < problem.steps; step += kAtOnce) {
+    const int64_t group = layer * groups_of(problem) + step / kAtOnce, steps = least(kAtOnce, problem.steps - step);
+    rows.weights = plan.weights + group * problem.slots * kAtOnce;
+    if (gates) {
+      rows.gates = gates + step * problem.gate_stride_step + layer * problem.gate_stride_layer +
+                   batch * problem.gate_stride_batch;
+    }
+    T* to = total + step * total_stride;
+    plan.guarded[group] ? add_group<true>(rows, steps, problem.dim, to, total_stride)
+                        : add_group<false>(rows, steps, problem.dim, to, total_stride);
+    rows.ahead = 0;
   }
 }
 
 // `total` holds a row of whole vectors for every step.
 template <class T>
-void extrapolate_token(const TaylorProblem& problem, int64_t batch, int64_t token, T* total) {
+void extrapolate_token(const TaylorProblem& problem, const Plan<T>& plan, int64_t batch, int64_t token, T* total) {
   const int64_t dim = problem.dim, total_stride = round_up(dim, kLanes<T>);
   for (int64_t step = 0; step < problem.steps; ++step) {
     T* row = total + step * total_stride;
@@ -145,8 +180,11 @@ void extrapolate_token(const TaylorProblem& problem, int64_t batch, int64_t toke
       for (int64_t d = 0; d < total_stride; ++d) row[d] = 0;
     }
   }
-  with_elements(problem.snapshots, problem.snapshot_type,
-                [&](auto* snapshots) { add_layers(problem, snapshots, batch, token, total, total_stride); });
+  with_elements(problem.snapshots, problem.snapshot_type, [&](auto* snapshots) {
+    for (int64_t layer = 0; layer < problem.layers; ++layer) {
+      add_layer(problem, plan, snapshots, layer, batch, token, total, total_stride);
+    }
+  });
   with_elements(problem.out, problem.out_type, [&](auto* out) {
     for (int64_t step = 0; step < problem.steps; ++step) {
       write_row(total + step * total_stride, dim, out + ((step * problem.batch + batch) * problem.tokens + token) * dim);
@@ -154,11 +192,23 @@ void extrapolate_token(const TaylorProblem& problem, int64_t batch, int64_t toke
   });
 }
 
+// What a thread needs: cut out of `scratch`, which may be one that only counts.
+template <class T>
+struct Workspace {
+  Plan<T> plan;
+  T* total;
+
+  Workspace(const TaylorProblem& problem, Scratch& scratch)
+      : plan(problem, scratch), total(scratch.take<T>(problem.steps * round_up(problem.dim, kLanes<T>))) {}
+};
+
 template <class T>
 void extrapolate(const TaylorProblem& problem, int64_t begin, int64_t end, void* memory) {
-  T* total = Scratch(memory).take<T>(problem.steps * round_up(problem.dim, kLanes<T>));
+  Scratch scratch(memory);
+  Workspace<T> work(problem, scratch);
+  work.plan.fill(problem);
   for (int64_t row = begin; row < end; ++row) {
-    extrapolate_token(problem, row / problem.tokens, row % problem.tokens, total);
+    extrapolate_token(problem, work.plan, row / problem.tokens, row % problem.tokens, work.total);
   }
 }
 
@@ -167,6 +217,16 @@ HASTE_INLINE bool in_double(const TaylorProblem& problem) {
 }
 
 }  // namespace
+
+size_t taylor_extrapolate_scratch(const TaylorProblem& problem) {
+  Scratch counter(nullptr);
+  if (in_double(problem)) {
+    Workspace<double>(problem, counter);
+  } else {
+    Workspace<float>(problem, counter);
+  }
+  return counter.used();
+}
 
 void taylor_extrapolate(const TaylorProblem& problem, int64_t begin, int64_t end, void* scratch) {
   in_double(problem) ? extrapolate<double>(problem, begin, end, scratch)
