@@ -123,6 +123,17 @@ def test_not_a_number_stays_one(hopper):
     assert torch.equal(forward(hopper, tensors)[0].isnan(), lost)
 
 
+@pytest.mark.parametrize(("tokens", "heads"), ((70, 12), (130, 4)))
+def test_not_a_number_reaches_every_gradient_that_depends_on_it(hopper, tokens, heads):
+    """In the last head; those before it leave numbers where statistics lie, of tiles with larger maxima."""
+    tensors = operands(torch.bfloat16, heads=(heads, heads), tokens=tokens, dims=(16, 16))
+    tensors[0][0, :-1] *= 60
+    tensors[3][0, -1, 2, 5] = float("nan")  # a teacher's key, on which every query's sum depends
+    gradients = backward(hopper, tensors, torch.tensor(1.0).expand(1, heads, tokens))
+    for gradient in gradients.values():
+        assert gradient[0, -1].isnan().all() and not gradient[0, :-1].isnan().any()
+
+
 def test_teacher_behind_its_class_token(emulator, hopper):
     """Operands that begin one token into their memory, in a head and a batch among others."""
     tensors = operands(torch.float16, batch=2, tokens=41, dims=(64, 64))

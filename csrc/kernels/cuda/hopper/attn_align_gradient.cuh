@@ -44,7 +44,10 @@ constexpr int kChunkBytes = 16;
 // Up to here (in powers of 2) the maxima of a tile's logits let it be plain.
 constexpr float kLargestPlainMaximum = 64.f;
 
-__device__ inline bool is_plain(float2 softmax) { return fabsf(softmax.x) <= kLargestPlainMaximum; }
+// A sum that is NaN is not: its offset would look like the mark of a tile that is not plain.
+__device__ inline bool is_plain(float2 softmax) {
+  return fabsf(softmax.x) <= kLargestPlainMaximum && softmax.y == softmax.y;
+}
 
 // o of one query, from its {maximum, 1 / sum}; −∞, whose power is 0, where there is no query.
 __device__ inline float offset_of(float2 softmax) {
