@@ -19,21 +19,22 @@ typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));  // one per l
 typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halfwords __attribute__((vector_size(kVectorBytes / 2)));
 
-// 16-bit numbers to the low halves of 32-bit words, and back. (GCC 12 would convert whole vectors in pieces.)
+// 16-bit numbers to the upper halves of 32-bit words. (GCC 12 would convert whole vectors in pieces.)
 HASTE_INLINE Words load_halfwords(const void* from) {
 #if defined(__AVX512F__)
-  return Words(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+  return Words(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)))) << 16;
 #elif defined(__AVX2__)
-  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)))) << 16;
 #elif defined(__SSE2__)
-  return Words(_mm_unpacklo_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(from)), _mm_setzero_si128()));
+  return Words(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(static_cast<const __m128i*>(from))));
 #else
   Halfwords narrow;
   __builtin_memcpy(&narrow, from, sizeof narrow);
-  return __builtin_convertvector(narrow, Words);
+  return __builtin_convertvector(narrow, Words) << 16;
 #endif
 }
 
+// The low halves of 32-bit words to 16-bit numbers.
 HASTE_INLINE void store_halfwords(void* to, Words wide) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(__m512i(wide)));
@@ -57,7 +58,7 @@ HASTE_INLINE Vector<float> widen(const double* from) {
   return v;
 }
 
-HASTE_INLINE Vector<float> widen(const Bfloat* from) { return Vector<float>(load_halfwords(from) << 16); }
+HASTE_INLINE Vector<float> widen(const Bfloat* from) { return Vector<float>(load_halfwords(from)); }
 
 HASTE_INLINE Vector<float> widen(const Half* from) {
 #if defined(__AVX512F__)
@@ -67,7 +68,7 @@ HASTE_INLINE Vector<float> widen(const Half* from) {
 #else
   // Sign, exponent and mantissa moved to their places, then the difference of the biases as a factor: subnormal
   // numbers become normal by themselves. What was infinite or NaN comes out at 2^16 or more.
-  const Words moved = Words(Integers(load_halfwords(from) << 16) >> 3) & 0x8fffe000;
+  const Words moved = Words(Integers(load_halfwords(from)) >> 3) & 0x8fffe000;
   const Words scaled = Words(Vector<float>(moved) * 0x1p112f);
   const Words special = Words(Vector<float>(scaled & 0x7fffffff) >= 0x1p16f);
   return Vector<float>(scaled | (special & 0x7f800000));

@@ -107,9 +107,12 @@ HASTE_INLINE Vector<float> min<float>(Vector<float> a, Vector<float> b) {
 
 template <class T>
 HASTE_INLINE T sum(Vector<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {  // a tree: one addition waits for log2 others, not for all
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // Half of the lanes, as double. (GCC 12 converts whole vectors in pieces of two or four.)
