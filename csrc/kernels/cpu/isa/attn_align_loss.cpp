@@ -104,7 +104,6 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin;
   Workspace<T> work(problem, keys, scratch);
-  Ahead ahead(problem, block);
   pack_keys(problem, block, work);
 
   for (int64_t query = block.query_begin; query < block.query_end; query += kQueries<T>) {
@@ -115,8 +114,7 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
     for (int64_t key = 0; key < keys_seen; key += kKeys) {
       const int64_t count = least(kKeys, keys_seen - key);
       logits(problem, block, query, key, count, work);
-      work.softmax->template update<kKl>(work.student_logits, 1, work.teacher_logits, 1, count, exp<T>,
-                                          ahead);
+      work.softmax->template update<kKl>(work.student_logits, 1, work.teacher_logits, 1, count, exp<T>);
     }
     work.softmax->template finish<kKl>(rows, first_row(problem, block) + query, 1, queries);
   }
@@ -124,13 +122,12 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
 
 // The student's logits become their gradient, upstream · (e^{s − max_s} / Σ_s − e^{t − max_t} / Σ_t).
 template <class T>
-void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, Workspace<T>& work, Ahead& ahead) {
+void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, Workspace<T>& work) {
   for (int i = 0; i < kQueries<T>; i += kLanes<T>) {
     T *s = work.student_logits + i, *t = work.teacher_logits + i;
     const Vector<T> student_max = load(rows.student_max + i), student_factor = load(rows.student_factor + i);
     const Vector<T> teacher_max = load(rows.teacher_max + i), teacher_factor = load(rows.teacher_factor + i);
     for (int64_t key = 0; key < keys; ++key, s += kQueries<T>, t += kQueries<T>) {
-      if (key % kSummedAtOnce == 0) ahead.fetch();
       store(s, exp<T>(load(s) - student_max) * student_factor - exp<T>(load(t) - teacher_max) * teacher_factor);
     }
   }
@@ -149,9 +146,6 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
   const int64_t k_stride = key_stride(dim), q_stride = query_stride<T>(dim);
   const bool query_wanted = gradient.student_q.data, key_wanted = gradient.student_k.data;
   Workspace<T> work(problem, keys, scratch);
-  Ahead ahead(problem, block);
-  ahead.add_gradient(problem, gradient.student_k, problem.student_k, block);
-  ahead.add_gradient(problem, gradient.student_q, problem.student_q, block);
   pack_keys(problem, block, work);
   clear(work.key_gradient, padded_keys(keys) * q_stride);
 
@@ -167,7 +161,7 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
     for (int64_t key = 0; key < keys_seen; key += kKeys) {
       const int64_t count = least(kKeys, keys_seen - key);
       logits(problem, block, query, key, count, work);
-      logit_gradient(*work.rows, count, work, ahead);
+      logit_gradient(*work.rows, count, work);
       if (query_wanted) {
         add_query_gradient(work.student_k + key * k_stride, k_stride, count, work.student_logits, dim,
                            work.query_gradient);

@@ -52,6 +52,7 @@ void pack_rows(const AttnOperand& x, const AttnBlock& block, int64_t first, int6
                          block.head * x.stride_head + first * x.stride_token;
   for (int64_t i = 0; i < padded; ++i, from += x.stride_token) {
     if (i + kAhead < count) read_ahead(from + kAhead * x.stride_token, x.dim);
+    if (i < count) read_ahead(from + x.stride_head, x.dim);  // most often the thread's next task
     for (int64_t d = 0; d < stride; d += kWord) {
       const int64_t inside = i < count ? least(x.dim - d, kWord) : 0;
       const __m512i row = _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << inside) - 1), from + d);
@@ -111,7 +112,6 @@ bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
   student.pack_keys(block);
   teacher.pack_keys(block);
 
-  Ahead ahead(problem, block);
   const Engine engine;
   OnlineSoftmax<float, kQueries> softmax;
   for (int64_t query = block.query_begin; query < block.query_end; query += kQueries) {
@@ -124,8 +124,7 @@ bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
       const int64_t count = least(kStrip, keys_seen - key);
       student.multiply_strip(problem, block, query, key, count);
       teacher.multiply_strip(problem, block, query, key, count);
-      softmax.update<kKl>(student.logits, student.factor, teacher.logits, teacher.factor, count, exp2_short,
-                           ahead);
+      softmax.update<kKl>(student.logits, student.factor, teacher.logits, teacher.factor, count, exp2_short);
     }
     const int64_t row = first_row(problem, block) + query;
     softmax.finish<kKl>(rows, row, kLn2, queries);
@@ -203,10 +202,9 @@ struct Rows {
 
 // The strip of logits at hand becomes rows `first` to first + round_up(count, kStrip) of g; zeros past count.
 void round_gradient(const Rows& rows, const Side& student, const Side& teacher, int64_t first, int64_t count,
-                    GradientWork& work, Ahead& ahead) {
+                    GradientWork& work) {
   for (int i = 0; i < kQueries; i += 2 * L) {
     for (int64_t key = 0; key < round_up(count, kStrip); key += 2) {
-      if (key % (kSummedAtOnce / 2) == 0) ahead.fetch();  // once for two vectors of queries
       const float *s = student.logits + key * kQueries, *t = teacher.logits + key * kQueries;
       __m512i pair[2] = {};
       for (int r = 0; r < 2; ++r, s += kQueries, t += kQueries) {
@@ -232,9 +230,6 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
   teacher.pack_keys(block);
   work.pack_keys(student);
 
-  Ahead ahead(problem, block);
-  ahead.add_gradient(problem, gradient.student_k, problem.student_k, block);
-  ahead.add_gradient(problem, gradient.student_q, problem.student_q, block);
   const Engine engine;
   Rows rows;
   rows.factor_s = student.factor;
@@ -257,7 +252,7 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
         const int64_t count = least(kStrip, block_keys - key);
         student.multiply_strip(problem, block, query, first + key, count);
         teacher.multiply_strip(problem, block, query, first + key, count);
-        round_gradient(rows, student, teacher, key, count, work, ahead);
+        round_gradient(rows, student, teacher, key, count, work);
       }
       const int64_t depth = round_up(block_keys, kStrip);
       if (query_wanted) {

@@ -68,76 +68,6 @@ HASTE_INLINE void read_ahead(const Element* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(Element))) __builtin_prefetch(row + d, 0, 2);
 }
 
-// Fetches rows into the second-level cache, a few lines at a time in between other work: those of the next (batch,
-// head), and those that gradients will be written to. They lie on pages of their own, where the processor does not read
-// ahead by itself; fetched all at once they would be waited for.
-class Ahead {
- public:
-  // Where the block is a whole (batch, head). For one that is divided, the keys count little.
-  Ahead(const AttnAlignProblem& problem, const AttnBlock& block) {
-    const bool whole = block.query_end - block.query_begin == problem.tokens &&
-                       block.key_end - block.key_begin == problem.tokens;
-    const bool last_head = block.head + 1 == problem.heads;
-    if (!whole || (last_head && block.batch + 1 == problem.batch)) return;
-    const int64_t batch = block.batch + last_head, head = last_head ? 0 : block.head + 1;
-    for (const AttnOperand* x : {&problem.student_k, &problem.teacher_k, &problem.student_q, &problem.teacher_q}) {
-      with_elements(x->data, x->type, [&](auto* data) {
-        add(data + batch * x->stride_batch + head * x->stride_head, x->dim, x->stride_token, problem.tokens);
-      });
-    }
-    share_out(problem);
-  }
-
-  // Of the block itself; they come after what has been added before, and are wanted sooner.
-  void add_gradient(const AttnAlignProblem& problem, const AttnGradient& x, const AttnOperand& operand,
-                    const AttnBlock& block) {
-    if (!x.data || count_ == 0) return;
-    with_elements(x.data, operand.type, [&](auto* data) {
-      add(data + block.batch * x.stride_batch + block.head * x.stride_head, operand.dim, x.stride_token,
-          problem.tokens);
-    });
-    share_out(problem);
-  }
-
-  // Once for every kSummedAtOnce keys and vector of queries.
-  HASTE_INLINE void fetch() {
-    for (int64_t i = 0; i < lines_at_once_ && count_ > 0; ++i) {
-      Rows& rows = rows_[count_ - 1];
-      const char* line = rows.row + at_;
-      __builtin_prefetch(line, 0, 2);
-      at_ += 64;
-      if (at_ < rows.bytes) continue;
-      __builtin_prefetch(rows.row + rows.bytes - 1, 0, 2);  // a row may begin in the middle of a line
-      at_ = 0;
-      rows.row += rows.stride;
-      if (--rows.count == 0) --count_;
-    }
-  }
-
- private:
-  struct Rows {
-    const char* row;
-    int64_t bytes, stride, count;
-  };
-
-  template <class Element>
-  void add(const Element* first, int64_t dim, int64_t stride, int64_t count) {
-    constexpr int64_t size = sizeof(Element);
-    rows_[count_++] = {reinterpret_cast<const char*>(first), dim * size, stride * size, count};
-  }
-
-  void share_out(const AttnAlignProblem& problem) {
-    int64_t lines = 0;
-    for (int i = 0; i < count_; ++i) lines += (rows_[i].bytes + 63) / 64 * rows_[i].count;
-    const int64_t calls = problem.tokens / kLanes<float> * (problem.tokens / kSummedAtOnce);
-    lines_at_once_ = lines / (calls + 1) + 1;
-  }
-
-  Rows rows_[6];
-  int count_ = 0;
-  int64_t at_ = 0, lines_at_once_ = 0;
-};
-
 // `count` tokens from `first` on as rows of `stride` numbers of type T; zeros beyond dim, and in the rows from count
 // to `padded`.
 template <class T>
@@ -215,10 +145,9 @@ struct OnlineSoftmax {
 
   // One tile of logits, `keys` rows.
   template <bool kKl, class Exp>
-  HASTE_INLINE void update(const T* s, T student_factor, const T* t, T teacher_factor, int64_t keys, const Exp& exp,
-                           Ahead& ahead) {
+  HASTE_INLINE void update(const T* s, T student_factor, const T* t, T teacher_factor, int64_t keys, const Exp& exp) {
     for (int i = 0; i < Queries; i += kLanes<T>) {
-      update_lanes<kKl>(s + i, student_factor, t + i, teacher_factor, keys, exp, ahead, i);
+      update_lanes<kKl>(s + i, student_factor, t + i, teacher_factor, keys, exp, i);
     }
   }
 
@@ -242,20 +171,14 @@ struct OnlineSoftmax {
   }
 
  private:
-  // The maximum of a vector of queries over `keys` rows, in two chains: one would wait for itself.
-  static HASTE_INLINE Vector<T> top(const T* logits, int64_t keys) {
-    Vector<T> even = load(logits), odd = load(logits + (keys - 1) * Queries);
-    for (int64_t key = 1; key + 1 < keys; key += 2) {
-      odd = max<T>(load(logits + key * Queries), odd);
-      even = max<T>(load(logits + (key + 1) * Queries), even);
-    }
-    return max<T>(odd, even);
-  }
-
   template <bool kKl, class Exp>
   HASTE_INLINE void update_lanes(const T* s, T student_factor, const T* t, T teacher_factor, int64_t keys,
-                                 const Exp& exp, Ahead& ahead, int i) {
-    const Vector<T> top_s = top(s, keys), top_t = top(t, keys);
+                                 const Exp& exp, int i) {
+    Vector<T> top_s = load(s), top_t = load(t);
+    for (int64_t key = 1; key < keys; ++key) {
+      top_s = max<T>(load(s + key * Queries), top_s);
+      top_t = max<T>(load(t + key * Queries), top_t);
+    }
     const Vector<T> old_s = load(student_max + i), old_t = load(teacher_max + i);
     const Vector<T> max_s = max<T>(top_s * student_factor, old_s), max_t = max<T>(top_t * teacher_factor, old_t);
     Vector<T> sum_s{}, sum_t{}, x{};
@@ -272,7 +195,6 @@ struct OnlineSoftmax {
       sum_s += part_s;
       sum_t += part_t;
       x += part_x;
-      ahead.fetch();
     }
     const Vector<T> shrink_s = exp(old_s - max_s), shrink_t = exp(old_t - max_t);
     const Vector<T> old_sum_t = load(teacher_sum + i);

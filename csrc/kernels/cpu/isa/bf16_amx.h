@@ -67,7 +67,6 @@ HASTE_INLINE void multiply_tiles(Matrix<const uint16_t> left, Matrix<const uint3
 template <bool Accumulate>
 void multiply(Matrix<const uint16_t> left, Matrix<const uint32_t> right, int64_t rows, int64_t columns, int64_t depth,
               Matrix<float> sums) {
-  asm volatile("" ::: "memory");  // GCC 12's tile loads do not say that they read memory
   for (int64_t row = 0; row < rows; row += 2 * kTile) {
     const Matrix<const uint16_t> a{left.at(row, 0), left.stride};
     const bool two_rows = row + kTile < rows;

@@ -31,32 +31,18 @@ struct ExpConstants<double> {
   static constexpr int mantissa = 52, bias = 1023;
 };
 
-// e^f for |f| ≤ ln2/2.
-template <class T>
-HASTE_INLINE Vector<T> one_and_expm1(Vector<T> f) {
-  using C = ExpConstants<T>;
-  Vector<T> p = broadcast(C::polynomial[0]);
-  for (unsigned i = 1; i < sizeof C::polynomial / sizeof(T); ++i) p = p * f + C::polynomial[i];
-  return T(1) + (p * (f * f) + f);  // the sum with 1 last: half a unit is its rounding, the rest counts little
-}
-
 // e^x for x up to 88 (float) or 709 (double). e^x = 2^n · e^f with n the integer nearest to x / ln2; 2^n goes straight
 // into the exponent bits. NaN stays NaN.
 template <class T>
 HASTE_INLINE Vector<T> exp(Vector<T> x) {
   using C = ExpConstants<T>;
-#if defined(__AVX512F__)  // has instructions to round, and to multiply with 2^n
-  if constexpr (sizeof(T) == sizeof(float)) {
-    const Vector<float> n = Vector<float>(_mm512_roundscale_ps(__m512(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT));
-    const Vector<float> p = one_and_expm1<float>((x - n * C::ln2_high) - n * C::ln2_low);
-    const __mmask16 normal = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(C::lowest), _CMP_NLT_UQ);
-    return Vector<float>(_mm512_maskz_scalef_ps(normal, __m512(p), __m512(n)));
-  }
-#endif
   const Vector<T> clamped = max<T>(broadcast(C::lowest), x);
   const Vector<T> shifted = clamped * T(1.4426950408889634) + C::round;
   const Vector<T> n = shifted - C::round;
-  const Vector<T> p = one_and_expm1<T>((clamped - n * C::ln2_high) - n * C::ln2_low);
+  const Vector<T> f = (clamped - n * C::ln2_high) - n * C::ln2_low;
+  Vector<T> p = broadcast(C::polynomial[0]);
+  for (unsigned i = 1; i < sizeof C::polynomial / sizeof(T); ++i) p = p * f + C::polynomial[i];
+  p = T(1) + (p * (f * f) + f);  // the sum with 1 last: half a unit is its rounding, the rest counts little
   const Bits<T> scaled = Bits<T>(p) + (Bits<T>(shifted) << C::mantissa);
   return x < C::lowest ? Vector<T>{} : Vector<T>(scaled);
 }
