@@ -21,6 +21,7 @@ class Engine {
       uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
     } config;
     static_assert(sizeof config == 64, "as the instruction wants it");
+    asm volatile("" : : "r"(&config) : "memory");  // GCC 12's intrinsic says that it reads 8 bytes of it
     _tile_loadconfig(&config);
   }
   ~Engine() { _tile_release(); }
@@ -67,6 +68,7 @@ HASTE_INLINE void multiply_tiles(Matrix<const uint16_t> left, Matrix<const uint3
 template <bool Accumulate>
 void multiply(Matrix<const uint16_t> left, Matrix<const uint32_t> right, int64_t rows, int64_t columns, int64_t depth,
               Matrix<float> sums) {
+  asm volatile("" ::: "memory");  // GCC 12's tile loads do not say that they read memory: no store moves behind them
   for (int64_t row = 0; row < rows; row += 2 * kTile) {
     const Matrix<const uint16_t> a{left.at(row, 0), left.stride};
     const bool two_rows = row + kTile < rows;
