@@ -14,11 +14,14 @@ from torch import Tensor
 
 
 def below_autograd() -> AbstractContextManager:
-    """Calls under it go to the kernels at once.
+    """Calls under it go to the kernels at once, whatever their operands require."""
+    return torch._C._AutoDispatchBelowAutograd()
 
-    Not where a graph of the backward is asked for: there the operations themselves say that it cannot be had.
-    """
-    return nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+
+def below_autograd_in_backward() -> AbstractContextManager:
+    """Not where a graph of the backward is asked for: there the operations say that it cannot be had. Nor where torch
+    compiles it: it knows no such context, and needs none."""
+    return nullcontext() if torch.is_grad_enabled() or torch.compiler.is_compiling() else below_autograd()
 
 
 def reduce(rows: Tensor, reduction: str) -> Tensor:

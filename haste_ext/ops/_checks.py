@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,9 @@ def check_tensor(name: str, value: object, dim: int | None = None, layout: str =
     """A floating-point tensor of `dim` dimensions (any if None), on a device that this build serves."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be a torch.Tensor")
+    if value.layout != torch.strided or value.is_nested or value.is_mkldnn:
+        kind = "nested" if value.is_nested else f"of layout {value.layout}"
+        raise TypeError(f"{name} is {kind}; it must be a plain tensor with strides")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be float32, float64, float16 or bfloat16")
     if value.device.type == "cuda":
@@ -85,18 +89,18 @@ def check_reduction(reduction: object) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def check_int(name: str, value: object, low: int, high: int | None = None, what_high_is: str = "") -> None:
+def check_int(name: str, value: object, low: int, high: int, what_high_is: str) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be an int")
-    if high is None and value < low:
-        raise ValueError(f"{name} is {value}; it must be at least {low}")
-    if high is not None and not low <= value <= high:
+    if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must lie between {low} and {high}, {what_high_is}")
 
 
 def check_scale(name: str, value: object) -> None:
     if value is not None and (not isinstance(value, (int, float, torch.SymFloat)) or isinstance(value, bool)):
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be a number or None")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits; it must be a number that a float can hold")
 
 
 def refusal_of(check: Callable[..., None], arguments: tuple, error: Exception) -> Exception:

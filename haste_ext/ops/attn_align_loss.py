@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._autograd import below_autograd, reduce, upstream_of_rows
+from haste_ext.ops._autograd import below_autograd, below_autograd_in_backward, reduce, upstream_of_rows
 from haste_ext.ops._checks import (
     check_choice,
     check_int,
@@ -69,10 +69,20 @@ def attn_align_loss(
         student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, student_prefix, teacher_prefix,
         reduction, divergence, causal,
     )  # fmt: skip
+    if not _are_plain(arguments):
+        _check(*arguments)
     try:
         return torch.ops.haste.attn_align_loss.default(*arguments) if transformed else _with_gradient(*arguments)
     except Exception as error:  # refused down there: said again in Python's terms, so that good calls pay for no check
         raise refusal_of(_check, arguments, error) from None
+
+
+def _are_plain(arguments) -> bool:
+    """Whether the numbers are Python's own: torch would take a bool, or a tensor that waits for a gradient, for one."""
+    scales, prefixes = arguments[4:6], arguments[6:8]
+    return all(type(x) in (float, int, type(None)) for x in scales) and all(
+        type(x) is int for x in (*prefixes, arguments[10])
+    )
 
 
 def _check(
@@ -104,7 +114,7 @@ def _check(
         )
     check_reduction(reduction)
     check_choice("divergence", divergence, DIVERGENCES)
-    check_int("causal", causal, 0)
+    check_int("causal", causal, 0, 2**63 - 1, "the largest int64")
 
 
 def _rows(
@@ -147,7 +157,7 @@ class _AttnAlignLoss(torch.autograd.Function):
         student_q, student_k, teacher_q, teacher_k, *softmax = ctx.saved_tensors
         upstream = upstream_of_rows(grad_loss, ctx.rows, ctx.reduction)
         operands = _of_one_type(student_q, student_k, teacher_q, teacher_k)
-        with below_autograd():
+        with below_autograd_in_backward():
             grad_q, grad_k = torch.ops.haste.attn_align_loss_backward.default(
                 upstream, *operands, *softmax, *ctx.settings, need_q, need_k, ctx.causal
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._autograd import below_autograd, reduce, upstream_of_rows
+from haste_ext.ops._autograd import below_autograd, below_autograd_in_backward, reduce, upstream_of_rows
 from haste_ext.ops._checks import (
     check_reduction,
     check_same,
@@ -62,7 +62,7 @@ class _TokenCosineLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         student, teacher = ctx.saved_tensors  # not below autograd: activation checkpointing computes them here
         upstream = upstream_of_rows(grad_loss, ctx.rows, ctx.reduction)
-        with below_autograd():
+        with below_autograd_in_backward():
             return torch.ops.haste.token_cosine_loss_backward.default(upstream, student, teacher), None, None
 
 

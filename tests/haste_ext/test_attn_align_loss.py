@@ -218,8 +218,20 @@ REFUSED = {
         (q4,) * 4,
         {"divergence": "js"},
     ),
-    "negative mask": (ValueError, "causal is -1; it must be at least 0", (q4,) * 4, {"causal": -1}),
+    "negative mask": (ValueError, "causal is -1; it must lie between 0 and", (q4,) * 4, {"causal": -1}),
+    "mask beyond int64": (ValueError, "causal is 9223372036854775808; it must lie", (q4,) * 4, {"causal": 2**63}),
     "mask not an int": (TypeError, "causal is of type float; it must be an int", (q4,) * 4, {"causal": 1.0}),
+    "mask a bool": (TypeError, "causal is of type bool; it must be an int", (q4,) * 4, {"causal": True}),
+    "prefix a tensor": (TypeError, "student_prefix is of type Tensor", (q4,) * 4, {"student_prefix": torch.tensor(1)}),
+    "scale a bool": (TypeError, "student_scale is of type bool", (q4,) * 4, {"student_scale": True}),
+    "scale that waits for a gradient": (
+        TypeError,
+        "teacher_scale is of type Parameter; it must be a number or None",
+        (q4,) * 4,
+        {"teacher_scale": torch.nn.Parameter(torch.tensor(0.5))},
+    ),
+    "scale beyond float": (ValueError, "student_scale is an int of 1329 bits", (q4,) * 4, {"student_scale": 10**400}),
+    "sparse": (TypeError, "student_q is of layout torch.sparse_coo", (q4.to_sparse(), q4, q4, q4), {}),
     "device": (ValueError, "teacher_q has device meta", (q4, q4, q4.to("meta"), q4.to("meta")), {}),
 }
 

@@ -64,6 +64,33 @@ def test_a_loss_is_one_node_and_hands_its_kernels_one_number(operation, reductio
     assert seen.strides == loss.stride() if reduction == "none" else not any(seen.strides)
 
 
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+def test_beside_a_frozen_student_nothing_asks_for_a_gradient(operation, compiled, device):
+    """Though the teacher learns: the loss is a number, and what else is summed with it has its gradient."""
+    torch._dynamo.reset()
+    operands = operation.operands(device)
+    for x in operands[operation.differentiable :]:
+        x.requires_grad_()
+    loss = torch.compile(operation.ours, fullgraph=True, backend="aot_eager") if compiled else operation.ours
+    other = torch.ones((), device=device, requires_grad=True)
+    value = loss(*operands)
+    (value + other).backward()
+    assert not value.requires_grad and other.grad == 1 and all(x.grad is None for x in operands)
+
+
+@pytest.mark.parametrize("operation", LOSSES, ids=str)
+def test_the_backward_is_compiled_in_one_graph(operation, device):
+    torch._dynamo.reset()
+    operands = operation.operands(device)
+    expected = operation.results(operation.ours, operands)[1:]
+    student = [x.requires_grad_() for x in operands[: operation.differentiable]]
+    loss = operation.ours(*operands).sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        loss.backward()
+    assert_same([x.grad for x in student], expected)
+
+
 @pytest.mark.parametrize("use_reentrant", (False, True))
 @pytest.mark.parametrize("operation", LOSSES, ids=str)
 def test_activation_checkpointing_changes_no_bit(operation, use_reentrant, device):
