@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "csrc/kernels/cuda"
@@ -49,3 +51,15 @@ def compiler_release(nvcc: str | None) -> str:
     said = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True).stdout if nvcc else ""
     found = re.search(r"release ([\d.]+)", said)
     return found[1] if found else "unknown"
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Ends the program as argparse would: of the words on its command line, one cannot be used."""
+    print(sentence, file=sys.stderr)
+    sys.exit(2)
+
+
+def check_record(path: Path, tool: str) -> None:
+    """Refuses, before anything is built or counted, a RECORD that `tool` could not write."""
+    if path.is_dir() or not path.parent.is_dir():
+        refuse(f"RECORD is {path}; it must be a file in a folder that there is, for tools/{tool} to write")

@@ -61,7 +61,9 @@ def time_host(argv: Sequence[str]) -> int:
     """What each loss costs the host, beside a Function that does nothing."""
     from haste_ext.bench import host_time
 
-    args = cli.check_device(host_time.build_parser(), argv)
+    parser = host_time.build_parser()
+    args = cli.check_device(parser, argv)
+    cli.check_output(parser, args.output, "end in .json")
     document = host_time.run(args)
     print(host_time.table(document))
     if args.output:
@@ -84,7 +86,12 @@ def show(argv: Sequence[str]) -> int:
             continue
         from haste_ext.bench.plot import draw  # matplotlib is wanted here alone
 
-        for picture in draw(document, args.output or path.parent, path.stem):
+        folder = args.output or path.parent
+        try:
+            cli.check_folder(folder)
+        except OSError as error:
+            parser.error(f"no picture can be written to {folder} ({error.strerror}); --output must name a folder")
+        for picture in draw(document, folder, path.stem):
             print(f"wrote {picture}")
     return 0
 
@@ -101,6 +108,8 @@ def read(path: Path, parser: argparse.ArgumentParser) -> dict:
         parser.error(f"{path} cannot be read as JSON ({error}); it must be a file that --output wrote")
     if not isinstance(document, dict) or not {"machine", "settings", "roofline", "results"} <= document.keys():
         parser.error(f"{path} holds no results of this benchmark; it must be a file that --output wrote")
+    if not report.can_show(document):
+        parser.error(f"{path} holds no operations beside other ways; it must be one that --output wrote, not host's")
     return document
 
 

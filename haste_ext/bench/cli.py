@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,10 +108,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.batch and len(args.batch) not in (1, len(args.tokens)):
         parser.error(f"--batch has {len(args.batch)} values; it must have one, or one for each of the "
                      f"{len(args.tokens)} of --tokens")  # fmt: skip
-    if args.output and args.output.suffix not in (".json", ""):
-        parser.error(f"--output is {args.output}; it must end in .json or name a folder")
-    if args.output and args.output.suffix == "" and args.output.is_file():
-        parser.error(f"--output is {args.output}, a file; it must end in .json or name a folder")
+    check_output(parser, args.output, "end in .json or name a folder")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -125,6 +123,32 @@ def check_device(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
     if args.device == "cuda" and not haste_ext.build_info()["cuda"]:
         parser.error("--device is cuda; this build of haste_ext holds no CUDA kernels, so it must be cpu")
     return args
+
+
+def check_output(parser: argparse.ArgumentParser, output: Path | None, must: str) -> None:
+    """Refuses, before anything is measured, an --output that is not what it `must` be or cannot be written.
+
+    Makes the folder that is to hold it.
+    """
+    if output is None:
+        return
+    if output.suffix != ".json" and (output.suffix or "folder" not in must):
+        parser.error(f"--output is {output}; it must {must}")
+    try:
+        check_folder(output.parent if output.suffix else output)
+        if output.suffix:
+            with output.open("ab") as file:
+                empty = file.tell() == 0
+            if empty:
+                output.unlink()
+    except OSError as error:
+        parser.error(f"--output is {output}, which cannot be written ({error.strerror}); it must {must}")
+
+
+def check_folder(folder: Path) -> None:
+    """Makes it; OSError where nothing can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def cases_of(op: Operation, args: argparse.Namespace) -> list[Case]:

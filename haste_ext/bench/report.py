@@ -17,6 +17,15 @@ copy and matmul rates allow, over the time taken; above 100 % where a cache hold
 inputs and results. error: the largest against float64 over what is allowed: 2 × eager's in that type + a rounding."""
 
 
+def can_show(document: Mapping) -> bool:
+    """Whether its results are of operations beside other ways, measured on a machine that is described."""
+    described = {"haste_ext", "commit", "modified", "torch", "date", "gpu", "processor", "threads", "cpu_path"}
+    measured = {"operation", "mode", "case", "rows", "ours", "baseline"}
+    results = document["results"] if isinstance(document["results"], list) else []
+    holds = [(document["machine"], described), *((result, measured) for result in results)]
+    return bool(results) and all(isinstance(part, dict) and keys <= part.keys() for part, keys in holds)
+
+
 def headline(document: Mapping) -> str:
     machine, roofline = document["machine"], document["roofline"]
     versions = [f"haste_ext {machine['haste_ext']}{revision(machine)}", f"torch {machine['torch']}", machine["date"]]

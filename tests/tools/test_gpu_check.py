@@ -111,9 +111,6 @@ def test_without_a_gpu_one_sentence_says_so(tmp_path):
 
 def test_a_whole_rehearsal_leaves_few_files_beside_what_the_folder_holds(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "results.jsonl").write_text(
-        '{"stage": "smoke shared", "name": "of an earlier run", "result": "failed"}\n'
-    )
     result = gpu_check(tmp_path, "--rehearse", "--commit", "1234abc")
     assert result.returncode == 0, result.stdout + result.stderr
     files = {path.name for path in tmp_path.iterdir()}
@@ -127,6 +124,44 @@ def test_a_whole_rehearsal_leaves_few_files_beside_what_the_folder_holds(tmp_pat
     assert found["host_time"] == [stand_in.RESULT]
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert str(ROOT) not in text and "Rehearsal, on no GPU" in text and "- sanitizer: 2025.3.1.0" in text
+
+
+def state(folder: Path) -> dict[str, tuple[float, bytes]]:
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("by_environment", (False, True))
+@pytest.mark.parametrize("name", entry.FILES)
+def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_is(name, by_environment, tmp_path):
+    (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("of an earlier run")
+    before = state(tmp_path)
+    words = ([], {"env": {**os.environ, "OUT": str(tmp_path)}}) if by_environment else ([tmp_path], {})
+    result = gpu_check(*words[0], "--training", "--rehearse", **words[1])
+    assert result.returncode == 2 and result.stdout == ""
+    sentence = f"FOLDER is {tmp_path}, which holds {name}; it must hold no files of another run"
+    assert result.stderr.splitlines()[-1] == f"gpu_check: error: {sentence}"
+    assert state(tmp_path) == before
+
+
+def test_every_file_that_a_run_leaves_is_known_as_one(tmp_path):
+    assert gpu_check(tmp_path, "--rehearse").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} <= set(entry.FILES)
+    assert all(str(Path("F") / name) in gpu_check_commands() for name in ("train_step", "sampling"))
+
+
+def gpu_check_commands() -> list[str]:
+    run = Run(Path("F"), Path("S"), "none", 0.0)
+    return [word for what in ("training", "sampling") for stage in plan(what) for word in stage.command(run, GROUPS)]
+
+
+@pytest.mark.parametrize("folder", ("file", "file/below", "/proc", "/proc/below", "results"))
+def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "results/results.jsonl").mkdir(parents=True)
+    result = gpu_check(tmp_path / folder, "--rehearse")
+    assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"gpu_check: error: FOLDER is {tmp_path / folder}")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("fault", stand_in.FAULTS)
@@ -262,16 +297,44 @@ def test_results_that_are_cut_off_are_no_results(tmp_path):
     assert "its results cannot be used" in document(run)["stages"]["a broken build"]["note"]
 
 
-def test_told_to_end_it_ends_its_stage_and_leaves_what_it_has(tmp_path):
-    process = subprocess.Popen([*TOOL, tmp_path, "--rehearse", "correctness shared=hangs"], stdout=subprocess.DEVNULL)
-    wait_for(lambda: "correctness shared" in text(tmp_path / "results.jsonl"))
-    wait_for(lambda: "it hangs" in text(tmp_path / "stages.log"))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 143
-    wait_for(lambda: not stand_ins(tmp_path))
-    found = json.loads((tmp_path / "machine.json").read_text())
+def hanging(folder: Path, scratch: Path) -> subprocess.Popen:
+    """A rehearsal in a stage that hangs, past all that it prints."""
+    scratch.mkdir()
+    words = [*TOOL, folder, "--rehearse", "correctness shared=hangs"]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env={**os.environ, "TMPDIR": str(scratch)}, **streams)
+    wait_for(lambda: "it hangs" in text(folder / "stages.log"))
+    assert stand_ins(folder)
+    return process
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
+def test_told_to_end_it_ends_its_stage_and_leaves_what_it_has(number, tmp_path):
+    folder, scratch = tmp_path / "run", tmp_path / "scratch"
+    process = hanging(folder, scratch)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == (None, "") and process.returncode == 128 + number
+    wait_for(lambda: not stand_ins(folder))
+    assert list(scratch.iterdir()) == []
+    found = json.loads((folder / "machine.json").read_text())
     assert found["stages"]["timing hopper"]["status"] == "passed" and "correctness shared" not in found["stages"]
-    assert records.tally(tmp_path / "results.jsonl", "correctness shared").counts()["token_cosine_loss"]["passed"] == 4
+    assert records.tally(folder / "results.jsonl", "correctness shared").counts()["token_cosine_loss"]["passed"] == 4
+
+
+def test_killed_outright_it_leaves_no_program_behind(tmp_path):
+    process = hanging(tmp_path / "run", tmp_path / "scratch")
+    process.kill()
+    process.communicate(timeout=20)
+    wait_for(lambda: not stand_ins(tmp_path / "run"), seconds=2.0)  # with no limit the stand-in sleeps for an hour
+
+
+def test_a_process_that_ends_in_time_takes_its_watcher_along(tmp_path):
+    process = subprocess.Popen(["true"], start_new_session=True)
+    watchers = lambda: [p for p in Path("/proc").glob("[0-9]*/cmdline") if f"watcher\0{process.pid}\0" in text(p)]  # noqa: E731
+    with runner.tied(process):
+        wait_for(watchers)
+    assert watchers() == []
+    process.wait()
 
 
 def wait_for(condition, seconds=60.0):
@@ -282,7 +345,10 @@ def wait_for(condition, seconds=60.0):
 
 
 def text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def stand_ins(folder: Path) -> list[str]:

@@ -103,3 +103,31 @@ def test_a_rehearsal_is_no_run(tree):
     add_run(tree, "csrc/kernels/cuda/first.cu", rehearsal=True)
     result = ledger(tree, "check")
     assert result.returncode == 1 and "machine.json is of a rehearsal, which ran on no GPU" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    (
+        ('{"gpu": "NVIDIA H2', "cannot be read as JSON"),
+        ("[]", "does not say gpu, sanitizer, switches, verified"),
+        ('{"gpu": "NVIDIA H200", "sanitizer": null, "switches": {}}', "does not say verified"),
+        ('{"gpu": "NVIDIA H200", "switches": {}, "verified": []}', "does not say sanitizer, verified"),
+    ),
+)
+def test_a_run_that_is_not_whole_is_named(tree, words, sentence):
+    add_run(tree)
+    (tree / "benchmarks/gpu/2026-01-31-h200/machine.json").write_text(words)
+    for arguments in ([], ["check"], ["write"]):
+        result = ledger(tree, *arguments)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(f"benchmarks/gpu/2026-01-31-h200/machine.json {sentence}")
+    assert (tree / "haste_ext/README.md").read_text() == PAGE
+
+
+@pytest.mark.parametrize("flag", ("-h", "--help"))
+@pytest.mark.parametrize("tool", ("gpu_ledger", "kernel_counts", "kernel_resources"))
+def test_help_is_printed_to_whoever_asks_for_it(tool, flag):
+    result = subprocess.run([sys.executable, TOOLS / tool, flag], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "" and tool in result.stdout
+    wrong = subprocess.run([sys.executable, TOOLS / tool, "--nonsense"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr == result.stdout

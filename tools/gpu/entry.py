@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from kernel_sources import kernel_sources, source_hash
 
 from gpu import records, sanitizer
-from gpu.runner import ATTENTION, Run
+from gpu.runner import ATTENTION, LOG, Run
 from gpu.stage import Outcome
+
+FILES = (LOG, "results.jsonl", "machine.json", "benchmark.json", "summary.md", "train_step", "sampling")
+
+
+def claim(folder: Path) -> None:
+    """Begins the folder of a run with its log. What the folder holds stays as it is; another run's files may not be it.
+
+    Raises:
+        ValueError: the folder holds a run's files, or is none that can be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if held := [name for name in FILES if os.path.lexists(folder / name)]:
+            raise ValueError(f"FOLDER is {folder}, which holds {', '.join(held)}; it must hold no files of another run")
+        (folder / LOG).open("xb").close()  # of two runs that begin at once, one is told that it exists
+    except OSError as error:
+        raise ValueError(f"FOLDER is {folder}; it must be a folder that can be written ({error.strerror})") from error
 
 
 def keep(run: Run) -> None:

@@ -12,8 +12,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -190,7 +190,8 @@ def execute(stage: Stage, groups: Sequence[str], run: Run, limit: float) -> tupl
 def wait(process: subprocess.Popen, limit: float, grace: float) -> str:
     """For the end of the process, or for the end of its time; of its children none stays."""
     try:
-        code = process.wait(timeout=limit)
+        with tied(process):
+            code = process.wait(timeout=limit)
         return PASSED if code == 0 else CRASHED if code < 0 or code > 128 else FAILED  # a shell's word for a signal
     except subprocess.TimeoutExpired:
         return LATE
@@ -199,6 +200,20 @@ def wait(process: subprocess.Popen, limit: float, grace: float) -> str:
             os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # a kernel that hangs may hold its process for a while
             process.wait(timeout=grace / 2)
+
+
+@contextmanager
+def tied(process: subprocess.Popen) -> Iterator[None]:
+    """Should this process be killed outright, so is the group of `process`: the pipe to the watcher then ends."""
+    words = ["sh", "-c", 'read -r _; kill -s KILL -- "-$1"', "watcher", str(process.pid)]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    watcher = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True, **silent)
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.wait()
+        watcher.stdin.close()
 
 
 class Log:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import matplotlib.image
 import pytest
 import torch
 
-from haste_ext.bench import cli, plot
+from haste_ext.bench import cli, host_time, plot
 from haste_ext.bench.__main__ import main
 
+ROOT = Path(__file__).parents[3]
 TINY = ["--tokens", "9", "20", "--batch", "2", "--heads", "2", "--layers", "3", "--width", "48", "--feature-dim", "64"]
 FAST = ["--min-seconds", "0.001", "--threads", str(torch.get_num_threads())]
 CONTENDERS = {name: [contender.name for contender in op.contenders] for name, op in cli.OPERATIONS.items()}
@@ -209,9 +212,16 @@ def test_a_run_without_a_roofline_has_no_panel_for_it(document, tmp_path):
         (["--output", "run.txt"], "--output is run.txt; it must end in .json or name a folder"),
         (["plot", "nowhere.json"], "nowhere.json cannot be read as JSON"),
         (["table", __file__], "cannot be read as JSON"),
+        (["host", "--output", "host.txt"], "--output is host.txt; it must end in .json"),
+        (["host", "--output", "folder"], "--output is folder; it must end in .json"),
+        (["host", "--output", "/proc/below/host.json"], "--output is /proc/below/host.json, which cannot be written"),
+        (["--output", "/proc/below/run.json"], "--output is /proc/below/run.json, which cannot be written"),
+        (["--output", "/proc"], "--output is /proc, which cannot be written"),
     ),
 )
-def test_refusals(flags, sentence, capsys):
+def test_refusals(flags, sentence, capsys, monkeypatch):
+    monkeypatch.setattr("haste_ext.bench.__main__.describe_machine", None)  # nothing is measured
+    monkeypatch.setattr("haste_ext.bench.host_time.run", None)
     with pytest.raises(SystemExit) as stopped:
         main(flags)
     assert stopped.value.code == 2
@@ -231,6 +241,71 @@ def test_a_json_of_something_else_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plot", str(path)])
     assert "holds no results of this benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ("table", "plot"))
+@pytest.mark.parametrize("what", ("host", "rehearsal", "no results", "no rows"))
+def test_results_of_another_kind_are_refused(what, command, document, tmp_path, capsys):
+    content = json.loads(document.read_text())
+    if what == "host":
+        content["results"] = [host_time.measure(cli.OPERATIONS["token_cosine_loss"], "cpu", 0.001)]
+    elif what == "rehearsal":
+        content = json.loads(stand_in("benchmark"))
+    elif what == "no results":
+        content["results"] = []
+    else:
+        del content["results"][1]["rows"]
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stopped:
+        main([command, str(path)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == ""
+    assert f"{path} holds no operations beside other ways; it must be one that --output wrote" in said.err
+
+
+def stand_in(kind: str) -> str:
+    """What a rehearsal of tools/gpu_check has in place of a benchmark's JSON."""
+    code = "import stand_in, sys; print(stand_in.contents(sys.argv[1], ()))"
+    return subprocess.check_output([sys.executable, "-c", code, kind], cwd=ROOT / "tools/gpu", text=True)
+
+
+def test_what_is_kept_in_the_repository_can_be_shown(capsys):
+    paths = [path for name in cli.OPERATIONS for path in (ROOT / "benchmarks" / name).glob("*.json")]
+    assert paths and main(["table", *map(str, paths)]) == 0
+
+
+@pytest.mark.parametrize("kind", ("a folder", "a file as its folder"))
+@pytest.mark.parametrize("flags", (["host"], []))
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    kind, flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("haste_ext.bench.__main__.describe_machine", None)
+    monkeypatch.setattr("haste_ext.bench.host_time.run", None)
+    path = tmp_path / "run.json"
+    path.mkdir() if kind == "a folder" else path.write_text("mine")
+    path = path if kind == "a folder" else path / "run.json"
+    with pytest.raises(SystemExit):
+        main([*flags, "--output", str(path)])
+    assert f"--output is {path}, which cannot be written" in capsys.readouterr().err
+    assert kind == "a folder" or path.parent.read_text() == "mine"
+
+
+def test_an_output_that_can_be_written_stays_as_it_is_until_then(tmp_path):
+    parser, path = cli.build_parser(), tmp_path / "new" / "run.json"
+    cli.check_output(parser, path, "end in .json")
+    assert list(path.parent.iterdir()) == []
+    path.write_text("of an earlier run")
+    cli.check_output(parser, path, "end in .json")
+    assert path.read_text() == "of an earlier run"
+
+
+def test_a_folder_of_pictures_that_is_a_file_is_refused(document, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["plot", str(document), "--output", str(tmp_path / "file")])
+    said = capsys.readouterr().err
+    assert f"no picture can be written to {tmp_path / 'file'} (File exists); --output must name a folder" in said
 
 
 def test_host_time_of_each_loss_beside_a_function_that_does_nothing(tmp_path, capsys):

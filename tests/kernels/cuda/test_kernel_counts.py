@@ -121,3 +121,19 @@ def test_a_record_reads_as_it_was_written(counts, tmp_path):
     path = tmp_path / "record.txt"
     path.write_text(counts.lay_out(rows, "# nvcc 13.0: clocks"))
     assert counts.read_record(path) == (rows, "13.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    (
+        (["check", "/nope"], "RECORD is /nope; it must be a file that `tools/kernel_counts accept` wrote"),
+        (["check", __file__], f"RECORD is {__file__}; it must be a file that `tools/kernel_counts accept` wrote"),
+        (["accept", "/nope/r"], "RECORD is /nope/r; it must be a file in a folder that there is"),
+        (["loads", "/nope"], "SOURCE is /nope; it must be a .cu file of this tree"),
+        (["loads", __file__], f"SOURCE is {__file__}; it must be a .cu file of this tree"),
+    ),
+)
+def test_what_cannot_be_used_is_refused_in_a_sentence(arguments, sentence):
+    result = subprocess.run([sys.executable, TOOLS / "kernel_counts", *arguments], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(sentence)

@@ -155,3 +155,25 @@ def test_one_kernel_more_leaves_the_lines_of_the_others_as_they_are(tree):
     tree.compile(REPORT + longer)
     assert tree.run("accept").returncode == 0
     assert set(before) < set(record.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    (
+        (["check", "/nope"], "RECORD is /nope; it must be a file that `tools/kernel_resources accept` wrote"),
+        (["check", __file__], f"RECORD is {__file__}; it must be a file that `tools/kernel_resources accept` wrote"),
+        (["accept", "/nope/r"], "RECORD is /nope/r; it must be a file in a folder that there is"),
+        (["record", "/nope"], "COMMAND is /nope ..., which cannot be run (No such file or directory)"),
+        (["record", "", "/"], "COMMAND is / ..., which cannot be run (Permission denied)"),
+        (["table", "/nope"], "OBJECT is /nope, beside which no report lies"),
+    ),
+)
+def test_what_cannot_be_used_is_refused_in_a_sentence(tree, arguments, sentence):
+    result = tree.run(*arguments)
+    assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(sentence)
+
+
+def test_a_table_says_which_objects_have_no_report(tree):
+    lines = tree.run("table", tree.object, "/nope").stdout.splitlines()
+    assert lines[2:] == ["no report lies beside /nope", "1 kernels, 2 targets, 0 of them spill"]
