@@ -109,10 +109,17 @@ def _check_weights(weights: Tensor, snapshots: Tensor, shapes: list[tuple[int, .
     check_tensor("weights", weights)
     if weights.dtype != torch.float32:
         raise TypeError(f"weights has dtype {weights.dtype}; it must be float32")
-    if tuple(weights.shape) not in shapes:
+    if not any(_has_shape(weights, shape) for shape in shapes):
         must_be = must_be or " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be {must_be}")
     check_same("weights", weights, "snapshots", snapshots, "device")
+
+
+def _has_shape(value: Tensor, shape: tuple[int, ...]) -> bool:
+    """Size by size: under torch.compile they are symbols, of which a tuple in a list does not find its like."""
+    if value.dim() != len(shape):
+        return False
+    return all(size == must_be for size, must_be in zip(value.shape, shape, strict=True))
 
 
 def _check_optional(
@@ -121,7 +128,7 @@ def _check_optional(
     if value is None:
         return
     check_tensor(name, value)
-    if tuple(value.shape) != shape:
+    if not _has_shape(value, shape):
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
     check_same(name, value, "snapshots", snapshots, *(("dtype", "device") if same_type else ("device",)))
 

@@ -136,6 +136,27 @@ def test_opcheck_and_compile(device):
         assert torch.equal(compiled(*args), haste_ext.taylor_extrapolate_steps(*args))
 
 
+SIZES_THAT_COINCIDE = {  # layers, slots, then the sizes of weights
+    "one step": (2, 4, 1, 4),
+    "as many steps as slots": (2, 3, 3, 3),
+    "one step, weights per layer": (2, 3, 1, 2, 3),
+    "as many steps as layers": (2, 3, 2, 2, 3),
+    "all alike": (2, 2, 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("with_gates", [False, True])
+@pytest.mark.parametrize("sizes", SIZES_THAT_COINCIDE.values(), ids=SIZES_THAT_COINCIDE)
+def test_steps_compile_where_sizes_coincide(sizes, with_gates):
+    layers, slots, *shape = sizes
+    args = [torch.randn(layers, slots, 2, 5, 6), torch.randn(shape)]
+    if with_gates:
+        args.append(torch.randn(shape[0], layers, 2, 6))
+    torch._dynamo.reset()
+    compiled = torch.compile(haste_ext.taylor_extrapolate_steps, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), haste_ext.taylor_extrapolate_steps(*args))
+
+
 s4, w2 = torch.zeros(2, 3, 4, 8), torch.zeros(2)
 REFUSED = {
     "not a tensor": (TypeError, "snapshots is of type NoneType", (None, w2), {}),

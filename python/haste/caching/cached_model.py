@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haste.caching.corrections import MOST_AHEAD, Correction, Corrections
+from haste.caching.corrections import MOST_AHEAD, Correction, Corrections, Labels
 from haste.caching.forecaster import Forecaster
 from haste.caching.regions import Region
 from haste.caching.schedule import Course, Schedule
@@ -27,6 +27,7 @@ from haste.caching.transformers import PublicTransformer, Transformer
 from haste.errors import UserError
 from haste.sampling import Evaluation
 from haste.sampling.guidance import LABEL, Branches
+from haste.sampling.times import time_of
 
 
 class CachedModel(nn.Module):
@@ -65,7 +66,8 @@ class CachedModel(nn.Module):
         self.region_of = region_of
         self._ring = SnapshotRing(regions[0].modules, forecaster.order + 1)
         self._corrections = Corrections()
-        self._functions = [_Evaluations(transformer, region).functions for region in regions]
+        self._evaluations = [_Evaluations(transformer, region) for region in regions]
+        self._functions = [evaluations.functions for evaluations in self._evaluations]
         self._plan: list[Evaluation] | None = None
         self.training = model.training  # and every part of the model stays in its own mode
 
@@ -91,7 +93,11 @@ class CachedModel(nn.Module):
         return value
 
     def compile(self, **options: Any) -> CachedModel:
-        """Compiles both kinds of evaluation, each without a graph break; options as of torch.compile."""
+        """Compiles both kinds of evaluation, each without a graph break; options as of torch.compile.
+
+        What is made for several skipped evaluations at once is not compiled: it is little besides one kernel, and every
+        number of them would be another compilation.
+        """
         options = {"fullgraph": True, "dynamic": False, **options}
         self._functions = [
             {name: torch.compile(function, **options) for name, function in functions.items()}
@@ -100,7 +106,8 @@ class CachedModel(nn.Module):
         return self
 
     def capture(self) -> CachedModel:
-        """Has both kinds of evaluation captured in CUDA graphs when they are first run, and replayed from then on."""
+        """Has both kinds of evaluation captured in CUDA graphs when they are first run, and replayed from then on; but
+        not what is made for several at once, as with `compile`."""
         from haste.caching.graphs import GRAPHED
 
         device = next(self.model.parameters()).device
@@ -133,8 +140,7 @@ class CachedModel(nn.Module):
         Raises:
             UserError: a schedule, an order or a gate that makes no sense for so many steps.
         """
-        self._times_are_known = not isinstance(evaluations, Integral)  # NumPy's too
-        if not self._times_are_known:
+        if isinstance(evaluations, Integral):  # NumPy's too
             evaluations = [Evaluation(step, step, 1 - step / evaluations, LABEL) for step in range(evaluations)]
         plan = list(evaluations)
         self._num_steps = plan[-1].step + 1 if plan else 0
@@ -244,39 +250,44 @@ class CachedModel(nn.Module):
         """In one go where all branches have the same history, else branch by branch."""
         place = Place(evaluation.position, evaluation.time)
         weights = [self._weights(branch, place) for branch in evaluation.branches]
+        labels = Labels.of(y) if time_of(t) == evaluation.time else None
         if all(other == weights[0] for other in weights):
-            return self._forecast_rows(x, t, y, evaluation.branches, evaluation)
+            return self._forecast_rows(x, t, y, evaluation.branches, evaluation, labels)
         parts = [
-            self._forecast_rows(*inputs, (branch,), evaluation)
+            self._forecast_rows(*inputs, (branch,), evaluation, labels)
             for branch, *inputs in zip(evaluation.branches, *(v.chunk(len(weights)) for v in (x, t, y)), strict=True)
         ]
         return _concatenate(parts)
 
-    def _forecast_rows(self, x: Tensor, t: Tensor, y: Tensor, branches: Branches, evaluation: Evaluation) -> Any:
-        """The rows of branches that have the same history."""
+    def _forecast_rows(
+        self, x: Tensor, t: Tensor, y: Tensor, branches: Branches, evaluation: Evaluation, labels: Labels | None
+    ) -> Any:
+        """The rows of branches that have the same history. labels: those of the call; None if its time is not known to
+        be that of the plan."""
         functions, place = self._functions[self._region], Place(evaluation.position, evaluation.time)
         snapshots = self._ring.storage[:, :, self._rows(branches, len(x))]
         if "corrections" not in functions:
             return functions["skipped"](x, t, y, snapshots, self._on_device(self._weights(branches[0], place)))
-        correction = self._corrections.get(branches, place)
+        correction = self._corrections.get(branches, labels, place) if labels else None
         if correction is None:
-            correction = self._look_ahead(t, y, snapshots, branches, evaluation)
+            places = self._coming_places(evaluation) if labels and not self._step_is_full else [place]
+            made = self._make_corrections(t, y, snapshots, branches, places)
+            correction = made[place]
+            if len(made) > 1:
+                self._corrections.keep(branches, labels, made)
         return functions["corrected"](x, *correction)
 
-    def _look_ahead(
-        self, t: Tensor, y: Tensor, snapshots: Tensor, branches: Branches, evaluation: Evaluation
-    ) -> Correction:
-        """The correction of this evaluation; those of the coming ones are kept."""
-        places, times = [Place(evaluation.position, evaluation.time)], t
-        # A list of evaluations may count time otherwise than the model does: then the others' times are not known.
-        if self._times_are_known and not self._step_is_full and torch.equal(t, torch.full_like(t, evaluation.time)):
-            places = self._coming_places(evaluation)
-            times = torch.tensor([[place.time] for place in places], dtype=t.dtype, device=t.device)
+    def _make_corrections(
+        self, t: Tensor, y: Tensor, snapshots: Tensor, branches: Branches, places: list[Place]
+    ) -> dict[Place, Correction]:
+        """Those of the evaluations at these places; t (B,) is the time at the first."""
         weights = self._on_device([self._weights(branches[0], place) for place in places])
-        added, c = self._functions[self._region]["corrections"](times, y, snapshots, weights)
-        if len(places) > 1:
-            self._corrections.keep(branches, places, added, c)
-        return Correction(added[0], c[0])
+        if len(places) == 1:
+            made = self._functions[self._region]["corrections"](t, y, snapshots, weights)
+        else:  # neither compiled nor captured
+            times = torch.tensor([[place.time] for place in places], dtype=t.dtype, device=t.device)
+            made = self._evaluations[self._region].corrections(times, y, snapshots, weights)
+        return {place: Correction(*each) for place, *each in zip(places, *made, strict=True)}
 
     def _coming_places(self, evaluation: Evaluation) -> list[Place]:
         """Where this evaluation and those like it up to the next full step look, each place once."""

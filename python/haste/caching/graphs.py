@@ -3,8 +3,7 @@
 A replay reads and writes the memory that was there at capture. Images, times, labels and weights are therefore copied
 into tensors that stay; the snapshots stay by themselves, and a full evaluation writes its features into a tensor of its
 own, which is copied to the ring's slot of the moment. So one graph of each kind serves all steps and slots. Where
-guidance changes the batch, the snapshots move, or corrections are made for another number of evaluations, others are
-captured.
+guidance changes the batch, or the snapshots move, others are captured.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class GraphedSkipped(_Graphed):
 
 
 class GraphedCorrections(_Graphed):
-    """corrections(t, y, snapshots, weights), replayed; the snapshots are read where they are."""
+    """corrections(t, y, snapshots, weights) of one evaluation, replayed; the snapshots are read where they are."""
 
     def __call__(self, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         output = self._run((t, y, weights), (snapshots,), lambda t, y, weights, kept: (t, y, kept, weights))

@@ -5,7 +5,8 @@ The probability-flow ODE  dx = v dt  and the SDE  dx = (v − g·s/2) dt + √g 
 the model is called in its own type.
 
 A model may have a method `start(evaluations)`. It is called once, before the first evaluation, with the list of all
-that will follow: what feature caching plans its full and its skipped steps by.
+that will follow: what feature caching plans its full and its skipped steps by. The times that it is called with
+tell their value to `haste.sampling.times.time_of`, and all calls of the same branches have the same tensor of labels.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from haste.errors import UserError
 from haste.sampling.guidance import BOTH, LABEL, NULL, Branches, Guidance
+from haste.sampling.times import times_at
 from haste.transport import get_path, score_from_velocity
 
 SAMPLERS = ("euler", "heun", "euler-maruyama")
@@ -165,8 +167,7 @@ def _guided_velocity(
         rounded, outputs = x.to(dtype), []
         for branches in calls:
             batch = rounded if len(branches) == 1 else torch.cat([rounded] * len(branches))
-            times = torch.full((len(batch),), t.item(), dtype=dtype, device=x.device)
-            v = model(batch, times, of_branches[branches])
+            v = model(batch, times_at(t.item(), len(batch), dtype, x.device), of_branches[branches])
             outputs += (v if isinstance(v, Tensor) else v[0]).double().chunk(len(branches))
         if len(outputs) == 1:
             return outputs[0]

@@ -329,6 +329,25 @@ def test_compiled_without_a_graph_break_it_draws_the_same(granularity):
     torch.testing.assert_close(sample(compiled, noise, labels, **settings), eager, rtol=1e-4, atol=1e-5)
 
 
+MANY_GAPS = {"full_steps": "0,2,5,9,14,20,27,35,44,46", "order": 1}  # 1 to 8 skipped steps in a row
+
+
+@pytest.mark.parametrize(
+    "settings, lengths, batches",
+    [({"interval": 4, "order": 1}, range(6, 10), (1, 2, 3)), (MANY_GAPS, [48], (2,))],
+)
+def test_compiled_any_number_of_skipped_steps_in_a_row_is_served(settings, lengths, batches):
+    torch._dynamo.reset()
+    compiled = cache(small_sit(), **settings).compile(backend="aot_eager")
+    guided = {"cfg_scale": 2.0, "guidance_low": 0.5, "null_label": 10} if len(batches) == 1 else {}
+    for num_steps in lengths:
+        for batch in batches:
+            noise, labels = small_noise(batch)
+            images = sample(compiled, noise, labels, num_steps=num_steps, **guided)
+            eager = sample(cache(small_sit(), **settings), noise, labels, num_steps=num_steps, **guided)
+            torch.testing.assert_close(images, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_what_the_model_has_the_cache_has():
     model = small_sit()
     cached = cache(model, interval=2, order=1)

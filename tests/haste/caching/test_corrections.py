@@ -6,7 +6,7 @@ import pytest
 import torch
 from caching_models import small_noise, small_sit
 from haste.caching import CachedModel, wrap
-from haste.caching.corrections import MOST_AHEAD, Corrections
+from haste.caching.corrections import MOST_AHEAD, Correction, Corrections, Labels
 from haste.caching.snapshots import Place
 from haste.sampling import Evaluation, evaluations, sample
 
@@ -89,23 +89,71 @@ def run_at(cached: CachedModel, times: list[float]) -> list[torch.Tensor]:
     return [cached(noise * t, torch.full((2,), t, dtype=torch.float64), labels).velocity for t in times]
 
 
-def test_times_that_are_not_known_are_not_guessed(passes):
-    """A number of steps says nothing of the times that the loop will ask for: each has its own gates."""
+@pytest.mark.parametrize("plan", [6, evaluations("euler", 6), [Evaluation(i, i, 1000 - 100 * i) for i in range(6)]])
+def test_in_a_loop_of_ones_own_no_times_are_guessed(plan, passes):
+    """Neither a number of steps nor a list of evaluations says at which times the loop calls: each has its gates."""
     times = [1.0, 0.9, 0.7, 0.4, 0.2, 0.1]
-    by_number, by_list = cache(), cache()
-    by_number.start(6)
-    by_list.start([Evaluation(step, step, t) for step, t in enumerate(times)])
-    results = [run_at(cached, times) for cached in (by_number, by_list)]
-    assert passes == [(1, 2)] * 3 + [(3, 2)]
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-
-
-def test_a_list_in_another_unit_of_time_than_the_models_is_not_trusted(passes):
-    times = [1.0, 0.9, 0.7, 0.4, 0.2, 0.1]
-    cached, expected = cache(), cache(num_steps=6)
-    cached.start([Evaluation(step, step, 1000 * t) for step, t in enumerate(times)])
-    torch.testing.assert_close(run_at(cached, times), run_at(expected, times), rtol=1e-9, atol=1e-9)
+    cached, expected = cache(), cache()
+    cached.start(plan)
+    expected.start(evaluations("euler", 6))
+    torch.testing.assert_close(run_at(cached, times), run_at(expected, times), rtol=0, atol=0)
     assert passes == [(1, 2)] * 6
+
+
+@pytest.mark.parametrize("changed", ["labels", "times"])
+@torch.no_grad()
+def test_a_list_of_evaluations_does_not_fix_what_the_loop_calls_with(changed):
+    """From the second skipped step on the loop calls with other labels, or with times off the grid."""
+    noise, labels = small_noise(dtype=torch.float64)
+    by_number, by_list, unchanged = cache(num_steps=6), cache(evaluations=evaluations("euler", 6)), cache(num_steps=6)
+    for step in range(6):
+        t = torch.full((2,), 1 - step / 6, dtype=torch.float64)
+        y = labels
+        plain = unchanged(noise, t, y).velocity
+        if step > 2:
+            t, y = (t, y + 5) if changed == "labels" else (t - 0.05, y)
+        expected = by_number(noise, t, y).velocity
+        assert torch.equal(by_list(noise, t, y).velocity, expected)
+        assert torch.equal(expected, plain) == (step <= 2)
+
+
+class Between:
+    """What stands between the sampler and the cached model, and calls it with other arguments."""
+
+    def __init__(self, model: CachedModel, change) -> None:
+        self.model, self.change, self.start, self.dtype = model, change, model.start, model.dtype
+        self.calls = 0
+
+    def __call__(self, x, t, y):
+        self.calls += 1
+        return self.model(x, *self.change(t, y, self.calls))
+
+
+BETWEEN = {
+    "other labels": lambda t, y, call: (t, (y + call) % 10),
+    "labels written to": lambda t, y, call: (t, y.add_(1)),
+    "other times": lambda t, y, call: (t - 0.01 * call, y),
+    "times written to": lambda t, y, call: (t.sub_(0.01 * call), y),
+    "other times from the second skipped step on": lambda t, y, call: (t - 0.01 if call > 3 else t, y),
+    "labels copied": lambda t, y, call: (t, y.clone()),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
+def test_what_was_made_for_other_labels_or_times_is_not_used(change):
+    noise, labels = small_noise(dtype=torch.float64)
+    images = [
+        sample(Between(cached, change), noise, labels.clone(), num_steps=6) for cached in (cache(), one_by_one(cache()))
+    ]
+    torch.testing.assert_close(*images, rtol=1e-9, atol=1e-9)
+
+
+def test_in_inference_mode_a_run_looks_ahead_too(passes):
+    noise, labels = small_noise(dtype=torch.float64)
+    expected = sample(cache(), noise, labels, num_steps=6, **GUIDED)
+    with torch.inference_mode():
+        assert torch.equal(sample(cache(), noise, labels, num_steps=6, **GUIDED), expected)
+    assert passes == [(3, 4)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,11 +167,15 @@ def test_the_models_own_rounding_of_a_time_is_known(dtype, passes):
 def test_what_is_held_is_counted_and_forgotten():
     held = Corrections()
     places = [Place(1, 0.5), Place(2, 0.25)]
-    held.keep(("label",), places, torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 8))
+    y = torch.arange(3)
+    made = Correction(torch.zeros(3, 4, 8), torch.zeros(3, 8))
+    held.keep(("label",), Labels.of(y), dict.fromkeys(places, made))
     assert held.most_bytes == 2 * 3 * 5 * 8 * 4
-    assert held.get(("label",), places[1]).added.shape == (3, 4, 8) and held.get(("null",), places[1]) is None
+    assert held.get(("label",), Labels.of(y), places[1]).added.shape == (3, 4, 8)
+    assert held.get(("null",), Labels.of(y), places[1]) is None
+    assert held.get(("label",), Labels.of(y.clone()), places[1]) is None
     held.clear()
-    assert held.get(("label",), places[1]) is None and held.most_bytes > 0
+    assert held.get(("label",), Labels.of(y), places[1]) is None and held.most_bytes > 0
     held.start()
     assert held.most_bytes == 0
 
