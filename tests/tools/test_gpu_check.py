@@ -109,6 +109,12 @@ def test_without_a_gpu_one_sentence_says_so(tmp_path):
     assert result.stderr == "gpu_check needs a GPU and a CUDA build of torch, and torch finds none here\n"
 
 
+def test_a_folder_in_which_nothing_was_begun_serves_again(tmp_path):
+    for _ in range(2):
+        assert gpu_check(tmp_path, "--rehearse", "probe=fails").returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_whole_rehearsal_leaves_few_files_beside_what_the_folder_holds(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = gpu_check(tmp_path, "--rehearse", "--commit", "1234abc")
