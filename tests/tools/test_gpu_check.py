@@ -308,10 +308,17 @@ def hanging(folder: Path, scratch: Path) -> subprocess.Popen:
     scratch.mkdir()
     words = [*TOOL, folder, "--rehearse", "correctness shared=hangs"]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(words, env={**os.environ, "TMPDIR": str(scratch)}, **streams)
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    process = subprocess.Popen(words, env=environment, preexec_fn=heed_signals, **streams)
     wait_for(lambda: "it hangs" in text(folder / "stages.log"))
     assert stand_ins(folder)
     return process
+
+
+def heed_signals() -> None:
+    """The tests themselves may run where some are ignored, as under nohup, which a program inherits."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
