@@ -1,4 +1,5 @@
-// A few neighbouring elements per thread, mostly eight: how the pointwise kernels read and write rows of any type and alignment.
+// A few neighbouring elements per thread, mostly eight: how the pointwise kernels read and write rows of any type and
+// alignment.
 #pragma once
 
 #include "arch.cuh"
