@@ -26,7 +26,7 @@ from haste.evaluation.pictures import draw_advantage, draw_scores
 from haste.evaluation.scores import evaluate_checkpoints, load_yardstick
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import run_checkpoints
-from haste.training.checkpoint import write_atomically
+from haste.io import write_text
 from haste.training.config import TrainConfig
 from haste.training.recipes import recipe_config
 from haste.training.trainer import train
@@ -117,7 +117,7 @@ def do_run(args: Args, method: str, seed: int) -> None:
         "distance_between_halves_of_the_real_digits": yardstick.halves,
         "settings": asdict(yardstick.judge.settings),
     }
-    write_atomically(RESULTS, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
+    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
 
 
 def provenance() -> dict[str, Any]:
@@ -172,7 +172,7 @@ def write_table(results: dict[str, Any]) -> None:
             if spreads is not None:
                 cells = [f"{cell} ± {spread:.{digits}f}" for cell, spread in zip(cells, spreads, strict=True)]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    write_atomically(HERE / "results.md", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+    write_text(HERE / "results.md", "\n".join(lines) + "\n")
 
 
 def describe(results: dict[str, Any]) -> str:

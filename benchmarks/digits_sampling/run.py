@@ -22,6 +22,7 @@ from haste.evaluation.features import load_extractor
 from haste.evaluation.reference import load_reference
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student
+from haste.io import write_text
 from haste.sweep.advice import describe, good_enough, recommend
 from haste.sweep.measure import Sweep
 from haste.sweep.plot import draw_sweep
@@ -30,7 +31,6 @@ from haste.sweep.quality import Quality
 from haste.sweep.records import RecordBook
 from haste.sweep.rows import Row, average, make_rows
 from haste.sweep.table import LEGEND, markdown
-from haste.training.checkpoint import write_atomically
 from haste.training.recipes import recipe_config
 from haste.training.trainer import train
 from tqdm import tqdm
@@ -93,14 +93,14 @@ def main(args: Args) -> None:
     if not args.draw_only:
         records = {seed: measure(args, seed) for seed in args.seeds}
         document = {"machine": describe_machine("cpu"), "records": {str(seed): own for seed, own in records.items()}}
-        write_atomically(results, lambda temporary: temporary.write_text(json.dumps(document, indent=1) + "\n"))
+        write_text(results, json.dumps(document, indent=1) + "\n")
     document = json.loads(results.read_text())
     rows = average([make_rows(records) for records in document["records"].values()])
     guided = guidance(rows[0].settings.cfg_scale)
     title = f"Digits, SiT trained with HASTE, {guided}: mean over {len(document['records'])} seed(s)"
     draw_sweep(args.output / "results.png", rows, title=title, chosen=recommend(rows, TOLERANCE))
     text = write_up(document, rows)
-    write_atomically(args.output / "results.md", lambda temporary: temporary.write_text(text))
+    write_text(args.output / "results.md", text)
     print(text)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from cases import Case, make_case
 from haste.errors import UserError
-from haste.training.checkpoint import write_atomically
+from haste.io import write_text
 from report import report, section
 from rounds import measure
 from transformers.utils.logging import disable_progress_bar
@@ -82,7 +82,7 @@ def main(args: Args) -> None:
             print(f"{section(result)}\n", flush=True)
             keep(folder, result)
     document = read(folder)
-    write_atomically(folder / "results.md", lambda temporary: temporary.write_text(report(document)))
+    write_text(folder / "results.md", report(document))
     drawn = draw_if_possible(document, folder / "results.png")
     if args.draw_only:
         print(report(document))
@@ -125,7 +125,7 @@ def keep(folder: Path, result: dict[str, Any]) -> None:
     places = [place for place, other in enumerate(results) if other["case"] == result["case"]] or [len(results)]
     results[places[0] : places[0] + 1] = [result]
     text = json.dumps({"results": results}, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / "results.json", lambda temporary: temporary.write_text(text))
+    write_text(folder / "results.json", text)
 
 
 def read(folder: Path) -> dict[str, Any]:

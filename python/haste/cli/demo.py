@@ -20,7 +20,7 @@ from typing import Any
 from haste.caching import FAST
 from haste.cli import evaluate, sample, train
 from haste.errors import UserError
-from haste.training.checkpoint import write_atomically
+from haste.io import write_text
 from haste.training.config import TrainConfig
 from haste.training.recipes import recipe_config
 
@@ -168,7 +168,7 @@ class StageClock:
                 entry["seconds"] += perf_counter() - begin
                 entry["complete"] = complete
                 text = json.dumps(self.known, indent=2) + "\n"
-                write_atomically(self.path, lambda temporary: temporary.write_text(text))
+                write_text(self.path, text)
 
     def seconds(self) -> dict[str, float]:
         """Seconds per stage of this start, by title."""

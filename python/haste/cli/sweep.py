@@ -188,10 +188,10 @@ def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
 
 def write_table(path: Path, rows: list[Row], title: str, shared: dict, advice: str) -> None:
     """The table with what it takes to read it."""
-    from haste.training.checkpoint import write_atomically
+    from haste.io import write_text
 
     machine = shared["machine"]
     where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} thread(s)"
     made = f"Batches of {shared['batch']}; torch {machine['torch']}, {where}. Distance by {shared['judged_by']}."
     text = "\n\n".join([f"# {title}", f"![]({PLOT})", markdown(rows).rstrip(), LEGEND, made, advice]) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)

@@ -20,7 +20,7 @@ from PIL import Image
 from haste.data.repa_layout import IMAGES, LATENTS, RECORD, image_name, latent_name
 from haste.data.sources import LABEL_FILE, PictureSource
 from haste.errors import UserError
-from haste.training.checkpoint import remove_leftovers, write_atomically
+from haste.io import remove_leftovers, write_atomically, write_text
 from haste.vae import LatentFormat
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Destination:
 
     def _write_json(self, path: Path, content: dict[str, Any], indent: int | None = None) -> None:
         text = json.dumps(content, indent=indent) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_text(path, text)
 
     def present(self, kind: Kind) -> set[int]:
         """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from haste.errors import UserError, in_one_line
-from haste.training.checkpoint import write_atomically
+from haste.io import write_atomically
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from haste.data.digits import load_digits
 from haste.errors import UserError
 from haste.evaluation.images import to_uint8
-from haste.training.checkpoint import write_atomically
+from haste.io import write_atomically
 
 logger = logging.getLogger(__name__)
 

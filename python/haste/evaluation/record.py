@@ -15,7 +15,7 @@ from typing import Any
 
 from haste.errors import UserError
 from haste.evaluation.metrics import Result
-from haste.training.checkpoint import write_atomically
+from haste.io import write_text
 
 
 def beside(samples: Path, ending: str) -> Path:
@@ -40,7 +40,7 @@ def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, An
     settings = json.loads(json.dumps(settings))  # as it will be read: tuples become lists
     others = [entry for entry in read_evaluations(path) if entry["settings"] != settings]
     text = json.dumps({"evaluations": [*others, {"settings": settings, **measured}]}, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)
 
 
 def metrics_record(results: Sequence[Result]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from haste.evaluation.judge import Judge, JudgeSettings, load_judge, real_digits
 from haste.generation.drawing import Sampler
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student
-from haste.training.checkpoint import write_atomically
+from haste.io import write_text
 
 RECORDS = "evaluation.jsonl"
 BATCH = 250  # pictures drawn at once when a checkpoint is scored
@@ -141,7 +141,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add one line; the file is replaced whole, so that a kill leaves the old lines or the new."""
     text = "".join(json.dumps(line) + "\n" for line in [*read_records(path), record])
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)
 
 
 def alignment_end(run: Path) -> int | None:

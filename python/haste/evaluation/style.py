@@ -16,7 +16,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from haste.training.checkpoint import write_atomically
+from haste.io import write_atomically
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 from haste.errors import UserError
 from haste.evaluation.images import picture_path, read_picture, write_npz, write_picture
 from haste.generation.labels import shorten
-from haste.training.checkpoint import remove_leftovers, write_atomically
+from haste.io import remove_leftovers, write_text
 
 RECORD = "sample.json"
 
@@ -136,7 +136,7 @@ class SampleFolder:
             record["full_steps"] = self.full_steps
         text = json.dumps(record, indent=2) + "\n"
         try:
-            write_atomically(self.path / RECORD, lambda temporary: temporary.write_text(text))
+            write_text(self.path / RECORD, text)
         except OSError as error:
             raise UserError(f"the sample folder {self.path} cannot be written: {error.strerror}") from error
 

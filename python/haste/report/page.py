@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from haste.io import write_text
 from haste.report.style import STYLE_SHEET
-from haste.training.checkpoint import write_atomically
 
 
 def render_page(title: str, lead: str, *parts: str) -> str:
@@ -28,7 +28,7 @@ def render_page(title: str, lead: str, *parts: str) -> str:
 
 def write_page(path: Path, html: str) -> None:
     """Write the document, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    write_text(path, html)
 
 
 def facts(*pairs: tuple[str, str]) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import pickle
 import random
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 
 from haste.errors import UserError
+from haste.io import write_atomically
 from haste.models.sit import SiT
 from haste.training.config import TrainConfig
 from haste.training.interchange import Weights, infer_model_config, to_our_conventions
@@ -42,33 +41,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{step:07d}.pt"
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call write(temporary path), push it to the disk, then give it its name: a kill leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name is on the disk as well
-    finally:
-        os.close(folder)
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-
-
-def require_space(folder: Path, size: int) -> None:
-    """OSError if there are not so many bytes free on the disk of `folder`, which exists."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(f"{folder} has {free / 2**30:.1f} GiB free, and a checkpoint takes {size / 2**30:.1f} GiB")
 
 
 def read_file(path: Path) -> Checkpoint:
@@ -95,12 +69,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not checkpoint.keys() >= PUBLIC_KEYS:
         raise BrokenCheckpoint(f"{path} lacks model, ema, opt, args or steps")
     return checkpoint
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a kill in the middle of a write has left."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def remove_old(folder: Path, keep: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.errors import UserError, in_one_line
-from haste.training.checkpoint import remove_leftovers, require_space, write_atomically
+from haste.io import remove_leftovers, require_space, write_text
 from haste.training.config import TrainConfig, differing_settings
 
 
@@ -33,7 +33,7 @@ class RunFolder:
         text = json.dumps(asdict(self.config), indent=2) + "\n"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._settings, lambda temporary: temporary.write_text(text))
+            write_text(self._settings, text)
             remove_leftovers(self.checkpoints)
             require_space(self.checkpoints, checkpoint_size)
         except OSError as error:
@@ -66,7 +66,7 @@ class RunFolder:
             return
         kept = [line for line in self._log.read_text().splitlines() if _step_of(line) <= step]
         text = "".join(line + "\n" for line in kept)
-        write_atomically(self._log, lambda temporary: temporary.write_text(text))
+        write_text(self._log, text)
 
 
 def _step_of(line: str) -> float:

@@ -27,6 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from haste.alignment import Aligner, choose_layer_map
 from haste.data import Batch, TrainingData, load_dataset
 from haste.errors import UserError, in_one_line
+from haste.io import require_space
 from haste.models.attention import check_backend
 from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
 from haste.training.checkpoint import (
@@ -36,7 +37,6 @@ from haste.training.checkpoint import (
     read_newest_checkpoint,
     read_student,
     remove_old,
-    require_space,
     restore_rng,
     save_checkpoint,
 )

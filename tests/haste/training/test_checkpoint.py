@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from haste.errors import UserError
+from haste.io import remove_leftovers, write_atomically
 from haste.training.checkpoint import (
     BrokenCheckpoint,
     capture_rng,
@@ -16,10 +17,8 @@ from haste.training.checkpoint import (
     load_model,
     read_checkpoint,
     read_newest_checkpoint,
-    remove_leftovers,
     restore_rng,
     save_checkpoint,
-    write_atomically,
 )
 from haste.training.trainer import train
 

@@ -192,14 +192,14 @@ def test_only_the_newest_checkpoints_are_kept(make_config):
 
 
 def test_a_full_disk_is_reported_before_the_first_step(make_config, monkeypatch):
-    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"cannot be used: .*checkpoints has 0.0 GiB free, and a checkpoint takes"):
+    monkeypatch.setattr("haste.io.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"cannot be used: .*checkpoints has 0.00 GiB free, and a checkpoint takes"):
         train(make_config())
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_steps_and_no_older_checkpoint(make_config, monkeypatch, caplog):
     free = iter([10**12, 10**12, 0, 10**12, 10**12, 10**12])
-    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    monkeypatch.setattr("haste.io.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
     with caplog.at_level(logging.ERROR):
         folder = train(make_config(logging_steps=2, keep=1, checkpointing_steps=3, max_train_steps=8)).folder
     assert "0000006.pt could not be written, and training goes on: " in caplog.text
@@ -209,9 +209,9 @@ def test_a_disk_that_is_full_for_a_while_costs_no_steps_and_no_older_checkpoint(
 
 def test_a_disk_that_stays_full_spares_what_is_there(make_config, monkeypatch):
     free = iter([10**12, 10**12, 0, 0])
-    monkeypatch.setattr("haste.training.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    monkeypatch.setattr("haste.io.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
     config = make_config(keep=1, max_train_steps=12, checkpointing_steps=4, logging_steps=100)
-    with pytest.raises(UserError, match=r"0000012.pt could not be written: .*checkpoints has 0.0 GiB free"):
+    with pytest.raises(UserError, match=r"0000012.pt could not be written: .*checkpoints has 0.00 GiB free"):
         train(config)
     assert [path.name for path in RunFolder(config).checkpoints.iterdir()] == ["0000004.pt"]
 
