@@ -39,8 +39,8 @@ def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), **settings) -> 
         }
         save_checkpoint(checkpoint_path(run / "checkpoints", step), checkpoint)
     (run / "args.json").write_text(json.dumps(asdict(config)))
-    losses = {"loss": 2.0, "velocity_loss": 1.0, "feature_loss": -0.5, "attention_loss": 2.5}
-    stopped = {"loss": 1.0, "velocity_loss": 1.0, "feature_loss": None, "attention_loss": None}
+    losses = {"total_loss": 2.0, "loss": 1.0, "proj_loss": -0.5, "attn_loss": 2.5}
+    stopped = {"total_loss": 1.0, "loss": 1.0, "proj_loss": None, "attn_loss": None}
     log = [{"step": 1, **losses, "aligned": True}, {"step": 2, **losses, "aligned": True}]
     log += [{"step": 3, **stopped, "aligned": False}, {"step": 4, **stopped, "aligned": False}]
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))

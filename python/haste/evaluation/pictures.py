@@ -21,9 +21,9 @@ GAP_INCHES, LABEL_INCHES = 0.06, 0.2  # between pictures, and above each for its
 SMOOTHING_WINDOWS = 40  # a loss curve is smoothed over this fraction of its length
 
 LOSSES = {
-    "velocity_loss": "Velocity loss (mean squared error)",
-    "feature_loss": "Feature loss (−cosine)",
-    "attention_loss": "Attention loss (cross-entropy, nats)",
+    "loss": "Velocity loss (mean squared error)",
+    "proj_loss": "Feature loss (−cosine)",
+    "attn_loss": "Attention loss (cross-entropy, nats)",
 }
 
 

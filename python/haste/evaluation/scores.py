@@ -18,6 +18,7 @@ from haste.generation.drawing import Sampler
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student
 from haste.io import write_text
+from haste.training.meter import with_present_names
 
 RECORDS = "evaluation.jsonl"
 BATCH = 250  # pictures drawn at once when a checkpoint is scored
@@ -132,7 +133,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            records.append(with_present_names(json.loads(line)))
         except json.JSONDecodeError:
             continue
     return records

@@ -31,9 +31,9 @@ from haste.report.page import (
 from haste.training.config import TrainConfig
 
 CURVES = {
-    "velocity_loss": "Velocity loss (mean squared error)",
-    "feature_loss": "Feature loss (−cosine)",
-    "attention_loss": "Attention loss (cross-entropy, nats)",
+    "loss": "Velocity loss (mean squared error)",
+    "proj_loss": "Feature loss (−cosine)",
+    "attn_loss": "Attention loss (cross-entropy, nats)",
     "grad_norm": "Length of the gradient",
     "images_per_second": "Pictures per second",
 }
@@ -107,7 +107,7 @@ def describe(run: Run) -> str:
 def headline(run: Run) -> list[tuple[str, str]]:
     values = (
         (f"{run.steps:,}", "steps"),
-        (number(run.last("velocity_loss"), 4), "velocity loss at the end"),
+        (number(run.last("loss"), 4), "velocity loss at the end"),
         (number(run.last("images_per_second"), 1), "pictures per second at the end"),
         ("never" if run.stop is None else f"{run.stop:,}", "step at which alignment ended"),
     )
@@ -176,7 +176,7 @@ def numbers_section(runs: Sequence[Run]) -> str:
         (
             run.name,
             f"{run.steps:,}",
-            number(run.last("velocity_loss"), 4),
+            number(run.last("loss"), 4),
             "never" if run.stop is None else f"{run.stop:,}",
             number(run.median("images_per_second", aligned=True), 1),
             number(run.median("images_per_second", aligned=False), 1),

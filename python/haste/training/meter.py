@@ -18,7 +18,19 @@ from haste.training.performance import peak_memory_gib, peak_teraflops, training
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("loss", "velocity_loss", "feature_loss", "attention_loss", "grad_norm")
+# As REPA and HASTE log them: `loss` is the velocity loss alone. total_loss is what the gradient is of.
+METRICS = ("loss", "proj_loss", "attn_loss", "total_loss", "grad_norm")
+
+# The names of logs from before that, whose `loss` was the total.
+FORMER_METRICS = ("velocity_loss", "feature_loss", "attention_loss", "loss", "grad_norm")
+
+
+def with_present_names(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of log.jsonl, with the former names of its losses replaced by METRICS."""
+    if FORMER_METRICS[0] not in record:
+        return record
+    losses = {name: record.get(former) for name, former in zip(METRICS, FORMER_METRICS, strict=True)}
+    return {name: value for name, value in record.items() if name not in FORMER_METRICS} | losses
 
 
 class Meter:
@@ -29,7 +41,8 @@ class Meter:
         self.batch_size = config.batch_size * config.gradient_accumulation_steps
         self.skip = config.on_nan == "skip"
         # Under fp16 an infinite gradient is no error: the scaler skips that step.
-        self.watched = (METRICS.index("loss"), METRICS.index("grad_norm"))[: 2 if accelerator.scaler is None else 1]
+        watched = ("total_loss", "grad_norm") if accelerator.scaler is None else ("total_loss",)
+        self.watched = [METRICS.index(name) for name in watched]
         self.flops = training_flops(model_config)
         peak = peak_teraflops(accelerator.device, config.mixed_precision)
         self.peak = None if peak is None else peak * accelerator.num_processes
@@ -41,10 +54,10 @@ class Meter:
         """Count the time from now on, when no step has been added since the last reading."""
         self._start = time.perf_counter()
 
-    def add(self, loss: Tensor, velocity: Tensor, feature: Tensor | None, attention: Tensor | None) -> None:
+    def add(self, velocity: Tensor, feature: Tensor | None, attention: Tensor | None, total: Tensor) -> None:
         """The scalars of one pass; None for a loss that is off."""
-        off = loss.new_tensor(math.nan)
-        values = (loss, velocity, feature, attention)
+        off = total.new_tensor(math.nan)
+        values = (velocity, feature, attention, total)
         self._passes.append(torch.stack([off if value is None else value.detach().float() for value in values]))
 
     def add_norm(self, grad_norm: Tensor) -> None:
@@ -91,7 +104,8 @@ class Meter:
         if not bad:
             return []
         number, row = next(iter(bad.items()))
-        what = f"the loss or its gradient is not finite at step {number} (loss {row[0]}, gradient {row[-1]})"
+        total, norm = row[METRICS.index("total_loss")], row[METRICS.index("grad_norm")]
+        what = f"the loss or its gradient is not finite at step {number} (loss {total}, gradient {norm})"
         if not self.skip:
             raise UserError(
                 f"{what}; training stopped, and the last checkpoint is from before that: a lower --learning-rate may "

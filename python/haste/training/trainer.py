@@ -296,7 +296,7 @@ class Trainer:
                 alignment, (attention, feature) = aligner(output, batch.images)
             loss = velocity + self.termination.weight(self.step) * alignment
         self.student.backward(loss)
-        self.meter.add(loss, velocity, feature, attention)
+        self.meter.add(velocity, feature, attention, loss)
 
     def _learning_rate(self) -> float:
         """Constant, after a linear warm-up over warmup_steps."""
@@ -352,7 +352,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.log(record)
         track(self.accelerator, record, self.step)
-        loss = record["velocity_loss"]  # None if every step since the last line was left out
+        loss = record["loss"]  # None if every step since the last line was left out
         bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=f"{record['images_per_second']:.0f}")
 
     # ---- checkpoints ----

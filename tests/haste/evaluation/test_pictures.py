@@ -18,9 +18,9 @@ from PIL import Image
 LOG = [
     {
         "step": step,
-        "velocity_loss": 1.0 / step,
-        "feature_loss": -0.5 if step < 50 else None,
-        "attention_loss": 2.0 if step < 50 else None,
+        "loss": 1.0 / step,
+        "proj_loss": -0.5 if step < 50 else None,
+        "attn_loss": 2.0 if step < 50 else None,
     }
     for step in range(1, 101)
 ]
@@ -76,7 +76,7 @@ def test_the_difference_has_a_scale_of_its_own(tmp_path):
 
 
 def test_losses_that_a_run_did_not_have_get_no_panel(tmp_path):
-    plain = [{"step": record["step"], "velocity_loss": record["velocity_loss"]} for record in LOG]
+    plain = [{"step": record["step"], "loss": record["loss"]} for record in LOG]
     draw_losses(tmp_path / "haste.png", LOG, title="a run", stop=49)
     draw_losses(tmp_path / "plain.png", plain, title="a run")
     assert Image.open(tmp_path / "haste.png").width > 2 * Image.open(tmp_path / "plain.png").width

@@ -93,6 +93,12 @@ def test_records_are_one_json_a_line(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
 
 
+def test_a_log_with_former_names_of_the_losses_is_read(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 3.0, "velocity_loss": 1.0, "feature_loss": 2.0}\n')
+    (record,) = read_records(tmp_path / "log.jsonl")
+    assert (record["loss"], record["proj_loss"], record["attn_loss"], record["total_loss"]) == (1.0, 2.0, None, 3.0)
+
+
 def test_the_end_of_alignment_is_read_off_the_log(tmp_path):
     run = write_run(tmp_path)
     assert alignment_end(run) == 2

@@ -21,8 +21,8 @@ def write_log(folder, name, stop, steps=40, **settings):
         for step in range(1, steps + 1):
             aligned = stop is None or step <= stop
             line = {
-                "step": step, "loss": 1.0, "velocity_loss": 1 / step, "feature_loss": -0.5 if aligned else None,
-                "attention_loss": None, "grad_norm": 2.0, "skipped_steps": int(step == 3), "aligned": aligned,
+                "step": step, "total_loss": 1.0, "loss": 1 / step, "proj_loss": -0.5 if aligned else None,
+                "attn_loss": None, "grad_norm": 2.0, "skipped_steps": int(step == 3), "aligned": aligned,
                 "images_per_second": 100.0 if aligned else 150.0, "teraflops": 0.25, "mfu": None,
                 "peak_memory_gib": 1.5,
             }  # fmt: skip

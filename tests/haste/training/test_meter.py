@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from haste.errors import UserError
 from haste.training.config import TrainConfig
-from haste.training.meter import Meter
+from haste.training.meter import Meter, with_present_names
 
 TINY = {"hidden_size": 16, "patch_size": 2, "input_size": 8, "in_channels": 1, "depth": 3}
 
@@ -22,7 +22,7 @@ def make_meter():
 
 def one_pass(meter, loss, attention=None):
     scalar = torch.tensor
-    meter.add(scalar(loss), scalar(loss), None, None if attention is None else scalar(attention))
+    meter.add(scalar(loss), None, None if attention is None else scalar(attention), scalar(10 * loss))
 
 
 def step(meter, loss, grad_norm=1.0, attention=None):
@@ -39,7 +39,7 @@ def test_it_reads_means_since_the_last_time(make_meter):
     assert record.pop("images_per_second") > 0 and record.pop("teraflops") > 0 and record.pop("peak_memory_gib") > 0
     assert record.pop("mfu") is None  # nobody says what this processor could do
     assert record == {
-        "loss": 2.0, "velocity_loss": 2.0, "feature_loss": None, "attention_loss": 3.0, "grad_norm": 4.0,
+        "loss": 2.0, "proj_loss": None, "attn_loss": 3.0, "total_loss": 20.0, "grad_norm": 4.0,
         "skipped_steps": 0,
     }  # fmt: skip
     step(meter, 7.0)
@@ -84,3 +84,12 @@ def test_an_infinite_gradient_is_an_error_only_where_it_is_watched(make_meter):
                 meter.read(1)
         else:
             assert meter.read(1)["loss"] == 1.0
+
+
+def test_logs_with_the_former_names_are_read_as_the_present_ones():
+    former = {"step": 3, "loss": 9.0, "velocity_loss": 1.0, "feature_loss": -0.5, "attention_loss": None,
+              "grad_norm": 2.0, "aligned": True}  # fmt: skip
+    present = {"step": 3, "aligned": True, "loss": 1.0, "proj_loss": -0.5, "attn_loss": None, "total_loss": 9.0,
+               "grad_norm": 2.0}  # fmt: skip
+    assert with_present_names(former) == present
+    assert with_present_names(present) == present

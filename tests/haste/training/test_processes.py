@@ -57,7 +57,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
     """The same pictures, noise and steps; sums are taken in another order, which Adam's first steps enlarge."""
     for a, b in zip(read_log(folder), read_log(other), strict=True):
         assert (a["step"], a["aligned"]) == (b["step"], b["aligned"])
-        for name in ("velocity_loss", "feature_loss", "attention_loss", "grad_norm"):
+        for name in ("loss", "proj_loss", "attn_loss", "grad_norm"):
             assert a[name] == (None if b[name] is None else pytest.approx(b[name], rel=2e-3)), (a["step"], name)
     a, b = last(folder), last(other)
     assert torch.equal(a["rng"]["torch"], b["rng"]["torch"])

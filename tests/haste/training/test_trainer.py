@@ -57,12 +57,12 @@ def test_a_haste_run_leaves_its_log_and_its_checkpoints(make_config):
     assert [line["step"] for line in log] == list(range(1, 13))
     assert [line["aligned"] for line in log] == [True] * 6 + [False] * 6
     for line in log[:6]:
-        expected = line["velocity_loss"] + 0.5 * line["feature_loss"] + 0.5 * line["attention_loss"]
-        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+        expected = line["loss"] + 0.5 * line["proj_loss"] + 0.5 * line["attn_loss"]
+        assert line["total_loss"] == pytest.approx(expected, rel=1e-5)
         assert line["grad_norm"] > 0 and line["images_per_second"] > 0
     for line in log[6:]:
-        assert line["feature_loss"] is None and line["attention_loss"] is None
-        assert line["loss"] == line["velocity_loss"]
+        assert line["proj_loss"] is None and line["attn_loss"] is None
+        assert line["total_loss"] == line["loss"]
     names = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
     assert names == ["0000004.pt", "0000008.pt", "0000012.pt"]
     checkpoint = read_checkpoint(result.folder / "checkpoints" / "0000008.pt")
@@ -81,9 +81,9 @@ def test_the_student_learns(make_config):
     config = make_config(exp_name="learn", max_train_steps=150, early_stop_point=100, batch_size=16, logging_steps=25)
     log = read_log(train(config).folder)
     aligned = [line for line in log if line["aligned"]]
-    assert log[-1]["velocity_loss"] < 0.7 * log[0]["velocity_loss"]
-    assert aligned[-1]["feature_loss"] < aligned[0]["feature_loss"] - 0.2
-    assert aligned[-1]["attention_loss"] < aligned[0]["attention_loss"]
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert aligned[-1]["proj_loss"] < aligned[0]["proj_loss"] - 0.2
+    assert aligned[-1]["attn_loss"] < aligned[0]["attn_loss"]
 
 
 # ---- the end of alignment ----
@@ -167,8 +167,8 @@ def test_a_rule_ends_alignment_for_good_and_a_resumed_run_follows_it(make_config
 def test_the_ramp_weighs_both_alignment_losses(make_config):
     log = read_log(train(make_config(termination="cosine-ramp", early_stop_point=4, max_train_steps=4)).folder)
     for line, weight in zip(log, [1.0, 0.8536, 0.5, 0.1464], strict=True):
-        alignment = 0.5 * line["feature_loss"] + 0.5 * line["attention_loss"]
-        assert line["loss"] == pytest.approx(line["velocity_loss"] + weight * alignment, abs=1e-3)
+        alignment = 0.5 * line["proj_loss"] + 0.5 * line["attn_loss"]
+        assert line["total_loss"] == pytest.approx(line["loss"] + weight * alignment, abs=1e-3)
 
 
 def test_never_stopping_aligns_to_the_end(make_config, calls):
@@ -180,13 +180,13 @@ def test_repa_builds_no_attention_alignment(make_config, calls):
     log = read_log(train(make_config(attn_coeff=0.0, layer_map="")).folder)
     assert calls["attn_align_loss"] == calls["queries_keys"] == 0
     assert calls["teacher"] == calls["projector"] == 6
-    assert all(line["attention_loss"] is None for line in log) and log[0]["feature_loss"] is not None
+    assert all(line["attn_loss"] is None for line in log) and log[0]["proj_loss"] is not None
 
 
 def test_attention_alone_needs_no_projector(make_config, calls):
     log = read_log(train(make_config(proj_coeff=0.0)).folder)
     assert calls["projector"] == calls["token_cosine_loss"] == 0 and calls["attn_align_loss"] == 12
-    assert log[0]["feature_loss"] is None and log[0]["attention_loss"] is not None
+    assert log[0]["proj_loss"] is None and log[0]["attn_loss"] is not None
 
 
 def test_plain_sit_never_sees_a_teacher(make_config, calls, monkeypatch):
@@ -204,8 +204,8 @@ def test_runs_that_differ_in_alignment_alone_see_the_same_pictures_noise_and_tim
     haste = read_log(train(make_config(exp_name="haste")).folder)
     plain = read_log(train(make_config(exp_name="plain", proj_coeff=0.0, attn_coeff=0.0)).folder)
     # A student at initialisation predicts 0: its loss is that of the target alone.
-    assert haste[0]["velocity_loss"] == plain[0]["velocity_loss"]
-    assert haste[-1]["velocity_loss"] != plain[-1]["velocity_loss"]
+    assert haste[0]["loss"] == plain[0]["loss"]
+    assert haste[-1]["loss"] != plain[-1]["loss"]
 
 
 def test_two_teachers_each_get_a_projector(make_config, teacher_folder):
