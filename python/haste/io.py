@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from haste.errors import UserError, in_one_line
+from haste.limits import LARGEST_FILE, LARGEST_JSON, in_bytes
 
 Json = TypeVar("Json", dict, list)
-
-LARGEST_JSON = 256 * 2**20  # bytes; the labels of ImageNet take 60 MB
 
 # What write_atomically calls a file before it is whole: .NAME.PID.tmp
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
@@ -78,6 +79,27 @@ def require_space(folder: Path, size: int, what: str = "a checkpoint") -> None:
         raise OSError(f"{folder} has {free / 2**30:.2f} GiB free, and {what} takes {size / 2**30:.2f} GiB")
 
 
+def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
+    """The content of a regular file. OSError, as for any that cannot be read, if it is none or larger than `limit`."""
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a name with a zero byte
+        raise OSError(errno.EINVAL, in_one_line(error), str(path)) from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, a device never end
+        code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(code, f"it is {_kind(status.st_mode)}, not a regular file", str(path))
+    if status.st_size > limit:
+        reason = f"it has {in_bytes(status.st_size)}; at most {in_bytes(limit)} are read"
+        raise OSError(errno.EFBIG, reason, str(path))
+    with open(path, "rb") as file:
+        return file.read(limit)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 def read_json(path: Path, what: str, kind: type[Json] = dict, needs: Iterable[str] = ()) -> Json:
     """The content of a JSON file.
 
@@ -87,11 +109,7 @@ def read_json(path: Path, what: str, kind: type[Json] = dict, needs: Iterable[st
     Raises UserError, naming the file, if it cannot be read or is not that.
     """
     try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise UserError(f"{path} must be {what}, and is no file")
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(f"{path} must be {what}, and is larger than {LARGEST_JSON >> 20} MiB")
-        data = path.read_bytes()
+        data = read_bytes(path, LARGEST_JSON)
     except OSError as error:
         raise UserError(f"{path} must be {what}, and cannot be read: {error.strerror or error}") from error
     return parse_json(data, f"{path}", what, kind, needs)

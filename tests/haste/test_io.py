@@ -1,8 +1,10 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 from haste.errors import UserError
-from haste.io import holds_nothing, read_json, remove_leftovers, require_space, write_atomically, write_json
+from haste.io import holds_nothing, read_bytes, read_json, remove_leftovers, require_space, write_atomically, write_json
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -45,6 +47,20 @@ def test_what_is_no_such_json_is_refused_by_name(tmp_path, content):
 
 
 def test_a_folder_and_a_missing_file_are_refused_by_name(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.json"):
-        with pytest.raises(UserError, match="and is no file"):
+    for path, reason in ((tmp_path, "it is a folder"), (tmp_path / "missing.json", "No such file")):
+        with pytest.raises(UserError, match=f"must be a record, and cannot be read: {reason}"):
             read_json(path, "a record")
+
+
+def test_only_regular_files_of_the_allowed_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "five").write_bytes(b"12345")
+    with pytest.raises(OSError, match="it is a pipe, not a regular file"):
+        read_bytes(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a device, not a regular file"):
+        read_bytes(Path("/dev/zero"))
+    with pytest.raises(OSError, match="it has 5 bytes; at most 4 bytes are read"):
+        read_bytes(tmp_path / "five", limit=4)
+    with pytest.raises(OSError, match="null"):
+        read_bytes(tmp_path / "a\0b")
+    assert read_bytes(tmp_path / "five", limit=5) == b"12345"

@@ -1,17 +1,26 @@
 """A folder of files and a zip of files, read alike: a list of names, and bytes by name.
 
-Names are relative and have forward slashes; hidden files, such as those that macOS leaves, are passed over.
+Names are relative and have forward slashes; hidden files, such as those that macOS leaves, are passed over. Links to
+folders are followed, since a subset of a large data set is often a folder of links to its classes, but each folder is
+read once: folders themselves go before links to them, and links to a folder that they lie in are passed over.
 """
 
 from __future__ import annotations
 
+import heapq
+import logging
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from haste.data.bad_files import BadFile
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
+from haste.io import read_bytes
+from haste.limits import LARGEST_FILE, in_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Archive(Protocol):
@@ -37,37 +46,86 @@ class Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        def refuse(error: OSError) -> None:
+        walk = _Walk(self.path)
+        try:
+            names = sorted(walk.files())
+        except OSError as error:
             raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
-
-        found = []
-        # Links are followed: a subset of a large data set is often a folder of links to its classes.
-        for root, folders, files in os.walk(self.path, onerror=refuse, followlinks=True):
-            folders[:] = [name for name in folders if _is_visible(name)]
-            inside = os.path.relpath(root, self.path).replace(os.sep, "/")
-            prefix = "" if inside == "." else f"{inside}/"
-            found += [prefix + name for name in files if _is_visible(name)]
-        return sorted(found)
+        if walk.passed_over:
+            first, more = walk.passed_over[0], len(walk.passed_over) - 1
+            others = f" and {more} more" if more else ""
+            logger.warning("passed over the link %s%s: what it leads to is read already", self.locate(first), others)
+        return names
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return os.path.lexists(self.path / name)
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            return read_bytes(self.path / name)
         except FileNotFoundError as error:
             raise BadFile(self.locate(name), "is missing") from error
         except OSError as error:
             raise BadFile(self.locate(name), f"cannot be read ({error.strerror})") from error
 
     def child(self, name: str) -> Archive | None:
-        if (self.path / name).is_dir():
+        if os.path.isdir(self.path / name):
             return Folder(self.path / name)
         packed = self.path / f"{name}.zip"
-        return Zip(packed) if packed.is_file() else None
+        return Zip(packed) if os.path.isfile(packed) else None
 
     def locate(self, name: str) -> str:
         return str(self.path / name)
+
+
+class _Walk:
+    """The files below a folder, each folder once. passed_over: the links that were not followed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.passed_over: list[str] = []
+        self._real_root = os.path.realpath(root)
+        self._seen: set[tuple[int, int]] = set()
+
+    def files(self) -> Iterator[str]:
+        """Names relative to the root. Raises OSError for a folder that cannot be read."""
+        links: list[str] = []
+        yield from self._below("", links)
+        while links:
+            link = heapq.heappop(links)
+            if self._leads_up(link) or self._identity(link) in self._seen:
+                self.passed_over.append(link)
+            else:
+                yield from self._below(f"{link}/", links)
+
+    def _below(self, prefix: str, links: list[str]) -> Iterator[str]:
+        pending = [prefix]
+        while pending:
+            prefix = pending.pop()
+            identity = self._identity(prefix)
+            if identity in self._seen:  # a folder mounted twice
+                continue
+            self._seen.add(identity)
+            with os.scandir(self.root / prefix) as entries:
+                for entry in entries:
+                    if not _is_visible(entry.name):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(f"{prefix}{entry.name}/")
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        heapq.heappush(links, prefix + entry.name)
+                    else:
+                        yield prefix + entry.name
+
+    def _leads_up(self, link: str) -> bool:
+        """Whether a link leads to a folder around it, or around the root: then what is beside it would come in too."""
+        target = os.path.join(os.path.realpath(self.root / link), "")
+        around = (self._real_root, os.path.realpath((self.root / link).parent))
+        return any(os.path.join(folder, "").startswith(target) for folder in around)
+
+    def _identity(self, name: str) -> tuple[int, int]:
+        status = os.stat(self.root / name)
+        return status.st_dev, status.st_ino
 
 
 class Zip:
@@ -85,8 +143,8 @@ class Zip:
         if self._file is None or self._opened_by != os.getpid():
             try:
                 self._file = zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"{self.path} cannot be read as a zip ({error})") from error
+            except Exception as error:  # a damaged file leads its decoder to raise anything
+                raise UserError(f"{self.path} cannot be read as a zip ({in_one_line(error)})") from error
             self._opened_by = os.getpid()
         return self._file
 
@@ -95,19 +153,27 @@ class Zip:
 
     def names(self) -> list[str]:
         inside = [name for name in self._open().namelist() if name.startswith(self.prefix) and not name.endswith("/")]
-        names = [name.removeprefix(self.prefix) for name in inside]
+        names = {name.removeprefix(self.prefix) for name in inside}
         return sorted(name for name in names if all(map(_is_visible, PurePosixPath(name).parts)))
 
     def has(self, name: str) -> bool:
         return self.prefix + name in self._open().NameToInfo
 
     def read(self, name: str) -> bytes:
+        where = self.locate(name)
         try:
-            return self._open().read(self.prefix + name)  # checks the checksum
+            entry = self._open().getinfo(self.prefix + name)
         except KeyError as error:
-            raise BadFile(self.locate(name), "is missing") from error
+            raise BadFile(where, "is missing") from error
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate without a bound
+            raise BadFile(where, "is packed by another method than deflate")
+        if entry.file_size > LARGEST_FILE:
+            raise BadFile(where, f"has {in_bytes(entry.file_size)}; at most {in_bytes(LARGEST_FILE)} are read")
+        try:
+            with self._open().open(entry) as stream:
+                return stream.read(entry.file_size)  # no more, whatever it inflates to; checks the checksum
         except Exception as error:  # a damaged entry leads its decompressor to raise anything
-            raise BadFile(self.locate(name), f"cannot be read ({error})") from error
+            raise BadFile(where, f"cannot be read ({in_one_line(error)})") from error
 
     def child(self, name: str) -> Archive | None:
         prefix = f"{self.prefix}{name}/"
@@ -121,13 +187,21 @@ class Zip:
 
 def open_archive(path: Path, flag: str) -> Archive:
     """The folder or zip at `path`; UserError, naming the flag that it was given by, if it is neither."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return Folder(path)
-    if path.is_file() and zipfile.is_zipfile(path):
-        return Zip(path)
-    if path.is_file():
+    if os.path.isfile(path):
+        if _is_zip(path):
+            return Zip(path)
         raise UserError(f"{flag} is {path}, which is no zip; it must be a folder or a zip (unpack other archives)")
-    raise UserError(f"{flag} is {path}, which does not exist; it must be a folder or a zip")
+    reason = "is no regular file" if os.path.exists(path) else "does not exist"
+    raise UserError(f"{flag} is {path}, which {reason}; it must be a folder or a zip")
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except Exception:  # a damaged one leads it to raise anything
+        return False
 
 
 def _is_visible(name: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from haste.data.archive import Archive
+from haste.data.arrays import read_array
 from haste.data.bad_files import BadFile, OnBadFile
 from haste.data.pictures import decode_picture, to_pixels
 from haste.data.sources import pack_names
@@ -92,7 +93,9 @@ class LatentData(TrainingData):
 def decode_moments(data: bytes, name: str) -> np.ndarray:
     """The array of an .npy file as float32, without a leading 1; BadFile if it is cut short or not finite."""
     try:
-        moments = np.load(io.BytesIO(data), allow_pickle=False)
+        moments = read_array(io.BytesIO(data), len(data))
+        if moments.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {moments.dtype}, not numbers")
         moments = np.asarray(moments, dtype=np.float32)
     except Exception as error:  # a damaged file leads numpy to raise anything
         raise BadFile(name, f"is no whole .npy file ({in_one_line(error)})") from error

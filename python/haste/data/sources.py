@@ -6,7 +6,7 @@ A folder or a zip of picture files, or a Hugging Face data set on disk.
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +15,15 @@ import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.bad_files import BadFile
-from haste.data.pictures import is_picture
+from haste.data.pictures import IMAGE_FORMATS, is_other_picture, is_picture
 from haste.errors import UserError, in_one_line
+from haste.io import parse_json
+from haste.limits import MOST_CLASSES
+
+logger = logging.getLogger(__name__)
 
 LABEL_FILE = "dataset.json"
+LABEL_FORM = '{"labels": [[name, label], ...]}'
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
@@ -82,9 +87,14 @@ def open_pictures(path: Path, flag: str) -> PictureSource:
 
 def open_files(archive: Archive, what: str) -> FilePictures:
     """Every picture file of the archive. Labels: dataset.json, or the folders at the top; `what` begins messages."""
-    names = [name for name in archive.names() if is_picture(name)]
+    everything = archive.names()
+    names = [name for name in everything if is_picture(name)]
     if not names:
-        raise UserError(f"{what} holds no pictures; it must hold picture files or a folder of them for each class")
+        kinds = ", ".join(IMAGE_FORMATS)
+        raise UserError(f"{what} holds no pictures; it must hold files of {kinds}, or a folder of them for each class")
+    others = [name for name in everything if is_other_picture(name)]
+    if others:
+        logger.warning("passed over %d files of formats that are not read, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
         return FilePictures(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
     return FilePictures(archive, names, _labels_of_folders(names, what))
@@ -108,12 +118,18 @@ def listed_labels(archive: Archive) -> dict[str, Any] | None:
     """dataset.json, {"labels": [[name, label], ...]}, as a dictionary; None where "labels" is null."""
     where = archive.locate(LABEL_FILE)
     try:
-        labels = json.loads(archive.read(LABEL_FILE))["labels"]
-        return None if labels is None else {name.replace("\\", "/"): label for name, label in labels}
+        data = archive.read(LABEL_FILE)
     except BadFile as error:
         raise UserError(f"{error}; it must list the labels of the files beside it") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{where} cannot be read as {{"labels": [[name, label], ...]}} ({error!r})') from error
+    labels = parse_json(data, where, LABEL_FORM, needs=["labels"])["labels"]
+    if labels is None:
+        return None
+    if not isinstance(labels, list):
+        raise UserError(f"{where} must be {LABEL_FORM}, and its labels are {type(labels).__name__}")
+    for pair in labels:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise UserError(f"{where} must be {LABEL_FORM}, and {str(pair)[:60]} is no pair of a name and a label")
+    return {name.replace("\\", "/"): label for name, label in labels}
 
 
 def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -> np.ndarray | None:
@@ -126,8 +142,9 @@ def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -
         raise UserError(f"{where} has no label for {missing[0]}{others}")
     labels = [listed[name] for name in names]
     for name, label in zip(names, labels, strict=True):
-        if type(label) is not int or label < 0:
-            raise UserError(f"{where} gives {name} the label {label!r}; it must be a class, counted from 0")
+        if type(label) is not int or not 0 <= label < MOST_CLASSES:
+            limit = f"counted from 0, below {MOST_CLASSES:,}"
+            raise UserError(f"{where} gives {name} the label {str(label)[:60]}; it must be a class, {limit}")
     return np.array(labels, dtype=np.int64)
 
 

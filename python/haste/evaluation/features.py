@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from haste.data.arrays import read_npz
+from haste.data.bad_files import BadFile
 from haste.errors import UserError
 from haste.evaluation.images import write_arrays
 from haste.evaluation.inception import FEATURES, load_inception
@@ -231,10 +233,13 @@ def read_shard(path: Path, digest: str) -> Features | None:
     """Features that were kept of pictures with this digest; None if there are none, or they are of others."""
     if not path.is_file():
         return None
-    with np.load(path) as file:
-        if str(file["digest"]) != digest:
-            return None
-        return Features(file["values"], file["probabilities"] if "probabilities" in file.files else None)
+    try:
+        arrays = read_npz(path, ("digest", "values", "probabilities"))
+    except BadFile:  # made anew
+        return None
+    if "values" not in arrays or str(arrays.get("digest")) != digest:
+        return None
+    return Features(arrays["values"], arrays.get("probabilities"))
 
 
 def write_shard(path: Path, features: Features, digest: str) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from haste.data.bad_files import BadFile
 from haste.errors import UserError, in_one_line
-from haste.io import write_atomically
+from haste.io import read_bytes, write_atomically
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -63,12 +64,11 @@ def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> N
 
 def read_picture(path: Path) -> np.ndarray:
     """One picture, (H, W, 3) uint8. Raises UserError if there is none."""
-    from PIL import Image
+    from haste.data.pictures import decode_picture  # brings Pillow
 
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # PIL's word for a damaged PNG
+        return np.asarray(decode_picture(read_bytes(path), str(path)))
+    except (OSError, BadFile) as error:
         raise UserError(f"the picture {path} cannot be read: {in_one_line(error)}") from error
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from haste.data.archive import Folder, open_archive
+from haste.data.arrays import open_entry, read_header, read_npz
 from haste.data.bad_files import BadFile
-from haste.data.pictures import decode_picture, is_picture
-from haste.errors import UserError
+from haste.data.pictures import IMAGE_FORMATS, decode_picture, is_picture
+from haste.errors import UserError, in_one_line
+from haste.limits import MOST_PIXELS
 
 
 class PictureSet(Protocol):
@@ -58,7 +61,7 @@ class PictureFiles:
         self.archive = open_archive(path, flag)
         self.names = [name for name in self.archive.names() if is_picture(name)][:count]
         if not self.names:
-            raise UserError(f"{flag} is {path}, which holds no pictures")
+            raise UserError(f"{flag} is {path}, which holds no pictures ({', '.join(IMAGE_FORMATS)})")
         self.shape = self._read(self.names[0]).shape
 
     def __len__(self) -> int:
@@ -107,16 +110,23 @@ class NpzPictures:
     def __init__(self, path: Path, count: int | None = None) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-                shape, fortran_order, dtype = read_header(file)
-            with np.load(path) as arrays:
-                self.labels = arrays["labels"] if "labels" in arrays.files else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is not an .npz with pictures under arr_0 ({error})") from error
-        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or fortran_order or not shape[0]:
+            with zipfile.ZipFile(path) as archive, open_entry(archive, "arr_0") as file:
+                header = read_header(file)
+                cut_short = header.size > archive.getinfo("arr_0.npy").file_size
+            self.labels = read_npz(path, ["labels"]).get("labels")
+        except Exception as error:  # a damaged file leads its decoder to raise anything
+            raise UserError(f"{path} is not an .npz with pictures under arr_0 ({in_one_line(error)})") from error
+        shape = header.shape
+        if len(shape) != 4 or shape[-1] != 3 or header.dtype != np.uint8 or header.fortran_order or 0 in shape:
             raise UserError(
-                f"arr_0 in {path} is {dtype} {shape}; it must be uint8 (count, height, width, 3), row by row"
+                f"arr_0 in {path} is {header.dtype} {shape}; it must be uint8 (count, height, width, 3), row by row"
             )
+        if shape[1] * shape[2] > MOST_PIXELS:
+            raise UserError(f"arr_0 in {path} is {shape}; pictures must have at most {MOST_PIXELS:,} pixels")
+        if cut_short:
+            raise UserError(f"{path} is cut short: arr_0 has less than the {shape[0]:,} pictures that it tells of")
+        if self.labels is not None and self.labels.ndim != 1:
+            raise UserError(f"labels in {path} have shape {self.labels.shape}; they must be (count,)")
         self.count = shape[0] if count is None else min(count, shape[0])
         self.shape = shape[1:]
         self.labels = None if self.labels is None else self.labels[: self.count]
@@ -125,15 +135,21 @@ class NpzPictures:
         return self.count
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        picture = int(np.prod(self.shape))
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+        picture = math.prod(self.shape)
+        with zipfile.ZipFile(self.path) as archive, open_entry(archive, "arr_0") as file:
             read_header(file)
             file.seek(start * picture, os.SEEK_CUR)
             for first, last in steps(size, start, len(self) if stop is None else stop):
-                data = file.read((last - first) * picture)
+                data = self._read(file, (last - first) * picture)
                 if len(data) < (last - first) * picture:
                     raise UserError(f"{self.path} is cut short: arr_0 ends before picture {last}")
                 yield np.frombuffer(data, np.uint8).reshape(last - first, *self.shape)
+
+    def _read(self, file: BinaryIO, size: int) -> bytes:
+        try:
+            return file.read(size)
+        except Exception as error:  # as above
+            raise UserError(f"{self.path} cannot be read ({in_one_line(error)})") from error
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
         return hashlib.sha256(repr((start, stop, stamp(self.path))).encode()).hexdigest()
@@ -141,10 +157,12 @@ class NpzPictures:
 
 def open_pictures(path: Path, flag: str, count: int | None = None) -> PictureFiles | NpzPictures:
     """The pictures at `path`, which `flag` gave: all, or the first `count`. UserError if there are none."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{flag} is {path}, which does not exist")
-    if path.is_file() and path.suffix not in (".npz", ".zip"):
+    if not os.path.isdir(path) and path.suffix not in (".npz", ".zip"):
         raise UserError(f"{flag} is {path}; pictures must be in a folder, a .zip or an .npz")
+    if path.suffix == ".npz" and not os.path.isfile(path):
+        raise UserError(f"{flag} is {path}, which is no regular file")
     return NpzPictures(path, count) if path.suffix == ".npz" else PictureFiles(path, flag, count)
 
 
@@ -159,10 +177,3 @@ def stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
-
-def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of the .npy array that a file begins with; the file is left at its first value."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)

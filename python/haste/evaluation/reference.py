@@ -12,7 +12,6 @@ Stored features and statistics belong to the network that gave them.
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from haste.errors import UserError, in_one_line
+from haste.data.arrays import list_npz, read_npy, read_npz
+from haste.data.bad_files import BadFile
+from haste.errors import UserError
 from haste.evaluation.features import Extractor, Features, extract
 from haste.evaluation.frechet import Gaussian, fit_gaussian
 from haste.evaluation.images import write_arrays
@@ -139,31 +140,46 @@ def stored_features(path: Path, flag: str) -> Features:
 def read_features(path: Path, flag: str) -> Features:
     """One file of features."""
     try:
-        content = np.load(path)
-        if isinstance(content, np.ndarray):
-            values, probabilities = content, None
+        if path.suffix == ".npz":
+            arrays = read_npz(path, ("features", "probabilities"))
+            arrays = arrays if "features" in arrays else {**arrays, **read_npz(path, ("arr_0",))}
+            values, probabilities = arrays.get("features", arrays.get("arr_0")), arrays.get("probabilities")
         else:
-            with content:
-                values = content["features" if "features" in content.files else "arr_0"]
-                probabilities = content["probabilities"] if "probabilities" in content.files else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{flag}: {path} holds no features ({in_one_line(error)})") from error
+            values, probabilities = read_npy(path), None
+    except BadFile as fault:
+        raise UserError(f"{flag}: {path} holds no features: it {fault.reason}") from fault
+    if values is None:
+        raise UserError(f"{flag}: {path} holds no features; it must have an array features or arr_0")
     if values.ndim != 2 or not len(values) or not np.issubdtype(values.dtype, np.floating):
         raise UserError(
             f"{flag}: {path} holds {values.dtype} {values.shape}; features must be floats (pictures, dimension)"
         )
     if not np.isfinite(values).all():
         raise UserError(f"{flag}: {path} holds features that are not finite")
+    if probabilities is not None and not (
+        np.issubdtype(probabilities.dtype, np.floating)
+        and probabilities.ndim == 2
+        and len(probabilities) == len(values)
+        and np.isfinite(probabilities).all()
+    ):
+        raise UserError(
+            f"{flag}: {path} holds probabilities {probabilities.dtype} {probabilities.shape}; "
+            f"they must be finite floats ({len(values)}, classes)"
+        )
     return Features(values, probabilities)
 
 
 def read_statistics(path: Path, key: str | None) -> Reference:
     """mu and sigma of an .npz, and features if it has them. key: the network that is asked for, None if any will do."""
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in ("mu", "sigma", "features", "extractor") if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"--reference is {path}, which cannot be read ({in_one_line(error)})") from error
+        arrays = read_npz(path, ("mu", "sigma", "features", "extractor"))
+    except BadFile as fault:
+        raise UserError(f"--reference is {path}, which {fault.reason}") from fault
+    for name, form in (("mu", ("D",)), ("sigma", ("D", "D")), ("features", ("pictures", "D"))):
+        array = arrays.get(name)
+        if array is not None and (array.dtype.kind not in "iuf" or array.ndim != len(form) or not array.size):
+            wanted = f"numbers ({', '.join(form)})"
+            raise UserError(f"--reference is {path}, whose {name} is {array.dtype} {array.shape}; it must be {wanted}")
     network = str(arrays["extractor"]) if "extractor" in arrays else None
     if None not in (network, key) and network != key:
         raise UserError(f"--reference is {path}, which was saved with {network}; --features gives {key}")
@@ -198,7 +214,6 @@ def save_reference(path: Path, reference: Reference) -> None:
 def list_arrays(path: Path) -> list[str]:
     """The names of the arrays in an .npz."""
     try:
-        with np.load(path) as file:
-            return list(file.files)
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"--reference is {path}, which is no .npz ({in_one_line(error)})") from error
+        return list_npz(path)
+    except BadFile as fault:
+        raise UserError(f"--reference is {path}, which {fault.reason}") from fault

@@ -1,11 +1,17 @@
+import contextlib
+import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
+import haste.data.archive as archive_module
 import pytest
 from haste.data.archive import open_archive
 from haste.data.bad_files import BadFile
 from haste.errors import UserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 @pytest.fixture(params=["folder", "zip"])
@@ -53,6 +59,70 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "near").mkdir()
     (tmp_path / "near" / "link").symlink_to(tmp_path / "far")
     assert open_archive(tmp_path / "near", "--data-dir").names() == ["link/1"]
+
+
+def test_a_link_to_a_folder_around_it_is_passed_over(tmp_path, caplog):
+    root = tmp_path / "data"
+    (root / "a" / "b").mkdir(parents=True)
+    (tmp_path / "beside").write_text("none of the data")
+    (root / "a" / "1").write_text("one")
+    for name in ("a/up", "a/again", "a/b/top"):
+        (root / name).symlink_to(root)
+    (root / "a" / "out").symlink_to(tmp_path)
+    (root / "self").symlink_to("self")
+    assert open_archive(root, "--data-dir").names() == ["a/1", "self"]
+    assert "passed over the link" in caplog.text and "a/again and 3 more" in caplog.text
+
+
+def test_a_folder_goes_before_a_link_to_it_and_is_read_once(tmp_path):
+    root, far = tmp_path / "data", tmp_path / "far" / "x"
+    for folder in (root / "z", far):
+        folder.mkdir(parents=True)
+        (folder / "1").write_text("one")
+    (root / "a").symlink_to(root / "z")
+    (root / "b").symlink_to(far)
+    (root / "c").symlink_to(far)
+    (far / "up").symlink_to(far.parent)
+    assert open_archive(root, "--data-dir").names() == ["b/1", "z/1"]
+
+
+def test_a_pipe_is_a_bad_file_and_no_archive(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    assert open_archive(tmp_path, "--data-dir").names() == ["a.png"]
+    with pytest.raises(BadFile, match="a.png cannot be read .it is a pipe, not a regular file"):
+        open_archive(tmp_path, "--data-dir").read("a.png")
+    with pytest.raises(UserError, match="a.png, which is no regular file; it must be a folder or a zip"):
+        open_archive(tmp_path / "a.png", "--data-dir")
+
+
+def test_an_entry_of_a_zip_is_read_no_further_than_the_limit(tmp_path, monkeypatch):
+    for name, method in (("a.zip", zipfile.ZIP_DEFLATED), ("b.zip", zipfile.ZIP_BZIP2)):
+        with zipfile.ZipFile(tmp_path / name, "w", method) as packed:
+            packed.writestr("1", bytes(100_000))
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "c.zip").write_bytes(data.replace((100_000).to_bytes(4, "little"), (50).to_bytes(4, "little")))
+    assert len(open_archive(tmp_path / "a.zip", "--data-dir").read("1")) == 100_000
+    with pytest.raises(BadFile, match="b.zip/1 is packed by another method than deflate"):
+        open_archive(tmp_path / "b.zip", "--data-dir").read("1")
+    with pytest.raises(BadFile, match="c.zip/1 cannot be read .Bad CRC"):  # tells of 50 bytes, inflates to more
+        open_archive(tmp_path / "c.zip", "--data-dir").read("1")
+    monkeypatch.setattr(archive_module, "LARGEST_FILE", 99_999)
+    with pytest.raises(BadFile, match="a.zip/1 has 97.7 KiB; at most 97.7 KiB are read"):
+        open_archive(tmp_path / "a.zip", "--data-dir").read("1")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(max_size=60), where=st.integers(0, 200))
+def test_any_bytes_in_a_zip_are_files_or_a_refusal(tmp_path_factory, data, where):
+    path = tmp_path_factory.mktemp("zip") / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("1", "one")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:where] + data + whole[where + len(data) :])
+    with contextlib.suppress(UserError, BadFile):
+        opened = open_archive(path, "--data-dir")
+        for name in opened.names():
+            opened.read(name)
 
 
 def test_a_damaged_entry_of_a_zip_is_a_bad_file(tmp_path):

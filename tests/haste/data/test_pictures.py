@@ -1,11 +1,18 @@
+import contextlib
 import io
+import struct
+import subprocess
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 from haste.data.bad_files import BadFile
-from haste.data.pictures import center_crop, decode_picture, is_picture
+from haste.data.pictures import center_crop, decode_picture, is_picture, silence_pillow
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from picture_files import photographs, pixels_of
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 
 def test_a_picture_of_the_right_size_is_left_alone():
@@ -55,7 +62,7 @@ def test_a_picture_that_is_cut_short_anywhere_is_refused(kind):
 
 
 def test_what_is_no_picture_and_what_has_sixteen_bits_is_refused():
-    with pytest.raises(BadFile, match="x is no picture"):
+    with pytest.raises(BadFile, match="x is no picture, or of another format than PNG, JPEG"):
         decode_picture(b"not found", "x")
     with pytest.raises(BadFile, match="x has pixels of type I;16; they must have 8 bits a channel"):
         decode_picture(encoded(Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)), "PNG"), "x")
@@ -64,3 +71,68 @@ def test_what_is_no_picture_and_what_has_sixteen_bits_is_refused():
 def test_endings_of_pictures():
     assert is_picture("a/b.png") and is_picture("B.JPEG") and is_picture("n01_7.JPG")
     assert not is_picture("labels.json") and not is_picture("README") and not is_picture("png")
+    assert not any(map(is_picture, ("a.eps", "a.ps", "a.pdf", "a.svg", "a.dds", "a.h5")))
+
+
+def test_no_program_is_started_for_a_picture(monkeypatch):
+    """An EPS with the name of a PNG would be drawn by Ghostscript."""
+
+    def fail(*arguments, **options):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fail)
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    (picture,) = photographs(1)
+    for kind in ("EPS", "PDF", "ICO", "TGA", "DDS"):
+        with pytest.raises(BadFile, match="a.png is no picture, or of another format than PNG, JPEG, WEBP, GIF"):
+            decode_picture(encoded(picture, kind), "a.png")
+
+
+def declared(width: int, height: int) -> bytes:
+    """A PNG of one pixel that says it has more."""
+    data = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "sentence"),
+    [
+        (60_000, 60_000, "x has 3,600,000,000 pixels; at most 100,000,000 are read"),
+        (11_000, 10_000, "x has 11000 x 10000 pixels; at most 100,000,000 are read"),
+        (404, 4, "x has 404 x 4 pixels; the longer side must be at most 100 times the shorter"),
+        (4, 90_000, "x has 4 x 90000 pixels; the longer side must be at most 100 times the shorter"),
+    ],
+)
+def test_a_picture_is_refused_by_the_size_that_it_declares(width, height, sentence):
+    with pytest.raises(BadFile, match=sentence):
+        decode_picture(declared(width, height), "x")
+
+
+def test_text_that_inflates_without_end_is_refused():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "a" * 100_000_000, zip=True)
+    with pytest.raises(BadFile, match="x is no whole picture .Decompressed data too large"):
+        decode_picture(encoded(photographs(1)[0], "PNG", pnginfo=info), "x")
+
+
+def test_warnings_of_pillow_stay_inside():
+    (picture,) = photographs(1)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x1a\x01\x05\0\xff\xff\0\0\xff\xff\xff\0\x12\x01"
+    data = encoded(picture, "JPEG", exif=exif)
+    with pytest.warns(UserWarning, match="EXIF|Tag data"):
+        Image.open(io.BytesIO(data))
+    with warnings.catch_warnings(record=True) as raised:
+        silence_pillow()
+        decode_picture(data, "x")
+    assert raised == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]), st.binary(max_size=12), st.floats(0, 1))
+def test_any_bytes_in_a_picture_are_a_picture_or_a_bad_file(kind, data, where):
+    whole = encoded(photographs(1)[0], kind)
+    start = int(where * len(whole))
+    with contextlib.suppress(BadFile):
+        assert decode_picture(whole[:start] + data + whole[start + len(data) :], "x").mode == "RGB"

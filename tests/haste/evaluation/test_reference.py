@@ -110,7 +110,7 @@ def test_references_that_are_none_are_refused(tmp_path, network):
     refused("statistics are not finite", mu=np.full(3, np.nan), sigma=np.eye(3))
     refused("not an .npz with pictures under arr_0", other=np.zeros(3))
     (tmp_path / "x.npz").write_text("text")
-    refused("which is no .npz")
+    refused("x.npz, which cannot be read as an .npz file")
 
 
 def test_stored_features_that_are_none_are_refused(tmp_path):
