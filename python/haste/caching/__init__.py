@@ -3,10 +3,8 @@
 Reading order: settings, schedule, forecaster, snapshots, transformers, regions, corrections, cached_model, build.
 """
 
-from haste.caching.build import make_cache, unwrap, wrap
-from haste.caching.cached_model import CachedModel
-from haste.caching.memory import cache_bytes, check_memory
 from haste.caching.settings import FAST, CacheSettings, fast_settings
+from haste.lazily import lazily
 
 __all__ = [
     "FAST",
@@ -19,3 +17,15 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+# All that brings torch.
+__getattr__ = lazily(
+    __name__,
+    {
+        "CachedModel": "cached_model",
+        "cache_bytes": "memory",
+        "check_memory": "memory",
+        "make_cache": "build",
+        "unwrap": "build",
+        "wrap": "build",
+    },
+)

@@ -1,9 +1,4 @@
-"""See HASTE at work on real handwritten digits, on one page: train, sample, judge, and look.
-
-A small vision transformer learns to read scikit-learn's digits, then a diffusion transformer learns from it to draw
-them. The page shows its pictures, the same seeds with most steps forecast, and how quality grew over training. Every
-step is a `haste` command that is printed before it runs. Started again, the demo goes on where it was stopped.
-"""
+"""Carries out `haste demo`: the commands of the other modules, one after another, each printed before it runs."""
 
 from __future__ import annotations
 
@@ -12,53 +7,23 @@ import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from haste.caching import FAST
+from haste.caching.settings import FAST
 from haste.cli import evaluate, sample, train
-from haste.errors import UserError
+from haste.cli.flags.demo import POINTS, Args
 from haste.io import write_text
 from haste.training.config import TrainConfig
 from haste.training.recipes import recipe_config
-
-POINTS = 5  # checkpoints of the run, each of which is judged
-
-
-@dataclass(kw_only=True)
-class Args:
-    """The flags of `haste demo`."""
-
-    output_dir: Path = Path("demo")
-    """Where the run, its teacher, its judge and the page go."""
-    max_train_steps: int = recipe_config("digits").max_train_steps
-    """Training steps of the student."""
-    seed: int = 0
-    """Seed of the training and of the samples."""
-    num_steps: int = 50
-    """Sampling steps of the pictures that are compared."""
-    interval: int = FAST.resolved_interval
-    """Where steps are forecast: one full step every so many."""
-    order: int = FAST.resolved_order
-    """Where steps are forecast: the order; 0 repeats the last full step."""
-    num_pictures: int = 100
-    """Pictures that are drawn twice, in full and with most steps forecast."""
-    num_fid_samples: int = 700
-    """Pictures per checkpoint that is judged."""
-
-    def check(self) -> None:
-        """UserError for a run too short to be judged; the commands that run check their own flags."""
-        if self.max_train_steps < POINTS:
-            raise UserError(f"--max-train-steps is {self.max_train_steps}; it must be at least {POINTS}")
 
 
 def main(args: Args) -> None:
     """Run every stage, and print the path of the page as the last line."""
     from haste.report.demo import DemoResults, write_demo_page
 
-    args.check()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     clock = StageClock(args.output_dir / "demo.json")
     config = train_config(args)

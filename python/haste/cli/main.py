@@ -1,8 +1,8 @@
 """The entry point of `haste`. Finds the subcommand, reads its flags, turns user errors into one line.
 
-A subcommand is a module of this package with a dataclass `Args`, whose fields are its flags, and `main(args)`. One
-whose defaults depend on what was typed has `default_args(arguments)` as well. It is imported only when it is called
-for, so that `haste --help` is instant.
+A subcommand is two modules of the same name. The one in `haste.cli.flags` has a dataclass `Args`, whose fields are its
+flags; where its defaults depend on what was typed, `default_args(arguments)` as well. The one in `haste.cli` has
+`main(args)`, brings torch and is imported only once the flags are right, so that help and refusals are instant.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from haste.errors import UserError
 
@@ -60,9 +61,18 @@ def split_command(argv: Sequence[str] | None) -> tuple[str, list[str]]:
 
 def run(command: str, arguments: list[str]) -> None:
     """Read the flags of one subcommand and carry it out."""
+    args = read_flags(command, arguments)
+    importlib.import_module(f"haste.cli.{command}").main(args)
+
+
+def read_flags(command: str, arguments: Sequence[str]) -> Any:
+    """The checked flags of a subcommand. Raises UserError for values that cannot work."""
     import tyro
 
-    module = importlib.import_module(f"haste.cli.{command}")
-    defaults = {"default": module.default_args(arguments)} if hasattr(module, "default_args") else {}
-    args = tyro.cli(module.Args, prog=f"haste {command}", description=module.__doc__, args=arguments, **defaults)
-    module.main(args)
+    flags = importlib.import_module(f"haste.cli.flags.{command}")
+    defaults = {"default": flags.default_args(arguments)} if hasattr(flags, "default_args") else {}
+    args = tyro.cli(flags.Args, prog=f"haste {command}", description=flags.__doc__, args=arguments, **defaults)
+    if hasattr(args, "resolved"):
+        args = args.resolved()
+    args.check()
+    return args

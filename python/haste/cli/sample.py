@@ -1,77 +1,23 @@
-"""Draw pictures from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
-
-The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
-`haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A command that
-was stopped goes on with the pictures that are missing.
-
-On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
-"""
+"""Carries out `haste sample`: draws the missing pictures of a folder, and writes its .npz and its grid."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from haste.caching import CacheSettings, fast_settings
-from haste.errors import UserError
+from haste.cli.flags.sample import Args
 from haste.generation.drawing import Sampler
 from haste.generation.filling import fill, settle_full_steps
-from haste.generation.labels import choose_labels, list_labels
+from haste.generation.labels import choose_labels
 from haste.generation.processes import Processes
-from haste.generation.published_flags import PublishedFlags
 from haste.generation.sample_folder import SampleFolder, Samples
-from haste.generation.settings import SamplingSettings
 from haste.generation.student import Student, load_student
 
 # In the grid. Of pictures wider than SMALL fewer are shown, as they are shown in their own size.
 SMALL, MANY, FEW = 64, 100, 40
-
-
-@dataclass(kw_only=True)
-class Args(SamplingSettings, PublishedFlags):
-    """The flags of `haste sample`."""
-
-    ckpt: Path
-    """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
-    fast: bool = False
-    """The recommended cache, in place of --cache and what goes with it. Made for the ODE."""
-    num_fid_samples: int = 100
-    """How many pictures to draw. (50,000 for a published FID.)"""
-    per_proc_batch_size: int = 128
-    """Pictures per batch of each process. Changes the speed and the memory, not the pictures."""
-    sample_dir: Path | None = None
-    """Where the folder of pictures goes; by default samples/ in the run's folder."""
-    fused_attn: bool = True
-    """Fused attention; --no-fused-attn computes it step by step."""
-    tf32: bool = True
-    """Let NVIDIA GPUs round fp32 matrix products to TF32."""
-    compile: bool = False
-    """Let torch.compile fuse the model. The first batch takes a minute or so longer."""
-    cuda_graphs: bool = False
-    """On a GPU and with a cache: replay full and forecast evaluations as CUDA graphs. Not yet tried on a GPU."""
-
-    def resolved(self) -> Args:
-        """The same, with --fast and a file of labels replaced by what they stand for."""
-        chosen: dict[str, Any] = {}
-        if self.fast:
-            for name, default in asdict(CacheSettings()).items():
-                value = getattr(self, name)
-                if value != default:
-                    flag = name.replace("_", "-")
-                    raise UserError(f"--{flag} is {value} beside --fast, which chooses it; give one or the other")
-            chosen = asdict(fast_settings(self.num_steps, noisy=self.mode == "sde"))
-        return replace(self, fast=False, labels=list_labels(self.labels), **chosen)
-
-    def check(self) -> None:
-        super().check()
-        for name in ("num_fid_samples", "per_proc_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
 
 
 def main(args: Args) -> None:

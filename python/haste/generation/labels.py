@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from haste.errors import UserError, in_one_line
+
+if TYPE_CHECKING:  # flags are checked without torch
+    import torch
 
 
 def picture_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -> torch.Generator:
     """The random generator that belongs to picture `index` of `seed` alone."""
+    import torch
+
     entropy = (seed, index, ("label", "noise").index(purpose))
     return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
@@ -21,6 +25,8 @@ def picture_generator(seed: int, index: int, purpose: Literal["label", "noise"])
 def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
     """The labels (len(indices),) int64 of these pictures under a --labels policy. Raises UserError for a bad policy."""
     if policy == "random":
+        import torch
+
         draws = [torch.randint(num_classes, (), generator=picture_generator(seed, i, "label")) for i in indices]
         return np.array([int(draw) for draw in draws], dtype=np.int64)
     try:

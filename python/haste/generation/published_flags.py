@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from haste.errors import UserError
-from haste.models.sit import SiT
-from haste.training.students import STUDENTS
+
+if TYPE_CHECKING:  # flags are checked without torch
+    from haste.models.sit import SiT
 
 # What a bare file of weights does not tell.
 ASSUMED = ("num_classes", "encoder_depth", "path_type")
@@ -64,6 +65,8 @@ class PublishedFlags:
 
 def name_of(model: SiT) -> str:
     """SiT-XL/2 and the like; a description of a model that has no name."""
+    from haste.training.students import STUDENTS
+
     shape = {
         "depth": len(model.blocks),
         "hidden_size": model.pos_embed.shape[-1],

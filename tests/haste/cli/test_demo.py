@@ -62,7 +62,7 @@ def test_the_commands_it_prints_do_what_it_does(tmp_path):
     for line, wanted in zip(demo.command_lines(*expected), expected, strict=True):
         haste, command, *arguments = shlex.split(line)
         assert haste == "haste"
-        module = importlib.import_module(f"haste.cli.{command}")
+        module = importlib.import_module(f"haste.cli.flags.{command}")
         defaults = {"default": module.default_args(arguments)} if hasattr(module, "default_args") else {}
         assert tyro.cli(module.Args, args=arguments, **defaults) == wanted
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 from haste.cli import main as main_module
+from haste.cli.flags.train import default_args
 from haste.cli.main import main
-from haste.cli.train import default_args
 from haste.errors import UserError
 from haste.training.config import TrainConfig
 

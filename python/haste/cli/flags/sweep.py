@@ -1,0 +1,113 @@
+"""Draw the trade-off of feature caching: quality against seconds, FLOPs and memory, beside plain runs of fewer steps.
+
+Every combination of the lists is drawn from one checkpoint, judged and timed; the table and the plot say which of them
+are worth it. What a setting cannot do is passed over with a line. A sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Fixed, Suppress
+
+from haste.errors import UserError
+from haste.generation.labels import list_labels
+from haste.generation.settings import SamplingSettings
+from haste.sweep.points import Grid, plan
+
+
+@dataclass(kw_only=True)
+class Args(SamplingSettings):
+    """The flags of `haste sweep`."""
+
+    ckpt: Path
+    """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
+
+    # What every point has one of, a sweep has lists of.
+    cache: Suppress[Fixed[str]] = "none"
+    granularity: Suppress[Fixed[str]] = "module"
+    interval: Suppress[Fixed[None]] = None
+    order: Suppress[Fixed[None]] = None
+    first_enhance: Suppress[Fixed[None]] = None
+    full_steps: Suppress[Fixed[str]] = ""
+    max_error: Suppress[Fixed[float]] = 0.0
+    gate: Suppress[Fixed[None]] = None
+    cached_blocks: Suppress[Fixed[None]] = None
+    caches: tuple[Literal["reuse", "taylor", "newton", "hermite", "delta-dit"], ...] = ("taylor", "newton")
+    """What stands in for a skipped step, as --cache of haste sample."""
+    granularities: tuple[Literal["module", "block", "model"], ...] = ("module", "model")
+    """What is forecast, as --granularity."""
+    intervals: tuple[int, ...] = (3, 4, 5, 6)
+    """One full step in so many, as --interval."""
+    orders: tuple[int, ...] = (2, 4)
+    """Orders of the forecast, as --order."""
+    max_errors: tuple[float, ...] = (0.0,)
+    """Bounds on the error of a forecast, as --max-error; 0: evenly spaced full steps."""
+    gates: tuple[int, ...] = ()
+    """delta-dit: where the skipped blocks change, as --gate. [default: 0.6 of the steps]"""
+    steps: tuple[int, ...] = (50,)
+    """Steps of the cached runs, each of which is run in full as well."""
+    num_steps: tuple[int, ...] = (10, 12, 14, 17, 20, 25)  # type: ignore[assignment]
+    """Steps of the plain runs that caching has to beat."""
+
+    num_fid_samples: int = 1000
+    """How many pictures to draw of each point."""
+    per_proc_batch_size: int = 128
+    """Pictures per batch, in which they are also timed."""
+    labels: str = "balanced"
+    """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn: such as 3,1,4, or a text file
+    with one on each line."""
+    repeats: int = 3
+    """How often each point is timed; all take turns."""
+    cuda_graphs: bool = False
+    """On a GPU: cached runs replay CUDA graphs, as with haste sample. Plain runs never do. Not yet tried on a GPU."""
+    features: str | None = None
+    """Whose features, as for haste evaluate: inception:PATH, a teacher's name or folder, or digits. [default: digits,
+    for a run on digits]"""
+    reference: str | None = None
+    """The real side: a folder of pictures, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
+    --features digits]"""
+    judge_dir: Path | None = None
+    """Where the judge of the digits is kept; by default judge/ beside the runs."""
+    tolerance: float = 0.05
+    """A setting is good enough if its distance is so much above the full run's at most, as a share of it."""
+    output: Path | None = None
+    """Where sweep.jsonl, sweep.md and sweep.png go; by default sweep/ in the run's folder."""
+    draw_only: bool = False
+    """Measure nothing: the table and the plot of the sweep that was measured last."""
+
+    def check(self) -> None:
+        self.base.check()
+        for name in ("num_fid_samples", "per_proc_batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if not self.steps:
+            raise UserError("--steps is empty; it must be one number of steps or more")
+        for name in ("steps", "num_steps"):
+            if min(getattr(self, name), default=1) < 1:
+                flag, given = name.replace("_", "-"), " ".join(map(str, getattr(self, name)))
+                raise UserError(f"--{flag} is {given}; it must be at least 1")
+        if self.tolerance < 0:
+            raise UserError(f"--tolerance is {self.tolerance}; it must be at least 0")
+
+    @property
+    def base(self) -> SamplingSettings:
+        """What all points share."""
+        shared = {field.name: getattr(self, field.name) for field in fields(SamplingSettings)}
+        chosen = {"num_steps": max(self.steps, default=1), "labels": list_labels(self.labels)}
+        return SamplingSettings(**{**shared, **chosen})
+
+    @property
+    def points(self) -> list[SamplingSettings]:
+        grid = Grid(
+            caches=self.caches,
+            granularities=self.granularities,
+            intervals=self.intervals,
+            orders=self.orders,
+            max_errors=self.max_errors,
+            gates=self.gates or (None,),
+            steps=self.steps,
+        )
+        return plan(self.base, [grid], self.num_steps)
