@@ -20,12 +20,13 @@ from haste.evaluation.metrics import MetricSettings
 from haste.evaluation.picture_sets import open_pictures
 from haste.evaluation.record import beside, keep_evaluation, metrics_record
 from haste.evaluation.reference import save_reference
-from haste.evaluation.scores import Yardstick, alignment_end, evaluate_checkpoints, load_yardstick, read_records
+from haste.evaluation.scores import Yardstick, evaluate_checkpoints, load_yardstick
 from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
 from haste.generation.drawing import Sampler
 from haste.generation.sample_folder import read_record
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student, run_checkpoints
+from haste.training.run_log import alignment_end, read_log
 
 STEP_PICTURES = 64  # whose states are compared after every step
 
@@ -202,10 +203,10 @@ def draw_pictures(args: Args, run: Path, records: list[dict]) -> None:
     """evaluation.png: the scores over steps; losses.png: the curves of log.jsonl. Both in the run's folder."""
     from haste.evaluation.pictures import draw_losses, draw_scores  # brings matplotlib
 
-    stop = alignment_end(run)
+    log = read_log(run / "log.jsonl").lines
+    stop = alignment_end(log)
     title = f"{run.name}: {args.num_fid_samples:,} samples a point, {args.describe()}"
     draw_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
-    log = read_records(run / "log.jsonl")
     if log:
         draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from haste.cli.flags.report import Args
 from haste.errors import UserError
-from haste.report.runs import read_run, write_report
+from haste.report.reading import read_run
+from haste.report.runs import write_report
 
 
 def main(args: Args) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from haste.evaluation.style import LIGHT, Theme, save, styled, thousands
+from haste.evaluation.style import LIGHT, Theme, legible, save, styled, thousands
 
 TILE_INCHES = 0.62
 GRID_INCHES = 13.0  # a grid is at most so wide
 GRID_TILE_INCHES = 0.5  # a picture of a grid is at least so wide,
 LARGEST_TILE = 256  # and at most so many pixels
 GAP_INCHES, LABEL_INCHES = 0.06, 0.2  # between pictures, and above each for its label
-SMOOTHING_WINDOWS = 40  # a loss curve is smoothed over this fraction of its length
+SMOOTHING_WINDOWS = 40  # a curve is smoothed over this fraction of its length to either side
 
 LOSSES = {
     "loss": "Velocity loss (mean squared error)",
@@ -55,7 +55,7 @@ def draw_grid(
             axes.axis("off")
         for index, (axes, image, label) in enumerate(zip(grid.flat, images, labels, strict=False)):
             axes.imshow(image, interpolation="nearest" if side <= LARGEST_TILE else "auto")
-            text, colour = str(label), theme.muted
+            text, colour = legible(label), theme.muted
             if predictions is not None and predictions[index] != label:
                 text, colour = f"{label} → {predictions[index]}", theme.error
             axes.set_title(text, fontsize=8, color=colour, fontweight="normal", loc="center", pad=2)
@@ -190,6 +190,8 @@ def draw_step_errors(
         if len(full):
             axes.plot(full + 1, mean[full], "o", color=theme.series[1], markersize=4.5, label="full step")
         axes.set(xlabel="Sampling step", xlim=(0, len(errors)), yscale="log" if (errors > 0).any() else "linear")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         if (errors > 0).any():  # rounding, far below the forecasts' errors, would flatten them
             axes.set_ylim(bottom=max(np.nanmin(positive), np.nanmax(positive) / 1e3) / 1.3)
         axes.set(title="‖x cached − x full‖ / ‖x full‖ after each step")
@@ -215,7 +217,7 @@ def draw_series(axes: Axes, place: int, method: str, steps: Sequence[int], value
     From the fourth method on lines are dashed: methods that agree for a while would hide each other.
     """
     colour, line = theme.series[place % len(theme.series)], "-" if place < 3 else "--"
-    axes.plot(steps, values.mean(axis=0), line, color=colour, marker="o", markersize=4.5, label=method)
+    axes.plot(steps, values.mean(axis=0), line, color=colour, marker="o", markersize=4.5, label=legible(method))
     if len(values) > 1:
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
 
@@ -235,9 +237,9 @@ def finish_scores(figure: plt.Figure, title: str, stop: int | None, theme: Theme
     figure.subplots_adjust(wspace=0.2)
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a fortieth of the curve, shorter at its ends, same length (N,)."""
-    half = max(len(values) // SMOOTHING_WINDOWS, 1)
+def smooth(values: np.ndarray, windows: int = SMOOTHING_WINDOWS) -> np.ndarray:
+    """Centred running mean over such a fraction of the curve to either side, shorter at its ends, same length (N,)."""
+    half = max(len(values) // windows, 1)
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
@@ -263,4 +265,4 @@ def heading(figure: plt.Figure, title: str, gap: float = 0.42) -> None:
     top = max(axes.get_position().y1 for axes in figure.axes)
     offset = gap / figure.get_figheight()
     left = min(axes.get_position().x0 for axes in figure.axes)
-    figure.text(left, top + offset, title, fontsize=12, fontweight="bold", va="bottom", ha="left")
+    figure.text(left, top + offset, legible(title), fontsize=12, fontweight="bold", va="bottom", ha="left")

@@ -15,7 +15,7 @@ from typing import Any
 
 from haste.errors import UserError
 from haste.evaluation.metrics import Result
-from haste.io import write_text
+from haste.io import read_json, write_text
 
 
 def beside(samples: Path, ending: str) -> Path:
@@ -27,12 +27,12 @@ def beside(samples: Path, ending: str) -> Path:
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """The entries of an evaluation.json, oldest first; none if there is no file. UserError if it is something else."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    try:
-        return list(json.loads(path.read_text())["evaluations"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as evaluations ({error}); move it away") from error
+    entries = read_json(path, "the evaluations of samples", needs=["evaluations"])["evaluations"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "settings" in entry for entry in entries):
+        raise UserError(f"{path} must be the evaluations of samples, a list of entries with settings; move it away")
+    return entries
 
 
 def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from haste.generation.drawing import Sampler
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student
 from haste.io import write_text
-from haste.training.meter import with_present_names
+from haste.training.run_log import finite, is_step, read_lines
 
 RECORDS = "evaluation.jsonl"
 BATCH = 250  # pictures drawn at once when a checkpoint is scored
@@ -127,26 +127,22 @@ def fingerprint(record: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of an evaluation.jsonl or log.jsonl; a last line that a kill cut short is passed over."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(with_present_names(json.loads(line)))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """The records of an evaluation.jsonl; lines that are none, such as a last one that a kill cut short, are passed
+    over."""
+    return [record for record in read_lines(path)[0] if is_score(record)]
+
+
+def is_score(record: dict[str, Any]) -> bool:
+    """Whether a record holds what `evaluate_checkpoints` returns."""
+    step = record.get("step")
+    return (
+        isinstance(record.get("checkpoint"), str)
+        and (step is None or is_step(step))
+        and all(finite(record.get(name)) is not None for name in ("distance", "accuracy"))
+    )
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add one line; the file is replaced whole, so that a kill leaves the old lines or the new."""
-    text = "".join(json.dumps(line) + "\n" for line in [*read_records(path), record])
+    text = "".join(json.dumps(line) + "\n" for line in [*read_lines(path)[0], record])
     write_text(path, text)
-
-
-def alignment_end(run: Path) -> int | None:
-    """The step after which a run's log knows no alignment any more; None if it never had one or never ended it."""
-    log = read_records(run / "log.jsonl")
-    aligned = [record["step"] for record in log if record["aligned"]]
-    return aligned[-1] if aligned and aligned[-1] < log[-1]["step"] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,10 +53,16 @@ def styled(theme: Theme) -> Iterator[None]:
         "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 2.0,
         "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
         "axes.titlelocation": "left", "axes.titlepad": 10, "legend.frameon": False, "legend.fontsize": 9,
+        "text.parse_math": False,  # a $ in a run's name is a $
         "axes.prop_cycle": cycler(color=theme.series), "figure.dpi": 100, "savefig.dpi": 160,
     }  # fmt: skip
     with plt.rc_context(settings):
         yield
+
+
+def legible(text: object) -> str:
+    """Text that matplotlib can set: of file names with odd bytes, question marks."""
+    return str(text).encode("utf-8", "replace").decode()
 
 
 def thousands(axes: Axes) -> None:
@@ -65,8 +72,10 @@ def thousands(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save as PNG, whole or not at all, and close the figure."""
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
-    )
+    """Save as PNG, whole or not at all, and close the figure. A letter that the font lacks is a box, without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        write_atomically(
+            path, lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
+        )
     plt.close(figure)

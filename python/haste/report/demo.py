@@ -12,7 +12,7 @@ import torch
 
 import haste_ext
 from haste.evaluation.pictures import draw_comparison, draw_grid, draw_losses, draw_scores
-from haste.evaluation.scores import Yardstick, alignment_end, read_records
+from haste.evaluation.scores import Yardstick
 from haste.evaluation.style import DARK, LIGHT, Theme
 from haste.generation.sample_folder import Samples
 from haste.generation.settings import SamplingSettings
@@ -29,6 +29,7 @@ from haste.report.page import (
 )
 from haste.training.config import TrainConfig
 from haste.training.recipes import recipe_config
+from haste.training.run_log import alignment_end, read_log
 
 COMPARED = 14  # pictures side by side
 
@@ -177,8 +178,9 @@ def forecast_section(folder: Path, results: DemoResults) -> str:
 
 
 def training_section(folder: Path, results: DemoResults) -> str:
-    run, stop = results.run, alignment_end(results.run)
-    log = read_records(run / "log.jsonl")
+    run = results.run
+    log = read_log(run / "log.jsonl").lines
+    stop = alignment_end(log)
     yardstick, records = results.yardstick, results.records
 
     def losses(path: Path, theme: Theme) -> None:

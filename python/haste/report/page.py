@@ -6,12 +6,15 @@ Pictures go in as data URIs, so that the file can be sent by mail and opened wit
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from haste.io import write_text
-from haste.report.style import STYLE_SHEET
+from haste.report.style import SERIES, STYLE_SHEET
 
 
 def render_page(title: str, lead: str, *parts: str) -> str:
@@ -27,8 +30,9 @@ def render_page(title: str, lead: str, *parts: str) -> str:
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write the document, whole or not at all."""
-    write_text(path, html)
+    """Write the document, whole or not at all. What UTF-8 cannot hold, such as the odd bytes of a file's name, becomes
+    a question mark."""
+    write_text(path, html.encode("utf-8", "replace").decode())
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -87,14 +91,68 @@ def themed_figure(light: Path, dark: Path, alt: str, caption: str = "") -> str:
     )
 
 
-def figure(path: Path, alt: str, caption: str) -> str:
-    """A PNG file that looks the same on light and on dark pages."""
-    return (
-        f'<figure><img src="{data_uri(path)}" alt="{escape(alt, quote=True)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+def panel(title: str, *parts: str) -> str:
+    """A small titled part; several stand beside each other where there is room."""
+    return f'<div class="panel"><h3>{escape(title)}</h3>{"".join(parts)}</div>'
+
+
+def legend(names: Sequence[str]) -> str:
+    """Names of runs in their colours and lines, which are those of `plots.look_of`."""
+    items = (
+        f'<span><i style="border-top: 3px {("solid", "dashed", "dotted")[place // SERIES % 3]} '
+        f'var(--series-{place % SERIES})"></i>{escape(name)}</span>'
+        for place, name in enumerate(names)
     )
+    return f'<p class="legend">{"".join(items)}</p>'
+
+
+def side_by_side(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Parts in rows that have a name and columns that have a title; a narrow page scrolls them sideways."""
+    head = "".join(f"<th>{escape(title)}</th>" for title in columns)
+    body = "".join(
+        f'<tr><th class="row" colspan="{len(columns)}">{escape(name)}</th></tr>'
+        f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for name, cells in rows
+    )
+    return (
+        f'<div class="scroll"><table class="images"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def image(uri: str, alt: str) -> str:
+    """An image from a data URI."""
+    return f'<img src="{uri}" alt="{escape(alt, quote=True)}">'
+
+
+def tiles(images: np.ndarray, titles: Sequence[str], wrong: Sequence[bool] = ()) -> str:
+    """Small images, each under its title, as many in a row as there is room for; `wrong` ones have it in red.
+
+    images: (N, H, W, 3) uint8, or (N, K, H, W, 3) for K images below each other in every tile.
+    """
+    stacks = images if images.ndim == 5 else images[:, None]
+    marks = wrong or [False] * len(titles)
+    parts = (
+        f'<figure class="tile{" wrong" if mark else ""}"><figcaption>{escape(title)}</figcaption>'
+        + "".join(f'<img src="{png_uri(one)}" alt="">' for one in stack)
+        + "</figure>"
+        for stack, title, mark in zip(stacks, titles, marks, strict=True)
+    )
+    return f'<div class="tiles">{"".join(parts)}</div>'
+
+
+def png_uri(pixels: np.ndarray) -> str:
+    """An image (H, W, 3) uint8 as text that an <img> can hold."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return as_data_uri(buffer.getvalue())
 
 
 def data_uri(path: Path) -> str:
     """A PNG file as text that an <img> can hold."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    return as_data_uri(path.read_bytes())
+
+
+def as_data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,15 +1,26 @@
 """The style sheet of the reports. Colours follow the reader's light or dark setting; nothing comes from elsewhere."""
 
-STYLE_SHEET = """
+from haste.evaluation.style import DARK, LIGHT, Theme
+
+SERIES = len(LIGHT.series)  # colours of runs
+
+
+def _series(theme: Theme) -> str:
+    return " ".join(f"--series-{place}: {colour};" for place, colour in enumerate(theme.series))
+
+
+STYLE_SHEET = (
+    f":root {{ {_series(LIGHT)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_series(DARK)} }} }}"
+    + """
 :root {
   color-scheme: light dark;
   --page: #f4f5f7; --card: #ffffff; --text: #1b1f24; --muted: #5f6873;
-  --line: #e1e4e8; --accent: #2563eb; --code: #f0f2f5;
+  --line: #e1e4e8; --wrong: #c62828; --code: #f0f2f5;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0d1014; --card: #15191f; --text: #e8eaed; --muted: #9aa3ae;
-    --line: #2b313a; --accent: #7aa7ff; --code: #1d232b;
+    --line: #2b313a; --wrong: #ff8a80; --code: #1d232b;
   }
 }
 * { box-sizing: border-box; }
@@ -37,8 +48,23 @@ figure { margin: 0 0 1rem; }
 figure:last-child, p:last-child, pre:last-child { margin-bottom: 0; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: var(--muted); font-size: .875rem; margin-top: .5rem; max-width: 85ch; }
-.previews { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 1rem; }
-.previews figure { margin: 0; }
+h3 { font-size: 1rem; margin: 0 0 .25rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1.25rem 1rem; }
+.panels:not(:last-child) { margin-bottom: 1.25rem; }
+.panel { min-width: 0; }
+.panel figure { margin: 0; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; max-width: none; }
+.legend i { display: inline-block; width: 1.75rem; margin-right: .5rem; vertical-align: middle; }
+.legend span { overflow-wrap: anywhere; }
+table.images td { border: 0; padding: 0 .75rem .75rem 0; min-width: 200px; }
+table.images th { border: 0; padding-bottom: .25rem; }
+table.images th.row { color: var(--text); padding-top: .25rem; }
+table.images img { display: block; width: 100%; max-width: 360px; height: auto; }
+.tiles { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1rem; }
+.tile { margin: 0; width: 56px; }
+.tile img { width: 56px; height: 56px; margin: 0 0 3px; image-rendering: pixelated; }
+.tile figcaption { margin: 0; text-align: center; line-height: 1.4; overflow-wrap: anywhere; }
+.tile.wrong figcaption { color: var(--wrong); font-weight: 600; }
 .scroll { overflow-x: auto; margin-bottom: 1rem; }
 .scroll:last-child { margin-bottom: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .925rem; font-variant-numeric: tabular-nums; }
@@ -53,4 +79,10 @@ pre {
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; font-size: 1.2rem; font-weight: bold; letter-spacing: -.01em; }
 details[open] summary { margin-bottom: .75rem; }
+@media (max-width: 600px) {
+  body { padding: 1.25rem .75rem 2rem; }
+  section { padding: 1rem; }
+  h1 { font-size: 1.6rem; }
+}
 """
+)

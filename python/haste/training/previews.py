@@ -28,6 +28,8 @@ CFG_SCALE = 4.0
 SMALLEST_SIDE = 64  # pictures below are enlarged, pixel by pixel
 MARGIN, GREY = 2, 128  # around each
 
+MISSING = "missing.txt"  # in the folder, where there are no previews: why
+
 
 class Previews:
     """folder: gets <step>.png, a square grid of pictures whose classes are spread over all there are."""

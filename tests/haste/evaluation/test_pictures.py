@@ -110,6 +110,14 @@ def test_an_advantage_is_taken_seed_by_seed(tmp_path):
     assert pale_blue(tmp_path / "spread.png") > 10 * pale_blue(tmp_path / "halved.png")
 
 
+@pytest.mark.parametrize("name", ["a $\\frac{$ b", "odd \ud800 bytes", "line\nbreak"])
+def test_names_are_shown_as_they_are(tmp_path, name):
+    points = [{"step": 1, "distance": 2.0, "accuracy": 0.5}]
+    draw_scores(tmp_path / "scores.png", {name: {0: points}, "other": {0: points}}, title=name)
+    draw_grid(tmp_path / "grid.png", flat_pictures((0, 0, 0)), [name], title=name)
+    draw_step_errors(tmp_path / "errors.png", np.full((3, 2), 1e-3), title=name)
+
+
 def pale_blue(path) -> float:
     """The share of a picture that a band may have: the line's blue over much white. (A line's edge has a little.)"""
     red, _, blue = pixels(path).astype(int).T

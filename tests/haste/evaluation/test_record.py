@@ -36,7 +36,7 @@ def test_the_same_settings_replace_their_entry_and_others_are_added(tmp_path):
 def test_a_file_of_something_else_is_not_written_over(tmp_path):
     path = tmp_path / "x-evaluation.json"
     path.write_text("mine")
-    with pytest.raises(UserError, match="cannot be read as evaluations .*; move it away"):
+    with pytest.raises(UserError, match="must be the evaluations of samples, and is no JSON"):
         keep_evaluation(path, {}, {})
     assert path.read_text() == "mine"
 
@@ -45,3 +45,11 @@ def test_metrics_are_plain_values():
     record = metrics_record([Result("precision", 0.5), Result("kernel_distance", None, note="too few")])
     assert record == {"precision": {"value": 0.5}, "kernel_distance": {"value": None, "note": "too few"}}
     assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"evaluations": 3}', '{"evaluations": [1]}', '{"evaluations": [{}]}'])
+def test_json_of_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "x-evaluation.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="must be the evaluations of samples"):
+        read_evaluations(path)

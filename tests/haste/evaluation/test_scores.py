@@ -9,7 +9,7 @@ from haste.errors import UserError
 from haste.evaluation import scores as scores_module
 from haste.evaluation.frechet import fit_gaussian, frechet_distance
 from haste.evaluation.judge import JudgeSettings, real_digits
-from haste.evaluation.scores import alignment_end, append_record, evaluate_checkpoints, load_yardstick, read_records
+from haste.evaluation.scores import append_record, evaluate_checkpoints, load_yardstick, read_records
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import run_checkpoints
 
@@ -93,17 +93,10 @@ def test_records_are_one_json_a_line(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
 
 
-def test_a_log_with_former_names_of_the_losses_is_read(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 3.0, "velocity_loss": 1.0, "feature_loss": 2.0}\n')
-    (record,) = read_records(tmp_path / "log.jsonl")
-    assert (record["loss"], record["proj_loss"], record["attn_loss"], record["total_loss"]) == (1.0, 2.0, None, 3.0)
-
-
-def test_the_end_of_alignment_is_read_off_the_log(tmp_path):
+def test_lines_that_are_no_records_are_passed_over_and_kept(tmp_path, yardstick):
     run = write_run(tmp_path)
-    assert alignment_end(run) == 2
-    log = read_records(run / "log.jsonl")
-    (run / "log.jsonl").write_text("".join(json.dumps({**record, "aligned": True}) + "\n" for record in log))
-    assert alignment_end(run) is None
-    (run / "log.jsonl").write_text("".join(json.dumps({**record, "aligned": False}) + "\n" for record in log))
-    assert alignment_end(run) is None
+    first = evaluate_checkpoints(run, run_checkpoints(run)[:1], SETTINGS, COUNT, yardstick)
+    path = run / "evaluation.jsonl"
+    path.write_text(path.read_text() + json.dumps({**first[0], "distance": "far"}) + "\n[]\n")
+    assert read_records(path) == first
+    assert evaluate_checkpoints(run, run_checkpoints(run)[:1], SETTINGS, COUNT, yardstick) == first

@@ -4,18 +4,24 @@ import base64
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from haste.report.page import (
     commands,
     data_uri,
     facts,
     folded_section,
+    image,
     is_number,
+    legend,
+    panel,
     paragraph,
     render_page,
     section,
+    side_by_side,
     table,
     themed_figure,
+    tiles,
     write_page,
 )
 from PIL import Image
@@ -85,6 +91,10 @@ def test_what_comes_from_outside_is_escaped(picture):
         table((evil,), [(evil,)]),
         facts((evil, evil)),
         themed_figure(picture, picture, evil, evil),
+        panel(evil, ""),
+        legend([evil]),
+        side_by_side([evil], [(evil, [""])]),
+        image("data:", evil),
         render_page(evil, evil),
     ):
         assert "<script>" not in html
@@ -114,6 +124,19 @@ def test_only_columns_of_numbers_are_set_to_the_right():
 def test_numbers_are_recognised_with_their_units():
     assert all(map(is_number, ["1", "-2.5", "1,797", "95%", "2.19×", "3.1 s", "6 of 20", "1e-3"]))
     assert not any(map(is_number, ["", "none", "1:1,2:2,3:3", "step 20", "s"]))
+
+
+def test_tiles_are_images_of_their_own_under_their_titles():
+    images = np.zeros((2, 3, 8, 8, 3), np.uint8)
+    html = tiles(images, ["cat <1>", "3 → 5"], [False, True])
+    assert html.count("data:image/png;base64,") == 6 and html.count('class="tile"') == html.count('class="tile wrong"')
+    assert "cat &lt;1&gt;" in html
+    parse(html)
+
+
+def test_what_utf8_cannot_hold_is_a_question_mark(tmp_path):
+    write_page(tmp_path / "index.html", "a\ud800b")
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == "a?b"
 
 
 def test_a_page_is_written_whole(tmp_path):
