@@ -211,7 +211,8 @@ def extract_range(
     parts = []
     for batch in pictures.batches(batch_size, start, stop):
         part = extractor(batch)
-        if not np.isfinite(part.values).all():
+        probabilities = np.zeros(0) if part.probabilities is None else part.probabilities
+        if not (np.isfinite(part.values).all() and np.isfinite(probabilities).all()):
             raise UserError(
                 f"features of {extractor.describe()} hold values that are not finite; its weights are broken"
             )

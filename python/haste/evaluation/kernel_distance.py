@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from haste.errors import UserError
+from haste.evaluation.frechet import check_features
 
 
 class KernelDistance(NamedTuple):
@@ -27,8 +28,10 @@ def kernel_distance(
     """MMD² of features a (N, D) and b (M, D), any real dtype, computed in float64.
 
     Every subset is drawn without replacement from either side. Three matrices (subset_size, subset_size) are held at a
-    time. Raises UserError for sets of other dimensions, or smaller than a subset.
+    time. Raises UserError for features that are no finite matrix, sets of other dimensions, or smaller than a subset,
+    and ArithmeticError where the kernel is beyond double precision.
     """
+    a, b = check_features(a), check_features(b)
     if a.shape[1] != b.shape[1]:
         raise UserError(f"features have {a.shape[1]} and {b.shape[1]} dimensions; both sides need the same network")
     if not 2 <= subset_size <= min(len(a), len(b)):
@@ -41,7 +44,10 @@ def kernel_distance(
     def subset(features: np.ndarray) -> np.ndarray:
         return features[rng.choice(len(features), subset_size, replace=False)].astype(np.float64)
 
-    values = [unbiased_mmd2(subset(a), subset(b)) for _ in range(subsets)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = [unbiased_mmd2(subset(a), subset(b)) for _ in range(subsets)]
+    if not np.isfinite(values).all():
+        raise ArithmeticError("the kernel of these features is beyond double precision; they are too large")
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from haste.errors import UserError
+from haste.evaluation.frechet import check_features
 
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
@@ -33,8 +34,10 @@ def manifold_scores(samples: np.ndarray, reference: np.ndarray) -> ManifoldScore
     """The four scores of samples (N, D) against reference (M, D), any real dtype, computed in float64.
 
     A point on the surface of a ball is inside, but for rounding. Distances are computed and forgotten block by block.
-    Raises UserError for sets of other dimensions, or with no more points than neighbours.
+    Raises UserError for features that are no finite matrix, sets of other dimensions, or with no more points than
+    neighbours, and ArithmeticError where distances are beyond double precision.
     """
+    samples, reference = check_features(samples), check_features(reference)
     if samples.shape[1] != reference.shape[1]:
         raise UserError(
             f"features have {samples.shape[1]} and {reference.shape[1]} dimensions; both sides need the same network"
@@ -45,6 +48,9 @@ def manifold_scores(samples: np.ndarray, reference: np.ndarray) -> ManifoldScore
     # Distances do not change when all points move; near the origin x² + y² − 2xy loses fewest digits.
     centre = reference.mean(axis=0, dtype=np.float64)
     samples, reference = samples - centre, reference - centre
+    with np.errstate(over="ignore"):
+        if not np.isfinite([np.square(x).sum(axis=1).max() for x in (samples, reference)]).all():
+            raise ArithmeticError("distances of these features are beyond double precision; they are too large")
 
     sample_radii = neighbour_radii(samples, (PRECISION_NEIGHBOURS,))[0]
     ball_radii, density_radii = neighbour_radii(reference, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))

@@ -23,7 +23,7 @@ from haste.data.arrays import list_npz, read_npy, read_npz
 from haste.data.bad_files import BadFile
 from haste.errors import UserError
 from haste.evaluation.features import Extractor, Features, extract
-from haste.evaluation.frechet import Gaussian, fit_gaussian
+from haste.evaluation.frechet import Gaussian, fault_of_moments, fit_gaussian
 from haste.evaluation.images import write_arrays
 from haste.evaluation.judge import real_digits
 from haste.evaluation.picture_sets import PictureArray, PictureSet, open_pictures
@@ -150,7 +150,7 @@ def read_features(path: Path, flag: str) -> Features:
         raise UserError(f"{flag}: {path} holds no features: it {fault.reason}") from fault
     if values is None:
         raise UserError(f"{flag}: {path} holds no features; it must have an array features or arr_0")
-    if values.ndim != 2 or not len(values) or not np.issubdtype(values.dtype, np.floating):
+    if values.ndim != 2 or not values.size or not np.issubdtype(values.dtype, np.floating):
         raise UserError(
             f"{flag}: {path} holds {values.dtype} {values.shape}; features must be floats (pictures, dimension)"
         )
@@ -184,17 +184,19 @@ def read_statistics(path: Path, key: str | None) -> Reference:
     if None not in (network, key) and network != key:
         raise UserError(f"--reference is {path}, which was saved with {network}; --features gives {key}")
     features = arrays.get("features")
+    if features is not None and not np.isfinite(features).all():
+        raise UserError(f"--reference is {path}, whose features are not finite")
     stored = None
     if "mu" in arrays:
         mean = arrays["mu"].astype(np.float64)
         covariance = arrays.get("sigma", np.empty(0)).astype(np.float64)
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        if fault := fault_of_moments(mean, covariance):
+            raise UserError(f"--reference is {path}, whose {fault}")
+        if features is not None and features.shape[1] != len(mean):
             raise UserError(
-                f"--reference is {path}, whose mu has shape {mean.shape} and sigma {covariance.shape}; "
-                "they must be (D,) and (D, D)"
+                f"--reference is {path}, whose mu has {len(mean)} dimensions and features {features.shape[1]}; "
+                "they must be those of the same network"
             )
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise UserError(f"--reference is {path}, whose statistics are not finite")
         stored = Gaussian(mean, covariance, None if features is None else len(features))
     return Reference(str(path), key or STORED, features, stored)
 

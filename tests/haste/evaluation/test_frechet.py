@@ -97,12 +97,22 @@ def test_few_samples_come_with_a_caution_and_many_without():
     ("features", "message"),
     [
         (np.zeros(10), "must be a matrix"),
+        (np.zeros((0, 3)), "0 samples are too few"),
+        (np.zeros((1, 3)), "1 samples are too few"),
+        (np.zeros((10, 0)), "must be a matrix"),
+        (np.zeros((10, 2), dtype=complex), "must be a matrix of numbers"),
         (np.full((10, 2), np.inf), "not finite"),
+        (np.array([[1e200], [-1e200], [0]]), "as large as 1.0e[+]200, whose squares are beyond double precision"),
     ],
 )
 def test_features_that_are_none_are_refused(features, message):
     with pytest.raises(UserError, match=message):
         fit_gaussian(features)
+
+
+def test_a_distance_beyond_double_precision_is_no_distance():
+    with pytest.raises(ArithmeticError, match="too large for double precision"):
+        frechet_distance(gaussian([1e200], [[1]]), gaussian([0], [[1]]))
 
 
 def test_features_of_two_networks_are_refused():

@@ -38,3 +38,23 @@ def test_few_samples_bias_it_downwards():
 def test_fewer_samples_than_parts_are_refused():
     with pytest.raises(UserError, match="9 samples are too few; it is taken over 10 parts"):
         inception_score(np.full((9, 3), 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "message"),
+    [
+        (np.full((20, 3), np.nan), "not finite"),
+        (np.tile([1.5, -0.5, 0], (20, 1)), "reach down to -0.5"),
+        (np.tile([3.0, 2.0, 1.0], (20, 1)), "sums from 6 to 6; they must be .* which logits become by a softmax"),
+        (np.zeros((20, 0)), r"shape \(20, 0\); they must be numbers \(samples, classes\)"),
+        (np.full(20, 0.5), "must be numbers"),
+    ],
+)
+def test_what_are_no_probabilities_is_refused(probabilities, message):
+    with pytest.raises(UserError, match=message):
+        inception_score(probabilities)
+
+
+def test_probabilities_rounded_to_half_precision_are_some():
+    exact = np.random.default_rng(0).dirichlet(np.full(1000, 0.01), size=100)
+    assert inception_score(exact.astype(np.float16)).mean == pytest.approx(inception_score(exact).mean, rel=1e-2)

@@ -58,6 +58,17 @@ def test_subsets_larger_than_a_set_are_refused(size):
         kernel_distance(np.zeros((30, 2)), np.zeros((20, 2)), subset_size=size)
 
 
+@pytest.mark.parametrize("value", (np.nan, np.inf))
+def test_features_that_are_not_finite_are_refused(value):
+    good, bad = np.ones((10, 2)), np.ones((10, 2))
+    bad[3, 1] = value
+    for sides in ((good, bad), (bad, good)):
+        with pytest.raises(UserError, match="not finite"):
+            kernel_distance(*sides, subset_size=5)
+    with pytest.raises(ArithmeticError, match="beyond double precision"):
+        kernel_distance(1e160 * good, good, subset_size=5)
+
+
 def test_features_of_two_networks_are_refused():
     with pytest.raises(UserError, match="2 and 3 dimensions"):
         kernel_distance(np.zeros((5, 2)), np.zeros((5, 3)), subset_size=5)

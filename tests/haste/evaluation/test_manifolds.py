@@ -84,6 +84,17 @@ def test_far_from_the_origin_no_digits_are_lost():
     assert scores(samples + 1e6, reference + 1e6) == pytest.approx(scores(samples, reference), abs=1e-9)
 
 
+@pytest.mark.parametrize("value", (np.nan, np.inf))
+def test_features_that_are_not_finite_are_refused(value):
+    good, bad = np.random.default_rng(0).standard_normal((2, 10, 2))
+    bad[3, 1] = value
+    for sides in ((good, bad), (bad, good)):
+        with pytest.raises(UserError, match="not finite"):
+            manifold_scores(*sides)
+    with pytest.raises(ArithmeticError, match="beyond double precision"):
+        manifold_scores(1e160 * good, good)
+
+
 def test_too_few_points_and_two_networks_are_refused():
     with pytest.raises(UserError, match="5 pictures are too few; it takes more than 5"):
         manifold_scores(np.zeros((5, 2)), np.zeros((9, 2)))

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 from haste.errors import UserError
+from haste.evaluation.frechet import Gaussian, frechet_distance
 from haste.evaluation.images import write_picture
 from haste.evaluation.reference import load_reference, save_reference, stored_features, stored_reference
 
@@ -107,10 +108,31 @@ def test_references_that_are_none_are_refused(tmp_path, network):
 
     refused("does not exist; it must be digits, a folder of pictures, or an .npz")
     refused(r"mu has shape \(3,\) and sigma \(2, 2\); they must be", mu=np.zeros(3), sigma=np.eye(2))
-    refused("statistics are not finite", mu=np.full(3, np.nan), sigma=np.eye(3))
+    refused("x.npz, whose mu holds values that are not finite", mu=np.full(3, np.nan), sigma=np.eye(3))
+    refused("x.npz, whose sigma holds values that are not", mu=np.zeros(3), sigma=np.diag([1, np.inf, 1]))
+    refused(r"sigma is not symmetric, 0.5 at \(0, 1\) and 0 at", mu=np.zeros(2), sigma=np.array([[1, 0.5], [0, 1]]))
+    refused("sigma has the variance -2 at 1", mu=np.zeros(2), sigma=np.diag([1, -2]))
+    refused("sigma has the eigenvalue -1 beside 3", mu=np.zeros(2), sigma=np.array([[1, 2], [2, 1]]))
+    refused("sigma is all zeros, as of a single image", mu=np.zeros(2), sigma=np.zeros((2, 2)))
+    refused("mu has shape .* and sigma", mu=np.zeros(2))
+    moments = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    refused("features are not finite", features=np.full((20, 3), np.nan), **moments)
+    refused("mu has 3 dimensions and features 2", features=np.ones((20, 2)), **moments)
     refused("not an .npz with pictures under arr_0", other=np.zeros(3))
     (tmp_path / "x.npz").write_text("text")
     refused("x.npz, which cannot be read as an .npz file")
+
+
+def test_a_covariance_rounded_to_single_precision_is_one(tmp_path, network):
+    """Of fewer samples than dimensions, so that eigenvalues of 0 come out on either side of it."""
+    values = np.random.default_rng(3).standard_normal((20, 64)) @ np.diag(np.logspace(0, 2, 64))
+    sigma = np.cov(values.T).astype(np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64))[0] < -1e-6
+    np.savez(tmp_path / "x.npz", mu=values.mean(axis=0), sigma=sigma)
+    rounded = stored_reference(str(tmp_path / "x.npz")).gaussian
+    exact = Gaussian(values.mean(axis=0), np.cov(values.T), None)
+    assert frechet_distance(rounded, rounded) == pytest.approx(0, abs=1e-3)
+    assert frechet_distance(rounded, exact) == pytest.approx(0, abs=1e-2) and np.trace(sigma) > 1e4
 
 
 def test_stored_features_that_are_none_are_refused(tmp_path):
@@ -122,6 +144,7 @@ def test_stored_features_that_are_none_are_refused(tmp_path):
     refused(r"features must be floats \(pictures, dimension\)", np.zeros(3))
     refused("features must be floats", np.zeros((3, 2), dtype=np.int64))
     refused("not finite", np.full((3, 2), np.inf))
+    refused("features must be floats", np.zeros((3, 0)))
     (tmp_path / "x.npy").write_text("text")
     with pytest.raises(UserError, match="holds no features"):
         stored_features(tmp_path / "x.npy", "--samples")
