@@ -24,7 +24,7 @@ def build(cls: type[T], values: Any, source: str) -> T:
     values that the dataclass itself refuses.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{source} must hold named values, and is {_shown(values)}")
+        raise UserError(f"{source} must hold named values, and is {shown(values)}")
     hints = _hints(cls)
     known = {}
     for field in fields(cls):
@@ -49,7 +49,7 @@ def check(value: Any, wanted: Any, name: str) -> Any:
         return _check_union(value, arguments, wanted, name)
     if origin is Literal:
         if not any(type(value) is type(known) and value == known for known in arguments):
-            raise UserError(f"{name} must be one of {', '.join(map(repr, arguments))}, and is {_shown(value)}")
+            raise UserError(f"{name} must be one of {', '.join(map(repr, arguments))}, and is {shown(value)}")
         return value
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         return _check_items(value, origin, arguments, name)
@@ -66,7 +66,7 @@ def check(value: Any, wanted: Any, name: str) -> Any:
             return float(value)
     elif isinstance(wanted, type) and type(value) is wanted:
         return value
-    raise UserError(f"{name} must be {_type_name(wanted)}, and is {_shown(value)}")
+    raise UserError(f"{name} must be {_type_name(wanted)}, and is {shown(value)}")
 
 
 _LARGEST = 1.7e308  # a larger int has no float
@@ -78,7 +78,7 @@ def _check_union(value: Any, arguments: tuple[Any, ...], wanted: Any, name: str)
             return check(value, argument, name)
         except UserError:
             continue
-    raise UserError(f"{name} must be {_type_name(wanted)}, and is {_shown(value)}")
+    raise UserError(f"{name} must be {_type_name(wanted)}, and is {shown(value)}")
 
 
 def _check_items(values: Any, origin: type, arguments: tuple[Any, ...], name: str) -> Any:
@@ -106,10 +106,10 @@ def _type_name(wanted: Any) -> str:
     return names.get(wanted, getattr(wanted, "__name__", str(wanted)))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value in a few words; its type where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except Exception:  # whose repr fails is still to be named
         return type(value).__name__
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:40]}..."

@@ -7,6 +7,7 @@ and scale 0.18215; REPA-E's come with a file of statistics.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
+from haste.plain import build
 
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
@@ -53,9 +55,21 @@ class LatentFormat:
         return latents if stats is None else latents.with_statistics(stats)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LatentFormat:
-        """The inverse of dataclasses.asdict, also by way of JSON, which knows no tuples."""
-        return cls(**{**values, "shift": tuple(values["shift"]), "scale": tuple(values["scale"])})
+    def from_dict(cls, values: Any, source: str = "the format of latents") -> LatentFormat:
+        """The inverse of dataclasses.asdict, also by way of JSON, which knows no tuples.
+
+        Raises UserError, naming `source`, for values that are no such format.
+        """
+        latents = build(cls, values, source)
+        if latents.channels < 1 or latents.factor < 1:
+            raise UserError(f"channels and factor of {source} must be at least 1, and are not")
+        for name in ("shift", "scale"):
+            numbers = getattr(latents, name)
+            if len(numbers) != latents.channels or not all(map(math.isfinite, numbers)):
+                raise UserError(f"{name} of {source} must be one number for each of {latents.channels} channels")
+        if 0 in latents.scale:
+            raise UserError(f"scale of {source} must not be 0")
+        return latents
 
     def with_statistics(self, stats: str) -> LatentFormat:
         """The same latents, shifted and scaled by a file of statistics."""

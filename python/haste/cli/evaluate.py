@@ -95,7 +95,7 @@ def open_evaluator(args: Args) -> Evaluator | None:
 def on_digits(args: Args) -> bool:
     """Whether the pictures are digits: of a run on them, or as small as they are."""
     if args.samples is None:
-        return load_student(args.run or args.ckpt, args.ema).config.data_dir == "digits"
+        return load_student(args.run or args.ckpt, args.ema, convention=args.convention).config.data_dir == "digits"
     return open_pictures(args.samples, "--samples").shape == (8, 8, 3)
 
 
@@ -138,7 +138,7 @@ def compare_steps(args: Args, samples: Path) -> np.ndarray:
     from haste.evaluation.pictures import draw_step_errors  # brings matplotlib
 
     settings = SamplingSettings(**{field.name: getattr(args, field.name) for field in fields(SamplingSettings)})
-    student = load_student(args.ckpt, args.ema)
+    student = load_student(args.ckpt, args.ema, convention=args.convention)
     cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheSettings())))
     full_steps = read_record(samples)["full_steps"]
     if full_steps is not None:  # that --max-error has found

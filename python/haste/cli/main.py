@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from haste.errors import UserError
@@ -70,9 +71,29 @@ def read_flags(command: str, arguments: Sequence[str]) -> Any:
     import tyro
 
     flags = importlib.import_module(f"haste.cli.flags.{command}")
+    arguments = spell_out(arguments, flags.Args)
     defaults = {"default": flags.default_args(arguments)} if hasattr(flags, "default_args") else {}
     args = tyro.cli(flags.Args, prog=f"haste {command}", description=flags.__doc__, args=arguments, **defaults)
     if hasattr(args, "resolved"):
         args = args.resolved()
     args.check()
     return args
+
+
+def spell_out(arguments: Sequence[str], flags: type) -> list[str]:
+    """The arguments with abbreviated flags in full, as argparse, and so every published command, knows them.
+
+    A beginning that two flags have in common stays as it is, and is refused as no flag.
+    flags: the dataclass of the subcommand's flags.
+    """
+    shown = [field for field in fields(flags) if "Suppress" not in str(field.type)]
+    names = {field.name.replace("_", "-") for field in shown} | {"help"}
+    names |= {f"no-{field.name.replace('_', '-')}" for field in shown if isinstance(field.default, bool)}
+    spelled = []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        fitting = [known for known in names if known.startswith(name.replace("_", "-"))] if name else []
+        if argument.startswith("--") and len(fitting) == 1:
+            argument = f"--{fitting[0]}{equals}{value}"
+        spelled.append(argument)
+    return spelled

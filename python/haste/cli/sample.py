@@ -52,7 +52,12 @@ def sample_to_folder(args: Args) -> Samples:
     processes = Processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     student = load_student(
-        args.ckpt, args.ema, device=processes.device, fused_attn=args.fused_attn, assume=args.assumed()
+        args.ckpt,
+        args.ema,
+        device=processes.device,
+        fused_attn=args.fused_attn,
+        assume=args.assumed(),
+        convention=args.convention,
     )
     sampler = Sampler(student, args)
     args.refuse_other(student.model, student.recorded, 1 if sampler.latents is None else sampler.latents.factor)
@@ -83,7 +88,8 @@ def settings_record(args: Args, sampler: Sampler) -> dict:
     path = {} if path_type == "linear" else {"path_type": path_type}
     vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
     identity = {"checkpoint": checkpoint.name, "checkpoint_written": checkpoint.stat().st_mtime_ns}
-    return {**identity, **args.sampling_fields(), **vae, **path}
+    convention = {"convention": "sit"} if sampler.student.rounded else {}  # how it is guided and rounded
+    return {**identity, **args.sampling_fields(), **vae, **path, **convention}
 
 
 def write_grid(args: Args, student: Student, folder: SampleFolder, labels: np.ndarray) -> None:

@@ -24,7 +24,8 @@ RECORDS, TABLE, PLOT = "sweep.jsonl", "sweep.md", "sweep.png"
 def main(args: Args) -> None:
     """Measure what is not known yet, then draw, from the records alone."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    student = None if args.draw_only and args.output else load_student(args.ckpt, args.ema)
+    known = args.draw_only and args.output
+    student = None if known else load_student(args.ckpt, args.ema, convention=args.convention)
     folder = args.output or student.run / "sweep"
     book = RecordBook(folder / RECORDS)
     shared = None if args.draw_only else measure(args, student, book)

@@ -15,13 +15,15 @@ from haste.errors import UserError, in_one_line
 from haste.io import read_bytes, write_atomically
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
     """Pictures (N, C, H, W) in [−1, 1], C = 1 or 3, to (N, H, W, 3) uint8: clip(255·x, 0, 255) truncated, x in [0, 1].
 
-    Truncated, not rounded, as the public samplers do. One grey channel is repeated three times.
+    Truncated, not rounded, as HASTE's and REPA's samplers do. One grey channel is repeated three times.
+    rounded: clip(127.5·x + 128, 0, 255) truncated, x in [−1, 1] and float32, which rounds: SiT and DiT.
     """
-    unit = (images.detach().cpu().double() + 1.0) / 2.0
-    array = np.clip(255.0 * unit.permute(0, 2, 3, 1).numpy(), 0.0, 255.0).astype(np.uint8)
+    x = images.detach().cpu().permute(0, 2, 3, 1)
+    scaled = (127.5 * x.float() + 128.0 if rounded else 255.0 * ((x.double() + 1.0) / 2.0)).numpy()
+    array = np.clip(scaled, 0.0, 255.0).astype(np.uint8)
     return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
 
 

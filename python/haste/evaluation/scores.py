@@ -104,7 +104,7 @@ def evaluate_checkpoint(
     identity: dict[str, Any],
 ) -> dict[str, Any]:
     """Draw `count` pictures from one checkpoint and score them. Raises UserError if it does not draw digits."""
-    student = load_student(checkpoint, settings.ema)
+    student = load_student(checkpoint, settings.ema, convention=settings.convention)
     if student.config.data_dir != "digits":
         raise UserError(f"{checkpoint} was trained on {student.config.data_dir!r}; the judge knows digits only; "
                         "give --features and --reference")  # fmt: skip

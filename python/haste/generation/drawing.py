@@ -138,7 +138,7 @@ class Sampler:
         """
         start = self.start_of(indices)
         drawn = self.run(start, progress, observe)
-        return to_uint8(self._to_pictures(drawn)), start.labels.cpu().numpy()
+        return to_uint8(self._to_pictures(drawn), self.student.rounded), start.labels.cpu().numpy()
 
     def start_of(self, indices: Sequence[int]) -> Start:
         """Where the pictures with these numbers begin, as one batch."""
@@ -163,6 +163,7 @@ class Sampler:
             guidance_low=settings.guidance_low,
             guidance_high=settings.guidance_high,
             guidance=settings.guidance_mode,
+            guided_channels=self.student.guided_channels,
             null_label=model.null_label,
             generator=start.generators,
             progress=progress,

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from haste.errors import UserError
 from haste.generation.student import Student
-from haste.vae import LatentFormat
+from haste.vae import PUBLISHED_VAES, LatentFormat
 
 PICTURE_CHANNELS = (1, 3)
-PUBLISHED = "ema"  # what REPA's generate.py decodes with
+PUBLISHED = "ema"  # what the generate.py of REPA, HASTE and SiT decode with
 
 
 def latent_format(student: Student, vae: str | None = None) -> LatentFormat | None:
@@ -17,6 +17,8 @@ def latent_format(student: Student, vae: str | None = None) -> LatentFormat | No
 
     vae: as --vae names it, in place of the one that the checkpoint names. Of a checkpoint that names none, as other
     trainers write them, one or three channels are pixels, and others the latents of this VAE.
+    The two VAEs of Stable Diffusion make the same latents, so those do not tell by which they are decoded: it is the
+    published one, unless the run was told another. So it is the same before and after a run of REPA's is gone on with.
     Raises UserError for a VAE that does not exist or does not fit.
     """
     channels = student.model.in_channels
@@ -35,7 +37,9 @@ def latent_format(student: Student, vae: str | None = None) -> LatentFormat | No
         if vae is not None:
             raise UserError(f"--vae is {vae}, and the model draws pixels, which need none")
         return None
-    latents = LatentFormat.from_dict(saved)
+    latents = LatentFormat.from_dict(saved, f"latents of {student.checkpoint}")
+    if vae is None and student.config.vae is None and latents.vae in PUBLISHED_VAES.values():
+        vae = PUBLISHED
     return latents if vae is None else with_other_decoder(latents, vae)
 
 

@@ -33,7 +33,7 @@ class PublishedFlags:
     path_type: Literal["linear", "cosine"] | None = None
     """How data turned into noise. A bare file of weights does not tell; then the default is linear."""
     legacy: bool = False
-    """Needs nothing: checkpoints with REPA's older names are known by those names."""
+    """Has no effect: checkpoints with REPA's older names are known by those names."""
 
     def assumed(self) -> dict[str, Any]:
         """The settings to go by where a checkpoint has none."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Literal
+import logging
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from haste.caching.settings import CacheSettings
 from haste.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings", bound="SamplingSettings")
 
 
 @dataclass(kw_only=True)
@@ -35,8 +40,10 @@ class SamplingSettings(CacheSettings):
     ema: bool = True
     """Draw with the averaged weights; --no-ema draws with the trained ones."""
     vae: str | None = None
-    """ema, mse, a hub name or a folder: what turns latents into pictures. None: what the checkpoint was trained with,
-    or ema where it does not tell."""
+    """ema, mse, a hub name or a folder: what turns latents into pictures. None: ema for Stable Diffusion's latents, as
+    generate.py has it, unless the run was given another; for others what has made them."""
+    convention: Literal["repa", "sit"] | None = None
+    """Whose the checkpoint is, where it does not tell: repa (also HASTE's) or sit (SiT's own trainer)."""
 
     @property
     def sampler(self) -> str:
@@ -80,9 +87,22 @@ class SamplingSettings(CacheSettings):
         own = set(SamplingSettings.__dataclass_fields__) - set(CacheSettings.__dataclass_fields__)
         fields = {name: value for name, value in asdict(self).items() if name in own}
         del fields["guidance_mode"]  # decides where they are rounded, not what they are
+        del fields["convention"]  # which the checkpoint has settled
         if self.vae is None:
             del fields["vae"]  # whose name is a checkpoint's own
         return {**fields, **self.cache_fields()}
+
+    def effective(self: Settings) -> Settings:
+        """The same without what changes nothing, which published commands have: each is named by a line in the log."""
+        idle: dict[str, Any] = {}
+        if self.heun and self.mode == "sde":
+            idle["heun"] = False
+            logger.warning("--heun has no effect with --mode sde: it is a step of the ODE")
+        for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
+            if self.cfg_scale == 1 and getattr(self, name) != default:
+                idle[name] = default
+                logger.warning("--%s has no effect, as --cfg-scale is 1, which is no guidance", name.replace("_", "-"))
+        return replace(self, **idle)
 
     def check(self) -> None:
         """UserError for settings that contradict each other; the sampler checks the values."""

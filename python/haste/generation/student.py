@@ -15,6 +15,8 @@ from haste.errors import UserError
 from haste.models.sit import SiT
 from haste.training.checkpoint import Checkpoint, build_model, list_checkpoints, read_student
 from haste.training.config import TrainConfig
+from haste.training.conventions import Convention, guided_channels
+from haste.training.weight_files import BrokenCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ class Student:
     """A trained model with the settings of its run and the checkpoint file that it came from.
 
     recorded: what that file tells besides: `args`, the settings of its run; `z_dims`, the widths of its projectors;
-    and, unless another trainer wrote it, `latents`, their format or None for pixels.
+    `convention`, whose it keeps; and, unless another trainer wrote it, `latents`, their format or None for pixels.
     """
 
     model: SiT
@@ -41,7 +43,17 @@ class Student:
     @property
     def step(self) -> int | None:
         """The training step, which is the file's name; None for a file that was renamed."""
-        return int(self.checkpoint.stem) if self.checkpoint.stem.isdigit() else None
+        return int(self.checkpoint.stem) if self.checkpoint.stem.isdecimal() else None
+
+    @property
+    def guided_channels(self) -> int | None:
+        """How many channels, the first ones, its authors' sampler guides; None for all."""
+        return guided_channels(self.recorded.get("convention", "repa"), self.model.in_channels)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether its authors' sampler rounds 8-bit images, as SiT's does; REPA's and HASTE's truncate."""
+        return self.recorded.get("convention") == "sit"
 
     @property
     def label(self) -> str:
@@ -57,19 +69,22 @@ def load_student(
     device: torch.device | None = None,
     fused_attn: bool = True,
     assume: Mapping[str, Any] | None = None,
+    convention: Convention | None = None,
 ) -> Student:
     """The student of a checkpoint file, or of the newest whole checkpoint of a run's folder.
 
     device: where it goes; by default the GPU if there is one.
     assume: settings of the run for which the file has none, as a bare file of weights.
+    convention: whose the file keeps, where it does not tell.
     Raises UserError if there is none, or if the file does not hold one.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(file: Path) -> Student:
-        content = read_student(file, assume)
+        content = read_student(file, assume, convention)
         model = build_model(content, ema, fused_attn).to(device)
-        return Student(model, TrainConfig.from_dict(content["args"]), file, what_is_recorded(content))
+        config = TrainConfig.from_dict(content["args"], f"args of {file}")
+        return Student(model, config, file, what_is_recorded(content))
 
     if not path.is_dir():
         return load(path)
@@ -77,7 +92,7 @@ def load_student(
     for candidate in reversed(candidates):
         try:
             return load(candidate)
-        except UserError as error:
+        except BrokenCheckpoint as error:
             logger.warning("%s; looking for an earlier one", error)
     raise UserError(f"none of the {len(candidates)} checkpoints in {path / 'checkpoints'} is whole")
 
@@ -85,8 +100,9 @@ def load_student(
 def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
     """`Student.recorded` of what `read_student` returns."""
     last = re.compile(r"projectors\.\d+\.4\.weight")
-    z_dims = [len(weight) for name, weight in content["model"].items() if last.fullmatch(name)]
-    return {"z_dims": z_dims, **{name: content[name] for name in ("args", "latents") if name in content}}
+    z_dims = [weight.shape[0] for name, weight in content["model"].items() if last.fullmatch(name) and weight.dim()]
+    known = {name: content[name] for name in ("args", "convention", "latents") if name in content}
+    return {"z_dims": z_dims, **known}
 
 
 def run_checkpoints(run: Path) -> list[Path]:

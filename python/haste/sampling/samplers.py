@@ -93,6 +93,7 @@ def sample(
     guidance_low: float = 0.0,
     guidance_high: float = 1.0,
     guidance: str = "batched",
+    guided_channels: int | None = None,
     null_label: int | None = None,
     generator: Generators = None,
     progress: Callable[[int, int], None] | None = None,
@@ -110,6 +111,8 @@ def sample(
         cfg_scale: v = v_null + cfg_scale·(v_label − v_null). At 1 there is no guidance and no second half of a batch.
         guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
         guidance: "batched" evaluates both halves at once, "separate" one after the other, in half of the memory.
+        guided_channels: so many channels, the first ones, are guided. None: all, as HASTE and REPA do. SiT and DiT
+            guide three of the four of their latents.
         null_label: the class that stands for none (SiT: num_classes); needed for guidance.
         generator: for the noise of the SDE; one for all, or one per image.
         progress: called after every step with the number of steps done and num_steps.
@@ -124,7 +127,7 @@ def sample(
     """
     _check(model, noise, labels, num_steps, sampler)
     get_path(path)
-    guided = Guidance(cfg_scale, guidance_low, guidance_high, null_label, guidance)
+    guided = Guidance(cfg_scale, guidance_low, guidance_high, null_label, guidance, guided_channels)
     if hasattr(model, "start"):
         model.start(evaluations(sampler, num_steps, guided))
     velocity = _guided_velocity(model, labels, guided, getattr(model, "dtype", noise.dtype))
@@ -172,7 +175,7 @@ def _guided_velocity(
         if len(outputs) == 1:
             return outputs[0]
         v_label, v_null = outputs
-        return v_null + guidance.scale * (v_label - v_null)
+        return guidance.combine(v_label, v_null)
 
     return velocity
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
 import random
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,26 @@ from haste.errors import UserError
 from haste.io import write_atomically
 from haste.models.sit import SiT
 from haste.training.config import TrainConfig
-from haste.training.interchange import Weights, infer_model_config, to_our_conventions
+from haste.training.conventions import Convention, our_settings
+from haste.training.interchange import (
+    both_weights,
+    first_not_finite,
+    infer_model_config,
+    is_projector,
+    read_parts,
+    require_names,
+    require_shapes,
+)
+from haste.training.model_config import checked, on_meta
+from haste.training.resumable import check_resumable
+from haste.training.weight_files import BrokenCheckpoint, read_file, settings_in
 
 logger = logging.getLogger(__name__)
 
 Checkpoint = dict[str, Any]
 
-PUBLIC_KEYS = {"model", "ema", "opt", "args", "steps"}
+PUBLIC_KEYS = ("model", "ema", "opt", "args", "steps")
 RESUME_KEYS = ("model_config", "rng", "termination", "scaler")
-
-
-class BrokenCheckpoint(Exception):
-    """The file is no whole checkpoint."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -45,29 +51,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
-def read_file(path: Path) -> Checkpoint:
-    """Read on the CPU. Tensors, plain values and argparse.Namespace are admitted, and no other class.
-
-    Raises BrokenCheckpoint for a file that is cut short, damaged, of another kind, or that asks for another class.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not look at the checksums that torch.save wrote
-                raise BrokenCheckpoint(f"{path} is no whole checkpoint: it is damaged")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
-        raise BrokenCheckpoint(f"{path} is no whole checkpoint") from error
-    if not isinstance(content, dict):
-        raise BrokenCheckpoint(f"{path} holds no checkpoint")
-    return content
-
-
 def read_checkpoint(path: Path) -> Checkpoint:
-    """One to go on from, ours or the public trainers'; BrokenCheckpoint as in read_file, or if a part is missing."""
+    """One to go on from, ours or the public trainers'.
+
+    Raises BrokenCheckpoint for a damaged file, UserError for one that cannot be used or lacks a part.
+    """
     checkpoint = read_file(path)
-    if not checkpoint.keys() >= PUBLIC_KEYS:
-        raise BrokenCheckpoint(f"{path} lacks model, ema, opt, args or steps")
+    missing = [name for name in PUBLIC_KEYS if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{path} lacks {missing[0]}, so a run cannot go on from it; begin a new one with --init-from {path}"
+        )
     return checkpoint
 
 
@@ -79,7 +73,7 @@ def remove_old(folder: Path, keep: int) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in folder.glob("*.pt") if path.stem.isdigit())
+    return sorted(path for path in folder.glob("*.pt") if path.stem.isdecimal())
 
 
 def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
@@ -102,7 +96,7 @@ def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
             continue
         if "model_config" not in checkpoint:
             logger.info("%s is another trainer's; training goes on from its weights and its optimizer", path)
-        return {**dict.fromkeys(RESUME_KEYS), **checkpoint, **both_weights(checkpoint)}
+        return completed(checkpoint, path)
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start again")
     return None
@@ -129,59 +123,70 @@ def restore_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def both_weights(content: Checkpoint, args: Mapping[str, Any] | None = None) -> dict[str, Weights]:
-    """model and ema of a file of this trainer, of HASTE's, REPA's or SiT's, in our conventions.
-
-    A bare file of weights, and one that holds only averaged ones, gives these for both.
-    args: the settings of its run; by default as the file has them.
-    """
-    args = settings_of(content) if args is None else args
-    alone = content.get("ema") or content
-    return {part: to_our_conventions(content.get(part) or alone, args) for part in ("model", "ema")}
+def completed(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """A checkpoint to go on from with all of its parts, each held against what it must be; UserError if it is not."""
+    args = settings_of(checkpoint, path)
+    weights, _ = both_weights(checkpoint, args, path)
+    whole = {**dict.fromkeys(RESUME_KEYS), **checkpoint, **weights, "args": argparse.Namespace(**args)}
+    check_resumable(whole, str(path))
+    return whole
 
 
-def settings_of(content: Checkpoint) -> dict[str, Any]:
-    """The settings of the run that wrote a file; empty if it does not hold them."""
-    return vars(content["args"]) if "args" in content else {}
+def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a file; empty if it does not hold them. UserError for what are none."""
+    return settings_in(content.get("args"), f"args of {path}")
 
 
-def read_student(path: Path, assume: Mapping[str, Any] | None = None) -> Checkpoint:
+def read_student(
+    path: Path, assume: Mapping[str, Any] | None = None, convention: Convention | None = None
+) -> Checkpoint:
     """model, ema and model_config of a checkpoint of any of these trainers, and the settings of its run as `args`.
 
-    Also `latents`, the format of its latents or None for pixels, if the file tells.
-    assume: settings of the run for which the file has none.
-    Raises UserError if the file is missing or holds no SiT.
+    Also `convention`, whose it keeps, and `latents`, the format of its latents or None for pixels, if the file tells.
+    assume: settings of the run for which the file has none. convention: whose it keeps, where the file does not tell.
+    Raises UserError if the file is missing, holds no SiT, or does not tell whose and nothing is given; of these
+    BrokenCheckpoint if it is damaged.
     """
     if not path.is_file():
         raise UserError(f"the checkpoint {path} does not exist")
+    content = read_file(path)
+    own = settings_of(content, path)
+    args = {**(assume or {}), **own}
+    parts = read_parts(content, path)
     try:
-        content = read_file(path)
-    except BrokenCheckpoint as error:
-        raise UserError(str(error)) from error
-    args = {**(assume or {}), **settings_of(content)}
-    weights = both_weights(content, args)
-    try:
-        model_config = content.get("model_config") or infer_model_config(weights["model"], args)
+        given = content.get("model_config")
+        model_config = checked(infer_model_config(parts["model"], args) if given is None else given, str(path))
+        model = on_meta(model_config)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
+    for part, values in parts.items():
+        require_names(model, values, f"{part} of {path}")
+    weights, found = both_weights(content, own, path, convention)
+    for part, values in weights.items():
+        require_shapes(model, values, f"{part} of {path}")
+        broken = first_not_finite(values)
+        if broken is not None:
+            logger.warning("%s of %s holds numbers that are not finite, in %s for one", part, path, broken)
     known = {"latents": content["latents"]} if "latents" in content else {}
-    return {**weights, "model_config": model_config, "args": args, **known}
+    return {**weights, "model_config": model_config, "args": our_settings(args, found), "convention": found, **known}
 
 
-def load_model(path: str | Path, ema: bool = True) -> tuple[SiT, TrainConfig]:
+def load_model(path: str | Path, ema: bool = True, convention: Convention | None = None) -> tuple[SiT, TrainConfig]:
     """The student of a checkpoint, in eval mode on the CPU and without its projectors, and the run's settings.
 
     ema: the averaged weights, which samples are drawn with, or the trained ones.
+    convention: whose the file keeps, where it does not tell: "repa" or "sit".
     Raises UserError if the file is missing or no checkpoint of this trainer, HASTE's, REPA's or SiT's.
     """
-    student = read_student(Path(path))
+    student = read_student(Path(path), convention=convention)
     return build_model(student, ema), TrainConfig.from_dict(student["args"])
 
 
 def build_model(student: Checkpoint, ema: bool = True, fused_attn: bool = True) -> SiT:
     """The model of what `read_student` returns, as `load_model` gives it."""
     config = {**student["model_config"], "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
-    model = SiT(**config, z_dims=())
+    model = on_meta(config)
     weights = student["ema" if ema else "model"]
-    model.load_state_dict({name: value for name, value in weights.items() if not name.startswith("projectors.")})
+    weights = {name: value.float().contiguous() for name, value in weights.items() if not is_projector(name)}
+    model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from haste.errors import UserError
+from haste.plain import build
 
 
 @dataclass
@@ -25,6 +26,8 @@ class TrainConfig:
     init_from: str = ""
     """A checkpoint (of haste, HASTE, REPA or SiT) whose weights and averaged weights a new run begins with. SiT's own,
     whose time and velocity have the other sign, are converted."""
+    convention: Literal["repa", "sit"] | None = None
+    """Whose the file of --init-from is, where it does not tell: repa (also HASTE's) or sit (SiT's own trainer)."""
     data_dir: str = ""
     """The training pictures: REPA's layout, as `haste prepare` writes it; a folder or zip with a folder for each class;
     or a Hugging Face data set on disk. `digits` are scikit-learn's handwritten digits, which need no download."""
@@ -197,10 +200,12 @@ class TrainConfig:
         return argparse.Namespace(**asdict(self))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The known settings among `values`; the rest, such as another trainer's own flags, is left out."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+    def from_dict(cls, values: dict[str, Any], source: str = "the settings of a run") -> TrainConfig:
+        """The known settings among `values`; the rest, such as another trainer's own flags, is left out.
+
+        Raises UserError, naming `source` and the setting, for a value of another type.
+        """
+        return build(cls, values, source)
 
 
 AT_LEAST_ONE = (
@@ -218,9 +223,9 @@ TRACKERS = ("tensorboard", "wandb")
 # What may change from one start of a run to the next: it moves the end, the bookkeeping or a folder, not the
 # computation.
 CHANGEABLE = {
-    "recipe", "output_dir", "exp_name", "init_from", "data_dir", "num_workers", "max_train_steps", "epochs",
-    "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir", "legacy", "keep", "on_nan",
-    "on_bad_file", "attention", "compile", "sampling_steps",
+    "recipe", "output_dir", "exp_name", "init_from", "convention", "data_dir", "num_workers", "max_train_steps",
+    "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir", "legacy", "keep",
+    "on_nan", "on_bad_file", "attention", "compile", "sampling_steps",
 }  # fmt: skip
 
 

@@ -203,7 +203,9 @@ class Trainer:
 
     def _begin_from(self) -> dict[str, Any] | None:
         """The weights with which a new run begins, if --init-from names any."""
-        return read_student(Path(self.config.init_from).expanduser()) if self.config.init_from else None
+        if not self.config.init_from:
+            return None
+        return read_student(Path(self.config.init_from).expanduser(), convention=self.config.convention)
 
     def _build_student(self, saved: dict[str, Any] | None) -> Student:
         z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()

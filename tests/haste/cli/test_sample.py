@@ -206,14 +206,12 @@ def test_labels_from_a_file(run, tmp_path, capsys):
         (("--num-fid-samples", "0"), "--num-fid-samples is 0; it must be at least 1"),
         (("--per-proc-batch-size", "0"), "--per-proc-batch-size is 0; it must be at least 1"),
         (("--num-steps", "0"), "--num-steps is 0; it must be at least 1"),
-        (("--heun", "--mode", "sde"), "--heun is a step of the ODE; it cannot be used with --mode sde"),
         (("--cfg-scale", "0.5"), "--cfg-scale is 0.5; it must be at least 1, which is no guidance"),
         (("--cfg-scale", "nan"), "--cfg-scale is nan; it must be at least 1"),
         (
             ("--cfg-scale", "2", "--guidance-low", "0.8", "--guidance-high", "0.7"),
             "--guidance-low is 0.8; it must not be above --guidance-high, 0.7",
         ),
-        (("--guidance_high", "0.7"), "--guidance-high is 0.7, and there is no guidance; it needs --cfg-scale above 1"),
         (("--labels", "cats"), "--labels is cats; it must be random, balanced, classes such as 3,1,4, or a file"),
         (("--labels", "3,10"), "--labels is 3,10 and has 10; this model knows the classes 0 to 9"),
         (("--cache", "taylor", "--interval", "0"), "interval is 0; it must be at least 1"),
@@ -224,6 +222,22 @@ def test_labels_from_a_file(run, tmp_path, capsys):
 def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):
     assert message in refusal(capsys, "--ckpt", str(run), *flags)
     assert not (run / "samples").exists()
+
+
+def test_flags_without_effect_are_named_and_change_nothing(run, caplog):
+    short = ("sample", "--ckpt", str(run), *QUICK, "--mode", "sde")
+    main([*short, "--sample-dir", str(run / "short")])
+    main([*short, "--sample-dir", str(run / "published"), "--heun", "--guidance_low", "0.1", "--guidance-high=0.7"])
+    said = [record.message for record in caplog.records if "has no effect" in record.message]
+    assert [message.split()[0] for message in said] == ["--heun", "--guidance-low", "--guidance-high"]
+    short, published = (next((run / name).glob("*/sample.json")).parent for name in ("short", "published"))
+    assert short.name == published.name and (read_pictures(short) == read_pictures(published)).all()
+
+
+def test_flags_may_be_abbreviated(run):
+    main(["sample", "--ck", str(run), "--num-s", "2", "--num_fid=3", "--per-proc", "2", "--cfg", "2", "--no-fu"])
+    (folder,) = (run / "samples").glob("*/sample.json")
+    assert folder.parent.name == "0000004-euler-2-cfg2-seed0" and len(read_pictures(folder.parent)) == 3
 
 
 def test_a_checkpoint_that_is_missing_or_none_is_refused(run, tmp_path, capsys):

@@ -93,7 +93,6 @@ def test_a_run_on_other_pictures_needs_to_be_told_what_measures(tmp_path, capsys
         (("--num-steps", "0"), "it must be at least 1"),
         (("--steps",), "--steps is empty"),
         (("--tolerance", "-1"), "--tolerance is -1.0; it must be at least 0"),
-        (("--heun", "--mode", "sde"), "--heun is a step of the ODE"),
         (("--reference", "nowhere"), "nowhere, which does not exist"),
         (("--features", "stored"), "--features is stored; for other pictures than the digits"),
         (("--features", "inception:weights.pth"), "--reference is not given; --features inception:weights.pth needs"),

@@ -20,6 +20,16 @@ def test_values_are_clipped_and_truncated():
     assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
 
 
+def test_sits_images_are_rounded():
+    """By the formula of its sampler, in float32 as there; and the nearest of 0 … 255, up to one at the very edges."""
+    x = torch.linspace(-1.2, 1.2, 4001).view(1, 1, 1, -1).expand(1, 3, 1, -1)
+    theirs = torch.clamp(127.5 * x + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    ours = to_uint8(x, rounded=True)
+    assert (ours == theirs).all() and (ours != to_uint8(x)).any()
+    nearest = np.rint(np.clip(127.5 * (x.double().numpy() + 1.0), 0, 255)).transpose(0, 2, 3, 1)
+    assert (ours == nearest).mean() > 0.99
+
+
 def test_one_channel_becomes_three_equal_ones_and_three_stay():
     grey = to_uint8(torch.rand(2, 1, 4, 4))
     assert grey.shape == (2, 4, 4, 3) and (grey[..., 0] == grey[..., 2]).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -65,3 +65,13 @@ def test_other_trainers_latents_are_those_of_the_published_vae(tmp_path):
     student = load_student(write_repas(tmp_path / "0400000.pt"))
     assert latent_format(student) == replace(SD_LATENTS, vae=PUBLISHED_VAES["ema"])
     assert latent_format(student, "mse") == SD_LATENTS
+
+
+def test_one_vae_decodes_a_run_that_was_gone_on_with(tmp_path):
+    """REPA's checkpoint names none; ours names that of Stable Diffusion which made the latents."""
+    student = load_student(write_ours(tmp_path / "0000000.pt", tmp_path / "vae"))
+    student.recorded["latents"] = asdict(SD_LATENTS)
+    assert latent_format(student) == latent_format(load_student(write_repas(tmp_path / "0400000.pt")))
+    assert latent_format(student, "mse") == SD_LATENTS
+    student.config.vae = "mse"  # which the run was told
+    assert latent_format(student) == SD_LATENTS

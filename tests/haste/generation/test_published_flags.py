@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 import torch
 from drawn_pictures import read_npz
 from haste.cli.main import main
+from haste.generation.labels import picture_generator
 from haste.generation.published_flags import name_of
 from haste.models import SiT
+from haste.sampling import initial_noise
+from haste.vae import VAE, LatentFormat
 from latent_student import REST, SHAPE, random_weights, write_bare, write_ours, write_repas
 from picture_files import save_vae
 
@@ -99,6 +103,52 @@ def test_repas_older_names_are_known_with_legacy_or_without(tmp_path, vae):
     for number, extra in enumerate([("--legacy",), ()]):
         path = write_bare(tmp_path / f"old{number}.pt", old)
         assert (pictures(tmp_path, path, vae, *flags, *extra, folder=f"old{number}") == wanted).all()
+
+
+def write_sits(path, **args):
+    """A file of SiT's own trainer, without the half of the head that predicts sigma."""
+    weights = {name: value for name, value in random_weights().items() if not name.startswith("projectors.")}
+    settings = {"path_type": "GVP", "prediction": "velocity", "loss_weight": None, "image_size": 16, "num_classes": 10}
+    content = {"model": weights, "ema": weights, "opt": {}, "args": argparse.Namespace(**{**settings, **args})}
+    torch.save(content, path)
+    return path
+
+
+def test_a_file_of_sits_own_trainer_is_sampled_as_sit_does(tmp_path, vae):
+    """Time and sign turned round, the first three of four channels guided, and rounded."""
+    pictures(tmp_path, write_sits(tmp_path / "0400000.pt"), vae, "--num-steps", "3", "--num-fid-samples", "2",
+             "--cfg-scale", "3", "--labels", "1,2")  # fmt: skip
+    (record,) = (tmp_path / "samples").glob("*/sample.json")
+    recorded = json.loads(record.read_text())["settings"]
+    assert (recorded["path_type"], recorded["convention"]) == ("cosine", "sit")
+    images = read_npz(next((tmp_path / "samples").glob("*.npz")))[0]
+
+    public = SiT(**SHAPE, **REST)
+    public.load_state_dict({n: v for n, v in random_weights().items() if not n.startswith("projectors.")})
+    x = initial_noise((2, 4, 4, 4), [picture_generator(0, index, "noise") for index in range(2)]).double()
+    labels, null = torch.tensor([1, 2]), torch.tensor([10, 10])
+    with torch.no_grad():
+        for step in range(3):
+            s = torch.full((2,), step / 3)
+            v, without = (public.eval()(x.float(), s, y).velocity.double() for y in (labels, null))
+            guided = torch.cat([(without + 3 * (v - without))[:, :3], v[:, 3:]], dim=1)
+            x = x + guided / 3
+        decoded = VAE(LatentFormat.of(str(vae))).decode(x.float())
+    wanted = torch.clamp(127.5 * decoded + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    difference = np.abs(images.astype(int) - wanted.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02 and images.std() > 1
+
+
+def test_a_bare_file_without_projectors_asks_whose_it_is(tmp_path, vae, capsys):
+    weights = {name: value for name, value in random_weights().items() if not name.startswith("projectors.")}
+    ckpt = write_bare(tmp_path / "bare.pt", weights)
+    assert f"--convention must be given for {ckpt}" in refusal(capsys, tmp_path, ckpt, vae)
+    flags = ("--num-steps", "2", "--num-fid-samples", "2", "--convention")
+    ours, sits = (pictures(tmp_path, ckpt, vae, *flags, whose, folder=whose) for whose in ("repa", "sit"))
+    assert (ours != sits).any()
+    assert "--convention must be sit, as" in refusal(
+        capsys, tmp_path, write_sits(tmp_path / "sit.pt"), vae, "--convention", "repa"
+    )
 
 
 def test_models_have_their_published_names():

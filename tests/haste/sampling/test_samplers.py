@@ -152,6 +152,28 @@ def test_guidance_doubles_the_batch_inside_its_interval_only():
     torch.testing.assert_close(images, expected)
 
 
+@pytest.mark.parametrize("mode", ["batched", "separate"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_of_the_first_channels_alone_the_others_are_those_of_the_label(sampler, mode):
+    """As SiT's and DiT's sampler, here written out: guided and unguided channels side by side in the model's output."""
+    noise, labels = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+
+    def velocity(x, t, y):
+        return (x * (1 + y.view(-1, 1, 1, 1)) * t.view(-1, 1, 1, 1)).tanh()
+
+    def of_sit(x, t, y):
+        with_label, without = velocity(x, t, y), velocity(x, t, torch.full_like(y, 3))
+        guided = without[:, :3] + 2.5 * (with_label - without)[:, :3]
+        return torch.cat([guided, with_label[:, 3:]], dim=1)
+
+    common = {"num_steps": 4, "sampler": sampler}
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    wanted = sample(of_sit, noise.double(), labels, generator=generators[0], **common)
+    drawn = sample(velocity, noise.double(), labels, generator=generators[1], **common, cfg_scale=2.5, null_label=3,
+                   guidance=mode, guided_channels=3)  # fmt: skip
+    torch.testing.assert_close(drawn, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_both_evaluations_of_a_heun_step_are_guided_alike():
     model = Recorder()
     sample(

@@ -25,11 +25,12 @@ from haste.training.trainer import train
 
 def small_checkpoint(step: int) -> dict:
     weights = {"w": torch.full((1000,), float(step))}
-    return {"model": weights, "ema": weights, "opt": {}, "args": argparse.Namespace(seed=step), "steps": step}
+    opt = {"state": {}, "param_groups": []}
+    return {"model": weights, "ema": weights, "opt": opt, "args": argparse.Namespace(seed=step), "steps": step}
 
 
 def resumable_checkpoint(step: int) -> dict:
-    return {**small_checkpoint(step), "model_config": {}, "rng": {}, "termination": {}, "scaler": None}
+    return {**small_checkpoint(step), "model_config": {}, "rng": None, "termination": None, "scaler": None}
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -63,9 +64,9 @@ class Evil:
 def test_no_other_class_is_admitted(tmp_path, capsys):
     checkpoint = small_checkpoint(1)
     checkpoint["args"] = Evil()
-    torch.save(checkpoint, tmp_path / "evil.pt")
-    with pytest.raises(BrokenCheckpoint):
-        read_checkpoint(tmp_path / "evil.pt")
+    torch.save(checkpoint, checkpoint_path(tmp_path, 1))
+    with pytest.raises(UserError, match=r"args of .*0000001.pt must hold named settings, and is a builtins.print"):
+        read_newest_checkpoint(tmp_path)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(BrokenCheckpoint):
         read_checkpoint(tmp_path / "plain.pt")
@@ -74,7 +75,7 @@ def test_no_other_class_is_admitted(tmp_path, capsys):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
-    with pytest.raises(BrokenCheckpoint, match="lacks model, ema, opt, args or steps"):
+    with pytest.raises(UserError, match="other.pt lacks model, so a run cannot go on from it; .* --init-from"):
         read_checkpoint(tmp_path / "other.pt")
 
 
@@ -167,5 +168,26 @@ def test_load_model_refuses_what_is_not_there_or_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="is no whole checkpoint"):
         load_model(tmp_path / "text.pt")
     save_checkpoint(tmp_path / "other.pt", small_checkpoint(1))
-    with pytest.raises(UserError, match="other.pt cannot be used: the weights are not those of a SiT"):
+    with pytest.raises(UserError, match="other.pt cannot be used: .* not those of a SiT: pos_embed is missing"):
         load_model(tmp_path / "other.pt")
+
+
+def test_a_run_does_not_go_on_from_a_file_of_sits_own_trainer(tmp_path):
+    path = checkpoint_path(tmp_path, 4)
+    save_checkpoint(path, {name: value for name, value in small_checkpoint(4).items() if name != "steps"})
+    with pytest.raises(UserError, match="lacks steps, so a run cannot go on from it; begin a new one with --init-from"):
+        read_newest_checkpoint(tmp_path)
+
+
+def test_only_a_damaged_file_gives_way_to_an_earlier_one(tmp_path):
+    """A file that is whole and cannot be read stops, so that its steps are not trained again without a word."""
+    save_checkpoint(checkpoint_path(tmp_path, 4), resumable_checkpoint(4))
+    save_checkpoint(checkpoint_path(tmp_path, 8), {**resumable_checkpoint(8), "args": Evil()})
+    with pytest.raises(UserError, match=r"0000008\.pt must hold named settings, and is a builtins\.print"):
+        read_newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("args", [None, {"seed": 3}])
+def test_settings_may_be_a_dictionary_or_missing(tmp_path, args):
+    save_checkpoint(checkpoint_path(tmp_path, 4), {**small_checkpoint(4), "args": args})
+    assert vars(read_newest_checkpoint(tmp_path)["args"]) == (args or {})

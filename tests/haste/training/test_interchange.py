@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from haste.errors import UserError
 from haste.models import SiT
 from haste.training.checkpoint import load_model
-from haste.training.interchange import from_sit, infer_model_config, rename_legacy, reorder_state, with_projectors
+from haste.training.interchange import (
+    both_weights,
+    from_sit,
+    infer_model_config,
+    plain_weights,
+    rename_legacy,
+    reorder_state,
+    with_projectors,
+)
 
 SHAPE = {
     "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
@@ -49,26 +59,20 @@ def test_sits_weights_predict_our_velocity_after_the_conversion():
         torch.testing.assert_close(ours(x, t, y).velocity, -public(x, 1 - t, y).velocity, rtol=1e-10, atol=1e-10)
 
 
-def test_weights_of_our_conventions_are_left_as_they_are():
-    weights = random_sit().state_dict()
-    converted = from_sit(weights)
-    assert all(converted[name] is weights[name] for name in weights)
+def test_sits_weights_without_learn_sigma_too():
+    torch.manual_seed(0)
+    public, ours = random_sit().double(), SiT(**SHAPE).double().eval()
+    ours.load_state_dict(from_sit(public.state_dict()))
+    x, t, y = torch.randn(3, 4, 8, 8).double(), torch.tensor([0.0, 0.3, 1.0]).double(), torch.arange(3)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t, y).velocity, -public(x, 1 - t, y).velocity, rtol=1e-10, atol=1e-10)
 
 
 def test_repas_older_names():
-    names = [
-        "blocks.0.attn.proj.bias",
-        "decoder_blocks.0.attn.proj.bias",
-        "decoder_blocks.12.mlp.fc1.bias",
-        "pos_embed",
-    ]
-    renamed = rename_legacy(dict.fromkeys(names), encoder_depth=8)
-    assert list(renamed) == [
-        "blocks.0.attn.proj.bias",
-        "blocks.8.attn.proj.bias",
-        "blocks.20.mlp.fc1.bias",
-        "pos_embed",
-    ]
+    names = [*(f"blocks.{n}.mlp.fc1.bias" for n in range(8)), "decoder_blocks.0.mlp.fc1.bias",
+             "decoder_blocks.12.mlp.fc1.bias", "pos_embed"]  # fmt: skip
+    renamed = list(rename_legacy(dict.fromkeys(names)))
+    assert renamed == [*names[:8], "blocks.8.mlp.fc1.bias", "blocks.20.mlp.fc1.bias", "pos_embed"]
 
 
 PROJECTED = {"z_dims": (6,), "projector_dim": 8}
@@ -89,7 +93,7 @@ def test_without_settings_a_null_class_is_assumed():
 
 
 def test_what_is_no_sit_of_a_known_size_is_refused():
-    with pytest.raises(UserError, match="pos_embed, x_embedder or y_embedder is missing"):
+    with pytest.raises(UserError, match="pos_embed is missing, and the first one is w"):
         infer_model_config({"w": torch.ones(2)}, {})
     with pytest.raises(UserError, match="depth 2 and width 16, which none of the known sizes has"):
         infer_model_config(random_sit(depth=2).state_dict(), {})
@@ -109,3 +113,51 @@ def test_projectors_go_back_to_their_place_and_an_optimizers_state_goes_with_the
     assert list(with_projectors(trunk, projectors)) == list(whole)
     assert with_projectors(trunk, {}) == trunk
     assert reorder_state({0: "a", 2: "c"}, ["a", "b", "c"], ["c", "x", "a", "b"]) == {0: "c", 2: "a"}
+
+
+FILE = Path("0400000.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_names_of_wrappers_are_taken_off(prefix):
+    weights = random_sit(**PROJECTED).state_dict()
+    wrapped = {prefix + name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in weights.items()}
+    both, _ = both_weights({"model": weights, "ema": wrapped}, {}, FILE)
+    assert list(both["ema"]) == list(weights)
+    with pytest.raises(UserError, match="has a twice"):
+        plain_weights({"a": torch.ones(1), "module.a": torch.ones(1)}, "it")
+
+
+@pytest.mark.parametrize("ema", [None, {}, "absent"])
+def test_without_averaged_weights_the_trained_ones_serve_for_both(ema):
+    weights = random_sit(**PROJECTED).state_dict()
+    content = {"model": weights} if ema == "absent" else {"model": weights, "ema": ema}
+    both, convention = both_weights({**content, "steps": 4}, {}, FILE)
+    assert all(both["ema"][name] is both["model"][name] for name in weights) and convention == "repa"
+    both, _ = both_weights({"state_dict": weights, "epoch": 4}, {}, FILE)
+    assert list(both["ema"]) == list(weights)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (torch.ones(2, dtype=torch.int64), "int64"),
+        (torch.ones(2, dtype=torch.complex64), "complex64"),
+        (torch.ones(2, 2).to_sparse(), "sparse, nested or quantised"),
+        (torch.ones(2, device="meta"), "on meta, without values"),
+        (torch.ones(1).expand(10**6, 10**6), "of shape (1000000, 1000000), for which the file has too few values"),
+    ],
+)
+def test_what_is_no_weight_is_refused(value, why):
+    with pytest.raises(UserError) as refusal:
+        plain_weights({"a": torch.ones(2), "b": value}, "ema of it")
+    assert str(refusal.value) == f"ema of it must hold dense floating-point weights, and b is {why}"
+
+
+def test_weights_of_another_architecture_are_named(tmp_path):
+    weights = random_sit(**PROJECTED).state_dict()
+    del weights["blocks.1.mlp.fc1.bias"]
+    weights["blocks.1.mlp.w12.bias"] = torch.ones(4)
+    torch.save({"model": weights, "steps": 1}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.w12\.bias does not belong and blocks\.1\.mlp\.fc1\.bias is"):
+        load_model(tmp_path / "other.pt")

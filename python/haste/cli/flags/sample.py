@@ -44,7 +44,7 @@ class Args(SamplingSettings, PublishedFlags):
     """On a GPU and with a cache: replay full and forecast evaluations as CUDA graphs. Not yet tried on a GPU."""
 
     def resolved(self) -> Args:
-        """The same, with --fast and a file of labels replaced by what they stand for."""
+        """The same, with --fast and a file of labels replaced by what they stand for, without what has no effect."""
         chosen: dict[str, Any] = {}
         if self.fast:
             for name, default in asdict(CacheSettings()).items():
@@ -53,7 +53,7 @@ class Args(SamplingSettings, PublishedFlags):
                     flag = name.replace("_", "-")
                     raise UserError(f"--{flag} is {value} beside --fast, which chooses it; give one or the other")
             chosen = asdict(fast_settings(self.num_steps, noisy=self.mode == "sde"))
-        return replace(self, fast=False, labels=list_labels(self.labels), **chosen)
+        return replace(self, fast=False, labels=list_labels(self.labels), **chosen).effective()
 
     def check(self) -> None:
         super().check()

@@ -92,6 +92,10 @@ class Args(SamplingSettings):
         if self.tolerance < 0:
             raise UserError(f"--tolerance is {self.tolerance}; it must be at least 0")
 
+    def resolved(self) -> Args:
+        """The same without what has no effect."""
+        return self.effective()
+
     @property
     def base(self) -> SamplingSettings:
         """What all points share."""

@@ -1,0 +1,170 @@
+"""Any part of a checkpoint may be anything: what reads it gives a result or a UserError, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from haste.errors import UserError
+from haste.generation.latents import latent_format
+from haste.generation.student import load_student
+from haste.models import SiT
+from haste.training.checkpoint import capture_rng, read_newest_checkpoint, save_checkpoint
+from haste.training.config import TrainConfig
+from haste.training.weight_files import read_file
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+SHAPE = {"input_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
+         "num_classes": 3}  # fmt: skip
+TRUNK = SiT(**SHAPE).state_dict()
+LATENTS = {"vae": "stabilityai/sd-vae-ft-mse", "channels": 4, "factor": 8, "shift": (0.0,) * 4, "scale": (0.2,) * 4}
+
+
+def whole() -> dict[str, Any]:
+    moments = {0: {"step": torch.ones(()), "exp_avg": torch.zeros(1, 4, 16), "exp_avg_sq": torch.zeros(1, 4, 16)}}
+    return {
+        "model": dict(TRUNK), "ema": dict(TRUNK), "opt": {"state": moments, "param_groups": [{"lr": 1.0}]},
+        "args": TrainConfig().to_namespace(), "steps": 4, "model_config": dict(SHAPE), "rng": capture_rng(),
+        "termination": {"stopped_at": None, "observed": [(1, 0.5)]}, "data": {"images": 3}, "latents": dict(LATENTS),
+        "scaler": {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9,
+                   "_growth_tracker": 0},
+    }  # fmt: skip
+
+
+def replaced(place: str, value: Any) -> dict[str, Any]:
+    """The whole checkpoint but for what is at a place such as opt.state.0.step."""
+    content = copy.deepcopy(whole())
+    *parents, last = place.split("/")
+    inside: Any = content
+    for name in parents:
+        inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
+        inside = inside[int(name) if name.isdecimal() else name]
+    inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
+    inside[int(last) if last.isdecimal() else last] = value
+    return content
+
+
+def read_all(path: Path) -> None:
+    """What sampling and what going on read of it."""
+    for read in (lambda: latent_format(load_student(path, device=torch.device("cpu"))),
+                 lambda: read_newest_checkpoint(path.parent)):  # fmt: skip
+        try:
+            read()
+        except UserError as error:
+            assert len(str(error)) < 2000 and "\n" not in str(error)
+
+
+def check(content: Any) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "0000004.pt"
+        torch.save(content, path)
+        read_all(path)
+
+
+TENSORS = st.sampled_from([
+    torch.ones(2), torch.ones(2, dtype=torch.int64), torch.ones(()), torch.tensor(float("nan")), torch.ones(0, 4),
+    torch.ones(2, dtype=torch.complex64), torch.ones(2, 2).to_sparse(), torch.ones(1, device="meta"),
+    torch.ones(1).expand(2**20, 2**20), torch.ones(3, 4, 2, 2), torch.ones(1, 4, 16, dtype=torch.bfloat16),
+])  # fmt: skip
+NAMES = st.sampled_from(["model", "state", "0", "depth", "pos_embed", "blocks.x.y", "blocks.999999999999.a", "é", ""])
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.sampled_from([2**80, -1, 0, 10**400]) | st.floats()
+    | st.text(max_size=5) | st.binary(max_size=5) | TENSORS
+)  # fmt: skip
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.tuples(inner, inner)
+    | st.dictionaries(NAMES | st.integers(0, 3), inner, max_size=3)
+    | st.dictionaries(NAMES, inner, max_size=2).map(lambda named: argparse.Namespace(**named)),
+    max_leaves=5,
+)
+# Nothing is made smaller: the parts are small, and each try writes a file.
+QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+PLACES = [
+    *whole(), *(f"args/{name}" for name in ("path_type", "num_classes", "encoder_depth", "model", "vae", "cfg_prob")),
+    *(f"model_config/{name}" for name in (*SHAPE, "mlp_ratio", "class_dropout_prob", "attention", "qk_norm")),
+    *(f"latents/{name}" for name in LATENTS), "model/pos_embed", "ema/final_layer.linear.bias", "ema/new",
+    "opt/state", "opt/state/0", "opt/state/0/step", "opt/state/0/exp_avg", "rng/torch", "rng/cuda", "rng/numpy",
+    "rng/python", "termination/observed", "termination/stopped_at", "data/images", "scaler/scale",
+]  # fmt: skip
+
+
+@settings(QUICK, max_examples=50)
+@given(st.sampled_from(PLACES), VALUES)
+def test_any_part_may_be_anything(place, value):
+    check(replaced(place, value))
+
+
+@settings(QUICK, max_examples=30)
+@given(st.dictionaries(st.sampled_from(list(whole())), VALUES, max_size=4), st.booleans())
+def test_a_file_may_hold_anything(content, with_weights):
+    check({**content, **({"model": TRUNK} if with_weights else {})})
+
+
+@settings(QUICK, max_examples=100)
+@given(st.sampled_from(["cut", "byte", "random"]), st.integers(0, 2**16), st.binary(max_size=40))
+def test_a_file_may_be_any_bytes(how, at, data):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "0000004.pt"
+        torch.save({"model": {"a": torch.ones(8)}, "args": argparse.Namespace(seed=3)}, path)
+        good = path.read_bytes()
+        at %= len(good)
+        damaged = {"cut": good[:at], "byte": good[:at] + data + good[at + len(data) :], "random": data}
+        path.write_bytes(damaged[how])
+        try:
+            read_file(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        ("args", 3, "args of .* must hold named settings, and is 3"),
+        ("args/path_type", 3, "path_type of args of .* must be one of 'linear', 'cosine', and is 3"),
+        ("model_config", "SiT", "model_config of .* must hold named values"),
+        ("model_config/depth", 10**9, "depth of its model must be 1 to 200, and is 1000000000"),
+        ("model_config/hidden_size", 32, "pos_embed of model of .* must have the shape"),
+        ("model_config/input_size", 8190, "tokens at most"),
+        ("ema", [1], r"ema of .* must hold weights by their names, and is \[1\]"),
+        ("ema/new", torch.ones(1), "ema of .*: new does not belong"),
+        ("latents/scale", (0.1,), "scale of latents of .* must be one number for each of 4 channels"),
+    ],
+)
+def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, sentence):
+    save_checkpoint(tmp_path / "odd.pt", replaced(place, value))
+    with pytest.raises(UserError, match=sentence):
+        latent_format(load_student(tmp_path / "odd.pt", device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        ("steps", -1, "steps of .* must be a number of steps, and is -1"),
+        ("steps", "4", "steps of .* must be an integer, and is '4'"),
+        ("opt", [], "opt of .* must be the state of AdamW"),
+        ("opt/state/0/exp_avg", torch.ones(3), "opt of .* must hold a step and two moments of its shape for pos_embed"),
+        ("rng/torch", torch.ones(3), "rng of .* must be the states of random generators"),
+        ("termination/observed", 3, "observed of termination of .* must be"),
+        ("data", 3, "data of .* must hold named values"),
+        ("scaler/scale", "a", "scale of scaler of .* must be a number"),
+    ],
+)
+def test_what_is_odd_is_named_when_a_run_goes_on(tmp_path, place, value, sentence):
+    save_checkpoint(tmp_path / "0000004.pt", replaced(place, value))
+    with pytest.raises(UserError, match=sentence):
+        read_newest_checkpoint(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path, caplog):
+    content = replaced("ema/pos_embed", torch.full((1, 4, 16), float("nan")))
+    save_checkpoint(tmp_path / "nan.pt", content)
+    load_student(tmp_path / "nan.pt", device=torch.device("cpu"))
+    assert "ema of" in caplog.text and "holds numbers that are not finite, in pos_embed" in caplog.text
