@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 
@@ -98,10 +99,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor student_q, Tensor student_k, T
   return {loss, student_softmax, teacher_softmax};
 }
 
-// A gradient of the student's shape, laid out as the student is (its last stride is 1); the heads and tokens that take
-// no part get zeros.
+// A gradient of the student's shape, in memory of its own: no two elements share a place, though the student's may, and
+// its last stride is 1. Its other dimensions come in the order of the student's strides, the longest first.
+// _empty_gradient in haste_ext/ops/attn_align_loss.py is the same. The heads and tokens that take no part get zeros.
 Tensor empty_gradient(const Tensor& student, const AttnAlignProblem& p) {
-  Tensor gradient = torch::stable::empty_like(student);
+  std::array<int64_t, 3> order{0, 1, 2};
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return student.stride(a) > student.stride(b); });
+  Tensor gradient = torch::stable::new_empty(
+      student, {student.size(order[0]), student.size(order[1]), student.size(order[2]), student.size(3)});
+  for (int64_t i = 0; i < 3; ++i) {
+    const int64_t at = std::find(order.begin(), order.end(), i) - order.begin();
+    if (at == i) continue;
+    gradient = torch::stable::transpose(gradient, i, at);
+    std::swap(order[i], order[at]);
+  }
   if (p.heads != student.size(1) || p.tokens != student.size(2)) torch::stable::zero_(gradient);
   return gradient;
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from haste_ext import _load
+from haste_ext.ops._autograd import below_autograd
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
@@ -112,10 +113,46 @@ def refusal_of(check: Callable[..., None], arguments: tuple, error: Exception) -
     return error
 
 
-def refuse_gradient(operation: str, advice: str):
-    """An autograd formula for what has no gradient: it says so when one is asked for."""
+def check_devices(**tensors: Tensor | None) -> None:
+    """All on the device of the first. For fake kernels: torch sends a call there as soon as one argument is a meta
+    tensor, and memory that they allocated on the device of another would come back as it is."""
+    (first_name, first), *others = tensors.items()
+    for name, value in others:
+        if value is not None:
+            check_same(name, value, first_name, first, "device")
 
-    def backward(ctx, *grads):
-        raise NotImplementedError(f"{operation} has no gradient: {advice}")
 
-    torch.library.register_autograd(operation, backward)
+def implement_autograd(operation: str, implementation: Callable[..., object]) -> None:
+    """Puts `implementation` behind the operation's Autograd key, for torch.ops' own form, and with it the refusal of
+    transforms, which would otherwise be answered with tangents of zero."""
+    overload = getattr(torch.ops.haste, operation).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def checked(*arguments):
+        refuse_transforms(**dict(zip(names, arguments, strict=False)))
+        return implementation(*arguments)
+
+    torch.library.impl(f"haste::{operation}", "Autograd")(checked)
+
+
+def refuse_gradient(operation: str, advice: str) -> None:
+    """What has no gradient says so when one is asked for."""
+    overload = getattr(torch.ops.haste, operation).default
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            with below_autograd():
+                return overload(*arguments)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError(f"haste::{operation} has no gradient: {advice}")
+
+    def implementation(*arguments):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return NoGradient.apply(*arguments)
+        with below_autograd():
+            return overload(*arguments)
+
+    implement_autograd(operation, implementation)

@@ -8,11 +8,13 @@ from torch import Tensor
 from haste_ext.ops._autograd import below_autograd, below_autograd_in_backward, reduce, upstream_of_rows
 from haste_ext.ops._checks import (
     check_choice,
+    check_devices,
     check_int,
     check_reduction,
     check_same,
     check_scale,
     check_tensor,
+    implement_autograd,
     refusal_of,
     refuse_gradient,
     refuse_transforms,
@@ -182,7 +184,7 @@ def _without_gradient(*arguments):
     return reduce(_rows(*arguments)[0], arguments[8])
 
 
-torch.library.impl("haste::attn_align_loss", "Autograd")(_with_gradient)
+implement_autograd("attn_align_loss", _with_gradient)
 torch.library.impl("haste::attn_align_loss", "CompositeExplicitAutograd")(_without_gradient)
 
 
@@ -209,6 +211,10 @@ def _fake_backward(
     grad_loss, student_q, student_k, teacher_q, teacher_k, student_softmax, teacher_softmax,
     student_scale, teacher_scale, student_prefix, teacher_prefix, need_q, need_k, causal=0,
 ):  # fmt: skip
+    check_devices(
+        student_q=student_q, student_k=student_k, teacher_q=teacher_q, teacher_k=teacher_k,
+        grad_loss=grad_loss, student_softmax=student_softmax, teacher_softmax=teacher_softmax,
+    )  # fmt: skip
     return (
         _empty_gradient(student_q) if need_q else student_q.new_empty((0,)),
         _empty_gradient(student_k) if need_k else student_k.new_empty((0,)),
@@ -216,10 +222,13 @@ def _fake_backward(
 
 
 def _empty_gradient(student: Tensor) -> Tensor:
-    """Laid out as the student is, but for a last stride other than 1, where the operation works on a copy."""
-    unit_stride = student.shape[-1] <= 1 or student.stride(-1) == 1
-    return torch.empty_like(student if unit_stride else student.contiguous())
+    """As empty_gradient in csrc/ops/attn_align_loss.cpp: memory of its own, the last stride 1, the other dimensions in
+    the order of the student's strides, or of the copy that is worked on where its last stride is not 1."""
+    as_it_lies = student.shape[-1] <= 1 or student.stride(-1) == 1
+    order = sorted(range(3), key=lambda i: -student.stride(i)) if as_it_lies else [0, 1, 2]
+    gradient = student.new_empty([*(student.shape[i] for i in order), student.shape[3]])
+    return gradient.permute(*(order.index(i) for i in range(3)), 3)
 
 
-refuse_gradient("haste::attn_align_loss_forward", "it is a part of haste::attn_align_loss, which has one")
-refuse_gradient("haste::attn_align_loss_backward", "attn_align_loss can be differentiated once only")
+refuse_gradient("attn_align_loss_forward", "it is a part of haste::attn_align_loss, which has one")
+refuse_gradient("attn_align_loss_backward", "attn_align_loss can be differentiated once only")

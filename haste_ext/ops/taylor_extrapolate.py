@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._checks import check_same, check_tensor, refuse_gradient
+from haste_ext.ops._checks import check_devices, check_same, check_tensor, refuse_gradient
 
 
 def taylor_extrapolate(
@@ -135,22 +135,25 @@ def _check_optional(
 
 @torch.library.register_fake("haste::taylor_extrapolate")
 def _fake_single(snapshots, weights, residual=None, gate=None):
+    check_devices(snapshots=snapshots, weights=weights, residual=residual, gate=gate)
     typed = snapshots if residual is None else residual
     return snapshots.new_empty(snapshots.shape[1:], dtype=typed.dtype)
 
 
 @torch.library.register_fake("haste::taylor_extrapolate_blocks")
 def _fake_blocks(snapshots, weights, gates=None, residual=None):
+    check_devices(snapshots=snapshots, weights=weights, gates=gates, residual=residual)
     typed = snapshots if residual is None else residual
     return snapshots.new_empty(snapshots.shape[2:], dtype=typed.dtype)
 
 
 @torch.library.register_fake("haste::taylor_extrapolate_steps")
 def _fake_steps(snapshots, weights, gates=None):
+    check_devices(snapshots=snapshots, weights=weights, gates=gates)
     return snapshots.new_empty((weights.shape[0], *snapshots.shape[-3:]))
 
 
 ADVICE = "it is for inference; call it under torch.no_grad() or detach its inputs"
-refuse_gradient("haste::taylor_extrapolate", ADVICE)
-refuse_gradient("haste::taylor_extrapolate_blocks", ADVICE)
-refuse_gradient("haste::taylor_extrapolate_steps", ADVICE)
+refuse_gradient("taylor_extrapolate", ADVICE)
+refuse_gradient("taylor_extrapolate_blocks", ADVICE)
+refuse_gradient("taylor_extrapolate_steps", ADVICE)

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from haste_ext.ops._autograd import below_autograd, below_autograd_in_backward, reduce, upstream_of_rows
 from haste_ext.ops._checks import (
+    check_devices,
     check_reduction,
     check_same,
     check_tensor,
+    implement_autograd,
     refusal_of,
     refuse_gradient,
     refuse_transforms,
@@ -78,7 +80,7 @@ def _without_gradient(student, teacher, reduction="mean"):
     return reduce(torch.ops.haste.token_cosine_loss_forward.default(student, teacher), reduction)
 
 
-torch.library.impl("haste::token_cosine_loss", "Autograd")(_with_gradient)
+implement_autograd("token_cosine_loss", _with_gradient)
 torch.library.impl("haste::token_cosine_loss", "CompositeExplicitAutograd")(_without_gradient)
 
 
@@ -96,8 +98,9 @@ def _fake_forward(student, teacher):
 
 @torch.library.register_fake("haste::token_cosine_loss_backward")
 def _fake_backward(grad_loss, student, teacher):
+    check_devices(student=student, teacher=teacher, grad_loss=grad_loss)
     return student.new_empty(student.shape)
 
 
-refuse_gradient("haste::token_cosine_loss_forward", "it is a part of haste::token_cosine_loss, which has one")
-refuse_gradient("haste::token_cosine_loss_backward", "token_cosine_loss can be differentiated once only")
+refuse_gradient("token_cosine_loss_forward", "it is a part of haste::token_cosine_loss, which has one")
+refuse_gradient("token_cosine_loss_backward", "token_cosine_loss can be differentiated once only")

@@ -184,6 +184,37 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, (*args, True, True))
 
 
+STRIDES = {
+    "windows one element apart": (60, 20, 1, 1),
+    "everything one element apart": (1, 1, 1, 1),
+    "heads one element apart, batches in one place": (0, 1, 2, 1),
+    "tokens before heads before batches": (8, 16, 48, 1),
+    "one token everywhere": (24, 8, 0, 1),
+    "last stride not 1": (120, 40, 1, 5),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES.values(), ids=STRIDES)
+def test_gradients_of_students_that_lie_anyhow(strides, device):
+    """A gradient has memory of its own, laid out as the fake kernel says, whatever elements of theirs share a place."""
+    teacher = operands(2, (3, 3), (5, 5), (8, 8), FLOAT32, device)[2:]
+    memory = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1)).to(device)
+    results = []
+    for loss, dtype in ((reference.attn_align_loss, torch.float64), (haste_ext.attn_align_loss, torch.float32)):
+        leaf = memory.to(dtype).clone().requires_grad_()
+        q, k = (x.as_strided((2, 3, 5, 8), strides) for x in leaf)
+        loss(q, k, *teacher).backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(results[1].double(), results[0], rtol=1e-4, atol=1e-7)
+    q, k = (x.as_strided((2, 3, 5, 8), strides) for x in memory)
+    settings_ = (None, None, 0, 0)
+    rows, *softmax = torch.ops.haste.attn_align_loss_forward(q, k, *teacher, *settings_)
+    args = (torch.ones_like(rows), q, k, *teacher, *softmax, *settings_, True, True)
+    for gradient in torch.ops.haste.attn_align_loss_backward(*args):
+        assert gradient.stride(-1) == 1
+    torch.library.opcheck(torch.ops.haste.attn_align_loss_backward.default, args, test_utils="test_faketensor")
+
+
 def test_no_graph_break_with_dynamic_shapes(device):
     torch._dynamo.reset()
     compiled = torch.compile(haste_ext.attn_align_loss, fullgraph=True, dynamic=True, backend="aot_eager")

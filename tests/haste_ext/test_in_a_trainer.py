@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operations import ATTN_ALIGN_LOSS, LOSSES, OPERATIONS, TOKEN_COSINE_LOSS
+from operations import ATTN_ALIGN_LOSS, LOSSES, OPERATIONS, TAYLOR_OPERATIONS, TOKEN_COSINE_LOSS
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,6 +183,64 @@ def test_a_forward_mode_tangent_is_refused_not_dropped(operation, device):
         with pytest.raises(NotImplementedError, match="carries a forward-mode tangent"):
             operation.ours(dual, *others)
         operation.ours(first, *others)
+
+
+ATTENTION = [torch.randn(2, 3, 9, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+FEATURES = [x[:, 0] for x in ATTENTION[:2]]
+SETTINGS = (None, None, 0, 0)
+FORMS = {
+    "attn_align_loss": ATTENTION,
+    "attn_align_loss_forward": [*ATTENTION, *SETTINGS],
+    "attn_align_loss_backward": [
+        *(torch.ones(2, 3, 9), *ATTENTION, torch.ones(2, 3, 9, 2), torch.ones(2, 3, 9, 2)),
+        *(*SETTINGS, True, True),
+    ],
+    "token_cosine_loss": FEATURES,
+    "token_cosine_loss_forward": FEATURES,
+    "token_cosine_loss_backward": [torch.ones(2, 9), *FEATURES],
+} | {operation.name: operation.operands() for operation in TAYLOR_OPERATIONS}
+
+
+def test_the_forms_of_torch_ops_are_these():
+    names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("haste::")]
+    assert sorted(names) == sorted(FORMS)
+
+
+def with_one_changed(form, change):
+    """torch.ops' own form, and its arguments with one tensor changed, for each of them."""
+    arguments = FORMS[form]
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            yield getattr(torch.ops.haste, form), [*arguments[:i], change(argument), *arguments[i + 1 :]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_meta_tensor_among_others_is_refused(form):
+    """torch sends the call to the fake kernel, whose memory nobody fills."""
+    for call, arguments in with_one_changed(form, lambda x: x.to("meta")):
+        with pytest.raises(ValueError, match=r"has device (meta|cpu); it must be that of \w+, (meta|cpu)"):
+            call(*arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_of_torch_ops_drops_a_tangent(form):
+    with forward_ad.dual_level():
+        for call, arguments in with_one_changed(form, lambda x: forward_ad.make_dual(x, torch.ones_like(x))):
+            with pytest.raises(NotImplementedError, match="carries a forward-mode tangent"):
+                call(*arguments)
+        getattr(torch.ops.haste, form)(*FORMS[form])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # within torch.func.jvp
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_no_form_of_torch_ops_goes_under_other_transforms(form, transform):
+    def call(x):
+        out = getattr(torch.ops.haste, form)(x, *FORMS[form][1:])
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    with pytest.raises(NotImplementedError, match=r"is under a transform of torch\.func"):
+        TRANSFORMS[transform](call, FORMS[form][0])
 
 
 @pytest.mark.parametrize("operation", LOSSES, ids=str)

@@ -58,6 +58,7 @@ LAYOUTS = {
     "last stride not 1": lambda x: x.mT.contiguous().mT,
     "expanded over the first dimension": lambda x: x[:1].expand_as(x),
     "expanded over the last dimension": lambda x: x[..., :1].expand_as(x),
+    "windows that overlap": lambda x: x.contiguous().as_strided(x.shape, (1,) * x.dim()),
     "one value everywhere": lambda x: x[tuple([slice(1)] * x.dim())].expand_as(x),
 }
 
