@@ -94,6 +94,26 @@ def test_a_forecast_whose_terms_overflow_where_the_sum_does_not(operation, dtype
     assert torch.equal(ours, exact.to(dtype))
 
 
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_what_is_not_finite_in_any_operand_shows(operation, dtype, value, device):
+    """Where the definition in float64 has no finite number, there is none: neither in the value nor in a gradient."""
+    for i, operand in enumerate(operation.operands()):
+        for place in {(0,) * operand.dim(), tuple(size - 1 for size in operand.shape)}:
+            operands = operation.operands(dtype=dtype)
+            operands[i][place] = value
+            kwargs = {"reduction": "none"} if operation in LOSSES else {}
+            ours = operation.results(lambda *x, k=kwargs: operation.ours(*x, **k), [x.to(device) for x in operands])
+            exact = operation.results(
+                lambda *x, k=kwargs: operation.definition(*x, **k),
+                [x if n == operation.always_float32 else x.double() for n, x in enumerate(operands)],
+            )
+            assert not exact[0].isfinite().all()
+            for mine, definition in zip(ours, exact, strict=True):
+                assert not mine.cpu()[~definition.isfinite()].isfinite().any(), f"operand {i} at {place}"
+
+
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_a_value_that_is_no_number_spoils_only_what_depends_on_it(operation, value, device):

@@ -43,11 +43,13 @@ HASTE_INLINE V exp2_short(V y) {
 #endif
 }
 
-// Rows of bf16 as they are, padded with zeros to whole kWord.
-void pack_rows(const AttnOperand& x, const AttnBlock& block, int64_t first, int64_t count, int64_t padded,
+// Rows of bf16 as they are, padded with zeros to whole kWord. Returns whether all of their numbers are finite.
+bool pack_rows(const AttnOperand& x, const AttnBlock& block, int64_t first, int64_t count, int64_t padded,
                uint16_t* to) {
   constexpr int64_t kAhead = 16;
   const int64_t stride = round_up(x.dim, kWord);
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 not_finite = 0;
   const uint16_t* from = static_cast<const uint16_t*>(x.data) + block.batch * x.stride_batch +
                          block.head * x.stride_head + first * x.stride_token;
   for (int64_t i = 0; i < padded; ++i, from += x.stride_token) {
@@ -57,8 +59,10 @@ void pack_rows(const AttnOperand& x, const AttnBlock& block, int64_t first, int6
       const int64_t inside = i < count ? least(x.dim - d, kWord) : 0;
       const __m512i row = _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << inside) - 1), from + d);
       _mm512_storeu_si512(to + i * stride + d, row);
+      not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(row, exponent), exponent);
     }
   }
+  return not_finite == 0;
 }
 
 // Student or teacher: the keys of an AttnBlock, and one block of its queries.
@@ -76,9 +80,9 @@ struct Side {
         q(scratch.take<uint16_t>(kQueries * stride)), q_lanes(scratch.take<uint32_t>(kQueries * stride / 2)),
         logits(scratch.take<float>(kStrip * kQueries)) {}
 
-  void pack_keys(const AttnBlock& block) {
+  bool pack_keys(const AttnBlock& block) {
     const int64_t keys = block.key_end - block.key_begin;
-    pack_rows(k_operand, block, block.key_begin, keys, padded_keys(keys), k);
+    return pack_rows(k_operand, block, block.key_begin, keys, padded_keys(keys), k);
   }
 
   void pack_queries(const AttnBlock& block, int64_t first, int64_t count) {
@@ -102,15 +106,16 @@ HASTE_INLINE bool row_within_reach(const void* softmax, int64_t row) {
   return within_reach(static_cast<const float*>(softmax)[2 * row]);
 }
 
-// Returns false, with rows that do not count, where a logit was too large (or not a number) for this kernel.
+// Returns false, with rows that do not count, where a logit was too large (or not a number) for this kernel. Those of an
+// infinite query show in their row; that of an infinite key may be −∞, in which nothing shows.
 template <bool kKl>
 bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin;
   Side student(problem.student_q, problem.student_k, problem.student_scale, keys, scratch);
   Side teacher(problem.teacher_q, problem.teacher_k, problem.teacher_scale, keys, scratch);
-  student.pack_keys(block);
-  teacher.pack_keys(block);
+  const bool student_finite = student.pack_keys(block), teacher_finite = teacher.pack_keys(block);
+  if (!student_finite || !teacher_finite) return false;
 
   const Engine engine;
   OnlineSoftmax<float, kQueries> softmax;

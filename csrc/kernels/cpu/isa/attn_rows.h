@@ -20,10 +20,11 @@ constexpr T kLargestLogit = sizeof(T) == sizeof(float) ? T(1e38) : T(1e300);
 template <class T>
 constexpr T kHiddenLogit = -2 * kLargestLogit<T>;
 
-// scale · sum, held to ± kLargestLogit, lest ∞ − ∞ make NaN of what was finite. NaN stays NaN.
+// scale · sum, held to ± kLargestLogit, lest ∞ − ∞ make NaN of what was finite. A sum that is not, as of finite operands
+// none is (see tame()), becomes NaN, and with it the row: a loss must not hide that an operand was infinite.
 template <class T>
 HASTE_INLINE Vector<T> to_logit(Vector<T> sum, T scale) {
-  return max<T>(broadcast(-kLargestLogit<T>), min<T>(broadcast(kLargestLogit<T>), sum * scale));
+  return max<T>(broadcast(-kLargestLogit<T>), min<T>(broadcast(kLargestLogit<T>), sum * scale)) + sum * T(0);
 }
 
 // A row is a whole number of vectors and then the last vector once more, overlapping: no tail to take apart. Rows
@@ -43,7 +44,7 @@ HASTE_INLINE void pack_row(const Element* from, int64_t dim, T* to, int64_t stri
 }
 
 // Divides the numbers by a power of two, which it returns, such that no product of two operands, nor a sum of such
-// products, can overflow float: 1 unless there is one above 2^56. Infinity stays what it is.
+// products, can overflow float: 1 unless there is a finite one above 2^56. Infinity stays what it is.
 template <class T>
 double tame(T* numbers, int64_t count) {
   constexpr T limit = T(0x1p56);
@@ -55,7 +56,14 @@ double tame(T* numbers, int64_t count) {
   }
   T top = 0;
   for (int i = 0; i < kLanes<T>; ++i) top = largest[i] > top ? largest[i] : top;
-  if (top <= limit || top - top != 0) return 1;
+  if (top <= limit) return 1;
+  if (top - top != 0) {  // of the finite ones: their rows are not to suffer
+    top = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const T size = numbers[i] < 0 ? -numbers[i] : numbers[i];
+      if (size - size == 0 && size > top) top = size;
+    }
+  }
   double divisor = 1;
   while (top / divisor > limit) divisor *= 2;
   for (int64_t i = 0; i < count; i += kLanes<T>) store(numbers + i, load(numbers + i) * T(1 / divisor));
