@@ -61,6 +61,12 @@ def attn_align_loss(
         float32 (float64 for a float64 student): a scalar, or (B, H, N) for "none". The first H = min(H_s, H_t)
         heads are aligned; the others get zero gradient.
 
+    Infinities: where the definition in float64 has no finite number for a row, the row is NaN, and so are its
+        gradients: that of an infinite query, and those of an infinite key unless the row's logit of it is −∞. On the
+        CPU whatever row reads an infinite number is NaN. Tokens of a prefix and heads that take no part are not read.
+        Finite operands give finite rows: logits beyond 1e38 count as that. (On CUDA a sum of products that overflows
+        to both sides is NaN, as in eager float32.)
+
     Raises:
         ValueError, TypeError: naming the argument, what it was and what it must be.
 

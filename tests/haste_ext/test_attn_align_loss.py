@@ -86,6 +86,18 @@ def test_prefixes_heads_and_scales(device):
         assert grad[:, :3, 4:].abs().min() > 0
 
 
+def test_what_stands_in_a_prefix_or_in_other_heads_is_not_read(device):
+    """Infinity there changes no bit, and gets a gradient of zero."""
+    for dtype in FLOAT_TYPES:
+        tensors = operands(2, (5, 3), (24, 25), (8, 16), (dtype, dtype), device)
+        spoiled = [x.clone() for x in tensors]
+        for x, prefix in zip(spoiled, (4, 4, 5, 5), strict=True):
+            x[:, :, :prefix], x[:, 3:] = torch.inf, torch.nan
+        kwargs = {"student_prefix": 4, "teacher_prefix": 5, "reduction": "none"}
+        ours, expected = (values_and_gradients(haste_ext.attn_align_loss, x, **kwargs) for x in (spoiled, tensors))
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_reductions_agree_and_none_takes_a_gradient_per_row(device):
     tensors = operands(2, (3, 3), (17, 17), (8, 8), FLOAT32, device)
     rows = haste_ext.attn_align_loss(*tensors, reduction="none")
