@@ -1,9 +1,9 @@
 """Inception v3 (Szegedy et al., arXiv 1512.00567) as the Fréchet Inception distance uses it, from weights on disk.
 
 Published FIDs rest on one TensorFlow network of 5 December 2015 with 1,008 classes. Its weights go about in two files:
-the state dict pt_inception-2015-12-05-6726825d.pth, which is loaded into the network below, and the TorchScript module
-inception-2015-12-05.pt, which brings its own code. This network differs from the one in the paper and in other
-libraries: average pools do not count the padding, and the last block's pool takes the maximum.
+the state dict pt_inception-2015-12-05-6726825d.pth and the TorchScript module inception-2015-12-05.pt. Of the latter,
+the tensors alone are read: its own program, which could do anything, does not run. This network differs from the one in
+the paper and in other libraries: average pools do not count the padding, and the last block's pool takes the maximum.
 
 Not compared with the real weights: these are not shipped, and no machine that tested this file had them.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
+from haste.weights import load_weights
 
 CLASSES = 1008
 FEATURES = 2048
@@ -200,17 +201,6 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-class ScriptedInception(nn.Module):
-    """The TorchScript module, which resizes and normalises uint8 pictures itself; called like Inception."""
-
-    def __init__(self, module: torch.jit.ScriptModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        return self.module(pictures, return_features=True), self.module(pictures, no_output_bias=True)
-
-
 def resize(pictures: Tensor, size: int = INPUT_SIZE) -> Tensor:
     """(B, C, H, W) float to (B, C, size, size), bilinear as in TensorFlow 1: pixel i looks at i·H/size.
 
@@ -237,53 +227,86 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels - 128.0) / 128.0
 
 
-def load_inception(path: Path) -> Inception | ScriptedInception:
-    """The network in either file, in eval mode. Nothing in a file is executed but TorchScript.
+def load_inception(path: Path) -> Inception:
+    """The network with the weights of either file, or of a state dict in safetensors, in eval mode.
 
-    Raises UserError if the file is missing or is neither.
+    Nothing in a file is executed. Raises UserError if the file is missing or is none of these.
     """
     if not path.is_file():
         raise UserError(f"the weights of Inception are {path}, which is no file; it must be inception-2015-12-05.pt or "
                         "pt_inception-2015-12-05-6726825d.pth")  # fmt: skip
-    if is_torchscript(path):
-        return load_scripted(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file leads the loader to raise anything
-        raise UserError(f"{path} cannot be loaded as weights of Inception: {in_one_line(error)}") from error
+    state = load_weights(path, "--features inception")
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}; it must hold the state dict of Inception")
+    if "layers.conv.weight" in state:
+        state = by_own_names(state)
     network = Inception()
     try:
         network.load_state_dict(dict(state))  # a plain dict: old files have no count of batches, and need none
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path} does not hold the weights of FID's Inception: {in_one_line(error)}") from error
     return network.eval()
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive with code in it."""
-    import zipfile
-
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
+# ---- the names of the TorchScript module, which are TensorFlow's ----
 
 
-def load_scripted(path: Path) -> ScriptedInception:
-    """The TorchScript module; UserError if it cannot be called as the public one is."""
-    try:
-        network = ScriptedInception(torch.jit.load(path, map_location="cpu").eval())
-        with torch.no_grad():
-            features, probabilities = network(torch.zeros(1, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8))
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} cannot be used as FID's Inception, called with return_features=True and with "
-            f"no_output_bias=True: {in_one_line(error)}"
-        ) from error
-    if features.shape != (1, FEATURES) or probabilities.dim() != 2:
-        raise UserError(
-            f"{path} gives features of shape {tuple(features.shape)}; FID's Inception gives (1, {FEATURES})"
-        )
-    return network
+def _numbered(name: str, targets: list[str]) -> dict[str, str]:
+    """name, name_1, name_2, ... and what they are called here."""
+    return {f"{name}_{index}" if index else name: target for index, target in enumerate(targets)}
+
+
+_STEM = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"]
+_BLOCKS = {
+    "A": {
+        "conv": "branch1x1",
+        **_numbered("tower.conv", ["branch5x5_1", "branch5x5_2"]),
+        **_numbered("tower_1.conv", ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]),
+        "tower_2.conv": "branch_pool",
+    },
+    "B": {
+        "conv": "branch3x3",
+        **_numbered("tower.conv", ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]),
+    },
+    "C": {
+        "conv": "branch1x1",
+        **_numbered("tower.conv", ["branch7x7_1", "branch7x7_2", "branch7x7_3"]),
+        **_numbered("tower_1.conv", [f"branch7x7dbl_{number}" for number in range(1, 6)]),
+        "tower_2.conv": "branch_pool",
+    },
+    "D": {
+        **_numbered("tower.conv", ["branch3x3_1", "branch3x3_2"]),
+        **_numbered("tower_1.conv", [f"branch7x7x3_{number}" for number in range(1, 5)]),
+    },
+    "E": {
+        "conv": "branch1x1",
+        "tower_conv": "branch3x3_1",
+        **_numbered("tower_mixed_conv", ["branch3x3_2a", "branch3x3_2b"]),
+        **_numbered("tower_1_conv", ["branch3x3dbl_1", "branch3x3dbl_2"]),
+        **_numbered("tower_1_mixed_conv", ["branch3x3dbl_3a", "branch3x3dbl_3b"]),
+        "tower_2_conv": "branch_pool",
+    },
+}
+_MIXED = {"5b": "A", "5c": "A", "5d": "A", "6a": "B", "6b": "C", "6c": "C", "6d": "C", "6e": "C", "7a": "D", "7b": "E",
+          "7c": "E"}  # fmt: skip
+_PARTS = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
+
+
+def convolution_names() -> dict[str, str]:
+    """From each convolution of the TorchScript module to its name here."""
+    names = {f"layers.{theirs}": ours for theirs, ours in _numbered("conv", _STEM).items()}
+    for theirs, place in _numbered("mixed", list(_MIXED)).items():
+        names |= {f"layers.{theirs}.{inner}": f"Mixed_{place}.{ours}" for inner, ours in _BLOCKS[_MIXED[place]].items()}
+    return names
+
+
+def by_own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of `Inception` from the tensors of the TorchScript module; what has no place here keeps its name.
+    Its batch norms have no scale, which is 1 then."""
+    names = {"output.weight": "fc.weight", "output.bias": "fc.bias"}
+    state = {}
+    for theirs, ours in convolution_names().items():
+        names |= {f"{theirs}.{part}": f"{ours}.{own}" for part, own in _PARTS.items()}
+        if f"{theirs}.beta" in tensors:
+            state[f"{ours}.bn.weight"] = torch.ones_like(tensors[f"{theirs}.beta"])
+    return state | {names.get(name, name): tensor for name, tensor in tensors.items()}

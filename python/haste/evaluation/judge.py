@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.data.digits import load_digits
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 from haste.evaluation.images import to_uint8
 from haste.io import write_atomically
+from haste.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +127,7 @@ def load_judge(cache: Path, settings: JudgeSettings = JudgeSettings()) -> Judge:
     """The judge with these settings: from the folder `cache` if it is there, else trained and saved there."""
     path = cache / f"digits-judge-{settings.digest()}.pt"
     if path.exists():
-        saved = torch.load(path, weights_only=True)
-        network = build_network(settings.features)
-        network.load_state_dict(saved["network"])
-        return Judge(network, saved["feature_scale"], saved["held_out_accuracy"], settings)
+        return read_judge(path, settings)
     logger.info("training the judge, a classifier that no run sees, for %d epochs", settings.epochs)
     judge = train_judge(settings)
     content = {
@@ -139,6 +137,20 @@ def load_judge(cache: Path, settings: JudgeSettings = JudgeSettings()) -> Judge:
     }
     write_atomically(path, lambda temporary: torch.save(content, temporary))
     return judge
+
+
+def read_judge(path: Path, settings: JudgeSettings) -> Judge:
+    """The judge that a file keeps; UserError if it keeps none."""
+    saved = load_weights(path, "the file of the judge")
+    network = build_network(settings.features)
+    try:
+        network.load_state_dict(saved["network"])
+        scale, accuracy = saved["feature_scale"], float(saved["held_out_accuracy"])
+        if scale.shape != (settings.features,):
+            raise ValueError(f"feature_scale has shape {tuple(scale.shape)}")
+    except Exception as error:  # what another program has put there can be anything
+        raise UserError(f"{path} keeps no judge of the digits ({in_one_line(error)}); delete it") from error
+    return Judge(network, scale, accuracy, settings)
 
 
 def train_judge(settings: JudgeSettings) -> Judge:

@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from haste.errors import UserError
-from haste.evaluation.inception import Inception, average_pool, load_inception, normalise, resize
-from torch import Tensor, nn
+from haste.evaluation.inception import (
+    Convolution,
+    Inception,
+    average_pool,
+    convolution_names,
+    load_inception,
+    normalise,
+    resize,
+)
+from safetensors.torch import save_file
+from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the public file is TorchScript
 
@@ -22,20 +31,6 @@ def state_file(network, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(network.state_dict(), path)
     return path
-
-
-class Scripted(nn.Module):
-    """Called as the public TorchScript module is, with features that tell the picture."""
-
-    def __init__(self, width: int = 2048) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
-        mean = x.float().mean(dim=(1, 2, 3)).unsqueeze(1)
-        if return_features:
-            return mean.expand(-1, self.width)
-        return (mean if no_output_bias else 1.0 + mean).expand(-1, 1008)
 
 
 def test_it_has_the_tensors_of_the_public_state_dict(network):
@@ -120,13 +115,59 @@ def test_a_state_dict_is_loaded_with_and_without_the_counts_of_batches(network, 
         assert all(loaded.state_dict()[name].equal(value) for name, value in old.items())
 
 
-def test_a_torchscript_module_is_called_for_features_and_for_probabilities(tmp_path):
-    torch.jit.script(Scripted()).save(tmp_path / "inception-2015-12-05.pt")
-    features, probabilities = load_inception(tmp_path / "inception-2015-12-05.pt")(
-        torch.full((2, 3, 9, 9), 7, dtype=torch.uint8)
-    )
-    assert features.shape == (2, 2048) and features.eq(7).all()
-    assert probabilities.shape == (2, 1008) and probabilities.eq(7).all()  # without the bias
+class Part(nn.Module):
+    """A module with attributes alone."""
+
+
+def scripted(network: Inception, path: Path) -> Path:
+    """The network as the public TorchScript module has it: its names, and batch norms without scale."""
+    root, state = Part(), network.state_dict()
+    for theirs, ours in convolution_names().items():
+        part = root
+        for name in theirs.split("."):
+            if not hasattr(part, name):
+                part.add_module(name, Part())
+            part = getattr(part, name)
+        part.weight = nn.Parameter(state[f"{ours}.conv.weight"])
+        for name, own in (("beta", "bias"), ("mean", "running_mean"), ("var", "running_var")):
+            part.register_buffer(name, state[f"{ours}.bn.{own}"])
+    root.output = nn.Linear(2048, 1008)
+    root.output.load_state_dict(network.fc.state_dict())
+    torch.jit.script(root).save(path)
+    return path
+
+
+def test_each_convolution_of_the_torchscript_module_has_its_place(network):
+    names = convolution_names()
+    convolutions = {name for name, module in network.named_modules() if isinstance(module, Convolution)}
+    assert len(names) == 94 and set(names.values()) == convolutions
+    expected = {
+        "layers.conv": "Conv2d_1a_3x3",
+        "layers.conv_4": "Conv2d_4a_3x3",
+        "layers.mixed.tower.conv_1": "Mixed_5b.branch5x5_2",
+        "layers.mixed_2.tower_2.conv": "Mixed_5d.branch_pool",
+        "layers.mixed_3.conv": "Mixed_6a.branch3x3",
+        "layers.mixed_4.tower_1.conv_4": "Mixed_6b.branch7x7dbl_5",
+        "layers.mixed_8.tower.conv_1": "Mixed_7a.branch3x3_2",
+        "layers.mixed_9.tower_conv": "Mixed_7b.branch3x3_1",
+        "layers.mixed_9.tower_mixed_conv_1": "Mixed_7b.branch3x3_2b",
+        "layers.mixed_10.tower_1_mixed_conv": "Mixed_7c.branch3x3dbl_3a",
+    }
+    assert {name: names[name] for name in expected} == expected
+
+
+def test_of_a_torchscript_module_the_weights_are_read(network, tmp_path):
+    loaded = load_inception(scripted(network, tmp_path / "inception-2015-12-05.pt"))
+    assert type(loaded) is Inception and not loaded.training
+    state = loaded.state_dict()
+    for name, value in network.state_dict().items():
+        assert state[name].equal(value), name
+
+
+def test_a_state_dict_in_safetensors_is_loaded(network, tmp_path):
+    save_file(network.state_dict(), tmp_path / "inception.safetensors")
+    state = load_inception(tmp_path / "inception.safetensors").state_dict()
+    assert all(state[name].equal(value) for name, value in network.state_dict().items())
 
 
 class Unpickled:
@@ -154,18 +195,15 @@ def test_files_that_are_no_inception_are_refused(network, tmp_path):
     with pytest.raises(UserError, match="holds a Tensor; it must hold the state dict"):
         load_inception(tmp_path / "tensor.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(UserError, match="cannot be loaded as weights"):
+    with pytest.raises(UserError, match="--features inception is .*, which cannot be read as weights"):
         load_inception(tmp_path / "text.pth")
-    torch.jit.script(Scripted(64)).save(tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"features of shape \(1, 64\); FID's Inception gives \(1, 2048\)"):
-        load_inception(tmp_path / "other.pt")
-    torch.jit.script(nn.ReLU()).save(tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match="cannot be used as FID's Inception"):
+    torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="foreign.pt does not hold the weights of FID's Inception"):
         load_inception(tmp_path / "foreign.pt")
 
 
 def test_no_code_of_a_pickle_runs(tmp_path):
     torch.save({"fc.weight": Unpickled(str(tmp_path / "ran"))}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="cannot be loaded as weights"):
+    with pytest.raises(UserError, match="--features inception is .*, which cannot be read as weights"):
         load_inception(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
