@@ -6,12 +6,10 @@ and scale 0.18215; REPA-E's come with a file of statistics.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
+from haste.hub import loading_arguments, refuse_unreachable
+from haste.io import read_json
+from haste.limits import in_bytes
 from haste.plain import build
+from haste.weights import load_weights, weights_size
 
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 
 # A VAE's activations at full resolution take gigabytes; so many pictures go through it at a time.
 PICTURES_AT_A_TIME = 16
+
+MOST_CHANNELS, MOST_BLOCKS = 2**16, 16  # of a config that can be meant
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,7 @@ class LatentFormat:
             latents = replace(SD_LATENTS, vae=source)
         else:
             config = _load_config(name, source)
-            factor = 2 ** (len(config["block_out_channels"]) - 1)
-            latents = cls(source, config["latent_channels"], factor, *_scaling(config))
+            latents = cls(source, config.latent_channels, config.factor, *config.scaling())
         return latents if stats is None else latents.with_statistics(stats)
 
     @classmethod
@@ -61,8 +64,9 @@ class LatentFormat:
         Raises UserError, naming `source`, for values that are no such format.
         """
         latents = build(cls, values, source)
-        if latents.channels < 1 or latents.factor < 1:
-            raise UserError(f"channels and factor of {source} must be at least 1, and are not")
+        if not (1 <= latents.channels <= MOST_CHANNELS and 1 <= latents.factor <= 2**MOST_BLOCKS):
+            limits = f"1 to {MOST_CHANNELS:,} and 1 to {2**MOST_BLOCKS:,}"
+            raise UserError(f"channels and factor of {source} must be {limits}, and are not")
         for name in ("shift", "scale"):
             numbers = getattr(latents, name)
             if len(numbers) != latents.channels or not all(map(math.isfinite, numbers)):
@@ -152,59 +156,122 @@ def resolve_vae(name: str) -> str:
 def read_statistics(path: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Shift and scale, one number per channel, from a file of tensors: latents_bias and latents_scale as REPA-E's
     have them, or mean and std. UserError for any other content."""
+    values = load_weights(Path(path).expanduser(), "--vae-stats")
     try:
-        values = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
         if "latents_scale" in values:
             shift, scale = values["latents_bias"], values["latents_scale"]
         else:
             shift, scale = values["mean"], 1 / values["std"].double()
         shift, scale = (tuple(value.double().flatten().tolist()) for value in (shift, scale))
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"--vae-stats is {path}, which cannot be read: {in_one_line(error)}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"--vae-stats is {path}; it must hold the tensors latents_scale and latents_bias, or mean and std"
         ) from error
     if len(shift) != channels or len(scale) != channels:
         raise UserError(f"--vae-stats is {path}, for {len(scale)} channels; it must be for {channels}, as the latents")
+    if not all(map(math.isfinite, shift + scale)) or 0.0 in scale:
+        raise UserError(f"--vae-stats is {path}; its numbers must be finite, and those it divides by not 0")
     return shift, scale
 
 
-def _scaling(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale of a VAE's config, as diffusers' pipelines read them."""
-    channels, factor = config["latent_channels"], config.get("scaling_factor") or 0.18215
-    means, deviations = config.get("latents_mean"), config.get("latents_std")
-    if means is not None and deviations is not None:
-        return tuple(map(float, means)), tuple(factor / deviation for deviation in deviations)
-    return (float(config.get("shift_factor") or 0.0),) * channels, (float(factor),) * channels
+@dataclass(frozen=True)
+class _Config:
+    """What matters here of an AutoencoderKL's config.json, with diffusers' defaults."""
+
+    latent_channels: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [64])
+    layers_per_block: int = 1
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Shift and scale, as diffusers' pipelines read them."""
+        factor = self.scaling_factor or 0.18215
+        if self.latents_mean is not None and self.latents_std is not None:
+            return tuple(self.latents_mean), tuple(factor / deviation for deviation in self.latents_std)
+        return (self.shift_factor or 0.0,) * self.latent_channels, (factor,) * self.latent_channels
+
+    def check(self, name: str) -> None:
+        """UserError for sizes that no VAE has, and for statistics that do not fit its channels."""
+        sizes = [self.latent_channels, *self.block_out_channels]
+        if not (all(1 <= size <= MOST_CHANNELS for size in sizes) and 1 <= len(self.block_out_channels) <= MOST_BLOCKS):
+            raise UserError(
+                f"the VAE {name} has {str(self.latent_channels)[:20]} channels and blocks of "
+                f"{str(self.block_out_channels)[:40]}; they must be 1 to {MOST_CHANNELS:,}, in at most {MOST_BLOCKS} "
+                "blocks"
+            )
+        if not 1 <= self.layers_per_block <= MOST_BLOCKS:
+            raise UserError(f"the VAE {name} has layers_per_block {str(self.layers_per_block)[:20]}; it must be 1 to "
+                            f"{MOST_BLOCKS}")  # fmt: skip
+        listed = [values for values in (self.latents_mean, self.latents_std) if values is not None]
+        if any(len(values) != self.latent_channels for values in listed) or 0.0 in (self.latents_std or ()):
+            raise UserError(f"the VAE {name} has latents_mean and latents_std that are not one number per channel")
+        numbers = [self.scaling_factor, self.shift_factor, *(number for values in listed for number in values)]
+        if not all(math.isfinite(number) for number in numbers if number is not None):
+            raise UserError(f"the VAE {name} has a scaling that is not finite")
 
 
-def _load_config(name: str, source: str) -> dict[str, Any]:
-    try:
-        if Path(source).is_dir():
-            config = json.loads((Path(source) / "config.json").read_text())
-        else:
-            from diffusers import AutoencoderKL
+def _load_config(name: str, source: str) -> _Config:
+    refuse_unreachable(name, source, "--vae")
+    what = "the config of a VAE"
+    if Path(source).is_dir():
+        config = read_json(Path(source) / "config.json", what)
+    else:
+        from diffusers import AutoencoderKL
 
-            config = AutoencoderKL.load_config(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the VAE {name} cannot be loaded: {in_one_line(error)}") from error
+        try:
+            config = AutoencoderKL.load_config(source, **loading_arguments(source))
+        except Exception as error:  # diffusers', the hub's own errors
+            raise UserError(f"the VAE {name} cannot be loaded: {in_one_line(error)}") from error
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
-        raise UserError(f"the VAE {name} is of the class {kind}; it must be an AutoencoderKL")
-    return config
+        raise UserError(f"the VAE {name} is of the class {str(kind)[:40]}; it must be an AutoencoderKL")
+    if config.get("quantization_config") is not None:
+        raise UserError(f"the VAE {name} is quantised; its weights must be in float32, float16 or bfloat16")
+    checked = build(_Config, config, f"the config of the VAE {name}")
+    checked.check(name)
+    return checked
 
 
 def _load_model(source: str) -> nn.Module:
     from diffusers import AutoencoderKL  # takes a second, and pixels need none of it
 
+    _load_config(source, source)
+    if Path(source).is_dir():
+        _require_weights(source)
     try:
-        model, report = AutoencoderKL.from_pretrained(source, output_loading_info=True)
+        model, report = AutoencoderKL.from_pretrained(source, output_loading_info=True, **loading_arguments(source))
     except Exception as error:  # diffusers', safetensors', the hub's own errors
         raise UserError(f"the VAE {source} cannot be loaded: {in_one_line(error)}") from error
     if report["missing_keys"]:
         raise UserError(f"the VAE {source} cannot be loaded: its weights lack {report['missing_keys'][0]}")
     return model.float()
+
+
+def _require_weights(source: str) -> None:
+    """UserError if the config of a folder asks for more numbers than its files have bytes: it would be given memory
+    before they are missed."""
+    from diffusers import AutoencoderKL
+
+    size = weights_size(Path(source), f"the VAE {source}")
+    try:
+        with torch.device("meta"):
+            model = AutoencoderKL.from_config(AutoencoderKL.load_config(source, local_files_only=True))
+    except Exception as error:  # sizes that do not go together
+        raise UserError(f"the VAE {source} cannot be loaded: {in_one_line(error)}") from error
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if numbers > size:
+        raise UserError(
+            f"the VAE {source} cannot be loaded: its config.json asks for {numbers:,} numbers, and its weights "
+            f"(*.safetensors, *.bin) lack most of them: they have {in_bytes(size)}"
+        )
 
 
 def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from haste import hub
 from haste.errors import UserError
 from haste.vae import PUBLISHED_VAES, SD_LATENTS, VAE, LatentFormat
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from picture_files import cut_short, save_vae
 
 
@@ -134,25 +138,60 @@ def test_a_vae_that_does_not_exist_or_is_none(folder, tmp_path):
     other = changed_config(folder, tmp_path / "other", _class_name="AutoencoderDC")
     with pytest.raises(UserError, match="is of the class AutoencoderDC; it must be an AutoencoderKL"):
         LatentFormat.of(str(other))
-    (other / "config.json").write_text("{")
-    with pytest.raises(UserError, match="the VAE .* cannot be loaded"):
-        LatentFormat.of(str(other))
+    for content, sentence in (("{", "is no JSON"), ("[]", "a JSON object, and is list")):
+        (other / "config.json").write_text(content)
+        with pytest.raises(UserError, match=f"config.json must be the config of a VAE, .*{sentence}"):
+            LatentFormat.of(str(other))
 
 
-def test_weights_that_are_missing_or_damaged_are_refused(folder, tmp_path):
-    deeper = changed_config(folder, tmp_path / "deeper", layers_per_block=2)
-    latents = LatentFormat.of(str(deeper))
-    with pytest.raises(UserError, match="the VAE .* cannot be loaded: .*lack"):
-        VAE(latents)
-    weights = next(deeper.glob("*.safetensors"))
-    cut_short(weights)
-    with pytest.raises(UserError, match="the VAE .* cannot be loaded"):
-        VAE(latents)
-    weights.unlink()
-    with pytest.raises(UserError, match="the VAE .* cannot be loaded"):
-        VAE(latents)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"latent_channels": "4"}, "latent_channels of the config of the VAE .* must be an integer, and is '4'"),
+        ({"latent_channels": 0}, "has 0 channels and blocks of .*; they must be 1 to 65,536"),
+        ({"block_out_channels": []}, "they must be 1 to 65,536, in at most 16 blocks"),
+        ({"block_out_channels": 4}, "block_out_channels of the config"),
+        ({"block_out_channels": [10**9] * 3}, "they must be 1 to 65,536"),
+        ({"layers_per_block": 10**9}, "has layers_per_block 1000000000; it must be 1 to 16"),
+        ({"latents_mean": [0, 0], "latents_std": [1, 1]}, "that are not one number per channel"),
+        ({"latents_mean": [0] * 4, "latents_std": [0] * 4}, "that are not one number per channel"),
+        ({"scaling_factor": "big"}, "scaling_factor of the config of the VAE .* must be a number or nothing"),
+        ({"quantization_config": {"quant_method": "gguf"}}, "is quantised"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(folder, tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        LatentFormat.of(str(changed_config(folder, tmp_path / "x", **changes)))
 
 
-def test_a_resolution_that_the_vae_cannot_divide_is_refused(folder):
-    with pytest.raises(UserError, match="--resolution is 18; it must be a multiple of 4, the pixels per latent of"):
-        LatentFormat.of(str(folder)).input_size(18)
+def test_a_config_that_asks_for_more_than_its_weights_is_refused_before_memory_is_taken(folder, tmp_path):
+    path = changed_config(folder, tmp_path / "x", block_out_channels=[60_000] * 3)
+    with pytest.raises(UserError, match=r"its config.json asks for [\d,]+ numbers, and its weights .* lack most"):
+        VAE(LatentFormat.of(str(path)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(
+    st.sampled_from(["_class_name", "latent_channels", "block_out_channels", "layers_per_block", "scaling_factor",
+                     "shift_factor", "latents_mean", "latents_std"]),
+    st.recursive(st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+                 lambda inner: st.lists(inner, max_size=4), max_leaves=5),
+))  # fmt: skip
+def test_any_values_in_a_config_are_a_format_or_a_refusal(tmp_path, values):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **values}))
+    with contextlib.suppress(UserError):
+        latents = LatentFormat.of(str(tmp_path))
+        assert len(latents.shift) == len(latents.scale) == latents.channels
+
+
+def test_a_hub_name_without_a_hub_is_told_at_once_by_its_flag(monkeypatch):
+    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    with pytest.raises(UserError, match="--vae is somebody/none, which is no folder, and the hub cannot be reached"):
+        LatentFormat.of("somebody/none")
+
+
+@pytest.mark.parametrize("changes", [{"scale": [0.0] * 4}, {"factor": 0}, {"shift": "0000"}, {"channels": 5}])
+def test_a_format_from_a_file_that_is_none_is_refused(changes):
+    for values in ({**asdict(SD_LATENTS), **changes}, None, [], {"channels": 4}):
+        with pytest.raises(UserError, match="the record"):
+            LatentFormat.from_dict(values, "the record")

@@ -106,13 +106,20 @@ FAMILIES: dict[str, Family] = {
 VISION_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
 
 
+def require_known(name: str, model_type: object) -> None:
+    """UserError if a config's model_type is none whose vision side is a known family."""
+    known = sorted(set(FAMILIES) | set(VISION_TOWERS))
+    if model_type not in known:
+        raise UserError(
+            f"the teacher {name} is a {str(model_type)[:40]!r} model; a teacher must be one of {', '.join(known)}"
+        )
+
+
 def find_family(name: str, config: PretrainedConfig) -> Family:
     """The family of a vision config; UserError if its model_type is not a known one."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        known = ", ".join(sorted(set(FAMILIES) | set(VISION_TOWERS)))
-        raise UserError(f"the teacher {name} is a {config.model_type!r} model; a teacher must be one of {known}")
-    return family
+    if config.model_type not in FAMILIES:
+        require_known(name, None)
+    return FAMILIES[config.model_type]
 
 
 def find_layers(model: nn.Module, depth: int) -> nn.ModuleList:

@@ -9,6 +9,8 @@ from transformers import PretrainedConfig
 
 from haste.errors import UserError
 
+LARGEST_SIDE = 4096  # pixels
+
 
 def patch_size_of(name: str, config: PretrainedConfig) -> int:
     return _side(name, "patch_size", config.patch_size)
@@ -22,10 +24,12 @@ def own_image_size(name: str, config: PretrainedConfig) -> int:
 
 
 def _side(name: str, key: str, value: int | list[int] | tuple[int, ...]) -> int:
-    sides = {value} if isinstance(value, int) else set(value)
-    if len(sides) != 1:
-        raise UserError(f"the teacher {name} has {key} {tuple(value)}; it must be square")
-    return sides.pop()
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not sides or any(type(side) is not int or not 1 <= side <= LARGEST_SIDE for side in sides):
+        raise UserError(f"the teacher {name} has {key} {str(value)[:40]}; it must be 1 to {LARGEST_SIDE:,} pixels")
+    if len(set(sides)) != 1:
+        raise UserError(f"the teacher {name} has {key} {tuple(sides)}; it must be square")
+    return sides[0]
 
 
 # ---- positions ----

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from transformers.utils import cached_file
-
-from haste.errors import UserError, in_one_line
+from haste.errors import UserError
+from haste.plain import build
+from haste.teachers.config import read_checkpoint_json
 from haste.teachers.families import HALF, Family, Normalisation
 
 logger = logging.getLogger(__name__)
@@ -21,9 +21,9 @@ def load_normalisation(name: str, source: str, family: Family, num_channels: int
     if settings is None:
         logger.info("the teacher %s has no preprocessor_config.json; its family's mean and deviation are used", name)
         return _per_channel(*family.normalisation, num_channels)
-    if settings.get("do_normalize") is False:
+    if settings.do_normalize is False:
         return _per_channel(0.0, 1.0, num_channels)
-    mean, std = settings.get("image_mean"), settings.get("image_std")  # absent or null: left at the default
+    mean, std = settings.image_mean, settings.image_std
     own = _per_channel(
         family.normalisation.mean if mean is None else mean,
         family.normalisation.std if std is None else std,
@@ -35,28 +35,33 @@ def load_normalisation(name: str, source: str, family: Family, num_channels: int
     return own
 
 
-def _read_processor(name: str, source: str) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Processor:
+    """What matters here of an image processor's settings. None, or absent: left at the default."""
+
+    do_normalize: bool | None = None
+    image_mean: float | list[float] | None = None
+    image_std: float | list[float] | None = None
+
+
+def _read_processor(name: str, source: str) -> _Processor | None:
     """The image processor's settings; processors of pictures and text may keep them inside another file."""
-    settings = _read_json(name, source, "preprocessor_config.json")
+    what = "the settings of an image processor"
+    settings = read_checkpoint_json(name, source, "preprocessor_config.json", what)
+    where = "preprocessor_config.json"
     if settings is None:
-        settings = (_read_json(name, source, "processor_config.json") or {}).get("image_processor")
-    return settings
-
-
-def _read_json(name: str, source: str, file_name: str) -> dict[str, Any] | None:
-    path = cached_file(
-        source,
-        file_name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
+        where = "processor_config.json"
+        settings = (read_checkpoint_json(name, source, where, what) or {}).get("image_processor")
+    if settings is None:
         return None
-    try:
-        with open(path) as stream:
-            return json.load(stream)
-    except ValueError as error:
-        raise UserError(f"the teacher {name} has a {file_name} that is no JSON: {in_one_line(error)}") from error
+    processor = build(_Processor, settings, f"{where} of the teacher {name}")
+    for key, least in (("image_mean", -math.inf), ("image_std", 0.0)):
+        value = getattr(processor, key)
+        numbers = [] if value is None else [value] if isinstance(value, float) else value
+        if value == [] or not all(math.isfinite(number) and number > least for number in numbers):
+            what = "finite" if key == "image_mean" else "finite and above 0"
+            raise UserError(f"{key} in {where} of the teacher {name} is {str(value)[:60]}; it must be {what}")
+    return processor
 
 
 def _per_channel(mean: float | Sequence[float], std: float | Sequence[float], num_channels: int) -> Normalisation:

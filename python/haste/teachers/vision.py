@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
 from haste.errors import UserError, in_one_line
-from haste.teachers.families import VISION_TOWERS, Family, Normalisation, find_family, find_layers
+from haste.hub import loading_arguments
+from haste.teachers.config import load_config
+from haste.teachers.families import Family, Normalisation, find_family, find_layers
 from haste.teachers.grids import (
     NaFlexPatches,
     own_image_size,
@@ -183,24 +185,18 @@ class VisionTeacher(nn.Module):
         return f"{self.name} ({size} x {size} pixels, {tokens})"
 
 
-def load_config(name: str, source: str) -> PretrainedConfig:
-    """The config of the picture side of the checkpoint."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
-    if config.model_type in VISION_TOWERS:
-        return config.vision_config
-    return config
-
-
 def _load_encoder(name: str, source: str, family: Family, grid: int) -> nn.Module:
     """The encoder with positions for grid x grid patches, and without the parts that a teacher does not use."""
     try:
         model, info = AutoModel.from_pretrained(
-            source, attn_implementation=ATTENTION_NAME, dtype=torch.float32, output_loading_info=True
+            source,
+            attn_implementation=ATTENTION_NAME,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **loading_arguments(source),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers', safetensors', the hub's own errors
         raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
     encoder = getattr(model, "vision_model", model)  # the text side of a two-tower model is dropped here
     family.strip(encoder)

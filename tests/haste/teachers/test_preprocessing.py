@@ -113,5 +113,5 @@ def test_grey_pictures_are_shown_to_a_colour_teacher(dinov2_folder):
 
 
 def test_a_broken_file_is_refused(dinov2_folder, tmp_path):
-    with pytest.raises(UserError, match="has a preprocessor_config.json that is no JSON"):
+    with pytest.raises(UserError, match="preprocessor_config.json must be the settings of .*, and is no JSON"):
         teacher_with(dinov2_folder, tmp_path, "{")

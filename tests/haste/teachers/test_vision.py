@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_refused(dinov2_folder, arguments, sentence):
     [
         ({"model_type": "bert"}, "is a 'bert' model; a teacher must be one of .*dinov2"),
         ({"model_type": "dinov2", "patch_size": [4, 2]}, r"has patch_size \(4, 2\); it must be square"),
-        ({"model_type": "no-such-model"}, "cannot be loaded"),
+        ({"model_type": "no-such-model"}, "is a 'no-such-model' model; a teacher must be one of"),
     ],
 )
 def test_a_folder_that_holds_no_teacher_is_refused(tmp_path, config, sentence):
