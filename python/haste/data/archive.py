@@ -7,6 +7,7 @@ read once: folders themselves go before links to them, and links to a folder tha
 
 from __future__ import annotations
 
+import functools
 import heapq
 import logging
 import os
@@ -52,9 +53,7 @@ class Folder:
         except OSError as error:
             raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
         if walk.passed_over:
-            first, more = walk.passed_over[0], len(walk.passed_over) - 1
-            others = f" and {more} more" if more else ""
-            logger.warning("passed over the link %s%s: what it leads to is read already", self.locate(first), others)
+            _tell_of_links(self.locate(walk.passed_over[0]), len(walk.passed_over) - 1)
         return names
 
     def has(self, name: str) -> bool:
@@ -76,6 +75,13 @@ class Folder:
 
     def locate(self, name: str) -> str:
         return str(self.path / name)
+
+
+@functools.cache
+def _tell_of_links(first: str, more: int) -> None:
+    """A line in the log, once."""
+    others = f" and {more} more" if more else ""
+    logger.warning("passed over the link %s%s: what it leads to is read already", first, others)
 
 
 class _Walk:

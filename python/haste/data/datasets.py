@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
-from haste.data.archive import open_archive
+from haste.data.archive import Archive, Folder, open_archive
 from haste.data.bad_files import BadFile, OnBadFile, refusal
 from haste.data.digits import load_digits
 from haste.data.memory import InMemoryData
 from haste.data.picture_data import PictureData
-from haste.data.repa_layout import LATENTS, open_repa_layout
+from haste.data.repa_layout import IMAGES, LATENTS, open_repa_layout
 from haste.data.sources import open_pictures
 from haste.data.training_data import TrainingData, count_classes
 from haste.errors import UserError
@@ -45,14 +46,14 @@ def load_dataset(
     if data_dir in IN_MEMORY:
         return _load_in_memory(data_dir, resolution, num_classes)
     path = Path(data_dir).expanduser()
-    if not data_dir or not path.exists():
+    if not data_dir or not os.path.exists(path):
         known = ", ".join(IN_MEMORY)
         raise UserError(f"--data-dir is {data_dir!r}; it must be a folder, a zip, or one of: {known}")
     archive = open_archive(path, "--data-dir")
     if archive.child(LATENTS) is not None:
         data = open_repa_layout(archive, resolution, vae, vae_stats, on_bad_file, num_classes)
     else:
-        data = _open_plain(path, resolution, vae, vae_stats, on_bad_file, num_classes)
+        data = _open_plain(archive, path, resolution, vae, vae_stats, on_bad_file, num_classes)
     _try_first(data)
     return data
 
@@ -65,6 +66,7 @@ def _load_in_memory(name: str, resolution: int, num_classes: int | None) -> InMe
 
 
 def _open_plain(
+    archive: Archive,
     path: Path,
     resolution: int,
     vae: str | None,
@@ -74,11 +76,28 @@ def _open_plain(
 ) -> PictureData:
     if vae is None and vae_stats is not None:
         raise UserError(f"--vae-stats is {vae_stats}, but there are no latents; give --vae as well")
+    if archive.child(IMAGES) is not None:
+        _refuse_unread_arrays(archive, path)
     source = open_pictures(path, "--data-dir")
     if source.labels is None:
         logger.info("%s has no labels: all its pictures are one class", path)
     encoder = VAE(LatentFormat.of(vae, vae_stats)) if vae is not None else None
     return PictureData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
+
+
+def _refuse_unread_arrays(archive: Archive, path: Path) -> None:
+    """UserError for latents under another name than that of REPA's layout: a run would learn the pixels beside them."""
+    names = archive.names()
+    folders = [name.split("/", 1)[0] for name in names if name.endswith(".npy") and "/" in name]
+    zips = [name for name in names if name.endswith(".zip") and "/" not in name]
+    for packed in zips if isinstance(archive, Folder) else ():
+        if any(name.endswith(".npy") for name in open_archive(path / packed, "--data-dir").names()):
+            folders.append(packed)
+    if folders:
+        raise UserError(
+            f"--data-dir is {path}, where {min(folders)} holds .npy files that would not be read; latents must lie in "
+            f"{LATENTS} beside {IMAGES}, and to learn from pixels, --data-dir must be a folder of images alone"
+        )
 
 
 def _try_first(data: TrainingData) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,9 @@ from haste.data.training_data import Batch, TrainingData
 from haste.errors import UserError, in_one_line
 
 logger = logging.getLogger(__name__)
+
+# torch says it of every loader, and again when it begins to read; `tell_of_cores` says it once.
+warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 # So many files in a row that cannot be used are no accident.
 MOST_BAD_NEIGHBOURS = 100
@@ -48,6 +53,8 @@ def batches(
         )
     device = torch.device(device)
     reader = _Reader(data)
+    if data.reads_files:
+        tell_of_cores(num_workers)
     loader = DataLoader(
         reader,
         batch_sampler=_Shares(order, start_step, process_index, num_processes),
@@ -58,6 +65,14 @@ def batches(
         generator=torch.Generator(),  # DataLoader seeds its workers, who draw nothing; not from the trainer's numbers
     )
     return _deliver(data, loader, device, generator)
+
+
+@functools.cache
+def tell_of_cores(num_workers: int) -> None:
+    """A line in the log, once, if there are more workers than cores for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers > cores:
+        logger.warning("--num-workers is %d, and there are %d cores; fewer may be faster", num_workers, cores)
 
 
 def _deliver(

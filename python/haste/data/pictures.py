@@ -42,6 +42,11 @@ def is_other_picture(name: str) -> bool:
     return _ending(name) in OTHER_ENDINGS
 
 
+def is_jpeg(name: str) -> bool:
+    """Whether the ending of a file's name is JPEG's, which loses something of every image."""
+    return _FORMAT_OF.get(_ending(name)) == "JPEG"
+
+
 def _ending(name: str) -> str:
     dot = name.rfind(".")
     return name[dot:].lower() if dot >= 0 else ""

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from haste.data.bad_files import BadFile, OnBadFile, refusal
 from haste.data.destination import Destination, encode_npy, encode_png, told_in_one_line
-from haste.data.loader import leave_signals_to_the_parent, read_ahead
+from haste.data.loader import leave_signals_to_the_parent, read_ahead, tell_of_cores
 from haste.data.pictures import center_crop, decode_picture
 from haste.data.sources import PictureSource
 from haste.data.training_data import to_unit
@@ -91,6 +91,7 @@ class Preparation:
         logger.warning("skipped: %s (%d so far)", problem, len(self.faults))
 
     def _cropped(self, numbers: list[int]) -> Iterator[list[Cropped]]:
+        tell_of_cores(self.num_workers)
         loader = DataLoader(
             _CropAndWrite(self.source, self.destination, self.resolution),
             sampler=numbers,

@@ -10,18 +10,18 @@ meant.
 
 from __future__ import annotations
 
-import json
 import logging
 
 import numpy as np
 
 from haste.data.archive import Archive
-from haste.data.bad_files import OnBadFile
+from haste.data.bad_files import BadFile, OnBadFile
 from haste.data.latent_data import LatentData
 from haste.data.pictures import is_picture
 from haste.data.sources import LABEL_FILE, choose_labels, listed_labels
 from haste.data.training_data import count_classes
 from haste.errors import UserError
+from haste.io import parse_json
 from haste.vae import SD_LATENTS, LatentFormat
 
 logger = logging.getLogger(__name__)
@@ -114,8 +114,10 @@ def recorded_format(root: Archive) -> LatentFormat | None:
     """What prepare.json says of the latents; None without one."""
     if not root.has(RECORD):
         return None
+    where = root.locate(RECORD)
     try:
-        latents = json.loads(root.read(RECORD))["latents"]
-        return None if latents is None else LatentFormat.from_dict(latents)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root.locate(RECORD)} cannot be read as the record of haste prepare ({error!r})") from error
+        data = root.read(RECORD)
+    except BadFile as fault:
+        raise UserError(f"{fault}; it must be the record of haste prepare") from fault
+    latents = parse_json(data, where, "the record of haste prepare", needs=["latents"])["latents"]
+    return None if latents is None else LatentFormat.from_dict(latents, f"latents in {where}")

@@ -17,8 +17,9 @@ from haste.data.archive import Archive, Folder, open_archive
 from haste.data.bad_files import BadFile
 from haste.data.pictures import IMAGE_FORMATS, is_other_picture, is_picture
 from haste.errors import UserError, in_one_line
-from haste.io import parse_json
+from haste.io import parse_json, read_json
 from haste.limits import MOST_CLASSES
+from haste.plain import check
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def pack_names(names: list[str]) -> np.ndarray:
 
 def open_pictures(path: Path, flag: str) -> PictureSource:
     """The pictures at `path`, which `flag` gave; UserError if there are none or if they cannot be told apart."""
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         return HuggingFacePictures(path, flag)
     archive = open_archive(path, flag)
     inner = archive.child("images")
@@ -163,7 +164,10 @@ class HuggingFacePictures:
         self.labels, self.num_classes = _labels_of_column(dataset, kinds, f"{flag} is {path}, whose")
         import datasets
 
-        undecoded = dataset.select_columns(pictures).cast_column(self._column, datasets.Image(decode=False))
+        try:
+            undecoded = dataset.select_columns(pictures).cast_column(self._column, datasets.Image(decode=False))
+        except Exception as error:  # pyarrow's own errors among them
+            raise UserError(f"{flag} is {path}, whose images cannot be read: {in_one_line(error)}") from error
         self._rows = undecoded.with_format(None)
 
     def __len__(self) -> int:
@@ -173,7 +177,10 @@ class HuggingFacePictures:
         return f"picture {index} of {self.path}"
 
     def read(self, index: int) -> bytes:
-        picture = self._rows[index][self._column] or {}
+        try:
+            picture = self._rows[index][self._column] or {}
+        except Exception as error:  # as above
+            raise BadFile(self.name(index), f"cannot be read ({in_one_line(error)})") from error
         if picture.get("bytes") is not None:
             return picture["bytes"]
         if picture.get("path") is None:
@@ -192,6 +199,7 @@ def _load_from_disk(path: Path, flag: str) -> Any:
         raise UserError(
             f"{flag} is {path}, a Hugging Face data set, which takes the package datasets: pip install datasets"
         ) from error
+    _check_files(path)
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # pyarrow's own errors among them
@@ -205,6 +213,22 @@ def _load_from_disk(path: Path, flag: str) -> Any:
     return dataset
 
 
+def _check_files(path: Path) -> None:
+    """UserError for records of a data set that are none, and for tables that are not files beside them: a pipe would
+    be waited for."""
+    record, folders = path / "dataset_dict.json", [path]
+    if record.is_file():
+        splits = read_json(record, "the record of a Hugging Face data set", needs=["splits"])["splits"]
+        folders = [path / name for name in check(splits, list[str], f"splits of {record}")]
+    for folder in folders:
+        state = read_json(folder / "state.json", "the state of a Hugging Face data set", needs=["_data_files"])
+        tables = check(state["_data_files"], list[dict[str, Any]], f"_data_files of {folder / 'state.json'}")
+        for table in tables:
+            name = table.get("filename")
+            if not isinstance(name, str) or "/" in name or not os.path.isfile(folder / name):
+                raise UserError(f"{folder / 'state.json'} tells of {str(name)[:60]}, which is no file beside it")
+
+
 def _labels_of_column(dataset: Any, kinds: dict[str, str], what: str) -> tuple[np.ndarray | None, int]:
     """The one ClassLabel column, or the column named label; the number of classes it tells, or that there are."""
     classes = [name for name, kind in kinds.items() if kind == "ClassLabel"]
@@ -213,8 +237,12 @@ def _labels_of_column(dataset: Any, kinds: dict[str, str], what: str) -> tuple[n
         if classes:
             raise UserError(f"{what} columns {' and '.join(classes)} are both classes; one must be named label")
         return None, 1
-    labels = np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    try:
+        labels = np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
+    except Exception as error:  # pyarrow's own errors among them
+        raise UserError(f"{what} column {column} cannot be read: {in_one_line(error)}") from error
+    whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.min() < 0 or labels.max() >= MOST_CLASSES:
         raise UserError(f"{what} column {column} holds other values than classes, counted from 0")
     told = getattr(dataset.features[column], "num_classes", None)
     return labels.astype(np.int64), told or int(labels.max()) + 1

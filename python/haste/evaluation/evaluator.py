@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from haste.evaluation.record import beside
 from haste.evaluation.reference import STORED, load_reference, stored_features, stored_reference
 from haste.generation.labels import choose_labels
 from haste.generation.sample_folder import RECORD, read_record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class Evaluator:
             identity = {"samples": samples.name, "features": STORED, "network": "stored features"}
         else:
             pictures = open_pictures(samples, "--samples", count)
+            if getattr(pictures, "are_jpeg", False) and not self.reference.of_jpeg:
+                logger.warning("%s holds JPEG files, and the reference is of none: what JPEG loses counts as a "
+                               "difference between them; samples must be PNG to be compared", samples)  # fmt: skip
             features = self.extract(samples, pictures)
             labels = known_labels(samples, pictures) if isinstance(self.extractor, JudgeExtractor) else None
             identity = {

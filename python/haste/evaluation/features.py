@@ -124,12 +124,13 @@ class TeacherExtractor:
 
     def __init__(self, name: str) -> None:
         # transformers takes a second to import.
+        from haste.teachers.config import load_config
         from haste.teachers.families import find_family
         from haste.teachers.grids import own_image_size
         from haste.teachers.names import resolve_teacher
-        from haste.teachers.vision import VisionTeacher, load_config
+        from haste.teachers.vision import VisionTeacher
 
-        config = load_config(name, resolve_teacher(name))
+        config = load_config(name, resolve_teacher(name), "--features")
         self.pixels = min(own_image_size(name, config), TEACHER_PIXELS)
         self.device = choose_device()
         self.teacher = VisionTeacher.from_pretrained(name, image_size=self.pixels).to(self.device)

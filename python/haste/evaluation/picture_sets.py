@@ -16,7 +16,7 @@ import numpy as np
 from haste.data.archive import Folder, open_archive
 from haste.data.arrays import open_entry, read_header, read_npz
 from haste.data.bad_files import BadFile
-from haste.data.pictures import IMAGE_FORMATS, decode_picture, is_picture
+from haste.data.pictures import IMAGE_FORMATS, decode_picture, is_jpeg, is_picture
 from haste.errors import UserError, in_one_line
 from haste.limits import MOST_PIXELS
 
@@ -78,6 +78,11 @@ class PictureFiles:
         else:
             stamps = [(name, stamp(self.path)) for name in self.names[start:stop]]
         return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+    @property
+    def are_jpeg(self) -> bool:
+        """Whether any of the files is a JPEG."""
+        return any(map(is_jpeg, self.names))
 
     def numbers(self) -> list[int] | None:
         """The numbers that the files are named by, as `haste sample` names them; None if they have other names."""

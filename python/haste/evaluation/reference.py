@@ -41,12 +41,14 @@ class Reference:
     extractor: the network's key; "stored" for features that came from a file.
     features: (N, D); None where only statistics were stored.
     stored: mean and covariance, where they were stored.
+    of_jpeg: whether it was made from JPEG files, as far as is known.
     """
 
     name: str
     extractor: str
     features: np.ndarray | None
     stored: Gaussian | None = None
+    of_jpeg: bool = False
 
     @cached_property
     def gaussian(self) -> Gaussian:
@@ -104,7 +106,7 @@ def from_pictures(
 ) -> Reference:
     """Features of all pictures."""
     features = extract(extractor, pictures, batch_size, lambda done: progress(done, len(pictures)))
-    return Reference(name, extractor.key, features.values)
+    return Reference(name, extractor.key, features.values, of_jpeg=getattr(pictures, "are_jpeg", False))
 
 
 def stored_reference(source: str) -> Reference:

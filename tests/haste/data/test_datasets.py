@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from haste.data import BatchOrder, batches, load_dataset
@@ -57,3 +60,15 @@ def test_settings_that_do_not_fit_a_folder_are_refused(class_folder, vae_folder)
     with pytest.raises(UserError, match="ant/00.png is no whole picture"):
         load_dataset(folder, 8)
     assert load_dataset(folder, 8, num_classes=1000, on_bad_file="skip").num_classes == 1000
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_latents_under_another_name_are_named_and_refused(repa_folder, packed):
+    (repa_folder / "vae-sd").rename(repa_folder / "vae-in")
+    name = "vae-in"
+    if packed:
+        name = Path(shutil.make_archive(str(repa_folder / "vae-in"), "zip", repa_folder / "vae-in")).name
+        shutil.rmtree(repa_folder / "vae-in")
+    with pytest.raises(UserError, match=f"where {name} holds .npy files that would not be read; latents must lie in"):
+        load_dataset(str(repa_folder), 16)
+    assert len(load_dataset(str(repa_folder / "images"), 16)) == 6

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 from haste.data import BatchOrder, batches, load_dataset
+from haste.data.loader import tell_of_cores
 from haste.errors import UserError
 from picture_files import cut_short
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -161,3 +162,13 @@ def test_data_in_memory_needs_no_workers():
     assert multiprocessing.active_children() == []
     indices = BatchOrder(len(data), 32, seed=0).batch(0)
     assert torch.equal(batch.labels, data._labels[indices]) and torch.equal(batch.student, data._images[indices])
+
+
+def test_more_workers_than_cores_are_told_once(class_folder, monkeypatch, caplog):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    tell_of_cores.cache_clear()
+    data = load_dataset(str(class_folder), 8)
+    for _ in range(2):
+        batches(data, BatchOrder(len(data), 4, seed=0), num_workers=3)
+    assert caplog.text.count("--num-workers is 3, and there are 1 cores") == 1
+    tell_of_cores.cache_clear()

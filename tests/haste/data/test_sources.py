@@ -1,4 +1,6 @@
+import contextlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ import pytest
 from haste.data.bad_files import BadFile
 from haste.data.sources import open_pictures
 from haste.errors import UserError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from picture_files import photographs, write_classes
 
 
@@ -142,3 +146,55 @@ def test_a_damaged_hugging_face_data_set_is_refused(tmp_path):
     next(tmp_path.glob("*.arrow")).write_bytes(b"")
     with pytest.raises(UserError, match="which cannot be loaded by datasets"):
         open_pictures(tmp_path, "--data-dir")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("state.json", "[]", "state.json must be the state of a Hugging Face data set"),
+        ("state.json", '{"_data_files": 3}', "_data_files of .*state.json must be"),
+        ("state.json", '{"_data_files": [{"filename": "../../x.arrow"}]}', "which is no file beside it"),
+        ("state.json", '{"_data_files": [{"filename": "pipe"}]}', "tells of pipe, which is no file beside it"),
+        ("dataset_info.json", '{"features": {"image": {"_type": "None"}}}', "cannot be loaded by datasets"),
+        ("dataset_dict.json", '{"splits": "train"}', "splits of .*dataset_dict.json must be"),
+        ("dataset_dict.json", '{"splits": ["nowhere"]}', "nowhere/state.json must be the state"),
+    ],
+)
+def test_odd_records_of_a_hugging_face_data_set_are_refused(tmp_path, file, content, sentence):
+    hugging_face().save_to_disk(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        open_pictures(tmp_path, "--data-dir")
+
+
+def test_a_damaged_table_is_a_refusal_or_a_bad_file(tmp_path):
+    hugging_face(40).save_to_disk(tmp_path)
+    table = next(tmp_path.glob("*.arrow"))
+    whole = table.read_bytes()
+    for start in range(0, len(whole), len(whole) // 12):
+        table.write_bytes(whole[:start] + bytes(64) + whole[start + 64 :])
+        with contextlib.suppress(UserError, BadFile):
+            source = open_pictures(tmp_path, "--data-dir")
+            for index in range(len(source)):
+                source.read(index)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=40) | st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from(["ant/00.png", "labels"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.just("labels"), inner, max_size=1), max_leaves=8,
+).map(lambda content: json.dumps(content).encode()))  # fmt: skip
+def test_any_bytes_in_dataset_json_are_labels_or_a_refusal(tmp_path, content):
+    if not (tmp_path / "ant").exists():
+        write_classes(tmp_path, 1)
+    (tmp_path / "dataset.json").write_bytes(content)
+    with contextlib.suppress(UserError):
+        source = open_pictures(tmp_path, "--data-dir")
+        assert source.labels is None or (source.labels.shape == (1,) and source.num_classes > source.labels[0] >= 0)
+
+
+def test_images_of_formats_that_are_not_read_are_counted(class_folder, caplog):
+    photographs(1)[0].save(class_folder / "ant" / "x.tga")
+    assert len(open_pictures(class_folder, "--data-dir")) == 12
+    assert "passed over 1 files of formats that are not read, such as ant/x.tga" in caplog.text
