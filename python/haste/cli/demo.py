@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,9 +14,12 @@ from typing import Any
 from haste.caching.settings import FAST
 from haste.cli import evaluate, sample, train
 from haste.cli.flags.demo import POINTS, Args
-from haste.io import write_text
+from haste.io import read_json, write_json
+from haste.plain import check
 from haste.training.config import TrainConfig
 from haste.training.recipes import recipe_config
+
+EVALUATION_STEPS = 25  # of the samples that are evaluated; more would take the longest of all stages
 
 
 def main(args: Args) -> None:
@@ -26,26 +28,29 @@ def main(args: Args) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     clock = StageClock(args.output_dir / "demo.json")
-    config = train_config(args)
-    full, cached, judged = (
-        sample_args(args, config),
-        sample_args(args, config, cached=True),
-        evaluate_args(args, config),
-    )
-    commands = command_lines(config, full, cached, judged)
+    config, baseline = train_config(args), baseline_config(args)
+    full, cached = sample_args(args, config), sample_args(args, config, cached=True)
+    judged, baseline_judged = evaluate_args(args, config), evaluate_args(args, baseline)
+    commands = command_lines(config, baseline, full, cached, judged, baseline_judged)
 
-    with clock.stage("train teacher and student", commands[0]):
+    with clock.stage("train the teacher, and the model with HASTE", commands[0]):
         train.main(config)
-    with clock.stage("sample in full", commands[1]):
+    with clock.stage("train the baseline, without alignment", commands[1]):
+        train.main(baseline)
+    with clock.stage("sample in full", commands[2]):
         full_samples = sample.sample_to_folder(full)
         sample.report(full_samples)
-    with clock.stage("sample with forecasts", commands[2]):
+    with clock.stage("sample with forecasts", commands[3]):
         cached_samples = sample.sample_to_folder(cached)
         sample.report(cached_samples)
-    with clock.stage("judge five checkpoints", commands[3]):
+    with clock.stage("evaluate five checkpoints of HASTE", commands[4]):
         records, yardstick = evaluate.evaluate(judged)
         evaluate.print_records(records, yardstick)
-    results = DemoResults(config, full, full_samples, cached, cached_samples, judged, records, yardstick)
+    with clock.stage("evaluate five checkpoints of the baseline", commands[5]):
+        baseline_records, _ = evaluate.evaluate(baseline_judged)
+        evaluate.print_records(baseline_records, yardstick)
+    results = DemoResults(config, baseline, full, full_samples, cached, cached_samples, judged, records,
+                          baseline_records, yardstick)  # fmt: skip
     page = write_demo_page(args.output_dir, results, commands, clock.seconds())
 
     width = max(map(len, clock.seconds()))
@@ -67,6 +72,11 @@ def train_config(args: Args) -> TrainConfig:
     )
 
 
+def baseline_config(args: Args) -> TrainConfig:
+    """The same run without alignment, which is vanilla SiT."""
+    return replace(train_config(args), exp_name="baseline", attn_coeff=0.0, proj_coeff=0.0)
+
+
 def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> sample.Args:
     """The pictures of the demo, the same seeds in full and cached."""
     return sample.Args(
@@ -81,17 +91,24 @@ def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> sample
 
 def evaluate_args(args: Args, config: TrainConfig) -> evaluate.Args:
     """Every checkpoint of the run."""
-    return evaluate.Args(run=Path(config.output_dir) / config.exp_name, num_fid_samples=args.num_fid_samples)
+    run = Path(config.output_dir) / config.exp_name
+    return evaluate.Args(run=run, num_fid_samples=args.num_fid_samples, num_steps=EVALUATION_STEPS)
 
 
-def command_lines(config: TrainConfig, full: sample.Args, cached: sample.Args, judged: evaluate.Args) -> list[str]:
+def command_lines(
+    config: TrainConfig,
+    baseline: TrainConfig,
+    full: sample.Args,
+    cached: sample.Args,
+    judged: evaluate.Args,
+    baseline_judged: evaluate.Args,
+) -> list[str]:
     """The commands that do what the demo does, to be typed by hand."""
-    recipe, plain = recipe_config("digits"), sample.Args(ckpt=full.ckpt)
+    recipe, usual = recipe_config("digits"), sample.Args(ckpt=full.ckpt)
     return [
-        "haste train --recipe digits " + flags(config, recipe),
-        f"haste sample --ckpt {shlex.quote(str(full.ckpt))} " + flags(full, plain),
-        f"haste sample --ckpt {shlex.quote(str(cached.ckpt))} " + flags(cached, plain),
-        "haste evaluate " + flags(judged, evaluate.Args()),
+        *("haste train --recipe digits " + flags(run, recipe) for run in (config, baseline)),
+        *(f"haste sample --ckpt {shlex.quote(str(one.ckpt))} " + flags(one, usual) for one in (full, cached)),
+        *("haste evaluate " + flags(one, evaluate.Args()) for one in (judged, baseline_judged)),
     ]
 
 
@@ -105,6 +122,14 @@ def flags(args: Any, defaults: Any) -> str:
     return shlex.join(words)
 
 
+@dataclass
+class Stage:
+    """seconds: over all starts of the demo; complete: whether it came to its end."""
+
+    seconds: float = 0.0
+    complete: bool = False
+
+
 class StageClock:
     """Announces stages, and keeps in a file the seconds that each one took over all starts of the demo.
 
@@ -114,27 +139,27 @@ class StageClock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        known = read_json(path, "the seconds of the demo's stages") if path.exists() else {}
+        self.known = check(known, dict[str, Stage], f"{path}")
         self.stages: dict[str, str] = {}  # title -> command, of this start
 
     @contextmanager
     def stage(self, title: str, command: str) -> Iterator[None]:
         """Print the command, and count the seconds of what runs inside, also when it is interrupted."""
         self.stages[title] = command
-        print(f"\n[{len(self.stages)}/4] {title}\n$ {command}", flush=True)
-        entry = self.known.setdefault(command, {"seconds": 0.0, "complete": False})
+        print(f"\n[{len(self.stages)}/6] {title}\n$ {command}", flush=True)
+        entry = self.known.setdefault(command, Stage())
         begin = perf_counter()
         complete = False
         try:
             yield
             complete = True
         finally:
-            if not entry["complete"]:
-                entry["seconds"] += perf_counter() - begin
-                entry["complete"] = complete
-                text = json.dumps(self.known, indent=2) + "\n"
-                write_text(self.path, text)
+            if not entry.complete:
+                entry.seconds += perf_counter() - begin
+                entry.complete = complete
+                write_json(self.path, {command: asdict(stage) for command, stage in self.known.items()})
 
     def seconds(self) -> dict[str, float]:
         """Seconds per stage of this start, by title."""
-        return {title: self.known[command]["seconds"] for title, command in self.stages.items()}
+        return {title: self.known[command].seconds for title, command in self.stages.items()}

@@ -1,4 +1,4 @@
-"""Pictures beside numbers: sample grids, cached against uncached, losses, scores over training, errors over steps."""
+"""Pictures beside numbers: sample grids, losses, scores over training, errors over steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from haste.evaluation.style import LIGHT, Theme, legible, save, styled, thousands
 
-TILE_INCHES = 0.62
 GRID_INCHES = 13.0  # a grid is at most so wide
 GRID_TILE_INCHES = 0.5  # a picture of a grid is at least so wide,
 LARGEST_TILE = 256  # and at most so many pixels
@@ -30,18 +29,14 @@ LOSSES = {
 def draw_grid(
     path: Path,
     images: np.ndarray,
-    labels: Sequence[int],
+    labels: Sequence[object],
     *,
     title: str,
     columns: int = 10,
-    predictions: Sequence[int] | None = None,
     theme: Theme = LIGHT,
 ) -> None:
     """A grid of pictures (N, H, W, 3) uint8, each under its label: small ones enlarged without smoothing, those of
-    more than LARGEST_TILE pixels made smaller with it.
-
-    With `predictions`, a picture in which the judge reads another label has its label in red with that answer.
-    """
+    more than LARGEST_TILE pixels made smaller with it."""
     side = images.shape[1]
     with styled(theme):
         tile = max(GRID_TILE_INCHES, min(side, LARGEST_TILE) / plt.rcParams["savefig.dpi"])
@@ -53,49 +48,9 @@ def draw_grid(
         figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, gridspec_kw=whole)
         for axes in grid.flat:
             axes.axis("off")
-        for index, (axes, image, label) in enumerate(zip(grid.flat, images, labels, strict=False)):
+        for axes, image, label in zip(grid.flat, images, labels, strict=False):
             axes.imshow(image, interpolation="nearest" if side <= LARGEST_TILE else "auto")
-            text, colour = legible(label), theme.muted
-            if predictions is not None and predictions[index] != label:
-                text, colour = f"{label} → {predictions[index]}", theme.error
-            axes.set_title(text, fontsize=8, color=colour, fontweight="normal", loc="center", pad=2)
-        heading(figure, title, gap=0.28)
-        save(figure, path)
-
-
-def draw_comparison(
-    path: Path,
-    plain: np.ndarray,
-    cached: np.ndarray,
-    labels: Sequence[int],
-    *,
-    title: str,
-    names: tuple[str, str],
-    theme: Theme = LIGHT,
-) -> None:
-    """Three rows: pictures, the same seeds drawn another way, and the absolute difference on its own grey scale.
-
-    plain, cached: (N, H, W, 3) uint8.
-    """
-    difference = np.abs(plain.astype(np.int16) - cached.astype(np.int16)).astype(np.uint8)
-    peak = max(int(difference.max()), 1)
-    stretched = (difference.astype(np.float32) * (255.0 / peak)).astype(np.uint8)
-    rows = ((names[0], plain), (names[1], cached), (f"|difference|\nwhite = {peak}/255", stretched))
-    count = len(labels)
-    with styled(theme):
-        size = (count * TILE_INCHES + 1.3, 3 * TILE_INCHES * 1.12)
-        gaps = {"wspace": 0.08, "hspace": 0.12}
-        figure, grid = plt.subplots(3, count, squeeze=False, figsize=size, gridspec_kw=gaps)
-        for row, (name, images) in enumerate(rows):
-            for column in range(count):
-                axes = grid[row, column]
-                axes.imshow(images[column], interpolation="nearest")
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
-                if row == 0:
-                    axes.set_title(str(labels[column]), fontsize=8, color=theme.muted, fontweight="normal",
-                                   loc="center", pad=2)  # fmt: skip
-            grid[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
+            axes.set_title(legible(label), fontsize=8, color=theme.muted, fontweight="normal", loc="center", pad=2)
         heading(figure, title, gap=0.28)
         save(figure, path)
 

@@ -9,6 +9,7 @@ import pytest
 import tyro
 from haste.cli import demo
 from haste.cli.main import main
+from haste.errors import UserError
 from haste.evaluation import scores
 from haste.evaluation.judge import JudgeSettings
 from haste.teachers import digits as digits_teacher
@@ -37,27 +38,32 @@ def test_it_ends_in_a_page_and_a_second_run_does_nothing_again(tmp_path, capsys)
     page = folder / "index.html"
     assert out.splitlines()[-1] == str(page.resolve())
     html = page.read_text()
-    assert html.count("data:image/png;base64,") == 8  # four pictures, light and dark
+    assert html.count("data:image/png;base64,") > 16 + 3 * 14  # samples, full and forecast and different, and figures
+    for words in ("HASTE beside the baseline", "without alignment", "no alignment", "The recorded benchmark"):
+        assert words in html
     assert "http" not in html and str(folder) in html
     assert "4 of 8" in html and "8 of 8" in html  # full evaluations with TaylorSeer and without
-    assert len(list((folder / "digits" / "checkpoints").glob("*.pt"))) == 5
+    for run in ("digits", "baseline"):
+        assert len(list((folder / run / "checkpoints").glob("*.pt"))) == 5
 
     patterns = ("*.pt", 6 * "[0-9]" + ".png", "sample.json", "config.json", "demo.json")
     work = {pattern: times(folder, pattern) for pattern in patterns}
     assert all(work.values())
     main(["demo", "--output-dir", str(folder), *FLAGS])
     assert {pattern: times(folder, pattern) for pattern in work} == work
-    assert capsys.readouterr().out.splitlines()[-6:] == out.splitlines()[-6:]  # the seconds are those of the work
+    assert capsys.readouterr().out.splitlines()[-8:] == out.splitlines()[-8:]  # the seconds are those of the work
 
 
 def test_the_commands_it_prints_do_what_it_does(tmp_path):
     args = demo.Args(output_dir=tmp_path / "a folder", max_train_steps=50, seed=3, num_steps=20, interval=5, order=1)
-    config = demo.train_config(args)
+    config, baseline = demo.train_config(args), demo.baseline_config(args)
     expected = [
         config,
+        baseline,
         demo.sample_args(args, config),
         demo.sample_args(args, config, cached=True),
         demo.evaluate_args(args, config),
+        demo.evaluate_args(args, baseline),
     ]
     for line, wanted in zip(demo.command_lines(*expected), expected, strict=True):
         haste, command, *arguments = shlex.split(line)
@@ -65,6 +71,19 @@ def test_the_commands_it_prints_do_what_it_does(tmp_path):
         module = importlib.import_module(f"haste.cli.flags.{command}")
         defaults = {"default": module.default_args(arguments)} if hasattr(module, "default_args") else {}
         assert tyro.cli(module.Args, args=arguments, **defaults) == wanted
+
+
+def test_the_baseline_is_the_run_without_alignment():
+    config, baseline = demo.train_config(demo.Args(seed=3)), demo.baseline_config(demo.Args(seed=3))
+    changed = {name for name, value in vars(config).items() if value != getattr(baseline, name)}
+    assert changed == {"exp_name", "attn_coeff", "proj_coeff"} and config.teachers and not baseline.teachers
+
+
+@pytest.mark.parametrize("content", ["[]", '{"haste train": 3}', '{"haste train": {"seconds": "x"}}', "{"])
+def test_seconds_that_are_none_are_told(tmp_path, content):
+    (tmp_path / "demo.json").write_text(content)
+    with pytest.raises(UserError, match=r"demo\.json"):
+        demo.StageClock(tmp_path / "demo.json")
 
 
 def test_a_shorter_demo_is_shorter_in_all_its_parts():

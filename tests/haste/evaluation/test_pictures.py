@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from haste.evaluation.pictures import (
     draw_advantage,
-    draw_comparison,
     draw_grid,
     draw_losses,
     draw_scores,
@@ -58,21 +57,6 @@ def test_a_grid_shows_larger_pictures_in_their_own_size_up_to_a_limit(tmp_path, 
     columns = min(10, int(13.0 * 160 / shown))  # dots per inch
     assert red.sum(axis=1).max() == pytest.approx(columns * shown, abs=2 * columns)
     assert red.sum(axis=0).max() == pytest.approx(2 * shown, abs=4)
-
-
-def test_a_wrong_reading_is_marked_and_a_right_one_is_not(tmp_path):
-    pictures = flat_pictures((0, 0, 0), (0, 0, 0))
-    draw_grid(tmp_path / "right.png", pictures, [3, 4], title="", predictions=[3, 4])
-    draw_grid(tmp_path / "wrong.png", pictures, [3, 4], title="", predictions=[3, 9])
-    assert share(tmp_path / "right.png", LIGHT.error) == 0 < share(tmp_path / "wrong.png", LIGHT.error)
-
-
-def test_the_difference_has_a_scale_of_its_own(tmp_path):
-    plain = flat_pictures((10, 10, 10), (50, 50, 50))
-    cached = flat_pictures((10, 10, 10), (55, 55, 55))
-    draw_comparison(tmp_path / "c.png", plain, cached, [0, 1], title="", names=("full", "cached"), theme=DARK)
-    black, white = share(tmp_path / "c.png", (0, 0, 0)), share(tmp_path / "c.png", (255, 255, 255))
-    assert white > 0.02 and white == pytest.approx(black, rel=0.1)  # 5 grey levels, stretched to all 255
 
 
 def test_losses_that_a_run_did_not_have_get_no_panel(tmp_path):

@@ -1,8 +1,9 @@
-"""See HASTE at work on real handwritten digits, on one page: train, sample, judge, and look.
+"""See HASTE at work on real handwritten digits, on one page: train, sample, evaluate, and look.
 
-A small vision transformer learns to read scikit-learn's digits, then a diffusion transformer learns from it to draw
-them. The page shows its pictures, the same seeds with most steps forecast, and how quality grew over training. Every
-step is a `haste` command that is printed before it runs. Started again, the demo goes on where it was stopped.
+A small vision transformer learns to read scikit-learn's digits. A diffusion transformer learns to make them, once
+aligned with it and once, the baseline, without. The page shows samples, the same noise with most steps forecast, and
+both runs beside each other. Every step is a `haste` command that is printed before it runs. Started again, the demo
+goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class Args:
     """The flags of `haste demo`."""
 
     output_dir: Path = Path("demo")
-    """Where the run, its teacher, its judge and the page go."""
+    """Where both runs, the teacher, the classifier and the page go."""
     max_train_steps: int = recipe_config("digits").max_train_steps
-    """Training steps of the student."""
+    """Training steps of either run."""
     seed: int = 0
     """Seed of the training and of the samples."""
     num_steps: int = 50
