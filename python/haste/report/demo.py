@@ -73,7 +73,7 @@ def write_demo_page(
 ) -> Path:
     """Write folder/index.html; returns its path."""
     config, last, baseline = results.config, results.records[-1], results.baseline_records[-1]
-    names = ("without alignment", "HASTE")
+    names = ("baseline", "HASTE")
     runs = [replace(read_run(run), name=name) for run, name in zip(results.folders, names, strict=True)]
     html = render_page(
         "HASTE on handwritten digits",
