@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
@@ -45,17 +46,15 @@ class CMakeBuild(build_ext):
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch_version}"
         build_dir.mkdir(parents=True, exist_ok=True)
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         # cmake and ninja of this environment come first, also where its bin folder is not on PATH.
         env = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
-        generator = ["-G", "Ninja"] if shutil.which("ninja", path=env["PATH"]) else []
         configure = [
             "cmake",
             "-S",
             str(ROOT),
             "-B",
             str(build_dir),
-            *generator,
+            *generator(build_dir, shutil.which("ninja", path=env["PATH"])),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_cmake_dir()}",
             f"-DHASTE_TORCH_DIR={torch_dir}",
@@ -65,7 +64,7 @@ class CMakeBuild(build_ext):
         ]
         try:
             subprocess.run(configure, check=True, env=env)
-            subprocess.run(["cmake", "--build", str(build_dir), "-j", jobs], check=True, env=env)
+            subprocess.run(["cmake", "--build", str(build_dir), "-j", str(parallel_jobs())], check=True, env=env)
         except FileNotFoundError:
             sys.exit("haste is built by cmake and found none: run `pip install 'cmake>=3.25'`, then install haste.")
         except subprocess.CalledProcessError as error:
@@ -82,6 +81,55 @@ class CMakeBuild(build_ext):
         return target, True
 
 
+class FreshBuildPy(build_py):
+    def run(self) -> None:
+        """As setuptools does it, but without what an earlier build has left: modules that are no more would come
+        along into the wheel."""
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def generator(build_dir: Path, ninja: str | None) -> list[str]:
+    """CMake's arguments that choose ninja (None: it is not there, and make is taken).
+
+    The build folder outlives the environment that pip builds in. Objects are kept, but the tools are named anew each
+    time, and what CMake remembers is dropped where it is about another place or about programs that are gone.
+    """
+    name = "Ninja" if ninja else "Unix Makefiles"
+    program = [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    known = cmake_cache(build_dir)
+    gone = [
+        entry
+        for entry, (kind, value) in known.items()
+        if kind == "FILEPATH" and os.path.isabs(value) and not os.path.exists(value)
+        # Told each time.
+        and entry not in ("CMAKE_MAKE_PROGRAM", "Python_EXECUTABLE")
+    ]
+    expected = {"CMAKE_HOME_DIRECTORY": str(ROOT), "CMAKE_CACHEFILE_DIR": str(build_dir), "CMAKE_GENERATOR": name}
+    if known and (gone or any(known.get(entry, ("", ""))[1] != value for entry, value in expected.items())):
+        shutil.rmtree(build_dir / "CMakeFiles", ignore_errors=True)
+        (build_dir / "CMakeCache.txt").unlink()
+    return ["-G", name, *program]
+
+
+def cmake_cache(build_dir: Path) -> dict[str, tuple[str, str]]:
+    """Type and value of each entry of CMakeCache.txt; empty where nothing was configured yet."""
+    path = build_dir / "CMakeCache.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return {name: (kind, value) for name, kind, value in re.findall(r"^([^#/\n][^:\n]*):(\w+)=(.*)$", text, re.M)}
+
+
+def parallel_jobs() -> int:
+    """MAX_JOBS, or as many as there are processors."""
+    given = os.environ.get("MAX_JOBS", "").strip()
+    if not given:
+        return os.cpu_count() or 1
+    if not given.isdecimal() or int(given) < 1:
+        sys.exit(f"MAX_JOBS must be a whole number of at least 1, got '{given}'")
+    return int(given)
+
+
 def pybind11_cmake_dir() -> str:
     try:
         import pybind11
@@ -90,8 +138,15 @@ def pybind11_cmake_dir() -> str:
     return pybind11.get_cmake_dir()
 
 
+# What needs torch; making a source distribution does not, nor saying what a build requires.
+BUILDS = {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"}
+
 if __name__ == "__main__":
-    # Said before anything is built or downloaded: pip asks for the metadata first.
-    if not {"sdist", "clean"} & set(sys.argv):
+    # Said before anything is compiled: pip asks for the metadata first.
+    if BUILDS & set(sys.argv):
         find_torch()
-    setup(ext_modules=[Extension("haste_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+        parallel_jobs()
+    setup(
+        ext_modules=[Extension("haste_ext._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy},
+    )

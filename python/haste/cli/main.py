@@ -1,4 +1,4 @@
-"""The entry point of `haste`. Finds the subcommand, reads its flags, turns user errors into one line.
+"""The entry point of `haste`: finds the subcommand, reads its flags, and carries it out.
 
 A subcommand is two modules of the same name. The one in `haste.cli.flags` has a dataclass `Args`, whose fields are its
 flags; where its defaults depend on what was typed, `default_args(arguments)` as well. The one in `haste.cli` has
@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from haste.errors import UserError
+from haste import __version__
+from haste.cli.environment import check_processes
+from haste.cli.failures import answered
+from haste.cli.terminal import accept_any_text, widen
 
 SUBCOMMANDS = {
     "prepare": "make training data from pictures: crop, resize, encode to latents",
@@ -30,22 +33,18 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `haste` with these arguments (default: the process's)."""
-    command, arguments = split_command(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    accept_any_text()
+    widen()
     # Read when torch is imported, below. Threads that spin while they wait for each other are no faster on idle cores,
     # and several times slower where another program wants one of these.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        run(command, arguments)
-    except UserError as error:
-        print(f"haste {command}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"haste {command}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    with answered(" ".join(["haste", *(word for word in words[:1] if word in SUBCOMMANDS)]), words):
+        run(*split_command(words))
 
 
-def split_command(argv: Sequence[str] | None) -> tuple[str, list[str]]:
-    """The subcommand and what follows it; argparse answers --help and unknown subcommands."""
+def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The subcommand and what follows it; argparse answers --help, --version and unknown subcommands."""
     width = max(map(len, SUBCOMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {what}" for name, what in SUBCOMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -54,15 +53,20 @@ def split_command(argv: Sequence[str] | None) -> tuple[str, list[str]]:
         epilog=f"commands:\n{listing}\n\n`haste COMMAND --help` explains the flags of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"haste {__version__}")
     parser.add_argument("command", choices=SUBCOMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="flags of the command")
-    parsed = parser.parse_args(argv)
+    if not words:
+        parser.print_help()
+        raise SystemExit(0)
+    parsed = parser.parse_args(words)
     return parsed.command, parsed.arguments
 
 
 def run(command: str, arguments: list[str]) -> None:
     """Read the flags of one subcommand and carry it out."""
     args = read_flags(command, arguments)
+    check_processes(os.environ)
     importlib.import_module(f"haste.cli.{command}").main(args)
 
 

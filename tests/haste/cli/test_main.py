@@ -1,13 +1,15 @@
-"""What `haste` itself answers: help in a moment and without torch."""
+"""What `haste` itself answers, whatever the terminal: help in a moment and without torch, its version, closed pipes."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+from haste import __version__
 from haste.cli.flags import sample, sweep, train
-from haste.cli.main import SUBCOMMANDS, spell_out
+from haste.cli.main import SUBCOMMANDS, main, spell_out
 
 HEAVY = ("torch", "accelerate", "diffusers", "transformers", "matplotlib", "scipy", "sklearn", "skimage", "PIL")
 
@@ -43,3 +45,64 @@ print("heavy", [name for name in {HEAVY} if name in sys.modules])
 )
 def test_flags_are_known_by_their_beginning(flags, typed, spelled):
     assert spell_out(typed.split(), flags.Args) == spelled.split()
+
+
+def haste(*arguments, **options):
+    code = "from haste.cli.main import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], timeout=60, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begin"),
+    [([], "usage: haste"), (["--help"], "usage: haste"), (["--version"], f"haste {__version__}\n")],
+)
+def test_alone_it_explains_itself_and_its_version_is_told(capsys, arguments, begin):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0 and capsys.readouterr().out.startswith(begin)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"COLUMNS": "3"},
+        {"COLUMNS": "nonsense"},
+        {"PYTHONOPTIMIZE": "2"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0"},
+    ],
+    ids=lambda environment: " ".join(environment),
+)
+def test_help_does_not_depend_on_the_terminal(environment):
+    result = haste("evaluate", "--help", stdout=subprocess.PIPE, env={**os.environ, **environment})
+    assert result.returncode == 0 and result.stderr == b""
+    assert b"--kid-subset-size" in result.stdout
+    if "PYTHONIOENCODING" in environment:
+        assert b"by Frechet distance" in result.stdout
+
+
+def test_a_reader_that_leaves_ends_it_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = haste("train", "--help", stdout=write)
+    finally:
+        os.close(write)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_behind_the_output_is_told():
+    with open("/dev/full", "wb") as full:
+        result = haste("train", "--help", stdout=full)
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"haste train: ") and result.stderr.endswith(b"No space left on device\n")
+    assert result.stderr.count(b"\n") == 1
+
+
+def test_several_processes_are_held_against_each_other_before_anything_begins(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--recipe", "digits"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "haste train: WORLD_SIZE must be a whole number of at least 1, got 'two'\n"

@@ -39,7 +39,7 @@ def test_an_unknown_path_is_refused_with_those_that_can_run():
     with pytest.raises(ValueError, match=r"the CPU path is 'sse9'; .* portable"):
         _C.force_cpu_path("sse9")
     result = path_in_new_process("sse9")
-    assert result.returncode != 0 and "HASTE_CPU_PATH is 'sse9'; it must be one of" in result.stderr
+    assert result.returncode != 0 and "HASTE_CPU_PATH must be one of portable" in result.stderr
 
 
 def test_paths_agree_though_not_to_the_last_bit(path):
