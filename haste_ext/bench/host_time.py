@@ -68,7 +68,7 @@ def table(document: Mapping) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m haste_ext.bench host", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m haste_ext.bench host", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--op", nargs="+", choices=LOSSES, default=LOSSES, metavar="OP",
                         help=f"of {', '.join(LOSSES)}; default: all")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -49,7 +49,7 @@ def list_labels(policy: str) -> str:
     if len(policy) > 255 or not path.is_file():
         return policy
     try:
-        lines = path.read_text().split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels is {policy}, which cannot be read as text: {in_one_line(error)}") from error
     filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
