@@ -68,7 +68,8 @@ def table(document: Mapping) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m haste_ext.bench host", description=(__doc__ or "").split("\n\n")[0])
+    description = (__doc__ or "").partition("\n\n")[0]  # python -OO has no docstrings
+    parser = argparse.ArgumentParser(prog="python -m haste_ext.bench host", description=description)
     parser.add_argument("--op", nargs="+", choices=LOSSES, default=LOSSES, metavar="OP",
                         help=f"of {', '.join(LOSSES)}; default: all")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
