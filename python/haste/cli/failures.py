@@ -14,9 +14,9 @@ import select
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TextIO
 
 from haste import __version__
@@ -42,7 +42,7 @@ CLOSED_PIPE = 128 + signal.SIGPIPE  # what shells report of a program whose read
 
 @contextmanager
 def answered(command: str, words: Sequence[str]) -> Iterator[None]:
-    """End the process with the status and the words that fit what is raised inside.
+    """End the process with the status and the words that fit what is raised inside; a bug goes on to the caller.
 
     Args:
         command: `haste train` and the like, with which the sentence begins.
@@ -56,9 +56,7 @@ def answered(command: str, words: Sequence[str]) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"{command}: interrupted")
         raise SystemExit(130) from None
-    except SystemExit:
-        raise
-    except BaseException as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and any(map(reader_left, (sys.stdout, sys.stderr))):
             abandon(sys.stdout)
             raise SystemExit(CLOSED_PIPE) from None
@@ -70,8 +68,8 @@ def answered(command: str, words: Sequence[str]) -> Iterator[None]:
         if text is not None:
             say(f"{command}: {text}")
             raise SystemExit(2) from None
-        say("".join(traceback.format_exception(type(error), error, error.__traceback__)) + bug_report(command, words))
-        raise SystemExit(1) from error
+        report_below_traceback(bug_report(command, words))
+        raise
 
 
 def sentence(error: BaseException, command: str) -> str | None:
@@ -115,6 +113,16 @@ def bug_report(command: str, words: Sequence[str]) -> str:
         f"  command: {shlex.join(['haste', *words])}\n"
         f"  versions: {', '.join(versions)}, {platform.platform()}"
     )
+
+
+def report_below_traceback(report: str) -> None:
+    """Let the interpreter, which shows the traceback of what ends it, show this below."""
+
+    def show(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+        sys.__excepthook__(kind, error, place)
+        say(report)
+
+    sys.excepthook = show
 
 
 def say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 import pytest
 import torch
@@ -62,10 +63,13 @@ def test_torch_without_memory_is_known_by_its_words(capsys):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_anything_else_is_a_bug_and_says_what_to_send(capsys, error):
-    code, err = end(error, capsys)
-    assert code == 1
-    assert "Traceback (most recent call last)" in err and f"{type(error).__name__}" in err
+def test_anything_else_is_a_bug_and_says_what_to_send(monkeypatch, capsys, error):
+    monkeypatch.setattr(sys, "excepthook", None)
+    with pytest.raises(type(error)), answered("haste train", ["train", "--exp-name", "a b"]):
+        raise error
+    sys.excepthook(type(error), error, error.__traceback__)  # as the interpreter does it at the end
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last)") and type(error).__name__ in err
     assert "this is a bug of haste" in err and "command: haste train --exp-name 'a b'\n" in err
     assert f"torch {torch.__version__.partition('+')[0]}" in err
 
