@@ -61,6 +61,7 @@ class Sweep:
             "checkpoint": checkpoint.name,
             "checkpoint_written": checkpoint.stat().st_mtime_ns,
             "student": self.student.label,
+            **({"convention": "sit"} if self.student.rounded else {}),  # how it is guided and rounded
             "settings": shared_fields(self.points[0]),
             "samples": self.samples,
             "batch": min(self.batch, self.samples),

@@ -126,6 +126,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 def completed(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     """A checkpoint to go on from with all of its parts, each held against what it must be; UserError if it is not."""
     args = settings_of(checkpoint, path)
+    TrainConfig.from_dict(args, f"args of {path}")  # refuses settings of another type, which could not be compared
     weights, _ = both_weights(checkpoint, args, path)
     whole = {**dict.fromkeys(RESUME_KEYS), **checkpoint, **weights, "args": argparse.Namespace(**args)}
     check_resumable(whole, str(path))

@@ -142,7 +142,8 @@ def require_names(model: SiT, weights: Weights, source: str) -> None:
 
     Projectors are passed over. model: may be on the meta device, so that nothing is allocated for what does not fit.
     """
-    expected, found = model.state_dict(), [name for name in weights if not is_projector(name)]
+    expected = [name for name in model.state_dict() if not is_projector(name)]
+    found = [name for name in weights if not is_projector(name)]
     foreign = next((name for name in found if name not in expected), None)
     missing = next((name for name in expected if name not in found), None)
     if foreign or missing:
@@ -151,9 +152,9 @@ def require_names(model: SiT, weights: Weights, source: str) -> None:
 
 
 def require_shapes(model: SiT, weights: Weights, source: str) -> None:
-    """UserError, naming the first that has not the shape that it has in the model. Projectors are passed over."""
+    """UserError, naming the first that has not the shape that it has in the model. What is missing is passed over."""
     for name, value in model.state_dict().items():
-        if weights[name].shape != value.shape:
+        if name in weights and weights[name].shape != value.shape:
             has = tuple(weights[name].shape)
             raise UserError(f"{name} of {source} must have the shape {tuple(value.shape)}, and has {has}")
 

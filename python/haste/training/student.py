@@ -15,7 +15,7 @@ from haste.errors import UserError, in_one_line
 from haste.models import SiT, SiTOutput
 from haste.training.config import TrainConfig
 from haste.training.ema import EMA
-from haste.training.interchange import Weights, reorder_state, with_projectors
+from haste.training.interchange import Weights, reorder_state, require_names, require_shapes, with_projectors
 from haste.training.launch import replicate, shard, sharding, share_like, synchronising, whole
 
 
@@ -152,8 +152,10 @@ class Student:
             if not model.projectors:
                 self.released[part], projectors = projectors, {}
             try:
+                require_names(model, weights, part)
+                require_shapes(model, {**weights, **projectors}, part)
                 model.load_state_dict({**weights, **projectors})
-            except RuntimeError as error:
+            except (UserError, RuntimeError) as error:
                 raise UserError(f"the checkpoint does not fit {self.config.model}: {in_one_line(error)}") from error
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:

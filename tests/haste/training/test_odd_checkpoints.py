@@ -147,6 +147,7 @@ def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, se
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
+        ("args/seed", torch.ones(2), "seed of args of .* must be an integer"),
         ("steps", -1, "steps of .* must be a number of steps, and is -1"),
         ("steps", "4", "steps of .* must be an integer, and is '4'"),
         ("opt", [], "opt of .* must be the state of AdamW"),
