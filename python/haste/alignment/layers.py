@@ -46,6 +46,19 @@ PAPER_LAYER_MAPS = {
     "SiT-XL": LayerMap((4, 5, 6, 7), (8, 9, 10, 11)),
 }
 
+# HASTE's feature depths, counted from 1, where they are not REPA's own. S is not in the paper; it is as deep as B.
+PAPER_DEPTHS = {"SiT-S": 5, "SiT-B": 5}
+REPA_DEPTH = 8
+
+
+def choose_encoder_depth(model: str, depth: int, attention: bool) -> int:
+    """The block, counted from 1, whose features are aligned when nobody says which.
+
+    depth: blocks of the model. attention: whether attention is aligned as well, as in HASTE.
+    """
+    chosen = PAPER_DEPTHS.get(model.split("/")[0], REPA_DEPTH) if attention else REPA_DEPTH
+    return min(chosen, depth)
+
 
 def choose_layer_map(text: str, model: str) -> LayerMap:
     """The layer map that was typed, or, if none was, the paper's for this model (a name such as SiT-XL/2)."""

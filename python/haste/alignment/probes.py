@@ -38,13 +38,15 @@ def gradient_cosine(
     path_type: str = "linear",
     reduce: Reduce = alone,
 ) -> float:
-    """The cosine between the gradients of L_R and L_v with respect to the parameters of one block.
+    """The cosine between the gradients of proj_coeff·L_R + attn_coeff·L_A and of L_v, in the parameters of one block.
+
+    The automatic trigger of HASTE (arXiv 2505.16792, appendix A.2).
 
     A gradient is that of the mean over all pictures at one time, so the size of the batches does not matter; the
     cosines are averaged over the times. Of several processes, each brings its own pictures.
 
     model: the plain module, not a wrapper that shards or synchronises it.
-    block: counted from 0; L_R says nothing to a block at or beyond the model's encoder_depth.
+    block: counted from 0, not beyond the last that a loss of the aligner looks at: it would have no gradient.
     """
     parameters = [p for p in model.blocks[block].parameters() if p.requires_grad]
     totals = [torch.zeros((), device=parameters[0].device)] * len(times)  # become (2, number of parameters)
@@ -54,10 +56,10 @@ def gradient_cosine(
             for index, time in enumerate(times):
                 t = torch.full(labels.shape, time, device=student.device)
                 x_t, target = interpolate(student, noise, t, path_type)
-                output = model(x_t, t, labels, project=True)
-                feature = _gradient(aligner.losses(output, lessons).feature, parameters)
+                output = model(x_t, t, labels, aligner.student_layers, aligner.project)
+                alignment = _gradient(aligner.weigh(aligner.losses(output, lessons)), parameters)
                 velocity = _gradient(velocity_loss(output.velocity, target), parameters)
-                totals[index] = totals[index] + len(student) * torch.stack([feature, velocity])
+                totals[index] = totals[index] + len(student) * torch.stack([alignment, velocity])
     cosines = [torch.cosine_similarity(*reduce(total).double(), dim=0) for total in totals]
     return torch.stack(cosines).mean().item()
 
@@ -108,6 +110,7 @@ def _with_noise(batches: Iterable[ProbeBatch]) -> Iterator[tuple[Tensor, Tensor,
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The gradient as one float32 vector; the graph stays."""
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    """The gradient as one float32 vector, 0 where the loss does not depend on a parameter; the graph stays."""
+    # L_A reaches only the queries and keys of the last block that it looks at.
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     return torch.cat([gradient.flatten().float() for gradient in gradients])

@@ -334,9 +334,9 @@ SIT_SIZES = {
 """Depth, width and heads of the published sizes."""
 
 SIT_MODELS = {
-    f"SiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in SIT_SIZES.items() for patch in (2, 4, 8)
+    f"SiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in SIT_SIZES.items() for patch in (1, 2, 4, 8)
 }
-"""The published models, "SiT-S/2" to "SiT-XL/8", by the arguments that make them."""
+"""The published models, "SiT-S/1" to "SiT-XL/8", by the arguments that make them."""
 
 
 def build_sit(name: str, **overrides) -> SiT:

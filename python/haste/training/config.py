@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from haste.errors import UserError
 from haste.plain import build
@@ -13,7 +12,7 @@ from haste.plain import build
 
 @dataclass
 class TrainConfig:
-    """The settings of `haste train`, with the values of the papers as defaults."""
+    """The settings of `haste train`. The defaults are those of REPA's train.py; the recipes have HASTE's."""
 
     recipe: str = ""
     """A set of values for everything below, which any flag overrides. `haste train --recipe` lists them all."""
@@ -22,7 +21,8 @@ class TrainConfig:
     output_dir: str = "exps"
     """Folder of all runs."""
     exp_name: str = ""
-    """Name of this run: its folder inside --output-dir. The same command again goes on where it stopped."""
+    """Name of this run: its folder inside --output-dir. The same command again goes on where it stopped, and what it
+    does not say is as the run was begun."""
     init_from: str = ""
     """A checkpoint (of haste, HASTE, REPA or SiT) whose weights and averaged weights a new run begins with. SiT's own,
     whose time and velocity have the other sign, are converted."""
@@ -57,27 +57,29 @@ class TrainConfig:
     compile: bool = False
     """Let torch.compile fuse the student's blocks. The first steps take a minute or so longer."""
     cfg_prob: float = 0.1
-    """How often the label is dropped in training, so that samples can be guided later."""
+    """How often the label is dropped in training, so that samples can be guided later; with 0 the model has no label
+    for none. REPA's and HASTE's trainers drop 0.1 whatever this says, and their runs that are resumed here still do."""
 
     # What it is taught: L = velocity + proj_coeff * features + attn_coeff * attention
     enc_type: str = "dinov2-vit-b"
     """The teacher: dinov2-vit-b and the like, a hub name, or a folder written by save_pretrained(); None for plain SiT.
     Several, separated by commas, teach features together; the first one alone teaches attention."""
-    attn_coeff: float = 0.5
-    """Weight of the attention loss of HASTE. 0 turns it off: REPA."""
+    attn_coeff: float = 0.0
+    """Weight of the attention loss of HASTE, 0.5 there. 0 turns it off: REPA."""
     proj_coeff: float = 0.5
     """Weight of the feature loss of REPA. 0 turns it off. With both weights 0 no teacher is loaded: plain SiT."""
     layer_map: str = ""
     """Pairs student:teacher of aligned layers, counted from 0, such as 4:8,5:9. Empty: the paper's for this model."""
-    encoder_depth: int = 8
-    """Number of blocks, counted from 1, after which the student's features are compared with the teacher's."""
+    encoder_depth: int | None = None
+    """Number of blocks, counted from 1, after which the student's features are compared with the teacher's. None: 8, or
+    HASTE's for this model where attention is aligned, which is 5 for SiT-B and SiT-S."""
     projector_dim: int = 2048
     """Width of the small network between the student's and the teacher's features."""
-    early_stop_point: int = 250_000
-    """The step from which on nothing is taught any more and the teacher is let go. -1: never."""
+    early_stop_point: int = -1
+    """The step from which on nothing is aligned any more and the teacher is freed: HASTE's tau. -1: never."""
     termination: Literal["fixed", "cosine-ramp", "gradient-cosine", "plateau"] = "fixed"
     """How the teaching ends: all at once at --early-stop-point; by weights that fall along half a cosine until there;
-    when the gradients of features and velocity point apart; when the alignment loss no longer falls. With the last two
+    when the gradients of alignment and velocity point apart; when the alignment loss no longer falls. With the last two
     --early-stop-point is the latest step at which it ends."""
     ramp_start: int = 0
     """cosine-ramp: the step at which the weights begin to fall."""
@@ -88,7 +90,8 @@ class TrainConfig:
     probe_images: int = 2048
     """gradient-cosine and plateau: pictures that a probe looks at, always the same ones."""
     probe_block: int = 0
-    """gradient-cosine: the block whose gradients are compared, counted from 1. 0: the one at --encoder-depth."""
+    """gradient-cosine: the block whose gradients are compared, counted from 1. 0: the one at --encoder-depth, or the
+    last aligned one of --layer-map without features."""
     probe_threshold: float = -0.05
     """gradient-cosine: teaching ends when the mean cosine is below this."""
     plateau_patience: int = 3
@@ -160,7 +163,8 @@ class TrainConfig:
     logging_dir: str = "logs"
     """Folder inside --output-dir for what tensorboard reads."""
     legacy: bool = False
-    """Accepted because REPA's commands have it: checkpoints with REPA's older names are known by those names."""
+    """As in REPA's first runs, drop labels twice, each time as often as --cfg-prob says. (REPA's older names of weights
+    need no flag.)"""
 
     @property
     def teachers(self) -> list[str]:
@@ -170,6 +174,21 @@ class TrainConfig:
         return [name.strip() for name in self.enc_type.split(",")]
 
     @property
+    def aligns_features(self) -> bool:
+        """Whether there is a loss L_R."""
+        return bool(self.teachers) and self.proj_coeff != 0
+
+    @property
+    def aligns_attention(self) -> bool:
+        """Whether there is a loss L_A."""
+        return bool(self.teachers) and self.attn_coeff != 0
+
+    @property
+    def label_dropout(self) -> float:
+        """The share of labels that are dropped, once or, as --legacy asks, twice."""
+        return 1 - (1 - self.cfg_prob) ** 2 if self.legacy else self.cfg_prob
+
+    @property
     def trackers(self) -> list[str]:
         """Those that --report-to names."""
         return [] if self.report_to in ("", "none") else [name.strip() for name in self.report_to.split(",")]
@@ -177,23 +196,19 @@ class TrainConfig:
     def check(self) -> None:
         """UserError, naming the flag, its value and what it must be, for values that no run can have."""
         if not self.exp_name:
-            raise UserError("--exp-name is empty; give the run a name, or a --recipe that has one")
-        for name in AT_LEAST_ONE:
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("num_classes", self.num_classes is None or self.num_classes >= 1, "at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            self._require(name, getattr(self, name) > 0, "greater than 0")
-        for name in AT_LEAST_ZERO:
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("cfg_prob", "ema_decay", "adam_beta1", "adam_beta2"):
-            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
-        self._require("early_stop_point", self.early_stop_point >= -1, "a step, or -1 for never")
+            raise UserError("--exp-name must be the name of the run, or a --recipe be given that has one, got nothing")
+        check_folder_name("exp_name", self.exp_name)
+        check_folder_name("logging_dir", self.logging_dir)
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not bounds.hold(value):  # None stands for a choice where it is the default
+                self._refuse(name, str(bounds))
         unknown = [name for name in self.trackers if name not in TRACKERS]
-        self._require("report_to", not unknown, "tensorboard, wandb, both with a comma between them, or none")
+        if unknown:
+            self._refuse("report_to", "tensorboard, wandb, both with a comma between them, or none")
 
-    def _require(self, name: str, holds: bool, must_be: str) -> None:
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {must_be}")
+    def _refuse(self, name: str, must_be: str) -> None:
+        raise UserError(f"--{name.replace('_', '-')} must be {must_be}, got {str(getattr(self, name))[:60]}")
 
     def to_namespace(self) -> argparse.Namespace:
         """As the public trainers keep it in their checkpoints."""
@@ -208,15 +223,83 @@ class TrainConfig:
         return build(cls, values, source)
 
 
-AT_LEAST_ONE = (
-    "resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "epochs", "logging_steps",
-    "checkpointing_steps",
-)  # fmt: skip
+class Bounds(NamedTuple):
+    """Between which a number lies: `low` and `high` are allowed, unless they are open. NaN lies between none."""
 
-AT_LEAST_ZERO = (
-    "proj_coeff", "attn_coeff", "warmup_steps", "adam_weight_decay", "resume_step", "num_workers", "keep",
-    "sampling_steps",
-)  # fmt: skip
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def hold(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:,}" if self.open_low else f"at least {self.low:,}"
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:,}"
+
+
+STEPS = Bounds(0, 10**9)
+SIDE = Bounds(1, 16_384)  # pixels
+COEFFICIENT = Bounds(0, 1e6)
+SHARE = Bounds(0, 1, open_high=True)
+
+BOUNDS: dict[str, Bounds] = {
+    "resolution": SIDE,
+    "num_classes": Bounds(1, 1_000_000),
+    "num_workers": Bounds(0, 1024),
+    "cfg_prob": SHARE,
+    # alignment
+    "attn_coeff": COEFFICIENT,
+    "proj_coeff": COEFFICIENT,
+    "encoder_depth": Bounds(1, 1000),
+    "projector_dim": Bounds(1, 65_536),
+    "early_stop_point": Bounds(-1, STEPS.high),
+    "ramp_start": STEPS,
+    "probe_start": STEPS,
+    "probe_every": Bounds(1, STEPS.high),
+    "probe_images": Bounds(1, 10**9),
+    "probe_block": Bounds(0, 1000),
+    "probe_threshold": Bounds(-1, 1),  # as a cosine is
+    "plateau_patience": Bounds(1, STEPS.high),
+    "plateau_min_delta": COEFFICIENT,
+    "teacher_resolution": SIDE,
+    # optimisation
+    "batch_size": Bounds(1, 2**20),
+    "gradient_accumulation_steps": Bounds(1, 2**16),
+    "max_train_steps": Bounds(1, STEPS.high),
+    "epochs": Bounds(1, 10**9),
+    "learning_rate": Bounds(0, 1000, open_low=True),
+    "warmup_steps": STEPS,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_weight_decay": Bounds(0, 1000),
+    "adam_epsilon": Bounds(0, 1),
+    "max_grad_norm": Bounds(0, 1e9, open_low=True),
+    "ema_decay": SHARE,
+    "seed": Bounds(0, 2**32 - 1),  # what numpy takes
+    # keeping track
+    "logging_steps": Bounds(1, STEPS.high),
+    "checkpointing_steps": Bounds(1, STEPS.high),
+    "sampling_steps": STEPS,
+    "keep": Bounds(0, 10**9),
+    "resume_step": STEPS,
+}
+"""Of every setting that is a number. Beyond them something overflows, or nobody has the memory."""
+
+LONGEST_NAME = 200  # bytes; file systems allow 255, and names are put together from this one
+
+
+def check_folder_name(name: str, value: str) -> None:
+    """UserError, naming the flag, if a value is not the plain name of one folder."""
+    fits = 0 < len(value.encode(errors="replace")) <= LONGEST_NAME and value not in (".", "..")
+    if not fits or value != value.strip() or "/" in value or not value.isprintable():
+        raise UserError(
+            f"--{name.replace('_', '-')} must be a plain name of a folder, without / and at most {LONGEST_NAME} bytes "
+            f"long, got {value[:60]!r}"
+        )
+
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -224,19 +307,6 @@ TRACKERS = ("tensorboard", "wandb")
 # computation.
 CHANGEABLE = {
     "recipe", "output_dir", "exp_name", "init_from", "convention", "data_dir", "num_workers", "max_train_steps",
-    "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir", "legacy", "keep",
-    "on_nan", "on_bad_file", "attention", "compile", "sampling_steps",
+    "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir", "keep", "on_nan",
+    "on_bad_file", "attention", "compile", "sampling_steps",
 }  # fmt: skip
-
-
-def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
-    """'--seed (0, now 1)' for each setting that makes `new` another run than the one that had the settings `old`.
-
-    What `old` does not hold, because another trainer or an older version wrote it, is not compared.
-    """
-    after = asdict(new)
-    return [
-        f"--{name.replace('_', '-')} ({old[name]}, now {after[name]})"
-        for name in after
-        if name not in CHANGEABLE and name in old and old[name] != after[name]
-    ]

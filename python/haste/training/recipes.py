@@ -18,6 +18,7 @@ DIGITS: dict[str, Any] = {
     "layer_map": "0:0,1:1,2:2,3:3",
     "encoder_depth": 4,
     "projector_dim": 256,
+    "attn_coeff": 0.5,
     "early_stop_point": 500,
     "batch_size": 64,
     "max_train_steps": 1000,
@@ -52,7 +53,7 @@ def _published_recipes() -> dict[str, dict[str, Any]]:
         for size, end in ends.items():
             student = {"resolution": resolution, "model": f"SiT-{size}/2"}
             methods = {
-                "haste": {**HASTE_LAYERS[size], "early_stop_point": end},
+                "haste": {"attn_coeff": 0.5, **HASTE_LAYERS[size], "early_stop_point": end},
                 "repa": {"attn_coeff": 0.0, "encoder_depth": REPA_DEPTH[size], "early_stop_point": -1},
                 "plain": {"attn_coeff": 0.0, "proj_coeff": 0.0, "early_stop_point": -1},
             }

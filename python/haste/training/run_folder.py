@@ -10,7 +10,8 @@ from typing import Any
 
 from haste.errors import UserError, in_one_line
 from haste.io import remove_leftovers, require_space, write_text
-from haste.training.config import TrainConfig, differing_settings
+from haste.training.config import TrainConfig
+from haste.training.resolved import differing_settings
 
 
 class RunFolder:

@@ -17,5 +17,5 @@ STUDENTS: dict[str, dict[str, Any]] = {
 def student_shape(name: str) -> dict[str, Any]:
     """The arguments of SiT that make the student of this name; UserError, with the known names, if there is none."""
     if name not in STUDENTS:
-        raise UserError(f"--model is {name!r}; it must be one of {', '.join(STUDENTS)}")
+        raise UserError(f"--model must be one of {', '.join(STUDENTS)}, got {name[:60]!r}")
     return STUDENTS[name]

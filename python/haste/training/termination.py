@@ -15,8 +15,10 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from haste.alignment.layers import choose_layer_map
 from haste.alignment.probes import ProbeBatch, Reduce, alone, gradient_cosine, mean_alignment_loss
 from haste.errors import UserError
+from haste.training.resolved import resolve
 
 if TYPE_CHECKING:
     from haste.alignment import Aligner
@@ -144,7 +146,7 @@ class ProbedTermination(Termination):
 
 
 class GradientCosine(ProbedTermination):
-    """HASTE's automatic trigger: the gradients of L_R and L_v at one block point apart.
+    """HASTE's automatic trigger (appendix A.2): at one block the gradients of all alignment and of L_v point apart.
 
     block: whose parameters' gradients are compared, counted from 0.
     threshold: alignment ends when the mean cosine is below it.
@@ -169,7 +171,7 @@ class GradientCosine(ProbedTermination):
 
     def finding(self) -> str:
         value = self.observed[-1][1]
-        return f"the gradients of features and velocity have cosine {value:.4f}, below {self.threshold}"
+        return f"the gradients of alignment and velocity have cosine {value:.4f}, below {self.threshold}"
 
 
 class Plateau(ProbedTermination):
@@ -212,41 +214,40 @@ class Plateau(ProbedTermination):
 
 def make_termination(config: TrainConfig) -> Termination:
     """The rule that --termination names. UserError for settings with which it cannot work."""
+    if not config.teachers:
+        return Termination(NEVER)
     tau = config.early_stop_point
     if config.termination == "fixed":
         return Termination(tau)
     if config.termination == "cosine-ramp":
         if tau == NEVER:
-            raise UserError("--early-stop-point is -1; it must be a step, at which --termination cosine-ramp is at 0")
+            raise UserError("--early-stop-point must be a step, at which --termination cosine-ramp is at 0, got -1")
         if not 0 <= config.ramp_start < tau:
             raise UserError(
-                f"--ramp-start is {config.ramp_start}; it must be at least 0 and below --early-stop-point, {tau}"
+                f"--ramp-start must be at least 0 and below --early-stop-point, {tau}, got {config.ramp_start}"
             )
         return CosineRamp(tau, config.ramp_start)
-    _check_probe_settings(config)
     schedule = (tau, config.probe_start, config.probe_every, config.path_type)
     if config.termination == "gradient-cosine":
-        block = config.probe_block or config.encoder_depth
+        blocks = aligned_blocks(config)
+        if config.probe_block > max(blocks):
+            raise UserError(
+                f"--probe-block must be 1 to {max(blocks)}, the last block that alignment reaches, or 0, "
+                f"got {config.probe_block}"
+            )
+        block = config.probe_block or blocks[0]
         return GradientCosine(*schedule, block=block - 1, threshold=config.probe_threshold)
     if config.termination == "plateau":
         return Plateau(*schedule, patience=config.plateau_patience, min_delta=config.plateau_min_delta)
     known = "fixed, cosine-ramp, gradient-cosine or plateau"
-    raise UserError(f"--termination is {config.termination!r}; it must be {known}")
+    raise UserError(f"--termination must be {known}, got {config.termination!r}")
 
 
-def _check_probe_settings(config: TrainConfig) -> None:
-    least = {"probe_start": 0, "probe_every": 1, "probe_images": 1, "plateau_patience": 1, "plateau_min_delta": 0}
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {value}")
-    if config.termination != "gradient-cosine":
-        return
-    if not -1 <= config.probe_threshold <= 1:
-        raise UserError(f"--probe-threshold is {config.probe_threshold}; it must be -1 to 1, as a cosine is")
-    if config.proj_coeff == 0 and config.attn_coeff != 0:
-        raise UserError("--proj-coeff is 0; it must be greater for --termination gradient-cosine, which needs features")
-    if not 0 <= config.probe_block <= config.encoder_depth:
-        raise UserError(
-            f"--probe-block is {config.probe_block}; it must be 1 to --encoder-depth, {config.encoder_depth}, "
-            "or 0 for that one"
-        )
+def aligned_blocks(config: TrainConfig) -> list[int]:
+    """The last block, counted from 1, that each alignment loss looks at: that of features first."""
+    blocks = []
+    if config.aligns_features:
+        blocks.append(resolve(config).encoder_depth)
+    if config.aligns_attention:
+        blocks.append(1 + max(choose_layer_map(config.layer_map, config.model).student))
+    return blocks

@@ -45,6 +45,7 @@ from haste.training.feed import Feed
 from haste.training.launch import make_accelerator, sharding
 from haste.training.meter import Meter
 from haste.training.previews import Previews
+from haste.training.resolved import resolve
 from haste.training.run_folder import RunFolder
 from haste.training.signals import StopRequest
 from haste.training.student import Student
@@ -81,6 +82,7 @@ def train(config: TrainConfig) -> TrainResult:
         on_bad_file=config.on_bad_file,
         num_classes=config.num_classes,
     )
+    config = resolve(config, dataset.num_classes)
     accelerator = make_accelerator(config)
     folder = RunFolder(config)
     checkpoint = read_newest_checkpoint(folder.checkpoints, config.resume_step)
@@ -93,16 +95,15 @@ def train(config: TrainConfig) -> TrainResult:
 def check_fit(config: TrainConfig) -> None:
     """UserError if the student, the layer map and the rule of termination do not fit together."""
     depth = student_shape(config.model)["depth"]
+    aligned_depth = resolve(config).encoder_depth
     if config.termination == "gradient-cosine" and sharding():
         raise UserError(
             "--termination is gradient-cosine, which needs whole weights; with FSDP it must be another rule"
         )
     check_backend(config.attention)
-    if config.proj_coeff and not 1 <= config.encoder_depth <= depth:
-        raise UserError(
-            f"--encoder-depth is {config.encoder_depth}; it must be 1 to {depth}, the depth of {config.model}"
-        )
-    if config.attn_coeff:
+    if config.aligns_features and not 1 <= aligned_depth <= depth:
+        raise UserError(f"--encoder-depth must be 1 to {depth}, the depth of {config.model}, got {aligned_depth}")
+    if config.aligns_attention:
         choose_layer_map(config.layer_map, config.model).check_student(depth)
 
 
@@ -123,7 +124,7 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
         names = [str(folder) if name == DIGITS_TEACHER else name for name in names]
     return Aligner.from_pretrained(
         names,
-        layer_map=choose_layer_map(config.layer_map, config.model) if config.attn_coeff else None,
+        layer_map=choose_layer_map(config.layer_map, config.model) if config.aligns_attention else None,
         grid=model_config["input_size"] // model_config["patch_size"],
         proj_coeff=config.proj_coeff,
         attn_coeff=config.attn_coeff,
@@ -199,7 +200,7 @@ class Trainer:
         if checkpoint is not None and checkpoint["rng"] is not None:
             restore_rng(checkpoint["rng"])
         else:  # runs that differ in their alignment alone see the same noise, times and dropped labels
-            set_seed(config.seed + self.step)
+            set_seed((config.seed + self.step) % 2**32)
 
     def _begin_from(self) -> dict[str, Any] | None:
         """The weights with which a new run begins, if --init-from names any."""
@@ -279,8 +280,8 @@ class Trainer:
         noise = torch.randn(count, channels, size, size, device=self.device)
         t = sample_time(count, config.weighting, config.path_type, device=self.device)
         dropped = torch.zeros_like(t, dtype=torch.bool)
-        if config.cfg_prob:
-            dropped = torch.rand(count, device=self.device) < config.cfg_prob
+        if config.label_dropout:
+            dropped = torch.rand(count, device=self.device) < config.label_dropout
         return Draws(noise, t, dropped)
 
     def _pass(self, batch: Batch, draws: Draws) -> None:

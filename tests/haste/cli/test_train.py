@@ -73,9 +73,12 @@ def test_a_recipe_sets_defaults_and_flags_override_it(monkeypatch):
     ("arguments", "sentence"),
     [
         (["--recipe", "letters"], "haste train: --recipe is 'letters'; it must be digits, haste-xl-256 or another"),
-        (["--recipe", "digits", "--model", "SiT-Q/2"], "haste train: --model is 'SiT-Q/2'; it must be one of SiT-S/2"),
-        (["--recipe", "digits", "--batch-size", "0"], "haste train: --batch-size is 0; it must be at least 1\n"),
-        ([], "haste train: --exp-name is empty; give the run a name, or a --recipe that has one\n"),
+        (["--recipe", "digits", "--model", "SiT-Q/2"], "haste train: --model must be one of SiT-S/1, SiT-S/2"),
+        (
+            ["--recipe", "digits", "--batch-size", "0"],
+            "haste train: --batch-size must be at least 1 and at most 1,048,576, got 0\n",
+        ),
+        ([], "haste train: --exp-name must be the name of the run, or a --recipe be given that has one, got nothing\n"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
@@ -89,7 +92,7 @@ def test_recipe_without_a_name_lists_them_all_with_what_they_set(capsys):
     assert code == 0
     assert "\ndigits\n" in "\n" + out
     assert (
-        "\nhaste-xl-512\n  --exp-name haste-xl-512 --resolution 512 --model SiT-XL/2 "
+        "\nhaste-xl-512\n  --exp-name haste-xl-512 --resolution 512 --model SiT-XL/2 --attn-coeff 0.5 "
         "--layer-map 4:8,5:9,6:10,7:11 --encoder-depth 8 --early-stop-point 300000\n"
     ) in out
 
@@ -121,15 +124,27 @@ def test_the_published_commands_mean_what_they_meant(trainer, monkeypatch):
     if trainer == "REPA":
         assert config.exp_name == "linear-dinov2-b-enc8" and config.qk_norm and not config.fused_attn
         assert config.num_classes == 1000 and config.adam_epsilon == 1e-8
+        assert not config.aligns_attention and config.early_stop_point == -1
     else:
         assert config.early_stop_point == 250_000 and config.attn_coeff == 0.5 and config.batch_size == 256
+
+
+def test_a_command_that_goes_on_need_not_say_again_how_the_run_was_begun(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr("haste.cli.train.main", seen.append)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "args.json").write_text('{"attn_coeff": 0.5, "early_stop_point": 7, "seed": 3, "batch_size": 8}')
+    main(["train", "--output_dir", str(tmp_path), "--exp-name=a", "--seed", "4"])
+    (config,) = seen
+    assert (config.attn_coeff, config.early_stop_point, config.seed, config.batch_size) == (0.5, 7, 4, 8)
+    assert "was begun: --attn-coeff 0.5 --early-stop-point 7 --batch-size 8\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["haste", "haste.cli.train"])
 def test_launchers_that_take_a_module_find_one(module, tmp_path):
     words = [module, "train"] if module == "haste" else [module]
     result = subprocess.run([sys.executable, "-m", *words, "--batch-size", "0"], capture_output=True, text=True)
-    assert result.returncode == 2 and "--exp-name is empty" in result.stderr
+    assert result.returncode == 2 and "--exp-name must be the name of the run" in result.stderr
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path):

@@ -6,7 +6,7 @@ from haste.training.recipes import RECIPES, describe_recipe, recipe_config
 from haste.training.students import student_shape
 
 
-def test_no_recipe_is_the_papers_values():
+def test_no_recipe_is_the_trainers_own_values():
     assert recipe_config("") == TrainConfig()
 
 
@@ -44,5 +44,5 @@ def test_an_unknown_recipe_is_refused():
 
 
 def test_an_unknown_student_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="--model is 'SiT-M/2'; it must be one of SiT-S/2, .*SiT-Digits/2"):
+    with pytest.raises(UserError, match="--model must be one of SiT-S/1, .*SiT-Digits/2.*, got 'SiT-M/2'"):
         student_shape("SiT-M/2")
