@@ -1,4 +1,5 @@
-"""The variables by which torchrun and accelerate tell processes of each other, held against what they must be."""
+"""What surrounds a command, held against what it must be: how Python was started, and the variables by which torchrun
+and accelerate tell processes of each other."""
 
 from __future__ import annotations
 
@@ -22,6 +23,13 @@ def check_processes(environment: Mapping[str, str]) -> None:
     if missing:
         raise UserError(f"LOCAL_RANK is set, and {' and '.join(missing)} must be too; "
                         "start several processes by torchrun or accelerate launch, one without it")  # fmt: skip
+
+
+def check_docstrings(optimize: int) -> None:
+    """UserError for Python that has dropped all docstrings: transformers reads its own to import."""
+    if optimize > 1:
+        raise UserError(f"PYTHONOPTIMIZE (python -O) must be 0 or 1, got {optimize}; transformers does not import "
+                        "without docstrings")  # fmt: skip
 
 
 def number(environment: Mapping[str, str], name: str) -> int:

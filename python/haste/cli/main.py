@@ -16,7 +16,7 @@ from dataclasses import fields
 from typing import Any
 
 from haste import __version__
-from haste.cli.environment import check_processes
+from haste.cli.environment import check_docstrings, check_processes
 from haste.cli.failures import answered
 from haste.cli.terminal import accept_any_text, widen
 
@@ -66,6 +66,7 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 def run(command: str, arguments: list[str]) -> None:
     """Read the flags of one subcommand and carry it out."""
     args = read_flags(command, arguments)
+    check_docstrings(sys.flags.optimize)
     check_processes(os.environ)
     importlib.import_module(f"haste.cli.{command}").main(args)
 

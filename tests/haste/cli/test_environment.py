@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from haste.cli.environment import check_processes
+from haste.cli.environment import check_docstrings, check_processes
 from haste.errors import UserError
 
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -29,3 +29,9 @@ def test_what_cannot_be_is_named(changes, sentence):
     with pytest.raises(UserError) as error:
         check_processes(environment)
     assert str(error.value).startswith(sentence)
+
+
+def test_python_without_docstrings_is_refused():
+    check_docstrings(1)
+    with pytest.raises(UserError, match="PYTHONOPTIMIZE .* must be 0 or 1, got 2"):
+        check_docstrings(2)
