@@ -21,7 +21,7 @@ from haste.hub import loading_arguments, refuse_unreachable
 from haste.io import read_json
 from haste.limits import in_bytes
 from haste.plain import build
-from haste.weights import load_weights, weights_size
+from haste.weights import load_weights, reason, weights_size
 
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
@@ -249,7 +249,7 @@ def _load_model(source: str) -> nn.Module:
     try:
         model, report = AutoencoderKL.from_pretrained(source, output_loading_info=True, **loading_arguments(source))
     except Exception as error:  # diffusers', safetensors', the hub's own errors
-        raise UserError(f"the VAE {source} cannot be loaded: {in_one_line(error)}") from error
+        raise UserError(f"the VAE {source} cannot be loaded: {reason(error)}") from error
     if report["missing_keys"]:
         raise UserError(f"the VAE {source} cannot be loaded: its weights lack {report['missing_keys'][0]}")
     return model.float()

@@ -20,8 +20,8 @@ def load_weights(path: Path, flag: str) -> Any:
     Raises UserError if it holds none, or anything but tensors and plain values.
     """
     if not os.path.isfile(path):
-        reason = "is no regular file" if os.path.exists(path) else "does not exist"
-        raise UserError(f"{flag} is {path}, which {reason}; it must be a file of weights")
+        what = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{flag} is {path}, which {what}; it must be a file of weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -32,7 +32,17 @@ def load_weights(path: Path, flag: str) -> Any:
         refuse_inflation(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file leads its reader to raise anything
-        raise UserError(f"{flag} is {path}, which cannot be read as weights: {in_one_line(error)}") from error
+        raise UserError(f"{flag} is {path}, which cannot be read as weights: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What a loader's error says, fit for a sentence, without torch's advice to let the file do as it likes."""
+    text = str(error)
+    if "weights_only" not in text and "Weights only" not in text:
+        return in_one_line(error)
+    _, found, detail = text.rpartition("WeightsUnpickler error: ")
+    detail = detail.split("Please")[0].split("Check the documentation")[0]
+    return "it holds more than tensors and plain values" + (f": {in_one_line(ValueError(detail))}" if found else "")
 
 
 def refuse_inflation(path: Path) -> None:

@@ -45,6 +45,17 @@ def test_files_that_are_no_weights_are_refused_by_flag_and_path(tmp_path):
             load_weights(tmp_path / name, "--weights")
 
 
+def test_nobody_is_advised_to_let_a_file_do_as_it_likes(tmp_path):
+    class Act:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"a": Act()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="it holds more than tensors and plain values: .*open") as caught:
+        load_weights(tmp_path / "a.pt", "--weights")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
 def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, object]]]:
     """The called names, as they are written, with the keyword arguments that are constants."""
     for node in ast.walk(tree):

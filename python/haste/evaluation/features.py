@@ -173,6 +173,8 @@ def load_extractor(name: str, judge_dir: Path) -> Extractor:
     try:
         return TeacherExtractor(name)
     except UserError as error:
+        if str(error).startswith("--features"):
+            raise
         raise UserError(f"--features is {name}, which is not digits, stored or inception:PATH; as a teacher: {error}"
                         ) from error  # fmt: skip
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from haste.data.bad_files import BadFile
 from haste.errors import UserError, in_one_line
 from haste.io import read_bytes, write_atomically
 
@@ -66,7 +65,8 @@ def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> N
 
 def read_picture(path: Path) -> np.ndarray:
     """One picture, (H, W, 3) uint8. Raises UserError if there is none."""
-    from haste.data.pictures import decode_picture  # brings Pillow
+    from haste.data.bad_files import BadFile  # what samples without reading pictures does without Pillow
+    from haste.data.pictures import decode_picture
 
     try:
         return np.asarray(decode_picture(read_bytes(path), str(path)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig
 
-from haste.errors import UserError, in_one_line
+from haste.errors import UserError
 from haste.hub import loading_arguments
 from haste.teachers.config import load_config
 from haste.teachers.families import Family, Normalisation, find_family, find_layers
@@ -25,6 +25,7 @@ from haste.teachers.grids import (
 from haste.teachers.names import resolve_teacher
 from haste.teachers.preprocessing import load_normalisation
 from haste.teachers.recorder import ATTENTION_NAME, QueriesKeys, record
+from haste.weights import reason
 
 GridRule = Literal["match", "interpolate"]
 """Where the teacher's own grid of tokens is not the student's. match: the pictures are resized until it is, and the
@@ -197,7 +198,7 @@ def _load_encoder(name: str, source: str, family: Family, grid: int) -> nn.Modul
             **loading_arguments(source),
         )
     except Exception as error:  # transformers', safetensors', the hub's own errors
-        raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
+        raise UserError(f"the teacher {name} cannot be loaded: {reason(error)}") from error
     encoder = getattr(model, "vision_model", model)  # the text side of a two-tower model is dropped here
     family.strip(encoder)
     _refuse_missing_weights(name, encoder, info["missing_keys"])
