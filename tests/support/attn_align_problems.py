@@ -72,6 +72,31 @@ def definition(tensors, upstream, scales=None, **loss):
     return rows.detach(), q.grad, k.grad
 
 
+def check_infinite_operand(emulator, tensors, operand, token, value, **loss):
+    """Rows whose definition in float64 is no finite number are none, nor are their gradients; those that do not read
+    `value`, put into one head's `token`, stay what they were. For "kl" the definition is that of the cross-entropy, in
+    which a key that is infinitely far below has no part: 0 · log 0 is 0."""
+    tokens = tensors[0].shape[2]
+    clean = forward(emulator, tensors, **loss)[0]
+    tensors = [x.clone() for x in tensors]
+    tensors[operand][0, 1, token, 5] = value
+    upstream = torch.ones(1, 2, tokens)
+    exact, dq, dk = definition([x.double() for x in tensors], upstream, **{**loss, "divergence": "cross_entropy"})
+    lost = ~exact.isfinite()
+    assert lost[0, 1].any() and not lost[0, 0].any()
+    queries, block = torch.arange(tokens), loss.get("causal") or tokens
+    reads = queries == token if operand % 2 == 0 else queries // block >= token // block
+    rows = forward(emulator, tensors, **loss)[0]
+    assert rows[lost].isnan().all()
+    torch.testing.assert_close(rows[0, 1, ~reads], clean[0, 1, ~reads])
+    assert torch.equal(rows[0, 0], clean[0, 0])
+    gradients = backward(emulator, tensors, upstream, **loss)
+    seen = queries // block <= (token if operand % 2 == 0 else tokens) // block  # eager's 0 · ∞ goes further
+    for ours, of_definition in ((gradients["grad_q"], dq), (gradients["grad_k"], dk)):
+        lost = ~of_definition[0, 1].isfinite() & seen[:, None]
+        assert lost.any() and ours[0, 1][lost].isnan().all() and ours[0, 0].isfinite().all()
+
+
 def check(emulator, tensors, upstream=None, scales=None, seed=0, **loss):
     """`loss`: divergence and causal, as the operation takes them."""
     batch, heads, tokens = (problem(tensors)[name] for name in ("batch", "heads", "tokens"))

@@ -6,6 +6,7 @@
 // For the divergence (kKl), x = Σ 2^(t − m_t)·((s − m_s) − (t − m_t)) and loss = log2(l_s / l_t) − x / l_t. Measuring a
 // logit from its maximum keeps the digits that lse_s − Σ softmax(t)·s would cancel.
 #include "attn_align_fragments.cuh"
+#include "attn_align_infinity.cuh"
 #include "attn_align_tiles.cuh"
 #include "hopper/attn_align_hopper.h"
 #include "paths.h"
@@ -67,6 +68,14 @@ __device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, const in
       if (!std::is_same_v<T, __half>) logits[tile][i] = hold_within(logits[tile][i], kLargestLogit);  // fp16: never larger
     }
   }
+}
+
+// Of one model, where the (batch, head) of the block lies.
+template <typename T>
+__device__ QueriesAndKeys<T> operands_of(const Model<T>& model, const BlockPlace& place) {
+  const Operand<T>&q = model.held, &k = model.streamed;
+  return {q.data + place.batch * q.stride_batch + place.head * q.stride_head,
+          k.data + place.batch * k.stride_batch + place.head * k.stride_head, q.stride_token, k.stride_token, model.dim};
 }
 
 // 4 blocks on a multiprocessor, by registers: at 128 threads, up to 128 each.
@@ -135,10 +144,21 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float student_sum = reduce_sum<4>(student_softmax.sum[half]);
-    const float teacher_sum = reduce_sum<4>(teacher_softmax.sum[half]);
+    float student_sum = reduce_sum<4>(student_softmax.sum[half]);
+    float teacher_sum = reduce_sum<4>(teacher_softmax.sum[half]);
     const float x_sum = reduce_sum<4>(x[half]);
     const int row = place.first_row + warp * 16 + lane / 4 + 8 * half;
+    const RowOutcome outcome{student_softmax.maximum[half], teacher_softmax.maximum[half], student_sum, teacher_sum, x_sum};
+    const bool suspicious = row < tokens && outcome.hints_at_infinity(kLargestLogit);
+    if (__any_sync(kFullWarp, suspicious)) {
+      bool finite = true;
+      if (suspicious) {
+        const int keys_seen = arguments.visible_keys(row);
+        finite = operands_of(student, place).are_finite(row, keys_seen) &
+                 operands_of(teacher, place).are_finite(row, keys_seen);
+      }
+      if (reduce_max<4>(finite ? 0.f : 1.f) > 0.f) student_sum = teacher_sum = NAN;
+    }
     if (lane % 4 == 0 && row < tokens) {
       const float sums = kKl ? student_sum / teacher_sum : student_sum;
       loss[place.first_of_head + row] = kLn2 * (log2f(sums) - x_sum / teacher_sum);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from attn_align_problems import NAMES, backward, check, definition, forward, operands
+from attn_align_problems import NAMES, backward, check, check_infinite_operand, definition, forward, operands
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -87,6 +87,33 @@ def test_logits_beyond_float_give_no_nan(emulator, dtype, size):
     gradients = backward(emulator, tensors, torch.full((1, 1, 20), 1e-30))
     assert torch.allclose(loss, torch.tensor(20.0).log())
     assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ("cross_entropy", "kl"))
+@pytest.mark.parametrize("operand", range(4), ids=NAMES)
+def test_an_infinite_operand_shows(emulator, operand, kind, dtype):
+    """In the first, a middle and the last token, of either sign."""
+    tensors = operands(dtype, tokens=70, dims=(24, 16))
+    for token, value in ((0, torch.inf), (33, -torch.inf), (69, torch.inf)):
+        check_infinite_operand(emulator, tensors, operand, token, value, divergence=kind)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("operand", range(4), ids=NAMES)
+def test_an_infinite_operand_shows_under_a_causal_mask(emulator, operand, dtype):
+    """To the queries that see it, and to no other."""
+    tensors = operands(dtype, tokens=70, dims=(24, 16))
+    check_infinite_operand(emulator, tensors, operand, 30, torch.inf, causal=16)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_beside_an_infinite_query_products_beyond_float_stay_finite(emulator, dtype):
+    tensors = [torch.full((1, 1, 20, 16), 2.0**80, dtype=dtype) for _ in NAMES]
+    tensors[2][0, 0, 7, 3] = torch.inf
+    loss, _, _ = forward(emulator, tensors)
+    others = torch.arange(20) != 7
+    assert loss[0, 0, 7].isnan() and torch.allclose(loss[..., others], torch.tensor(20.0).log())
 
 
 @pytest.mark.parametrize("dtype", TYPES)

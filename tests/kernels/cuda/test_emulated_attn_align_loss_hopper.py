@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attn_align_problems import backward, check, forward, operands, problem
+from attn_align_problems import NAMES, backward, check, check_infinite_operand, forward, operands, problem
 
 TYPES = (torch.float16, torch.bfloat16)
 
@@ -113,6 +113,24 @@ def test_products_of_minus_infinity(hopper, kind):
     entropy = -(teacher.exp() * teacher).sum(-1)
     expected = divergence(tensors, 0.25) + (entropy if kind == "cross_entropy" else 0)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ("cross_entropy", "kl"))
+@pytest.mark.parametrize("operand", range(4), ids=NAMES)
+def test_an_infinite_operand_shows(hopper, operand, kind, dtype):
+    """In the first, a middle and the last token, of either sign."""
+    tensors = operands(dtype, tokens=70, dims=(24, 16))
+    for token, value in ((0, torch.inf), (33, -torch.inf), (69, torch.inf)):
+        check_infinite_operand(hopper, tensors, operand, token, value, divergence=kind)
+
+
+def test_beside_an_infinite_query_products_beyond_float_stay_finite(hopper):
+    tensors = [torch.full((1, 1, 20, 16), 2.0**80, dtype=torch.bfloat16) for _ in range(4)]
+    tensors[2][0, 0, 7, 3] = torch.inf
+    loss = forward(hopper, tensors)[0]
+    others = torch.arange(20) != 7
+    assert loss[0, 0, 7].isnan() and torch.allclose(loss[..., others], torch.tensor(20.0).log())
 
 
 def test_not_a_number_stays_one(hopper):

@@ -105,6 +105,21 @@ def test_the_largest_values_of_a_type(emulator, student_type, teacher_type):
         torch.testing.assert_close(gradient[0, token].double(), value, rtol=0, atol=allowed)
 
 
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf))
+@pytest.mark.parametrize("dtype", TYPES)
+def test_an_infinite_operand_shows(emulator, dtype, value):
+    """As NaN in its token's loss and gradient, though it be beside numbers whose squares are beyond float, or zeros."""
+    for spoiled in (0, 1):
+        tensors = operands((dtype, dtype), (1, 4, 72))
+        tensors[spoiled][0, 1] *= torch.finfo(dtype).max / 8
+        tensors[1 - spoiled][0, 2] = 0
+        tensors[spoiled][0, 1:, 5] = value
+        loss, gradient = run(emulator, *tensors, torch.ones(1, 4))
+        assert loss[0, 1:].isnan().all() and loss[0, 0].isfinite()
+        definition_of = definition(*(x.double() for x in tensors), torch.ones(1, 4))[1]
+        assert gradient[~definition_of.isfinite()].isnan().all() and gradient[0, 0].isfinite().all()
+
+
 def test_nothing_to_do(emulator):
     student, teacher = operands((torch.float32, torch.float32), (0, 4, 16))
     assert run(emulator, student, teacher, torch.zeros(0, 4))[0].shape == (0, 4)

@@ -10,6 +10,7 @@
 // Each consumer starts both products of a tile and works on s while the tensor cores form t. A tile is *plain* if all
 // of its columns are keys and no scale is negative; what else can occur, logits beyond a fused distance and products
 // beyond float, is found by a vote of the warp and done again.
+#include "../attn_align_infinity.cuh"
 #include "attn_align_hopper.h"
 #include "attn_align_launch.cuh"
 
@@ -24,6 +25,7 @@ constexpr float kLargestLogit = 1e38f;  // logits are held to finite numbers, le
 
 struct ForwardArguments {
   PipelineArguments pipeline;
+  AttnOperand student_q, student_k, teacher_q, teacher_k;  // for a second look at a row
   float* loss;
   float2 *student_softmax, *teacher_softmax;  // {m, 1 / l} per row
 };
@@ -40,6 +42,15 @@ __device__ inline float largest_logit(const float (&dots)[kCells][4], int half, 
     for (const auto& cell : dots) extreme = fmaxf(extreme, fmaxf(cell[2 * half], cell[2 * half + 1]));
   }
   return reduce_max<4>(extreme * scale);
+}
+
+// Of one model, where this (batch, head) lies.
+template <typename T>
+__device__ QueriesAndKeys<T> operands_of(const AttnOperand& q, const AttnOperand& k, const Place& place) {
+  const auto begin = [&](const AttnOperand& x) {
+    return static_cast<const T*>(x.data) + place.batch * x.stride_batch + place.head * x.stride_head;
+  };
+  return {begin(q), begin(k), q.stride_token, k.stride_token, static_cast<int>(q.dim)};
 }
 
 // Running maximum and sum of one model's two rows of a lane (lane/4 and lane/4 + 8). The maximum is that of the whole
@@ -100,8 +111,9 @@ struct OnlineSoftmax {
 };
 
 // The row results of one consumer's 64 rows, tile by tile.
-template <bool kDivergence, bool kMayOverflow>
+template <typename T, bool kDivergence>
 struct RowResults {
+  static constexpr bool kMayOverflow = std::is_same_v<T, __nv_bfloat16>;
   OnlineSoftmax student, teacher;
   float x[2] = {0.f, 0.f};
 
@@ -164,10 +176,21 @@ struct RowResults {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float student_sum = reduce_sum<4>(student.sum[half]);
-      const float teacher_sum = reduce_sum<4>(teacher.sum[half]);
+      float student_sum = reduce_sum<4>(student.sum[half]);
+      float teacher_sum = reduce_sum<4>(teacher.sum[half]);
       const float x_sum = reduce_sum<4>(x[half]);
       const int row = first_row + lane / 4 + 8 * half;
+      const RowOutcome outcome{student.maximum[half], teacher.maximum[half], student_sum, teacher_sum, x_sum};
+      const bool suspicious = row < place.end_row && outcome.hints_at_infinity(kLargestLogit);
+      if (__any_sync(kFullWarp, suspicious)) {
+        bool finite = true;
+        if (suspicious) {
+          const int keys = arguments.pipeline.tokens;
+          finite = operands_of<T>(arguments.student_q, arguments.student_k, place).are_finite(row, keys) &
+                   operands_of<T>(arguments.teacher_q, arguments.teacher_k, place).are_finite(row, keys);
+        }
+        if (reduce_max<4>(finite ? 0.f : 1.f) > 0.f) student_sum = teacher_sum = NAN;
+      }
       if (lane % 4 != 0 || row >= place.end_row) continue;
       const int64_t index = place.first_of_head + row;
       const float mean = x_sum / teacher_sum;
@@ -182,7 +205,7 @@ struct RowResults {
 template <typename T, int kStudentSteps, int kTeacherSteps, bool kDivergence>
 struct Forward {
   using Lanes = Pipeline<kStudentSteps, kTeacherSteps, kConsumers>;
-  using Rows = RowResults<kDivergence, std::is_same_v<T, __nv_bfloat16>>;
+  using Rows = RowResults<T, kDivergence>;
 
   static __device__ void consume(const ForwardArguments& arguments, const Lanes& lanes) {
     const PipelineArguments& pipeline = arguments.pipeline;
@@ -261,6 +284,8 @@ const char* launch_forward(const AttnAlignProblem& problem, const AttnAlignRows&
     ForwardArguments arguments{};
     const char* error = describe_problem(&arguments.pipeline, problem, /*hold_keys=*/false, Lanes::kRows);
     if (error != nullptr) return error;
+    arguments.student_q = problem.student_q, arguments.student_k = problem.student_k;
+    arguments.teacher_q = problem.teacher_q, arguments.teacher_k = problem.teacher_k;
     arguments.loss = static_cast<float*>(rows.loss);
     arguments.student_softmax = static_cast<float2*>(rows.student_softmax);
     arguments.teacher_softmax = static_cast<float2*>(rows.teacher_softmax);
