@@ -62,6 +62,7 @@ void check_inputs(const Tensor& student, const Tensor& teacher) {
   for (int64_t i = 0; same && i < student.dim(); ++i) same = student.size(i) == teacher.size(i);
   check_shape(same, "teacher", teacher, "of the shape of student");
   check_same_device(student, teacher, "teacher");
+  scalar_type(student, "student"), scalar_type(teacher, "teacher");  // also of those without elements
 }
 
 TokenOperand operand(const Tensor& t, int64_t split, const char* argument) {

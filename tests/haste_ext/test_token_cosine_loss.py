@@ -132,6 +132,7 @@ REFUSED = {
     "scalar": (ValueError, "student has shape", (torch.tensor(1.0), torch.tensor(1.0))),
     "no dimension": (ValueError, "dim at least 1", (torch.zeros(2, 0), torch.zeros(2, 0))),
     "device": (ValueError, "teacher has device meta", (torch.zeros(3), torch.zeros(3, device="meta"))),
+    "no integers": (TypeError, "teacher has dtype torch.int64", (torch.zeros(0, 3), torch.zeros(0, 3).long())),
     "reduction": (ValueError, "reduction is 'max'", (torch.zeros(3), torch.zeros(3), "max")),
 }
 
