@@ -14,3 +14,12 @@ def in_one_line(error: Exception) -> str:
     """What another library's error says, fit for the middle of a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def shorten(value: object) -> str:
+    """A value as it is shown in a sentence: on one line, and a list of 50,000 labels by its beginning."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # which str() may refuse to write out
+        return "an integer of more than 30 digits"
+    text = str(value)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -30,7 +30,9 @@ def make_cache(model: nn.Module, settings: CacheSettings) -> CachedModel | None:
     if isinstance(model, CachedModel):
         raise UserError("the model has a cache already; unwrap it before another is wrapped around it")
     transformer = adapt(model)
-    schedule, forecaster = make_schedule(settings), make_forecaster(settings.cache, settings.resolved_order)
+    schedule = make_schedule(settings)
+    first_enhance = schedule.first_enhance if isinstance(schedule, IntervalSchedule) else 1
+    forecaster = make_forecaster(settings.cache, settings.resolved_order, first_enhance)
     if settings.cache == "delta-dit":
         groups = delta_dit_groups(transformer, settings.cached_blocks)
         return CachedModel(model, transformer, schedule, forecaster, groups, delta_dit_gate(settings.gate))
@@ -47,7 +49,12 @@ def make_schedule(settings: CacheSettings) -> Schedule:
 
 
 def wrap(
-    model: nn.Module, *, num_steps: int | None = None, evaluations: Sequence[Evaluation] | None = None, **settings: Any
+    model: nn.Module,
+    *,
+    num_steps: int | None = None,
+    times: Sequence[float] | None = None,
+    evaluations: Sequence[Evaluation] | None = None,
+    **settings: Any,
 ) -> CachedModel:
     """A cache around a SiT or DiT, for a sampling loop of your own.
 
@@ -55,25 +62,31 @@ def wrap(
         ...                                      # the loop calls fast(x, t, y) where it called model(x, t, y)
         model = unwrap(fast)
 
-    Every further run, of the next batch say, begins with fast.start(num_steps). Guidance in one batch of twice the size
-    needs nothing more. Where its halves are called one after the other, or a solver evaluates the model more than once
-    a step, a number does not tell which call is which: pass `haste.sampling.evaluations(...)`, or a list like it.
+    Every further run, of the next batch say, begins with fast.start(num_steps); one that begins at the first time of
+    the run before needs no word. The t of every call is read, which a GPU is waited for. The forecast that counts in
+    times, Newton's, goes by it, however the times are spaced, and a call out of step with the plan is refused. Guidance
+    in one batch of twice the size needs nothing more. Where its halves are called one after the other, or a solver
+    evaluates the model more than once a step, a number does not tell which call is which: pass
+    `haste.sampling.evaluations(...)`, or a list like it with the times that the loop calls with.
 
     Args:
         model: haste's SiT, or one of the public repositories' SiT and DiT.
         num_steps: start a run of so many evaluations at once, one per step.
+        times: start a run of evaluations at these times, one per step; every call is held against them.
         evaluations: start a run of these.
         settings: fields of CacheSettings; without `cache`, changes to `FAST`.
 
     Raises:
-        UserError: settings that make no sense, a model that is not known.
+        UserError: settings that make no sense, a model that is not known, more than one plan.
     """
     cached = make_cache(model, CacheSettings(**settings) if "cache" in settings else replace(FAST, **settings))
     if cached is None:
         raise UserError('cache is "none"; it must name a forecaster, or be delta-dit')
-    plan = evaluations if evaluations is not None else num_steps
-    if plan is not None:
-        cached.start(plan)
+    plans = [plan for plan in (num_steps, times, evaluations) if plan is not None]
+    if len(plans) > 1:
+        raise UserError("a run must have one of num_steps, times and evaluations, got several")
+    if plans:
+        cached.start(plans[0])
     return cached
 
 

@@ -9,15 +9,16 @@ regions, what of the model is predicted. The model itself is not touched.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from haste.caching.clock import Clock, Plan
 from haste.caching.corrections import MOST_AHEAD, Correction, Corrections, Labels
 from haste.caching.forecaster import Forecaster
 from haste.caching.regions import Region
@@ -26,16 +27,18 @@ from haste.caching.snapshots import Place, SnapshotRing
 from haste.caching.transformers import PublicTransformer, Transformer
 from haste.errors import UserError
 from haste.sampling import Evaluation
-from haste.sampling.guidance import LABEL, Branches
+from haste.sampling.guidance import Branches
 from haste.sampling.times import time_of
+
+MOST_COMPILATIONS = 1000
 
 
 class CachedModel(nn.Module):
     """Called like the model that it wraps, for sampling, and returns what that returns.
 
-    It counts the evaluations of a run, so every run begins with `start`; `haste.sampling.sample` sees to that. Where
-    there is nothing to forecast from, as when another batch arrives, or guidance comes back on and its null half has
-    no history, the step is full whatever the schedule says.
+    Every run begins with `start`; `haste.sampling.sample` sees to that. Which evaluation of the run a call is, its
+    time tells (see `Clock`). Where there is nothing to forecast from, as when another batch arrives, or guidance comes
+    back on and its null half has no history, the step is full whatever the schedule says.
 
     Args:
         model: the model; its answer is made through `transformer`, how a cache sees it.
@@ -68,7 +71,7 @@ class CachedModel(nn.Module):
         self._corrections = Corrections()
         self._evaluations = [_Evaluations(transformer, region) for region in regions]
         self._functions = [evaluations.functions for evaluations in self._evaluations]
-        self._plan: list[Evaluation] | None = None
+        self._clock: Clock | None = None
         self.training = model.training  # and every part of the model stays in its own mode
 
     # -- what a caller sees of the model ------------------------------------------------------------------------------
@@ -95,10 +98,14 @@ class CachedModel(nn.Module):
     def compile(self, **options: Any) -> CachedModel:
         """Compiles both kinds of evaluation, each without a graph break; options as of torch.compile.
 
+        The first batch size has kernels of its own; from the second on they serve any.
+
         What is made for several skipped evaluations at once is not compiled: it is little besides one kernel, and every
         number of them would be another compilation.
         """
-        options = {"fullgraph": True, "dynamic": False, **options}
+        options = {"fullgraph": True, **options}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # all cached models of a process count
+            options.setdefault("recompile_limit", MOST_COMPILATIONS)
         self._functions = [
             {name: torch.compile(function, **options) for name, function in functions.items()}
             for functions in self._functions
@@ -126,23 +133,22 @@ class CachedModel(nn.Module):
             for function in functions.values():
                 if hasattr(function, "release"):
                     function.release()
-        self._plan = None
+        self._clock = None
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
-    def start(self, evaluations: int | Sequence[Evaluation]) -> None:
+    def start(self, evaluations: Plan) -> None:
         """Begins a run and forgets the one before.
 
         Args:
-            evaluations: all that will follow, as `haste.sampling.evaluations` lists them; or their number, if each
-                is a step of its own and their times are evenly spaced.
+            evaluations: all that will follow, as `haste.sampling.evaluations` lists them; or, if each is a step of its
+                own, their times or their number alone.
 
         Raises:
-            UserError: a schedule, an order or a gate that makes no sense for so many steps.
+            UserError: a schedule, an order or a gate that makes no sense for so many steps; see also `Clock`.
         """
-        if isinstance(evaluations, Integral):  # NumPy's too
-            evaluations = [Evaluation(step, step, 1 - step / evaluations, LABEL) for step in range(evaluations)]
-        plan = list(evaluations)
+        clock = Clock(evaluations)
+        plan = clock.plan
         self._num_steps = plan[-1].step + 1 if plan else 0
         self._course: Course = self.schedule.begin(self._num_steps)
         self._check_order()
@@ -151,7 +157,7 @@ class CachedModel(nn.Module):
             self._branches_of_step.setdefault(evaluation.step, set()).update(evaluation.branches)
         self._last_position = {evaluation.step: evaluation.position for evaluation in plan}
         self._branches = [b for b in ("label", "null") if any(b in of for of in self._branches_of_step.values())]
-        self._plan = plan
+        self._clock = clock
         self._ring.clear()
         self._corrections.start()
         self._step: int | None = None
@@ -172,14 +178,17 @@ class CachedModel(nn.Module):
         """The model's answer, in full or forecast; arguments as for the model.
 
         Raises:
-            RuntimeError: no run has begun, or all of its evaluations are done.
+            UserError: no run has begun, or the call is out of step with its plan, or the batch has no such halves; a
+                model that is not what its parts suggest.
             ValueError: the model is in training mode.
         """
         if self.model.training:
             raise ValueError("model is in training mode, where it drops labels at random; call model.eval() first")
-        evaluation = self._next_evaluation()
+        evaluation = self._next_evaluation(t)
+        if len(x) % len(evaluation.branches):
+            raise UserError(f"x must have as many rows for {' as for '.join(evaluation.branches)}, got {len(x)} rows")
         if isinstance(self.transformer, PublicTransformer):
-            self.transformer.verify(x, t, y)
+            self.transformer.verify(x, t, y, gates=self.regions[0].looks_ahead)
         self._make_room(x, evaluation)
         if evaluation.step != self._step or not (self._step_is_full or self._holds(evaluation.branches)):
             self._begin_step(evaluation.step)
@@ -189,18 +198,17 @@ class CachedModel(nn.Module):
         else:
             output = self._forecast(x, t, y, evaluation)
             self.num_skipped += 1
+        self._clock.passed(evaluation)
         return output
 
-    def _next_evaluation(self) -> Evaluation:
-        if self._plan is None:
-            raise RuntimeError("no run has begun; call start(number of steps) before the first evaluation")
-        done = self.num_full + self.num_skipped
-        if done == len(self._plan):
-            raise RuntimeError(
-                f"this run had {done} evaluations and is over; call start(...) before the next run, with a list of "
-                "evaluations if the model is called more than once a step"
-            )
-        return self._plan[done]
+    def _next_evaluation(self, t: Tensor) -> Evaluation:
+        if self._clock is None:
+            raise UserError("no run has begun; call start(number of steps) before the first evaluation")
+        evaluation = self._clock.evaluation(t)
+        if evaluation is None:
+            self.start(self._clock.given)
+            evaluation = self._clock.evaluation(t)
+        return evaluation
 
     def _make_room(self, x: Tensor, evaluation: Evaluation) -> None:
         """Snapshots for every branch of the run, of the type that the region's features have."""
@@ -250,7 +258,7 @@ class CachedModel(nn.Module):
         """In one go where all branches have the same history, else branch by branch."""
         place = Place(evaluation.position, evaluation.time)
         weights = [self._weights(branch, place) for branch in evaluation.branches]
-        labels = Labels.of(y) if time_of(t) == evaluation.time else None
+        labels = Labels.of(y) if self._clock.times_known and time_of(t) == evaluation.time else None
         if all(other == weights[0] for other in weights):
             return self._forecast_rows(x, t, y, evaluation.branches, evaluation, labels)
         parts = [
@@ -262,8 +270,8 @@ class CachedModel(nn.Module):
     def _forecast_rows(
         self, x: Tensor, t: Tensor, y: Tensor, branches: Branches, evaluation: Evaluation, labels: Labels | None
     ) -> Any:
-        """The rows of branches that have the same history. labels: those of the call; None if its time is not known to
-        be that of the plan."""
+        """The rows of branches that have the same history. labels: those of the call; None if the times to come are
+        not known."""
         functions, place = self._functions[self._region], Place(evaluation.position, evaluation.time)
         snapshots = self._ring.storage[:, :, self._rows(branches, len(x))]
         if "corrections" not in functions:
@@ -293,7 +301,7 @@ class CachedModel(nn.Module):
         """Where this evaluation and those like it up to the next full step look, each place once."""
         places: dict[Place, None] = {}
         step = self._step
-        for coming in self._plan[self.num_full + self.num_skipped :]:
+        for coming in self._clock.coming:
             if coming.step != step:
                 step = coming.step
                 region = self.region_of(step, self._num_steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import factorial, prod
 from typing import ClassVar, Literal, Protocol
 
@@ -40,7 +41,20 @@ class _OfSomeOrder:
             raise UserError(f"order is {self.order}; it must be at least 0")
 
 
-class TaylorForecaster(_OfSomeOrder):
+@dataclass(frozen=True)
+class _OfDifferences(_OfSomeOrder):
+    """first: differences begin at this position; what was taken before has no weight, if there is anything else."""
+
+    first: int = 0
+    coordinate: ClassVar[Literal["position", "time"]] = "position"
+
+    def _used(self, places: Sequence[float]) -> Sequence[float]:
+        """The newest of the places, which differences are formed of."""
+        used = [place for place in places[: self.order + 1] if place >= self.first]
+        return used or places[:1]
+
+
+class TaylorForecaster(_OfDifferences):
     """TaylorSeer's forecast as published (arXiv 2503.06923); of order 0 the last full feature again.
 
     At a full step s, with d the distance to the full step before it,
@@ -50,17 +64,15 @@ class TaylorForecaster(_OfSomeOrder):
     and x steps later F̂ = Σ_i T_i · x^i / i!. The published coordinate counts down; the sign cancels in T_i·x^i.
 
     Every difference is divided by the *last* distance alone, so from order 2 on this is not the interpolating
-    polynomial.
+    polynomial. The published code forms differences from step first_enhance − 1 on; so `first` is first_enhance − 2.
     """
 
-    coordinate = "position"
-
     def weights(self, places: Sequence[float], at: float) -> list[float]:
-        return _of_differences(places, self.order, at, lambda x, i: x**i)
+        return _of_differences(self._used(places), len(places), at, lambda x, i: x**i)
 
 
 @dataclass(frozen=True)
-class HermiteForecaster(_OfSomeOrder):
+class HermiteForecaster(_OfDifferences):
     """HiCache's forecast (arXiv 2508.16984): TaylorSeer's with scaled Hermite polynomials in place of powers.
 
         F̂ = Σ_i T_i · σ^i H_i(σ·x) / i!,   H_{i+1}(x) = 2x·H_i(x) − 2i·H_{i−1}(x)
@@ -70,10 +82,9 @@ class HermiteForecaster(_OfSomeOrder):
     """
 
     contraction: float = 0.5
-    coordinate: ClassVar = "position"
 
     def weights(self, places: Sequence[float], at: float) -> list[float]:
-        return _of_differences(places, self.order, at, self._polynomial)
+        return _of_differences(self._used(places), len(places), at, self._polynomial)
 
     def _polynomial(self, x: float, i: int) -> float:
         scaled, older, value = self.contraction * x, 0.0, 1.0
@@ -101,15 +112,17 @@ class NewtonForecaster(_OfSomeOrder):
 
 
 def _of_differences(
-    places: Sequence[float], order: int, at: float, polynomial: Callable[[float, int], float]
+    places: Sequence[float], count: int, at: float, polynomial: Callable[[float, int], float]
 ) -> list[float]:
-    """Σ_i T_i · polynomial(x, i) / i! as weights of the snapshots, T_i the differences of TaylorForecaster."""
-    used = min(len(places), order + 1)
-    distances = [newer - older for newer, older in zip(places[: used - 1], places[1:used], strict=True)]
+    """Σ_i T_i · polynomial(x, i) / i! as weights of `count` snapshots, of which those at `places` are the newest.
+
+    T_i are the differences of TaylorForecaster, of as high an order as there are places for.
+    """
+    distances = [newer - older for newer, older in pairwise(places)]
     # terms[j]: T_i as it stood when snapshot j was the newest, by its coefficients over the snapshots; i grows.
-    terms = [[float(j == k) for k in range(len(places))] for j in range(used)]
-    weights = [0.0] * len(places)
-    for i in range(used):
+    terms = [[float(j == k) for k in range(count)] for j in range(len(places))]
+    weights = [0.0] * count
+    for i in range(len(places)):
         factor = polynomial(at - places[0], i) / factorial(i)
         weights = [total + factor * coefficient for total, coefficient in zip(weights, terms[0], strict=True)]
         terms = [
@@ -122,6 +135,10 @@ def _of_differences(
 FORECASTERS: dict[str, type] = {"taylor": TaylorForecaster, "newton": NewtonForecaster, "hermite": HermiteForecaster}
 
 
-def make_forecaster(name: str, order: int) -> Forecaster:
-    """By the name that --cache has; reuse repeats the last full feature, which is Taylor's of order 0."""
-    return FORECASTERS.get(name, TaylorForecaster)(order)
+def make_forecaster(name: str, order: int, first_enhance: int = 1) -> Forecaster:
+    """By the name that --cache has; reuse repeats the last full feature, which is Taylor's of order 0.
+
+    first_enhance: of TaylorSeer's schedule, by which the published code tells where differences begin.
+    """
+    kind = FORECASTERS.get(name, TaylorForecaster)
+    return kind(order, max(0, first_enhance - 2)) if issubclass(kind, _OfDifferences) else kind(order)

@@ -105,7 +105,8 @@ class BlockGroup:
 
     def full(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
         tokens = _run(self.before, tokens, c)
-        entering, tokens = tokens, _run(self.group, tokens, c)
+        # A copy, as blocks may write to what they are given: as SiT's do where somebody has made them x += ...
+        entering, tokens = tokens.clone(), _run(self.group, tokens, c)
         torch.sub(tokens, entering, out=out[0])
         return _run(self.after, tokens, c)
 

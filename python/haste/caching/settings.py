@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from haste.errors import UserError
+from haste.bounds import check_numbers
+from haste.errors import UserError, shorten
 
 
 @dataclass(kw_only=True)
@@ -41,10 +42,12 @@ class CacheSettings:
     @property
     def full_step_list(self) -> list[int]:
         """--full-steps as numbers; UserError if it is no list of them."""
-        try:
-            return [int(word) for word in self.full_steps.split(",")] if self.full_steps else []
-        except ValueError:
-            raise UserError(f"--full-steps is {self.full_steps!r}; it must be step numbers such as 0,1,2,5,9") from None
+        if not self.full_steps:
+            return []
+        if not (isinstance(self.full_steps, str) and re.fullmatch(r"[0-9]{1,5}(,[0-9]{1,5})*", self.full_steps)):
+            given = shorten(repr(self.full_steps))
+            raise UserError(f"--full-steps must be step numbers such as '0,1,2,5,9', got {given}")
+        return [int(word) for word in self.full_steps.split(",")]
 
     @property
     def resolved_interval(self) -> int:
@@ -94,13 +97,16 @@ class CacheSettings:
         return f"{name} per {self.granularity}, {when}, order {self.resolved_order}"
 
     def check_cache(self) -> None:
-        """UserError for flags that contradict each other; what the number of steps allows is checked with each run."""
+        """UserError for values out of bounds, also a subclass's, and for flags that contradict each other.
+
+        What the number of steps allows is checked with each run.
+        """
         for name in ("cache", "granularity"):
             value, known = getattr(self, name), get_args(get_type_hints(CacheSettings)[name])
             if value not in known:
-                raise UserError(f"--{name} is {value}; it must be {', '.join(known[:-1])} or {known[-1]}")
-        if not isinstance(self.full_steps, str):
-            raise UserError(f"--full-steps is {self.full_steps}; it must be text such as '0,1,2,5,9'")
+                raise UserError(f"--{name} must be {', '.join(known[:-1])} or {known[-1]}, got {shorten(value)}")
+        check_numbers(self)
+        _ = self.full_step_list  # raises for what is no list
         defaults = CacheSettings()
         unused = [name for name in asdict(defaults) if name not in (*self.cache_fields(), "cache")]
         for name in unused:
@@ -110,9 +116,6 @@ class CacheSettings:
                 raise UserError(f"--{flag} is {value}, which nothing uses {why}")
         if self.cache == "reuse" and self.resolved_order != 0:
             raise UserError(f"--order is {self.order}; it must be 0 for --cache reuse")
-        if not 0 <= self.max_error < math.inf:
-            raise UserError(f"--max-error is {self.max_error}; it must be above 0, or 0 for evenly spaced full steps")
-        _ = self.full_step_list  # raises for what is no list
 
     def _why_unused(self, name: str) -> str:
         if self.cache == "none":

@@ -7,13 +7,14 @@ model's own forward pass before it is trusted.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 from haste.models import SiT, SiTOutput
 from haste.models.sit import Modulation, modulate
 
@@ -122,6 +123,17 @@ class PublicBlock:
         return self.block.mlp(modulate(self.block.norm2(tokens), shift, scale))
 
 
+# What parts that are other things than their names say raise when they are put together.
+ODD_PARTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError)
+
+
+def _close(made: Tensor, wanted: Tensor) -> bool:
+    """Equal but for rounding, by the norm."""
+    low = made.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(made.device.type)
+    difference = (wanted - made).norm() if made.shape == wanted.shape else torch.tensor(torch.inf)
+    return bool(difference <= (0.05 if low else 1e-3) * wanted.norm() + 1e-12)
+
+
 class PublicTransformer:
     """A SiT or DiT of a public repository: called model(x, t, y), it returns an image, or a tuple that begins with one.
 
@@ -147,31 +159,46 @@ class PublicTransformer:
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         return self._in_form(self._image(tokens, c))
 
-    def verify(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        """Runs the model once, to see the form of its answer and that it is what its parts compute."""
+    def verify(self, x: Tensor, t: Tensor, y: Tensor, gates: bool) -> None:
+        """Runs the model once, to see the form of its answer and that it is what its parts compute.
+
+        gates: whether `all_gates` must be right as well.
+        """
         if self._form is not None:
             return
         answer = self.model(x, t, y)
+        first = answer[0] if isinstance(answer, tuple) and answer else answer
+        try:
+            same = isinstance(first, Tensor) and self._computes(first, x, t, y, gates)
+        except torch.OutOfMemoryError:
+            raise
+        except ODD_PARTS as error:
+            raise UserError(f"{self._something_else()} ({in_one_line(error)})") from error
+        if not same:
+            raise UserError(self._something_else())
+        self._form = "tuple" if isinstance(answer, tuple) else "tensor"
+
+    def _something_else(self) -> str:
+        return (
+            f"the model, a {type(self.model).__name__}, computes something else than its blocks and layers in the "
+            "order of SiT and DiT; a cache can be wrapped around those, and around haste's own SiT"
+        )
+
+    def _computes(self, answer: Tensor, x: Tensor, t: Tensor, y: Tensor, gates: bool) -> bool:
+        """Whether the parts, put together, give the model's answer."""
         tokens, c = self.tokens(x), self.conditioning(t, y)
+        made = []
         for block in self.blocks:
             m = block.modulation(c)
+            made += [m.gate_attn, m.gate_mlp]
             tokens = tokens + m.gate_attn.unsqueeze(1) * block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
             tokens = tokens + m.gate_mlp.unsqueeze(1) * block.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
+        if gates and not _close(all_gates(self, c), torch.stack(made)):
+            return False
         image = self._image(tokens, c)
-        first = answer[0] if isinstance(answer, tuple) else answer
         # SiT's own drops the half of its channels that learn_sigma adds; DiT returns both.
-        self._half = isinstance(first, Tensor) and 2 * first.shape[1] == image.shape[1]
-        image = image.chunk(2, dim=1)[0] if self._half else image
-        tolerance = 0.05 if image.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled() else 1e-3
-        same = isinstance(first, Tensor) and first.shape == image.shape and (
-            (first - image).norm() <= tolerance * first.norm() + 1e-12
-        )  # fmt: skip
-        if not same:
-            raise UserError(
-                f"the model, a {type(self.model).__name__}, computes something else than its blocks and layers in the "
-                "order of SiT and DiT; a cache can be wrapped around those, and around haste's own SiT"
-            )
-        self._form = "tuple" if isinstance(answer, tuple) else "tensor"
+        self._half = 2 * answer.shape[1] == image.shape[1]
+        return _close(image.chunk(2, dim=1)[0] if self._half else image, answer)
 
     def _image(self, tokens: Tensor, c: Tensor) -> Tensor:
         return self.model.unpatchify(self.model.final_layer(tokens, c))
@@ -187,13 +214,32 @@ def adapt(model: nn.Module) -> Transformer:
         return OwnTransformer(model)
     if hasattr(model, "_orig_mod"):
         raise UserError("the model is compiled; wrap the model itself, and compile the result by its compile()")
-    parts = [part for part in MODEL_PARTS if not hasattr(model, part)]
-    if not parts:
-        blocks = list(model.blocks)
-        parts = [f"blocks.{part}" for part in BLOCK_PARTS if not blocks or not hasattr(blocks[0], part)]
-    if parts:
+    lacking = _what_is_lacking(model)
+    if lacking:
         raise UserError(
-            f"the model is a {type(model).__name__} without {parts[0]}; a cache can be wrapped around haste's SiT and "
+            f"the model is a {type(model).__name__} {lacking}; a cache can be wrapped around haste's SiT and "
             "around models with the parts of the public SiT and DiT"
         )
     return PublicTransformer(model)
+
+
+def _what_is_lacking(model: Any) -> str | None:
+    """Of a model as SiT and DiT are; None if it has all of their parts, in their forms."""
+    for part in MODEL_PARTS:
+        if not hasattr(model, part):
+            return f"without {part}"
+    if not isinstance(model, nn.Module) or not isinstance(model.blocks, (nn.ModuleList, nn.Sequential)):
+        return "whose blocks are no list of modules"
+    for block in model.blocks if len(model.blocks) else [model]:
+        for part in BLOCK_PARTS:
+            if not hasattr(block, part):
+                return f"without blocks.{part}"
+    if not isinstance(model.pos_embed, Tensor) or model.pos_embed.dim() != 3:
+        return "whose pos_embed is no tensor of shape (1, N, D)"
+    if not isinstance(model.final_layer, nn.Module) or next(model.final_layer.parameters(), None) is None:
+        return "whose final_layer has no weights"
+    try:
+        inspect.signature(model.forward).bind(*"xty")
+    except TypeError as error:
+        return f"that is not called as model(x, t, y) ({error})"
+    return None

@@ -64,7 +64,7 @@ def sample_to_folder(args: Args) -> Samples:
     count = args.num_fid_samples
     labels = choose_labels(args.labels, args.global_seed, range(count), student.model.num_classes)
     folder = processes.agree(lambda: SampleFolder(folder_path(args, student), settings_record(args, sampler)))
-    sampler = settle_full_steps(sampler, folder, count, processes)
+    sampler = settle_full_steps(sampler, folder, processes)
     sampler.speed_up(args.compile, args.cuda_graphs)
     fill(sampler, folder, count, args.per_proc_batch_size, processes)
 

@@ -15,6 +15,7 @@ from haste.errors import UserError
 from haste.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
 from haste.evaluation.judge import Judge, JudgeSettings, load_judge, real_digits
 from haste.generation.drawing import Sampler
+from haste.generation.filling import measure_full_steps
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student
 from haste.io import write_text
@@ -109,6 +110,8 @@ def evaluate_checkpoint(
         raise UserError(f"{checkpoint} was trained on {student.config.data_dir!r}; the judge knows digits only; "
                         "give --features and --reference")  # fmt: skip
     sampler = Sampler(student, settings)
+    if settings.max_error:  # as haste sample: the same full steps for all pictures
+        sampler = sampler.with_full_steps(measure_full_steps(sampler))
     begin = perf_counter()
     batches = []
     for start in range(0, count, BATCH):

@@ -24,6 +24,7 @@ from haste.generation.latents import latent_format
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import Student
 from haste.sampling import Guidance, evaluations, initial_noise, sample
+from haste.sampling.times import times_at
 from haste.vae import VAE
 
 Progress = Callable[[int, int], None]
@@ -117,13 +118,15 @@ class Sampler:
         rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())
         x = like.new_zeros(rows, model.in_channels, model.input_size, model.input_size)
-        inputs = (x, like.new_ones(rows), torch.zeros(rows, dtype=torch.int64, device=like.device))
+        y = torch.zeros(rows, dtype=torch.int64, device=like.device)
         if self.cache is None:
-            model(*inputs)
+            model(x, like.new_ones(rows), y)
         else:
-            self.cache.start(self.settings.num_steps)
-            for _ in range(self.settings.num_steps):
-                self.cache(*inputs)
+            steps = self.settings.num_steps
+            times = [1 - step / steps for step in range(steps)]
+            self.cache.start(times)
+            for time in times:
+                self.cache(x, times_at(time, rows, like.dtype, like.device), y)
                 if self.cache.num_skipped:
                     break
         self._to_pictures(x[:1])
@@ -137,8 +140,11 @@ class Sampler:
         and the state, as in `haste.sampling.sample`.
         """
         start = self.start_of(indices)
-        drawn = self.run(start, progress, observe)
-        return to_uint8(self._to_pictures(drawn), self.student.rounded), start.labels.cpu().numpy()
+        images = self._to_pictures(self.run(start, progress, observe))
+        if not images.isfinite().all():
+            source = "the model" if self.vae is None else f"the VAE {self.latents.vae}"
+            raise UserError(f"{source} gave NaN or infinity in place of images")
+        return to_uint8(images, self.student.rounded), start.labels.cpu().numpy()
 
     def start_of(self, indices: Sequence[int]) -> Start:
         """Where the pictures with these numbers begin, as one batch."""

@@ -72,25 +72,25 @@ def advance(bar, pictures: int) -> Callable[[int, int], None]:
     return progress
 
 
-def settle_full_steps(sampler: Sampler, folder: SampleFolder, count: int, processes: Processes) -> Sampler:
+def settle_full_steps(sampler: Sampler, folder: SampleFolder, processes: Processes) -> Sampler:
     """For --max-error: a sampler whose full steps are the same for all pictures of the command.
 
-    Which they are is measured on the first pictures, once; a folder that was begun keeps them. Otherwise a picture
-    would depend on those that share its batch.
+    Which they are is measured once, and always on the same pictures of the seed, however many are asked for; a folder
+    that was begun keeps them. Otherwise a picture would depend on those that share its batch or its command.
     """
     if not sampler.settings.max_error:
         return sampler
     if folder.full_steps is None:
-        folder.full_steps = processes.agree(lambda: measure_full_steps(sampler, min(CALIBRATION_PICTURES, count)))
+        folder.full_steps = processes.agree(lambda: measure_full_steps(sampler))
     steps = folder.full_steps
     error, total = sampler.settings.max_error, sampler.settings.num_steps
     logger.info("--max-error %g: %d of %d steps are full, %s", error, len(steps), total, describe_steps(steps))
     return sampler.with_full_steps(steps)
 
 
-def measure_full_steps(sampler: Sampler, pictures: int) -> list[int]:
-    """The full steps that an adaptive schedule finds for pictures 0, 1, ..., drawn as one batch."""
-    sampler.draw(range(pictures))
+def measure_full_steps(sampler: Sampler) -> list[int]:
+    """The full steps that an adaptive schedule finds: a function of the weights, the settings and the seed alone."""
+    sampler.draw(range(CALIBRATION_PICTURES))
     steps = sampler.cache.full_steps
     sampler.cache.release()
     return steps

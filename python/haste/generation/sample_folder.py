@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from haste.errors import UserError
+from haste.errors import UserError, shorten
 from haste.evaluation.images import picture_path, read_picture, write_npz, write_picture
-from haste.generation.labels import shorten
 from haste.io import remove_leftovers, write_text
 
 RECORD = "sample.json"

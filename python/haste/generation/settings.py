@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from haste.bounds import DEFAULT_STEPS
 from haste.caching.settings import CacheSettings
 from haste.errors import UserError
 
@@ -18,7 +19,7 @@ Settings = TypeVar("Settings", bound="SamplingSettings")
 class SamplingSettings(CacheSettings):
     """How pictures are drawn. The names are those of SiT's and REPA's generate.py."""
 
-    num_steps: int = 50
+    num_steps: int = DEFAULT_STEPS
     """Steps from noise to picture."""
     mode: Literal["ode", "sde"] = "ode"
     """ode: the same noise gives the same picture, Euler steps. sde: fresh noise at every step, Euler-Maruyama."""
@@ -105,19 +106,13 @@ class SamplingSettings(CacheSettings):
         return replace(self, **idle)
 
     def check(self) -> None:
-        """UserError for settings that contradict each other; the sampler checks the values."""
+        """UserError for values out of bounds, and for settings that contradict each other."""
         if self.heun and self.mode == "sde":
             raise UserError("--heun is a step of the ODE; it cannot be used with --mode sde")
-        self._check_guidance()
         self.check_cache()
-        if self.num_steps < 1:
-            raise UserError(f"--num-steps is {self.num_steps}; it must be at least 1")
-        if self.global_seed < 0:
-            raise UserError(f"--global-seed is {self.global_seed}; it must be at least 0")
+        self._check_guidance()
 
     def _check_guidance(self) -> None:
-        if not self.cfg_scale >= 1:
-            raise UserError(f"--cfg-scale is {self.cfg_scale:g}; it must be at least 1, which is no guidance")
         if not self.guidance_low <= self.guidance_high:
             raise UserError(
                 f"--guidance-low is {self.guidance_low:g}; it must not be above --guidance-high, {self.guidance_high:g}"

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from haste.bounds import check_number
 from haste.errors import UserError
 
 Branches = tuple[str, ...]
@@ -39,8 +40,8 @@ class Guidance:
     channels: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.scale >= 1:
-            raise UserError(f"cfg_scale is {self.scale}; it must be at least 1, which is no guidance")
+        for name, value in (("cfg_scale", self.scale), ("guidance_low", self.low), ("guidance_high", self.high)):
+            check_number(name, value, shown=name)
         if self.scale > 1 and self.null_label is None:
             raise UserError(f"cfg_scale is {self.scale}, so null_label must be given: the class that stands for none")
         if not self.low <= self.high:

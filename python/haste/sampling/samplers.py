@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from haste.bounds import DEFAULT_STEPS, check_number
 from haste.errors import UserError
 from haste.sampling.guidance import BOTH, LABEL, NULL, Branches, Guidance
 from haste.sampling.times import times_at
@@ -86,7 +87,7 @@ def sample(
     noise: Tensor,
     labels: Tensor,
     *,
-    num_steps: int = 50,
+    num_steps: int = DEFAULT_STEPS,
     sampler: str = "euler",
     path: str = "linear",
     cfg_scale: float = 1.0,
@@ -122,7 +123,8 @@ def sample(
         (B, C, S, S), in the type of `noise`.
 
     Raises:
-        UserError: an unknown sampler or path, settings that make no sense.
+        UserError: an unknown sampler or path, settings that make no sense; a step that gave NaN or infinity, by its
+            number.
         ValueError: shapes that do not fit, a model in training mode.
     """
     _check(model, noise, labels, num_steps, sampler)
@@ -133,6 +135,7 @@ def sample(
     velocity = _guided_velocity(model, labels, guided, getattr(model, "dtype", noise.dtype))
     x = noise.double()
     grid = time_grid(sampler, num_steps)
+    finite = []
     for step in range(num_steps):
         t, t_next = grid[step], grid[step + 1]
         last = step == num_steps - 1
@@ -149,10 +152,12 @@ def sample(
             x = x + (t_next - t) * (v + v_next) / 2
         else:
             x = x + (t_next - t) * v
+        finite.append(x.isfinite().all())
         if observe is not None:
             observe(step, x)
         if progress is not None:
             progress(step + 1, num_steps)
+    _check_finite(finite, grid)
     return x.to(noise.dtype)
 
 
@@ -180,6 +185,17 @@ def _guided_velocity(
     return velocity
 
 
+def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
+    """UserError for the first step of which `finite` is false: asked of a GPU once, after the last step."""
+    known = torch.stack(finite).tolist()
+    if not all(known):
+        step = known.index(False)
+        raise UserError(
+            f"step {step + 1} of {len(known)}, at t = {grid[step]:.4g}, gave NaN or infinity; the weights or the "
+            "settings of the sampler are beyond what the model's number type holds"
+        )
+
+
 def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
     """v − g·s/2 with g = 2t.
 
@@ -191,8 +207,7 @@ def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
 def _check(model: Callable, noise: Tensor, labels: Tensor, num_steps: int, sampler: str) -> None:
     if sampler not in SAMPLERS:
         raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
-    if num_steps < 1:
-        raise UserError(f"num_steps is {num_steps}; it must be at least 1")
+    check_number("num_steps", num_steps, shown="num_steps")
     if labels.shape != noise.shape[:1]:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({noise.shape[0]},), as noise")
     if getattr(model, "training", False):

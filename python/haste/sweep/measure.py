@@ -16,7 +16,7 @@ import numpy as np
 from haste.caching import check_memory
 from haste.errors import UserError
 from haste.generation.drawing import Sampler
-from haste.generation.filling import CALIBRATION_PICTURES, measure_full_steps
+from haste.generation.filling import measure_full_steps
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import Student
 from haste.sweep.cost import count_cost, time_run
@@ -90,7 +90,7 @@ class Sweep:
         sampler = self._reference.with_settings(settings)
         if settings.max_error:  # as haste sample: the same full steps for all pictures, measured once
             steps = self._known(settings).get("full_steps")
-            steps = steps or measure_full_steps(sampler, min(CALIBRATION_PICTURES, self.samples))
+            steps = steps or measure_full_steps(sampler)
             sampler = sampler.with_full_steps(steps)
         if self.cuda_graphs and settings.cache != "none":
             sampler.speed_up(compile=False, cuda_graphs=True)

@@ -50,22 +50,22 @@ class Previews:
         shape = (COUNT, self.data.channels, self.data.input_size, self.data.input_size)
         noise = initial_noise(shape, torch.Generator().manual_seed(self.config.seed), device=device)
         labels = torch.arange(COUNT, device=device) * max(classes, COUNT) // COUNT % classes
-        drawn = sample(
-            model,
-            noise,
-            labels,
-            num_steps=NUM_STEPS,
-            path=self.config.path_type,
-            cfg_scale=CFG_SCALE if self.config.cfg_prob else 1.0,
-            null_label=classes if self.config.cfg_prob else None,
-        )
-        if self._failed or not self.accelerator.is_main_process:
-            return
         try:
-            write_picture(self.folder / f"{step:07d}.png", as_grid(to_uint8(self._to_pictures(drawn))))
-        except (UserError, OSError) as error:
+            drawn = sample(
+                model,
+                noise,
+                labels,
+                num_steps=NUM_STEPS,
+                path=self.config.path_type,
+                cfg_scale=CFG_SCALE if self.config.cfg_prob else 1.0,
+                null_label=classes if self.config.cfg_prob else None,
+            )
+            if self.accelerator.is_main_process and not self._failed:
+                write_picture(self.folder / f"{step:07d}.png", as_grid(to_uint8(self._to_pictures(drawn))))
+        except (UserError, OSError) as error:  # of weights that give NaN too
+            if self.accelerator.is_main_process and not self._failed:
+                logger.warning("no previews are drawn: %s", error)
             self._failed = True
-            logger.warning("no previews are drawn: %s", error)
 
     def _to_pictures(self, drawn: Tensor) -> Tensor:
         """Latents through their VAE, which is loaded for this and let go of."""

@@ -20,7 +20,7 @@ def cache(model: torch.nn.Module, forecaster: str = "taylor", **settings) -> Cac
     return wrap(model, **{"cache": forecaster, "granularity": "module", "interval": None, **settings})
 
 
-def published(model: SiT, x, labels, num_steps: int, full: list[int], order: int) -> torch.Tensor:
+def published(model: SiT, x, labels, num_steps: int, full: list[int], order: int, first_enhance=2) -> torch.Tensor:
     """Euler with TaylorSeer as its authors put it: terms kept per module, the step counted down, dictionaries."""
     cache: dict[tuple[int, str], list[torch.Tensor]] = {}
     activated: list[int] = []
@@ -30,13 +30,13 @@ def published(model: SiT, x, labels, num_steps: int, full: list[int], order: int
             activated.append(step)
         t = torch.full((len(x),), 1 - index / num_steps, dtype=x.dtype)
 
-        def branch(key, compute, is_full=index in full, step=step):
+        def branch(key, compute, is_full=index in full, step=step, index=index):
             if not is_full:
                 x = step - activated[-1]
                 return sum(term * x**i / math.factorial(i) for i, term in enumerate(cache[key]))
             new, old = [compute()], cache.get(key, [])
             for i in range(order):
-                if i < len(old):
+                if i < len(old) and index > first_enhance - 2:
                     new.append((new[i] - old[i]) / (activated[-1] - activated[-2]))
             cache[key] = new
             return new[0]
@@ -56,14 +56,17 @@ def published(model: SiT, x, labels, num_steps: int, full: list[int], order: int
     return x
 
 
-@pytest.mark.parametrize("interval, order", [(2, 0), (3, 1), (4, 2), (3, 3), (4, 4)])
+@pytest.mark.parametrize(
+    "interval, order, first_enhance",
+    [(2, 0, 2), (3, 1, 2), (4, 2, 2), (3, 3, 2), (4, 4, 2), (6, 1, 3), (4, 2, 3), (3, 4, 4), (5, 1, 1)],
+)
 @torch.no_grad()
-def test_it_is_the_published_recurrence(interval, order):
+def test_it_is_the_published_recurrence(interval, order, first_enhance):
     model = small_sit().double()
     noise, labels = small_noise(dtype=torch.float64)
-    full = [0, *range(1, 20, interval)]
-    expected = published(model, noise, labels, 20, full, order)
-    seer = cache(model, interval=interval, order=order)
+    full = [*range(first_enhance - 1), *range(first_enhance - 1, 20, interval)]
+    expected = published(model, noise, labels, 20, full, order, first_enhance)
+    seer = cache(model, interval=interval, order=order, first_enhance=first_enhance)
     got = sample(seer, noise, labels, num_steps=20)
     # The weights reach the kernel in float32.
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
@@ -309,13 +312,13 @@ def test_settings_that_make_no_sense_for_a_run():
 def test_calls_outside_a_run():
     noise, labels = small_noise()
     cached = cache(small_sit(), interval=2, order=1)
-    with pytest.raises(RuntimeError, match="no run has begun; call start"):
+    with pytest.raises(UserError, match="no run has begun; call start"):
         cached(noise, torch.ones(2), labels)
     cached.start(3)
-    for _ in range(3):
-        cached(noise, torch.ones(2), labels)
-    with pytest.raises(RuntimeError, match="this run had 3 evaluations and is over"):
-        cached(noise, torch.ones(2), labels)
+    for step in range(3):
+        cached(noise, torch.full((2,), 1 - step / 3), labels)
+    with pytest.raises(UserError, match="this run had 3 evaluations and is over"):
+        cached(noise, torch.zeros(2), labels)
 
 
 @pytest.mark.parametrize("granularity", ["module", "block", "model"])
@@ -346,6 +349,18 @@ def test_compiled_any_number_of_skipped_steps_in_a_row_is_served(settings, lengt
             images = sample(compiled, noise, labels, num_steps=num_steps, **guided)
             eager = sample(cache(small_sit(), **settings), noise, labels, num_steps=num_steps, **guided)
             torch.testing.assert_close(images, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_any_number_of_batch_sizes_and_models_is_served():
+    """torch.compile gives up after eight compilations of a function, which all cached models share."""
+    torch._dynamo.reset()
+    for depth in range(1, 6):
+        compiled, eager = (cache(small_sit(depth), order=1, granularity="model") for _ in range(2))
+        compiled.compile(backend="eager")
+        for batch in range(1, 11) if depth == 1 else (2, 3):
+            noise, labels = small_noise(batch)
+            images = sample(compiled, noise, labels, num_steps=4)
+            torch.testing.assert_close(images, sample(eager, noise, labels, num_steps=4), rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_model_has_the_cache_has():

@@ -8,6 +8,7 @@ from caching_models import small_noise, small_sit
 from haste.caching import CachedModel, wrap
 from haste.caching.corrections import MOST_AHEAD, Correction, Corrections, Labels
 from haste.caching.snapshots import Place
+from haste.errors import UserError
 from haste.sampling import Evaluation, evaluations, sample
 
 import haste_ext
@@ -89,32 +90,33 @@ def run_at(cached: CachedModel, times: list[float]) -> list[torch.Tensor]:
     return [cached(noise * t, torch.full((2,), t, dtype=torch.float64), labels).velocity for t in times]
 
 
-@pytest.mark.parametrize("plan", [6, evaluations("euler", 6), [Evaluation(i, i, 1000 - 100 * i) for i in range(6)]])
-def test_in_a_loop_of_ones_own_no_times_are_guessed(plan, passes):
-    """Neither a number of steps nor a list of evaluations says at which times the loop calls: each has its gates."""
-    times = [1.0, 0.9, 0.7, 0.4, 0.2, 0.1]
-    cached, expected = cache(), cache()
-    cached.start(plan)
-    expected.start(evaluations("euler", 6))
-    torch.testing.assert_close(run_at(cached, times), run_at(expected, times), rtol=0, atol=0)
-    assert passes == [(1, 2)] * 6
+OWN_TIMES = [1.0, 0.9, 0.7, 0.4, 0.2, 0.1]
 
 
-@pytest.mark.parametrize("changed", ["labels", "times"])
+@pytest.mark.parametrize("forecaster", ["taylor", "newton"])
+def test_in_a_loop_of_ones_own_each_call_has_its_own_time(forecaster, passes):
+    """A number of steps does not say at which times the loop calls: it is as if they had been given."""
+    plans = [6, OWN_TIMES, [Evaluation(step, step, time) for step, time in enumerate(OWN_TIMES)]]
+    answers = []
+    for plan in plans:
+        cached = cache(cache=forecaster)
+        cached.start(plan)
+        answers.append(run_at(cached, OWN_TIMES))
+    for other in answers[1:]:
+        torch.testing.assert_close(other, answers[0], rtol=0, atol=0)
+    assert passes == [(1, 2)] * 9  # none is made ahead
+
+
 @torch.no_grad()
-def test_a_list_of_evaluations_does_not_fix_what_the_loop_calls_with(changed):
-    """From the second skipped step on the loop calls with other labels, or with times off the grid."""
+def test_a_list_of_evaluations_does_not_fix_the_labels_that_the_loop_calls_with():
     noise, labels = small_noise(dtype=torch.float64)
     by_number, by_list, unchanged = cache(num_steps=6), cache(evaluations=evaluations("euler", 6)), cache(num_steps=6)
     for step in range(6):
         t = torch.full((2,), 1 - step / 6, dtype=torch.float64)
-        y = labels
-        plain = unchanged(noise, t, y).velocity
-        if step > 2:
-            t, y = (t, y + 5) if changed == "labels" else (t - 0.05, y)
+        y = labels + 5 if step > 2 else labels
         expected = by_number(noise, t, y).velocity
         assert torch.equal(by_list(noise, t, y).velocity, expected)
-        assert torch.equal(expected, plain) == (step <= 2)
+        assert torch.equal(expected, unchanged(noise, t, labels).velocity) == (step <= 2)
 
 
 class Between:
@@ -129,23 +131,33 @@ class Between:
         return self.model(x, *self.change(t, y, self.calls))
 
 
-BETWEEN = {
+OTHER_LABELS = {
     "other labels": lambda t, y, call: (t, (y + call) % 10),
     "labels written to": lambda t, y, call: (t, y.add_(1)),
+    "labels copied": lambda t, y, call: (t, y.clone()),
+}
+OTHER_TIMES = {
     "other times": lambda t, y, call: (t - 0.01 * call, y),
     "times written to": lambda t, y, call: (t.sub_(0.01 * call), y),
     "other times from the second skipped step on": lambda t, y, call: (t - 0.01 if call > 3 else t, y),
-    "labels copied": lambda t, y, call: (t, y.clone()),
+    "another unit": lambda t, y, call: (1000 * t, y),
 }
 
 
-@pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
-def test_what_was_made_for_other_labels_or_times_is_not_used(change):
+@pytest.mark.parametrize("change", OTHER_LABELS.values(), ids=OTHER_LABELS)
+def test_what_was_made_for_other_labels_is_not_used(change):
     noise, labels = small_noise(dtype=torch.float64)
     images = [
         sample(Between(cached, change), noise, labels.clone(), num_steps=6) for cached in (cache(), one_by_one(cache()))
     ]
     torch.testing.assert_close(*images, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("change", OTHER_TIMES.values(), ids=OTHER_TIMES)
+def test_times_that_are_not_the_plans_are_refused(change):
+    noise, labels = small_noise(dtype=torch.float64)
+    with pytest.raises(UserError, match="call [14] of this run has t = .*, and the plan has .* there; pass the times"):
+        sample(Between(cache(), change), noise, labels, num_steps=6)
 
 
 def test_in_inference_mode_a_run_looks_ahead_too(passes):

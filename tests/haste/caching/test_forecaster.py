@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+from caching_models import small_sit
+from haste.caching import CacheSettings, make_cache
 from haste.caching.forecaster import HermiteForecaster, NewtonForecaster, TaylorForecaster, make_forecaster
 from haste.errors import UserError
 from hypothesis import given
@@ -47,6 +49,32 @@ def test_the_last_snapshots_carry_the_whole_recurrence(features, gaps, order, ah
     at = positions[-1] + ahead
     expected = recurrence(features, positions, order, at)
     assert forecast(features, positions, order, at) == pytest.approx(expected, rel=1e-9, abs=1e-8)
+
+
+@pytest.mark.parametrize("first_enhance", [1, 2, 3, 4])
+@pytest.mark.parametrize("order", range(5))
+@pytest.mark.parametrize("interval", range(2, 7))
+def test_the_published_code_with_any_first_enhance(interval, order, first_enhance):
+    """There, differences are formed from step first_enhance - 1 on: the steps before leave the feature alone."""
+    cached = make_cache(small_sit(), CacheSettings(cache="taylor", interval=interval, order=order,
+                                                   first_enhance=first_enhance))  # fmt: skip
+    features = [math.sin(3.7 * step) + 0.1 * step for step in range(30)]
+    terms: list[float] = []
+    last, taken = None, []
+    for step, feature in enumerate(features):
+        full = step < first_enhance or step - last == interval
+        assert full == cached.schedule.is_full(step, last)
+        if full:
+            new = [feature]
+            for i in range(order):
+                if i < len(terms) and step > first_enhance - 2:
+                    new.append((new[i] - terms[i]) / (step - last))
+            terms, last, taken = new, step, [step, *taken][: order + 1]
+            continue
+        expected = sum(term * (step - last) ** i / math.factorial(i) for i, term in enumerate(terms))
+        weights = cached.forecaster.weights(taken, step)
+        got = sum(weight * features[place] for weight, place in zip(weights, taken, strict=True))
+        assert got == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_counting_down_gives_the_same():

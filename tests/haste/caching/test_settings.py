@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+
 import pytest
 import torch
 from caching_models import small_noise, small_sit
 from haste.caching import FAST, CacheSettings, make_cache, unwrap, wrap
 from haste.caching.forecaster import NewtonForecaster
 from haste.caching.regions import BlockGroup, PerModule, WholeModel
-from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule
+from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule, describe_steps
 from haste.errors import UserError
 from haste.sampling import evaluations, sample
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def test_taylor_alone_is_taylorseer_as_published():
@@ -55,12 +60,12 @@ def test_schedules(settings, schedule):
         ({"cache": "delta-dit", "order": 1}, "--order is 1, which nothing uses with --cache delta-dit"),
         ({"cache": "delta-dit", "granularity": "model"}, "--granularity is model, which nothing uses with"),
         ({"cache": "taylor", "full_steps": "0,3", "interval": 3}, "--interval is 3, which nothing uses beside --full"),
-        ({"cache": "taylor", "full_steps": "0;3"}, "--full-steps is '0;3'; it must be step numbers such as 0,1,2,5,9"),
+        ({"cache": "taylor", "full_steps": "0;3"}, "--full-steps must be step numbers such as .0,1,2,5,9., got .0;3"),
         ({"cache": "taylor", "full_steps": "1,3"}, "full_steps is 1,3; it must be increasing step numbers that begin"),
         ({"cache": "reuse", "order": 2}, "--order is 2; it must be 0 for --cache reuse"),
-        ({"cache": "taylor", "max_error": -0.1}, "--max-error is -0.1; it must be above 0, or 0 for evenly spaced"),
-        ({"cache": "taylor", "order": -1}, "order is -1; it must be at least 0"),
-        ({"cache": "taylor", "interval": 0}, "interval is 0; it must be at least 1"),
+        ({"cache": "taylor", "max_error": -0.1}, "--max-error must be a number from 0 to 1,000,000, got -0.1"),
+        ({"cache": "taylor", "order": -1}, "--order must be an integer from 0 to 20, got -1"),
+        ({"cache": "taylor", "interval": 0}, "--interval must be an integer from 1 to 10,000, got 0"),
     ],
 )
 def test_settings_that_make_no_sense_get_a_sentence(settings, message):
@@ -84,8 +89,8 @@ def test_a_loop_that_calls_more_than_once_a_step_hands_over_its_plan():
     model = small_sit()
     x, y = small_noise()
     fast = wrap(model, evaluations=evaluations("heun", 4), cache="newton", order=1, interval=2)
-    for _ in range(7):
-        fast(x, torch.ones(2), y)
+    for time in (1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25):  # Heun's second look at a time is the next step's first
+        fast(x, torch.full((2,), time), y)
     assert fast.full_steps == [0, 1, 3] and fast.num_full == 5
 
 
@@ -104,12 +109,44 @@ def test_what_wrap_takes():
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"cache": "tayler"}, "--cache is tayler; it must be none, reuse, taylor, .* or delta-dit"),
-        ({"cache": "taylor", "granularity": "modules"}, "--granularity is modules; it must be module, block or model"),
-        ({"cache": "taylor", "full_steps": [0, 1, 4]}, "--full-steps is .0, 1, 4.; it must be text such as '0,1"),
-        ({"cache": "taylor", "max_error": float("inf")}, "--max-error is inf; it must be above 0"),
+        ({"cache": "tayler"}, "--cache must be none, reuse, taylor, .* or delta-dit, got tayler"),
+        ({"cache": "taylor", "granularity": "modules"}, "--granularity must be module, block or model, got modules"),
+        ({"cache": "taylor", "full_steps": [0, 1, 4]}, "--full-steps must be step numbers such as .*, got .0, 1, 4"),
+        ({"cache": "taylor", "interval": "4"}, "--interval must be an integer from 1 to 10,000, got 4"),
+        ({"cache": "taylor", "max_error": float("inf")}, "--max-error must be a number from 0 to 1,000,000, got inf"),
     ],
 )
 def test_values_that_no_command_line_would_pass_on(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         wrap(small_sit(), **settings)
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.integers(-2, 9),
+    st.sampled_from(["none", "taylor", "newton", "reuse", "delta-dit", "model", "0,1,3", "0,1,99999999999"]),
+)  # fmt: skip
+SIT = small_sit()
+
+
+@given(
+    cache=st.one_of(st.sampled_from(["taylor", "newton", "hermite", "reuse", "delta-dit"]), ODD),
+    others=st.dictionaries(st.sampled_from([field.name for field in fields(CacheSettings)][1:]), ODD, max_size=3),
+    num_steps=st.one_of(st.integers(1, 12), ODD),
+)
+def test_any_settings_make_a_run_or_a_sentence(cache, others, num_steps):
+    try:
+        cached = wrap(SIT, cache=cache, num_steps=num_steps, **others)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 300
+    else:
+        assert cached.schedule is not None
+
+
+@given(st.one_of(st.text(), st.text("0123456789,", max_size=20), st.lists(st.integers(0, 40)).map(describe_steps)))
+def test_any_text_is_a_list_of_full_steps_or_gets_a_sentence(text):
+    try:
+        steps = CacheSettings(cache="reuse", full_steps=text).full_step_list
+    except UserError as error:
+        assert "--full-steps must be step numbers such as" in str(error) and "\n" not in str(error)
+    else:
+        assert describe_steps(steps) == re.sub(r"\b0+(?=\d)", "", text)

@@ -25,6 +25,15 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
+class WritingBlock(Block):
+    """The same, in the place of its input."""
+
+    def forward(self, x, c):
+        shift, scale, gate, shift2, scale2, gate2 = (v[:, None] for v in self.adaLN_modulation(c).chunk(6, dim=1))
+        x += gate * self.attn(self.norm1(x) * (1 + scale) + shift)
+        return x.add_(gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+
+
 class FirstOf(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -47,14 +56,14 @@ class LabelEmbedder(nn.Module):
 class PublicModel(nn.Module):
     """form: "sit" drops half of its channels, "dit" returns them all, "repa" returns a tuple, "odd" adds a residual."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, block: type[Block] = Block) -> None:
         super().__init__()
         own = small_sit(depth=3)
         self.form = form
         self.in_channels = 1
         self.x_embedder, self.t_embedder, self.pos_embed = own.x_embedder, own.t_embedder, own.pos_embed
         self.y_embedder = LabelEmbedder(own.y_embedder)
-        self.blocks = nn.ModuleList(Block(block) for block in own.blocks)
+        self.blocks = nn.ModuleList(block(each) for each in own.blocks)
         self.final_layer = own.final_layer
         channels = 2 if form in ("sit", "dit") else 1
         torch.manual_seed(1)
@@ -112,6 +121,20 @@ def test_public_models_are_forecast_as_ours_is(form, granularity):
     assert (run(model, form, **settings, interval=3) - run(model, form)).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"cache": "newton", "order": 1, "granularity": granularity} for granularity in ("module", "block", "model")),
+        {"cache": "delta-dit", "cached_blocks": 2},
+        {"cache": "delta-dit", "cached_blocks": 3, "gate": 0},
+    ],
+)
+@torch.no_grad()
+def test_blocks_that_write_to_their_input_draw_the_same(settings):
+    images = [run(PublicModel("dit", block).eval(), "dit", interval=3, **settings) for block in (Block, WritingBlock)]
+    assert torch.equal(*images)
+
+
 @torch.no_grad()
 def test_the_answer_keeps_its_form():
     x, y = small_noise()
@@ -120,7 +143,7 @@ def test_the_answer_keeps_its_form():
         model = PublicModel(form).eval()
         assert wrap(model, num_steps=3, cache="reuse", interval=2)(x, t, y).shape == (2, channels, 8, 8)
     fast = wrap(PublicModel("repa").eval(), num_steps=6, cache="reuse", interval=2)
-    answers = [fast(x, t, y) for _ in range(3)]
+    answers = [fast(x, t - step / 6, y) for step in range(3)]
     assert fast.num_skipped == 1 and all(type(answer) is tuple and len(answer) == 2 for answer in answers)
 
 
@@ -158,3 +181,95 @@ def test_models_without_the_parts_are_refused_by_the_part():
     del model.blocks[0].mlp
     with pytest.raises(UserError, match="without blocks.mlp"):
         adapt(model)
+
+
+def changed(part: str, value) -> PublicModel:
+    """A public model of which one part is something else; a part of a block, if there is a dot."""
+    model = PublicModel("dit").eval()
+    owner, name = (model.blocks[1], part.removeprefix("blocks.")) if "." in part else (model, part)
+    delattr(owner, name)
+    setattr(owner, name, value)
+    return model
+
+
+class OtherSignature(PublicModel):
+    def forward(self, hidden_states, encoder_hidden_states, timestep, pooled):
+        return hidden_states
+
+
+FOREIGN = {
+    "no module": lambda: lambda x, t, y: x,
+    "blocks are a number": lambda: changed("blocks", 3),
+    "blocks are a linear layer": lambda: changed("blocks", nn.Linear(2, 2)),
+    "blocks are numbers": lambda: changed("blocks", [1, 2]),
+    "no blocks": lambda: changed("blocks", nn.ModuleList()),
+    "positions are a layer": lambda: changed("pos_embed", nn.Linear(2, 2)),
+    "positions are missing": lambda: changed("pos_embed", None),
+    "positions without a batch": lambda: changed("pos_embed", torch.zeros(16, 32)),
+    "a last layer without weights": lambda: changed("final_layer", nn.Identity()),
+    "a last layer that is a function": lambda: changed("final_layer", torch.relu),
+    "other arguments": lambda: OtherSignature("dit").eval(),
+    "another label embedder": lambda: takes_anything(changed("y_embedder", nn.Embedding(11, 32))),
+    "another time embedder": lambda: takes_anything(changed("t_embedder", nn.Linear(3, 32))),
+    "modulation of another width": lambda: takes_anything(changed("blocks.adaLN_modulation", nn.Linear(32, 5 * 32))),
+    "modulation in one layer": lambda: takes_anything(changed("blocks.adaLN_modulation", nn.Linear(32, 6 * 32))),
+    "attention of two arguments": lambda: takes_anything(changed("blocks.attn", nn.Bilinear(32, 32, 32))),
+    "an MLP of another width": lambda: takes_anything(changed("blocks.mlp", nn.Linear(31, 32))),
+    "attention that gives nothing": lambda: takes_anything(changed("blocks.attn", Gives(None))),
+    "an answer that is nothing": lambda: answering(None),
+    "an answer without parts": lambda: answering(()),
+    "an answer of words": lambda: answering({"sample": 1}),
+    "an answer of one number": lambda: answering(torch.tensor(1.0)),
+}
+
+
+class Gives(nn.Module):
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, *inputs):
+        return self.answer
+
+
+def takes_anything(model: PublicModel) -> PublicModel:
+    """Its forward pass is not its parts'."""
+    model.forward = lambda x, t, y: x.repeat(1, 2, 1, 1)
+    return model
+
+
+def answering(answer) -> PublicModel:
+    model = PublicModel("dit").eval()
+    model.forward = lambda x, t, y: answer
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["module", "model"])
+@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
+@torch.no_grad()
+def test_foreign_models_get_a_sentence(foreign, granularity):
+    x, y = small_noise()
+    model = foreign()
+    with pytest.raises(UserError, match="the model.* a cache can be wrapped around"):
+        wrap(model, num_steps=4, cache="reuse", interval=2, granularity=granularity)(x, torch.ones(2), y)
+
+
+@torch.no_grad()
+def test_gates_that_cannot_be_made_apart_stop_a_cache_per_module_alone():
+    """Of layers that are no plain matrix: with an adapter, say."""
+    model = PublicModel("dit").eval()
+    for block in model.blocks:
+        block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Sequential(block.adaLN_modulation[1]))
+    x, y = small_noise()
+    for granularity in ("block", "model"):
+        wrap(model, num_steps=4, cache="reuse", interval=2, granularity=granularity)(x, torch.ones(2), y)
+    with pytest.raises(UserError, match="computes something else"):
+        wrap(model, num_steps=4, cache="reuse", interval=2, granularity="module")(x, torch.ones(2), y)
+
+
+def test_what_the_model_itself_raises_is_its_own():
+    with pytest.raises(RuntimeError) as caught:
+        wrap(PublicModel("dit").eval(), num_steps=4, cache="reuse", interval=2)(
+            torch.zeros(2, 1, 7, 7), torch.ones(2), torch.zeros(2, dtype=torch.int64)
+        )
+    assert not isinstance(caught.value, UserError)

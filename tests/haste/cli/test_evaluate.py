@@ -253,12 +253,12 @@ def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
         (("--ckpt", "run", "--twin", "full"), "it needs --ckpt and --cache"),
         (("--run", "run", "--twin", "full", "--cache", "taylor"), "have a twin, not --run"),
         (("--samples", ".", "--fast"), "--fast is given beside --samples, which are drawn already; it needs --ckpt or"),
-        (("--samples", ".", "--num-steps", "50"), "--num-steps is 50 beside --samples"),
+        (("--samples", ".", "--num-steps", "25"), "--num-steps is 25 beside --samples"),
         (("--samples", ".", "--twin", "nowhere"), "--twin is nowhere, which does not exist"),
         (("--samples", ".", "--features", "stored", "--twin", "."), "have a twin, not --features stored"),
         (("--ckpt", "run", "--features", "stored"), "features must be given as --samples"),
-        (("--samples", ".", "--kid-subset-size", "1"), "--kid-subset-size is 1; it must be at least 2"),
-        (("--samples", ".", "--per-proc-batch-size", "0"), "--per-proc-batch-size is 0; it must be at least 1"),
+        (("--samples", ".", "--kid-subset-size", "1"), "--kid-subset-size must be an integer from 2 to"),
+        (("--samples", ".", "--per-proc-batch-size", "0"), "--per-proc-batch-size must be an integer from 1 to"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(capsys, flags, message):

@@ -203,19 +203,27 @@ def test_labels_from_a_file(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num-fid-samples", "0"), "--num-fid-samples is 0; it must be at least 1"),
-        (("--per-proc-batch-size", "0"), "--per-proc-batch-size is 0; it must be at least 1"),
-        (("--num-steps", "0"), "--num-steps is 0; it must be at least 1"),
-        (("--cfg-scale", "0.5"), "--cfg-scale is 0.5; it must be at least 1, which is no guidance"),
-        (("--cfg-scale", "nan"), "--cfg-scale is nan; it must be at least 1"),
+        (("--num-fid-samples", "0"), "--num-fid-samples must be an integer from 1 to 10,000,000, got 0"),
+        (("--per-proc-batch-size", "0"), "--per-proc-batch-size must be an integer from 1 to 1,000,000, got 0"),
+        (("--num-steps", "0"), "--num-steps must be an integer from 1 to 10,000, got 0"),
+        (("--cfg-scale", "0.5"), "--cfg-scale must be a number from 1 to 1,000, got 0.5"),
+        (("--cfg-scale", "nan"), "--cfg-scale must be a number from 1 to 1,000, got nan"),
         (
             ("--cfg-scale", "2", "--guidance-low", "0.8", "--guidance-high", "0.7"),
             "--guidance-low is 0.8; it must not be above --guidance-high, 0.7",
         ),
-        (("--labels", "cats"), "--labels is cats; it must be random, balanced, classes such as 3,1,4, or a file"),
+        (("--labels", "cats"), "--labels must be random, balanced, classes such as 3,1,4, or a file of them, got cats"),
         (("--labels", "3,10"), "--labels is 3,10 and has 10; this model knows the classes 0 to 9"),
-        (("--cache", "taylor", "--interval", "0"), "interval is 0; it must be at least 1"),
-        (("--cache", "taylor", "--order", "-1"), "order is -1; it must be at least 0"),
+        (("--cache", "taylor", "--interval", "0"), "--interval must be an integer from 1 to 10,000, got 0"),
+        (("--cache", "taylor", "--order", "-1"), "--order must be an integer from 0 to 20, got -1"),
+        (("--num-steps", "1000000000"), "--num-steps must be an integer from 1 to 10,000, got 1000000000"),
+        (("--cfg-scale", "inf"), "--cfg-scale must be a number from 1 to 1,000, got inf"),
+        (("--cfg-scale", "1e30"), "--cfg-scale must be a number from 1 to 1,000, got 1e+30"),
+        (("--cfg-scale", "2", "--guidance-low", "nan"), "--guidance-low must be a number from 0 to 1, got nan"),
+        (("--cfg-scale", "2", "--guidance-high", "1.5"), "--guidance-high must be a number from 0 to 1, got 1.5"),
+        (("--cache", "taylor", "--max-error", "nan"), "--max-error must be a number from 0 to 1,000,000, got nan"),
+        (("--global-seed", str(2**63)), "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got"),
+        (("--per-proc-batch-size", "10000000000"), "--per-proc-batch-size must be an integer from 1 to 1,000,000, got"),
         (("--cache", "taylor", "--order", "14"), "order is 14; of 50 steps 14 are full"),
     ],
 )
@@ -246,3 +254,16 @@ def test_a_checkpoint_that_is_missing_or_none_is_refused(run, tmp_path, capsys):
     assert "is no whole checkpoint" in refusal(capsys, "--ckpt", str(tmp_path / "text.pt"))
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoints" in refusal(capsys, "--ckpt", str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), 1e38])
+def test_weights_that_give_nan_stop_the_command_at_its_step(tmp_path, capsys, weight):
+    run = write_run(tmp_path / "exps")
+    path = run / "checkpoints" / "0000004.pt"
+    content = torch.load(path, weights_only=False)
+    for name in content["ema"]:
+        if "final_layer" in name:
+            content["ema"][name].fill_(weight)
+    torch.save(content, path)
+    assert "step 1 of 4, at t = 1, gave NaN or infinity" in refusal(capsys, "--ckpt", str(path), *QUICK)
+    assert not list((run / "samples").glob("*/*.png"))

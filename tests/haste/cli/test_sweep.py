@@ -87,12 +87,14 @@ def test_a_run_on_other_pictures_needs_to_be_told_what_measures(tmp_path, capsys
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num-fid-samples", "0"), "--num-fid-samples is 0; it must be at least 1"),
+        (("--num-fid-samples", "0"), "--num-fid-samples must be an integer from 1 to 10,000,000, got 0"),
         (("--num-fid-samples", "64"), "64 samples are too few"),
-        (("--repeats", "0"), "--repeats is 0; it must be at least 1"),
-        (("--num-steps", "0"), "it must be at least 1"),
+        (("--repeats", "0"), "--repeats must be an integer from 1 to 10,000, got 0"),
+        (("--num-steps", "0"), "--num-steps must be an integer from 1 to 10,000, got 0"),
         (("--steps",), "--steps is empty"),
-        (("--tolerance", "-1"), "--tolerance is -1.0; it must be at least 0"),
+        (("--intervals", "3", "1000000000"), "--intervals must be an integer from 1 to 10,000, got 1000000000"),
+        (("--max-errors", "0", "nan"), "--max-errors must be a number from 0 to 1,000,000, got nan"),
+        (("--tolerance", "-1"), "--tolerance must be a number from 0 to 1,000,000, got -1.0"),
         (("--reference", "nowhere"), "nowhere, which does not exist"),
         (("--features", "stored"), "--features is stored; for other pictures than the digits"),
         (("--features", "inception:weights.pth"), "--reference is not given; --features inception:weights.pth needs"),

@@ -68,7 +68,11 @@ def test_labels_follow_the_policy():
 
 @pytest.mark.parametrize(
     ("policy", "message"),
-    [("all", "random, balanced, classes such as"), ("3,10", "classes 0 to 9"), ("-1", "classes 0 to 9")],
+    [
+        ("all", "must be random, balanced, classes such as 3,1,4, or a file of them, got all"),
+        ("3,10", "classes 0 to 9"),
+        ("-1", "classes 0 to 9"),
+    ],
 )
 def test_labels_that_do_not_exist_are_refused(policy, message):
     with pytest.raises(UserError, match=message):
@@ -119,7 +123,7 @@ def test_calls_are_counted(run, settings, calls):
     [
         ({"heun": True, "mode": "sde"}, "--heun is a step of the ODE"),
         ({"interval": 3}, "--interval is 3, which nothing uses without --cache"),
-        ({"global_seed": -1}, "--global-seed is -1; it must be at least 0"),
+        ({"global_seed": -1}, "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got -1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(run, settings, message):

@@ -230,10 +230,12 @@ def test_an_empty_batch_gives_an_empty_batch(sampler):
     "settings, sentence",
     [
         ({"sampler": "ddim"}, "sampler is 'ddim'; it must be one of euler, heun, euler-maruyama"),
-        ({"num_steps": 0}, "num_steps is 0; it must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be an integer from 1 to 10,000, got 0"),
         ({"path": "vp"}, "path is 'vp'"),
-        ({"cfg_scale": 0.5}, "cfg_scale is 0.5; it must be at least 1"),
+        ({"cfg_scale": 0.5}, "cfg_scale must be a number from 1 to 1,000, got 0.5"),
+        ({"cfg_scale": float("inf")}, "cfg_scale must be a number from 1 to 1,000, got inf"),
         ({"cfg_scale": 2.0}, "null_label must be given"),
+        ({"guidance_high": float("nan")}, "guidance_high must be a number from 0 to 1, got nan"),
         ({"guidance_low": 0.8, "guidance_high": 0.3}, "guidance_low is 0.8; it must not be above guidance_high, 0.3"),
     ],
 )
@@ -242,6 +244,15 @@ def test_settings_that_make_no_sense(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         sample(model, noise_like(1), labels_for(1), **settings)
     assert not model.calls and not model.started
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_step_that_gives_nan_is_named(sampler):
+    def breaks(x, t, y):
+        return torch.full_like(x, float("nan") if t[0] < 0.45 else 0.0)
+
+    with pytest.raises(UserError, match=r"step 7 of 10, at t = 0\.\d+, gave NaN or infinity"):
+        sample(breaks, noise_like(2), labels_for(2), num_steps=10, sampler=sampler)
 
 
 def test_wrong_arguments():

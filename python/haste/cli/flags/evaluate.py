@@ -42,8 +42,6 @@ class Args(SamplingSettings):
     """With --ckpt or --run: the recommended cache, in place of --cache and what goes with it."""
     num_fid_samples: int = 1000
     """How many pictures to draw for each checkpoint."""
-    num_steps: int = 25
-    """Steps from noise to picture."""
     labels: str = "balanced"
     """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4."""
     per_proc_batch_size: int = 128
@@ -76,11 +74,6 @@ class Args(SamplingSettings):
         if len(given) != 1:
             what = f"{' and '.join(f'--{name}' for name in given)} are given" if given else "nothing is given"
             raise UserError(f"{what}; it must be exactly one of --run, --ckpt and --samples")
-        for name in ("num_fid_samples", "per_proc_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.kid_subset_size < 2:
-            raise UserError(f"--kid-subset-size is {self.kid_subset_size}; it must be at least 2")
         if self.samples is not None and not self.samples.exists():
             raise UserError(f"--samples is {self.samples}, which does not exist")
         if self.features == "stored" and self.samples is None:

@@ -54,9 +54,3 @@ class Args(SamplingSettings, PublishedFlags):
                     raise UserError(f"--{flag} is {value} beside --fast, which chooses it; give one or the other")
             chosen = asdict(fast_settings(self.num_steps, noisy=self.mode == "sde"))
         return replace(self, fast=False, labels=list_labels(self.labels), **chosen).effective()
-
-    def check(self) -> None:
-        super().check()
-        for name in ("num_fid_samples", "per_proc_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

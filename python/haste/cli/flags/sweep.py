@@ -12,6 +12,7 @@ from typing import Literal
 
 from tyro.conf import Fixed, Suppress
 
+from haste.bounds import check_numbers
 from haste.errors import UserError
 from haste.generation.labels import list_labels
 from haste.generation.settings import SamplingSettings
@@ -79,18 +80,10 @@ class Args(SamplingSettings):
     """Measure nothing: the table and the plot of the sweep that was measured last."""
 
     def check(self) -> None:
+        check_numbers(self)
         self.base.check()
-        for name in ("num_fid_samples", "per_proc_batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if not self.steps:
             raise UserError("--steps is empty; it must be one number of steps or more")
-        for name in ("steps", "num_steps"):
-            if min(getattr(self, name), default=1) < 1:
-                flag, given = name.replace("_", "-"), " ".join(map(str, getattr(self, name)))
-                raise UserError(f"--{flag} is {given}; it must be at least 1")
-        if self.tolerance < 0:
-            raise UserError(f"--tolerance is {self.tolerance}; it must be at least 0")
 
     def resolved(self) -> Args:
         """The same without what has no effect."""

@@ -1,0 +1,214 @@
+"""Calls that are out of step with the plan are refused, or begin a run anew; none is forecast from another image."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from caching_models import small_noise, small_sit
+from haste.caching import CachedModel, wrap
+from haste.caching.clock import Clock
+from haste.caching.forecaster import NewtonForecaster
+from haste.errors import UserError
+from haste.sampling import Evaluation, Guidance, evaluations
+from haste.sampling.times import times_at
+
+MODEL = small_sit().double()
+STEPS = 10
+SHIFTED = [3 * s / (1 + 2 * s) for s in (1 - step / STEPS for step in range(STEPS))]  # as flow-matching pipelines shift
+HALVES = evaluations("euler", STEPS, Guidance(2.0, null_label=10, mode="separate"))
+PLANS = {"number": {"num_steps": STEPS}, "times": {"times": SHIFTED}}
+
+
+def fast(**settings) -> CachedModel:
+    return wrap(MODEL, **{"cache": "newton", "granularity": "model", "interval": 3, "order": 2, **settings})
+
+
+def at(time: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.full((2,), time, dtype=dtype)
+
+
+@torch.no_grad()
+def run(cached: CachedModel, times=SHIFTED, scale: float = 1.0, steps: int | None = None) -> torch.Tensor:
+    """Euler, by hand; `scale` makes another image. steps: broken off after so many."""
+    x, y = small_noise(dtype=torch.float64)
+    x = scale * x
+    for t, t_next in list(zip(times, [*times[1:], 0.0], strict=True))[:steps]:
+        x = x + (t_next - t) * cached(x, at(t), y)[0]
+    return x
+
+
+@torch.no_grad()
+def newton_by_hand() -> torch.Tensor:
+    """The last tokens of the full steps, extrapolated over the times at which they were really computed."""
+    x, y = small_noise(dtype=torch.float64)
+    held: list[tuple[float, torch.Tensor]] = []
+    for step, (t, t_next) in enumerate(zip(SHIFTED, [*SHIFTED[1:], 0.0], strict=True)):
+        tokens, c = MODEL.embed(x, at(t), y)
+        if step in (0, 1, 4, 7):
+            for block in MODEL.blocks:
+                tokens = block(tokens, c)[0]
+            held = [*held, (t, tokens)][-3:]
+        else:
+            tokens = sum(
+                math.prod((t - other) / (own - other) for other, _ in held if other != own) * kept for own, kept in held
+            )
+        x = x + (t_next - t) * MODEL.finish(tokens, c)
+    return x
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_newton_goes_by_the_times_of_the_calls_however_they_are_spaced(plan):
+    cached = fast(**plan)
+    torch.testing.assert_close(run(cached), newton_by_hand(), rtol=1e-5, atol=1e-5)  # the weights are float32
+    assert cached.full_steps == [0, 1, 4, 7]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_times_may_fall_or_rise_in_any_unit(order):
+    """DiT counts 999 to 0 in integers, SiT from 0 to 1."""
+    clock = Clock(5)
+    times = [999, 800, 500, 200, 0][::order]
+    for time in times:
+        evaluation = clock.evaluation(torch.full((3,), time))
+        assert evaluation.time == time
+        clock.passed(evaluation)
+    assert clock.evaluation(torch.full((3,), times[0])) is None  # the next run
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9, STEPS])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_run_that_was_broken_off_and_one_that_is_over_are_followed_by_another_without_a_word(plan, steps):
+    cached, fresh = fast(**plan), run(fast(**plan), scale=0.5)
+    run(cached, steps=steps)
+    assert torch.equal(run(cached, scale=0.5), fresh)
+    assert (cached.num_full, cached.num_skipped) == (4, 6)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_run_that_was_broken_off_after_its_first_call_is_not_told_from_a_second_call(plan):
+    cached = fast(**plan)
+    run(cached, steps=1)
+    with pytest.raises(UserError, match="start"):
+        run(cached, scale=0.5)
+    cached.start(next(iter(plan.values())))
+    assert torch.equal(run(cached, scale=0.5), run(fast(**plan), scale=0.5))
+
+
+@pytest.mark.parametrize("steps", [STEPS, 2 * STEPS])
+@torch.no_grad()
+def test_halves_of_guidance_one_by_one_need_a_plan_that_says_so(steps):
+    x, y = small_noise(dtype=torch.float64)
+    cached = fast(num_steps=steps)
+    cached(x, at(1.0), y)
+    with pytest.raises(UserError, match="called twice at t = 1, .* pass evaluations="):
+        cached(x, at(1.0), torch.full_like(y, 10))
+
+
+@torch.no_grad()
+def test_halves_that_their_plan_knows_are_each_forecast_from_their_own():
+    x, y = small_noise(dtype=torch.float64)
+    cached, alone = fast(evaluations=HALVES), [fast(num_steps=STEPS) for _ in range(2)]
+    for step in range(STEPS):
+        t = at(1 - step / STEPS)
+        for model, labels in zip(alone, (y, torch.full_like(y, 10)), strict=True):
+            torch.testing.assert_close(cached(x, t, labels).velocity, model(x, t, labels).velocity, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_run_broken_off_between_its_halves_does_not_get_through_another_image():
+    x, y = small_noise(dtype=torch.float64)
+    for calls in range(1, 6):
+        cached = fast(evaluations=HALVES)
+        for call in range(calls):
+            cached(x, at(1 - call // 2 / STEPS), y)
+        if calls > 2:  # after the first step its first time begins anew
+            cached(x, at(1.0), y)
+            assert cached.num_full == 1
+            continue
+        with pytest.raises(UserError, match="call 3 of this run has t = 1, and the plan has 0.9 there"):
+            for _ in range(2):
+                cached(x, at(1.0), y)
+
+
+@pytest.mark.parametrize(
+    "plan, times, sentence",
+    [
+        (STEPS, [1.0, 0.9, 0.8, 0.9], "called at t = 0.9 after 0.8, in a run that began at 1; before another run"),
+        (STEPS, [0.1, 0.2, 0.15], "called at t = 0.15 after 0.2, in a run that began at 0.1"),
+        (STEPS, [1.0, math.nan], "t must be finite, got nan"),
+        (2, [1.0, 0.5, 0.2], "this run had 2 evaluations and is over, and the model was called at t = 0.2"),
+        ([1.0, 0.5, 0.2], [1.0, 0.2], "call 2 of this run has t = 0.2, and the plan has 0.5 there; pass the times"),
+        ([1.0, 0.5, 0.2], [0.999], "call 1 of this run has t = 0.999, and the plan has 1 there"),
+        (evaluations("heun", 3), [1.0, 1.0], "call 2 of this run has t = 1, and the plan has 0.666667 there"),
+    ],
+)
+def test_calls_out_of_step(plan, times, sentence):
+    cached = fast(full_steps="0", order=0, cache="reuse", interval=None)
+    cached.start(plan)
+    x, y = small_noise(dtype=torch.float64)
+    with pytest.raises(UserError, match=sentence):
+        for time in times:
+            cached(x, at(time), y)
+
+
+def test_one_time_for_the_whole_batch():
+    x, y = small_noise(dtype=torch.float64)
+    with pytest.raises(UserError, match="t must be one time for the whole batch, got 0.5 to 1"):
+        fast(num_steps=STEPS)(x, torch.tensor([1.0, 0.5]), y)
+
+
+@torch.no_grad()
+def test_a_batch_without_two_halves_is_refused():
+    x, y = small_noise(3, torch.float64)
+    plan = evaluations("euler", STEPS, Guidance(2.0, null_label=10))
+    with pytest.raises(UserError, match="x must have as many rows for label as for null, got 3 rows"):
+        fast(evaluations=plan)(x, torch.ones(3).double(), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [4, 50, 100])
+def test_a_time_may_be_rounded_to_its_type(dtype, steps):
+    clock = Clock([1 - step / steps for step in range(steps)])
+    for step in range(steps):
+        t = torch.ones(1, dtype=dtype) - torch.tensor(step, dtype=dtype) / steps
+        clock.passed(clock.evaluation(t))
+
+
+def test_a_call_that_failed_may_be_made_again():
+    clock = Clock(3)
+    clock.passed(clock.evaluation(at(1.0)))
+    assert clock.evaluation(at(0.5)) == clock.evaluation(at(0.5)) == Evaluation(1, 1, 0.5)
+
+
+def test_a_time_that_knows_its_value_is_not_asked_for_it(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "aminmax", None)
+    clock = Clock(evaluations("euler", 2))
+    assert clock.evaluation(times_at(1.0, 2, torch.bfloat16, torch.device("cpu"))).time == 1.0
+
+
+@pytest.mark.parametrize(
+    "plan, sentence",
+    [
+        (0, "num_steps must be an integer from 1 to 10,000, got 0"),
+        (10**9, "num_steps must be an integer from 1 to 10,000, got 1000000000"),
+        (2.5, "a run must be a number of steps, times or evaluations, got 2.5"),
+        ("50", "a run must be a number of steps, times or evaluations, got '50'"),
+        ([1.0, math.nan], "a run must be a number of steps"),
+        ([1.0, 0.5, 0.5], "times must fall, or rise, from each to the next, got .* pass evaluations="),
+        ([1.0, 0.5, 0.7], "times must fall, or rise"),
+    ],
+)
+def test_plans_that_are_none(plan, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Clock(plan)
+
+
+def test_times_may_be_of_any_kind():
+    for times in ([3, 2, 1], (3.0, 2.0, 1.0), np.array([3, 2, 1]), torch.tensor([3, 2, 1])):
+        assert [evaluation.time for evaluation in Clock(times).plan] == [3, 2, 1]
+    with pytest.raises(UserError, match="a run must have one of num_steps, times and evaluations, got several"):
+        fast(num_steps=3, times=[3, 2, 1])
+    assert isinstance(fast().forecaster, NewtonForecaster)
