@@ -251,7 +251,7 @@ def test_a_step_that_gives_nan_is_named(sampler):
     def breaks(x, t, y):
         return torch.full_like(x, float("nan") if t[0] < 0.45 else 0.0)
 
-    with pytest.raises(UserError, match=r"step 7 of 10, at t = 0\.\d+, gave NaN or infinity"):
+    with pytest.raises(UserError, match=r"step [67] of 10, at t = 0\.\d+, gave NaN or infinity"):
         sample(breaks, noise_like(2), labels_for(2), num_steps=10, sampler=sampler)
 
 
