@@ -14,7 +14,8 @@ import pytest
 import haste_ext
 from haste_ext import _load
 
-PACKAGE = Path(haste_ext.__file__).parent
+# One folder, or a clone and the installed package.
+PACKAGE, BUILT = Path(haste_ext.__file__).parent, Path(_load._C.__file__).parent
 SUPPORT = Path(__file__).parents[1] / "support"
 # What `pip install torch` brings, and the standard packages of a venv.
 OF_TORCH = {"torch", "functorch", "torchgen", "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2",
@@ -42,17 +43,17 @@ features = torch.rand(2, 3, 4, requires_grad=True)
 haste_ext.token_cosine_loss(features, torch.rand(2, 3, 4)).backward()
 assert features.grad.abs().sum() > 0 and "numpy" not in sys.modules and "haste" not in sys.modules
 """
-    absent = SUPPORT / "absent_packages"
-    result = run(code, absent, PACKAGE.parent, ABSENT_PACKAGES=" ".join((others | {"haste"}) - {"haste_ext"}))
+    absent = " ".join((others | {"haste"}) - {"haste_ext"})
+    result = run(code, SUPPORT / "absent_packages", PACKAGE.parent, BUILT.parent, ABSENT_PACKAGES=absent)
     assert result.returncode == 0, result.stderr
 
 
 def test_a_source_folder_in_which_nothing_is_built_uses_the_installed_module(source_folder):
     code = "import haste_ext; from haste_ext import _C; print(haste_ext.__file__); print(_C.__file__)"
-    result = run(code, PACKAGE.parent, cwd=source_folder)  # "" comes first on the path, as for `python -m`
+    result = run(code, BUILT.parent, cwd=source_folder)  # "" comes first on the path, as for `python -m`
     assert result.returncode == 0, result.stderr
     package, module = result.stdout.split()
-    assert Path(package).parent == source_folder / "haste_ext" and Path(module).parent == PACKAGE
+    assert Path(package).parent == source_folder / "haste_ext" and Path(module).parent == BUILT
 
 
 def test_without_a_compiled_module_one_sentence_says_what_to_do(monkeypatch, tmp_path):
