@@ -18,7 +18,7 @@ from haste.errors import UserError
 from haste.io import read_json
 from haste.plain import build
 from haste.training.config import TrainConfig, check_folder_name
-from haste.training.recipes import RECIPES
+from haste.training.recipes import RECIPES, recipe_config
 
 # What says where the run is and with what checkpoint this start begins, not how the run was begun.
 NOT_FOLLOWED = ("output_dir", "exp_name", "resume_step")
@@ -63,12 +63,15 @@ def follow_run(defaults: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
         return defaults
     followed = {name: value for name, value in found.items() if name not in NOT_FOLLOWED}
     if followed.get("recipe") not in RECIPES:
-        followed.pop("recipe", None)
+        followed["recipe"] = ""
+    begun = recipe_config(followed["recipe"])
     typed = {word.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in arguments}
     told = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in followed.items()
-        if name not in typed and name != "recipe" and value != getattr(defaults, name)
+        if name not in typed
+        and name != "num_classes"  # which the data say
+        and value != getattr(defaults if name == "recipe" else begun, name)
     ]
     if told:
         print(f"as the run in {place[0]} was begun: {' '.join(told)}", file=sys.stderr)

@@ -84,7 +84,7 @@ def test_qk_norm_has_timm_names():
 
 
 def test_every_published_size_is_there():
-    sizes = [f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
+    sizes = [f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (1, 2, 4, 8)]
     assert sorted(SIT_MODELS) == sorted(sizes)
 
 
