@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,24 +20,37 @@ from haste.limits import LARGEST_FILE, LARGEST_JSON, in_bytes
 
 Json = TypeVar("Json", dict, list)
 
-# What write_atomically calls a file before it is whole: .NAME.PID.tmp
+LOCK = ".lock"  # haste.lock keeps it in a folder while a command works there
+
+ABANDONED = 3600  # seconds: a writer on another machine, whose process cannot be looked up here, would have gone on
+
+# What a file or a folder is called before it is whole.
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def temporary_path(path: Path) -> Path:
+    """.NAME.PID.tmp beside it: what this process calls a file, or a folder, until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
     """Call write(temporary path), push it to the disk, then give it its name: a kill leaves the old file or the new.
 
+    durable: whether it is pushed to the disk, so that a power failure, too, leaves one of the two.
     Raises OSError where the file system does, and whatever `write` raises; the old file is then as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if not durable:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name is on the disk as well
@@ -43,7 +59,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_atomically` for UTF-8 text."""
+    """`write_atomically` for UTF-8 text; what killed writers of the same file have left is removed."""
+    remove_abandoned(path)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -52,23 +69,90 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def save_tensors(path: Path, content: Any) -> None:
+    """`write_atomically` for what torch.save can save."""
+    import torch  # io is imported where nobody needs it
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise OSError(in_one_line(error)) from error
+
+    write_atomically(path, write)
+
+
+@contextmanager
+def told(what: str, kept: str = "") -> Iterator[None]:
+    """UserError where the disk is full or cannot be written. what: begins the sentence; kept: ends it, such as "what is
+    there is kept, and the same command goes on"."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or in_one_line(error)
+        raise UserError(f"{what} cannot be written: {reason}" + (f"; {kept}" if kept else "")) from error
+
+
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a kill in the middle of `write_atomically` leaves."""
+    """Whether a file or folder is what a kill in the middle of a write leaves."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what kills in the middle of a write have left in a folder and those below it."""
+    """Delete what kills in the middle of a write have left in a folder and those below it.
+
+    To be called by the command that holds the folder (haste.lock), so that nobody else is writing there.
+    """
     for path in folder.rglob(".*.tmp"):
         if is_leftover(path):
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def remove_abandoned(path: Path, held: bool = False) -> None:
+    """Delete what killed writers of this one file or folder have left beside it.
+
+    held: whether no other command may write it now. Else only what no process of this machine is writing, and what is
+    too old for one of another machine.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if is_leftover(leftover) and (held or not _is_being_written(leftover) and _age(leftover) > ABANDONED):
+            _remove(leftover)
+
+
+def _is_being_written(leftover: Path) -> bool:
+    """Whether the process in its name lives here and is another one: numbers come again, in containers the same."""
+    writer = int(_TEMPORARY.fullmatch(leftover.name)[1])
+    if writer == os.getpid():
+        return False
+    try:
+        os.kill(writer, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was written to; 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether a path is free for a command to fill: nothing is there, or a folder with leftovers alone."""
+    """Whether a path is free for a command to fill: nothing is there, or a folder with leftovers of killed ones."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
-    return all(is_leftover(path) for path in folder.iterdir())
+    return all(is_leftover(path) or path.name == LOCK for path in folder.iterdir())
 
 
 def require_space(folder: Path, size: int, what: str = "a checkpoint") -> None:

@@ -1,10 +1,26 @@
 import json
 import os
+import resource
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from haste.errors import UserError
-from haste.io import holds_nothing, read_bytes, read_json, remove_leftovers, require_space, write_atomically, write_json
+from haste.io import (
+    holds_nothing,
+    read_bytes,
+    read_json,
+    remove_abandoned,
+    remove_leftovers,
+    require_space,
+    save_tensors,
+    told,
+    write_atomically,
+    write_json,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -64,3 +80,51 @@ def test_only_regular_files_of_the_allowed_size_are_read(tmp_path):
     with pytest.raises(OSError, match="null"):
         read_bytes(tmp_path / "a\0b")
     assert read_bytes(tmp_path / "five", limit=5) == b"12345"
+
+def dead_pid():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_others_have_left_of_a_shared_file_goes_only_when_nobody_can_be_writing_it(tmp_path):
+    path, dead, hour_ago = tmp_path / "a.json", dead_pid(), time.time() - 4000
+    ages = {f"a.json.{dead}": hour_ago, f"a.json.{dead}1": None, "a.json.1": hour_ago, "b.json.9": hour_ago}
+    for name, age in ages.items():
+        temporary = tmp_path / f".{name}.tmp"
+        temporary.write_text("half")
+        if age:
+            os.utime(temporary, (age, age))
+    (tmp_path / f".teacher.{dead}.tmp").mkdir()
+    write_json(path, {})
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"a.json", f".a.json.{dead}1.tmp", ".a.json.1.tmp", ".b.json.9.tmp", f".teacher.{dead}.tmp"}
+    remove_abandoned(path, held=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"a.json", ".b.json.9.tmp", f".teacher.{dead}.tmp"}
+    remove_abandoned(tmp_path / "teacher", held=True)
+    remove_abandoned(tmp_path / "b.json", held=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_with_nothing_but_a_lock_and_leftovers_is_free(tmp_path):
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".teacher.12.tmp").mkdir()
+    assert holds_nothing(tmp_path)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="^a.pt cannot be written: .*; what is there is kept$"):
+        with told("a.pt", "what is there is kept"):
+            save_tensors_to_a_full_disk(tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_tensors_to_a_full_disk(path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        save_tensors(path, {"weight": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

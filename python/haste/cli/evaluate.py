@@ -140,7 +140,7 @@ def compare_steps(args: Args, samples: Path) -> np.ndarray:
     settings = SamplingSettings(**{field.name: getattr(args, field.name) for field in fields(SamplingSettings)})
     student = load_student(args.ckpt, args.ema, convention=args.convention)
     cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheSettings())))
-    full_steps = read_record(samples)["full_steps"]
+    full_steps = read_record(samples).full_steps
     if full_steps is not None:  # that --max-error has found
         cached = cached.with_full_steps(full_steps)
     errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_PICTURES)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -14,6 +15,7 @@ from haste.cli.flags.prepare import Args
 from haste.data.destination import Destination
 from haste.data.prepare import Preparation
 from haste.data.sources import PictureSource, open_pictures
+from haste.training.launch import in_first
 from haste.training.signals import StopRequest
 from haste.vae import VAE, LatentFormat
 
@@ -26,13 +28,14 @@ def main(args: Args) -> None:
     source = open_pictures(args.source.expanduser(), "--source")
     latents = None if args.vae.lower() == "none" else LatentFormat.of(args.vae)
     destination = Destination(args.dest.expanduser(), source, args.resolution, latents)
-    accelerator.wait_for_everyone()  # each has seen whose folder it is before the first one claims it
-    if not destination.finished:
-        fill(args, accelerator, source, destination, None if latents is None else VAE(latents))
-    if accelerator.is_main_process:
-        if args.zip:
-            destination.pack()
-        print(f"{destination.path} is ready for haste train --data-dir")
+    with ExitStack() as stack:
+        in_first(accelerator, lambda: stack.enter_context(destination.hold()))
+        if not destination.finished:
+            fill(args, accelerator, source, destination, None if latents is None else VAE(latents))
+        if accelerator.is_main_process:
+            if args.zip:
+                destination.pack()
+            print(f"{destination.path} is ready for haste train --data-dir")
 
 
 def fill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from haste.generation.drawing import Sampler
 from haste.generation.filling import fill, settle_full_steps
 from haste.generation.labels import choose_labels
 from haste.generation.processes import Processes
-from haste.generation.sample_folder import SampleFolder, Samples
+from haste.generation.sample_folder import ALL_THERE, SampleFolder, Samples
 from haste.generation.student import Student, load_student
+from haste.io import told
 
 # In the grid. Of pictures wider than SMALL fewer are shown, as they are shown in their own size.
 SMALL, MANY, FEW = 64, 100, 40
@@ -63,16 +65,24 @@ def sample_to_folder(args: Args) -> Samples:
     args.refuse_other(student.model, student.recorded, 1 if sampler.latents is None else sampler.latents.factor)
     count = args.num_fid_samples
     labels = choose_labels(args.labels, args.global_seed, range(count), student.model.num_classes)
-    folder = processes.agree(lambda: SampleFolder(folder_path(args, student), settings_record(args, sampler)))
-    sampler = settle_full_steps(sampler, folder, processes)
-    sampler.speed_up(args.compile, args.cuda_graphs)
-    fill(sampler, folder, count, args.per_proc_batch_size, processes)
+    with ExitStack() as stack:
 
-    def finish() -> None:
-        folder.collect(labels)
-        write_grid(args, student, folder, labels)
+        def open_folder() -> SampleFolder:
+            folder = SampleFolder(folder_path(args, student), settings_record(args, sampler))
+            stack.enter_context(folder.hold())
+            return folder
 
-    processes.agree(finish)
+        folder = processes.agree(open_folder)
+        sampler = settle_full_steps(sampler, folder, processes)
+        sampler.speed_up(args.compile, args.cuda_graphs)
+        fill(sampler, folder, count, args.per_proc_batch_size, processes)
+
+        def finish() -> None:
+            folder.collect(labels)
+            with told(str(folder.grid), ALL_THERE):
+                write_grid(args, student, folder, labels)
+
+        processes.agree(finish)
     return Samples(labels, folder)
 
 

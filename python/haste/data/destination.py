@@ -9,10 +9,9 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +19,8 @@ from PIL import Image
 from haste.data.repa_layout import IMAGES, LATENTS, RECORD, image_name, latent_name
 from haste.data.sources import LABEL_FILE, PictureSource
 from haste.errors import UserError
-from haste.io import remove_leftovers, write_atomically, write_text
+from haste.io import holds_nothing, read_json, remove_leftovers, told, write_atomically, write_json
+from haste.lock import hold
 from haste.vae import LatentFormat
 
 logger = logging.getLogger(__name__)
@@ -75,35 +75,33 @@ class Destination:
         """Whether an earlier command has finished here."""
         record = self.path / RECORD
         if not record.is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not holds_nothing(self.path):
                 raise UserError(f"--dest is {self.path}, which holds something else; give a new or an empty folder")
             return False
-        try:
-            saved = json.loads(record.read_text())
-            finished = saved.pop("finished")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{record} cannot be read as the record of haste prepare ({error!r})") from error
+        saved = read_json(record, "the record of haste prepare", needs=["finished"])
         wanted = json.loads(json.dumps(self.settings))
         other = [name for name in wanted if saved.get(name) != wanted[name]]
         if other:
             raise UserError(
                 f"--dest is {self.path}, which belongs to a command with other {', '.join(other)}; give another folder"
             )
-        return finished
+        return saved["finished"] is True
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """While this context is open no other command fills the folder; UserError if one does."""
+        with hold(self.path, f"--dest {self.path} is being filled"):
+            self.finished = self._check_owner()  # another command may have ended here a moment ago
+            yield
 
     def claim(self) -> None:
         """Make the folder this command's, and remove what a kill in the middle of a write has left."""
         with told_in_one_line(self.path):
             self._write_record(finished=False)
-            for leftover in self.path.rglob(".*.tmp"):
-                leftover.unlink()
+            remove_leftovers(self.path)
 
     def _write_record(self, finished: bool) -> None:
-        self._write_json(self.path / RECORD, {**self.settings, "finished": finished}, indent=2)
-
-    def _write_json(self, path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-        text = json.dumps(content, indent=indent) + "\n"
-        write_text(path, text)
+        write_json(self.path / RECORD, {**self.settings, "finished": finished})
 
     def present(self, kind: Kind) -> set[int]:
         """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""
@@ -122,10 +120,7 @@ class Destination:
         """One file, whole or not at all after a kill. It is not pushed to the disk, which would take longer than all
         the rest: after a power failure its size tells."""
         path = self.path / kind.folder / kind.file_name(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
 
     def finish(self, labels: np.ndarray | None) -> None:
         """Write dataset.json of both folders, for the pictures of which every file is there."""
@@ -136,7 +131,7 @@ class Destination:
             for kind in self.kinds:
                 names = map(kind.file_name, numbers)
                 listed = None if labels is None else list(zip(names, labels[numbers].tolist(), strict=True))
-                self._write_json(self.path / kind.folder / LABEL_FILE, {"labels": listed})
+                write_json(self.path / kind.folder / LABEL_FILE, {"labels": listed}, indent=None)
             self._write_record(finished=True)
 
     def check_space(self, pack: bool) -> None:
@@ -162,15 +157,9 @@ class Destination:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def told_in_one_line(path: Path) -> Iterator[None]:
+def told_in_one_line(path: Path) -> AbstractContextManager[None]:
     """UserError for a disk that is full or cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--dest is {path}, which cannot be written: {error.strerror}; what is there is kept"
-        ) from error
+    return told(f"--dest is {path}, which", "what is there is kept, and the same command goes on")
 
 
 def _zip_folder(folder: Path, target: Path) -> None:

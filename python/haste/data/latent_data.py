@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from haste.data.archive import Archive
 from haste.data.arrays import read_array
 from haste.data.bad_files import BadFile, OnBadFile
+from haste.data.fingerprint import fingerprint
 from haste.data.pictures import decode_picture, to_pixels
 from haste.data.sources import pack_names
 from haste.data.training_data import Batch, TrainingData, to_unit
@@ -52,6 +53,15 @@ class LatentData(TrainingData):
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def fingerprint(self) -> dict[str, Any]:
+        names = b"\n".join([*self._picture_names.tolist(), *self._moment_names.tolist()])
+        return fingerprint(len(self), names, self._labels, self._read_both)
+
+    def _read_both(self, index: int) -> bytes:
+        """The files of a picture and of its moments, one after the other."""
+        picture, moments = os.fsdecode(self._picture_names[index]), os.fsdecode(self._moment_names[index])
+        return self._pictures.read(picture) + self._moments.read(moments)
 
     def __getitem__(self, index: int) -> Latents:
         pixels = self._read_picture(index) if self._with_images else np.empty(0, dtype=np.uint8)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from haste.data.bad_files import OnBadFile
+from haste.data.fingerprint import fingerprint
 from haste.data.pictures import center_crop, decode_picture
 from haste.data.sources import PictureSource
 from haste.data.training_data import Batch, TrainingData, to_unit
@@ -41,6 +42,9 @@ class PictureData(TrainingData):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(len(self), self.source.listing(), self.source.labels, self.source.read)
 
     def __getitem__(self, index: int) -> Pictures:
         picture = decode_picture(self.source.read(index), self.source.name(index))

@@ -42,6 +42,9 @@ class PictureSource(Protocol):
     def read(self, index: int) -> bytes:
         """The bytes of a picture's file; BadFile if there are none."""
 
+    def listing(self) -> bytes:
+        """What tells the names of these pictures, in their order, from any others."""
+
     def digest(self) -> str:
         """A checksum of which pictures these are, in which order, with which labels."""
 
@@ -64,9 +67,12 @@ class FilePictures:
     def read(self, index: int) -> bytes:
         return self.archive.read(os.fsdecode(self._names[index]))
 
+    def listing(self) -> bytes:
+        return b"\n".join(self._names.tolist())
+
     def digest(self) -> str:
         labels = b"" if self.labels is None else self.labels.tobytes()
-        return hashlib.sha256(b"\n".join(self._names.tolist()) + labels).hexdigest()
+        return hashlib.sha256(self.listing() + labels).hexdigest()
 
 
 def pack_names(names: list[str]) -> np.ndarray:
@@ -187,6 +193,9 @@ class HuggingFacePictures:
             raise BadFile(self.name(index), "is missing")
         file = Path(picture["path"])
         return Folder(file.parent).read(file.name)
+
+    def listing(self) -> bytes:
+        return self._rows._fingerprint.encode()
 
     def digest(self) -> str:
         return self._rows._fingerprint

@@ -67,6 +67,10 @@ class TrainingData(ABC):
     def to_batch(self, raw: Any, device: torch.device, generator: torch.Generator | None = None) -> Batch:
         """A collated batch on the training device, with all random draws from `generator`, or from torch's own."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values by which the same data is known again; see `haste.data.fingerprint`."""
+        return {"images": len(self)}
+
     def without_images(self) -> TrainingData:
         """The same data for when no teacher looks any more; where that saves reading, `Batch.images` is None."""
         return self

@@ -128,7 +128,7 @@ def check_twins(samples: Path, images: PictureSet, twin: Path, twins: PictureSet
 
 def check_records(samples: Path, twin: Path) -> None:
     """UserError if two sample folders have other noise, labels or weights."""
-    own, other = (read_record(folder)["settings"] for folder in (samples, twin))
+    own, other = (read_record(folder).settings for folder in (samples, twin))
     for name in ("global_seed", "labels", "checkpoint"):
         if own.get(name) != other.get(name):
             raise UserError(

@@ -129,5 +129,5 @@ def known_labels(samples: Path, pictures: PictureFiles | NpzPictures) -> np.ndar
     numbers = pictures.numbers()
     if numbers is None or not (samples / RECORD).is_file():
         return None
-    settings = read_record(samples)["settings"]
+    settings = read_record(samples).settings
     return choose_labels(settings["labels"], settings["global_seed"], numbers, NUM_CLASSES)

@@ -11,9 +11,9 @@ goes on with the numbers that are missing, and a larger count adds to what is th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,15 @@ import numpy as np
 
 from haste.errors import UserError, shorten
 from haste.evaluation.images import picture_path, read_picture, write_npz, write_picture
-from haste.io import remove_leftovers, write_text
+from haste.io import holds_nothing, read_json, remove_abandoned, remove_leftovers, told, write_json
+from haste.lock import hold
+from haste.plain import build
 
 RECORD = "sample.json"
 
 THREADS = 8  # files that are read or written at a time
+ALL_THERE = "the images are all there, and the same command tries again"
+
 CHUNK = 256  # pictures in memory while the .npz is written
 
 
@@ -64,11 +68,23 @@ class SampleFolder:
         record = self.path / RECORD
         if record.is_file():
             saved = read_record(self.path)
-            self._refuse_other(saved["settings"])
-            self.drawn, self.full_steps = Drawn(**saved["drawn"]), saved["full_steps"]
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            self._refuse_other(saved.settings)
+            self.drawn, self.full_steps = saved.drawn, saved.full_steps
+        elif not holds_nothing(self.path):
             raise UserError(f"{self.path} holds something else than samples; give another --sample-dir")
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """While this context is open no other command fills the folder; what a kill has left of a write is gone.
+
+        UserError if another command does.
+        """
+        with hold(self.path, f"{self.path} is being filled", "give another --sample-dir, or wait until it has ended"):
+            self.__post_init__()  # another command may have ended here a moment ago
+            remove_leftovers(self.path)
+            for path in (self.npz, self.grid):
+                remove_abandoned(path, held=True)
+            yield
 
     def _refuse_other(self, saved: dict[str, Any]) -> None:
         names = list(dict.fromkeys([*saved, *self.settings]))
@@ -92,11 +108,8 @@ class SampleFolder:
         if not (self.path / RECORD).is_file():
             self._save()  # claims the folder before the first picture is in it
         paths = [picture_path(self.path, index) for index in indices]
-        try:
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(write_picture, paths, images))
-        except OSError as error:
-            raise UserError(f"the sample folder {self.path} cannot be written: {error.strerror or error}") from error
+        with self._told(), ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(write_picture, paths, images))
 
     def count(self, pictures: int, seconds: float, evaluations: int, full: int) -> None:
         """Keep in the record that so many pictures more were written, and what they took."""
@@ -112,14 +125,8 @@ class SampleFolder:
 
     def collect(self, labels: np.ndarray) -> None:
         """Write the .npz with the first pictures and their labels (N,) beside the folder. UserError if it cannot be."""
-        remove_leftovers(self.path)
-        try:
+        with told(str(self.npz), ALL_THERE):
             write_npz(self.npz, self.read(len(labels)), labels)
-        except OSError as error:
-            raise UserError(
-                f"{self.npz} cannot be written: {error.strerror or error}; the pictures are all there, and the same "
-                "command tries again"
-            ) from error
 
     @property
     def npz(self) -> Path:
@@ -133,11 +140,11 @@ class SampleFolder:
         record = {"settings": self.settings, "drawn": asdict(self.drawn)}
         if self.full_steps is not None:
             record["full_steps"] = self.full_steps
-        text = json.dumps(record, indent=2) + "\n"
-        try:
-            write_text(self.path / RECORD, text)
-        except OSError as error:
-            raise UserError(f"the sample folder {self.path} cannot be written: {error.strerror}") from error
+        with self._told():
+            write_json(self.path / RECORD, record)
+
+    def _told(self) -> AbstractContextManager[None]:
+        return told(f"the sample folder {self.path}", "what is there is kept, and the same command goes on")
 
 
 @dataclass(frozen=True)
@@ -157,11 +164,16 @@ class Samples:
         return self.folder.drawn
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The content of a folder's sample.json: settings, drawn, and full_steps or None. UserError if it is not one."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        steps = record.get("full_steps")
-        return {"settings": dict(record["settings"]), "drawn": dict(record["drawn"]), "full_steps": steps}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / RECORD} cannot be read as the record of a sample folder ({error})") from error
+@dataclass(frozen=True)
+class Record:
+    """The content of a sample.json. full_steps: those that --max-error has found."""
+
+    settings: dict[str, Any]
+    drawn: Drawn
+    full_steps: list[int] | None = None
+
+
+def read_record(folder: Path) -> Record:
+    """The content of a folder's sample.json. UserError if it is not one."""
+    path = folder / RECORD
+    return build(Record, read_json(path, "the record of a sample folder"), str(path))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from haste.errors import UserError
-from haste.io import write_atomically
+from haste.io import save_tensors
 from haste.models.sit import SiT
 from haste.training.config import TrainConfig
 from haste.training.conventions import Convention, our_settings
@@ -48,7 +48,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    save_tensors(path, checkpoint)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -65,10 +65,45 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
-    for path in list_checkpoints(folder)[:-keep] if keep else ():
-        path.unlink(missing_ok=True)
+class Retention:
+    """--keep: deletes the older whole checkpoints of a folder, each time that a newer one was written.
+
+    Damaged files are neither counted nor deleted, and named once; a file is read for that once in a process, and only
+    where it would be deleted or counted otherwise. keep: how many stay; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._whole: dict[Path, bool] = {}
+
+    def written(self, newest: Path) -> None:
+        """`newest` has been written whole: delete those before it that are too many."""
+        self._whole[newest] = True
+        older = [path for path in list_checkpoints(self.folder) if int(path.stem) < int(newest.stem)]
+        if not self.keep or len(older) < self.keep:
+            return
+        for path in [path for path in reversed(older) if self._is_whole(path)][self.keep - 1 :]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s cannot be deleted, as --keep asks: %s", path, error.strerror)
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole:
+            self._whole[path] = is_whole(path)
+            if not self._whole[path]:
+                logger.warning("%s is damaged; --keep neither counts nor deletes it", path)
+        return self._whole[path]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as torch.save wrote it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive leads zipfile to raise anything
+        return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

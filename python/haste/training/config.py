@@ -155,9 +155,11 @@ class TrainConfig:
     sampling_steps: int = 10_000
     """Steps between two previews: pictures that the averaged student draws, in previews/ of the run. 0: none."""
     keep: int = 0
-    """Keep the newest so many checkpoints and delete older ones, once a newer one is whole on the disk. 0: keep all."""
+    """Keep the newest so many checkpoints and delete older ones, once a newer one is whole on the disk. Damaged ones
+    are neither counted nor deleted. 0: keep all."""
     resume_step: int = 0
-    """Go on from the checkpoint of this step. 0: from the newest whole one, if there is any."""
+    """Go on from the checkpoint of this step, as a branch: what later steps had left moves to branches/ of the run. The
+    same value again goes on with that branch. 0: from the newest whole checkpoint, if there is any."""
     report_to: str = "none"
     """Where the log goes besides log.jsonl: tensorboard, wandb, both with a comma between them, or none."""
     logging_dir: str = "logs"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"--batch-size is {config.batch_size}; it must be a multiple of the {accelerator.num_processes} processes"
         )
     return accelerator
+
+
+def in_first(accelerator: Accelerator, function: Callable[[], object]) -> None:
+    """Call `function` in the first process, while the others wait. After a UserError there, which the first one raises,
+    all leave."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except UserError as error:
+            problem = error
+    failed = torch.tensor(float(problem is not None), device=accelerator.device)
+    if accelerator.reduce(failed, reduction="sum") > 0:
+        raise problem or SystemExit(2)
 
 
 def sharding() -> bool:

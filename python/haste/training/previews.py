@@ -16,6 +16,7 @@ from haste.errors import UserError
 from haste.evaluation.images import to_uint8, write_picture
 from haste.models import SiT
 from haste.sampling import initial_noise, sample
+from haste.training.backlog import Backlog
 from haste.training.config import TrainConfig
 from haste.vae import VAE
 
@@ -40,11 +41,13 @@ class Previews:
         self.data = data
         self.accelerator = accelerator
         self._failed = False
+        self._files = Backlog(str(folder))
 
     def draw(self, model: SiT, step: int) -> None:
         """Every process takes part, as each may hold a share of the model; one writes. Draws none of the run's chance.
 
-        A preview that cannot be drawn is said to be missing, once, and costs no training.
+        A preview that cannot be drawn is said to be missing, once, and costs no training; one that cannot be written
+        waits until it can.
         """
         device, classes = self.accelerator.device, self.data.num_classes
         shape = (COUNT, self.data.channels, self.data.input_size, self.data.input_size)
@@ -60,12 +63,19 @@ class Previews:
                 cfg_scale=CFG_SCALE if self.config.cfg_prob else 1.0,
                 null_label=classes if self.config.cfg_prob else None,
             )
-            if self.accelerator.is_main_process and not self._failed:
-                write_picture(self.folder / f"{step:07d}.png", as_grid(to_uint8(self._to_pictures(drawn))))
-        except (UserError, OSError) as error:  # of weights that give NaN too
+            if self._failed or not self.accelerator.is_main_process:
+                return
+            grid = as_grid(to_uint8(self._to_pictures(drawn)))
+        except UserError as error:  # of weights that give NaN too
             if self.accelerator.is_main_process and not self._failed:
                 logger.warning("no previews are drawn: %s", error)
             self._failed = True
+            return
+        self._files.add(lambda: write_picture(self.folder / f"{step:07d}.png", grid))
+
+    def close(self) -> None:
+        """Write those that wait, if that can be done now."""
+        self._files.close()
 
     def _to_pictures(self, drawn: Tensor) -> Tensor:
         """Latents through their VAE, which is loaded for this and let go of."""

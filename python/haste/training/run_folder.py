@@ -1,15 +1,20 @@
-"""The folder of one run: <output_dir>/<exp_name>/{args.json, log.jsonl, checkpoints/}."""
+"""The folder of one run: <output_dir>/<exp_name>/{args.json, log.jsonl, checkpoints/}; its branches in branches.py."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from haste.errors import UserError, in_one_line
-from haste.io import remove_leftovers, require_space, write_text
+from haste.io import read_json, remove_abandoned, remove_leftovers, require_space, write_json
+from haste.lock import hold
+from haste.training.backlog import Backlog
+from haste.training.branches import RECORD, Branches, forget_after
 from haste.training.config import TrainConfig
 from haste.training.resolved import differing_settings
 
@@ -21,33 +26,43 @@ class RunFolder:
         self.config = config
         self.path = Path(config.output_dir).expanduser() / config.exp_name
         self.checkpoints = self.path / "checkpoints"
+        self.branches = Branches(self.path)
         self._settings = self.path / "args.json"
         self._log = self.path / "log.jsonl"
+        self._lines = Backlog(str(self._log))
         if self._settings.is_file():
-            self.refuse_other(self._read_settings(), "holds a run")
+            self.refuse_other(read_json(self._settings, "the settings of a run"), "holds a run")
+
+    def hold(self) -> AbstractContextManager[None]:
+        """While this context is open no other process trains here; UserError if one does."""
+        return hold(self.path, f"--exp-name {self.config.exp_name} is being trained in {self.path}")
+
+    def settle(self) -> None:
+        """Finish what a kill has left half done, before anything is read. UserError if the folder cannot be written."""
+        try:
+            self.branches.settle()
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def claim(self, checkpoint_size: int) -> None:
-        """Make the folder this run's, once it is known that the run can start.
+        """Make the folder this run's, once it is known that the run can start; begin the branch of --resume-step.
 
         UserError if it cannot be written, or has no room for a checkpoint of so many bytes.
         """
-        text = json.dumps(asdict(self.config), indent=2) + "\n"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_text(self._settings, text)
-            remove_leftovers(self.checkpoints)
+            for folder in (self.checkpoints, self.path / "previews"):
+                remove_leftovers(folder)
+            for path in (self._settings, self._log, self.path / RECORD):
+                remove_abandoned(path, held=True)
             require_space(self.checkpoints, checkpoint_size)
+            self.branches.begin(self.config.resume_step)
+            write_json(self._settings, asdict(self.config))
         except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be used: {error.strerror or error}") from error
+            raise self._unusable(error) from error
 
-    def _read_settings(self) -> dict[str, Any]:
-        try:
-            settings = json.loads(self._settings.read_text())
-        except ValueError as error:
-            raise UserError(f"{self._settings} does not hold the settings of a run: {in_one_line(error)}") from error
-        if not isinstance(settings, dict):
-            raise UserError(f"{self._settings} does not hold the settings of a run, but {type(settings).__name__}")
-        return settings
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"the run folder {self.path} cannot be used: {error.strerror or in_one_line(error)}")
 
     def refuse_other(self, found: Mapping[str, Any], what: str) -> None:
         """UserError, naming the first differences, if the settings found here are not those of this run."""
@@ -57,21 +72,28 @@ class RunFolder:
             raise UserError(f"{self.path} {what} with other settings: {shown}; choose another --exp-name")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to log.jsonl."""
-        with open(self._log, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to log.jsonl. While the disk is full it waits in memory."""
+        line = json.dumps(record) + "\n"
+        self._lines.add(lambda: append(self._log, line))
+
+    def close(self) -> None:
+        """Write the lines that wait, if that can be done now."""
+        self._lines.close()
 
     def forget_after(self, step: int) -> None:
         """Drop the log lines of steps after this one, which are about to be done again (and a line cut short)."""
-        if not self._log.is_file():
-            return
-        kept = [line for line in self._log.read_text().splitlines() if _step_of(line) <= step]
-        text = "".join(line + "\n" for line in kept)
-        write_text(self._log, text)
+        forget_after(self._log, step)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+def append(path: Path, line: str) -> None:
+    """Add a line to a file, whole or, where the disk is full, not at all."""
+    data = line.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise

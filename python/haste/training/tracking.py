@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
+from haste.training.backlog import Backlog
 from haste.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 PROJECT = "haste"
 
@@ -25,14 +30,52 @@ def check_trackers(config: TrainConfig) -> None:
             )
 
 
-def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Name the run in every tracker, with its settings."""
-    if config.trackers:
+class Trackers:
+    """Those of --report-to. One that fails, for a full disk or a lost network, costs no training: what it has missed
+    waits in memory, and is handed over when it works again."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._backlog = Backlog("the log of --report-to", errors=Exception)  # each tracker has errors of its own
+
+    def start(self, config: TrainConfig) -> None:
+        """Name the run in every tracker, with its settings. UserError if one cannot be started."""
+        if not config.trackers:
+            return
         settings = {name: "" if value is None else value for name, value in asdict(config).items()}
-        accelerator.init_trackers(PROJECT, config=settings, init_kwargs={"wandb": {"name": config.exp_name}})
+        try:
+            self.accelerator.init_trackers(PROJECT, config=settings, init_kwargs={"wandb": {"name": config.exp_name}})
+        except Exception as error:
+            raise UserError(f"--report-to is {config.report_to}, which cannot start: {in_one_line(error)}") from error
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        """Hand one record of the log to every tracker; what has no number in this step is left out."""
+        values = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
+        if self.accelerator.trackers:
+            self._backlog.add(lambda: self._write(values, step))
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception:
+            for tracker in self.accelerator.trackers:
+                begin_another_file(tracker)
+            raise
+
+    def close(self) -> None:
+        """End every tracker and the group of processes."""
+        if self.accelerator.trackers:
+            self._backlog.close()
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.error("%s could not write its last entries: %s", tracker.name, in_one_line(error))
+        self.accelerator.trackers = []
+        self.accelerator.end_training()
 
 
-def track(accelerator: Accelerator, record: Mapping[str, Any], step: int) -> None:
-    """Hand one record of the log to every tracker; what has no number in this step is left out."""
-    values = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
-    accelerator.log(values, step=step)
+def begin_another_file(tracker: GeneralTracker) -> None:
+    """tensorboard's thread that writes has ended with the first error: let the next record start another one."""
+    if tracker.name == "tensorboard":
+        tracker.writer.file_writer = tracker.writer.all_writers = None

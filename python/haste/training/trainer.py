@@ -13,6 +13,7 @@ import gc
 import logging
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,23 +27,24 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
 from haste.data import Batch, TrainingData, load_dataset
+from haste.data.fingerprint import describe_change, other_latents
 from haste.errors import UserError, in_one_line
 from haste.io import require_space
 from haste.models.attention import check_backend
 from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
 from haste.training.checkpoint import (
     Checkpoint,
+    Retention,
     capture_rng,
     checkpoint_path,
     read_newest_checkpoint,
     read_student,
-    remove_old,
     restore_rng,
     save_checkpoint,
 )
 from haste.training.config import TrainConfig
 from haste.training.feed import Feed
-from haste.training.launch import make_accelerator, sharding
+from haste.training.launch import in_first, make_accelerator, sharding
 from haste.training.meter import Meter
 from haste.training.previews import Previews
 from haste.training.resolved import resolve
@@ -51,7 +53,7 @@ from haste.training.signals import StopRequest
 from haste.training.student import Student
 from haste.training.students import student_shape
 from haste.training.termination import make_termination
-from haste.training.tracking import start_trackers, track
+from haste.training.tracking import Trackers
 from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -85,11 +87,14 @@ def train(config: TrainConfig) -> TrainResult:
     config = resolve(config, dataset.num_classes)
     accelerator = make_accelerator(config)
     folder = RunFolder(config)
-    checkpoint = read_newest_checkpoint(folder.checkpoints, config.resume_step)
-    if checkpoint is not None:
-        folder.refuse_other(vars(checkpoint["args"]), "holds a checkpoint")
-        refuse_other_data(config, dataset, checkpoint)
-    return Trainer(config, dataset, folder, accelerator, checkpoint).run()
+    with ExitStack() as stack:
+        in_first(accelerator, lambda: stack.enter_context(folder.hold()))
+        in_first(accelerator, folder.settle)
+        checkpoint = read_newest_checkpoint(folder.checkpoints, folder.branches.step_to_read(config.resume_step))
+        if checkpoint is not None:
+            folder.refuse_other(vars(checkpoint["args"]), "holds a checkpoint")
+            refuse_other_data(config, dataset, checkpoint)
+        return Trainer(config, dataset, folder, accelerator, checkpoint).run()
 
 
 def check_fit(config: TrainConfig) -> None:
@@ -108,10 +113,16 @@ def check_fit(config: TrainConfig) -> None:
 
 
 def refuse_other_data(config: TrainConfig, dataset: TrainingData, checkpoint: Checkpoint) -> None:
-    """UserError if the run began with another number of pictures, whose order would be another."""
-    began = (checkpoint.get("data") or {}).get("images", len(dataset))
-    if began != len(dataset):
-        raise UserError(f"--data-dir {config.data_dir} has {len(dataset)} pictures; the run began with {began}")
+    """UserError if the run began with other data, as far as the checkpoint tells."""
+    changed = describe_change(checkpoint.get("data") or {}, dataset.fingerprint())
+    began = checkpoint.get("latents")
+    if began and dataset.latents is not None and other_latents(began, asdict(dataset.latents)):
+        changed.append("another scale or shift of the latents")
+    if changed:
+        raise UserError(
+            f"--data-dir is {config.data_dir}, which has changed since this run began: {', '.join(changed)}; it must "
+            "be the same data, moved or not, or begin another run: --exp-name, with --init-from for the weights"
+        )
 
 
 def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
@@ -166,9 +177,12 @@ class Trainer:
         self.folder = folder
         self.accelerator = accelerator
         self.device = accelerator.device
+        self.trackers = Trackers(accelerator)
         self.data = dataset
+        self.fingerprint = dataset.fingerprint()
         self.share_size = config.batch_size // accelerator.num_processes  # pictures per process and pass
         step_size = config.batch_size * config.gradient_accumulation_steps
+        self.retention = Retention(folder.checkpoints, config.keep)
         self.last_step = min(config.max_train_steps, max(1, config.epochs * len(dataset) // step_size))
         self.step = 0 if checkpoint is None else checkpoint["steps"]
         self.termination = make_termination(config)
@@ -219,16 +233,14 @@ class Trainer:
             interrupted = self._run()
         finally:
             self.student.leave_group()
-            self.accelerator.end_training()
+            self.trackers.close()
         return TrainResult(self.step, self.folder.path, interrupted)
 
     def _run(self) -> signal.Signals | None:
         """The loop; returns the signal that ended it early, if one did."""
         config = self.config
-        if self.accelerator.is_main_process:
-            self.folder.claim(self.student.checkpoint_size)
-            self.folder.forget_after(self.step)
-        start_trackers(self.accelerator, config)
+        in_first(self.accelerator, self._claim)
+        self.trackers.start(config)
         logger.info("%s", self._describe())
         self.feed = Feed(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
         previews = Previews(self.folder.path / "previews", config, self.data, self.accelerator)
@@ -259,7 +271,14 @@ class Trainer:
                     previews.draw(self.student.ema.model, self.step)
                 if save or preview:
                     self.meter.start_clock()  # neither is part of a step
+        self.folder.close()
+        previews.close()
         return interrupted
+
+    def _claim(self) -> None:
+        """Make the folder this run's, with what came before this step alone."""
+        self.folder.claim(self.student.checkpoint_size)
+        self.folder.forget_after(self.step)
 
     def _train_step(self) -> None:
         """One update, from as many passes as gradients are accumulated over. Nothing here waits for a GPU."""
@@ -354,7 +373,7 @@ class Trainer:
         record = {"step": self.step, **record, "aligned": self.aligner is not None}
         if self.accelerator.is_main_process:
             self.folder.log(record)
-        track(self.accelerator, record, self.step)
+        self.trackers.log(record, self.step)
         loss = record["loss"]  # None if every step since the last line was left out
         bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=f"{record['images_per_second']:.0f}")
 
@@ -369,7 +388,7 @@ class Trainer:
             "model_config": self.model_config,
             "termination": self.termination.state_dict(),
             "rng": capture_rng(),
-            "data": {"images": len(self.data)},
+            "data": self.fingerprint,
             "latents": None if self.data.latents is None else asdict(self.data.latents),
         }
         path = checkpoint_path(self.folder.checkpoints, self.step)
@@ -387,7 +406,7 @@ class Trainer:
         try:
             require_space(path.parent, self.student.checkpoint_size)
             save_checkpoint(path, checkpoint)
-            remove_old(path.parent, self.config.keep)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self.retention.written(path)
+        except OSError as error:
             return in_one_line(error)
         return ""

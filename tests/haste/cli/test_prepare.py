@@ -255,7 +255,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_in_one_line(so
     )
     (tmp_path / "file").write_text("in the way")
     assert "which holds something else" in refusal(capsys, source, tmp_path / "file", "none")
-    assert "which cannot be written: Not a directory" in refusal(capsys, source, tmp_path / "file" / "out", "none")
+    assert "file/out cannot be used: Not a directory" in refusal(capsys, source, tmp_path / "file" / "out", "none")
 
 
 def test_flags_that_make_no_sense(source, tmp_path, vae, capsys):

@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="the sample folder .* cannot be written"):
         folder.write([1], PICTURES[1:2])
     folder.npz.mkdir()
-    with pytest.raises(UserError, match="s.npz cannot be written: .*; the pictures are all there"):
+    with pytest.raises(UserError, match="s.npz cannot be written: .*; the images are all there"):
         folder.collect(np.zeros(1))
 
 
@@ -71,7 +71,7 @@ def test_a_folder_of_another_command_is_refused_with_what_differs(tmp_path):
         SampleFolder(tmp_path / "s", {**SETTINGS, "interval": 3})
     with pytest.raises(UserError, match="labels random, now 1,2,3,.{0,40}[.][.][.]\\);"):
         SampleFolder(tmp_path / "s", {**SETTINGS, "labels": "1,2,3," * 1000})
-    assert read_record(tmp_path / "s")["settings"] == SETTINGS
+    assert read_record(tmp_path / "s").settings == SETTINGS
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
@@ -86,5 +86,5 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", '{"settings": {}}'])
 def test_a_damaged_record_is_named(tmp_path, content):
     (tmp_path / "sample.json").write_text(content)
-    with pytest.raises(UserError, match="sample.json cannot be read"):
+    with pytest.raises(UserError, match="sample.json must "):
         SampleFolder(tmp_path, SETTINGS)

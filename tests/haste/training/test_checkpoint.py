@@ -12,8 +12,10 @@ from haste.errors import UserError
 from haste.io import remove_leftovers, write_atomically
 from haste.training.checkpoint import (
     BrokenCheckpoint,
+    Retention,
     capture_rng,
     checkpoint_path,
+    list_checkpoints,
     load_model,
     read_checkpoint,
     read_newest_checkpoint,
@@ -124,6 +126,34 @@ def test_what_a_kill_left_behind_is_removed(tmp_path):
     (tmp_path / ".0000008.pt.99.tmp").write_text("half")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["0000004.pt"]
+
+
+def kept(folder):
+    return [int(path.stem) for path in list_checkpoints(folder)]
+
+
+def test_keep_leaves_the_newest(tmp_path):
+    retention = Retention(tmp_path, 2)
+    for step in (4, 8, 12, 16):
+        save_checkpoint(checkpoint_path(tmp_path, step), small_checkpoint(step))
+        retention.written(checkpoint_path(tmp_path, step))
+    assert kept(tmp_path) == [12, 16]
+    Retention(tmp_path, 0).written(checkpoint_path(tmp_path, 16))
+    assert kept(tmp_path) == [12, 16]
+
+
+@pytest.mark.parametrize("keep, left", [(1, [8, 16, 20]), (2, [8, 12, 16, 20])])
+def test_keep_neither_counts_nor_deletes_what_is_damaged_or_newer(tmp_path, caplog, keep, left):
+    for step in (4, 8, 12, 16, 20):
+        save_checkpoint(checkpoint_path(tmp_path, step), small_checkpoint(step))
+    for step in (8, 20):
+        path = checkpoint_path(tmp_path, step)
+        path.write_bytes(path.read_bytes()[:-100])
+    retention = Retention(tmp_path, keep)
+    for _ in range(2):
+        retention.written(checkpoint_path(tmp_path, 16))
+    assert kept(tmp_path) == left
+    assert caplog.text.count("0000008.pt is damaged; --keep neither counts nor deletes it") == 1
 
 
 def test_when_no_file_is_whole_training_does_not_start_over(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from haste.errors import UserError
+from haste.training import previews, run_folder
 from haste.training import trainer as trainer_module
 from haste.training.checkpoint import checkpoint_path, read_checkpoint, read_newest_checkpoint
 from haste.training.feed import Feed
@@ -35,9 +37,26 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_config, unbroken,
     assert [line["step"] for line in read_log(result.folder)] == list(range(1, 13))
 
 
-def test_going_on_from_an_earlier_step(make_config, unbroken):
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_going_on_from_an_earlier_step_begins_a_branch(make_config, unbroken):
     train(make_config())
-    assert_same_bits(final_state(train(make_config(resume_step=4))), unbroken)
+    result = train(make_config(resume_step=4, keep=1, max_train_steps=8))  # stopped half way
+    assert names(result.folder) == ["0000008.pt"]
+    assert names(result.folder / "branches" / "1-from-0000004") == ["0000008.pt", "0000012.pt"]
+    result = train(make_config(resume_step=4))
+    assert_same_bits(final_state(result), unbroken)
+    assert names(result.folder) == ["0000008.pt", "0000012.pt"]
+    assert [line["step"] for line in read_log(result.folder)] == list(range(1, 13))
+
+
+def test_a_run_that_is_being_trained_is_refused(make_config):
+    config = make_config()
+    with RunFolder(config).hold(), pytest.raises(UserError, match="--exp-name run is being trained .* by .*process"):
+        train(config)
+    assert not RunFolder(config).path.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -216,11 +235,35 @@ def test_a_disk_that_stays_full_spares_what_is_there(make_config, monkeypatch):
     assert [path.name for path in RunFolder(config).checkpoints.iterdir()] == ["0000004.pt"]
 
 
+def test_a_log_and_previews_that_cannot_be_written_cost_no_training(make_config, unbroken, monkeypatch, caplog):
+    """Between steps 4 and 9 the disk takes nothing but checkpoints."""
+    steps = []
+
+    def full_for_a_while(original):
+        def write(path, *args, **kwargs):
+            steps.append(path)
+            if 4 < len([step for step in steps if step.suffix == ".jsonl"]) < 9:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(path, *args, **kwargs)
+
+        return write
+
+    monkeypatch.setattr(run_folder, "append", full_for_a_while(run_folder.append))
+    monkeypatch.setattr(previews, "write_picture", full_for_a_while(previews.write_picture))
+    with caplog.at_level(logging.WARNING):
+        result = train(make_config(sampling_steps=6))
+    assert_same_bits(final_state(result), unbroken)
+    assert [line["step"] for line in read_log(result.folder)] == list(range(1, 13))
+    assert [path.name for path in sorted((result.folder / "previews").iterdir())] == ["0000006.png", "0000012.png"]
+    assert caplog.text.count("log.jsonl cannot be written, and training goes on") == 1
+    assert caplog.text.count("previews cannot be written, and training goes on") == 1
+
+
 def test_other_data_than_the_run_began_with_is_refused(make_config):
     path = checkpoint_path(train(make_config(max_train_steps=4)).folder / "checkpoints", 4)
     checkpoint = read_checkpoint(path)
     torch.save({**checkpoint, "data": {"images": 5}}, path)
-    with pytest.raises(UserError, match="--data-dir digits has 1797 pictures; the run began with 5"):
+    with pytest.raises(UserError, match="--data-dir is digits, which has changed .*: 1797 images, which were 5;"):
         train(make_config())
 
 

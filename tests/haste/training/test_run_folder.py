@@ -40,7 +40,7 @@ def test_settings_that_cannot_be_read_are_reported(make_config):
     folder = RunFolder(make_config())
     folder.claim(0)
     (folder.path / "args.json").write_text("{")
-    with pytest.raises(UserError, match=r"args\.json does not hold the settings of a run"):
+    with pytest.raises(UserError, match=r"args\.json must be the settings of a run"):
         RunFolder(make_config())
 
 
