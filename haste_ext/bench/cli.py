@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,8 +142,18 @@ def check_output(parser: argparse.ArgumentParser, output: Path | None, must: str
                 empty = file.tell() == 0
             if empty:
                 output.unlink()
+            elif not is_document(output):
+                parser.error(f"--output is {output}, which holds something else than results; it must be a new file")
     except OSError as error:
         parser.error(f"--output is {output}, which cannot be written ({error.strerror}); it must {must}")
+
+
+def is_document(path: Path) -> bool:
+    """Whether a file is one that --output has written."""
+    try:
+        return "results" in json.loads(path.read_text())
+    except (ValueError, TypeError):
+        return False
 
 
 def check_folder(folder: Path) -> None:

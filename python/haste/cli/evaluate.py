@@ -19,13 +19,14 @@ from haste.evaluation.frechet import check_sample_size
 from haste.evaluation.metrics import MetricSettings
 from haste.evaluation.picture_sets import open_pictures
 from haste.evaluation.record import beside, keep_evaluation, metrics_record
-from haste.evaluation.reference import save_reference
+from haste.evaluation.reference import check_replaceable, save_reference
 from haste.evaluation.scores import Yardstick, evaluate_checkpoints, load_yardstick
 from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
 from haste.generation.drawing import Sampler
 from haste.generation.sample_folder import read_record
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student, run_checkpoints
+from haste.io import told
 from haste.training.run_log import alignment_end, read_log
 
 STEP_PICTURES = 64  # whose states are compared after every step
@@ -85,6 +86,8 @@ def open_evaluator(args: Args) -> Evaluator | None:
     if reference is None:
         raise UserError(f"--reference is not given; --features {features} needs a folder of real pictures, or an .npz "
                         "of pictures or statistics")  # fmt: skip
+    if args.save_reference is not None:
+        check_replaceable(args.save_reference)
     settings = MetricSettings(kid_subset_size=args.kid_subset_size)
     evaluator = Evaluator(features, reference, judge_dir(args), args.per_proc_batch_size, settings)
     if args.save_reference is not None:
@@ -146,17 +149,14 @@ def compare_steps(args: Args, samples: Path) -> np.ndarray:
     errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_PICTURES)))
     title = f"{student.label}\n{settings.describe()}"
     plot = beside(samples, "step-errors.png")
-    draw_step_errors(plot, errors, title=title, full_steps=cached.cache.full_steps)
+    with told(str(plot)):
+        draw_step_errors(plot, errors, title=title, full_steps=cached.cache.full_steps)
     return errors
 
 
 def keep(samples: Path, settings: dict[str, Any], measured: dict[str, Any]) -> None:
     """Write evaluation.json beside the samples; UserError if that folder cannot be written."""
-    path = beside(samples, "evaluation.json")
-    try:
-        keep_evaluation(path, settings, measured)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    keep_evaluation(beside(samples, "evaluation.json"), settings, measured)
 
 
 def heading(samples: Path, evaluation: Evaluation) -> str:
@@ -206,9 +206,10 @@ def draw_pictures(args: Args, run: Path, records: list[dict]) -> None:
     log = read_log(run / "log.jsonl").lines
     stop = alignment_end(log)
     title = f"{run.name}: {args.num_fid_samples:,} samples a point, {args.describe()}"
-    draw_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
-    if log:
-        draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
+    with told(f"a plot in {run}", "the scores are kept, and the same command draws it"):
+        draw_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
+        if log:
+            draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
 
 
 def print_records(records: list[dict], yardstick: Yardstick) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from haste import __version__
 from haste.cli.environment import check_docstrings, check_processes
 from haste.cli.failures import answered
+from haste.cli.streams import patient_stderr
 from haste.cli.terminal import accept_any_text, widen
 
 SUBCOMMANDS = {
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # and several times slower where another program wants one of these.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with answered(" ".join(["haste", *(word for word in words[:1] if word in SUBCOMMANDS)]), words):
-        run(*split_command(words))
+        subcommand = split_command(words)
+        with patient_stderr():
+            run(*subcommand)
 
 
 def split_command(words: Sequence[str]) -> tuple[str, list[str]]:

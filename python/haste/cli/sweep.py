@@ -11,6 +11,8 @@ from haste.evaluation.evaluator import Evaluator
 from haste.evaluation.metrics import MetricSettings
 from haste.evaluation.reference import STORED
 from haste.generation.student import Student, load_student
+from haste.io import told
+from haste.lock import hold
 from haste.sweep.advice import advise, recommend
 from haste.sweep.measure import Sweep
 from haste.sweep.quality import Quality
@@ -27,10 +29,15 @@ def main(args: Args) -> None:
     known = args.draw_only and args.output
     student = None if known else load_student(args.ckpt, args.ema, convention=args.convention)
     folder = args.output or student.run / "sweep"
-    book = RecordBook(folder / RECORDS)
-    shared = None if args.draw_only else measure(args, student, book)
-    records = book.of(shared)
-    draw(folder, make_rows(records), records[0]["sweep"], args.tolerance)
+    for name in (TABLE, PLOT):
+        if (folder / name).exists() and not (folder / RECORDS).exists():
+            raise UserError(f"--output is {folder}, which holds a {name} but no {RECORDS}; it must be another folder")
+    with hold(folder, f"{folder} is being filled", "give another --output, or wait until it has ended"):
+        book = RecordBook(folder / RECORDS)
+        shared = None if args.draw_only else measure(args, student, book)
+        records = book.of(shared)
+        with told(f"a plot or a table in {folder}", "what was measured is kept, and --draw-only writes them"):
+            draw(folder, make_rows(records), records[0]["sweep"], args.tolerance)
 
 
 def measure(args: Args, student: Student, book: RecordBook) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from haste.errors import UserError, in_one_line
-from haste.io import read_bytes, write_atomically
+from haste.io import read_bytes, remove_abandoned, write_atomically
 
 
 def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
@@ -81,4 +81,5 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
             np.savez(file, **arrays)
 
+    remove_abandoned(path)
     write_atomically(path, write)

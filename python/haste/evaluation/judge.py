@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from haste.data.digits import load_digits
 from haste.errors import UserError, in_one_line
 from haste.evaluation.images import to_uint8
-from haste.io import write_atomically
+from haste.io import remove_abandoned, save_tensors, told
 from haste.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ def load_judge(cache: Path, settings: JudgeSettings = JudgeSettings()) -> Judge:
         "feature_scale": judge.feature_scale,
         "held_out_accuracy": judge.held_out_accuracy,
     }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    remove_abandoned(path)
+    with told(str(path)):
+        save_tensors(path, content)
     return judge
 
 

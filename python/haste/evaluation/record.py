@@ -15,7 +15,8 @@ from typing import Any
 
 from haste.errors import UserError
 from haste.evaluation.metrics import Result
-from haste.io import read_json, write_text
+from haste.io import read_json, told, write_json
+from haste.lock import updating
 
 
 def beside(samples: Path, ending: str) -> Path:
@@ -36,11 +37,14 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Add an entry, in place of one with the same settings; the file is replaced whole, or stays as it was."""
+    """Add an entry, in place of one with the same settings; the file is replaced whole, or stays as it was.
+
+    Another command that does the same waits. UserError if it cannot be written.
+    """
     settings = json.loads(json.dumps(settings))  # as it will be read: tuples become lists
-    others = [entry for entry in read_evaluations(path) if entry["settings"] != settings]
-    text = json.dumps({"evaluations": [*others, {"settings": settings, **measured}]}, indent=1) + "\n"
-    write_text(path, text)
+    with told(str(path), "what was measured before is kept"), updating(path):
+        others = [entry for entry in read_evaluations(path) if entry["settings"] != settings]
+        write_json(path, {"evaluations": [*others, {"settings": settings, **measured}]}, indent=1)
 
 
 def metrics_record(results: Sequence[Result]) -> dict[str, Any]:

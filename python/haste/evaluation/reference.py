@@ -12,6 +12,7 @@ Stored features and statistics belong to the network that gave them.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from haste.evaluation.frechet import Gaussian, fault_of_moments, fit_gaussian
 from haste.evaluation.images import write_arrays
 from haste.evaluation.judge import real_digits
 from haste.evaluation.picture_sets import PictureArray, PictureSet, open_pictures
+from haste.io import told
 
 logger = logging.getLogger(__name__)
 
@@ -204,15 +206,37 @@ def read_statistics(path: Path, key: str | None) -> Reference:
 
 
 def save_reference(path: Path, reference: Reference) -> None:
-    """Keep statistics, features and the network's key for the next time; without statistics if pictures are too few."""
-    arrays = {"extractor": np.array(reference.extractor)}
+    """Keep statistics, features and the network's key for the next time; without statistics if pictures are too few.
+
+    Raises UserError if the file holds anything but the same reference in the same network, or cannot be written.
+    """
+    check_replaceable(path, reference)
+    arrays = {"extractor": np.array(reference.extractor), "source": np.array(reference.name)}
     try:
         arrays |= {"mu": reference.gaussian.mean, "sigma": reference.gaussian.covariance}
     except UserError:
         logger.info("%s has too few pictures for mu and sigma; %s holds its features alone", reference.name, path)
     if reference.features is not None:
         arrays["features"] = reference.features
-    write_arrays(path, arrays)
+    with told(f"--save-reference {path}"):
+        write_arrays(path, arrays)
+
+
+def check_replaceable(path: Path, reference: Reference | None = None) -> None:
+    """UserError if --save-reference names a file that must not be replaced: none of its own, or, where the reference is
+    known, one of another reference or network."""
+    if not os.path.lexists(path):
+        return
+    try:
+        names = read_npz(path, ("extractor", "source"))
+        saved = (str(names["extractor"]), str(names["source"]))
+    except (BadFile, KeyError) as fault:
+        raise UserError(f"--save-reference is {path}, which holds something else; it must be a new file") from fault
+    if reference is not None and saved != (reference.extractor, reference.name):
+        raise UserError(
+            f"--save-reference is {path}, which holds {saved[1]} in the features of {saved[0]}, not {reference.name} "
+            f"in those of {reference.extractor}; it must be a new file, or one of the same"
+        )
 
 
 def list_arrays(path: Path) -> list[str]:

@@ -18,7 +18,8 @@ from haste.generation.drawing import Sampler
 from haste.generation.filling import measure_full_steps
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student
-from haste.io import write_text
+from haste.io import told, write_text
+from haste.lock import updating
 from haste.training.run_log import finite, is_step, read_lines
 
 RECORDS = "evaluation.jsonl"
@@ -146,6 +147,9 @@ def is_score(record: dict[str, Any]) -> bool:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line; the file is replaced whole, so that a kill leaves the old lines or the new."""
-    text = "".join(json.dumps(line) + "\n" for line in [*read_lines(path)[0], record])
-    write_text(path, text)
+    """Add one line; the file is replaced whole, so that a kill leaves the old lines or the new.
+
+    Another command that does the same waits. UserError if it cannot be written.
+    """
+    with told(str(path), "the scores that are there are kept, and the same command goes on"), updating(path):
+        write_text(path, "".join(json.dumps(line) + "\n" for line in [*read_lines(path)[0], record]))

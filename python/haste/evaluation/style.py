@@ -17,7 +17,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from haste.io import write_atomically
+from haste.io import remove_abandoned, write_atomically
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def thousands(axes: Axes) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Save as PNG, whole or not at all, and close the figure. A letter that the font lacks is a box, without a word."""
+    remove_abandoned(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         write_atomically(

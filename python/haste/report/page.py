@@ -16,11 +16,14 @@ import numpy as np
 from haste.io import write_text
 from haste.report.style import SERIES, STYLE_SHEET
 
+# How every page begins, by which it is known again.
+HEAD = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="haste">'
+
 
 def render_page(title: str, lead: str, *parts: str) -> str:
     """A whole HTML document: the title, one paragraph below it, then the parts as they come."""
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'{HEAD}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE_SHEET}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
@@ -33,6 +36,15 @@ def write_page(path: Path, html: str) -> None:
     """Write the document, whole or not at all. What UTF-8 cannot hold, such as the odd bytes of a file's name, becomes
     a question mark."""
     write_text(path, html.encode("utf-8", "replace").decode())
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is one of these pages."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(HEAD)) == HEAD.encode()
+    except OSError:
+        return False
 
 
 def facts(*pairs: tuple[str, str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.errors import UserError
-from haste.io import write_text
+from haste.io import told, write_text
 
 Record = dict[str, Any]
 
@@ -39,7 +39,8 @@ class RecordBook:
         """Add what was measured of a point to its record, on the disk as well."""
         self._records[key(sweep, point)] = {**self.find(sweep, point), **measured}
         text = "".join(json.dumps(record) + "\n" for record in self._records.values())
-        write_text(self.path, text)
+        with told(str(self.path), "what was measured before is kept, and the same command goes on"):
+            write_text(self.path, text)
 
     def of(self, sweep: Record | None = None) -> list[Record]:
         """The complete records of one sweep, in the order in which they were begun; None: of the last in the file."""

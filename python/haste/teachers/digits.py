@@ -15,12 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from haste.data.digits import load_digits
 from haste.data.order import BatchOrder
+from haste.errors import UserError, in_one_line
+from haste.io import remove_abandoned, temporary_path, told
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +119,16 @@ def augment(images: torch.Tensor, noise: float) -> torch.Tensor:
 
 def _save(model: Dinov2ForImageClassification, target: Path) -> None:
     """Write the folder under another name first: a kill leaves no half teacher behind."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    model.dinov2.save_pretrained(temporary)
+    remove_abandoned(target)
+    temporary = temporary_path(target)
     settings = {"image_mean": [0.5], "image_std": [0.5], "do_normalize": True}
-    (temporary / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     try:
-        os.replace(temporary, target)
-    except OSError:  # another process has put the same teacher there in the meantime
-        shutil.rmtree(temporary)
-        if not (target / "config.json").is_file():
-            raise
+        with told(str(target)):
+            model.dinov2.save_pretrained(temporary)
+            (temporary / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            os.replace(temporary, target)
+    except (UserError, SafetensorError) as error:
+        if not (target / "config.json").is_file():  # where another process has put the same teacher
+            raise UserError(in_one_line(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

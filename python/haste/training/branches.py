@@ -108,7 +108,7 @@ def forget_after(path: Path, step: int) -> None:
     """Drop the lines of a log whose step is after this one, or that are cut short."""
     if not path.is_file():
         return
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
     if kept != text:
         write_text(path, kept)
@@ -128,7 +128,8 @@ def move(path: Path, target: Path) -> None:
 
 
 def _later_lines(path: Path, step: int) -> bool:
-    return path.is_file() and any(step < _step_of(line) < math.inf for line in path.read_text().splitlines())
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return any(step < _step_of(line) < math.inf for line in lines)
 
 
 def _step_of(line: str) -> float:

@@ -23,6 +23,7 @@ from haste.data import BatchOrder, batches, load_dataset
 from haste.data.destination import Destination
 from haste.data.pictures import center_crop
 from haste.data.prepare import Preparation
+from haste.lock import hold
 from haste.vae import VAE, LatentFormat
 from picture_files import cut_short, pixels_of, save_vae, write_classes
 from PIL import Image
@@ -268,3 +269,14 @@ def test_flags_that_make_no_sense(source, tmp_path, vae, capsys):
     ]:
         assert re.search(sentence, refusal(capsys, source, tmp_path / "out", vae, *flags))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_kill_of_the_first_write_leaves_is_no_other_folder(source, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for name in (".prepare.json.12.tmp", ".lock"):
+        (tmp_path / "out" / name).write_text("half")
+    with hold(tmp_path / "out", "it is"):
+        assert "out is being filled by this process" in refusal(capsys, source, tmp_path / "out", "none")
+    prepare(source, tmp_path / "out", "none")
+    prepare(source, tmp_path / "unbroken", "none")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")

@@ -8,6 +8,7 @@ from digits_run import write_run
 from haste.cli.main import main
 from haste.evaluation import features
 from haste.evaluation.judge import JudgeSettings
+from haste.lock import hold
 from PIL import Image
 
 QUICK = ("--steps", "8", "--num-steps", "4", "--num-fid-samples", "70", "--repeats", "1")
@@ -53,6 +54,17 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys):
     assert "The fastest plain run with such a distance" in out and "The fastest plain run with such a distance" in table
     Image.open(folder / "sweep.png").verify()
     assert len(list((tmp_path / "exps" / "judge").iterdir())) == 1  # beside the runs
+
+
+def test_a_folder_of_something_else_or_of_a_sweep_that_runs_is_refused(run, capsys):
+    folder = run / "other"
+    folder.mkdir()
+    (folder / "sweep.md").write_text("mine")
+    flags = ("--ckpt", str(run), *QUICK, "--output", str(folder))
+    assert "which holds a sweep.md but no sweep.jsonl" in refusal(capsys, *flags)
+    assert [path.name for path in folder.iterdir()] == ["sweep.md"]
+    with hold(run / "busy", "it is"):
+        assert "busy is being filled by this process" in refusal(capsys, *flags[:-1], str(run / "busy"))
 
 
 def test_a_second_start_measures_nothing_and_the_records_alone_draw_the_same(run, capsys, monkeypatch):

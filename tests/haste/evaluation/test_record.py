@@ -41,6 +41,20 @@ def test_a_file_of_something_else_is_not_written_over(tmp_path):
     assert path.read_text() == "mine"
 
 
+def test_a_full_disk_spares_what_was_measured_before(tmp_path, monkeypatch):
+    path = tmp_path / "x-evaluation.json"
+    keep_evaluation(path, {"seed": 0}, {"metrics": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("haste.io.os.fsync", full)
+    with pytest.raises(UserError, match="x-evaluation.json cannot be written: No space left on device; what was meas"):
+        keep_evaluation(path, {"seed": 1}, {"metrics": 2})
+    assert [entry["metrics"] for entry in read_evaluations(path)] == [1]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 def test_metrics_are_plain_values():
     record = metrics_record([Result("precision", 0.5), Result("kernel_distance", None, note="too few")])
     assert record == {"precision": {"value": 0.5}, "kernel_distance": {"value": None, "note": "too few"}}

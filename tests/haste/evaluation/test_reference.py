@@ -7,7 +7,13 @@ import pytest
 from haste.errors import UserError
 from haste.evaluation.frechet import Gaussian, frechet_distance
 from haste.evaluation.images import write_picture
-from haste.evaluation.reference import load_reference, save_reference, stored_features, stored_reference
+from haste.evaluation.reference import (
+    check_replaceable,
+    load_reference,
+    save_reference,
+    stored_features,
+    stored_reference,
+)
 
 
 @pytest.fixture
@@ -75,6 +81,37 @@ def test_a_saved_reference_needs_no_pictures_the_next_time(tmp_path, network, im
     network.key = "others"
     with pytest.raises(UserError, match="which was saved with mean-colours; --features gives others"):
         load_reference(str(tmp_path / "saved.npz"), network)
+
+
+@pytest.mark.parametrize("kind", ["text", "arrays", "folder", "link"])
+def test_a_saved_reference_replaces_no_file_of_another_kind(tmp_path, network, images, kind):
+    np.savez(tmp_path / "adm.npz", arr_0=images)
+    path = tmp_path / "saved.npz"
+    if kind == "text":
+        path.write_text("mine")
+    elif kind == "arrays":
+        np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nothing")
+    before = path.read_bytes() if path.is_file() else None
+    for reference in (None, load_reference(str(tmp_path / "adm.npz"), network)):
+        with pytest.raises(UserError, match="--save-reference is .*, which holds something else"):
+            check_replaceable(path, reference)
+    assert before is None or path.read_bytes() == before
+
+
+def test_a_saved_reference_replaces_the_same_alone(tmp_path, network, images):
+    for name, shown in (("adm.npz", images), ("others.npz", images[:11])):
+        np.savez(tmp_path / name, arr_0=shown)
+    first, other = (load_reference(str(tmp_path / name), network) for name in ("adm.npz", "others.npz"))
+    path = tmp_path / "saved.npz"
+    for _ in range(2):
+        save_reference(path, first)
+    with pytest.raises(UserError, match="saved.npz, which holds .*adm.npz in the features of .*, not .*others.npz"):
+        save_reference(path, other)
+    assert load_reference(str(path), network).count == 12
 
 
 def test_a_small_reference_is_saved_without_statistics(tmp_path, network, images):

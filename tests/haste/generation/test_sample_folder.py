@@ -83,6 +83,20 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_what_a_kill_of_the_first_write_leaves_is_no_other_folder_and_goes_away(tmp_path):
+    for name in ("s/.sample.json.12.tmp", "s/.lock", ".s.npz.12.tmp", ".s-grid.png.12.tmp", ".other.npz.12.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    folder = SampleFolder(tmp_path / "s", SETTINGS)
+    with folder.hold():
+        folder.write([0], PICTURES[:1])
+        with pytest.raises(UserError, match="s is being filled by .*; give another --sample-dir"):
+            with SampleFolder(tmp_path / "s", SETTINGS).hold():
+                pytest.fail("held twice")
+    assert sorted(path.name for path in folder.path.iterdir()) == ["000000.png", "sample.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.npz.12.tmp", "s"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"settings": {}}'])
 def test_a_damaged_record_is_named(tmp_path, content):
     (tmp_path / "sample.json").write_text(content)

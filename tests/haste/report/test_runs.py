@@ -112,3 +112,16 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, name, sentence)
         main(["report", str(tmp_path / name)])
     error = capsys.readouterr().err
     assert left.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_the_page_replaces_no_other_file(tmp_path, capsys):
+    write_log(tmp_path, "run", stop=16)
+    for name in ("log.jsonl", "args.json"):
+        path = tmp_path / "run" / name
+        before = path.read_bytes()
+        with pytest.raises(SystemExit):
+            main(["report", str(tmp_path / "run"), "--output", str(path)])
+        assert f"--output is {path}, which is there and no page of haste report" in capsys.readouterr().err
+        assert path.read_bytes() == before
+    for _ in range(2):  # its own it replaces
+        main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])

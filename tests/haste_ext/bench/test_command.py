@@ -295,9 +295,19 @@ def test_an_output_that_can_be_written_stays_as_it_is_until_then(tmp_path):
     parser, path = cli.build_parser(), tmp_path / "new" / "run.json"
     cli.check_output(parser, path, "end in .json")
     assert list(path.parent.iterdir()) == []
-    path.write_text("of an earlier run")
+    path.write_text('{"results": []}')
     cli.check_output(parser, path, "end in .json")
-    assert path.read_text() == "of an earlier run"
+    assert path.read_text() == '{"results": []}'
+
+
+@pytest.mark.parametrize("content", ["mine", "[1]", "{}", "3"])
+def test_an_output_that_holds_something_else_is_refused_and_stays(tmp_path, capsys, content):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        cli.check_output(cli.build_parser(), path, "end in .json")
+    assert f"--output is {path}, which holds something else than results" in capsys.readouterr().err
+    assert path.read_text() == content
 
 
 def test_a_folder_of_pictures_that_is_a_file_is_refused(document, tmp_path, capsys):
