@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -265,10 +265,10 @@ class Trainer:
                 preview = bool(config.sampling_steps) and self.step % config.sampling_steps == 0
                 if save or log or preview:
                     self._log(bar)
+                if preview:  # before the step is saved: after a kill between the two it would never be drawn
+                    previews.draw(self.student.ema.model, self.step)
                 if save:  # a write that fails is tried again at the next line of the log
                     saved = self._save(must=last)
-                if preview:
-                    previews.draw(self.student.ema.model, self.step)
                 if save or preview:
                     self.meter.start_clock()  # neither is part of a step
         self.folder.close()
