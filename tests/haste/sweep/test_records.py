@@ -37,7 +37,7 @@ def test_a_kill_while_writing_leaves_what_was_known(tmp_path, monkeypatch):
     def killed(path, write):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records, "write_atomically", killed)
+    monkeypatch.setattr(records, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
         book.keep(SWEEP, A, distance=2.0)
     assert RecordBook(tmp_path / "sweep.jsonl").find(SWEEP, A)["distance"] == 1.0
