@@ -138,7 +138,7 @@ def test_cuda_graphs_want_a_gpu_and_a_cache(run, capsys):
 
 
 def test_full_steps_that_were_measured_hold_for_all_pictures_and_are_kept(run, caplog):
-    """The first pictures alone decide, so neither the batch nor a resumption changes a picture."""
+    """Some pictures alone decide, so neither the batch nor a resumption changes a picture."""
     settings = {"ckpt": run, "num_steps": 20, "cache": "taylor", "max_error": 0.05, "num_fid_samples": 10}
     whole = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
     steps = whole.folder.full_steps
@@ -154,6 +154,17 @@ def test_full_steps_that_were_measured_hold_for_all_pictures_and_are_kept(run, c
     (whole.folder.path / "000009.png").unlink()
     again = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
     assert again.drawn.full_per_picture == len(kept)
+
+
+def test_full_steps_that_are_measured_depend_on_no_number_of_pictures(run):
+    """Nor on the batch: 1, 2 and 12 pictures of this model, drawn as one batch each, would give three lists."""
+    found = []
+    for count, batch in ((1, 8), (12, 12), (12, 2)):
+        settings = {"num_steps": 20, "cache": "taylor", "max_error": 0.15, "per_proc_batch_size": batch}
+        folder = run / f"{count}-{batch}"
+        samples = sample.sample_to_folder(sample.Args(ckpt=run, num_fid_samples=count, sample_dir=folder, **settings))
+        found.append(samples.folder.full_steps)
+    assert found[0] == found[1] == found[2] and len(found[0]) == 9
 
 
 def test_an_order_above_what_few_full_steps_allow_is_no_obstacle_to_measuring_them(run):
