@@ -7,7 +7,7 @@ import os
 import sys
 
 from haste.training.config import TrainConfig
-from haste.training.recipes import describe_recipe
+from haste.training.recipes import describe_run
 
 
 def main(args: TrainConfig) -> None:
@@ -20,7 +20,7 @@ def main(args: TrainConfig) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of several processes one tells what happens, all tell what is wrong
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     if args.recipe:
-        logging.getLogger(__name__).info("recipe %s: %s", args.recipe, describe_recipe(args.recipe))
+        logging.getLogger(__name__).info("recipe %s: %s", args.recipe, describe_run(args))
     result = train(args)
     if result.interrupted is not None:
         if first:

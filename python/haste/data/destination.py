@@ -57,6 +57,7 @@ class Destination:
     def __init__(self, path: Path, source: PictureSource, resolution: int, latents: LatentFormat | None) -> None:
         self.path = path
         self.count = len(source)
+        self.class_names = source.class_names
         self.settings = {
             "resolution": resolution,
             "latents": None if latents is None else asdict(latents),
@@ -101,7 +102,7 @@ class Destination:
             remove_leftovers(self.path)
 
     def _write_record(self, finished: bool) -> None:
-        write_json(self.path / RECORD, {**self.settings, "finished": finished})
+        write_json(self.path / RECORD, {**self.settings, "class_names": self.class_names, "finished": finished})
 
     def present(self, kind: Kind) -> set[int]:
         """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""

@@ -35,6 +35,7 @@ class PictureData(TrainingData):
     ) -> None:
         super().__init__(resolution, num_classes, vae.latents if vae is not None else None, on_bad_file=on_bad_file)
         self.source = source
+        self.class_names = source.class_names
         self._vae = vae
 
     def __getstate__(self) -> dict[str, Any]:

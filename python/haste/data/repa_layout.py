@@ -74,7 +74,9 @@ def open_repa_layout(
         labels = np.zeros(len(pairs), dtype=np.int64)
     classes = count_classes(num_classes, int(labels.max()) + 1)
     vae_latents = _format(root, vae, vae_stats)
-    return LatentData((images, pictures), (latents, moments), labels, resolution, classes, vae_latents, on_bad_file)
+    data = LatentData((images, pictures), (latents, moments), labels, resolution, classes, vae_latents, on_bad_file)
+    data.class_names = recorded_names(root)
+    return data
 
 
 def pair_files(picture_names: list[str], moment_names: list[str]) -> dict[str, str]:
@@ -121,3 +123,11 @@ def recorded_format(root: Archive) -> LatentFormat | None:
         raise UserError(f"{fault}; it must be the record of haste prepare") from fault
     latents = parse_json(data, where, "the record of haste prepare", needs=["latents"])["latents"]
     return None if latents is None else LatentFormat.from_dict(latents, f"latents in {where}")
+
+
+def recorded_names(root: Archive) -> list[str] | None:
+    """The names of the classes that prepare.json has; None without them."""
+    if not root.has(RECORD):
+        return None
+    names = parse_json(root.read(RECORD), root.locate(RECORD), "the record of haste prepare").get("class_names")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -29,10 +29,12 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class PictureSource(Protocol):
-    """labels: (count,), int64, or None where there are none; num_classes: how many there are, 1 without labels."""
+    """labels: (count,), int64, or None where there are none; num_classes: how many there are, 1 without labels.
+    class_names: by label, or None where classes have none."""
 
     labels: np.ndarray | None
     num_classes: int
+    class_names: list[str] | None
 
     def __len__(self) -> int: ...
 
@@ -52,11 +54,18 @@ class PictureSource(Protocol):
 class FilePictures:
     """The named picture files of a folder or a zip."""
 
-    def __init__(self, archive: Archive, names: list[str], labels: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        names: list[str],
+        labels: np.ndarray | None,
+        class_names: list[str] | None = None,
+    ) -> None:
         self.archive = archive
         self._names = pack_names(names)
         self.labels = labels
         self.num_classes = 1 if labels is None else int(labels.max()) + 1
+        self.class_names = class_names
 
     def __len__(self) -> int:
         return len(self._names)
@@ -104,21 +113,22 @@ def open_files(archive: Archive, what: str) -> FilePictures:
         logger.warning("passed over %d files of formats that are not read, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
         return FilePictures(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
-    return FilePictures(archive, names, _labels_of_folders(names, what))
+    return FilePictures(archive, names, *_labels_of_folders(names, what))
 
 
-def _labels_of_folders(names: list[str], what: str) -> np.ndarray | None:
-    """The classes are the folders at the top, sorted; None where all pictures lie at the top, as one class."""
+def _labels_of_folders(names: list[str], what: str) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels and the names of classes, which are the folders at the top, sorted; None where all pictures lie at the
+    top, as one class."""
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     classes = sorted(set(tops))
     if classes == [""]:
-        return None
+        return None, None
     if classes[0] == "":
         raise UserError(f"{what} holds pictures beside its class folders, such as {names[tops.index('')]}")
     if {name.lower() for name in classes} <= SPLITS:
         raise UserError(f"{what} holds {' and '.join(classes)}, not classes; it must be one of these folders")
     number = {name: index for index, name in enumerate(classes)}
-    return np.array([number[top] for top in tops], dtype=np.int64)
+    return np.array([number[top] for top in tops], dtype=np.int64), classes
 
 
 def listed_labels(archive: Archive) -> dict[str, Any] | None:
@@ -167,7 +177,7 @@ class HuggingFacePictures:
             raise UserError(f"{flag} is {path}, whose columns are {columns}; it must have exactly one column of images")
         self.path = path
         self._column = pictures[0]
-        self.labels, self.num_classes = _labels_of_column(dataset, kinds, f"{flag} is {path}, whose")
+        self.labels, self.num_classes, self.class_names = _labels_of_column(dataset, kinds, f"{flag} is {path}, whose")
         import datasets
 
         try:
@@ -238,14 +248,17 @@ def _check_files(path: Path) -> None:
                 raise UserError(f"{folder / 'state.json'} tells of {str(name)[:60]}, which is no file beside it")
 
 
-def _labels_of_column(dataset: Any, kinds: dict[str, str], what: str) -> tuple[np.ndarray | None, int]:
-    """The one ClassLabel column, or the column named label; the number of classes it tells, or that there are."""
+def _labels_of_column(
+    dataset: Any, kinds: dict[str, str], what: str
+) -> tuple[np.ndarray | None, int, list[str] | None]:
+    """The one ClassLabel column, or the column named label; the number of classes it tells, or that there are; their
+    names."""
     classes = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     column = classes[0] if len(classes) == 1 else "label"
     if column not in kinds:
         if classes:
             raise UserError(f"{what} columns {' and '.join(classes)} are both classes; one must be named label")
-        return None, 1
+        return None, 1, None
     try:
         labels = np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
     except Exception as error:  # pyarrow's own errors among them
@@ -254,4 +267,5 @@ def _labels_of_column(dataset: Any, kinds: dict[str, str], what: str) -> tuple[n
     if not whole or labels.min() < 0 or labels.max() >= MOST_CLASSES:
         raise UserError(f"{what} column {column} holds other values than classes, counted from 0")
     told = getattr(dataset.features[column], "num_classes", None)
-    return labels.astype(np.int64), told or int(labels.max()) + 1
+    names = getattr(dataset.features[column], "names", None)
+    return labels.astype(np.int64), told or int(labels.max()) + 1, names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class TrainingData(ABC):
     """
 
     reads_files = True
+    class_names: Sequence[str] | None = None  # by label, where the data has names
 
     def __init__(
         self,

@@ -153,7 +153,8 @@ class TrainConfig:
     checkpointing_steps: int = 50_000
     """Steps between two checkpoints. The last step, Ctrl-C and SIGTERM write one as well."""
     sampling_steps: int = 10_000
-    """Steps between two previews: pictures that the averaged student draws, in previews/ of the run. 0: none."""
+    """Steps between two previews: samples of the averaged model, in previews/ of the run. The last step has one as
+    well. 0: none."""
     keep: int = 0
     """Keep the newest so many checkpoints and delete older ones, once a newer one is whole on the disk. Damaged ones
     are neither counted nor deleted. 0: keep all."""
@@ -161,7 +162,8 @@ class TrainConfig:
     """Go on from the checkpoint of this step, as a branch: what later steps had left moves to branches/ of the run. The
     same value again goes on with that branch. 0: from the newest whole checkpoint, if there is any."""
     report_to: str = "none"
-    """Where the log goes besides log.jsonl: tensorboard, wandb, both with a comma between them, or none."""
+    """Where log and previews go besides the run's folder: tensorboard, wandb, both with a comma between them, or none.
+    wandb's project is haste, or what the environment's WANDB_PROJECT names."""
     logging_dir: str = "logs"
     """Folder inside --output-dir for what tensorboard reads."""
     legacy: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from haste.data import TrainingData
 from haste.errors import UserError
 from haste.evaluation.images import to_uint8, write_picture
+from haste.io import write_text
 from haste.models import SiT
 from haste.sampling import initial_noise, sample
 from haste.training.backlog import Backlog
@@ -27,13 +29,14 @@ COUNT = 16
 NUM_STEPS = 50
 CFG_SCALE = 4.0
 SMALLEST_SIDE = 64  # pictures below are enlarged, pixel by pixel
-MARGIN, GREY = 2, 128  # around each
+MARGIN, GREY = 2, 96  # around each
+TITLE_HEIGHT = 14  # above each
 
 MISSING = "missing.txt"  # in the folder, where there are no previews: why
 
 
 class Previews:
-    """folder: gets <step>.png, a square grid of pictures whose classes are spread over all there are."""
+    """folder: gets <step>.png, a square grid of images under their classes, which are spread over all there are."""
 
     def __init__(self, folder: Path, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
         self.folder = folder
@@ -43,8 +46,9 @@ class Previews:
         self._failed = False
         self._files = Backlog(str(folder))
 
-    def draw(self, model: SiT, step: int) -> None:
-        """Every process takes part, as each may hold a share of the model; one writes. Draws none of the run's chance.
+    def draw(self, model: SiT, step: int) -> np.ndarray | None:
+        """The grid (H, W, 3) uint8, which is written as well; None where it cannot be had, and in other processes than
+        the first. Every process takes part, as each may hold a share of the model. Draws none of the run's chance.
 
         A preview that cannot be drawn is said to be missing, once, and costs no training; one that cannot be written
         waits until it can.
@@ -64,14 +68,22 @@ class Previews:
                 null_label=classes if self.config.cfg_prob else None,
             )
             if self._failed or not self.accelerator.is_main_process:
-                return
-            grid = as_grid(to_uint8(self._to_pictures(drawn)))
+                return None
+            grid = as_grid(to_uint8(self._to_pictures(drawn)), self._titles(labels.tolist()))
         except UserError as error:  # of weights that give NaN too
             if self.accelerator.is_main_process and not self._failed:
                 logger.warning("no previews are drawn: %s", error)
+                reason = f"{error}\n"
+                self._files.add(lambda: write_text(self.folder / MISSING, reason))
             self._failed = True
-            return
+            return None
         self._files.add(lambda: write_picture(self.folder / f"{step:07d}.png", grid))
+        return grid
+
+    def _titles(self, labels: list[int]) -> list[str]:
+        """Their classes: by name where the data has names, else by number."""
+        names = dict(enumerate(self.data.class_names or ()))
+        return [names.get(label, str(label)) for label in labels]
 
     def close(self) -> None:
         """Write those that wait, if that can be done now."""
@@ -84,12 +96,24 @@ class Previews:
         return VAE(self.data.latents).to(drawn.device).decode(drawn)
 
 
-def as_grid(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3), N a square number, as one picture."""
+def as_grid(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """(N, H, W, 3), N a square number, as one image, each under its title."""
     side = math.isqrt(len(images))
     scale = max(1, SMALLEST_SIDE // images.shape[1])
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    images = np.stack([np.concatenate([title_bar(title, images.shape[2]), one]) for title, one in
+                       zip(titles, images, strict=True)])  # fmt: skip
     images = np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=GREY)
     _, height, width, channels = images.shape
     rows = images.reshape(side, side, height, width, channels).transpose(0, 2, 1, 3, 4)
     return rows.reshape(side * height, side * width, channels)
+
+
+def title_bar(title: str, width: int) -> np.ndarray:
+    """(TITLE_HEIGHT, width, 3) uint8: the beginning of a title, as far as there is room."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    bar = Image.new("RGB", (width, TITLE_HEIGHT), (GREY,) * 3)
+    text = title.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+    ImageDraw.Draw(bar).text((2, 1), text, fill=(255, 255, 255), font=ImageFont.load_default())
+    return np.asarray(bar)

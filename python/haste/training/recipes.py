@@ -82,6 +82,15 @@ def describe_recipe(name: str) -> str:
     return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in RECIPES[name].items())
 
 
+def describe_run(config: TrainConfig) -> str:
+    """What a recipe sets, with the values that the run has; of overridden ones the recipe's own behind it."""
+    parts = []
+    for key, own in RECIPES[config.recipe].items():
+        value = getattr(config, key)
+        parts.append(f"--{key.replace('_', '-')} {value}" + ("" if value == own else f" (recipe: {own})"))
+    return " ".join(parts)
+
+
 def list_recipes() -> str:
     """Every recipe with what it sets, one per paragraph."""
     return "\n\n".join(f"{name}\n  {describe_recipe(name)}" for name in RECIPES)

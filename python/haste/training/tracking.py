@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
@@ -17,7 +19,7 @@ from haste.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-PROJECT = "haste"
+PROJECT = "haste"  # unless wandb's own WANDB_PROJECT names another
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -43,8 +45,9 @@ class Trackers:
         if not config.trackers:
             return
         settings = {name: "" if value is None else value for name, value in asdict(config).items()}
+        named = {"wandb": {"name": config.exp_name}}
         try:
-            self.accelerator.init_trackers(PROJECT, config=settings, init_kwargs={"wandb": {"name": config.exp_name}})
+            self.accelerator.init_trackers(project(config), config=settings, init_kwargs=named)
         except Exception as error:
             raise UserError(f"--report-to is {config.report_to}, which cannot start: {in_one_line(error)}") from error
 
@@ -53,6 +56,11 @@ class Trackers:
         values = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
         if self.accelerator.trackers:
             self._backlog.add(lambda: self._write(values, step))
+
+    def show(self, image: np.ndarray, step: int) -> None:
+        """Hand one image (H, W, 3) uint8 to every tracker, as `previews`. Of several processes the first one does."""
+        for tracker in self.accelerator.trackers:
+            self._backlog.add(lambda tracker=tracker: show_in(tracker, image, step))
 
     def _write(self, values: dict[str, float], step: int) -> None:
         try:
@@ -73,6 +81,21 @@ class Trackers:
                 logger.error("%s could not write its last entries: %s", tracker.name, in_one_line(error))
         self.accelerator.trackers = []
         self.accelerator.end_training()
+
+
+def project(config: TrainConfig) -> str:
+    """The project in which trackers file the run."""
+    return (os.environ.get("WANDB_PROJECT") if "wandb" in config.trackers else None) or PROJECT
+
+
+def show_in(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
+    """tensorboard must be told where the channels are."""
+    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+    try:
+        tracker.log_images({"previews": image[None]}, step=step, **layout)
+    except Exception:
+        begin_another_file(tracker)
+        raise
 
 
 def begin_another_file(tracker: GeneralTracker) -> None:

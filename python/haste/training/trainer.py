@@ -262,11 +262,14 @@ class Trainer:
                 last = self.step == self.last_step or interrupted is not None
                 log = last or self.step % config.logging_steps == 0
                 save = last or self.step % config.checkpointing_steps == 0 or (log and not saved)
-                preview = bool(config.sampling_steps) and self.step % config.sampling_steps == 0
+                end = self.step == self.last_step  # a run shorter than --sampling-steps has one preview
+                preview = bool(config.sampling_steps) and (end or self.step % config.sampling_steps == 0)
                 if save or log or preview:
                     self._log(bar)
                 if preview:  # before the step is saved: after a kill between the two it would never be drawn
-                    previews.draw(self.student.ema.model, self.step)
+                    grid = previews.draw(self.student.ema.model, self.step)
+                    if grid is not None:
+                        self.trackers.show(grid, self.step)
                 if save:  # a write that fails is tried again at the next line of the log
                     saved = self._save(must=last)
                 if save or preview:

@@ -101,6 +101,12 @@ def test_training_reads_back_what_was_prepared(source, tmp_path, vae):
     assert sorted(batch.labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_the_names_of_classes_come_through(source, tmp_path, vae):
+    prepare(source, tmp_path / "dest", vae)
+    names = load_dataset(str(tmp_path / "dest"), 8).class_names
+    assert names == load_dataset(str(source), 8).class_names == ["ant", "bee", "cat"]
+
+
 def test_without_a_vae_the_pictures_alone(source, tmp_path):
     prepare(source, tmp_path / "out", "none", "--num-workers", "2")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images", "prepare.json"]

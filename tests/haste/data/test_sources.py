@@ -106,6 +106,16 @@ def test_a_hugging_face_data_set(tmp_path):
     assert open_pictures(tmp_path, "--data-dir").digest() == source.digest()
 
 
+def test_classes_keep_their_names_where_they_have_any(class_folder, tmp_path):
+    names = sorted(path.name for path in class_folder.iterdir())
+    assert open_pictures(class_folder, "--data-dir").class_names == names
+    hugging_face().save_to_disk(tmp_path / "hub")
+    assert open_pictures(tmp_path / "hub", "--data-dir").class_names == ["x", "y", "z"]
+    (tmp_path / "flat").mkdir()
+    photographs(1)[0].save(tmp_path / "flat" / "0.png")
+    assert open_pictures(tmp_path / "flat", "--data-dir").class_names is None
+
+
 def test_of_several_splits_the_one_named_train_is_taken(tmp_path):
     datasets.DatasetDict(test=hugging_face(2), train=hugging_face(3)).save_to_disk(tmp_path / "both")
     assert len(open_pictures(tmp_path / "both", "--data-dir")) == 3

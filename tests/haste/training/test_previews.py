@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from haste.errors import UserError
 from haste.training import previews
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
-from haste.training.previews import as_grid
+from haste.training.previews import as_grid, title_bar
+from haste.training.tracking import Trackers, project
 from haste.training.trainer import train
 from picture_files import save_vae, write_classes
 from PIL import Image
@@ -21,9 +23,10 @@ def weights_of(result):
 def test_a_run_leaves_previews_and_is_the_run_without_them(make_config):
     seen = train(make_config(exp_name="seen", sampling_steps=5))
     blind = train(make_config(exp_name="blind", sampling_steps=0))
-    assert sorted(path.name for path in (seen.folder / "previews").iterdir()) == ["0000005.png", "0000010.png"]
+    assert sorted(path.name for path in (seen.folder / "previews").iterdir()) == [
+        "0000005.png", "0000010.png", "0000012.png"]  # fmt: skip
     first, second = (np.asarray(Image.open(seen.folder / "previews" / f"{step:07d}.png")) for step in (5, 10))
-    assert first.shape == (272, 272, 3)  # 4 x 4 pictures of 8 pixels, enlarged eight times, and margins
+    assert first.shape == (328, 272, 3)  # 4 x 4 images of 8 pixels, enlarged eight times, margins and titles
     assert (first != second).any()
     assert not (blind.folder / "previews").exists()
     a, b = weights_of(seen), weights_of(blind)
@@ -37,7 +40,7 @@ PLAIN = {"proj_coeff": 0.0, "attn_coeff": 0.0, "max_train_steps": 2, "sampling_s
 def test_latents_are_decoded(make_config, tmp_path):
     classes, vae = write_classes(tmp_path / "classes"), save_vae(tmp_path / "vae")
     result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
-    assert Image.open(result.folder / "previews" / "0000002.png").size == (272, 272)
+    assert Image.open(result.folder / "previews" / "0000002.png").size == (272, 328)
 
 
 def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_path, monkeypatch, caplog):
@@ -50,13 +53,50 @@ def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_
     with caplog.at_level(logging.WARNING):
         result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
     assert result.step == 2 and caplog.text.count("no previews are drawn: the VAE cannot be loaded") == 1
+    assert (result.folder / "previews" / "missing.txt").read_text() == "the VAE cannot be loaded\n"
+
+
+def test_a_run_shorter_than_its_sampling_steps_has_a_preview_of_its_end_with_the_names_of_classes(
+    make_config, tmp_path, monkeypatch
+):
+    titles = []
+    monkeypatch.setattr(previews, "title_bar", lambda title, width: titles.append(title) or title_bar(title, width))
+    classes = write_classes(tmp_path / "classes")
+    result = train(make_config(data_dir=str(classes), **{**PLAIN, "sampling_steps": 1000}))
+    assert [path.name for path in (result.folder / "previews").iterdir()] == ["0000002.png"]
+    assert titles == [("ant", "bee", "cat")[index % 3] for index in range(16)]
+
+
+def test_a_title_is_drawn_whatever_it_holds():
+    plain = title_bar("", 64)
+    assert plain.shape == (14, 64, 3)
+    for title in ("cat", "a very long name, that goes on and on", "日本語 \ud800"):
+        assert (title_bar(title, 64) != plain).any()
+
+
+def test_trackers_get_the_preview_and_wandb_the_project_of_its_environment(make_config, monkeypatch):
+    class Fake:
+        def __init__(self, name):
+            self.name, self.shown = name, []
+
+        def log_images(self, values, step, **layout):
+            self.shown.append((values["previews"].shape, step, layout))
+
+    trackers = Trackers(SimpleNamespace(trackers=[Fake("wandb"), Fake("tensorboard")]))
+    trackers.show(np.zeros((4, 6, 3), np.uint8), 7)
+    first, second = (tracker.shown for tracker in trackers.accelerator.trackers)
+    assert first == [((1, 4, 6, 3), 7, {})] and second == [((1, 4, 6, 3), 7, {"dataformats": "NHWC"})]
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert project(make_config(report_to="wandb")) == "mine" and project(make_config()) == "haste"
+    monkeypatch.delenv("WANDB_PROJECT")
+    assert project(make_config(report_to="wandb")) == "haste"
 
 
 @pytest.mark.parametrize("side", [2, 100])
 def test_a_grid_is_filled_row_by_row(side):
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, side, side, 3), np.uint8)
-    grid = as_grid(images)
+    grid = as_grid(images, ["", "", "", ""])
     size = max(1, 64 // side) * side + 4
-    assert grid.shape == (2 * size, 2 * size, 3)
-    inside = grid[2, 2, 0], grid[2, -3, 0], grid[-3, 2, 0], grid[-3, -3, 0]
-    assert inside == (0, 1, 2, 3) and (grid[0] == 128).all()
+    assert grid.shape == (2 * (size + 14), 2 * size, 3)
+    inside = grid[16, 2, 0], grid[16, -3, 0], grid[-3, 2, 0], grid[-3, -3, 0]
+    assert inside == (0, 1, 2, 3) and (grid[0] == 96).all()

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 from haste.alignment.layers import PAPER_LAYER_MAPS, LayerMap
 from haste.errors import UserError
 from haste.training.config import TrainConfig
-from haste.training.recipes import RECIPES, describe_recipe, recipe_config
+from haste.training.recipes import RECIPES, describe_recipe, describe_run, recipe_config
 from haste.training.students import student_shape
 
 
@@ -36,6 +38,13 @@ def test_the_papers_settings():
     repa = recipe_config("repa-l-256")
     assert (repa.attn_coeff, repa.proj_coeff, repa.encoder_depth, repa.early_stop_point) == (0.0, 0.5, 8, -1)
     assert recipe_config("plain-s-256").teachers == []
+
+
+def test_a_run_is_described_by_what_it_has():
+    recipe = recipe_config("plain-s-256")
+    assert describe_run(recipe) == describe_recipe("plain-s-256")
+    text = describe_run(replace(recipe, model="SiT-B/2", seed=7))
+    assert "--model SiT-B/2 (recipe: SiT-S/2)" in text and text.count("(recipe") == 1
 
 
 def test_an_unknown_recipe_is_refused():
