@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from haste.errors import UserError
+from haste.bounds import check_numbers
+from haste.errors import UserError, shorten
 from haste.plain import build
 
 
@@ -203,16 +204,11 @@ class TrainConfig:
             raise UserError("--exp-name must be the name of the run, or a --recipe be given that has one, got nothing")
         check_folder_name("exp_name", self.exp_name)
         check_folder_name("logging_dir", self.logging_dir)
-        for name, bounds in BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not bounds.hold(value):  # None stands for a choice where it is the default
-                self._refuse(name, str(bounds))
+        check_numbers(self)
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
-            self._refuse("report_to", "tensorboard, wandb, both with a comma between them, or none")
-
-    def _refuse(self, name: str, must_be: str) -> None:
-        raise UserError(f"--{name.replace('_', '-')} must be {must_be}, got {str(getattr(self, name))[:60]}")
+            known = "tensorboard, wandb, both with a comma between them, or none"
+            raise UserError(f"--report-to must be {known}, got {shorten(self.report_to)}")
 
     def to_namespace(self) -> argparse.Namespace:
         """As the public trainers keep it in their checkpoints."""
@@ -226,71 +222,6 @@ class TrainConfig:
         """
         return build(cls, values, source)
 
-
-class Bounds(NamedTuple):
-    """Between which a number lies: `low` and `high` are allowed, unless they are open. NaN lies between none."""
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-
-    def hold(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        return above and (value < self.high if self.open_high else value <= self.high)
-
-    def __str__(self) -> str:
-        low = f"more than {self.low:,}" if self.open_low else f"at least {self.low:,}"
-        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:,}"
-
-
-STEPS = Bounds(0, 10**9)
-SIDE = Bounds(1, 16_384)  # pixels
-COEFFICIENT = Bounds(0, 1e6)
-SHARE = Bounds(0, 1, open_high=True)
-
-BOUNDS: dict[str, Bounds] = {
-    "resolution": SIDE,
-    "num_classes": Bounds(1, 1_000_000),
-    "num_workers": Bounds(0, 1024),
-    "cfg_prob": SHARE,
-    # alignment
-    "attn_coeff": COEFFICIENT,
-    "proj_coeff": COEFFICIENT,
-    "encoder_depth": Bounds(1, 1000),
-    "projector_dim": Bounds(1, 65_536),
-    "early_stop_point": Bounds(-1, STEPS.high),
-    "ramp_start": STEPS,
-    "probe_start": STEPS,
-    "probe_every": Bounds(1, STEPS.high),
-    "probe_images": Bounds(1, 10**9),
-    "probe_block": Bounds(0, 1000),
-    "probe_threshold": Bounds(-1, 1),  # as a cosine is
-    "plateau_patience": Bounds(1, STEPS.high),
-    "plateau_min_delta": COEFFICIENT,
-    "teacher_resolution": SIDE,
-    # optimisation
-    "batch_size": Bounds(1, 2**20),
-    "gradient_accumulation_steps": Bounds(1, 2**16),
-    "max_train_steps": Bounds(1, STEPS.high),
-    "epochs": Bounds(1, 10**9),
-    "learning_rate": Bounds(0, 1000, open_low=True),
-    "warmup_steps": STEPS,
-    "adam_beta1": SHARE,
-    "adam_beta2": SHARE,
-    "adam_weight_decay": Bounds(0, 1000),
-    "adam_epsilon": Bounds(0, 1),
-    "max_grad_norm": Bounds(0, 1e9, open_low=True),
-    "ema_decay": SHARE,
-    "seed": Bounds(0, 2**32 - 1),  # what numpy takes
-    # keeping track
-    "logging_steps": Bounds(1, STEPS.high),
-    "checkpointing_steps": Bounds(1, STEPS.high),
-    "sampling_steps": STEPS,
-    "keep": Bounds(0, 10**9),
-    "resume_step": STEPS,
-}
-"""Of every setting that is a number. Beyond them something overflows, or nobody has the memory."""
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and names are put together from this one
 

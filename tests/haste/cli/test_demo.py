@@ -116,5 +116,5 @@ def test_a_run_too_short_to_be_judged_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["demo", "--output-dir", str(tmp_path / "demo"), "--max-train-steps", "4"])
     assert exit_.value.code == 2
-    assert re.search("--max-train-steps is 4; it must be at least 5", capsys.readouterr().err)
+    assert re.search("--max-train-steps must be at least 5, got 4", capsys.readouterr().err)
     assert not (tmp_path / "demo").exists()

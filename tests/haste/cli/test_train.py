@@ -76,7 +76,7 @@ def test_a_recipe_sets_defaults_and_flags_override_it(monkeypatch):
         (["--recipe", "digits", "--model", "SiT-Q/2"], "haste train: --model must be one of SiT-S/1, SiT-S/2"),
         (
             ["--recipe", "digits", "--batch-size", "0"],
-            "haste train: --batch-size must be at least 1 and at most 1,048,576, got 0\n",
+            "haste train: --batch-size must be an integer from 1 to 1,048,576, got 0\n",
         ),
         ([], "haste train: --exp-name must be the name of the run, or a --recipe be given that has one, got nothing\n"),
     ],

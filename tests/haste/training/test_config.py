@@ -1,45 +1,20 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import replace
-from typing import get_type_hints
 
 import pytest
 from haste.errors import UserError
-from haste.training.config import BOUNDS, TrainConfig
-
-NUMERIC = (int, float, int | None, float | None)
-
-
-NUMBERS = {name: getattr(TrainConfig(), name) for name, hint in get_type_hints(TrainConfig).items() if hint in NUMERIC}
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_has_bounds_that_hold_its_default_and_no_absurd_value(name):
-    bounds = BOUNDS[name]
-    TrainConfig(exp_name="a").check()
-    absurd = [-(10**12), 10**12, math.nan, math.inf, -math.inf, bounds.low - 1, bounds.high + 1]
-    absurd += [bounds.low] * bounds.open_low + [bounds.high] * bounds.open_high
-    flag = f"--{name.replace('_', '-')} must be .* and .*, got "
-    for value in absurd:
-        with pytest.raises(UserError, match=flag):
-            replace(TrainConfig(exp_name="a"), **{name: value}).check()
-    for value in [bounds.low] * (not bounds.open_low) + [bounds.high] * (not bounds.open_high):
-        replace(TrainConfig(exp_name="a"), **{name: value}).check()
-
-
-def test_there_are_no_other_bounds():
-    assert NUMBERS.keys() == BOUNDS.keys()
+from haste.training.config import TrainConfig
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"exp_name": ""}, "--exp-name must be the name of the run"),
-        ({"batch_size": 10**12}, "--batch-size must be at least 1 and at most 1,048,576, got 1000000000000"),
-        ({"learning_rate": 0.0}, "--learning-rate must be more than 0 and at most 1,000, got 0.0"),
-        ({"cfg_prob": 1.0}, "--cfg-prob must be at least 0 and less than 1, got 1.0"),
+        ({"batch_size": 10**12}, "--batch-size must be an integer from 1 to 1,048,576, got 1000000000000"),
+        ({"learning_rate": 0.0}, "--learning-rate must be a number above 0 and up to 1,000, got 0.0"),
+        ({"cfg_prob": 1.0}, "--cfg-prob must be a number from 0 to below 1, got 1.0"),
         ({"report_to": "mlflow"}, "--report-to must be tensorboard, wandb, both .* got mlflow"),
     ],
 )

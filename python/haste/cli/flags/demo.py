@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from haste.bounds import DEFAULT_STEPS, check_numbers
 from haste.caching.settings import FAST
 from haste.errors import UserError
 from haste.training.recipes import recipe_config
@@ -28,7 +29,7 @@ class Args:
     """Training steps of either run."""
     seed: int = 0
     """Seed of the training and of the samples."""
-    num_steps: int = 50
+    num_steps: int = DEFAULT_STEPS
     """Sampling steps of the pictures that are compared."""
     interval: int = FAST.resolved_interval
     """Where steps are forecast: one full step every so many."""
@@ -40,6 +41,7 @@ class Args:
     """Pictures per checkpoint that is judged."""
 
     def check(self) -> None:
-        """UserError for a run too short to be judged; the commands that run check their own flags."""
+        """UserError for numbers beyond their bounds, and for a run too short to be evaluated at every point."""
+        check_numbers(self)
         if self.max_train_steps < POINTS:
-            raise UserError(f"--max-train-steps is {self.max_train_steps}; it must be at least {POINTS}")
+            raise UserError(f"--max-train-steps must be at least {POINTS}, got {self.max_train_steps}")

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from haste.bounds import check_numbers
 from haste.data.bad_files import OnBadFile
 from haste.errors import UserError
 
@@ -37,8 +38,7 @@ class Args:
     """Processes that read and crop."""
 
     def check(self) -> None:
-        for name, least in (("resolution", 1), ("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        """UserError for numbers beyond their bounds, and for a destination inside the source."""
+        check_numbers(self)
         if self.dest.expanduser().resolve().is_relative_to(self.source.expanduser().resolve()):
             raise UserError(f"--dest is {self.dest}, inside --source; it must be a folder elsewhere")
