@@ -201,14 +201,14 @@ def evaluate_under_bar(args: Args, run: Path, checkpoints: list[Path], yardstick
 
 def draw_pictures(args: Args, run: Path, records: list[dict]) -> None:
     """evaluation.png: the scores over steps; losses.png: the curves of log.jsonl. Both in the run's folder."""
-    from haste.evaluation.pictures import draw_losses, draw_scores  # brings matplotlib
+    from haste.evaluation.pictures import LOSSES, draw_losses, draw_scores  # brings matplotlib
 
     log = read_log(run / "log.jsonl").lines
     stop = alignment_end(log)
     title = f"{run.name}: {args.num_fid_samples:,} samples a point, {args.describe()}"
     with told(f"a plot in {run}", "the scores are kept, and the same command draws it"):
         draw_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
-        if log:
+        if any(line.get(name) is not None for line in log for name in LOSSES):
             draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
 
 

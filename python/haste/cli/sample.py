@@ -110,4 +110,6 @@ def write_grid(args: Args, student: Student, folder: SampleFolder, labels: np.nd
     shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
     images = np.stack(list(folder.read(shown)))
     order = np.argsort(labels[:shown], kind="stable")
-    draw_grid(folder.grid, images[order], labels[order], title=f"{student.label}: {args.describe()}")
+    names = dict(enumerate(student.recorded.get("class_names", ())))
+    titles = [names.get(label, str(label)) for label in labels[order].tolist()]
+    draw_grid(folder.grid, images[order], titles, title=f"{student.label}: {args.describe()}")

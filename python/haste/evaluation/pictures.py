@@ -17,6 +17,7 @@ GRID_INCHES = 13.0  # a grid is at most so wide
 GRID_TILE_INCHES = 0.5  # a picture of a grid is at least so wide,
 LARGEST_TILE = 256  # and at most so many pixels
 GAP_INCHES, LABEL_INCHES = 0.06, 0.2  # between pictures, and above each for its label
+LETTERS_PER_INCH = 15  # of a label
 SMOOTHING_WINDOWS = 40  # a curve is smoothed over this fraction of its length to either side
 
 LOSSES = {
@@ -35,8 +36,8 @@ def draw_grid(
     columns: int = 10,
     theme: Theme = LIGHT,
 ) -> None:
-    """A grid of pictures (N, H, W, 3) uint8, each under its label: small ones enlarged without smoothing, those of
-    more than LARGEST_TILE pixels made smaller with it."""
+    """A grid of pictures (N, H, W, 3) uint8, each under its label, as far as there is room: small ones enlarged without
+    smoothing, those of more than LARGEST_TILE pixels made smaller with it."""
     side = images.shape[1]
     with styled(theme):
         tile = max(GRID_TILE_INCHES, min(side, LARGEST_TILE) / plt.rcParams["savefig.dpi"])
@@ -50,7 +51,8 @@ def draw_grid(
             axes.axis("off")
         for axes, image, label in zip(grid.flat, images, labels, strict=False):
             axes.imshow(image, interpolation="nearest" if side <= LARGEST_TILE else "auto")
-            axes.set_title(legible(label), fontsize=8, color=theme.muted, fontweight="normal", loc="center", pad=2)
+            text = legible(label)[: int(tile * LETTERS_PER_INCH)]
+            axes.set_title(text, fontsize=8, color=theme.muted, fontweight="normal", loc="center", pad=2)
         heading(figure, title, gap=0.28)
         save(figure, path)
 

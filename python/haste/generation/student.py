@@ -26,7 +26,8 @@ class Student:
     """A trained model with the settings of its run and the checkpoint file that it came from.
 
     recorded: what that file tells besides: `args`, the settings of its run; `z_dims`, the widths of its projectors;
-    `convention`, whose it keeps; and, unless another trainer wrote it, `latents`, their format or None for pixels.
+    `convention`, whose it keeps; and, unless another trainer wrote it, `latents`, their format or None for pixels, and
+    `class_names`, by label, where the data had names.
     """
 
     model: SiT
@@ -101,7 +102,7 @@ def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
     """`Student.recorded` of what `read_student` returns."""
     last = re.compile(r"projectors\.\d+\.4\.weight")
     z_dims = [weight.shape[0] for name, weight in content["model"].items() if last.fullmatch(name) and weight.dim()]
-    known = {name: content[name] for name in ("args", "convention", "latents") if name in content}
+    known = {name: content[name] for name in ("args", "convention", "latents", "class_names") if name in content}
     return {"z_dims": z_dims, **known}
 
 

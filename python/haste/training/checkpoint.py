@@ -21,6 +21,7 @@ import torch
 from haste.errors import UserError
 from haste.io import save_tensors
 from haste.models.sit import SiT
+from haste.plain import check
 from haste.training.config import TrainConfig
 from haste.training.conventions import Convention, our_settings
 from haste.training.interchange import (
@@ -179,7 +180,8 @@ def read_student(
 ) -> Checkpoint:
     """model, ema and model_config of a checkpoint of any of these trainers, and the settings of its run as `args`.
 
-    Also `convention`, whose it keeps, and `latents`, the format of its latents or None for pixels, if the file tells.
+    Also `convention`, whose it keeps, and `latents`, the format of its latents or None for pixels, and
+    `class_names`, by label, if the file tells.
     assume: settings of the run for which the file has none. convention: whose it keeps, where the file does not tell.
     Raises UserError if the file is missing, holds no SiT, or does not tell whose and nothing is given; of these
     BrokenCheckpoint if it is damaged.
@@ -205,6 +207,8 @@ def read_student(
         if broken is not None:
             logger.warning("%s of %s holds numbers that are not finite, in %s for one", part, path, broken)
     known = {"latents": content["latents"]} if "latents" in content else {}
+    if content.get("class_names") is not None:
+        known["class_names"] = check(content["class_names"], list[str], f"class_names of {path}")
     return {**weights, "model_config": model_config, "args": our_settings(args, found), "convention": found, **known}
 
 

@@ -393,6 +393,7 @@ class Trainer:
             "rng": capture_rng(),
             "data": self.fingerprint,
             "latents": None if self.data.latents is None else asdict(self.data.latents),
+            "class_names": None if self.data.class_names is None else list(self.data.class_names),
         }
         path = checkpoint_path(self.folder.checkpoints, self.step)
         failure = self._write(path, checkpoint) if self.accelerator.is_main_process else ""

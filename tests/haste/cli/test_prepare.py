@@ -107,6 +107,17 @@ def test_the_names_of_classes_come_through(source, tmp_path, vae):
     assert names == load_dataset(str(source), 8).class_names == ["ant", "bee", "cat"]
 
 
+def test_samples_of_a_run_stand_under_the_names_of_its_classes(source, tmp_path, monkeypatch):
+    run = ["--data-dir", str(source), "--resolution", "8", "--model", "SiT-S/4", "--enc-type", "None"]
+    run += ["--output-dir", str(tmp_path), "--exp-name", "run", "--batch-size", "4", "--max-train-steps", "1"]
+    main(["train", *run, "--sampling-steps", "0", "--num-workers", "0", "--mixed-precision", "no"])
+    shown = []
+    monkeypatch.setattr("haste.evaluation.pictures.draw_grid", lambda path, images, titles, **_: shown.extend(titles))
+    few = ["--num-fid-samples", "3", "--num-steps", "1", "--labels", "balanced"]
+    main(["sample", "--ckpt", str(tmp_path / "run"), *few])
+    assert shown == ["ant", "bee", "cat"]
+
+
 def test_without_a_vae_the_pictures_alone(source, tmp_path):
     prepare(source, tmp_path / "out", "none", "--num-workers", "2")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images", "prepare.json"]
