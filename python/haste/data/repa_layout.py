@@ -18,7 +18,7 @@ from haste.data.archive import Archive
 from haste.data.bad_files import BadFile, OnBadFile
 from haste.data.latent_data import LatentData
 from haste.data.pictures import is_picture
-from haste.data.sources import LABEL_FILE, choose_labels, listed_labels
+from haste.data.sources import LABEL_FILE, LATENTS, choose_labels, listed_labels
 from haste.data.training_data import count_classes
 from haste.errors import UserError
 from haste.io import parse_json
@@ -26,7 +26,7 @@ from haste.vae import SD_LATENTS, LatentFormat
 
 logger = logging.getLogger(__name__)
 
-IMAGES, LATENTS, RECORD = "images", "vae-sd", "prepare.json"
+IMAGES, RECORD = "images", "prepare.json"
 
 
 def image_name(number: int) -> str:

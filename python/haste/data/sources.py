@@ -24,6 +24,7 @@ from haste.plain import check
 logger = logging.getLogger(__name__)
 
 LABEL_FILE = "dataset.json"
+LATENTS = "vae-sd"  # of REPA's layout, beside images/
 LABEL_FORM = '{"labels": [[name, label], ...]}'
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
@@ -102,8 +103,12 @@ def open_pictures(path: Path, flag: str) -> PictureSource:
 
 
 def open_files(archive: Archive, what: str) -> FilePictures:
-    """Every picture file of the archive. Labels: dataset.json, or the folders at the top; `what` begins messages."""
+    """Every picture file of the archive. Labels: dataset.json, or the folders at the top; `what` begins messages.
+
+    Raises UserError if there are none, if they cannot be told apart, or for REPA's layout one folder further down.
+    """
     everything = archive.names()
+    _refuse_layout_below(everything, what)
     names = [name for name in everything if is_picture(name)]
     if not names:
         kinds = ", ".join(IMAGE_FORMATS)
@@ -114,6 +119,14 @@ def open_files(archive: Archive, what: str) -> FilePictures:
     if archive.has(LABEL_FILE):
         return FilePictures(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
     return FilePictures(archive, names, *_labels_of_folders(names, what))
+
+
+def _refuse_layout_below(names: list[str], what: str) -> None:
+    """A folder that holds REPA's layout, or a zip of it with that folder in it: its latents would be passed over."""
+    below = next((name for name in names if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
+    if below is not None:
+        folder = below.partition(f"/{LATENTS}/")[0]
+        raise UserError(f"{what} holds {LATENTS} inside {folder}; it must be that folder, or a zip of what is in it")
 
 
 def _labels_of_folders(names: list[str], what: str) -> tuple[np.ndarray | None, list[str] | None]:
@@ -127,6 +140,11 @@ def _labels_of_folders(names: list[str], what: str) -> tuple[np.ndarray | None, 
         raise UserError(f"{what} holds pictures beside its class folders, such as {names[tops.index('')]}")
     if {name.lower() for name in classes} <= SPLITS:
         raise UserError(f"{what} holds {' and '.join(classes)}, not classes; it must be one of these folders")
+    if len(classes) == 1 and len({name.rpartition("/")[0] for name in names}) > 1:
+        logger.warning(
+            "%s holds all its images in %s, as one class; if the folders in it are classes, it must be that folder, "
+            "or a zip of what is in it", what, classes[0],
+        )  # fmt: skip
     number = {name: index for index, name in enumerate(classes)}
     return np.array([number[top] for top in tops], dtype=np.int64), classes
 

@@ -86,6 +86,8 @@ def _place(defaults: TrainConfig, arguments: Sequence[str]) -> tuple[Path, int] 
     parser.add_argument("--resume-step", "--resume_step", type=int, default=0)
     try:
         known, _ = parser.parse_known_args(arguments)
+        if not (isinstance(known.exp_name, str) and isinstance(known.output_dir, str)):  # argparse makes [] of --x=--
+            return None
         check_folder_name("exp_name", known.exp_name)
     except (argparse.ArgumentError, UserError):  # whoever reads the flags in earnest says it
         return None

@@ -68,7 +68,7 @@ def test_a_broken_dataset_json_is_refused(class_folder, content, sentence):
         open_pictures(class_folder, "--data-dir")
 
 
-@pytest.mark.parametrize("label", [-1, 0.5, [0, 1], None, True])
+@pytest.mark.parametrize("label", [-1, 0.5, [0, 1], None, True, 1_000_000])
 def test_labels_that_are_no_classes_are_refused(tmp_path, label):
     write_classes(tmp_path, 1)
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["ant/00.png", label]]}))
@@ -85,6 +85,25 @@ def test_folders_that_are_no_class_folders_are_refused(tmp_path):
     photographs(1)[0].save(tmp_path / "lone.png")
     with pytest.raises(UserError, match="holds pictures beside its class folders, such as lone.png"):
         open_pictures(tmp_path, "--data-dir")
+
+
+def test_a_zip_with_the_folder_itself_in_it_is_one_class_and_says_so(class_folder, caplog):
+    packed = shutil.make_archive(str(class_folder), "zip", class_folder.parent, class_folder.name)
+    assert open_pictures(Path(packed), "--data-dir").num_classes == 1
+    assert f"--data-dir is {packed}, which holds all its images in pictures, as one class; if" in caplog.text
+    caplog.clear()
+    assert open_pictures(class_folder, "--data-dir").num_classes == 3
+    shutil.rmtree(class_folder / "bee")
+    shutil.rmtree(class_folder / "cat")
+    assert open_pictures(class_folder, "--data-dir").num_classes == 1
+    assert not caplog.text
+
+
+def test_the_layout_of_repa_one_folder_further_down_is_not_taken_for_images(repa_folder):
+    packed = shutil.make_archive(str(repa_folder), "zip", repa_folder.parent, repa_folder.name)
+    for path in (repa_folder.parent, Path(packed)):
+        with pytest.raises(UserError, match="which holds vae-sd inside repa; it must be that folder, or a zip of what"):
+            open_pictures(path, "--data-dir")
 
 
 # ---- Hugging Face ----

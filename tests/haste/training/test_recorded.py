@@ -79,3 +79,5 @@ def test_settings_that_cannot_be_read_are_refused_with_their_file(record):
 def test_an_incomplete_command_is_left_to_the_reader_of_flags():
     assert follow_run(TrainConfig(), ["--exp-name"]) == TrainConfig()
     assert follow_run(TrainConfig(), ["--exp-name", "a", "--resume-step", "x"]) == TrainConfig()
+    for flag in ("--exp-name", "--output-dir", "--resume-step"):
+        assert follow_run(TrainConfig(), ["--exp-name=a", f"{flag}=--"]) == TrainConfig()

@@ -30,4 +30,5 @@ def default_args(arguments: Sequence[str]) -> TrainConfig:
     if known.recipe == LIST:
         print(list_recipes())
         raise SystemExit(0)
-    return follow_run(recipe_config(known.recipe), arguments)
+    recipe = known.recipe if isinstance(known.recipe, str) else "--"  # argparse makes [] of --recipe=--
+    return follow_run(recipe_config(recipe), arguments)
