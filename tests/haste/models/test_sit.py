@@ -328,7 +328,7 @@ def test_sizes_that_do_not_fit(sizes, sentence):
 
 
 def test_unknown_model():
-    with pytest.raises(UserError, match="model is 'SiT-M/2'; it must be one of SiT-S/2, "):
+    with pytest.raises(UserError, match="model is 'SiT-M/2'; it must be one of SiT-S/1, SiT-S/2, "):
         build_sit("SiT-M/2")
 
 

@@ -81,12 +81,11 @@ def test_near_convergence_the_gradient_is_small():
 
 
 @pytest.mark.parametrize("order", range(6))
-def test_the_weights_are_those_of_the_forecaster(order):
-    full_steps = [-taylorseer.INTERVAL * slot for slot in range(order + 1)]
-    expected = TaylorForecaster(order).weights(full_steps, taylorseer.AHEAD)
-    assert taylorseer.weights(order) == pytest.approx(expected)
-    elsewhere = TaylorForecaster(order).weights([-6 * slot for slot in range(order + 1)], 5)
-    assert taylorseer.weights(order, 5, 6) == pytest.approx(elsewhere)
+@pytest.mark.parametrize(("interval", "ahead"), [(taylorseer.INTERVAL, taylorseer.AHEAD), (6, 5)])
+def test_the_weights_are_those_of_the_forecaster(order, interval, ahead):
+    full_steps = [interval * count for count in reversed(range(order + 1))]
+    expected = TaylorForecaster(order).weights(full_steps, full_steps[0] + ahead)
+    assert taylorseer.weights(order, ahead, interval) == pytest.approx(expected)
 
 
 def test_the_least_work_is_that_of_the_design():
