@@ -14,6 +14,7 @@ from torch import Tensor
 from haste.errors import UserError, in_one_line
 from haste.plain import build, check, shown
 from haste.training.interchange import Weights, is_empty, why_unusable
+from haste.vae import LatentFormat
 
 LATEST = 2**53  # steps
 
@@ -38,6 +39,9 @@ class _Scaler:
 @dataclass
 class _Data:
     images: int | None = None
+    names: str | None = None
+    labels: str | None = None
+    files: list[int | None] | None = None
 
 
 def check_resumable(checkpoint: Mapping[str, Any], source: str) -> None:
@@ -52,6 +56,8 @@ def check_resumable(checkpoint: Mapping[str, Any], source: str) -> None:
     for name, kind in (("termination", _Termination), ("data", _Data)):
         if checkpoint.get(name) is not None:
             build(kind, checkpoint[name], f"{name} of {source}")
+    if checkpoint.get("latents"):  # none where pixels are learned
+        LatentFormat.from_dict(checkpoint["latents"], f"latents of {source}")
     if not is_empty(checkpoint.get("scaler")):  # one that is off keeps nothing
         build(_Scaler, checkpoint["scaler"], f"scaler of {source}")
     if checkpoint.get("rng") is not None:
@@ -71,6 +77,8 @@ def _check_optimizer(opt: Any, weights: Weights, source: str) -> None:
         fit = all(isinstance(m, Tensor) and not why_unusable(m) and m.shape == weight.shape for m in moments)
         if not fit or not _is_count(entry.get("step")):
             raise UserError(f"{source} must hold a step and two moments of its shape for {name}, and does not")
+        if not all(torch.isfinite(moment).all() for moment in moments):  # they would reach the weights in one step
+            raise UserError(f"{source} must hold finite moments, and those for {name} are not")
 
 
 def _is_count(step: Any) -> bool:

@@ -154,7 +154,10 @@ def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, se
         ("opt/state/0/exp_avg", torch.ones(3), "opt of .* must hold a step and two moments of its shape for pos_embed"),
         ("rng/torch", torch.ones(3), "rng of .* must be the states of random generators"),
         ("termination/observed", 3, "observed of termination of .* must be"),
+        ("opt/state/0/exp_avg", torch.full((1, 4, 16), float("nan")), "opt of .* must hold finite moments"),
         ("data", 3, "data of .* must hold named values"),
+        ("data", {"images": 3, "files": 3}, "files of data of .* must be"),
+        ("latents", 1.5, "latents of .* must hold named values, and is 1.5"),
         ("scaler/scale", "a", "scale of scaler of .* must be a number"),
     ],
 )
