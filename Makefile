@@ -16,7 +16,7 @@ demo: build
 
 test: build
 	$(BIN)/ruff check .
-	$(BIN)/pytest $(TEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --dist loadfile $(TEST_ARGS)
 
 build: $(VENV)/.built
 

@@ -9,6 +9,7 @@ import shutil
 
 import emulated_amx
 import pytest
+from one_at_a_time import one_at_a_time
 
 import haste_ext
 from haste_ext import _C
@@ -30,8 +31,10 @@ def emulated(request) -> emulated_amx.EmulatedAmx:
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} to compile the AMX kernel with its emulation; CXX names another compiler")
+    folder = request.config.cache.mkdir("emulated_amx")
     try:
-        return emulated_amx.EmulatedAmx(emulated_amx.compile_library(request.config.cache.mkdir("emulated_amx")))
+        with one_at_a_time(folder):
+            return emulated_amx.EmulatedAmx(emulated_amx.compile_library(folder))
     except emulated_amx.CompileError as error:
         pytest.fail(str(error), pytrace=False)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_at_a_time import one_at_a_time
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -126,12 +127,13 @@ def emulator(request) -> Emulator:
     for path in sorted(path for path in everything if path.suffix in {".h", ".cu", ".cuh", ".cpp"}):
         state.update(path.name.encode() + path.read_bytes())
     program = request.config.cache.mkdir("emulated_kernels") / state.hexdigest()[:16]
-    if not program.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            built = compile_program(compiler, sources, Path(folder))
-            for outdated in program.parent.iterdir():
-                outdated.unlink()
-            partial = program.with_suffix(f".{os.getpid()}")
-            shutil.move(built, partial)
-            partial.rename(program)  # at once, whole: another test run may look for it
+    with one_at_a_time(program.parent):
+        if not program.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                built = compile_program(compiler, sources, Path(folder))
+                for outdated in program.parent.glob("[!.]*"):
+                    outdated.unlink()
+                partial = program.with_suffix(f".{os.getpid()}")
+                shutil.move(built, partial)
+                partial.rename(program)  # at once, whole: a kill leaves none
     return Emulator(program)
