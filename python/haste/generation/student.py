@@ -110,5 +110,10 @@ def run_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run's folder, oldest first; UserError if there are none."""
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
+        if list_checkpoints(run):  # the folder inside a run's, which its name invites one to give
+            raise UserError(
+                f"{run} is the folder of checkpoints inside a run's; give the run's own, {run.absolute().parent}, "
+                "or one of the files"
+            )
         raise UserError(f"{run} holds no checkpoints; give a checkpoint file or the folder of a run of haste train")
     return checkpoints

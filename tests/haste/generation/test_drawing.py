@@ -104,6 +104,11 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
         load_student(tmp_path / "0000400.pt")
 
 
+def test_the_folder_of_checkpoints_inside_a_run_names_the_run(run):
+    with pytest.raises(UserError, match=f"give the run's own, {run}, or one of the files"):
+        load_student(run / "checkpoints")
+
+
 @pytest.mark.parametrize(
     ("settings", "calls"),
     [
