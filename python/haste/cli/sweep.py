@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from haste.cli.flags.sweep import Args
 from haste.errors import UserError
@@ -13,6 +15,7 @@ from haste.evaluation.reference import STORED
 from haste.generation.student import Student, load_student
 from haste.io import told
 from haste.lock import hold
+from haste.plain import build
 from haste.sweep.advice import advise, recommend
 from haste.sweep.measure import Sweep
 from haste.sweep.quality import Quality
@@ -38,6 +41,27 @@ def main(args: Args) -> None:
         records = book.of(shared)
         with told(f"a plot or a table in {folder}", "what was measured is kept, and --draw-only writes them"):
             draw(folder, make_rows(records), records[0]["sweep"], args.tolerance)
+
+
+@dataclass
+class Machine:
+    """Of the machine what the table tells."""
+
+    gpu: dict[str, Any] | None
+    processor: Any
+    threads: Any
+    torch: Any
+
+
+@dataclass
+class Shared:
+    """Of what the records of a sweep share what is drawn; with --draw-only it comes from a file."""
+
+    student: str
+    samples: int
+    batch: int
+    judged_by: Any
+    machine: Machine
 
 
 def measure(args: Args, student: Student, book: RecordBook) -> dict:
@@ -81,6 +105,7 @@ def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
     """Print the table and the advice; write them and the plot."""
     from haste.sweep.plot import draw_sweep  # brings matplotlib
 
+    build(Shared, shared, "the sweep of a record")
     advice = advise(rows, tolerance)
     title = f"{shared['student']}, beside {rows[0].settings.describe()}: {shared['samples']:,} pictures a point"
     draw_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from haste.errors import UserError
-from haste.io import told, write_text
+from haste.io import parse_json, read_bytes, told, write_text
+from haste.limits import LARGEST_JSON
+from haste.plain import build
 
 Record = dict[str, Any]
+
+
+@dataclass
+class _Kept:
+    """Of a record in a file what is read whether the point is complete or not."""
+
+    sweep: dict[str, Any]
+    point: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    reference_seconds: list[float] = field(default_factory=list)
 
 
 class RecordBook:
@@ -23,13 +35,11 @@ class RecordBook:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._records: dict[str, Record] = {}
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = read_bytes(path, LARGEST_JSON).splitlines() if path.is_file() else []
         for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                self._records[key(record["sweep"], record["point"])] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"line {number} of {path} is no record of haste sweep ({error})") from error
+            record = parse_json(line, f"line {number} of {path}", "a record of haste sweep", needs=("sweep", "point"))
+            build(_Kept, record, f"line {number} of {path}")
+            self._records[key(record["sweep"], record["point"])] = record
 
     def find(self, sweep: Record, point: Record) -> Record:
         """The record of a point; an empty one if nothing is known of it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from haste.errors import UserError
 from haste.generation.settings import SamplingSettings
+from haste.plain import build, check
 from haste.sweep.points import point_key
 
 
@@ -52,9 +53,9 @@ class Row:
 def make_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
     """The rows of one sweep: the reference, the other full runs by their steps, then the cached points.
 
-    Raises UserError if no full run is among the records.
+    Raises UserError if no full run is among the records, or if one is not what a sweep has kept.
     """
-    settings = [SamplingSettings(**record["sweep"]["settings"], **record["point"]) for record in records]
+    settings = [_checked_settings(record) for record in records]
     plain = [index for index, own in enumerate(settings) if own.cache == "none"]
     if not plain:
         raise UserError("the records hold no full run to compare with; let haste sweep measure one")
@@ -62,6 +63,34 @@ def make_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
     cached = [index for index, own in enumerate(settings) if own.cache != "none"]
     reference = records[plain[0]]
     return [make_row(settings[index], records[index], reference) for index in plain + cached]
+
+
+@dataclass
+class _Measured:
+    """What a record of a complete point holds, which may come from a file."""
+
+    seconds: list[float]
+    reference_seconds: list[float]
+    flops: float
+    peak_bytes: int | None
+    cache_bytes: int
+    calls: int
+    full_calls: int
+    distance: float
+    accuracy: float | None
+    psnr: float | None
+    ssim: float | None
+
+
+def _checked_settings(record: dict[str, Any]) -> SamplingSettings:
+    """The settings of a record's point. UserError for a record of other types, or of a run that took no time."""
+    source = "a record of haste sweep"
+    measured = build(_Measured, record, source)
+    paired = len(measured.seconds) == len(measured.reference_seconds) > 0
+    if not paired or min(*measured.seconds, *measured.reference_seconds, measured.flops) <= 0:
+        raise UserError(f"{source} must hold as many seconds as reference_seconds, and FLOPs, all above 0")
+    shared = check(record["sweep"].get("settings"), dict[str, Any], f"settings of {source}")
+    return build(SamplingSettings, {**shared, **record["point"]}, f"settings of {source}")
 
 
 def make_row(settings: SamplingSettings, record: dict[str, Any], reference: dict[str, Any]) -> Row:

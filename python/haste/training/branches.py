@@ -82,7 +82,7 @@ class Branches:
         aside.mkdir(parents=True, exist_ok=True)
         for name in ("args.json", *LOGS):  # before a line is cut from them
             if (self.run / name).is_file() and not (aside / name).exists():
-                write_text(aside / name, (self.run / name).read_text())
+                write_text(aside / name, (self.run / name).read_text(errors="replace"))
         for path in list(self._later(branch.resumed_from)):
             target = aside / path.parent.name / path.name
             target.parent.mkdir(exist_ok=True)

@@ -43,8 +43,9 @@ def test_a_kill_while_writing_leaves_what_was_known(tmp_path, monkeypatch):
     assert RecordBook(tmp_path / "sweep.jsonl").find(SWEEP, A)["distance"] == 1.0
 
 
-def test_a_file_that_holds_other_lines_is_refused(tmp_path):
+@pytest.mark.parametrize("line", [b'{"step": 3}', b"[]", b"\xff", b"[" * 100_000])
+def test_a_file_that_holds_other_lines_is_refused(tmp_path, line):
     path = tmp_path / "sweep.jsonl"
-    path.write_text('{"sweep": {}, "point": {}}\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"line 2 of .*sweep\.jsonl is no record of haste sweep"):
+    path.write_bytes(b'{"sweep": {}, "point": {}}\n' + line)
+    with pytest.raises(UserError, match=r"line 2 of .*sweep\.jsonl must be a record of haste sweep, "):
         RecordBook(path)

@@ -60,3 +60,18 @@ def test_sweeps_are_averaged_over_the_points_that_all_have():
 def test_one_sweep_has_no_spread():
     (row,) = average([[plain_row(50, 1.0)]])
     assert row == plain_row(50, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"flops": "x"}, "flops of a record of haste sweep must be a number, and is 'x'"),
+        ({"seconds": [0.0]}, "must hold as many seconds as reference_seconds, and FLOPs, all above 0"),
+        ({"seconds": [1.0, 2.0]}, "must hold as many seconds as reference_seconds"),
+        ({"sweep": {}}, "settings of a record of haste sweep must be"),
+        ({"point": {"num_steps": "x"}}, "num_steps of settings of a record of haste sweep must be an integer"),
+    ],
+)
+def test_records_of_other_values_are_refused(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_rows([{**record(FULL, [1.0], [1.0]), **change}])
