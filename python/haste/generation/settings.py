@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from haste.bounds import DEFAULT_STEPS
+from haste.bounds import DEFAULT_STEPS, check_number
 from haste.caching.settings import CacheSettings
 from haste.errors import UserError
 
@@ -94,12 +94,16 @@ class SamplingSettings(CacheSettings):
         return {**fields, **self.cache_fields()}
 
     def effective(self: Settings) -> Settings:
-        """The same without what changes nothing, which published commands have: each is named by a line in the log."""
+        """The same without what changes nothing, which published commands have: each is named by a line in the log.
+
+        Raises UserError for a bound of guidance that is no time, also where there is no guidance.
+        """
         idle: dict[str, Any] = {}
         if self.heun and self.mode == "sde":
             idle["heun"] = False
             logger.warning("--heun has no effect with --mode sde: it is a step of the ODE")
         for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
+            check_number(name, getattr(self, name))
             if self.cfg_scale == 1 and getattr(self, name) != default:
                 idle[name] = default
                 logger.warning("--%s has no effect, as --cfg-scale is 1, which is no guidance", name.replace("_", "-"))

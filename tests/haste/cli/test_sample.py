@@ -232,6 +232,8 @@ def test_labels_from_a_file(run, tmp_path, capsys):
         (("--cfg-scale", "1e30"), "--cfg-scale must be a number from 1 to 1,000, got 1e+30"),
         (("--cfg-scale", "2", "--guidance-low", "nan"), "--guidance-low must be a number from 0 to 1, got nan"),
         (("--cfg-scale", "2", "--guidance-high", "1.5"), "--guidance-high must be a number from 0 to 1, got 1.5"),
+        (("--guidance-high", "nan"), "--guidance-high must be a number from 0 to 1, got nan"),  # also without guidance
+        (("--guidance-low", "inf"), "--guidance-low must be a number from 0 to 1, got inf"),
         (("--cache", "taylor", "--max-error", "nan"), "--max-error must be a number from 0 to 1,000,000, got nan"),
         (("--global-seed", str(2**63)), "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got"),
         (("--per-proc-batch-size", "10000000000"), "--per-proc-batch-size must be an integer from 1 to 1,000,000, got"),
