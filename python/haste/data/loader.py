@@ -22,7 +22,7 @@ from haste.errors import UserError, in_one_line
 
 logger = logging.getLogger(__name__)
 
-# torch says it of every loader, and again when it begins to read; `tell_of_cores` says it once.
+# torch says it of every loader, and again when it begins to read; `useful_workers` says it once.
 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 # So many files in a row that cannot be used are no accident.
@@ -53,13 +53,13 @@ def batches(
         )
     device = torch.device(device)
     reader = _Reader(data)
-    if data.reads_files:
-        tell_of_cores(num_workers)
+    # Batches have no end, so no worker is ever idle; but one for each picture is enough of any.
+    workers = useful_workers(num_workers, len(data)) if data.reads_files else 0
     loader = DataLoader(
         reader,
         batch_sampler=_Shares(order, start_step, process_index, num_processes),
         collate_fn=reader.collate,
-        num_workers=num_workers if data.reads_files else 0,
+        num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # DataLoader seeds its workers, who draw nothing; not from the trainer's numbers
@@ -67,12 +67,19 @@ def batches(
     return _deliver(data, loader, device, generator)
 
 
+def useful_workers(num_workers: int, most: int) -> int:
+    """So many of --num-workers as have something to do, `most` at most; tells if these are more than the cores."""
+    workers = min(num_workers, most)
+    tell_of_cores(workers)
+    return workers
+
+
 @functools.cache
 def tell_of_cores(num_workers: int) -> None:
     """A line in the log, once, if there are more workers than cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > cores:
-        logger.warning("--num-workers is %d, and there are %d cores; fewer may be faster", num_workers, cores)
+        logger.warning("%d workers read, and there are %d cores; fewer --num-workers may be faster", num_workers, cores)
 
 
 def _deliver(

@@ -8,6 +8,7 @@ itself encodes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from haste.data.bad_files import BadFile, OnBadFile, refusal
 from haste.data.destination import Destination, encode_npy, encode_png, told_in_one_line
-from haste.data.loader import leave_signals_to_the_parent, read_ahead, tell_of_cores
+from haste.data.loader import leave_signals_to_the_parent, read_ahead, useful_workers
 from haste.data.pictures import center_crop, decode_picture
 from haste.data.sources import PictureSource
 from haste.data.training_data import to_unit
@@ -91,12 +92,11 @@ class Preparation:
         logger.warning("skipped: %s (%d so far)", problem, len(self.faults))
 
     def _cropped(self, numbers: list[int]) -> Iterator[list[Cropped]]:
-        tell_of_cores(self.num_workers)
         loader = DataLoader(
             _CropAndWrite(self.source, self.destination, self.resolution),
             sampler=numbers,
             batch_size=self.batch_size,
-            num_workers=self.num_workers,
+            num_workers=useful_workers(self.num_workers, math.ceil(len(numbers) / self.batch_size)),
             collate_fn=list,
             worker_init_fn=leave_signals_to_the_parent,
         )

@@ -125,6 +125,15 @@ def test_without_a_vae_the_pictures_alone(source, tmp_path):
     assert (len(data), data.channels, data.num_classes, data[11].label) == (12, 3, 3, 2)
 
 
+@pytest.mark.parametrize(("asked", "started"), [(1024, 3), (2, 2)])
+def test_there_are_no_more_workers_than_batches(asked, started, monkeypatch):
+    loaders = []
+    monkeypatch.setattr("haste.data.prepare.read_ahead", lambda loader: loaders.append(loader) or iter(()))
+    preparation = Preparation(None, None, 8, None, batch_size=5, num_workers=asked, on_bad_file="refuse")
+    assert list(preparation.run(list(range(12)))) == []
+    assert [loader.num_workers for loader in loaders] == [started]
+
+
 def test_zips(source, tmp_path, vae):
     prepare(source, tmp_path / "folders", vae)
     prepare(source, tmp_path / "zips", vae, "--zip")

@@ -164,11 +164,20 @@ def test_data_in_memory_needs_no_workers():
     assert torch.equal(batch.labels, data._labels[indices]) and torch.equal(batch.student, data._images[indices])
 
 
+def test_there_are_no_more_workers_than_pictures(class_folder, monkeypatch):
+    started = []
+    monkeypatch.setattr("haste.data.loader._deliver", lambda data, loader, *_: started.append(loader.num_workers))
+    data = load_dataset(str(class_folder), 8)
+    for asked in (len(data) - 1, 1024):
+        batches(data, BatchOrder(len(data), 4, seed=0), num_workers=asked)
+    assert started == [len(data) - 1, len(data)]
+
+
 def test_more_workers_than_cores_are_told_once(class_folder, monkeypatch, caplog):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     tell_of_cores.cache_clear()
     data = load_dataset(str(class_folder), 8)
     for _ in range(2):
         batches(data, BatchOrder(len(data), 4, seed=0), num_workers=3)
-    assert caplog.text.count("--num-workers is 3, and there are 1 cores") == 1
+    assert caplog.text.count("3 workers read, and there are 1 cores") == 1
     tell_of_cores.cache_clear()
