@@ -19,7 +19,7 @@ from haste.evaluation.frechet import check_sample_size
 from haste.evaluation.metrics import MetricSettings
 from haste.evaluation.picture_sets import open_pictures
 from haste.evaluation.record import beside, keep_evaluation, metrics_record
-from haste.evaluation.reference import check_replaceable, save_reference
+from haste.evaluation.reference import STORED, check_replaceable, save_reference
 from haste.evaluation.scores import Yardstick, evaluate_checkpoints, load_yardstick
 from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
 from haste.generation.drawing import Sampler
@@ -48,6 +48,7 @@ def main(args: Args) -> None:
 
 def evaluate_samples(args: Args) -> None:
     """Every metric of one set of pictures; with a twin, how far they are from it."""
+    open_what_is_there(args)
     evaluator = open_evaluator(args)
     samples = args.samples or draw(args)
     if evaluator is not None:
@@ -59,6 +60,14 @@ def evaluate_samples(args: Args) -> None:
     if args.twin is not None:
         compare_with_twin(args, samples)
     print(f"\nkept in  {beside(samples, 'evaluation.json')}")
+
+
+def open_what_is_there(args: Args) -> None:
+    """UserError for pictures that were drawn before and cannot be used: the real side may take hours to read."""
+    if args.samples is not None and args.features != STORED:
+        open_pictures(args.samples, "--samples")
+    if args.twin not in (None, FULL):
+        open_pictures(Path(args.twin), "--twin")
 
 
 def evaluate_run(args: Args) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from haste.cli.flags.sweep import Args
 from haste.errors import UserError
-from haste.evaluation.evaluator import Evaluator
-from haste.evaluation.metrics import MetricSettings
+from haste.evaluation.evaluator import real_side
+from haste.evaluation.features import load_extractor
+from haste.evaluation.frechet import check_sample_size
 from haste.evaluation.reference import STORED
 from haste.generation.student import Student, load_student
 from haste.io import told
@@ -69,9 +70,6 @@ def measure(args: Args, student: Student, book: RecordBook) -> dict:
     from tqdm import tqdm
 
     quality = open_quality(args, student)
-    caution = quality.check_count(args.num_fid_samples)
-    if caution:
-        print(caution)
     counts = (args.num_fid_samples, args.per_proc_batch_size, args.repeats)
     sweep = Sweep(student, args.points, quality, book, *counts, args.cuda_graphs)
     with tqdm(total=sweep.pictures, unit="image", desc="sweep") as bar:
@@ -87,7 +85,10 @@ def measure(args: Args, student: Student, book: RecordBook) -> dict:
 
 
 def open_quality(args: Args, student: Student) -> Quality:
-    """The network and the real side that the flags name, or what follows from the run."""
+    """The network and the real side that the flags name, or what follows from the run; prints a caution.
+
+    Raises UserError for too few samples before it reads the real side, which may take hours.
+    """
     features = args.features or ("digits" if student.config.data_dir == "digits" else None)
     if features in (None, STORED):
         raise UserError(f"--features is {features or 'not given'}; for other pictures than the digits it must be "
@@ -97,8 +98,11 @@ def open_quality(args: Args, student: Student) -> Quality:
         raise UserError(f"--reference is not given; --features {features} needs a folder of real pictures, or an .npz "
                         "of pictures or statistics")  # fmt: skip
     judge_dir = args.judge_dir or student.run.resolve().parent / "judge"
-    evaluator = Evaluator(features, reference, judge_dir, args.per_proc_batch_size, MetricSettings())
-    return Quality(evaluator.extractor, evaluator.reference)
+    extractor = load_extractor(features, judge_dir)
+    caution = check_sample_size(args.num_fid_samples, extractor.dimension)
+    if caution:
+        print(caution)
+    return Quality(extractor, real_side(reference, extractor, args.per_proc_batch_size))
 
 
 def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:

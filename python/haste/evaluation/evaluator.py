@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from haste.errors import UserError
-from haste.evaluation.features import Features, JudgeExtractor, extract, load_extractor
+from haste.evaluation.features import Extractor, Features, JudgeExtractor, extract, load_extractor
 from haste.evaluation.judge import NUM_CLASSES
 from haste.evaluation.metrics import MetricSettings, Result, measure
 from haste.evaluation.picture_sets import NpzPictures, PictureFiles, open_pictures
 from haste.evaluation.record import beside
-from haste.evaluation.reference import STORED, load_reference, stored_features, stored_reference
+from haste.evaluation.reference import STORED, Reference, load_reference, stored_features, stored_reference
 from haste.generation.labels import choose_labels
 from haste.generation.sample_folder import RECORD, read_record
 
@@ -47,8 +47,7 @@ class Evaluator:
         if self.extractor is None:
             self.reference = stored_reference(reference)
         else:
-            with Bar("reference") as bar:
-                self.reference = load_reference(reference, self.extractor, batch_size, bar.advance)
+            self.reference = real_side(reference, self.extractor, batch_size)
 
     @property
     def on_digits(self) -> bool:
@@ -65,8 +64,8 @@ class Evaluator:
             if getattr(pictures, "are_jpeg", False) and not self.reference.of_jpeg:
                 logger.warning("%s holds JPEG files, and the reference is of none: what JPEG loses counts as a "
                                "difference between them; samples must be PNG to be compared", samples)  # fmt: skip
-            features = self.extract(samples, pictures)
             labels = known_labels(samples, pictures) if isinstance(self.extractor, JudgeExtractor) else None
+            features = self.extract(samples, pictures)
             identity = {
                 "samples": samples.name,
                 "digest": pictures.digest(),
@@ -94,6 +93,12 @@ class Evaluator:
                 lambda done: bar.advance(done, len(pictures)),
                 cache if os.access(cache.parent, os.W_OK) else None,
             )
+
+
+def real_side(reference: str, extractor: Extractor, batch_size: int) -> Reference:
+    """`load_reference` under a progress bar."""
+    with Bar("reference") as bar:
+        return load_reference(reference, extractor, batch_size, bar.advance)
 
 
 class Bar:

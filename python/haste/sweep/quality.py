@@ -9,26 +9,23 @@ import numpy as np
 
 from haste.evaluation.agreement import compare_pictures
 from haste.evaluation.features import Extractor, Features, JudgeExtractor, concatenate
-from haste.evaluation.frechet import check_sample_size, fit_gaussian, frechet_distance
+from haste.evaluation.frechet import fit_gaussian, frechet_distance
 from haste.evaluation.metrics import accuracy
 from haste.evaluation.reference import Reference
 
 
 class Quality:
-    """The features of a network, and the real side in them."""
+    """The features of a network, and the real side in them. UserError if that has too few pictures for a distance."""
 
     def __init__(self, extractor: Extractor, reference: Reference) -> None:
         self.extractor = extractor
         self.reference = reference
+        self.real = reference.gaussian
 
     @property
     def key(self) -> str:
         """What must be equal for two distances to be compared."""
         return f"{self.extractor.key} against {self.reference.name}"
-
-    def check_count(self, count: int) -> str | None:
-        """A sentence of caution if `count` pictures make the distance noisy; UserError if they allow for none."""
-        return check_sample_size(count, self.reference.gaussian.dimension)
 
     def features(self, images: np.ndarray) -> Features:
         """Of one batch (n, H, W, 3) uint8."""
@@ -40,7 +37,7 @@ class Quality:
         features = concatenate(parts)
         known = isinstance(self.extractor, JudgeExtractor)
         return {
-            "distance": frechet_distance(fit_gaussian(features.values), self.reference.gaussian),
+            "distance": frechet_distance(fit_gaussian(features.values), self.real),
             "accuracy": accuracy(features, labels) if known else None,
         }
 

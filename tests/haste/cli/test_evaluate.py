@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from digits_run import write_run
 from haste.cli.main import main
-from haste.evaluation import features, pictures, scores
+from haste.evaluation import evaluator, features, pictures, scores
 from haste.evaluation.images import write_picture
 from haste.evaluation.judge import JudgeSettings, real_digits
 from haste.evaluation.record import read_evaluations
@@ -244,6 +244,15 @@ def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
     assert "reads uint8 pictures of shape (count, 8, 8, 3)" in refusal(
         capsys, "--samples", tmp_path / "large", "--features", "digits"
     )
+
+
+def test_what_was_drawn_before_is_opened_before_the_real_side_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluator, "load_reference", lambda *_: pytest.fail("the real side was read"))
+    bad, good = tmp_path / "bad.npz", write_digits(tmp_path / "good", 1)
+    bad.write_bytes(b"no archive")
+    flags = ("--features", "digits", "--reference", good)
+    for samples in (("--samples", bad), ("--samples", good, "--twin", bad)):
+        assert f"{bad} is not an .npz with pictures" in refusal(capsys, *samples, *flags)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import pytest
 from digits_run import write_run
 from haste.cli.main import main
-from haste.evaluation import features
+from haste.evaluation import evaluator, features
 from haste.evaluation.judge import JudgeSettings
 from haste.lock import hold
 from PIL import Image
@@ -94,6 +94,11 @@ def test_guidance_is_part_of_a_sweep(run, capsys):
 def test_a_run_on_other_pictures_needs_to_be_told_what_measures(tmp_path, capsys):
     run = write_run(tmp_path / "exps", data_dir="data/imagenet")
     assert "--features is not given; for other pictures than the digits" in refusal(capsys, "--ckpt", str(run))
+
+
+def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluator, "load_reference", lambda *_: pytest.fail("the real side was read"))
+    assert "64 samples are too few" in refusal(capsys, "--ckpt", str(run), "--num-fid-samples", "64")
 
 
 @pytest.mark.parametrize(
