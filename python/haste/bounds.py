@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from haste.errors import UserError, shorten
+from haste.limits import MOST_CLASSES
 
 
 class Bounds(NamedTuple):
@@ -55,7 +56,7 @@ SEED = Bounds(0, 2**32 - 1)  # what numpy takes
 BOUNDS: dict[str, Bounds] = {
     # data and model
     "resolution": SIDE,
-    "num_classes": Bounds(1, 10_000_000),
+    "num_classes": Bounds(1, MOST_CLASSES),
     "num_workers": Bounds(0, 1024),
     "encoder_depth": DEPTH,
     "projector_dim": Bounds(1, 65_536),

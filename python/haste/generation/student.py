@@ -13,7 +13,7 @@ import torch
 
 from haste.errors import UserError
 from haste.models.sit import SiT
-from haste.training.checkpoint import Checkpoint, build_model, list_checkpoints, read_student
+from haste.training.checkpoint import Checkpoint, build_model, list_checkpoints, read_student, sampling_config
 from haste.training.config import TrainConfig
 from haste.training.conventions import Convention, guided_channels
 from haste.training.weight_files import BrokenCheckpoint
@@ -84,8 +84,7 @@ def load_student(
     def load(file: Path) -> Student:
         content = read_student(file, assume, convention)
         model = build_model(content, ema, fused_attn).to(device)
-        config = TrainConfig.from_dict(content["args"], f"args of {file}")
-        return Student(model, config, file, what_is_recorded(content))
+        return Student(model, sampling_config(content, file), file, what_is_recorded(content))
 
     if not path.is_dir():
         return load(path)

@@ -23,7 +23,7 @@ from haste.io import save_tensors
 from haste.models.sit import SiT
 from haste.plain import check
 from haste.training.config import TrainConfig
-from haste.training.conventions import Convention, our_settings
+from haste.training.conventions import Convention, our_settings, refuse_other_predictions
 from haste.training.interchange import (
     both_weights,
     first_not_finite,
@@ -34,6 +34,7 @@ from haste.training.interchange import (
     require_shapes,
 )
 from haste.training.model_config import checked, on_meta
+from haste.training.recorded import is_ours
 from haste.training.resumable import check_resumable
 from haste.training.weight_files import BrokenCheckpoint, read_file, settings_in
 
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 Checkpoint = dict[str, Any]
 
 PUBLIC_KEYS = ("model", "ema", "opt", "args", "steps")
+SAMPLED_BY = ("exp_name", "data_dir", "model", "resolution", "num_classes", "encoder_depth", "path_type", "vae")
 RESUME_KEYS = ("model_config", "rng", "termination", "scaler")
 
 
@@ -59,6 +61,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises BrokenCheckpoint for a damaged file, UserError for one that cannot be used or lacks a part.
     """
     checkpoint = read_file(path)
+    refuse_other_predictions(settings_of(checkpoint, path), path)
     missing = [name for name in PUBLIC_KEYS if name not in checkpoint]
     if missing:
         raise UserError(
@@ -171,8 +174,12 @@ def completed(checkpoint: Checkpoint, path: Path) -> Checkpoint:
 
 
 def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a file; empty if it does not hold them. UserError for what are none."""
-    return settings_in(content.get("args"), f"args of {path}")
+    """The settings of the run that wrote a file; empty if it does not hold them. UserError for what are none.
+
+    Another trainer's None stands for what was not said.
+    """
+    settings = settings_in(content.get("args"), f"args of {path}")
+    return {name: value for name, value in settings.items() if is_ours(settings) or value is not None}
 
 
 def read_student(
@@ -220,7 +227,17 @@ def load_model(path: str | Path, ema: bool = True, convention: Convention | None
     Raises UserError if the file is missing or no checkpoint of this trainer, HASTE's, REPA's or SiT's.
     """
     student = read_student(Path(path), convention=convention)
-    return build_model(student, ema), TrainConfig.from_dict(student["args"])
+    return build_model(student, ema), sampling_config(student, path)
+
+
+def sampling_config(student: Checkpoint, path: str | Path) -> TrainConfig:
+    """The settings of the run of what `read_student` returns; of another trainer's those alone by which it is sampled.
+
+    So another trainer's file may hold anything where only training would look.
+    """
+    args = student["args"]
+    read = args if is_ours(args) else {name: args[name] for name in SAMPLED_BY if name in args}
+    return TrainConfig.from_dict(read, f"args of {path}")
 
 
 def build_model(student: Checkpoint, ema: bool = True, fused_attn: bool = True) -> SiT:

@@ -81,14 +81,14 @@ def _told(
     sigma = sigma_head(weights)
     if sigma is None:
         return None
+    if file.name.startswith("DiT"):
+        raise UserError(f"{file} holds a DiT, by its name, which predicts noise; it must be a SiT")
     # SiT's loss never reaches this half of the head, which begins as zeros; DiT's trains it.
     if not sigma.any():
         return "sit"
     if file.name.startswith("SiT"):
         logger.info("%s is taken for SiT's own, by its name", file)
         return "sit"
-    if file.name.startswith("DiT"):
-        raise UserError(f"{file} holds a DiT, by its name, which predicts noise; it must be a SiT")
     return None
 
 

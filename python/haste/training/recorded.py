@@ -7,7 +7,9 @@ those that are typed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +19,7 @@ from typing import Any
 from haste.errors import UserError
 from haste.io import read_json
 from haste.plain import build
-from haste.training.config import TrainConfig, check_folder_name
+from haste.training.config import TRACKERS, TrainConfig, check_folder_name
 from haste.training.recipes import RECIPES, recipe_config
 
 # What says where the run is and with what checkpoint this start begins, not how the run was begun.
@@ -27,6 +29,11 @@ NOT_FOLLOWED = ("output_dir", "exp_name", "resume_step")
 PUBLIC_LABEL_DROPOUT = 0.1
 
 
+def is_ours(values: Mapping[str, Any]) -> bool:
+    """Whether this trainer recorded them: every run of ours has its recipe, if only as empty."""
+    return "recipe" in values
+
+
 def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The settings among the values that a run recorded, this trainer's, REPA's or HASTE's, in our meaning.
 
@@ -34,7 +41,7 @@ def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     held = asdict(build(TrainConfig, values, source))
     known = {name: held[name] for name in held if name in values}
-    if "recipe" not in values and "cfg_prob" in known:  # every run of ours records its recipe, if only as empty
+    if not is_ours(values) and "cfg_prob" in known:
         known["cfg_prob"] = _public_label_dropout(held["cfg_prob"], held["legacy"])
     return known
 
@@ -62,20 +69,39 @@ def follow_run(defaults: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     if found is None or (defaults.recipe and found.get("recipe", "") != defaults.recipe):
         return defaults
     followed = {name: value for name, value in found.items() if name not in NOT_FOLLOWED}
+    typed = {word.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in arguments}
+    if "report_to" not in typed:
+        _leave_out_absent_trackers(followed)
     if followed.get("recipe") not in RECIPES:
         followed["recipe"] = ""
     begun = recipe_config(followed["recipe"])
-    typed = {word.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in arguments}
     told = [
-        f"--{name.replace('_', '-')} {value}"
+        _as_typed(name, value)
         for name, value in followed.items()
         if name not in typed
         and name != "num_classes"  # which the data say
         and value != getattr(defaults if name == "recipe" else begun, name)
     ]
     if told:
-        print(f"as the run in {place[0]} was begun: {' '.join(told)}", file=sys.stderr)
+        print(f"as the run in {place[0]} has it: {' '.join(told)}", file=sys.stderr)
     return replace(defaults, **followed)
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """A flag with its value, as a command line takes it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {shlex.quote(str(value))}"
+
+
+def _leave_out_absent_trackers(followed: dict[str, Any]) -> None:
+    """A run that was logged elsewhere, and goes on where that package is not, is logged without it."""
+    trackers = [name for name in str(followed.get("report_to", "none")).split(",") if name.strip() in TRACKERS]
+    absent = [name for name in trackers if importlib.util.find_spec(name.strip()) is None]
+    if absent:
+        print(f"the run was logged to {', '.join(absent)}, which is not installed here: without it", file=sys.stderr)
+        followed["report_to"] = ",".join(name for name in trackers if name not in absent) or "none"
 
 
 def _place(defaults: TrainConfig, arguments: Sequence[str]) -> tuple[Path, int] | None:

@@ -32,6 +32,7 @@ BLOCKED = {"sys", "os", "posix", "nt"}
 
 PATHS = {f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
 SCALARS = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
+FILLED = {"collections.defaultdict": dict, "collections.Counter": dict, "collections.deque": list}  # item by item
 DEEPEST = 50  # levels of settings within settings
 
 
@@ -154,8 +155,8 @@ def _load(path: Path, stand_ins: list[tuple[Callable, str]]) -> Any:
 
 def _stand_in(name: str) -> Callable:
     """What is called in place of a class or function of this name."""
-    if name == "collections.defaultdict":
-        return lambda *arguments: {}
+    if name in FILLED:
+        return lambda *arguments: FILLED[name]()
     return type("Foreign", (Foreign,), {"of": name, "__qualname__": f"Foreign {name}"})  # the name for torch's errors
 
 

@@ -137,7 +137,7 @@ def test_a_command_that_goes_on_need_not_say_again_how_the_run_was_begun(monkeyp
     main(["train", "--output_dir", str(tmp_path), "--exp-name=a", "--seed", "4"])
     (config,) = seen
     assert (config.attn_coeff, config.early_stop_point, config.seed, config.batch_size) == (0.5, 7, 4, 8)
-    assert "was begun: --attn-coeff 0.5 --early-stop-point 7 --batch-size 8\n" in capsys.readouterr().err
+    assert "has it: --attn-coeff 0.5 --early-stop-point 7 --batch-size 8\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["haste", "haste.cli.train"])

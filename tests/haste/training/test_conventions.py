@@ -65,6 +65,7 @@ def test_a_flag_against_what_the_file_tells_is_refused():
         ({"args": {**SIT_ARGS, "prediction": "score"}}, "--prediction score"),
         ({"args": {"model": "DiT-XL/2", "image_size": 256}, "weights": TRAINED}, "DiT-XL/2, which predicts noise"),
         ({"name": "DiT-XL-2-256x256.pt", "weights": TRAINED}, "DiT, by its name, which predicts noise"),
+        ({"name": "DiT-XL-2-256x256.pt", "weights": UNTRAINED}, "DiT, by its name, which predicts noise"),
     ],
 )
 @pytest.mark.parametrize("given", [None, "sit"])

@@ -167,6 +167,21 @@ def test_what_is_odd_is_named_when_a_run_goes_on(tmp_path, place, value, sentenc
         read_newest_checkpoint(tmp_path)
 
 
+def test_another_trainers_settings_may_be_anything_where_sampling_does_not_look(tmp_path):
+    content = {part: whole()[part] for part in ("model", "ema", "opt", "steps", "model_config")}
+    args = {"path_type": "linear", "batch_size": None, "max_grad_norm": None, "legacy": 0, "layer_map": None}
+    save_checkpoint(tmp_path / "0000004.pt", {**content, "args": argparse.Namespace(**args)})
+    assert load_student(tmp_path / "0000004.pt", device=torch.device("cpu")).config.path_type == "linear"
+    with pytest.raises(UserError, match="legacy of args of .* must be true or false, and is 0"):
+        read_newest_checkpoint(tmp_path)
+
+
+def test_what_predicts_noise_is_said_before_what_is_missing_to_go_on(tmp_path):
+    save_checkpoint(tmp_path / "0000004.pt", {"model": {}, "args": argparse.Namespace(model="DiT-S/2", path_type=None)})
+    with pytest.raises(UserError, match="holds a DiT-S/2, which predicts noise"):
+        read_newest_checkpoint(tmp_path)
+
+
 def test_weights_that_are_not_finite_are_told(tmp_path, caplog):
     content = replaced("ema/pos_embed", torch.full((1, 4, 16), float("nan")))
     save_checkpoint(tmp_path / "nan.pt", content)

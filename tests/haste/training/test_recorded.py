@@ -36,7 +36,7 @@ def test_what_is_not_typed_is_as_the_run_was_begun(record, capsys):
     config = follow_run(TrainConfig(), [*flags, "--seed=5"])
     assert config == replace(TrainConfig(), seed=5, attn_coeff=0.25)
     said = capsys.readouterr().err
-    assert said.startswith("as the run in ") and said.endswith("was begun: --attn-coeff 0.25\n")
+    assert said.startswith("as the run in ") and said.endswith("has it: --attn-coeff 0.25\n")
 
 
 @pytest.mark.parametrize("as_checkpoint", [False, True])
@@ -65,6 +65,20 @@ def test_where_no_run_is_nothing_is_followed(record, tmp_path, name):
     record({"seed": 5})
     arguments = ["--output-dir", str(tmp_path), "--exp-name", name]
     assert follow_run(TrainConfig(), arguments) == TrainConfig()
+
+
+def test_what_is_told_can_be_typed(record, capsys):
+    follow_run(TrainConfig(), record({"allow_tf32": True, "fused_attn": False, "vae": "my vae"}))
+    assert "has it: --vae 'my vae' --no-fused-attn --allow-tf32\n" in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_not_here_is_left_out_and_one_that_is_typed_is_not(record, capsys, monkeypatch):
+    monkeypatch.setattr("haste.training.recorded.importlib.util.find_spec", lambda name: name == "tensorboard" or None)
+    flags = record({"report_to": "tensorboard,wandb"})
+    assert follow_run(TrainConfig(), flags).report_to == "tensorboard"
+    assert "was logged to wandb, which is not installed here" in capsys.readouterr().err
+    assert follow_run(TrainConfig(), [*flags, "--report-to=wandb"]).report_to == "tensorboard,wandb"
+    assert "not installed" not in capsys.readouterr().err
 
 
 def test_help_reads_no_run(record):

@@ -8,7 +8,7 @@ import pickle
 import sys
 import types
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
@@ -73,11 +73,14 @@ def test_plain_values_of_other_libraries_become_plain(path):
         name=np.str_("né"),
         nested={"paths": [Path("a")], "pair": (np.float32(0.5), None)},
         by_class=defaultdict(list),
+        last=deque([1, 2]),
+        counts=Counter("aab"),
         group=argparse.Namespace(seed=np.int64(3)),
     )
     assert vars(read_file(saved(path, args))["args"]) == {
         "data_dir": "/data/imagenet", "other": "runs/x", "lr": 1e-4, "steps": 400, "flag": True, "name": "né",
-        "nested": {"paths": ["a"], "pair": (0.5, None)}, "by_class": {}, "group": argparse.Namespace(seed=3),
+        "nested": {"paths": ["a"], "pair": (0.5, None)}, "by_class": {},
+        "last": [1, 2], "counts": {"a": 2, "b": 1}, "group": argparse.Namespace(seed=3),
     }  # fmt: skip
 
 
