@@ -106,14 +106,14 @@ def decode_moments(data: bytes, name: str) -> np.ndarray:
         moments = read_array(io.BytesIO(data), len(data))
         if moments.dtype.kind not in "biuf":
             raise ValueError(f"it holds {moments.dtype}, not numbers")
-        moments = np.asarray(moments, dtype=np.float32)
+        with np.errstate(over="ignore"):  # numpy's own warning; the sentence is below
+            single = np.asarray(moments, dtype=np.float32)
     except Exception as error:  # a damaged file leads numpy to raise anything
         raise BadFile(name, f"is no whole .npy file ({in_one_line(error)})") from error
-    if moments.ndim == 4 and len(moments) == 1:
-        moments = moments[0]
-    if not np.isfinite(moments).all():
-        raise BadFile(name, "holds numbers that are not finite")
-    return moments
+    if not np.isfinite(single).all():
+        reason = "beyond float32" if np.isfinite(moments).all() else "that are not finite"
+        raise BadFile(name, f"holds numbers {reason}")
+    return single[0] if single.ndim == 4 and len(single) == 1 else single
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,10 @@ def test_moments_cut_short_and_moments_that_are_not_finite_are_bad_files(repa_fo
     np.save(repa_folder / "vae-sd" / latent_name(2), np.full((8, 2, 2), np.nan, dtype=np.float32))
     with pytest.raises(BadFile, match="holds numbers that are not finite"):
         data[2]
+    np.save(repa_folder / "vae-sd" / latent_name(3), np.full((8, 2, 2), 1e300))
+    with warnings.catch_warnings(), pytest.raises(BadFile, match="holds numbers beyond float32"):
+        warnings.simplefilter("error")
+        data[3]
 
 
 def test_an_array_of_objects_is_not_unpickled(repa_folder):
