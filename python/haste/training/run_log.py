@@ -6,11 +6,13 @@ A line is one JSON object: step, aligned, and numbers or null.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from haste.errors import UserError
+from haste.io import read_bytes
 from haste.training.meter import with_present_names
 
 LARGEST_STEP = 2**53  # above, floats leave steps out
@@ -44,10 +46,10 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
     Raises UserError if the file cannot be read.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return [], 0
     try:
-        text = path.read_bytes().decode("utf-8", "replace")
+        text = read_bytes(path).decode("utf-8", "replace")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     records, damaged = [], 0

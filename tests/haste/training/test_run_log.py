@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from haste.errors import UserError
+from haste.training import run_log
 from haste.training.run_log import alignment_end, read_lines, read_log
 
 
@@ -35,13 +37,21 @@ def test_damage_is_counted_but_for_a_line_cut_short(tmp_path):
     assert read_lines(tmp_path / "none.jsonl") == ([], 0)
 
 
+def test_a_log_that_is_a_folder_or_a_pipe_is_told(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match=f"{name} cannot be read: it is a {name}, not a regular file"):
+            read_lines(tmp_path / name)
+
+
 def test_a_log_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     path = write(tmp_path / "log.jsonl", {"step": 1})
 
-    def refuse(self):
+    def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    monkeypatch.setattr(run_log, "read_bytes", refuse)
     with pytest.raises(UserError, match=r"log\.jsonl cannot be read: Permission denied"):
         read_log(path)
 
