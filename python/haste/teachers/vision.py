@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -189,18 +191,21 @@ class VisionTeacher(nn.Module):
 def _load_encoder(name: str, source: str, family: Family, grid: int) -> nn.Module:
     """The encoder with positions for grid x grid patches, and without the parts that a teacher does not use."""
     try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            attn_implementation=ATTENTION_NAME,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **loading_arguments(source),
-        )
+        with _without_report():
+            model, info = AutoModel.from_pretrained(
+                source,
+                attn_implementation=ATTENTION_NAME,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # else transformers advises to set this; refused below, with the shapes
+                **loading_arguments(source),
+            )
     except Exception as error:  # transformers', safetensors', the hub's own errors
         raise UserError(f"the teacher {name} cannot be loaded: {reason(error)}") from error
     encoder = getattr(model, "vision_model", model)  # the text side of a two-tower model is dropped here
     family.strip(encoder)
+    _refuse_other_shapes(name, encoder, info["mismatched_keys"])
     _refuse_missing_weights(name, encoder, info["missing_keys"])
     if family.takes_patches:
         encoder.embeddings = NaFlexPatches(encoder.embeddings, grid)
@@ -210,12 +215,42 @@ def _load_encoder(name: str, source: str, family: Family, grid: int) -> nn.Modul
     return encoder
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of weights that do not fit, on its log: those of the encoder are refused below, and
+    the others, such as a text side's, are not used."""
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(_is_no_report)  # another level would let it say more elsewhere
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
 def _refuse_missing_weights(name: str, encoder: nn.Module, missing: Iterable[str]) -> None:
     """transformers draws weights that a checkpoint lacks at random, which here would teach nonsense."""
-    own = {parameter for parameter, _ in encoder.named_parameters()}
-    lacking = sorted(own & {key.removeprefix("vision_model.") for key in missing})
+    lacking = sorted(_own_weights(encoder) & {key.removeprefix("vision_model.") for key in missing})
     if lacking:
         raise UserError(f"the teacher {name} lacks {len(lacking)} weights of its encoder, such as {lacking[0]}")
+
+
+def _refuse_other_shapes(
+    name: str, encoder: nn.Module, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]
+) -> None:
+    """Of those, too, it draws new ones. mismatched: name, shape in the file, and shape that config.json asks for."""
+    shapes = {key.removeprefix("vision_model."): shapes for key, *shapes in mismatched}
+    for key in sorted(_own_weights(encoder) & shapes.keys()):
+        found, wanted = (" x ".join(map(str, shape)) for shape in shapes[key])
+        raise UserError(f"the teacher {name} cannot be loaded: its weight {key} is {found}; its config.json asks for "
+                        f"{wanted}")  # fmt: skip
+
+
+def _own_weights(encoder: nn.Module) -> set[str]:
+    return {parameter for parameter, _ in encoder.named_parameters()}
 
 
 def _check_layers(name: str, layers: Sequence[int], depth: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import re
 import shutil
 import weakref
@@ -274,6 +275,18 @@ def test_a_folder_that_lacks_weights_of_the_last_layer_is_refused(saved, tmp_pat
     sentence = r"lacks \d+ weights of its encoder, such as " + re.escape(last.removeprefix("vision_model."))
     with pytest.raises(UserError, match=sentence):
         VisionTeacher.from_pretrained(str(tmp_path))
+
+
+def test_a_folder_whose_weights_have_another_patch_is_refused_with_both_shapes_alone(saved, tmp_path, caplog):
+    shutil.copytree(saved.folder, tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "config.json").read_text()
+    assert '"patch_size": 4' in text
+    (tmp_path / "config.json").write_text(text.replace('"patch_size": 4', '"patch_size": 2'))
+    logging.getLogger("transformers").addHandler(caplog.handler)  # which keeps its lines from the root's handlers
+    with pytest.raises(UserError, match=r"its weight \S+ is [\dx ]+; its config.json asks for [\dx ]+$"):
+        VisionTeacher.from_pretrained(str(tmp_path))
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.text == ""
 
 
 def test_wrong_number_of_channels_is_refused(dinov2_folder):
