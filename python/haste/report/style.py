@@ -60,9 +60,9 @@ table.images td { border: 0; padding: 0 .75rem .75rem 0; min-width: 200px; }
 table.images th { border: 0; padding-bottom: .25rem; }
 table.images th.row { color: var(--text); padding-top: .25rem; }
 table.images img { display: block; width: 100%; max-width: 360px; height: auto; }
-.tiles { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1rem; }
-.tile { margin: 0; width: 56px; }
-.tile img { width: 56px; height: 56px; margin: 0 0 3px; image-rendering: pixelated; }
+.tiles { display: grid; grid-template-columns: repeat(10, minmax(0, 56px)); gap: .5rem; margin-bottom: 1rem; }
+.tile { margin: 0; }
+.tile img { display: block; width: 100%; aspect-ratio: 1; margin: 0 0 3px; image-rendering: pixelated; }
 .tile figcaption { margin: 0; text-align: center; line-height: 1.4; overflow-wrap: anywhere; }
 .tile.wrong figcaption { color: var(--wrong); font-weight: 600; }
 .scroll { overflow-x: auto; margin-bottom: 1rem; }
@@ -79,7 +79,12 @@ pre {
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; font-size: 1.2rem; font-weight: bold; letter-spacing: -.01em; }
 details[open] summary { margin-bottom: .75rem; }
+@media (min-width: 1060px) {
+  .tiles { grid-template-columns: repeat(20, 40px); }
+}
 @media (max-width: 600px) {
+  .tiles { grid-template-columns: repeat(10, minmax(0, 32px)); gap: 4px 1px; }
+  .tile figcaption { font-size: .7rem; }
   body { padding: 1.25rem .75rem 2rem; }
   section { padding: 1rem; }
   h1 { font-size: 1.6rem; }
