@@ -44,8 +44,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class Run:
-    """stop: the step at which alignment ended, None if it did not or there was none. remarks: what was left out."""
+    """folder: as it was given, to be typed again. stop: the step at which alignment ended, None if it did not or there
+    was none. remarks: what was left out."""
 
+    folder: Path
     name: str
     settings: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
@@ -93,7 +95,7 @@ def read_run(folder: Path) -> Run:
     previews, quality = find_previews(folder), read_quality(folder, name, remarks)
     if not previews:
         remarks.append(f"{name} has no previews: {why_missing(folder)}.")
-    return Run(name, settings, log, previews, quality, alignment_end(log), remarks)
+    return Run(folder, name, settings, log, previews, quality, alignment_end(log), remarks)
 
 
 def shown(value: object) -> str:

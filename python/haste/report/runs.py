@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,7 @@ def quality_section(runs: Sequence[Run]) -> str:
     """Curves and a table of every metric over checkpoints, for each way of measuring that was used."""
     ways = settings_measured(runs)
     if not ways:
-        commands = " or ".join(f"haste evaluate --run {run.name}" for run in runs[:2])
+        commands = " or ".join(f"haste evaluate --run {shlex.quote(shown(run.folder))}" for run in runs[:2])
         return section("Quality", paragraph(f"Nothing was measured yet; {commands} would do it."))
     parts = [legend([run.name for run in runs])] if len(runs) > 1 else []
     for how in ways[:SHOWN_MEASUREMENTS]:

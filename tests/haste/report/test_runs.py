@@ -28,7 +28,7 @@ def test_one_run_on_one_page_that_fetches_nothing(tmp_path, capsys):
     text = text_of(html)
     assert "|haste|" in text and "|100.0|" in text and "|150.0|" in text and "|0.250|" in text
     assert "Samples of haste at step 40" in html and "--seed" in text
-    assert "Nothing was measured yet; haste evaluate --run haste would do it." in text
+    assert f"Nothing was measured yet; haste evaluate --run {run} would do it." in text
 
 
 def test_several_runs_side_by_side(tmp_path, capsys):
