@@ -21,5 +21,5 @@ def shorten(value: object) -> str:
     if isinstance(value, int) and abs(value) >= 10**30:  # which str() may refuse to write out
         return "an integer of more than 30 digits"
     text = str(value)
-    text = text if text.isprintable() else repr(text)
+    text = text if text and text.isprintable() else repr(text)
     return text if len(text) <= 40 else text[:37] + "..."

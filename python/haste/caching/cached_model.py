@@ -169,8 +169,8 @@ class CachedModel(nn.Module):
         full = self.schedule.full_steps(self._num_steps)
         if full is not None and self.forecaster.order >= max(1, len(full)):
             raise UserError(
-                f"order is {self.forecaster.order}; of {self._num_steps} steps {len(full)} are full, so it must be at "
-                f"most {len(full) - 1}"
+                f"--order must be at most {len(full) - 1}, as {len(full)} of {self._num_steps} steps are full, "
+                f"got {self.forecaster.order}"
             )
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ def delta_dit_groups(model: Transformer, cached_blocks: int | None) -> list[Bloc
     depth = len(model.blocks)
     count = round(CACHED_SHARE * depth) if cached_blocks is None else cached_blocks
     if not 1 <= count <= depth:
-        raise UserError(f"cached_blocks is {count}; it must be between 1 and the model's {depth} blocks")
+        raise UserError(f"--cached-blocks must be between 1 and the model's {depth} blocks, got {count}")
     groups = {REAR: BlockGroup(model, depth - count, depth), FRONT: BlockGroup(model, 0, count)}
     return [groups[REAR], groups[FRONT]]
 
@@ -35,7 +35,7 @@ def delta_dit_gate(gate: int | None) -> Callable[[int, int], int]:
     def group(step: int, num_steps: int) -> int:
         threshold = round(GATE_SHARE * num_steps) if gate is None else gate
         if not 0 <= threshold <= num_steps:
-            raise UserError(f"gate is {threshold}; it must be between 0 and the number of steps, {num_steps}")
+            raise UserError(f"--gate must be between 0 and the number of steps, {num_steps}, got {threshold}")
         return REAR if num_steps - step > threshold else FRONT
 
     return group

@@ -38,7 +38,7 @@ class _OfSomeOrder:
 
     def __post_init__(self) -> None:
         if self.order < 0:
-            raise UserError(f"order is {self.order}; it must be at least 0")
+            raise UserError(f"--order must be at least 0, got {self.order}")
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ class IntervalSchedule:
     wants_error = False
 
     def __post_init__(self) -> None:
-        for name, value in (("interval", self.interval), ("first_enhance", self.first_enhance)):
+        for flag, value in (("--interval", self.interval), ("--first-enhance", self.first_enhance)):
             if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{flag} must be at least 1, got {value}")
 
     def begin(self, num_steps: int) -> IntervalSchedule:
-        for name, value in (("interval", self.interval), ("first_enhance", self.first_enhance)):
+        for flag, value in (("--interval", self.interval), ("--first-enhance", self.first_enhance)):
             if value > num_steps:
-                raise UserError(f"{name} is {value}; it must not be above the number of steps, {num_steps}")
+                raise UserError(f"{flag} must not be above the number of steps, {num_steps}, got {value}")
         return self
 
     def is_full(self, step: int, last_full: int | None) -> bool:
@@ -75,12 +75,13 @@ class ListedSchedule:
 
     def __post_init__(self) -> None:
         if not self.steps or sorted(set(self.steps)) != list(self.steps) or self.steps[0] != 0:
-            shown = ",".join(map(str, self.steps))
-            raise UserError(f"full_steps is {shown or 'empty'}; it must be increasing step numbers that begin with 0")
+            shown = ",".join(map(str, self.steps)) or "''"
+            raise UserError(f"--full-steps must be increasing step numbers that begin with 0, got {shown}")
 
     def begin(self, num_steps: int) -> ListedSchedule:
         if self.steps[-1] >= num_steps:
-            raise UserError(f"full_steps has {self.steps[-1]}; the {num_steps} steps are numbered 0 to {num_steps - 1}")
+            raise UserError(f"--full-steps must be numbers from 0 to {num_steps - 1} for {num_steps} steps, "
+                            f"got {self.steps[-1]}")  # fmt: skip
         return self
 
     def is_full(self, step: int, last_full: int | None) -> bool:
@@ -106,7 +107,7 @@ class AdaptiveSchedule:
 
     def __post_init__(self) -> None:
         if not self.max_error > 0:
-            raise UserError(f"max_error is {self.max_error}; it must be above 0")
+            raise UserError(f"--max-error must be above 0, got {self.max_error}")
         IntervalSchedule(self.max_interval, self.first_enhance)
 
     def begin(self, num_steps: int) -> AdaptiveCourse:

@@ -303,9 +303,9 @@ def test_the_measured_error_is_that_of_the_forecast_that_was_not_used():
 
 def test_settings_that_make_no_sense_for_a_run():
     model = small_sit()
-    with pytest.raises(UserError, match="interval is 9; it must not be above the number of steps, 8"):
+    with pytest.raises(UserError, match="--interval must not be above the number of steps, 8, got 9"):
         cache(model, interval=9, num_steps=8)
-    with pytest.raises(UserError, match="order is 4; of 8 steps 3 are full, so it must be at most 2"):
+    with pytest.raises(UserError, match="--order must be at most 2, as 3 of 8 steps are full, got 4"):
         cache(model, interval=4, order=4, num_steps=8)
 
 

@@ -88,7 +88,7 @@ def test_by_default_three_blocks_in_four_are_skipped():
 
 def test_settings_that_make_no_sense():
     model = small_sit(DEPTH)
-    with pytest.raises(UserError, match="cached_blocks is 5; it must be between 1 and the model's 4 blocks"):
+    with pytest.raises(UserError, match="--cached-blocks must be between 1 and the model's 4 blocks, got 5"):
         delta(model, cached_blocks=5)
-    with pytest.raises(UserError, match="gate is 21; it must be between 0 and the number of steps, 20"):
+    with pytest.raises(UserError, match="--gate must be between 0 and the number of steps, 20, got 21"):
         delta(model, gate=21, num_steps=20)

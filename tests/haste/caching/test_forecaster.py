@@ -105,7 +105,7 @@ def test_early_snapshots_give_a_lower_order_and_late_ones_are_not_looked_at():
 
 
 def test_negative_order():
-    with pytest.raises(UserError, match="order is -1; it must be at least 0"):
+    with pytest.raises(UserError, match="--order must be at least 0, got -1"):
         TaylorForecaster(-1)
 
 

@@ -27,15 +27,15 @@ def test_without_a_history_a_step_is_full_and_the_interval_begins_there():
     assert [schedule.is_full(step, 7) for step in (8, 9, 10)] == [False, False, True]
 
 
-@pytest.mark.parametrize("settings, sentence", [((0, 2), "interval is 0"), ((3, 0), "first_enhance is 0")])
+@pytest.mark.parametrize("settings, sentence", [((0, 2), "--interval"), ((3, 0), "--first-enhance")])
 def test_settings_below_one(settings, sentence):
-    with pytest.raises(UserError, match=sentence + "; it must be at least 1"):
+    with pytest.raises(UserError, match=sentence + " must be at least 1, got 0"):
         IntervalSchedule(*settings)
 
 
-@pytest.mark.parametrize("settings, sentence", [((9, 2), "interval is 9"), ((3, 9), "first_enhance is 9")])
+@pytest.mark.parametrize("settings, sentence", [((9, 2), "--interval"), ((3, 9), "--first-enhance")])
 def test_settings_above_the_number_of_steps(settings, sentence):
-    with pytest.raises(UserError, match=sentence + "; it must not be above the number of steps, 8"):
+    with pytest.raises(UserError, match=sentence + " must not be above the number of steps, 8, got 9"):
         IntervalSchedule(*settings).full_steps(8)
 
 
@@ -49,12 +49,12 @@ def test_a_list_of_full_steps():
 
 @pytest.mark.parametrize("steps", [(), (1, 2), (0, 3, 2), (0, 2, 2)])
 def test_lists_that_are_none(steps):
-    with pytest.raises(UserError, match="it must be increasing step numbers that begin with 0"):
+    with pytest.raises(UserError, match="--full-steps must be increasing step numbers that begin with 0, got "):
         ListedSchedule(steps)
 
 
 def test_a_list_that_goes_beyond_the_run():
-    with pytest.raises(UserError, match="full_steps has 9; the 8 steps are numbered 0 to 7"):
+    with pytest.raises(UserError, match="--full-steps must be numbers from 0 to 7 for 8 steps, got 9"):
         ListedSchedule((0, 9)).begin(8)
 
 
@@ -76,5 +76,5 @@ def test_before_anything_is_measured_every_step_is_full():
 
 
 def test_a_bound_that_bounds_nothing():
-    with pytest.raises(UserError, match="max_error is 0; it must be above 0"):
+    with pytest.raises(UserError, match="--max-error must be above 0, got 0"):
         AdaptiveSchedule(0)

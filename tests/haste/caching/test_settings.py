@@ -61,7 +61,7 @@ def test_schedules(settings, schedule):
         ({"cache": "delta-dit", "granularity": "model"}, "--granularity is model, which nothing uses with"),
         ({"cache": "taylor", "full_steps": "0,3", "interval": 3}, "--interval is 3, which nothing uses beside --full"),
         ({"cache": "taylor", "full_steps": "0;3"}, "--full-steps must be step numbers such as .0,1,2,5,9., got .0;3"),
-        ({"cache": "taylor", "full_steps": "1,3"}, "full_steps is 1,3; it must be increasing step numbers that begin"),
+        ({"cache": "taylor", "full_steps": "1,3"}, "--full-steps must be increasing step numbers that begin with 0"),
         ({"cache": "reuse", "order": 2}, "--order is 2; it must be 0 for --cache reuse"),
         ({"cache": "taylor", "max_error": -0.1}, "--max-error must be a number from 0 to 1,000,000, got -0.1"),
         ({"cache": "taylor", "order": -1}, "--order must be an integer from 0 to 20, got -1"),

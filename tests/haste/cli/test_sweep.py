@@ -43,7 +43,7 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys):
         ("none", 8), ("none", 4), ("taylor", 8), ("reuse", 8),
     ]  # fmt: skip
     assert records[0]["sweep"]["checkpoint"] == "0000004.pt" and records[0]["sweep"]["settings"]["labels"] == "balanced"
-    assert "passed over: Taylor per model, interval 3, order 9, 8 steps: order is 9" in out
+    assert "passed over: Taylor per model, interval 3, order 9, 8 steps: --order must be at most" in out
     assert "70 samples in 64 feature dimensions and is biased upwards" in out
     table = (folder / "sweep.md").read_text()
     for record in records:

@@ -33,6 +33,11 @@ def test_text_that_libraries_trip_over(policy):
         choose_labels(list_labels(policy), 0, range(5), 10)
 
 
+def test_no_text_at_all_is_shown():
+    with pytest.raises(UserError, match="got ''$"):
+        choose_labels("", 0, range(5), 10)
+
+
 @given(st.one_of(st.binary(), st.lists(st.integers(-2, 12)).map(lambda n: "\r\n".join(map(str, n)).encode())))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_files_of_any_bytes(tmp_path, content):

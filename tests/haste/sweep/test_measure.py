@@ -119,7 +119,7 @@ def test_what_the_number_of_steps_does_not_allow_is_passed_over_with_a_sentence(
     seen = []
     sweep.run(lambda name, pictures: seen.append(pictures))
     (sentence,) = sweep.skipped
-    assert sentence.startswith("Taylor per module, interval 3, order 7, 8 steps: order is 7;")
+    assert sentence.startswith("Taylor per module, interval 3, order 7, 8 steps: --order must be at most")
     assert sum(seen) == sweep.pictures
     assert ["distance" in record for record in records_of(sweep)] == [True, True, False]
 
