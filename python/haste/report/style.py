@@ -60,10 +60,14 @@ table.images td { border: 0; padding: 0 .75rem .75rem 0; min-width: 200px; }
 table.images th { border: 0; padding-bottom: .25rem; }
 table.images th.row { color: var(--text); padding-top: .25rem; }
 table.images img { display: block; width: 100%; max-width: 360px; height: auto; }
-.tiles { display: grid; grid-template-columns: repeat(10, minmax(0, 56px)); gap: .5rem; margin-bottom: 1rem; }
+.tiles {
+  display: grid; grid-template-columns: repeat(10, minmax(0, 56px)); gap: .5rem; align-items: end; margin-bottom: 1rem;
+}
 .tile { margin: 0; }
 .tile img { display: block; width: 100%; aspect-ratio: 1; margin: 0 0 3px; image-rendering: pixelated; }
-.tile figcaption { margin: 0; text-align: center; line-height: 1.4; overflow-wrap: anywhere; }
+.tile figcaption {
+  margin: 0; text-align: center; font-size: .8rem; line-height: 1.4; word-spacing: -.15em; overflow-wrap: anywhere;
+}
 .tile.wrong figcaption { color: var(--wrong); font-weight: 600; }
 .scroll { overflow-x: auto; margin-bottom: 1rem; }
 .scroll:last-child { margin-bottom: 0; }
