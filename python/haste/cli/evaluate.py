@@ -20,7 +20,7 @@ from haste.evaluation.metrics import MetricSettings
 from haste.evaluation.picture_sets import open_pictures
 from haste.evaluation.record import beside, keep_evaluation, metrics_record
 from haste.evaluation.reference import STORED, check_replaceable, save_reference
-from haste.evaluation.scores import Yardstick, evaluate_checkpoints, load_yardstick
+from haste.evaluation.scores import Yardstick, check_on_digits, evaluate_checkpoints, load_yardstick
 from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
 from haste.generation.drawing import Sampler
 from haste.generation.sample_folder import read_record
@@ -186,6 +186,7 @@ def evaluate(args: Args) -> tuple[list[dict], Yardstick]:
     """Judge the checkpoints that --run names by the digits; their records, and what they were held against."""
     args.check()
     checkpoints = run_checkpoints(args.run)
+    check_on_digits(load_student(args.run, args.ema, convention=args.convention))  # before a judge is trained for it
     yardstick = load_yardstick(judge_dir(args))
     sentence = check_sample_size(args.num_fid_samples, yardstick.real.dimension)
     if sentence:

@@ -17,7 +17,7 @@ from haste.evaluation.judge import Judge, JudgeSettings, load_judge, real_digits
 from haste.generation.drawing import Sampler
 from haste.generation.filling import measure_full_steps
 from haste.generation.settings import SamplingSettings
-from haste.generation.student import load_student
+from haste.generation.student import Student, load_student
 from haste.io import told, write_text
 from haste.lock import updating
 from haste.training.run_log import finite, is_step, read_lines
@@ -107,9 +107,7 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Draw `count` pictures from one checkpoint and score them. Raises UserError if it does not draw digits."""
     student = load_student(checkpoint, settings.ema, convention=settings.convention)
-    if student.config.data_dir != "digits":
-        raise UserError(f"{checkpoint} was trained on {student.config.data_dir!r}; the judge knows digits only; "
-                        "give --features and --reference")  # fmt: skip
+    check_on_digits(student)
     sampler = Sampler(student, settings)
     if settings.max_error:  # as haste sample: the same full steps for all pictures
         sampler = sampler.with_full_steps(measure_full_steps(sampler))
@@ -122,6 +120,14 @@ def evaluate_checkpoint(
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     scores = asdict(yardstick.score(images, labels))
     return {"step": student.step, **identity, **scores, "seconds": round(seconds, 2)}
+
+
+def check_on_digits(student: Student) -> None:
+    """UserError for a model that was not trained on the digits, or whose file does not tell on what it was."""
+    data = student.config.data_dir
+    if data != "digits":
+        known = f"was trained on {data!r}" if data else "does not tell what it was trained on"
+        raise UserError(f"{student.checkpoint} {known}; the judge knows digits only; give --features and --reference")
 
 
 def fingerprint(record: dict[str, Any]) -> str:

@@ -85,6 +85,12 @@ def test_every_checkpoint_of_a_run(tmp_path, capsys):
     assert len((run / "evaluation.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_run_on_other_data_is_refused_before_a_judge_is_trained(tmp_path, capsys):
+    run = write_run(tmp_path, data_dir="imagenet")
+    assert "was trained on 'imagenet'; the judge knows digits only" in refusal(capsys, "--run", run, *QUICK)
+    assert not (tmp_path / "judge").exists()
+
+
 # ---- any pictures, all metrics ----
 
 

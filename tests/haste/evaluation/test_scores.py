@@ -78,9 +78,12 @@ def test_progress_hears_of_every_picture(tmp_path, yardstick):
     assert heard == 2 * [("0000002", COUNT), ("0000004", COUNT)]
 
 
-def test_a_run_on_other_data_is_refused(tmp_path, yardstick):
-    run = write_run(tmp_path, data_dir="imagenet")
-    with pytest.raises(UserError, match="trained on 'imagenet'; the judge knows digits only"):
+@pytest.mark.parametrize(
+    ("data", "sentence"), [("imagenet", "was trained on 'imagenet'"), ("", "does not tell what it was trained on")]
+)
+def test_a_run_on_other_data_is_refused(tmp_path, yardstick, data, sentence):
+    run = write_run(tmp_path, data_dir=data)
+    with pytest.raises(UserError, match=f"0000002.pt {sentence}; the judge knows digits only"):
         evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick)
     assert not (run / "evaluation.jsonl").exists()
 
