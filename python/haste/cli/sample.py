@@ -34,13 +34,14 @@ def main(args: Args) -> None:
 
 
 def report(samples: Samples) -> None:
-    """Print how fast pictures came and where they are."""
-    folder, drawn = samples.folder, samples.drawn
-    print(
-        f"{len(samples.labels)} pictures at {drawn.pictures_per_second:.1f} images/s "
-        f"({drawn.seconds:.2f} s for {drawn.pictures}); {drawn.full_per_picture} of "
-        f"{drawn.evaluations_per_picture} model evaluations were full"
-    )
+    """Print how fast images came, unless all were there, and where they are."""
+    folder, drawn, count = samples.folder, samples.drawn, len(samples.labels)
+    if samples.new:
+        speed = f"{drawn.pictures_per_second:.1f} images/s ({drawn.seconds:.2f} s for {drawn.pictures})"
+        came = f"{count} pictures at {speed}"
+    else:
+        came = f"{count} images were there already"
+    print(f"{came}; {drawn.full_per_picture} of {drawn.evaluations_per_picture} model evaluations were full")
     print(f"pictures  {folder.path}\nnpz       {folder.npz}\ngrid      {folder.grid}")
 
 
@@ -75,7 +76,7 @@ def sample_to_folder(args: Args) -> Samples:
         folder = processes.agree(open_folder)
         sampler = settle_full_steps(sampler, folder, processes)
         sampler.speed_up(args.compile, args.cuda_graphs)
-        fill(sampler, folder, count, args.per_proc_batch_size, processes)
+        new = fill(sampler, folder, count, args.per_proc_batch_size, processes)
 
         def finish() -> None:
             folder.collect(labels)
@@ -83,7 +84,7 @@ def sample_to_folder(args: Args) -> Samples:
                 write_grid(args, student, folder, labels)
 
         processes.agree(finish)
-    return Samples(labels, folder)
+    return Samples(labels, folder, new)
 
 
 def folder_path(args: Args, student: Student) -> Path:

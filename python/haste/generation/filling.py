@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 CALIBRATION_PICTURES = 8
 
 
-def fill(sampler: Sampler, folder: SampleFolder, count: int, batch_size: int, processes: Processes) -> None:
-    """Draw the pictures below `count` that the folder lacks, under a progress bar.
+def fill(sampler: Sampler, folder: SampleFolder, count: int, batch_size: int, processes: Processes) -> int:
+    """Draw the pictures below `count` that the folder lacks, under a progress bar; how many those were.
 
     The processes draw in rounds, a batch each, and the first one keeps the record. So whatever ends them, all pictures
     that were drawn are there, and counted up to the last round.
@@ -51,6 +51,7 @@ def fill(sampler: Sampler, folder: SampleFolder, count: int, batch_size: int, pr
             if processes.first:
                 folder.count(pictures, slowest, *sampler.calls)
                 bar.update(done - bar.n)
+    return len(missing)
 
 
 def deal(missing: list[int], size: int) -> list[list[int]]:

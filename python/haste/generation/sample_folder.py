@@ -149,10 +149,14 @@ class SampleFolder:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a command of `haste sample` left: pictures with their labels (N,), and the folder."""
+    """What a command of `haste sample` left: pictures with their labels (N,), and the folder.
+
+    new: how many of them this command sampled; the others were there.
+    """
 
     labels: np.ndarray
     folder: SampleFolder
+    new: int
 
     @cached_property
     def images(self) -> np.ndarray:

@@ -89,7 +89,9 @@ def test_a_second_start_draws_nothing_and_a_larger_number_adds(run, capsys):
     folder = run / "samples" / "0000004-euler-4-cfg1-seed0"
     record = (folder / "sample.json").read_text()
     before = read_pictures(folder)
+    assert "there already" not in capsys.readouterr().out
     main(["sample", "--ckpt", str(run), *QUICK])
+    assert capsys.readouterr().out.startswith("6 images were there already; 4 of 4 model evaluations were full\n")
     assert (folder / "sample.json").read_text() == record
     main(["sample", "--ckpt", str(run), *QUICK, "--num-fid-samples", "8"])
     assert json.loads((folder / "sample.json").read_text())["drawn"]["pictures"] == 8
@@ -237,7 +239,7 @@ def test_labels_from_a_file(run, tmp_path, capsys):
         (("--cache", "taylor", "--max-error", "nan"), "--max-error must be a number from 0 to 1,000,000, got nan"),
         (("--global-seed", str(2**63)), "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got"),
         (("--per-proc-batch-size", "10000000000"), "--per-proc-batch-size must be an integer from 1 to 1,000,000, got"),
-        (("--cache", "taylor", "--order", "14"), "order is 14; of 50 steps 14 are full"),
+        (("--cache", "taylor", "--order", "14"), "--order must be at most 13, as 14 of 50 steps are full, got 14"),
     ],
 )
 def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):

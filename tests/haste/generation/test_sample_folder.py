@@ -33,7 +33,7 @@ def test_a_second_start_draws_what_is_missing_and_adds_up_the_seconds(tmp_path):
     second.collect(labels)
     images, saved = read_npz(tmp_path / "s.npz")
     assert (images == PICTURES).all() and (saved == labels).all()
-    assert (Samples(labels, second).images == PICTURES).all()
+    assert (Samples(labels, second, new=4).images == PICTURES).all()
 
 
 def test_fewer_pictures_than_there_are_can_be_collected(tmp_path):
