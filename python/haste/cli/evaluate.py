@@ -27,6 +27,7 @@ from haste.generation.sample_folder import read_record
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import load_student, run_checkpoints
 from haste.io import told
+from haste.progress import progress_bar
 from haste.training.run_log import alignment_end, read_log
 
 STEP_PICTURES = 64  # whose states are compared after every step
@@ -198,9 +199,7 @@ def evaluate(args: Args) -> tuple[list[dict], Yardstick]:
 
 def evaluate_under_bar(args: Args, run: Path, checkpoints: list[Path], yardstick: Yardstick) -> list[dict]:
     """evaluate_checkpoints with a progress bar over all pictures of all checkpoints."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(checkpoints) * args.num_fid_samples, unit="image", desc="evaluate") as bar:
+    with progress_bar(total=len(checkpoints) * args.num_fid_samples, unit="image", desc="evaluate") as bar:
 
         def progress(checkpoint: Path, pictures: int) -> None:
             bar.set_postfix_str(checkpoint.stem, refresh=False)

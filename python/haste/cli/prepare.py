@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.cli.flags.prepare import Args
 from haste.data.destination import Destination
 from haste.data.prepare import Preparation
 from haste.data.sources import PictureSource, open_pictures
+from haste.progress import progress_bar
 from haste.training.launch import in_first
 from haste.training.signals import StopRequest
 from haste.vae import VAE, LatentFormat
@@ -52,7 +52,7 @@ def fill(
     )
     share = range(accelerator.process_index, len(source), accelerator.num_processes)
     missing = destination.missing(share)
-    bar = tqdm(total=len(share), initial=len(share) - len(missing), unit="image", desc="prepare")
+    bar = progress_bar(total=len(share), initial=len(share) - len(missing), unit="image", desc="prepare")
     with bar, logging_redirect_tqdm(), StopRequest() as stop:
         for count in preparation.run(missing):
             bar.update(count)

@@ -17,6 +17,7 @@ from haste.generation.student import Student, load_student
 from haste.io import told
 from haste.lock import hold
 from haste.plain import build
+from haste.progress import progress_bar
 from haste.sweep.advice import advise, recommend
 from haste.sweep.measure import Sweep
 from haste.sweep.quality import Quality
@@ -67,12 +68,10 @@ class Shared:
 
 def measure(args: Args, student: Student, book: RecordBook) -> dict:
     """Measure under a progress bar; what the records of this sweep share."""
-    from tqdm import tqdm
-
     quality = open_quality(args, student)
     counts = (args.num_fid_samples, args.per_proc_batch_size, args.repeats)
     sweep = Sweep(student, args.points, quality, book, *counts, args.cuda_graphs)
-    with tqdm(total=sweep.pictures, unit="image", desc="sweep") as bar:
+    with progress_bar(total=sweep.pictures, unit="image", desc="sweep") as bar:
 
         def progress(name: str, pictures: int) -> None:
             bar.set_postfix_str(name, refresh=False)

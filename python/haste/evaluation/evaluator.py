@@ -19,6 +19,7 @@ from haste.evaluation.record import beside
 from haste.evaluation.reference import STORED, Reference, load_reference, stored_features, stored_reference
 from haste.generation.labels import choose_labels
 from haste.generation.sample_folder import RECORD, read_record
+from haste.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +118,8 @@ class Bar:
 
     def advance(self, pictures: int, of: int) -> None:
         """So many pictures more are done, of so many in all."""
-        from tqdm import tqdm
-
         if self.bar is None:
-            self.bar = tqdm(total=of, unit="image", desc=self.name)
+            self.bar = progress_bar(total=of, unit="image", desc=self.name)
         self.bar.update(pictures)
 
 

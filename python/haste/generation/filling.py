@@ -13,6 +13,7 @@ from haste.caching.schedule import describe_steps
 from haste.generation.drawing import Sampler
 from haste.generation.processes import Processes
 from haste.generation.sample_folder import SampleFolder
+from haste.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +26,13 @@ def fill(sampler: Sampler, folder: SampleFolder, count: int, batch_size: int, pr
     The processes draw in rounds, a batch each, and the first one keeps the record. So whatever ends them, all pictures
     that were drawn are there, and counted up to the last round.
     """
-    from tqdm import tqdm
-
     missing = processes.agree(lambda: folder.missing(count))
     batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
     if batches:
         largest = max(map(len, batches))
         check_memory(sampler.student.model, sampler.settings, largest, guided=sampler.rows == 2)
         sampler.warm_up(largest)
-    with tqdm(
+    with progress_bar(
         total=count, initial=count - len(missing), unit="image", desc="sample", disable=not processes.first
     ) as bar:
         for start in range(0, len(batches), processes.count):

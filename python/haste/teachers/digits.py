@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from haste.data.digits import load_digits
 from haste.data.order import BatchOrder
 from haste.errors import UserError, in_one_line
 from haste.io import remove_abandoned, temporary_path, told
+from haste.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def train_digits_teacher(settings: DigitsTeacherSettings) -> Dinov2ForImageClass
             optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=settings.warmup
         )
         order = BatchOrder(len(images), settings.batch_size, settings.seed)
-        bar = tqdm(range(settings.steps), desc="teacher", unit="step")
+        bar = progress_bar(range(settings.steps), desc="teacher", unit="step")
         for step in bar:
             batch = order.batch(step)
             logits = model(augment(images[batch], settings.noise)).logits
@@ -86,7 +86,7 @@ def train_digits_teacher(settings: DigitsTeacherSettings) -> Dinov2ForImageClass
             schedule.step()
             if step % 20 == 0 or step == settings.steps - 1:
                 accuracy = (logits.argmax(-1) == labels[batch]).float().mean()
-                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy.item():.2f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy.item():.2f}", refresh=False)
     return model.eval()
 
 
