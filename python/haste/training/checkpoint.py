@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import zipfile
 from collections.abc import Mapping
@@ -194,7 +195,8 @@ def read_student(
     BrokenCheckpoint if it is damaged.
     """
     if not path.is_file():
-        raise UserError(f"the checkpoint {path} does not exist")
+        what = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"the checkpoint {path} {what}")
     content = read_file(path)
     own = settings_of(content, path)
     args = {**(assume or {}), **own}

@@ -182,6 +182,12 @@ def test_what_predicts_noise_is_said_before_what_is_missing_to_go_on(tmp_path):
         read_newest_checkpoint(tmp_path)
 
 
+def test_a_device_and_a_file_that_is_not_there_are_told_apart(tmp_path):
+    for path, what in ((Path("/dev/zero"), "is no regular file"), (tmp_path / "none.pt", "does not exist")):
+        with pytest.raises(UserError, match=f"the checkpoint {path} {what}"):
+            load_student(path, device=torch.device("cpu"))
+
+
 def test_weights_that_are_not_finite_are_told(tmp_path, caplog):
     content = replaced("ema/pos_embed", torch.full((1, 4, 16), float("nan")))
     save_checkpoint(tmp_path / "nan.pt", content)
