@@ -31,6 +31,7 @@ from haste.data.fingerprint import describe_change, other_latents
 from haste.errors import UserError, in_one_line
 from haste.io import require_space
 from haste.models.attention import check_backend
+from haste.progress import progress_bar
 from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
 from haste.training.checkpoint import (
     Checkpoint,
@@ -246,7 +247,9 @@ class Trainer:
         previews = Previews(self.folder.path / "previews", config, self.data, self.accelerator)
         self.meter = Meter(self.accelerator, config, self.model_config)
         shown = self.accelerator.is_local_main_process
-        bar = tqdm(total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=not shown)
+        bar = progress_bar(
+            total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=not shown
+        )
         interrupted, saved = None, True
         with bar, logging_redirect_tqdm(), StopRequest() as stop:
             while self.step < self.last_step and interrupted is None:
@@ -378,7 +381,8 @@ class Trainer:
             self.folder.log(record)
         self.trackers.log(record, self.step)
         loss = record["loss"]  # None if every step since the last line was left out
-        bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=f"{record['images_per_second']:.0f}")
+        speed = f"{record['images_per_second']:.0f}"
+        bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=speed, refresh=False)
 
     # ---- checkpoints ----
 
