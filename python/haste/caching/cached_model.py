@@ -10,6 +10,7 @@ regions, what of the model is predicted. The model itself is not touched.
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from haste.errors import UserError
 from haste.sampling import Evaluation
 from haste.sampling.guidance import Branches
 from haste.sampling.times import time_of
+
+logger = logging.getLogger(__name__)
 
 MOST_COMPILATIONS = 1000
 
@@ -72,6 +75,7 @@ class CachedModel(nn.Module):
         self._evaluations = [_Evaluations(transformer, region) for region in regions]
         self._functions = [evaluations.functions for evaluations in self._evaluations]
         self._clock: Clock | None = None
+        self._warned = False  # of a run that ended before its plan
         self.training = model.training  # and every part of the model stays in its own mode
 
     # -- what a caller sees of the model ------------------------------------------------------------------------------
@@ -206,6 +210,9 @@ class CachedModel(nn.Module):
             raise UserError("no run has begun; call start(number of steps) before the first evaluation")
         evaluation = self._clock.evaluation(t)
         if evaluation is None:
+            if self._clock.coming and not self._warned:
+                logger.warning("%s", self._clock.cut_short())
+                self._warned = True
             self.start(self._clock.given)
             evaluation = self._clock.evaluation(t)
         return evaluation

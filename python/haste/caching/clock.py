@@ -27,7 +27,8 @@ ANEW = "before another run call start()"
 class Clock:
     """One run.
 
-    The first time of the run, seen again after others, begins the run anew: the one before was over, or broken off.
+    The first time of the run, seen again after others, begins the run anew: the one before was over, or broken off,
+    or its plan is too long (`cut_short`).
 
     Args:
         given: all evaluations that will follow; or the times of so many, one a step; or their number, and then every
@@ -92,6 +93,12 @@ class Clock:
         self._done += 1
         self._first = evaluation.time if self._done == 1 else self._first
         self._last = evaluation.time
+
+    def cut_short(self) -> str:
+        """What to say of a run that ends here, before its plan is over: its forecasts went by the wrong plan, unless it
+        was broken off."""
+        plan = "evaluations= or times= must list the" if self.times_known else "num_steps must be the number of"
+        return f"the last run had {self._done} of its {len(self.plan)} evaluations; {plan} calls of a run"
 
     def _begins_anew(self, time: float, dtype: torch.dtype) -> bool:
         over = self._done == len(self.plan)

@@ -80,11 +80,24 @@ def test_times_may_fall_or_rise_in_any_unit(order):
 
 @pytest.mark.parametrize("steps", [2, 5, 9, STEPS])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_a_run_that_was_broken_off_and_one_that_is_over_are_followed_by_another_without_a_word(plan, steps):
+def test_a_run_that_was_broken_off_and_one_that_is_over_are_followed_by_another(plan, steps, caplog):
     cached, fresh = fast(**plan), run(fast(**plan), scale=0.5)
     run(cached, steps=steps)
     assert torch.equal(run(cached, scale=0.5), fresh)
     assert (cached.num_full, cached.num_skipped) == (4, 6)
+    needed = "num_steps must be the number" if "num_steps" in plan else "evaluations= or times= must list the calls"
+    sentence = f"the last run had {steps} of its 10 evaluations; {needed}"
+    assert [sentence in record.getMessage() for record in caplog.records] == ([True] if steps < STEPS else [])
+
+
+def test_runs_that_are_shorter_than_the_plan_are_told_of_once(caplog):
+    cached = fast(num_steps=2 * STEPS)
+    for _ in range(3):
+        run(cached)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the last run had 10 of its 20 evaluations; num_steps must be the number of calls of a run"
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
