@@ -17,6 +17,7 @@ from haste.generation.processes import Processes
 from haste.generation.sample_folder import ALL_THERE, SampleFolder, Samples
 from haste.generation.student import Student, load_student
 from haste.io import told
+from haste.training.identity import as_before, checkpoint_identity
 
 # In the grid. Of pictures wider than SMALL fewer are shown, as they are shown in their own size.
 SMALL, MANY, FEW = 64, 100, 40
@@ -69,7 +70,9 @@ def sample_to_folder(args: Args) -> Samples:
     with ExitStack() as stack:
 
         def open_folder() -> SampleFolder:
-            folder = SampleFolder(folder_path(args, student), settings_record(args, sampler))
+            settings = settings_record(args, sampler)
+            before = as_before(settings, student.checkpoint)
+            folder = SampleFolder(folder_path(args, student), settings, before=before)
             stack.enter_context(folder.hold())
             return folder
 
@@ -93,12 +96,11 @@ def folder_path(args: Args, student: Student) -> Path:
 
 
 def settings_record(args: Args, sampler: Sampler) -> dict:
-    """Everything that decides the pictures, for sample.json. The time of the file tells a retrained checkpoint."""
-    checkpoint = sampler.student.checkpoint
+    """Everything that decides the pictures, for sample.json."""
     path_type = sampler.student.config.path_type
     path = {} if path_type == "linear" else {"path_type": path_type}
     vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
-    identity = {"checkpoint": checkpoint.name, "checkpoint_written": checkpoint.stat().st_mtime_ns}
+    identity = checkpoint_identity(sampler.student.checkpoint)
     convention = {"convention": "sit"} if sampler.student.rounded else {}  # how it is guided and rounded
     return {**identity, **args.sampling_fields(), **vae, **path, **convention}
 

@@ -20,6 +20,7 @@ from haste.generation.settings import SamplingSettings
 from haste.generation.student import Student, load_student
 from haste.io import told, write_text
 from haste.lock import updating
+from haste.training.identity import as_before, checkpoint_identity
 from haste.training.run_log import finite, is_step, read_lines
 
 RECORDS = "evaluation.jsonl"
@@ -74,19 +75,18 @@ def evaluate_checkpoints(
     """Score checkpoints of one run with `count` pictures each; their records, in the order given.
 
     Every record is appended to evaluation.jsonl in the run's folder as soon as it is known. A record that is there
-    already, of the same file and the same settings, is taken from there. `progress` hears of every batch drawn.
+    already, of the same content and the same settings, is taken from there. `progress` hears of every batch drawn.
     """
     known = {fingerprint(record): record for record in read_records(run / RECORDS)}
     records = []
     for checkpoint in checkpoints:
         identity = {
-            "checkpoint": checkpoint.name,
-            "checkpoint_written": checkpoint.stat().st_mtime_ns,
+            **checkpoint_identity(checkpoint),
             "samples": count,
             **settings.sampling_fields(),
             "judge": yardstick.judge.settings.digest(),
         }
-        record = known.get(fingerprint(identity))
+        record = known.get(fingerprint(identity)) or known.get(fingerprint(as_before(identity, checkpoint)))
         if record is None:
             record = evaluate_checkpoint(checkpoint, settings, count, yardstick, progress, identity)
             known[fingerprint(record)] = record

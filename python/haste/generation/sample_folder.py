@@ -26,6 +26,7 @@ from haste.evaluation.images import picture_path, read_picture, write_npz, write
 from haste.io import holds_nothing, read_json, remove_abandoned, remove_leftovers, told, write_json
 from haste.lock import hold
 from haste.plain import build
+from haste.training.identity import DIGEST, WRITTEN
 
 RECORD = "sample.json"
 
@@ -54,6 +55,7 @@ class SampleFolder:
     """A folder of samples that belongs to `settings`, a dictionary of plain values.
 
     full_steps: those that --max-error has found, which hold for all pictures of the folder.
+    before: the settings as earlier versions recorded them (`as_before`), so that their folders are gone on with.
 
     Nothing is written before the first picture. Raises UserError if the folder holds anything but samples with exactly
     these settings.
@@ -63,6 +65,7 @@ class SampleFolder:
     settings: dict[str, Any]
     drawn: Drawn = field(default_factory=Drawn)
     full_steps: list[int] | None = None
+    before: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         record = self.path / RECORD
@@ -87,12 +90,9 @@ class SampleFolder:
             yield
 
     def _refuse_other(self, saved: dict[str, Any]) -> None:
-        names = list(dict.fromkeys([*saved, *self.settings]))
-        differences = [
-            f"{name} {shorten(saved.get(name, 'unset'))}, now {shorten(self.settings.get(name, 'unset'))}"
-            for name in names
-            if saved.get(name) != self.settings.get(name)
-        ]
+        own = self.before if self.before is not None and WRITTEN in saved else self.settings
+        names = dict.fromkeys([*saved, *own])
+        differences = [_difference(name, saved, own) for name in names if saved.get(name) != own.get(name)]
         if differences:
             raise UserError(
                 f"{self.path} holds the samples of another command ({'; '.join(differences[:3])}); "
@@ -145,6 +145,13 @@ class SampleFolder:
 
     def _told(self) -> AbstractContextManager[None]:
         return told(f"the sample folder {self.path}", "what is there is kept, and the same command goes on")
+
+
+def _difference(name: str, saved: dict[str, Any], own: dict[str, Any]) -> str:
+    if name == WRITTEN:
+        return "the checkpoint was written again"
+    shown = "the checkpoint's content" if name == DIGEST else name
+    return f"{shown} {shorten(saved.get(name, 'unset'))}, now {shorten(own.get(name, 'unset'))}"
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from haste.evaluation.metrics import NAMES
 from haste.evaluation.record import read_evaluations
 from haste.evaluation.scores import RECORDS
 from haste.io import read_json
+from haste.training.identity import DIGEST, WRITTEN
 from haste.training.previews import MISSING
 from haste.training.run_log import alignment_end, finite, is_step, read_lines, read_log
 
 PREVIEW_SIDE = 520  # pixels on the page; larger previews are made smaller
 LARGEST_PREVIEW = 64 * 2**20  # pixels
 LONGEST = 200  # characters of a setting that are shown
-_MEASURED = {"step", "checkpoint", "checkpoint_written", "distance", "accuracy", "samples", "seconds", "judge"}
+_MEASURED = {"step", "checkpoint", DIGEST, WRITTEN, "distance", "accuracy", "samples", "seconds", "judge"}
 _PREVIEW_NAME = re.compile(r"[0-9]{1,15}")
 
 

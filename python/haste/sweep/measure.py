@@ -23,6 +23,7 @@ from haste.sweep.cost import count_cost, time_run
 from haste.sweep.points import long_name, point_fields, shared_fields
 from haste.sweep.quality import Quality, agreement
 from haste.sweep.records import RecordBook
+from haste.training.identity import as_before, checkpoint_identity
 from haste_ext.bench.machine import describe_machine
 
 TWINS = 256  # pictures that are held beside the reference's
@@ -54,12 +55,10 @@ class Sweep:
     @cached_property
     def shared(self) -> dict[str, Any]:
         """What the records of this sweep have in common."""
-        checkpoint = self.student.checkpoint
         device = str(next(self.student.model.parameters()).device.type)
         machine = describe_machine(device)
         return {
-            "checkpoint": checkpoint.name,
-            "checkpoint_written": checkpoint.stat().st_mtime_ns,
+            **checkpoint_identity(self.student.checkpoint),
             "student": self.student.label,
             **({"convention": "sit"} if self.student.rounded else {}),  # how it is guided and rounded
             "settings": shared_fields(self.points[0]),
@@ -77,6 +76,7 @@ class Sweep:
 
     def run(self, progress: Progress = lambda name, pictures: None) -> None:
         """Measures what is not known yet. `progress` hears a point's name and how many of its pictures are done."""
+        self.book.rename(as_before(self.shared, self.student.checkpoint), self.shared)
         possible = [settings for settings in self.points if self._judge(settings, progress)]
         for turn in range(self.repeats):
             self._time(possible, turn, progress)

@@ -28,7 +28,7 @@ class RecordBook:
     """The lines of a sweep.jsonl.
 
     A record is {"sweep": what its points share, "point": what tells it apart, and what was measured}. `sweep` holds
-    the checkpoint's name and time, the settings that all points share, the number of pictures, the batch, what they
+    the checkpoint's name and digest, the settings that all points share, the number of pictures, the batch, what they
     were judged by and the machine: points are compared only where all of that is equal.
     """
 
@@ -44,6 +44,13 @@ class RecordBook:
     def find(self, sweep: Record, point: Record) -> Record:
         """The record of a point; an empty one if nothing is known of it."""
         return self._records.get(key(sweep, point), {"sweep": sweep, "point": point})
+
+    def rename(self, before: Record, sweep: Record) -> None:
+        """Have the records of the sweep `before`, where there are none of `sweep` itself, be of that."""
+        renamed = [record for record in self._records.values() if record["sweep"] == before]
+        for record in renamed:
+            del self._records[key(before, record["point"])]
+            self._records.setdefault(key(sweep, record["point"]), {**record, "sweep": sweep})
 
     def keep(self, sweep: Record, point: Record, **measured: Any) -> None:
         """Add what was measured of a point to its record, on the disk as well."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from haste.caching import FAST, memory
 from haste.cli import sample
 from haste.cli.main import main
 from haste.generation.sample_folder import SampleFolder
+from haste.training.identity import as_before
 from PIL import Image
 
 QUICK = ("--num-steps", "4", "--num-fid-samples", "6")
@@ -106,8 +108,23 @@ def test_a_folder_of_another_command_is_refused(run, capsys):
 
 def test_a_checkpoint_that_was_trained_again_does_not_mix_with_its_old_samples(run, capsys):
     main(["sample", "--ckpt", str(run), *QUICK])
-    (run / "checkpoints" / "0000004.pt").touch()
-    assert "checkpoint_written" in refusal(capsys, "--ckpt", str(run), *QUICK)
+    checkpoint = run / "checkpoints" / "0000004.pt"
+    checkpoint.touch()
+    main(["sample", "--ckpt", str(run), *QUICK])  # its content is the same
+    checkpoint.write_bytes((run / "checkpoints" / "0000002.pt").read_bytes())
+    message = refusal(capsys, "--ckpt", str(run), *QUICK)
+    assert re.search(r"another command \(the checkpoint's content [0-9a-f]{12}, now [0-9a-f]{12}\); give", message)
+
+
+def test_a_folder_of_an_earlier_version_knows_its_checkpoint_by_the_time_it_was_written(run, capsys):
+    main(["sample", "--ckpt", str(run), *QUICK])
+    checkpoint = run / "checkpoints" / "0000004.pt"
+    path = run / "samples" / "0000004-euler-4-cfg1-seed0" / "sample.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "settings": as_before(record["settings"], checkpoint)}))
+    main(["sample", "--ckpt", str(run), *QUICK])
+    os.utime(checkpoint, ns=(1, 1))
+    assert "another command (the checkpoint was written again); give" in refusal(capsys, "--ckpt", str(run), *QUICK)
 
 
 def test_fast_is_the_recommended_cache(run, capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from haste.evaluation.judge import JudgeSettings, real_digits
 from haste.evaluation.scores import append_record, evaluate_checkpoints, load_yardstick, read_records
 from haste.generation.settings import SamplingSettings
 from haste.generation.student import run_checkpoints
+from haste.training.identity import as_before
 
 SETTINGS = SamplingSettings(num_steps=2, labels="balanced")
 COUNT = 70
@@ -53,7 +55,12 @@ def test_every_checkpoint_is_judged_once(tmp_path, yardstick, monkeypatch):
         assert evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick) == first
         with pytest.raises(AssertionError, match="judged again"):
             evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT + 1, yardstick)
-        (run / "checkpoints" / "0000004.pt").touch()  # trained again under the same name
+        os.utime(run / "checkpoints" / "0000004.pt", ns=(1, 1))
+        assert evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick) == first
+        earlier = [as_before(record, run / "checkpoints" / record["checkpoint"]) for record in first]
+        (run / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in earlier))
+        assert evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick) == earlier
+        write_run(tmp_path, steps=(4,), seed=1)  # trained again under the same name
         with pytest.raises(AssertionError, match="judged again"):
             evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, yardstick)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 from digits_run import write_run
 from haste.errors import UserError
@@ -14,6 +16,7 @@ from haste.sweep.measure import Sweep
 from haste.sweep.points import Grid, plan, point_fields
 from haste.sweep.quality import Quality
 from haste.sweep.records import RecordBook
+from haste.training.identity import as_before
 
 BASE = SamplingSettings(labels="balanced")
 GRID = Grid(caches=("taylor",), granularities=("module",), intervals=(1, 3), orders=(1,), steps=(8,))
@@ -154,10 +157,24 @@ def test_all_take_turns_and_each_turn_has_a_reference_of_its_own(make_sweep, mon
     assert all(record["reference_seconds"] == [1.0, 5.0] for record in records_of(sweep))
 
 
-def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, student):
+def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, student, quality, tmp_path):
+    os.utime(student.checkpoint, ns=(1, 1))
     before = make_sweep().shared
     student.checkpoint.touch()
-    assert make_sweep().shared != before
+    assert make_sweep().shared == before
+    again = load_student(write_run(tmp_path, steps=(4,), seed=1))
+    assert Sweep(again, POINTS, quality, RecordBook(tmp_path / "sweep.jsonl"), **QUICK).shared != before
+
+
+def test_a_sweep_of_an_earlier_version_knows_its_checkpoint_by_its_time(make_sweep, whole, student, monkeypatch):
+    monkeypatch.setattr(Sampler, "run", None)  # nothing is left to draw
+    before = as_before(whole.shared, student.checkpoint)
+    sweep = make_sweep()
+    for settings, record in zip(whole.points, records_of(whole), strict=True):
+        measured = {name: value for name, value in record.items() if name not in ("sweep", "point")}
+        sweep.book.keep(before, point_fields(settings), **measured)
+    sweep.run()
+    assert records_of(sweep) == records_of(whole) and sweep.book.of(before) == []
 
 
 def test_the_full_steps_of_an_adaptive_schedule_are_measured_once_and_the_same_for_all(make_sweep, monkeypatch):
