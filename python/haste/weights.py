@@ -46,13 +46,16 @@ def reason(error: Exception) -> str:
 
 
 def refuse_inflation(path: Path) -> None:
-    """ValueError for a file that torch.load would inflate, to any size; torch.save packs nothing."""
+    """ValueError for a file that would fill more memory than it takes on the disk; torch.save packs nothing."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        entries = archive.infolist()
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise ValueError(f"its {packed[0]} is compressed, which torch.save does not do")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its entries claim to hold more than its size")
 
 
 def weights_size(folder: Path, what: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.weights import load_weights
+from overlapping_zip import write_overlapping
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +34,14 @@ def test_files_that_are_no_weights_are_refused_by_flag_and_path(tmp_path):
     (tmp_path / "short.safetensors").write_bytes((2**60).to_bytes(8, "little"))
     with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("m/data.pkl", bytes(10_000))
+    write_overlapping(tmp_path / "overlapping.pt")
     reasons = {
         "pipe.pt": "is no regular file",
         "nothing.pt": "does not exist",
         "text.pt": "cannot be read as weights",
         "short.safetensors": "cannot be read as weights",
         "packed.pt": "its m/data.pkl is compressed",
+        "overlapping.pt": "its entries claim to hold more than its size",
     }
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=f"--weights is .*{name}, which .*{reason}"):

@@ -19,7 +19,7 @@ from PIL import Image
 from haste.data.repa_layout import IMAGES, LATENTS, RECORD, image_name, latent_name
 from haste.data.sources import LABEL_FILE, PictureSource
 from haste.errors import UserError
-from haste.io import holds_nothing, read_json, remove_leftovers, told, write_atomically, write_json
+from haste.io import holds_nothing, read_json, remove_leftovers, require_space, told, write_atomically, write_json
 from haste.lock import hold
 from haste.vae import LatentFormat
 
@@ -140,11 +140,10 @@ class Destination:
         block = 4096  # a file takes whole blocks
         sizes = [-(-kind.file_size // block) * block for kind in self.kinds]
         needed = len(self.missing(range(self.count))) * sum(sizes) + (self.count * max(sizes) if pack else 0)
-        free = shutil.disk_usage(next(folder for folder in (self.path, *self.path.parents) if folder.exists())).free
-        if needed > free:
-            raise UserError(
-                f"--dest is {self.path}, where {free / 2**30:.2f} GiB are free; {needed / 2**30:.2f} GiB are needed"
-            )
+        try:
+            require_space(self.path, needed, "what is missing")
+        except OSError as error:
+            raise UserError(f"--dest must have more room: {error}") from error
 
     def pack(self) -> None:
         """Turn each folder into a zip beside it, stored without compression."""

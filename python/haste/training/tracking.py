@@ -48,7 +48,7 @@ class Trackers:
         named = {"wandb": {"name": config.exp_name}}
         try:
             self.accelerator.init_trackers(project(config), config=settings, init_kwargs=named)
-        except Exception as error:
+        except Exception as error:  # each tracker has errors of its own, here and below
             raise UserError(f"--report-to is {config.report_to}, which cannot start: {in_one_line(error)}") from error
 
     def log(self, record: Mapping[str, Any], step: int) -> None:

@@ -60,7 +60,7 @@ def test_legacy_drops_labels_twice():
 
 @pytest.mark.parametrize("flag", ["exp_name", "logging_dir"])
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b", "/tmp/x", ".", "..", "a\nb", "a\0b", "\udc80", " a", "a ", "\x1b[31m", "a" * 201]
+    "name", ["../x", "a/b", "/x", ".", "..", "a\nb", "a\0b", "\udc80", " a", "a ", "\x1b[31m", "a" * 201]
 )
 def test_what_is_no_plain_name_of_a_folder_is_refused(flag, name):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} must be a plain name of a folder") as caught:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.training.weight_files import LEGACY, BrokenCheckpoint, read_file, settings_in
+from overlapping_zip import write_overlapping
 from safetensors.torch import save_file
 
 WEIGHTS = {"a.weight": torch.arange(4.0)}
@@ -159,8 +160,11 @@ def test_an_archive_that_fills_more_memory_than_its_size_is_refused(path, tmp_pa
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
             target.writestr(name, source.read(name))
-    with pytest.raises(UserError, match=r"packed\.pt is compressed"):
+    with pytest.raises(UserError, match=r"packed\.pt cannot be read as a checkpoint: its .* is compressed"):
         read_file(packed)
+    overlapping = write_overlapping(tmp_path / "overlapping.pt")
+    with pytest.raises(UserError, match=r"overlapping\.pt .* claim to hold more than its size"):
+        read_file(overlapping)
 
 
 def test_what_is_no_checkpoint_is_told_from_what_is_damaged(path, tmp_path):
