@@ -1,5 +1,6 @@
-# make demo   from a fresh clone to pictures: environment, build, teacher, student with HASTE, samples, one HTML page
-# make test   the same environment, every test
+# make demo   from a fresh clone to images: environment, build, teacher, model with HASTE, samples, one HTML page
+# make test   the same environment; style, types, documentation, every test
+# make docs   the documentation as a site, in build/site
 # Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  MAX_JOBS=8  DEMO_ARGS="--interval 5 --order 2"  TEST_ARGS="-k taylor"
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -9,7 +10,7 @@ TEST_ARGS ?=
 
 BIN     := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-.PHONY: demo test build clean
+.PHONY: demo test docs build clean
 
 demo: build
 	$(BIN)/haste demo $(DEMO_ARGS)
@@ -17,6 +18,9 @@ demo: build
 test: build
 	$(BIN)/ruff check .
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --dist loadfile $(TEST_ARGS)
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 build: $(VENV)/.built
 
@@ -28,7 +32,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	find build -name '*.cu.o' | xargs -r $(BIN)/python tools/kernel_resources table
 	touch $@
 

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
+# The packages that haste does without until they are needed: the extra that brings each, by the name it is imported as.
+EXTRAS = {
+    "matplotlib": "plot",
+    "scipy": "eval",
+    "skimage": "eval",
+    "sklearn": "digits",
+    "datasets": "datasets",
+}
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml"}  # by module
+
 
 class UserError(ValueError):
     """Something that was asked for cannot be done; the message is one sentence that says what, and what would do.
@@ -23,3 +36,25 @@ def shorten(value: object) -> str:
     text = str(value)
     text = text if text and text.isprintable() else repr(text)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def missing_package(module: str) -> str:
+    """What to install for a module that is not there."""
+    top = module.partition(".")[0]
+    if top in EXTRAS:
+        return f"the package {PACKAGES.get(top, top)} is not installed: run `pip install 'haste[{EXTRAS[top]}]'`"
+    return f"the package {PACKAGES.get(top, top)} is not installed: install it, or haste without --no-deps"
+
+
+def require(module: str) -> Any:
+    """Import a module of one of haste's extras.
+
+    Raises:
+        UserError: it is not installed; names the extra.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != module.partition(".")[0]:
+            raise  # the package is there, and one that it needs is not
+        raise UserError(missing_package(module)) from error

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TextIO
 
 from haste import __version__
-from haste.errors import UserError, in_one_line
+from haste.errors import UserError, in_one_line, missing_package
 
 # Of the system's reasons for refusing a file those that are the user's to mend.
 OF_THE_USER = {
@@ -36,7 +36,6 @@ LESS_MEMORY = {
     "sweep": "a smaller --per-proc-batch-size takes less",
 }
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}  # by their modules
 CLOSED_PIPE = 128 + signal.SIGPIPE  # what shells report of a program whose reader has left
 
 
@@ -81,9 +80,7 @@ def sentence(error: BaseException, command: str) -> str | None:
         return f"the memory is not enough ({in_one_line(error)})" + (f"; {advice}" if advice else "")
     if isinstance(error, ModuleNotFoundError) and error.name:
         top = error.name.partition(".")[0]
-        return None if top in ("haste", "haste_ext") else (
-            f"the package {PACKAGES.get(top, top)} is not installed; install it, or haste without --no-deps"
-        )  # fmt: skip
+        return None if top in ("haste", "haste_ext") else missing_package(top)
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         if error.errno is None:
             return in_one_line(error)
