@@ -4,8 +4,8 @@
     python benchmarks/digits/run.py --methods HASTE --seeds 0  of that, one run; several may go on side by side
     python benchmarks/digits/run.py --draw-only                the table and the plots from results.json alone
 
-All runs share the recipe `haste train --recipe digits`, its teacher, the judge and the seeds of the samples; runs of
-one seed also see the same order of pictures, times and noise. A run that is done is not done again.
+All runs share the preset `haste train --preset digits`, its teacher, the judge and the seeds of the samples; runs of
+one seed also see the same order of images, times and noise. A run that is done is not done again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from haste.evaluation.pictures import draw_advantage, draw_scores
-from haste.evaluation.scores import evaluate_checkpoints, load_yardstick
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import run_checkpoints
+from haste.evaluation.evaluate import evaluate_checkpoints, load_yardstick
+from haste.generation.checkpoint import run_checkpoints
+from haste.generation.config import SamplingConfig
 from haste.io import write_text
-from haste.training.config import TrainConfig
-from haste.training.recipes import recipe_config
+from haste.plotting import draw_advantage, draw_scores
+from haste.training.config import TrainConfig, preset_config
 from haste.training.trainer import train
 
 import haste_ext
@@ -36,7 +35,7 @@ import haste_ext
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 SAMPLES = 1000
-SETTINGS = SamplingSettings(num_steps=25, labels="balanced")
+SETTINGS = SamplingConfig(num_steps=25, labels="balanced")
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"attn_coeff": 0.0, "proj_coeff": 0.0},
@@ -78,9 +77,9 @@ def read_results() -> dict[str, Any]:
 
 
 def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
-    """The recipe with the method's coefficients."""
+    """The preset with the method's coefficients."""
     name = f"{method.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    return replace(recipe_config("digits"), output_dir=str(output_dir), exp_name=name, seed=seed, **METHODS[method])
+    return replace(preset_config("digits"), output_dir=str(output_dir), exp_name=name, seed=seed, **METHODS[method])
 
 
 def do_run(args: Args, method: str, seed: int) -> None:
@@ -177,7 +176,7 @@ def write_table(results: dict[str, Any]) -> None:
 
 def describe(results: dict[str, Any]) -> str:
     """How the numbers came about, in words."""
-    judge, run, sampling = results["judge"], results["runs"][0], SamplingSettings(**results["sampling"])
+    judge, run, sampling = results["judge"], results["runs"][0], SamplingConfig(**results["sampling"])
     seeds = sorted({run["seed"] for run in results["runs"]})
     commits = sorted({run["commit"][:12] + run["commit"][40:] for run in results["runs"]})
     haste = [run["settings"] for run in results["runs"] if run["method"] == "HASTE"]

@@ -20,18 +20,14 @@ from typing import Any
 import tyro
 from haste.evaluation.features import load_extractor
 from haste.evaluation.reference import load_reference
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import load_student
+from haste.generation.checkpoint import load_checkpoint
+from haste.generation.config import SamplingConfig
 from haste.io import write_text
-from haste.sweep.advice import describe, good_enough, recommend
-from haste.sweep.measure import Sweep
+from haste.sweep.advice import LEGEND, describe, good_enough, markdown, recommend
+from haste.sweep.measure import Quality, Sweep
 from haste.sweep.plot import draw_sweep
-from haste.sweep.points import Grid, plan
-from haste.sweep.quality import Quality
-from haste.sweep.records import RecordBook
-from haste.sweep.rows import Row, average, make_rows
-from haste.sweep.table import LEGEND, markdown
-from haste.training.recipes import recipe_config
+from haste.sweep.points import Grid, RecordBook, Row, average, make_rows, plan
+from haste.training.config import preset_config
 from haste.training.trainer import train
 from tqdm import tqdm
 
@@ -41,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 TOLERANCE = 0.05
 
-BASE = SamplingSettings(labels="balanced")
+BASE = SamplingConfig(labels="balanced")
 PLAIN_STEPS = (10, 12, 14, 17, 20, 25)
 INTERVALS = (3, 4, 5, 6)
 GRIDS = (
@@ -56,12 +52,12 @@ GRIDS = (
     Grid(caches=("delta-dit",), intervals=(3,), gates=(30,)),
 )
 
-# Written down before the numbers of this benchmark, after trials of 66 to 100 pictures.
+# Written down before the numbers of this benchmark, after trials of 66 to 100 images.
 RULE = f"""\
 Recommended is the fastest cached setting, by the median of the measured seconds, that is good enough and worth its
 cache. Good enough: a mean distance at most {TOLERANCE:.0%} above that of 50 full steps, and at most one percentage
 point fewer digits read as requested. Worth its cache: every plain run that is as fast is further, by PSNR, from the
-pictures of the 50 full steps. Settings within 5% of the fastest one's seconds count as equally fast; of those the
+images of the 50 full steps. Settings within 5% of the fastest one's seconds count as equally fast; of those the
 highest PSNR wins."""
 
 
@@ -74,9 +70,9 @@ class Args:
     runs: Path = Path("exps/digits-benchmark")
     """Where the runs haste-seed0, ... and the judge are, or go."""
     samples: int = 400
-    """Pictures to draw of each point and seed."""
+    """Images to draw of each point and seed."""
     batch: int = 100
-    """Pictures per batch, in which they are also timed."""
+    """Images per batch, in which they are also timed."""
     repeats: int = 2
     """How often each point of each seed is timed."""
     cfg_scale: float = 1.0
@@ -111,9 +107,9 @@ def measure(args: Args, seed: int) -> list[dict[str, Any]]:
     quality = Quality(extractor, load_reference("digits", extractor))
     book = RecordBook(args.runs / f"sampling-seed{seed}.jsonl")
     points = plan(replace(BASE, cfg_scale=args.cfg_scale), GRIDS, PLAIN_STEPS)
-    sweep = Sweep(load_student(run), points, quality, book, args.samples, args.batch, args.repeats)
-    with tqdm(total=sweep.pictures, unit="image", desc=f"seed {seed}") as bar:
-        sweep.run(lambda name, pictures: bar.update(pictures))
+    sweep = Sweep(load_checkpoint(run), points, quality, book, args.samples, args.batch, args.repeats)
+    with tqdm(total=sweep.images, unit="image", desc=f"seed {seed}") as bar:
+        sweep.run(lambda name, images: bar.update(images))
     if sweep.skipped:
         raise SystemExit("\n".join(["no part of this benchmark may be passed over:", *sweep.skipped]))
     return book.of(sweep.shared)
@@ -122,7 +118,7 @@ def measure(args: Args, seed: int) -> list[dict[str, Any]]:
 def trained_run(runs: Path, seed: int) -> Path:
     """The folder of a run of benchmarks/digits, trained first if it is not there, or not to its end."""
     name = f"haste-seed{seed}"
-    config = replace(recipe_config("digits"), output_dir=str(runs), exp_name=name, seed=seed)
+    config = replace(preset_config("digits"), output_dir=str(runs), exp_name=name, seed=seed)
     last = runs / name / "checkpoints" / f"{config.max_train_steps:07d}.pt"
     if not last.is_file():
         result = train(config)
@@ -138,7 +134,7 @@ def write_up(document: dict[str, Any], rows: list[Row]) -> str:
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["modified"] else "")
     described = (
         f"`python benchmarks/digits_sampling/run.py`. Mean over {seeds} seed(s) of training, ± the standard deviation; "
-        f"{shared['samples']:,} pictures a point and seed, Euler steps, EMA weights, "
+        f"{shared['samples']:,} images a point and seed, Euler steps, EMA weights, "
         f"{guidance(shared['settings']['cfg_scale'])}, the same noise and labels for all. The distance is in "
         f"{shared['judged_by']}; accuracy is how often the judge reads the digit that was asked for. Batches of "
         f"{shared['batch']}, each point timed {len(first['seconds'])} times a seed.\n\n"

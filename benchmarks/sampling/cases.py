@@ -7,17 +7,17 @@ from functools import cached_property
 from typing import Any
 
 from haste.errors import UserError
-from haste.training.students import STUDENTS
+from haste.training.config import STUDENTS
 
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A model, and the pictures that it draws unless others are asked for.
+    """A model, and the images that it draws unless others are asked for.
 
-    model: arguments of SiT. pixels: of the picture's side per value of what the model draws, 8 for SD-VAE's latents.
-    cpu_batch: pictures per run on two processor cores.
+    model: arguments of SiT. pixels: of the image's side per value of what the model draws, 8 for SD-VAE's latents.
+    cpu_batch: images per run on two processor cores.
     """
 
     model: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The picture, drawn from the JSON document alone: by which factor every run is faster, in seconds and in FLOPs."""
+"""The image, drawn from the JSON document alone: by which factor every run is faster, in seconds and in FLOPs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from haste.evaluation.style import LIGHT, save, styled
+from haste.plotting import LIGHT, save, styled
 from matplotlib.axes import Axes
 from report import flops_speedup, title, wall_speedups
 

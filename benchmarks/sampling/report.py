@@ -21,7 +21,7 @@ FLOPs speed-up is the ratio of what torch's FlopCounterMode counts: matrix produ
 the two are equal, their ratio is 1. Full and skipped: the median time of one call of the model of that kind. Cache:
 what is kept at the end of a run. Peak: the highest memory during a run beyond what was held before it.
 "plain, fewer steps" takes as many steps as TaylorSeer has full ones. "eager" keeps finite differences per module in
-dictionaries, as TaylorSeer is published. Weights are random, so no picture is judged here."""
+dictionaries, as TaylorSeer is published. Weights are random, so no image is judged here."""
 COLUMNS = (
     "run", "full of steps", "s per run", "p20 – p80", "wall clock", "FLOPs", "ratio", "p20 – p80", "ms full",
     "ms skipped", "cache MiB", "peak MiB",
@@ -95,7 +95,7 @@ def verdicts(result: Mapping) -> str:
             lines.append(f"- {row['name']}: {ratio:.2f} of its FLOPs speed-up in seconds; target {target}: {verdict}.")
     if result["difference"] is not None:
         lines.append(
-            f"- Before it was timed: the pictures of TaylorSeer per module differ from the eager ones by "
+            f"- Before it was timed: the images of TaylorSeer per module differ from the eager ones by "
             f"{result['difference']:.1e} (relative, in the 2-norm)."
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The measurement: each run once for its pictures, FLOPs and memory, then all of them taking turns."""
+"""The measurement: each run once for its images, FLOPs and memory, then all of them taking turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from cases import Case
 from haste.errors import UserError
-from haste.sweep.cost import flop_counter
+from haste.sweep.measure import flop_counter
 from torch import Tensor
 from variants import EAGER, LAUNCHED, MODULE, PLAIN, Run, make_runs
 
@@ -20,7 +20,7 @@ from haste_ext.bench.compare import why_absent
 from haste_ext.bench.machine import describe_machine
 from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes
 
-# How far apart two ways to write the same forecast may end, relative to the pictures: they round differently. On the
+# How far apart two ways to write the same forecast may end, relative to the images: they round differently. On the
 # digits' model a forecast of order 3 in place of 4 makes 1e-6, one of order 0 makes 1e-2: in bfloat16 only gross faults
 # can be seen.
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
@@ -31,7 +31,7 @@ def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> d
     machine = describe_machine(case.device)  # the commit that is measured, whatever becomes of the tree meanwhile
     rows: dict[str, dict] = {}
     able: dict[str, Run] = {}
-    pictures: dict[str, Tensor] = {}
+    images: dict[str, Tensor] = {}
     with memory_within_the_machine(case.device), torch.no_grad():
         for run in ready(case, launches):
             rows[run.name] = row = {"name": run.name, "launch": run.launch}
@@ -40,7 +40,7 @@ def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> d
                 row["absent"] = launched["absent"]
                 continue
             try:
-                pictures[run.name] = first_run(run, row)
+                images[run.name] = first_run(run, row)
             except UserError:  # settings that make no sense
                 raise
             except Exception as error:  # memory that runs out, a compiler that is missing
@@ -50,7 +50,7 @@ def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> d
             else:
                 row.setdefault("flops", launched.get("flops"))
                 able[run.name] = run
-        difference = compare(case, pictures)
+        difference = compare(case, images)
         times = time_in_rounds(able, rounds, case.device)
     for name, row in rows.items():
         row |= times.get(name, {})
@@ -81,10 +81,10 @@ def not_measured(case: Case, error: Exception) -> UserError:
 def first_run(run: Run, row: dict) -> Tensor:
     """Draws once; puts into the row what does not change from run to run."""
     steps = run.num_steps if run.variant.cached else 1  # without a cache all steps are alike
-    pictures: list[Tensor] = []
+    images: list[Tensor] = []
 
     def draw() -> tuple[()]:
-        pictures.append(run(steps))
+        images.append(run(steps))
         return ()
 
     # The counter sees what is launched call by call; where it watches, nothing is compiled.
@@ -96,18 +96,18 @@ def first_run(run: Run, row: dict) -> Tensor:
     row["num_steps"] = run.num_steps
     row["num_full"] = run.num_steps - run.stopwatch.num_skipped
     row["cache_bytes"] = run.cache_bytes
-    return pictures[0]
+    return images[0]
 
 
-def compare(case: Case, pictures: Mapping[str, Tensor]) -> float | None:
-    """The relative difference of TaylorSeer's pictures, ours from the eager ones; UserError where it is too large."""
-    if EAGER.name not in pictures or MODULE.name not in pictures:
+def compare(case: Case, images: Mapping[str, Tensor]) -> float | None:
+    """The relative difference of TaylorSeer's images, ours from the eager ones; UserError where it is too large."""
+    if EAGER.name not in images or MODULE.name not in images:
         return None
-    ours, eager = pictures[MODULE.name].double(), pictures[EAGER.name].double()
+    ours, eager = images[MODULE.name].double(), images[EAGER.name].double()
     difference = ((ours - eager).norm() / eager.norm()).item()
     if not difference <= TOLERANCE[case.dtype]:
         raise UserError(
-            f"{case.model} is not timed: {MODULE.name}, the pictures differ from those of {EAGER.name} by "
+            f"{case.model} is not timed: {MODULE.name}, the images differ from those of {EAGER.name} by "
             f"{difference:.1e}; it must be at most {TOLERANCE[case.dtype]:.0e}"
         )
     return difference

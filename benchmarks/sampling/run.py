@@ -63,11 +63,11 @@ def parse(arguments: Sequence[str] | None = None) -> Args:
     add("--model", nargs="+", help="Of: SiT-B/2, SiT-XL/2, digits, tiny. Default: SiT-B/2 and digits on the CPU, "
         "SiT-XL/2 on a GPU")  # fmt: skip
     add("--resolution", type=int, help="Pixels per side. Default: 256, and 8 for the digits")
-    add("--batch-size", nargs="+", type=int, help="Pictures per run. Default: on the CPU 1, and 100 digits; on a GPU "
+    add("--batch-size", nargs="+", type=int, help="Images per run. Default: on the CPU 1, and 100 digits; on a GPU "
         "1, 8 and 64")  # fmt: skip
     add("--dtype", help="Of the model: float32, bfloat16. Default: float32 on the CPU, bfloat16 on a GPU")
     add("--device", help="cpu or cuda")
-    add("--num-steps", type=int, help="Steps from noise to picture, by Euler")
+    add("--num-steps", type=int, help="Steps from noise to image, by Euler")
     add("--interval", type=int, help="One full step in so many, for every cache")
     add("--order", type=int, help="Of TaylorSeer's forecast")
     add("--compiled", action="store_true", help="Also everything under torch.compile, which takes minutes for a large "

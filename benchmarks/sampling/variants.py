@@ -1,4 +1,4 @@
-"""The ways to draw one batch of pictures: every step in full, fewer steps, and every cache; each in every launching."""
+"""The ways to draw one batch of images: every step in full, fewer steps, and every cache; each in every launching."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from time import perf_counter
 import torch
 from cases import Case
 from eager import EagerTaylorSeer, full_steps
-from haste.caching import CacheSettings, graphs, make_cache
+from haste.caching import CacheConfig, cuda_graphs, make_cache
 from haste.models import SiT, SiTOutput
-from haste.sampling import initial_noise, sample
+from haste.samplers import initial_noise, sample
 from torch import Tensor
 
 # How the model's work reaches the processor: call by call, compiled, or as CUDA graphs that are replayed.
@@ -33,10 +33,10 @@ class Variant:
     def cached(self) -> bool:
         return self.eager or self.cache is not None
 
-    def settings(self, case: Case) -> CacheSettings:
+    def settings(self, case: Case) -> CacheConfig:
         if self.cache == "delta-dit":
-            return CacheSettings(cache="delta-dit", interval=case.interval)
-        return CacheSettings(cache="taylor", granularity=self.granularity, interval=case.interval, order=case.order)
+            return CacheConfig(cache="delta-dit", interval=case.interval)
+        return CacheConfig(cache="taylor", granularity=self.granularity, interval=case.interval, order=case.order)
 
 
 PLAIN, FEWER, EAGER, MODULE, BLOCK, MODEL, DELTA = VARIANTS = (
@@ -112,7 +112,7 @@ class GraphedModel:
     def __call__(self, *inputs: Tensor) -> SiTOutput:
         if not self.inputs:
             self.inputs = [tensor.clone() for tensor in inputs]
-            self.replay, self.output = graphs.capture(self.model, self.inputs)
+            self.replay, self.output = cuda_graphs.capture(self.model, self.inputs)
         for kept, given in zip(self.inputs, inputs, strict=True):
             kept.copy_(given)
         self.replay()
@@ -149,7 +149,7 @@ class Run:
         return model if cached is None else cached
 
     def __call__(self, num_steps: int | None = None) -> Tensor:
-        """The pictures (B, C, S, S), or what fewer steps make of them."""
+        """The images (B, C, S, S), or what fewer steps make of them."""
         return sample(self.stopwatch, self.noise, self.labels, num_steps=num_steps or self.num_steps)
 
     @property

@@ -22,7 +22,7 @@ class Geometry:
     """A student, which of its layers learn from which of the teacher's, and the teacher's config.
 
     student: arguments of SiT. teacher: arguments of transformers' Dinov2Config; {} is DINOv2-B, and so is its patch.
-    cpu_batch: pictures per step on two processor cores, at 256 tokens.
+    cpu_batch: images per step on two processor cores, at 256 tokens.
     """
 
     student: dict[str, Any]

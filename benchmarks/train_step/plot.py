@@ -1,4 +1,4 @@
-"""The picture, drawn from the JSON document alone: time and peak memory of every variant over those of plain SiT."""
+"""The image, drawn from the JSON document alone: time and peak memory of every variant over those of plain SiT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from haste.evaluation.style import LIGHT, save, styled
+from haste.plotting import LIGHT, save, styled
 from matplotlib.axes import Axes
 from report import PLAIN, ratios, title
 

@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> Args:
     add("--model", nargs="+", help="Of: SiT-B/2, SiT-L/2, SiT-XL/2, tiny")
     add("--resolution", nargs="+", type=int, help="Pixels per side: 256 for 256 tokens, 512 for 1,024")
     add("--precision", nargs="+", help="Autocast: no, bf16. Default: no on the CPU, bf16 on a GPU")
-    add("--batch-size", type=int, help="Pictures per step. Default: on the CPU 2 for SiT-B/2, else 1; 32 on a GPU")
+    add("--batch-size", type=int, help="Images per step. Default: on the CPU 2 for SiT-B/2, else 1; 32 on a GPU")
     add("--device", help="cpu or cuda")
     add("--rounds", type=int, help="How often every variant has its turn. Default: 5 on the CPU, 10 on a GPU")
     add("--threads", type=int, help="Of the CPU. Default: torch's choice")

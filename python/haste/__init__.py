@@ -5,12 +5,12 @@
     haste.teachers    frozen image encoders, with the attention and the features that a student learns from
     haste.alignment   the losses that hold a student to its teacher
     haste.data        training data from memory, folders, zips and latents, and what prepares it
-    haste.vae         the autoencoder between pictures and latents
-    haste.training    the trainer, its recipes and its checkpoints
+    haste.vae         the autoencoder between images and latents
+    haste.training    the trainer, its presets and its checkpoints
     haste.sampling    Euler, Heun and Euler-Maruyama samplers with guidance
     haste.caching     feature caching: most steps of a sampler at a fraction of their cost
-    haste.generation  from a checkpoint to a folder of pictures
-    haste.evaluation  distances between real and generated pictures, and between two sets of generated ones
+    haste.generation  from a checkpoint to a folder of images
+    haste.evaluation  distances between real and generated images, and between two sets of generated ones
     haste.sweep       quality against seconds, over many settings of caching
     haste.cli         the command `haste`
 

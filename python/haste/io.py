@@ -1,26 +1,58 @@
-"""Files: written whole or not at all, and JSON that somebody else may have written."""
+"""What a file may ask for. Each is held against the file before memory is taken for it, and said with the refusal.
+
+Files: written whole or not at all, and JSON that somebody else may have written.
+
+One command at a time in a folder: a lock that dies with its owner, whatever ends it, also on network disks.
+
+POSIX record locks (fcntl.lockf), which NFS passes on to its server. The system lets go of one when its process ends; a
+worker process that outlives it does not hold it. They belong to a process and a file: closing any handle of the file
+gives the lock up, so a process that holds one never opens the file again.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import json
+import logging
 import os
 import re
 import shutil
+import socket
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from haste.errors import UserError, in_one_line
-from haste.limits import LARGEST_FILE, LARGEST_JSON, in_bytes
+
+logger = logging.getLogger(__name__)
+
+LARGEST_JSON = 256 * 2**20  # bytes; the labels of ImageNet take 60 MB
+LARGEST_FILE = 2**30  # bytes of an image, or of the latents of one, also inside a zip
+MOST_PIXELS = 100_000_000  # of one image: 400 MB in memory, 10,000 x 10,000
+MOST_ELONGATED = 100  # the longer side over the shorter; the crop first brings the shorter one to --resolution
+LARGEST_ARRAY = 16 * 2**30  # bytes; ImageNet in 2,048 features takes 10.5 GB
+SMALL_ARRAY = 64 * 2**20  # bytes; below, an array may be packed as tightly as it likes
+MOST_INFLATION = 100  # bytes of an array over its bytes in the file; numbers that were measured do not pack so well
+MOST_CLASSES = 1_000_000  # each takes a row of the label table: at a width of 1,152, 4.6 GB, and four of them to train
+LARGEST_HEADER = 2**16  # bytes in front of an array
+
+
+def in_bytes(size: int) -> str:
+    """A number of bytes, for a sentence."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
+    return f"{size} bytes"
+
 
 Json = TypeVar("Json", dict, list)
 
-LOCK = ".lock"  # haste.lock keeps it in a folder while a command works there
+LOCK = ".lock"  # haste.io keeps it in a folder while a command works there
 
 ABANDONED = 3600  # seconds: a writer on another machine, whose process cannot be looked up here, would have gone on
 
@@ -101,7 +133,7 @@ def is_leftover(path: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Delete what kills in the middle of a write have left in a folder and those below it.
 
-    To be called by the command that holds the folder (haste.lock), so that nobody else is writing there.
+    To be called by the command that holds the folder (haste.io), so that nobody else is writing there.
     """
     for path in folder.rglob(".*.tmp"):
         if is_leftover(path):
@@ -199,9 +231,7 @@ def read_json(path: Path, what: str, kind: type[Json] = dict, needs: Iterable[st
     return parse_json(data, f"{path}", what, kind, needs)
 
 
-def parse_json(
-    data: bytes | str, source: str, what: str, kind: type[Json] = dict, needs: Iterable[str] = ()
-) -> Json:
+def parse_json(data: bytes | str, source: str, what: str, kind: type[Json] = dict, needs: Iterable[str] = ()) -> Json:
     """`read_json` for what has been read already; `source` names it."""
     try:
         content = json.loads(data)
@@ -214,3 +244,104 @@ def parse_json(
     if missing:
         raise UserError(f"{source} must be {what}, and has no {missing[0]!r}")
     return content
+
+
+UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+_held: set[Path] = set()
+
+
+@contextmanager
+def hold(folder: Path, taken: str, way_out: str = "choose another, or wait until it has ended") -> Iterator[None]:
+    """Hold a folder, which is made if it is not there and removed again if nothing was put into it.
+
+    taken: begins the sentence if another process holds it, such as "--exp-name x is being trained". way_out: ends it.
+    Where the file system knows no locks, a warning says so. Raises UserError if it is held, or cannot be written.
+    """
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    path = folder.resolve() / LOCK
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _lock(path, wait=False)
+        except OSError as error:
+            raise UserError(f"the folder {folder} cannot be used: {error.strerror}") from error
+        if file is None:
+            raise UserError(f"{taken} by {_owner(path)}; {way_out}")
+        try:
+            yield
+        finally:
+            _release(path, file)
+    finally:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()  # only where it is empty
+
+
+@contextmanager
+def updating(path: Path) -> Iterator[None]:
+    """Around reading a file and replacing it: another process that wants to do so waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.parent.resolve() / f".{path.name}{LOCK}"
+    file = _lock(beside, wait=True)
+    try:
+        yield
+    finally:
+        if file is not None:  # None: another thread is in here, and what it reads and writes is whole all the same
+            _release(beside, file)
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """The handle of the locked file; None if another process holds it, or this one."""
+    while path not in _held:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                logger.warning("%s cannot be locked (%s); let no other command write it", path.parent, error.strerror)
+            else:
+                os.close(handle)
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    return None
+                raise
+        if _is_current(path, handle):
+            _held.add(path)
+            _write_owner(handle)
+            return handle
+        os.close(handle)  # its last owner has removed it in the meantime
+    return None
+
+
+def _is_current(path: Path, handle: int) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _release(path: Path, handle: int) -> None:
+    """Remove the file, while it is still locked, and let go of it."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    os.close(handle)
+    _held.discard(path)
+
+
+def _write_owner(handle: int) -> None:
+    text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    with suppress(OSError):  # a full disk: the lock holds, without a name on it
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, text.encode(), 0)
+
+
+def _owner(path: Path) -> str:
+    """Who holds it, as far as can be read."""
+    if path in _held:
+        return f"this process, {os.getpid()}"
+    try:
+        text = path.read_bytes()[:200].decode(errors="replace").strip()
+    except OSError:
+        text = ""
+    return text if text.startswith("process ") and text.isprintable() else "another process"

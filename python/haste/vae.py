@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents, and the numbers that make its latents fit for diffusion.
+"""The autoencoder between images and latents, and the numbers that make its latents fit for diffusion.
 
 What is diffused is x = (z − shift)·scale, channel by channel, for latents z of the VAE: Stable Diffusion's has shift 0
 and scale 0.18215; REPA-E's come with a file of statistics.
@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
-from haste.hub import loading_arguments, refuse_unreachable
-from haste.io import read_json
-from haste.limits import in_bytes
-from haste.plain import build
-from haste.weights import load_weights, reason, weights_size
+from haste.io import in_bytes, read_json
+from haste.validation import build
+from haste.weights import load_weights, loading_arguments, reason, refuse_unreachable, weights_size
 
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 
-# A VAE's activations at full resolution take gigabytes; so many pictures go through it at a time.
-PICTURES_AT_A_TIME = 16
+# A VAE's activations at full resolution take gigabytes; so many images go through it at a time.
+IMAGES_AT_A_TIME = 16
 
 MOST_CHANNELS, MOST_BLOCKS = 2**16, 16  # of a config that can be meant
 
@@ -81,7 +79,7 @@ class LatentFormat:
         return replace(self, shift=shift, scale=scale)
 
     def input_size(self, resolution: int) -> int:
-        """Latents per side of a picture; UserError if that is no whole number."""
+        """Latents per side of an image; UserError if that is no whole number."""
         if resolution % self.factor:
             raise UserError(
                 f"--resolution is {resolution}; it must be a multiple of {self.factor}, the pixels per latent of "
@@ -122,15 +120,15 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, R, R) in [-1, 1] to moments (B, 2C, S, S): means, then standard deviations."""
-        distributions = [self._model.encode(part).latent_dist for part in images.float().split(PICTURES_AT_A_TIME)]
+        """Images (B, 3, R, R) in [-1, 1] to moments (B, 2C, S, S): means, then standard deviations."""
+        distributions = [self._model.encode(part).latent_dist for part in images.float().split(IMAGES_AT_A_TIME)]
         return torch.cat([torch.cat([d.mean, d.std], dim=1) for d in distributions])
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """What was diffused, (B, C, S, S), to pictures (B, 3, R, R) in [-1, 1]."""
+        """What was diffused, (B, C, S, S), to images (B, 3, R, R) in [-1, 1]."""
         latents = self.latents.restore(x.float())
-        parts = [self._model.decode(part).sample for part in latents.split(PICTURES_AT_A_TIME)]
+        parts = [self._model.decode(part).sample for part in latents.split(IMAGES_AT_A_TIME)]
         return torch.cat(parts).clamp(-1, 1)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from digits_run import write_run
+from haste.digits.classifier import ClassifierConfig
 from haste.evaluation import features
-from haste.evaluation.judge import JudgeSettings
 from haste.sweep.points import Grid, plan
-from haste.training.recipes import recipe_config
+from haste.training.config import preset_config
 from PIL import Image
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "digits_sampling" / "run.py"
@@ -39,13 +39,13 @@ def test_the_grid_has_every_setting_that_is_asked_for(benchmark):
 
 
 def test_models_are_measured_and_written_up(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+    monkeypatch.setattr(features, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
     monkeypatch.setattr(benchmark, "BASE", replace(benchmark.BASE, num_steps=6))
     monkeypatch.setattr(benchmark, "GRIDS", [Grid(caches=("taylor",), intervals=(2,), orders=(1,), steps=(6,))])
     monkeypatch.setattr(benchmark, "PLAIN_STEPS", (3,))
     monkeypatch.setattr(benchmark, "train", None)  # the models are there
     for seed in (0, 1):
-        write_run(tmp_path, steps=(recipe_config("digits").max_train_steps,)).rename(tmp_path / f"haste-seed{seed}")
+        write_run(tmp_path, steps=(preset_config("digits").max_train_steps,)).rename(tmp_path / f"haste-seed{seed}")
     counts = {"samples": 70, "batch": 35, "repeats": 1}
     args = benchmark.Args(seeds=[0, 1], runs=tmp_path, cfg_scale=1.5, output=tmp_path / "out", **counts)
     benchmark.main(args)

@@ -207,10 +207,10 @@ def test_what_does_not_fit_is_left_out_in_every_launching(monkeypatch):
     assert result["difference"] is None and why in report.section(result)
 
 
-def test_pictures_that_differ_are_not_timed():
-    pictures = {variants.EAGER.name: torch.ones(4), variants.MODULE.name: torch.ones(4) + 1e-4}
-    with pytest.raises(UserError, match="not timed: TaylorSeer per module, the pictures differ from those of eager"):
-        rounds.compare(tiny(), pictures)
+def test_images_that_differ_are_not_timed():
+    images = {variants.EAGER.name: torch.ones(4), variants.MODULE.name: torch.ones(4) + 1e-4}
+    with pytest.raises(UserError, match="not timed: TaylorSeer per module, the images differ from those of eager"):
+        rounds.compare(tiny(), images)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
-from haste.bounds import BOUNDS, check_number, check_numbers
 from haste.cli.flags import demo, evaluate, prepare, sample, sweep, train
 from haste.errors import UserError
+from haste.validation import BOUNDS, check_number, check_numbers
 
 COMMANDS = [demo, evaluate, prepare, sample, sweep, train]
 

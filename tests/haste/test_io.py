@@ -81,6 +81,7 @@ def test_only_regular_files_of_the_allowed_size_are_read(tmp_path):
         read_bytes(tmp_path / "a\0b")
     assert read_bytes(tmp_path / "five", limit=5) == b"12345"
 
+
 def dead_pid():
     process = subprocess.Popen(["true"])
     process.wait()

@@ -7,9 +7,9 @@ import sys
 from contextlib import ExitStack
 
 import pytest
-from haste import lock
+from haste import io
 from haste.errors import UserError
-from haste.lock import hold
+from haste.io import hold
 
 HOLDER = """
 import sys, time
@@ -36,10 +36,10 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_dies(tmp_path
     with pytest.raises(UserError, match=rf"^run x is held by process {holder.pid} on .* since 20.*; wait"):
         with hold(folder, "run x is held", "wait"):
             pytest.fail("held twice")
-    assert holder.poll() is None and (folder / lock.LOCK).exists()
+    assert holder.poll() is None and (folder / io.LOCK).exists()
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert (folder / lock.LOCK).exists()  # nobody has removed it, and nobody holds it
+    assert (folder / io.LOCK).exists()  # nobody has removed it, and nobody holds it
     with hold(folder, "run x is held"):
         pass
 
@@ -57,7 +57,7 @@ def test_the_same_process_does_not_hold_a_folder_twice(tmp_path):
 
 def test_a_lock_leaves_nothing_behind(tmp_path):
     with hold(tmp_path / "a" / "b", "it is"):
-        assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [lock.LOCK]
+        assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [io.LOCK]
     assert list(tmp_path.iterdir()) == []
     with hold(tmp_path / "a" / "b", "it is"):
         (tmp_path / "a" / "b" / "result").write_text("")
@@ -68,7 +68,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
     def unsupported(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "lockf", unsupported)
+    monkeypatch.setattr(io.fcntl, "lockf", unsupported)
     with caplog.at_level(logging.WARNING), hold(tmp_path, "it is"):
         pass
     assert "cannot be locked (No locks available)" in caplog.text
@@ -99,5 +99,3 @@ def test_updates_of_several_processes_are_all_kept(tmp_path):
             stack.enter_context(subprocess.Popen([sys.executable, "-c", ADDER, str(path)]))
     assert path.read_text() == "300"
     assert [file.name for file in tmp_path.iterdir()] == ["count"]
-
-

@@ -3,7 +3,7 @@ from typing import Any, Literal
 
 import pytest
 from haste.errors import UserError
-from haste.plain import build
+from haste.validation import build
 from hypothesis import given
 from hypothesis import strategies as st
 

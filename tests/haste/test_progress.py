@@ -6,8 +6,8 @@ import io
 import sys
 
 import pytest
-from haste import progress
-from haste.progress import progress_bar, watched
+from haste import distributed
+from haste.distributed import progress_bar, watched
 
 
 class Stream(io.StringIO):
@@ -44,7 +44,7 @@ def test_no_standard_error_is_no_terminal(monkeypatch, stream):
     if stream is not None:
         stream.close()
     monkeypatch.setattr(sys, "stderr", stream)
-    assert not watched() and progress.RARELY >= 10
+    assert not watched() and distributed.RARELY >= 10
 
 
 def test_the_bar_goes_along_with_what_it_is_given(monkeypatch):

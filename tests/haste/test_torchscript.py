@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from haste.errors import UserError
-from haste.torchscript import is_torchscript, read_torchscript
-from haste.weights import load_weights
+from haste.weights import is_torchscript, load_weights, read_torchscript
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -33,7 +33,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(output_dir: Path, teacher: Path, *extra: str) -> list[str]:
     return [
         sys.executable, "-c", "from haste.cli.main import main; main()", "train",
-        "--recipe", "digits", "--output-dir", str(output_dir), "--exp-name", "run",
+        "--preset", "digits", "--output-dir", str(output_dir), "--exp-name", "run",
         "--model", "SiT-Digits/2", "--enc-type", str(teacher), "--layer-map", "0:1,1:2",
         "--batch-size", "8", "--early-stop-point", "16", "--max-train-steps", str(STEPS),
         "--logging-steps", "1", "--checkpointing-steps", "4", *extra,
@@ -106,4 +106,3 @@ def test_sigterm_saves_says_so_and_the_same_command_goes_on(tmp_path, teacher, u
     assert f"going on from step {step}" in finish(start(tmp_path, teacher))
     weights = last_weights(tmp_path)
     assert all(torch.equal(weights[name], unbroken[name]) for name in unbroken)
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from haste.models import SiT
-from haste.sampling import initial_noise
+from haste.samplers import initial_noise
 
 
 def small_sit(depth: int = 2, input_size: int = 8) -> SiT:

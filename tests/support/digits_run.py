@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from haste.models.sit import SiT
 from haste.training.checkpoint import checkpoint_path, save_checkpoint
-from haste.training.config import TrainConfig
-from haste.training.recipes import recipe_config
+from haste.training.config import TrainConfig, preset_config
 
 SHAPE = {
     "input_size": 8,
@@ -25,7 +24,7 @@ SHAPE = {
 
 def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), **settings) -> Path:
     """Write <output_dir>/run with one checkpoint per step, trained weights unlike the averaged; returns its path."""
-    config: TrainConfig = replace(recipe_config("digits"), output_dir=str(output_dir), exp_name="run", **settings)
+    config: TrainConfig = replace(preset_config("digits"), output_dir=str(output_dir), exp_name="run", **settings)
     run = output_dir / "run"
     for step in steps:
         trained, averaged = (random_student(seed, config.cfg_prob) for seed in (step, 1000 + step))

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from haste.models import SiT
 from haste.vae import LatentFormat
-from picture_files import save_vae
+from image_files import save_vae
 
 NAME = "SiT-XL/2"  # that tests give to this shape, so that published commands run as they are
 SHAPE = {"depth": 3, "hidden_size": 16, "num_heads": 2, "patch_size": 2}
 REST = {"input_size": 4, "in_channels": 4, "num_classes": 10, "encoder_depth": 2}
-PICTURE = 16  # pixels per side, with the VAE of `save_vae`
+IMAGE = 16  # pixels per side, with the VAE of `save_vae`
 
 
 def random_weights(seed: int = 0, **changes) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def write_ours(path: Path, vae: Path, **args) -> Path:
 def write_repas(path: Path, weights: dict[str, torch.Tensor] | None = None, **args) -> Path:
     """As REPA's trainer leaves it, with these settings of its run."""
     weights = random_weights() if weights is None else weights
-    settings = {"encoder_depth": 2, "num_classes": 10, "path_type": "linear", "resolution": PICTURE, **args}
+    settings = {"encoder_depth": 2, "num_classes": 10, "path_type": "linear", "resolution": IMAGE, **args}
     content = {"model": weights, "ema": weights, "opt": {}, "steps": 0}
     return save(path, {**content, "args": argparse.Namespace(**settings)})
 

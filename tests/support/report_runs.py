@@ -6,15 +6,15 @@ import json
 from dataclasses import asdict
 
 import numpy as np
-from haste.evaluation.images import write_picture
-from haste.training.recipes import recipe_config
+from haste.data.images import write_image
+from haste.training.config import preset_config
 
 
 def write_log(folder, name, stop, steps=40, **settings):
     """A run's folder as the trainer leaves it, without the training."""
     run = folder / name
     run.mkdir()
-    config = {**asdict(recipe_config("digits")), "exp_name": name, **settings}
+    config = {**asdict(preset_config("digits")), "exp_name": name, **settings}
     (run / "args.json").write_text(json.dumps(config))
     with open(run / "log.jsonl", "w") as file:
         for step in range(1, steps + 1):
@@ -27,7 +27,7 @@ def write_log(folder, name, stop, steps=40, **settings):
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")
     for step in (10, 20, 30, 40):
-        write_picture(run / "previews" / f"{step:07d}.png", np.full((8, 8, 3), step, np.uint8))
+        write_image(run / "previews" / f"{step:07d}.png", np.full((8, 8, 3), step, np.uint8))
     return run
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from haste.alignment.layers import LayerMap
-from haste.alignment.loss import AlignmentLosses, alignment_losses
+from haste.alignment.losses import AlignmentLosses, LayerMap, alignment_losses
 from haste.models.sit import SiTOutput
-from haste.teachers.vision import GridRule, TeacherOutput, VisionTeacher
+from haste.teachers.encoder import GridRule, TeacherOutput, VisionTeacher
 
 
 class Aligner(nn.Module):
@@ -88,7 +87,7 @@ class Aligner(nn.Module):
         return f"{teachers}; {heads} are aligned"
 
     def ask(self, images: Tensor) -> list[TeacherOutput]:
-        """What every teacher says about the pictures (B, C, H, W) in [-1, 1]."""
+        """What every teacher says about the images (B, C, H, W) in [-1, 1]."""
         return [teacher(images) for teacher in self.teachers]
 
     def losses(self, output: SiTOutput, lessons: Sequence[TeacherOutput]) -> AlignmentLosses:
@@ -105,6 +104,6 @@ class Aligner(nn.Module):
         return sum(terms)
 
     def forward(self, output: SiTOutput, images: Tensor) -> tuple[Tensor, AlignmentLosses]:
-        """Returns (proj_coeff·L_R + attn_coeff·L_A, the two losses), for the pictures (B, C, H, W) in [-1, 1]."""
+        """Returns (proj_coeff·L_R + attn_coeff·L_A, the two losses), for the images (B, C, H, W) in [-1, 1]."""
         losses = self.losses(output, self.ask(images))
         return self.weigh(losses), losses

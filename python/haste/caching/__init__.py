@@ -1,31 +1,31 @@
-"""Feature caching: which steps are full (schedule), how the others are forecast (forecaster), of what (regions).
+"""Feature caching: which steps are full (schedule), how the others are forecast (forecaster), of what (adapters).
 
-Reading order: settings, schedule, forecaster, snapshots, transformers, regions, corrections, cached_model, build.
+Reading order: config, schedule, forecaster, adapters, cached_model, enable.
 """
 
-from haste.caching.settings import FAST, CacheSettings, fast_settings
-from haste.lazily import lazily
+from haste.caching.config import FAST, CacheConfig, fast_config
+from haste.errors import lazily
 
 __all__ = [
     "FAST",
-    "CacheSettings",
+    "CacheConfig",
     "CachedModel",
     "cache_bytes",
     "check_memory",
-    "fast_settings",
+    "disable_cache",
+    "enable_cache",
+    "fast_config",
     "make_cache",
-    "unwrap",
-    "wrap",
 ]
 # All that brings torch.
 __getattr__ = lazily(
     __name__,
     {
         "CachedModel": "cached_model",
-        "cache_bytes": "memory",
-        "check_memory": "memory",
-        "make_cache": "build",
-        "unwrap": "build",
-        "wrap": "build",
+        "cache_bytes": "enable",
+        "check_memory": "enable",
+        "make_cache": "enable",
+        "disable_cache": "enable",
+        "enable_cache": "enable",
     },
 )

@@ -1,4 +1,14 @@
-"""A model of which most evaluations in a sampling run are not computed in full.
+"""What skipped evaluations add to their tokens, made for all of them up to the next full one when the first one asks.
+
+It depends on the snapshots, the forecast's weights, the labels and the evaluation's time, and not on the image. One
+pass over the snapshots serves several evaluations then, and kept is one (B, N, D) for each: beside the snapshots of all
+modules, little.
+
+Made ahead are those of evaluations whose time and labels are known: `haste.sampling.sample` tells both. In any other
+loop they may be others than the run's plan has, and to compare tensors on a GPU is to wait for it: there, every
+evaluation makes its own. The parameters of the model are not looked at; they must not change between two full steps.
+
+A model of which most evaluations in a sampling run are not computed in full.
 
 Three small pieces decide everything: a schedule, which steps are full; a forecaster, how the others are predicted; and
 regions, what of the model is predicted. The model itself is not touched.
@@ -14,24 +24,74 @@ import logging
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from haste.caching.clock import Clock, Plan
-from haste.caching.corrections import MOST_AHEAD, Correction, Corrections, Labels
-from haste.caching.forecaster import Forecaster
-from haste.caching.regions import Region
-from haste.caching.schedule import Course, Schedule
-from haste.caching.snapshots import Place, SnapshotRing
-from haste.caching.transformers import PublicTransformer, Transformer
+from haste.caching.adapters import CacheGranularity, PublicTransformer, Transformer
+from haste.caching.forecaster import Forecaster, Place, SnapshotRing
+from haste.caching.schedule import Clock, Course, Plan, Schedule
 from haste.errors import UserError
-from haste.sampling import Evaluation
-from haste.sampling.guidance import Branches
-from haste.sampling.times import time_of
+from haste.samplers import Branches, ModelCall, time_of, version
 
 logger = logging.getLogger(__name__)
+
+MOST_AHEAD = 8  # evaluations: what one pass makes on a GPU; it bounds the memory too
+
+
+class Correction(NamedTuple):
+    """Of one evaluation: what it adds to its tokens (B, N, D), and its conditioning (B, D)."""
+
+    added: Tensor
+    c: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """A tensor of labels as it was at a call. It is known again by what it is, not by its values."""
+
+    tensor: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, y: Tensor) -> Labels:
+        return cls(y, version(y))
+
+    def are(self, other: Labels) -> bool:
+        return self.tensor is other.tensor and self.version == other.version
+
+
+class Corrections:
+    """Those of the evaluations to come, by the guidance branches in their rows, their labels and place in the run.
+
+    Attributes:
+        most_bytes: the most that was held at once since `start`.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.clear()
+        self.most_bytes = 0
+
+    def clear(self) -> None:
+        """When a snapshot is taken: what was made without it is no longer wanted."""
+        self._held: dict[Branches, tuple[Labels, dict[Place, Correction]]] = {}
+
+    def get(self, branches: Branches, labels: Labels, place: Place) -> Correction | None:
+        if branches not in self._held:
+            return None
+        made_for, corrections = self._held[branches]
+        return corrections.get(place) if made_for.are(labels) else None
+
+    def keep(self, branches: Branches, labels: Labels, corrections: dict[Place, Correction]) -> None:
+        """What these branches had is forgotten. labels: of the whole call, of which the branches may be one half."""
+        self._held[branches] = labels, corrections
+        held = (tensor for _, of in self._held.values() for correction in of.values() for tensor in correction)
+        self.most_bytes = max(self.most_bytes, sum(tensor.nbytes for tensor in held))
+
 
 MOST_COMPILATIONS = 1000
 
@@ -60,7 +120,7 @@ class CachedModel(nn.Module):
         transformer: Transformer,
         schedule: Schedule,
         forecaster: Forecaster,
-        regions: Sequence[Region],
+        regions: Sequence[CacheGranularity],
         region_of: Callable[[int, int], int] = lambda step, num_steps: 0,
     ) -> None:
         super().__init__()
@@ -119,7 +179,7 @@ class CachedModel(nn.Module):
     def capture(self) -> CachedModel:
         """Has both kinds of evaluation captured in CUDA graphs when they are first run, and replayed from then on; but
         not what is made for several at once, as with `compile`."""
-        from haste.caching.graphs import GRAPHED
+        from haste.caching.cuda_graphs import GRAPHED
 
         device = next(self.model.parameters()).device
         if device.type != "cuda":
@@ -205,7 +265,7 @@ class CachedModel(nn.Module):
         self._clock.passed(evaluation)
         return output
 
-    def _next_evaluation(self, t: Tensor) -> Evaluation:
+    def _next_evaluation(self, t: Tensor) -> ModelCall:
         if self._clock is None:
             raise UserError("no run has begun; call start(number of steps) before the first evaluation")
         evaluation = self._clock.evaluation(t)
@@ -217,7 +277,7 @@ class CachedModel(nn.Module):
             evaluation = self._clock.evaluation(t)
         return evaluation
 
-    def _make_room(self, x: Tensor, evaluation: Evaluation) -> None:
+    def _make_room(self, x: Tensor, evaluation: ModelCall) -> None:
         """Snapshots for every branch of the run, of the type that the region's features have."""
         tokens, dim = self.transformer.tokens_shape
         rows = len(x) // len(evaluation.branches) * len(self._branches)
@@ -243,7 +303,7 @@ class CachedModel(nn.Module):
         """Whether all of these branches have something to be forecast from."""
         return all(self._ring.places(branch) for branch in branches)
 
-    def _full(self, x: Tensor, t: Tensor, y: Tensor, evaluation: Evaluation) -> Any:
+    def _full(self, x: Tensor, t: Tensor, y: Tensor, evaluation: ModelCall) -> Any:
         rows = self._rows(evaluation.branches, len(x))
         predicted = None
         # Heun's second evaluation: the first is where the full step before may have looked already.
@@ -261,7 +321,7 @@ class CachedModel(nn.Module):
             self._course.report(_relative_error(predicted, output), distance, orders)
         return output
 
-    def _forecast(self, x: Tensor, t: Tensor, y: Tensor, evaluation: Evaluation) -> Any:
+    def _forecast(self, x: Tensor, t: Tensor, y: Tensor, evaluation: ModelCall) -> Any:
         """In one go where all branches have the same history, else branch by branch."""
         place = Place(evaluation.position, evaluation.time)
         weights = [self._weights(branch, place) for branch in evaluation.branches]
@@ -275,7 +335,7 @@ class CachedModel(nn.Module):
         return _concatenate(parts)
 
     def _forecast_rows(
-        self, x: Tensor, t: Tensor, y: Tensor, branches: Branches, evaluation: Evaluation, labels: Labels | None
+        self, x: Tensor, t: Tensor, y: Tensor, branches: Branches, evaluation: ModelCall, labels: Labels | None
     ) -> Any:
         """The rows of branches that have the same history. labels: those of the call; None if the times to come are
         not known."""
@@ -304,7 +364,7 @@ class CachedModel(nn.Module):
             made = self._evaluations[self._region].corrections(times, y, snapshots, weights)
         return {place: Correction(*each) for place, *each in zip(places, *made, strict=True)}
 
-    def _coming_places(self, evaluation: Evaluation) -> list[Place]:
+    def _coming_places(self, evaluation: ModelCall) -> list[Place]:
         """Where this evaluation and those like it up to the next full step look, each place once."""
         places: dict[Place, None] = {}
         step = self._step
@@ -343,7 +403,7 @@ class _Evaluations:
     """
 
     transformer: Transformer
-    region: Region
+    region: CacheGranularity
 
     @property
     def functions(self) -> dict[str, Callable[..., Any]]:

@@ -11,13 +11,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from haste.caching.settings import FAST
+from haste.caching.config import FAST
 from haste.cli import evaluate, sample, train
 from haste.cli.flags.demo import POINTS, Args
 from haste.io import read_json, write_json
-from haste.plain import check
-from haste.training.config import TrainConfig
-from haste.training.recipes import recipe_config
+from haste.training.config import TrainConfig, preset_config
+from haste.validation import check
 
 EVALUATION_STEPS = 25  # of the samples that are evaluated; more would take the longest of all stages
 
@@ -59,14 +58,14 @@ def main(args: Args) -> None:
 
 
 def train_config(args: Args) -> TrainConfig:
-    """The digits recipe, shortened or lengthened as a whole: its end of alignment and its checkpoints move along."""
-    recipe = recipe_config("digits")
+    """The digits preset, shortened or lengthened as a whole: its end of alignment and its checkpoints move along."""
+    preset = preset_config("digits")
     steps = args.max_train_steps
     return replace(
-        recipe,
+        preset,
         output_dir=str(args.output_dir),
         max_train_steps=steps,
-        early_stop_point=round(recipe.early_stop_point * steps / recipe.max_train_steps),
+        early_stop_point=round(preset.early_stop_point * steps / preset.max_train_steps),
         checkpointing_steps=max(steps // POINTS, 1),
         seed=args.seed,
     )
@@ -78,10 +77,10 @@ def baseline_config(args: Args) -> TrainConfig:
 
 
 def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> sample.Args:
-    """The pictures of the demo, the same seeds in full and cached."""
+    """The images of the demo, the same seeds in full and cached."""
     return sample.Args(
         ckpt=Path(config.output_dir) / config.exp_name,
-        num_fid_samples=args.num_pictures,
+        num_fid_samples=args.num_images,
         num_steps=args.num_steps,
         labels="balanced",
         global_seed=args.seed,
@@ -104,9 +103,9 @@ def command_lines(
     baseline_judged: evaluate.Args,
 ) -> list[str]:
     """The commands that do what the demo does, to be typed by hand."""
-    recipe, usual = recipe_config("digits"), sample.Args(ckpt=full.ckpt)
+    preset, usual = preset_config("digits"), sample.Args(ckpt=full.ckpt)
     return [
-        *("haste train --recipe digits " + flags(run, recipe) for run in (config, baseline)),
+        *("haste train --preset digits " + flags(run, preset) for run in (config, baseline)),
         *(f"haste sample --ckpt {shlex.quote(str(one.ckpt))} " + flags(one, usual) for one in (full, cached)),
         *("haste evaluate " + flags(one, evaluate.Args()) for one in (judged, baseline_judged)),
     ]

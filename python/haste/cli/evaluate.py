@@ -9,28 +9,37 @@ from typing import Any
 
 import numpy as np
 
-from haste.caching.settings import CacheSettings
+from haste.caching.config import CacheConfig
 from haste.cli import sample
 from haste.cli.flags.evaluate import FULL, Args, sample_args
+from haste.distributed import progress_bar
 from haste.errors import UserError
-from haste.evaluation.agreement import compare_sets, step_errors, summarise_steps
-from haste.evaluation.evaluator import Bar, Evaluation, Evaluator
-from haste.evaluation.frechet import check_sample_size
-from haste.evaluation.metrics import MetricSettings
-from haste.evaluation.picture_sets import open_pictures
-from haste.evaluation.record import beside, keep_evaluation, metrics_record
+from haste.evaluation.evaluate import (
+    Bar,
+    Evaluation,
+    Evaluator,
+    MetricConfig,
+    Yardstick,
+    beside,
+    check_on_digits,
+    evaluate_checkpoints,
+    keep_evaluation,
+    load_yardstick,
+    metrics_record,
+)
+from haste.evaluation.fidelity import compare_sets, step_errors, summarise_steps
+from haste.evaluation.image_readers import open_images
+from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import STORED, check_replaceable, save_reference
-from haste.evaluation.scores import Yardstick, check_on_digits, evaluate_checkpoints, load_yardstick
 from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
-from haste.generation.drawing import Sampler
-from haste.generation.sample_folder import read_record
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import load_student, run_checkpoints
+from haste.generation.checkpoint import load_checkpoint, run_checkpoints
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler
+from haste.generation.sample_dir import read_record
 from haste.io import told
-from haste.progress import progress_bar
-from haste.training.run_log import alignment_end, read_log
+from haste.training.logging import alignment_end, read_log
 
-STEP_PICTURES = 64  # whose states are compared after every step
+STEP_IMAGES = 64  # whose states are compared after every step
 
 
 def main(args: Args) -> None:
@@ -44,11 +53,11 @@ def main(args: Args) -> None:
         evaluate_run(args)
 
 
-# ---- any pictures, all metrics ----
+# ---- any images, all metrics ----
 
 
 def evaluate_samples(args: Args) -> None:
-    """Every metric of one set of pictures; with a twin, how far they are from it."""
+    """Every metric of one set of images; with a twin, how far they are from it."""
     open_what_is_there(args)
     evaluator = open_evaluator(args)
     samples = args.samples or draw(args)
@@ -64,11 +73,11 @@ def evaluate_samples(args: Args) -> None:
 
 
 def open_what_is_there(args: Args) -> None:
-    """UserError for pictures that were drawn before and cannot be used: the real side may take hours to read."""
+    """UserError for images that were drawn before and cannot be used: the real side may take hours to read."""
     if args.samples is not None and args.features != STORED:
-        open_pictures(args.samples, "--samples")
+        open_images(args.samples, "--samples")
     if args.twin not in (None, FULL):
-        open_pictures(Path(args.twin), "--twin")
+        open_images(Path(args.twin), "--twin")
 
 
 def evaluate_run(args: Args) -> None:
@@ -90,15 +99,15 @@ def open_evaluator(args: Args) -> Evaluator | None:
     if features is None and args.reference is None and args.twin is not None:
         return None
     if features is None:
-        raise UserError("--features is not given; for other pictures than the digits it must be inception:PATH, a "
+        raise UserError("--features is not given; for other images than the digits it must be inception:PATH, a "
                         "teacher's name or folder such as dinov2-vit-l, or stored")  # fmt: skip
     reference = args.reference or ("digits" if features == "digits" else None)
     if reference is None:
-        raise UserError(f"--reference is not given; --features {features} needs a folder of real pictures, or an .npz "
-                        "of pictures or statistics")  # fmt: skip
+        raise UserError(f"--reference is not given; --features {features} needs a folder of real images, or an .npz "
+                        "of images or statistics")  # fmt: skip
     if args.save_reference is not None:
         check_replaceable(args.save_reference)
-    settings = MetricSettings(kid_subset_size=args.kid_subset_size)
+    settings = MetricConfig(kid_subset_size=args.kid_subset_size)
     evaluator = Evaluator(features, reference, judge_dir(args), args.per_proc_batch_size, settings)
     if args.save_reference is not None:
         save_reference(args.save_reference, evaluator.reference)
@@ -106,10 +115,10 @@ def open_evaluator(args: Args) -> Evaluator | None:
 
 
 def on_digits(args: Args) -> bool:
-    """Whether the pictures are digits: of a run on them, or as small as they are."""
+    """Whether the images are digits: of a run on them, or as small as they are."""
     if args.samples is None:
-        return load_student(args.run or args.ckpt, args.ema, convention=args.convention).config.data_dir == "digits"
-    return open_pictures(args.samples, "--samples").shape == (8, 8, 3)
+        return load_checkpoint(args.run or args.ckpt, args.ema, convention=args.convention).config.data_dir == "digits"
+    return open_images(args.samples, "--samples").shape == (8, 8, 3)
 
 
 def judge_dir(args: Args) -> Path:
@@ -123,40 +132,40 @@ def judge_dir(args: Args) -> Path:
 
 
 def draw(args: Args) -> Path:
-    """The folder of the pictures of --ckpt; those that are there already are not drawn again."""
+    """The folder of the images of --ckpt; those that are there already are not drawn again."""
     return sample.sample_to_folder(sample_args(args)).folder.path
 
 
 def drawn(args: Args) -> int | None:
-    """How many pictures of a folder were asked for: it may hold more, of another command. None: all."""
+    """How many images of a folder were asked for: it may hold more, of another command. None: all."""
     return None if args.samples is not None else args.num_fid_samples
 
 
 def compare_with_twin(args: Args, samples: Path) -> None:
     """PSNR and SSIM of the samples with their twin; of a twin that is drawn, also the error of every step's state."""
-    twin = draw(replace(args, twin=None, **asdict(CacheSettings()))) if args.twin == FULL else Path(args.twin)
+    twin = draw(replace(args, twin=None, **asdict(CacheConfig()))) if args.twin == FULL else Path(args.twin)
     with Bar("twins") as bar:
         agreement = compare_sets(samples, twin, bar.advance, drawn(args)).summary()
-    print(f"\n{samples.name} beside {twin.name}, {agreement['pictures']:,} pictures\n\n{agreement_text(agreement)}")
+    print(f"\n{samples.name} beside {twin.name}, {agreement['images']:,} images\n\n{agreement_text(agreement)}")
     measured = {"agreement": agreement}
     if args.twin == FULL:
         errors = compare_steps(args, samples)
         print(steps_text(errors))
         measured["step_errors"] = summarise_steps(errors)
-    keep(samples, {"samples": samples.name, "twin": twin.name, "count": agreement["pictures"]}, measured)
+    keep(samples, {"samples": samples.name, "twin": twin.name, "count": agreement["images"]}, measured)
 
 
 def compare_steps(args: Args, samples: Path) -> np.ndarray:
-    """The relative errors (steps, pictures) of the first pictures' states, drawn as these samples were, and a plot."""
-    from haste.evaluation.pictures import draw_step_errors  # brings matplotlib
+    """The relative errors (steps, images) of the first images' states, drawn as these samples were, and a plot."""
+    from haste.plotting import draw_step_errors
 
-    settings = SamplingSettings(**{field.name: getattr(args, field.name) for field in fields(SamplingSettings)})
-    student = load_student(args.ckpt, args.ema, convention=args.convention)
-    cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheSettings())))
+    settings = SamplingConfig(**{field.name: getattr(args, field.name) for field in fields(SamplingConfig)})
+    student = load_checkpoint(args.ckpt, args.ema, convention=args.convention)
+    cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheConfig())))
     full_steps = read_record(samples).full_steps
     if full_steps is not None:  # that --max-error has found
         cached = cached.with_full_steps(full_steps)
-    errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_PICTURES)))
+    errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_IMAGES)))
     title = f"{student.label}\n{settings.describe()}"
     plot = beside(samples, "step-errors.png")
     with told(str(plot)):
@@ -173,7 +182,7 @@ def heading(samples: Path, evaluation: Evaluation) -> str:
     """What was compared with what, in which features."""
     settings = evaluation.settings
     count = settings["reference_count"]
-    real = "statistics of real pictures" if count is None else f"{count:,} real pictures"
+    real = "statistics of real images" if count is None else f"{count:,} real images"
     return (
         f"{samples.name}: {settings['count']:,} samples against {real} ({settings['reference']}), "
         f"{settings['dimension']:,} features of {settings['network']}"
@@ -187,30 +196,30 @@ def evaluate(args: Args) -> tuple[list[dict], Yardstick]:
     """Judge the checkpoints that --run names by the digits; their records, and what they were held against."""
     args.check()
     checkpoints = run_checkpoints(args.run)
-    check_on_digits(load_student(args.run, args.ema, convention=args.convention))  # before a judge is trained for it
+    check_on_digits(load_checkpoint(args.run, args.ema, convention=args.convention))  # before a judge is trained for it
     yardstick = load_yardstick(judge_dir(args))
     sentence = check_sample_size(args.num_fid_samples, yardstick.real.dimension)
     if sentence:
         print(sentence)
     records = evaluate_under_bar(args, args.run, checkpoints, yardstick)
-    draw_pictures(args, args.run, records)
+    draw_images(args, args.run, records)
     return records, yardstick
 
 
 def evaluate_under_bar(args: Args, run: Path, checkpoints: list[Path], yardstick: Yardstick) -> list[dict]:
-    """evaluate_checkpoints with a progress bar over all pictures of all checkpoints."""
+    """evaluate_checkpoints with a progress bar over all images of all checkpoints."""
     with progress_bar(total=len(checkpoints) * args.num_fid_samples, unit="image", desc="evaluate") as bar:
 
-        def progress(checkpoint: Path, pictures: int) -> None:
+        def progress(checkpoint: Path, images: int) -> None:
             bar.set_postfix_str(checkpoint.stem, refresh=False)
-            bar.update(pictures)
+            bar.update(images)
 
         return evaluate_checkpoints(run, checkpoints, args, args.num_fid_samples, yardstick, progress)
 
 
-def draw_pictures(args: Args, run: Path, records: list[dict]) -> None:
+def draw_images(args: Args, run: Path, records: list[dict]) -> None:
     """evaluation.png: the scores over steps; losses.png: the curves of log.jsonl. Both in the run's folder."""
-    from haste.evaluation.pictures import LOSSES, draw_losses, draw_scores  # brings matplotlib
+    from haste.plotting import LOSSES, draw_losses, draw_scores
 
     log = read_log(run / "log.jsonl").lines
     stop = alignment_end(log)

@@ -16,16 +16,14 @@ from dataclasses import fields
 from typing import Any
 
 from haste import __version__
-from haste.cli.environment import check_docstrings, check_processes
 from haste.cli.failures import answered
-from haste.cli.streams import patient_stderr
-from haste.cli.terminal import accept_any_text, widen
+from haste.cli.terminal import accept_any_text, check_docstrings, check_processes, patient_stderr, widen
 
 SUBCOMMANDS = {
-    "prepare": "make training data from pictures: crop, resize, encode to latents",
+    "prepare": "make training data from images: crop, resize, encode to latents",
     "train": "train a SiT: with HASTE, with REPA, or plain",
-    "sample": "draw pictures from a checkpoint, every step in full or most of them forecast",
-    "evaluate": "measure how far drawn pictures are from real ones",
+    "sample": "draw images from a checkpoint, every step in full or most of them forecast",
+    "evaluate": "measure how far drawn images are from real ones",
     "sweep": "draw the trade-off of caching: quality against seconds, FLOPs and memory",
     "report": "show one run, or several side by side, on one page",
     "demo": "train on handwritten digits, sample, and show it all on one page",

@@ -1,4 +1,4 @@
-"""Carries out `haste prepare`: every process crops and encodes its share of the pictures."""
+"""Carries out `haste prepare`: every process crops and encodes its share of the images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.cli.flags.prepare import Args
-from haste.data.destination import Destination
-from haste.data.prepare import Preparation
-from haste.data.sources import PictureSource, open_pictures
-from haste.progress import progress_bar
+from haste.data.prepare import Destination, Preparation
+from haste.data.sources import ImageSource, open_images
+from haste.distributed import StopRequest, progress_bar
 from haste.training.launch import in_first
-from haste.training.signals import StopRequest
 from haste.vae import VAE, LatentFormat
 
 
@@ -25,7 +23,7 @@ def main(args: Args) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # One of several processes may be done hours before another.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    source = open_pictures(args.source.expanduser(), "--source")
+    source = open_images(args.source.expanduser(), "--source")
     latents = None if args.vae.lower() == "none" else LatentFormat.of(args.vae)
     destination = Destination(args.dest.expanduser(), source, args.resolution, latents)
     with ExitStack() as stack:
@@ -38,9 +36,7 @@ def main(args: Args) -> None:
             print(f"{destination.path} is ready for haste train --data-dir")
 
 
-def fill(
-    args: Args, accelerator: Accelerator, source: PictureSource, destination: Destination, vae: VAE | None
-) -> None:
+def fill(args: Args, accelerator: Accelerator, source: ImageSource, destination: Destination, vae: VAE | None) -> None:
     """Write this process's share of the missing files and, once all are there, the labels."""
     if accelerator.is_main_process:
         destination.check_space(args.zip)
@@ -62,7 +58,7 @@ def fill(
         print(f"haste prepare: stopped by {stop.received.name}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     if preparation.faults:
-        print(f"{len(preparation.faults)} of {len(share)} pictures cannot be read and are left out")
+        print(f"{len(preparation.faults)} of {len(share)} images cannot be read and are left out")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         destination.finish(source.labels)

@@ -1,4 +1,4 @@
-"""Carries out `haste sample`: draws the missing pictures of a folder, and writes its .npz and its grid."""
+"""Carries out `haste sample`: draws the missing images of a folder, and writes its .npz and its grid."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import numpy as np
 import torch
 
 from haste.cli.flags.sample import Args
-from haste.generation.drawing import Sampler
-from haste.generation.filling import fill, settle_full_steps
-from haste.generation.labels import choose_labels
-from haste.generation.processes import Processes
-from haste.generation.sample_folder import ALL_THERE, SampleFolder, Samples
-from haste.generation.student import Student, load_student
+from haste.distributed import Processes
+from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
+from haste.generation.pipeline import Sampler, choose_labels
+from haste.generation.sample_dir import ALL_THERE, SampleDir, Samples, fill, settle_full_steps
 from haste.io import told
-from haste.training.identity import as_before, checkpoint_identity
+from haste.training.checkpoint import as_before, checkpoint_identity
 
-# In the grid. Of pictures wider than SMALL fewer are shown, as they are shown in their own size.
+# In the grid. Of images wider than SMALL fewer are shown, as they are shown in their own size.
 SMALL, MANY, FEW = 64, 100, 40
 
 
@@ -38,16 +36,16 @@ def report(samples: Samples) -> None:
     """Print how fast images came, unless all were there, and where they are."""
     folder, drawn, count = samples.folder, samples.drawn, len(samples.labels)
     if samples.new:
-        speed = f"{drawn.pictures_per_second:.1f} images/s ({drawn.seconds:.2f} s for {drawn.pictures})"
-        came = f"{count} pictures at {speed}"
+        speed = f"{drawn.images_per_second:.1f} images/s ({drawn.seconds:.2f} s for {drawn.images})"
+        came = f"{count} images at {speed}"
     else:
         came = f"{count} images were there already"
-    print(f"{came}; {drawn.full_per_picture} of {drawn.evaluations_per_picture} model evaluations were full")
-    print(f"pictures  {folder.path}\nnpz       {folder.npz}\ngrid      {folder.grid}")
+    print(f"{came}; {drawn.full_per_image} of {drawn.evaluations_per_image} model evaluations were full")
+    print(f"images  {folder.path}\nnpz       {folder.npz}\ngrid      {folder.grid}")
 
 
 def sample_to_folder(args: Args) -> Samples:
-    """Draw what is missing of a command's pictures and write the .npz and the grid; every process takes part.
+    """Draw what is missing of a command's images and write the .npz and the grid; every process takes part.
 
     Raises UserError for settings or a checkpoint that cannot work, and for a folder that belongs to another command.
     """
@@ -55,7 +53,7 @@ def sample_to_folder(args: Args) -> Samples:
     args.check()
     processes = Processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    student = load_student(
+    student = load_checkpoint(
         args.ckpt,
         args.ema,
         device=processes.device,
@@ -69,10 +67,10 @@ def sample_to_folder(args: Args) -> Samples:
     labels = choose_labels(args.labels, args.global_seed, range(count), student.model.num_classes)
     with ExitStack() as stack:
 
-        def open_folder() -> SampleFolder:
+        def open_folder() -> SampleDir:
             settings = settings_record(args, sampler)
             before = as_before(settings, student.checkpoint)
-            folder = SampleFolder(folder_path(args, student), settings, before=before)
+            folder = SampleDir(folder_path(args, student), settings, before=before)
             stack.enter_context(folder.hold())
             return folder
 
@@ -90,13 +88,13 @@ def sample_to_folder(args: Args) -> Samples:
     return Samples(labels, folder, new)
 
 
-def folder_path(args: Args, student: Student) -> Path:
+def folder_path(args: Args, student: LoadedCheckpoint) -> Path:
     """<sample_dir>/<checkpoint>-<sampler>-<steps>...: the settings that people vary are in the name."""
     return (args.sample_dir or student.run / "samples") / f"{student.checkpoint.stem}-{args.short_name()}"
 
 
 def settings_record(args: Args, sampler: Sampler) -> dict:
-    """Everything that decides the pictures, for sample.json."""
+    """Everything that decides the images, for sample.json."""
     path_type = sampler.student.config.path_type
     path = {} if path_type == "linear" else {"path_type": path_type}
     vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
@@ -105,9 +103,9 @@ def settings_record(args: Args, sampler: Sampler) -> dict:
     return {**identity, **args.sampling_fields(), **vae, **path, **convention}
 
 
-def write_grid(args: Args, student: Student, folder: SampleFolder, labels: np.ndarray) -> None:
-    """The labelled grid of the first pictures, in the order of their labels."""
-    from haste.evaluation.pictures import draw_grid  # brings matplotlib
+def write_grid(args: Args, student: LoadedCheckpoint, folder: SampleDir, labels: np.ndarray) -> None:
+    """The labelled grid of the first images, in the order of their labels."""
+    from haste.plotting import draw_grid
 
     (first,) = folder.read(1)
     shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)

@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from haste.cli.flags.sweep import Args
+from haste.distributed import progress_bar
 from haste.errors import UserError
-from haste.evaluation.evaluator import real_side
+from haste.evaluation.evaluate import real_side
 from haste.evaluation.features import load_extractor
-from haste.evaluation.frechet import check_sample_size
+from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import STORED
-from haste.generation.student import Student, load_student
-from haste.io import told
-from haste.lock import hold
-from haste.plain import build
-from haste.progress import progress_bar
-from haste.sweep.advice import advise, recommend
-from haste.sweep.measure import Sweep
-from haste.sweep.quality import Quality
-from haste.sweep.records import RecordBook
-from haste.sweep.rows import Row, make_rows
-from haste.sweep.table import LEGEND, markdown, plain_text
+from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
+from haste.io import hold, told
+from haste.sweep.advice import LEGEND, advise, markdown, plain_text, recommend
+from haste.sweep.measure import Quality, Sweep
+from haste.sweep.points import RecordBook, Row, make_rows
+from haste.validation import build
 
 RECORDS, TABLE, PLOT = "sweep.jsonl", "sweep.md", "sweep.png"
 
@@ -32,7 +28,7 @@ def main(args: Args) -> None:
     """Measure what is not known yet, then draw, from the records alone."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     known = args.draw_only and args.output
-    student = None if known else load_student(args.ckpt, args.ema, convention=args.convention)
+    student = None if known else load_checkpoint(args.ckpt, args.ema, convention=args.convention)
     folder = args.output or student.run / "sweep"
     for name in (TABLE, PLOT):
         if (folder / name).exists() and not (folder / RECORDS).exists():
@@ -66,16 +62,16 @@ class Shared:
     machine: Machine
 
 
-def measure(args: Args, student: Student, book: RecordBook) -> dict:
+def measure(args: Args, student: LoadedCheckpoint, book: RecordBook) -> dict:
     """Measure under a progress bar; what the records of this sweep share."""
     quality = open_quality(args, student)
     counts = (args.num_fid_samples, args.per_proc_batch_size, args.repeats)
     sweep = Sweep(student, args.points, quality, book, *counts, args.cuda_graphs)
-    with progress_bar(total=sweep.pictures, unit="image", desc="sweep") as bar:
+    with progress_bar(total=sweep.images, unit="image", desc="sweep") as bar:
 
-        def progress(name: str, pictures: int) -> None:
+        def progress(name: str, images: int) -> None:
             bar.set_postfix_str(name, refresh=False)
-            bar.update(pictures)
+            bar.update(images)
 
         sweep.run(progress)
     for sentence in sweep.skipped:
@@ -83,19 +79,19 @@ def measure(args: Args, student: Student, book: RecordBook) -> dict:
     return sweep.shared
 
 
-def open_quality(args: Args, student: Student) -> Quality:
+def open_quality(args: Args, student: LoadedCheckpoint) -> Quality:
     """The network and the real side that the flags name, or what follows from the run; prints a caution.
 
     Raises UserError for too few samples before it reads the real side, which may take hours.
     """
     features = args.features or ("digits" if student.config.data_dir == "digits" else None)
     if features in (None, STORED):
-        raise UserError(f"--features is {features or 'not given'}; for other pictures than the digits it must be "
+        raise UserError(f"--features is {features or 'not given'}; for other images than the digits it must be "
                         "inception:PATH, or a teacher's name or folder such as dinov2-vit-l")  # fmt: skip
     reference = args.reference or ("digits" if features == "digits" else None)
     if reference is None:
-        raise UserError(f"--reference is not given; --features {features} needs a folder of real pictures, or an .npz "
-                        "of pictures or statistics")  # fmt: skip
+        raise UserError(f"--reference is not given; --features {features} needs a folder of real images, or an .npz "
+                        "of images or statistics")  # fmt: skip
     judge_dir = args.judge_dir or student.run.resolve().parent / "judge"
     extractor = load_extractor(features, judge_dir)
     caution = check_sample_size(args.num_fid_samples, extractor.dimension)
@@ -106,11 +102,11 @@ def open_quality(args: Args, student: Student) -> Quality:
 
 def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
     """Print the table and the advice; write them and the plot."""
-    from haste.sweep.plot import draw_sweep  # brings matplotlib
+    from haste.sweep.plot import draw_sweep
 
     build(Shared, shared, "the sweep of a record")
     advice = advise(rows, tolerance)
-    title = f"{shared['student']}, beside {rows[0].settings.describe()}: {shared['samples']:,} pictures a point"
+    title = f"{shared['student']}, beside {rows[0].settings.describe()}: {shared['samples']:,} images a point"
     draw_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))
     write_table(folder / TABLE, rows, title, shared, advice)
     print(f"\n{plain_text(rows)}\n\n{advice}\n\ntable  {folder / TABLE}\nplot   {folder / PLOT}")

@@ -1,13 +1,24 @@
-"""Terminals that are too narrow for tables of flags, or cannot show every letter: `Fréchet` becomes `Frechet` there."""
+"""Terminals that are too narrow for tables of flags, or cannot show every letter: `Fréchet` becomes `Frechet` there.
+
+What a command prints while it works must not end the work.
+
+What surrounds a command, held against what it must be: how Python was started, and the variables by which torchrun
+and accelerate tell processes of each other.
+"""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import shutil
 import sys
 import unicodedata
-from typing import TextIO
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from haste.errors import UserError
 
 PLAIN = {
     "→": "->", "←": "<-", "×": "x", "·": "*", "–": "-", "—": "-", "−": "-", "…": "...", "±": "+-", "≤": "<=", "≥": ">=",
@@ -31,10 +42,10 @@ def accept_any_text() -> None:
     Where one is closed, what is printed goes nowhere.
     """
     sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()
-    codecs.register_error("haste.plain", in_plain_letters)
+    codecs.register_error("haste.validation", in_plain_letters)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="haste.plain")
+            stream.reconfigure(errors="haste.validation")
 
 
 def nowhere() -> TextIO:
@@ -51,3 +62,81 @@ def in_plain_letters(error: UnicodeError) -> tuple[str, int]:
 
 def without_accent(letter: str) -> str:
     return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+
+
+# A disk that is full, for now, under a redirected stream. That a reader has left does end a command.
+PASSED_OVER = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+class Patient:
+    """A text stream like the one it is given, except that what cannot be written now costs nothing but itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._judge(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._judge(error)
+
+    @staticmethod
+    def _judge(error: OSError) -> None:
+        if error.errno not in PASSED_OVER:
+            raise error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def patient_stderr() -> Iterator[None]:
+    """While this context is open progress bars and messages, which go to stderr, end no command."""
+    stream = sys.stderr
+    sys.stderr = Patient(stream)
+    try:
+        yield
+    finally:
+        sys.stderr = stream
+
+
+LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # where there is a LOCAL_RANK
+
+
+def check_processes(environment: Mapping[str, str]) -> None:
+    """UserError for a variable that is no number, or out of its range, or missing beside LOCAL_RANK."""
+    numbers = {name: number(environment, name) for name in LEAST if name in environment}
+    rank, size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE")
+    if size is not None and rank >= size:
+        raise UserError(f"RANK must be below WORLD_SIZE, which is {size}, got {rank}")
+    if numbers.get("LOCAL_RANK", -1) == -1:  # one process
+        return
+    missing = [name for name in NEEDED if name not in environment]
+    if missing:
+        raise UserError(f"LOCAL_RANK is set, and {' and '.join(missing)} must be too; "
+                        "start several processes by torchrun or accelerate launch, one without it")  # fmt: skip
+
+
+def check_docstrings(optimize: int) -> None:
+    """UserError for Python that has dropped all docstrings: transformers reads its own to import."""
+    if optimize > 1:
+        raise UserError(f"PYTHONOPTIMIZE (python -O) must be 0 or 1, got {optimize}; transformers does not import "
+                        "without docstrings")  # fmt: skip
+
+
+def number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        value = int(environment[name])
+    except ValueError:
+        value = None
+    if value is None or value < LEAST[name]:
+        raise UserError(f"{name} must be a whole number of at least {LEAST[name]}, got '{environment[name]}'")
+    return value

@@ -6,21 +6,20 @@ import logging
 import os
 import sys
 
-from haste.training.config import TrainConfig
-from haste.training.recipes import describe_run
+from haste.training.config import TrainConfig, describe_run
 
 
 def main(args: TrainConfig) -> None:
     """Train; after Ctrl-C or SIGTERM, save and leave with the signal's usual exit status."""
     from transformers.utils.logging import disable_progress_bar
 
-    from haste.training.trainer import train  # brings torch: only once the flags are known to be right
+    from haste.training.trainer import train
 
     disable_progress_bar()  # transformers' own, for loading weights; downloads still show theirs
     first = os.environ.get("RANK", "0") == "0"  # of several processes one tells what happens, all tell what is wrong
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    if args.recipe:
-        logging.getLogger(__name__).info("recipe %s: %s", args.recipe, describe_run(args))
+    if args.preset:
+        logging.getLogger(__name__).info("preset %s: %s", args.preset, describe_run(args))
     result = train(args)
     if result.interrupted is not None:
         if first:

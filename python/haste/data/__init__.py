@@ -1,18 +1,17 @@
-"""Training data: pictures with labels, from memory or from disk, and the order in which they come."""
+"""Training data: images with labels, from memory or from disk, and the order in which they come."""
 
-from haste.data.bad_files import BadFile
-from haste.lazily import lazily
+from haste.data.images import BadFile
+from haste.errors import lazily
 
-__all__ = ["BadFile", "Batch", "BatchOrder", "TrainingData", "batches", "load_dataset", "load_digits"]
+__all__ = ["BadFile", "Batch", "BatchOrder", "TrainingData", "batches", "load_dataset"]
 # All that brings torch.
 __getattr__ = lazily(
     __name__,
     {
-        "Batch": "training_data",
-        "BatchOrder": "order",
-        "TrainingData": "training_data",
+        "Batch": "dataset",
+        "BatchOrder": "loader",
+        "TrainingData": "dataset",
         "batches": "loader",
-        "load_dataset": "datasets",
-        "load_digits": "digits",
+        "load_dataset": "load",
     },
 )

@@ -1,4 +1,7 @@
-"""Batches in the order of BatchOrder, read ahead by worker processes, from any step on at no cost."""
+"""The order of the training images, as a function of the step alone.
+
+Batches in the order of BatchOrder, read ahead by worker processes, from any step on at no cost.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,53 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from haste.data.bad_files import BadFile, refusal
-from haste.data.order import BatchOrder
-from haste.data.training_data import Batch, TrainingData
+from haste.data.dataset import Batch, TrainingData
+from haste.data.images import BadFile, refusal
 from haste.errors import UserError, in_one_line
 
 logger = logging.getLogger(__name__)
+
+
+class BatchOrder:
+    """Shuffled epochs end to end, cut into batches.
+
+    Batch number s holds positions s·B to (s+1)·B of the stream; epoch e of the stream is a permutation that depends on
+    the seed and e only. So a resumed run continues at any step without replaying the steps before it, every image
+    comes once per epoch, and a batch may span two epochs.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        if num_samples < 1 or batch_size < 1:
+            raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; both must be at least 1")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Indices (batch_size,), int64, of the images of batch number `step`, counted from 0."""
+        position = step * self.batch_size
+        end = position + self.batch_size
+        parts = []
+        while position < end:
+            epoch, offset = divmod(position, self.num_samples)
+            part = self._epoch_order(epoch)[offset : offset + end - position]
+            parts.append(part)
+            position += len(part)
+        return torch.cat(parts)
+
+    def share(self, step: int, process_index: int, num_processes: int) -> torch.Tensor:
+        """The contiguous part of batch number `step` that one of several processes works on."""
+        return self.batch(step).chunk(num_processes)[process_index]
+
+    def _epoch_order(self, epoch: int) -> torch.Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(self.num_samples, generator=generator)
+            self._epoch = epoch
+        return self._permutation
+
 
 # torch says it of every loader, and again when it begins to read; `useful_workers` says it once.
 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -53,7 +97,7 @@ def batches(
         )
     device = torch.device(device)
     reader = _Reader(data)
-    # Batches have no end, so no worker is ever idle; but one for each picture is enough of any.
+    # Batches have no end, so no worker is ever idle; but one for each image is enough of any.
     workers = useful_workers(num_workers, len(data)) if data.reads_files else 0
     loader = DataLoader(
         reader,
@@ -174,4 +218,4 @@ def read_ahead(loader: DataLoader) -> Iterator[Any]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a process that reads the pictures was lost: {in_one_line(error)}") from error
+        raise UserError(f"a process that reads the images was lost: {in_one_line(error)}") from error

@@ -1,6 +1,6 @@
-"""Where pictures come from, before anything is done to them: their bytes and labels by number.
+"""Where images come from, before anything is done to them: their bytes and labels by number.
 
-A folder or a zip of picture files, or a Hugging Face data set on disk.
+A folder or a zip of image files, or a Hugging Face data set on disk.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
-from haste.data.bad_files import BadFile
-from haste.data.pictures import IMAGE_FORMATS, is_other_picture, is_picture
+from haste.data.images import IMAGE_FORMATS, BadFile, is_image, is_other_image
 from haste.errors import UserError, in_one_line
-from haste.io import parse_json, read_json
-from haste.limits import MOST_CLASSES
-from haste.plain import check
+from haste.io import MOST_CLASSES, parse_json, read_json
+from haste.validation import check
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ LABEL_FORM = '{"labels": [[name, label], ...]}'
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
-class PictureSource(Protocol):
+class ImageSource(Protocol):
     """labels: (count,), int64, or None where there are none; num_classes: how many there are, 1 without labels.
     class_names: by label, or None where classes have none."""
 
@@ -40,20 +38,20 @@ class PictureSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call a picture."""
+        """What messages call an image."""
 
     def read(self, index: int) -> bytes:
-        """The bytes of a picture's file; BadFile if there are none."""
+        """The bytes of an image's file; BadFile if there are none."""
 
     def listing(self) -> bytes:
-        """What tells the names of these pictures, in their order, from any others."""
+        """What tells the names of these images, in their order, from any others."""
 
     def digest(self) -> str:
-        """A checksum of which pictures these are, in which order, with which labels."""
+        """A checksum of which images these are, in which order, with which labels."""
 
 
-class FilePictures:
-    """The named picture files of a folder or a zip."""
+class FileImages:
+    """The named image files of a folder or a zip."""
 
     def __init__(
         self,
@@ -91,34 +89,34 @@ def pack_names(names: list[str]) -> np.ndarray:
     return np.array([os.fsencode(name) for name in names])
 
 
-def open_pictures(path: Path, flag: str) -> PictureSource:
-    """The pictures at `path`, which `flag` gave; UserError if there are none or if they cannot be told apart."""
+def open_images(path: Path, flag: str) -> ImageSource:
+    """The images at `path`, which `flag` gave; UserError if there are none or if they cannot be told apart."""
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
-        return HuggingFacePictures(path, flag)
+        return HuggingFaceImages(path, flag)
     archive = open_archive(path, flag)
     inner = archive.child("images")
-    if inner is not None and not any(is_picture(name) for name in archive.names() if not name.startswith("images/")):
-        archive = inner  # the pictures of REPA's layout
+    if inner is not None and not any(is_image(name) for name in archive.names() if not name.startswith("images/")):
+        archive = inner  # the images of REPA's layout
     return open_files(archive, f"{flag} is {path}, which")
 
 
-def open_files(archive: Archive, what: str) -> FilePictures:
-    """Every picture file of the archive. Labels: dataset.json, or the folders at the top; `what` begins messages.
+def open_files(archive: Archive, what: str) -> FileImages:
+    """Every image file of the archive. Labels: dataset.json, or the folders at the top; `what` begins messages.
 
     Raises UserError if there are none, if they cannot be told apart, or for REPA's layout one folder further down.
     """
     everything = archive.names()
     _refuse_layout_below(everything, what)
-    names = [name for name in everything if is_picture(name)]
+    names = [name for name in everything if is_image(name)]
     if not names:
         kinds = ", ".join(IMAGE_FORMATS)
-        raise UserError(f"{what} holds no pictures; it must hold files of {kinds}, or a folder of them for each class")
-    others = [name for name in everything if is_other_picture(name)]
+        raise UserError(f"{what} holds no images; it must hold files of {kinds}, or a folder of them for each class")
+    others = [name for name in everything if is_other_image(name)]
     if others:
         logger.warning("passed over %d files of formats that are not read, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
-        return FilePictures(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
-    return FilePictures(archive, names, *_labels_of_folders(names, what))
+        return FileImages(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
+    return FileImages(archive, names, *_labels_of_folders(names, what))
 
 
 def _refuse_layout_below(names: list[str], what: str) -> None:
@@ -130,14 +128,14 @@ def _refuse_layout_below(names: list[str], what: str) -> None:
 
 
 def _labels_of_folders(names: list[str], what: str) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and the names of classes, which are the folders at the top, sorted; None where all pictures lie at the
+    """Labels and the names of classes, which are the folders at the top, sorted; None where all images lie at the
     top, as one class."""
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     classes = sorted(set(tops))
     if classes == [""]:
         return None, None
     if classes[0] == "":
-        raise UserError(f"{what} holds pictures beside its class folders, such as {names[tops.index('')]}")
+        raise UserError(f"{what} holds images beside its class folders, such as {names[tops.index('')]}")
     if {name.lower() for name in classes} <= SPLITS:
         raise UserError(f"{what} holds {' and '.join(classes)}, not classes; it must be one of these folders")
     if len(classes) == 1 and len({name.rpartition("/")[0] for name in names}) > 1:
@@ -183,23 +181,23 @@ def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -
     return np.array(labels, dtype=np.int64)
 
 
-class HuggingFacePictures:
+class HuggingFaceImages:
     """A data set that `save_to_disk` of the package datasets has written; of several splits, the one named train."""
 
     def __init__(self, path: Path, flag: str) -> None:
         dataset = _load_from_disk(path, flag)
         kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
-        pictures = [name for name, kind in kinds.items() if kind == "Image"]
-        if len(pictures) != 1:
+        images = [name for name, kind in kinds.items() if kind == "Image"]
+        if len(images) != 1:
             columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
             raise UserError(f"{flag} is {path}, whose columns are {columns}; it must have exactly one column of images")
         self.path = path
-        self._column = pictures[0]
+        self._column = images[0]
         self.labels, self.num_classes, self.class_names = _labels_of_column(dataset, kinds, f"{flag} is {path}, whose")
         import datasets
 
         try:
-            undecoded = dataset.select_columns(pictures).cast_column(self._column, datasets.Image(decode=False))
+            undecoded = dataset.select_columns(images).cast_column(self._column, datasets.Image(decode=False))
         except Exception as error:  # pyarrow's own errors among them
             raise UserError(f"{flag} is {path}, whose images cannot be read: {in_one_line(error)}") from error
         self._rows = undecoded.with_format(None)
@@ -208,18 +206,18 @@ class HuggingFacePictures:
         return len(self._rows)
 
     def name(self, index: int) -> str:
-        return f"picture {index} of {self.path}"
+        return f"image {index} of {self.path}"
 
     def read(self, index: int) -> bytes:
         try:
-            picture = self._rows[index][self._column] or {}
+            image = self._rows[index][self._column] or {}
         except Exception as error:  # as above
             raise BadFile(self.name(index), f"cannot be read ({in_one_line(error)})") from error
-        if picture.get("bytes") is not None:
-            return picture["bytes"]
-        if picture.get("path") is None:
+        if image.get("bytes") is not None:
+            return image["bytes"]
+        if image.get("path") is None:
             raise BadFile(self.name(index), "is missing")
-        file = Path(picture["path"])
+        file = Path(image["path"])
         return Folder(file.parent).read(file.name)
 
     def listing(self) -> bytes:
@@ -246,7 +244,7 @@ def _load_from_disk(path: Path, flag: str) -> Any:
             raise UserError(f"{flag} is {path}, whose splits are {', '.join(dataset)}; it must be one of these folders")
         dataset = dataset["train"]
     if len(dataset) == 0:
-        raise UserError(f"{flag} is {path}, which holds no pictures")
+        raise UserError(f"{flag} is {path}, which holds no images")
     return dataset
 
 

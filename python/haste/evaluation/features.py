@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features: FID's Inception, any vision teacher, and the judge of the digits.
+"""Networks that turn images into features: FID's Inception, any vision teacher, and the judge of the digits.
 
     inception:PATH      Inception v3 from weights on disk, 2,048 features and class probabilities (see inception.py)
     digits              the judge of the digits, 64 features and class probabilities (see judge.py)
@@ -24,22 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haste.data.arrays import read_npz
-from haste.data.bad_files import BadFile
+from haste.data.archive import read_npz
+from haste.data.images import BadFile, write_arrays
+from haste.digits.classifier import Classifier, ClassifierConfig, load_classifier
 from haste.errors import UserError
-from haste.evaluation.images import write_arrays
+from haste.evaluation.image_readers import ImageArray, ImageSet
 from haste.evaluation.inception import FEATURES, load_inception
-from haste.evaluation.judge import Judge, JudgeSettings, load_judge
-from haste.evaluation.picture_sets import PictureArray, PictureSet
 
 INCEPTION = "inception:"
 TEACHER_PIXELS = 224  # per side, as FD-DINOv2; less where an encoder was made for less
-SHARD = 1024  # pictures whose features are kept in one file
+SHARD = 1024  # images whose features are kept in one file
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of N pictures.
+    """What a network says of N images.
 
     values: (N, D), float32 or float64, finite.
     probabilities: (N, classes) where the network is a classifier.
@@ -69,9 +68,9 @@ def single_precision() -> Iterator[None]:
 
 
 class Extractor(Protocol):
-    """A network with its own preparation of pictures.
+    """A network with its own preparation of images.
 
-    key: fit for a file's name, changes with the weights. dimension: features of a picture.
+    key: fit for a file's name, changes with the weights. dimension: features of an image.
     """
 
     key: str
@@ -84,9 +83,9 @@ class Extractor(Protocol):
 
 
 class JudgeExtractor:
-    """The judge of the digits; 8 × 8 pictures."""
+    """The judge of the digits; 8 × 8 images."""
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Classifier) -> None:
         self.judge = judge
         self.key = f"digits-{judge.settings.digest()}"
         self.dimension = judge.settings.features
@@ -124,11 +123,9 @@ class TeacherExtractor:
 
     def __init__(self, name: str) -> None:
         # transformers takes a second to import.
-        from haste.teachers.config import load_config
-        from haste.teachers.families import find_family
-        from haste.teachers.grids import own_image_size
-        from haste.teachers.names import resolve_teacher
-        from haste.teachers.vision import VisionTeacher
+        from haste.teachers.encoder import VisionTeacher
+        from haste.teachers.families import find_family, resolve_teacher
+        from haste.teachers.loading import load_config, own_image_size
 
         config = load_config(name, resolve_teacher(name), "--features")
         self.pixels = min(own_image_size(name, config), TEACHER_PIXELS)
@@ -150,10 +147,10 @@ class TeacherExtractor:
     @single_precision()
     def __call__(self, images: np.ndarray) -> Features:
         teacher = self.teacher
-        pictures = resize_smoothly(channels_first(images).to(self.device), self.pixels)
+        resized = resize_smoothly(channels_first(images).to(self.device), self.pixels)
         if teacher.num_channels == 1:
-            pictures = pictures.mean(dim=1, keepdim=True)
-        pixels = teacher.preprocess(pictures / 127.5 - 1.0)
+            resized = resized.mean(dim=1, keepdim=True)
+        pixels = teacher.preprocess(resized / 127.5 - 1.0)
         tokens = teacher.encoder(pixels, **self.family.forward_arguments(pixels, teacher.grid**2)).last_hidden_state
         features = tokens[:, 0] if teacher.prefix else tokens.mean(dim=1)
         return Features(features.float().cpu().numpy())
@@ -165,7 +162,7 @@ def load_extractor(name: str, judge_dir: Path) -> Extractor:
     Raises UserError for a name, a file or a folder that is none.
     """
     if name == "digits":
-        return JudgeExtractor(load_judge(judge_dir, JudgeSettings()))
+        return JudgeExtractor(load_classifier(judge_dir, ClassifierConfig()))
     if name.startswith(INCEPTION):
         return InceptionExtractor(Path(name.removeprefix(INCEPTION)).expanduser())
     if name == "inception" or Path(name).suffix in (".pt", ".pth"):
@@ -181,26 +178,26 @@ def load_extractor(name: str, judge_dir: Path) -> Extractor:
 
 def extract(
     extractor: Extractor,
-    images: np.ndarray | PictureSet,
+    images: np.ndarray | ImageSet,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda pictures: None,
+    progress: Callable[[int], None] = lambda count: None,
     cache: Path | None = None,
 ) -> Features:
-    """Features of all pictures, batch by batch.
+    """Features of all images, batch by batch.
 
-    `progress` hears of the pictures done. In the folder `cache`, features are kept by SHARD pictures, so that a killed
+    `progress` hears of the images done. In the folder `cache`, features are kept by SHARD images, so that a killed
     command goes on and a second one reads them. Raises UserError for features that are not finite.
     """
-    pictures = PictureArray(images) if isinstance(images, np.ndarray) else images
+    images = ImageArray(images) if isinstance(images, np.ndarray) else images
     parts = []
-    for start in range(0, len(pictures), SHARD):
-        stop = min(start + SHARD, len(pictures))
+    for start in range(0, len(images), SHARD):
+        stop = min(start + SHARD, len(images))
         file = None if cache is None else cache / extractor.key / f"{start:08d}.npz"
-        part = None if file is None else read_shard(file, pictures.digest(start, stop))
+        part = None if file is None else read_shard(file, images.digest(start, stop))
         if part is None:
-            part = extract_range(extractor, pictures, batch_size, start, stop, progress)
+            part = extract_range(extractor, images, batch_size, start, stop, progress)
             if file is not None:
-                write_shard(file, part, pictures.digest(start, stop))
+                write_shard(file, part, images.digest(start, stop))
         else:
             progress(stop - start)
         parts.append(part)
@@ -208,11 +205,11 @@ def extract(
 
 
 def extract_range(
-    extractor: Extractor, pictures: PictureSet, batch_size: int, start: int, stop: int, progress: Callable[[int], None]
+    extractor: Extractor, images: ImageSet, batch_size: int, start: int, stop: int, progress: Callable[[int], None]
 ) -> Features:
-    """Features of pictures start, …, stop − 1."""
+    """Features of images start, …, stop − 1."""
     parts = []
-    for batch in pictures.batches(batch_size, start, stop):
+    for batch in images.batches(batch_size, start, stop):
         part = extractor(batch)
         probabilities = np.zeros(0) if part.probabilities is None else part.probabilities
         if not (np.isfinite(part.values).all() and np.isfinite(probabilities).all()):
@@ -234,7 +231,7 @@ def concatenate(parts: Iterable[Features]) -> Features:
 
 
 def read_shard(path: Path, digest: str) -> Features | None:
-    """Features that were kept of pictures with this digest; None if there are none, or they are of others."""
+    """Features that were kept of images with this digest; None if there are none, or they are of others."""
     if not path.is_file():
         return None
     try:
@@ -247,7 +244,7 @@ def read_shard(path: Path, digest: str) -> Features | None:
 
 
 def write_shard(path: Path, features: Features, digest: str) -> None:
-    """Keep features of pictures with this digest."""
+    """Keep features of images with this digest."""
     arrays = {"values": features.values, "digest": np.array(digest)}
     if features.probabilities is not None:
         arrays["probabilities"] = features.probabilities
@@ -259,12 +256,12 @@ def channels_first(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def resize_smoothly(pictures: Tensor, size: int) -> Tensor:
+def resize_smoothly(images: Tensor, size: int) -> Tensor:
     """(N, C, H, W) uint8 to float32 (N, C, size, size), 0 … 255: bicubic with antialiasing and rounding, as Pillow."""
-    pictures = pictures.float()
-    if pictures.shape[-2:] == (size, size):
-        return pictures
-    return F.interpolate(pictures, (size, size), mode="bicubic", antialias=True).round().clamp(0.0, 255.0)
+    images = images.float()
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).round().clamp(0.0, 255.0)
 
 
 def choose_device() -> torch.device:

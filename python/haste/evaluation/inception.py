@@ -180,12 +180,12 @@ class Inception(nn.Module):
         self.Mixed_7c = BlockE(2048, pool="maximum")
         self.fc = nn.Linear(FEATURES, CLASSES)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) uint8 to features (B, 2048) and class probabilities (B, 1008), float32.
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) uint8 to features (B, 2048) and class probabilities (B, 1008), float32.
 
         The probabilities are taken without the last layer's bias, as the Inception score always was.
         """
-        features = self.features(normalise(resize(pictures.float())))
+        features = self.features(normalise(resize(images.float())))
         return features, F.linear(features, self.fc.weight).softmax(dim=1)
 
     def features(self, x: Tensor) -> Tensor:
@@ -201,10 +201,10 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def resize(pictures: Tensor, size: int = INPUT_SIZE) -> Tensor:
+def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
     """(B, C, H, W) float to (B, C, size, size), bilinear as in TensorFlow 1: pixel i looks at i·H/size.
 
-    Corners are aligned at the first pixel alone, and nothing is smoothed where pictures become smaller. F.interpolate
+    Corners are aligned at the first pixel alone, and nothing is smoothed where images become smaller. F.interpolate
     looks at (i + ½)·H/size − ½; the difference moves a published FID.
     """
 
@@ -219,7 +219,7 @@ def resize(pictures: Tensor, size: int = INPUT_SIZE) -> Tensor:
         low, high = (x.index_select(dim, index.to(x.device)) for index in (low, high))
         return low + (high - low) * weight
 
-    return along(along(pictures, 2), 3)
+    return along(along(images, 2), 3)
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -1,141 +1,361 @@
-"""All metrics of one set of samples against one reference; one that cannot be had is listed with its reason."""
+"""Fréchet distance between two sets of features, in double precision (Heusel et al., arXiv 1706.08500, eq. 6).
+
+Each set is summarised by the Gaussian with its mean and covariance; the distance between the two Gaussians is
+
+    d² = |μ_a − μ_b|² + tr(A) + tr(B) − 2·tr((A^½ B A^½)^½)
+
+The usual form takes the root of the product A·B, which is not symmetric, with a general Schur method whose answer has
+been silently wrong in some library versions. A^½ B A^½ is symmetric positive semi-definite and has the same
+eigenvalues, so two symmetric eigen-decompositions suffice, and the residual of each root is checked.
+
+Kernel distance between two sets of features (KID; Bińkowski et al., arXiv 1801.01401, section 4).
+
+The squared maximum mean discrepancy under the cubic kernel k(x, y) = (x·y / D + 1)³, by its unbiased estimator: for
+equal distributions it is 0 on average, at any number of samples, and may come out below 0. As in the paper it is
+averaged over random subsets, whose standard deviation is given beside the mean.
+
+Precision, recall, density and coverage: how samples lie among real images, by balls around their neighbours.
+
+A set of features stands for the union of balls around its points, each as large as the distance to the point's k-th
+nearest neighbour in the set. Improved precision and recall: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2,
+k = 3. Density and coverage: Naeem et al., arXiv 2002.09797, equations 3 and 4, k = 5.
+
+Inception score (Salimans et al., arXiv 1606.03498, section 4): are images clear of class, and of many classes?
+
+exp(E_x KL(p(y|x) ‖ p(y))), p(y) being the mean of p(y|x); between 1 and the number of classes. It is taken over ten
+equal parts of the samples, whose standard deviation is given beside the mean.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import rel_entr
 
 from haste.errors import UserError
-from haste.evaluation.features import Features
-from haste.evaluation.frechet import check_sample_size, fit_gaussian, frechet_distance
-from haste.evaluation.inception_score import inception_score
-from haste.evaluation.kernel_distance import kernel_distance
-from haste.evaluation.manifolds import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifold_scores
-from haste.evaluation.reference import Reference
 
-ADVISED_FOR_MANIFOLDS = 1000
-ADVISED_FOR_INCEPTION_SCORE = 5000
+# ‖root·root − matrix‖ / ‖matrix‖ of a healthy decomposition is about 1e-15 times the dimension.
+ROOT_TOLERANCE = 1e-8
 
-NAMES = {
-    "frechet_distance": "Fréchet distance",
-    "kernel_distance": "kernel distance",
-    "precision": f"precision (k = {PRECISION_NEIGHBOURS})",
-    "recall": f"recall (k = {PRECISION_NEIGHBOURS})",
-    "density": f"density (k = {DENSITY_NEIGHBOURS})",
-    "coverage": f"coverage (k = {DENSITY_NEIGHBOURS})",
-    "inception_score": "Inception score",
-    "label_accuracy": "label accuracy",
-}
+# What a covariance may fall short of symmetry, or of having no negative eigenvalue, by its rounding to single precision
+# (6e-8 of an entry, times the root of some thousand dimensions): relative to its largest entry or eigenvalue.
+ROUNDING = 1e-5
+
+BLOCK = 4096  # feature vectors that are converted to double precision at once
+
+# Below this many samples per feature dimension the estimated covariance is too noisy to compare small distances.
+ADVISED_SAMPLES_PER_DIMENSION = 10
 
 
 @dataclass(frozen=True)
-class Result:
-    """One metric. spread: standard deviation over subsets or parts. note: a caution, or why there is no value."""
+class Gaussian:
+    """Mean (D,) and covariance (D, D), both float64, of `count` feature vectors; None: stored without their number."""
 
-    key: str
-    value: float | None
-    spread: float | None = None
-    note: str | None = None
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None
 
     @property
-    def name(self) -> str:
-        """For tables."""
-        return NAMES[self.key]
+    def dimension(self) -> int:
+        return self.mean.shape[0]
+
+
+def check_features(features: np.ndarray) -> np.ndarray:
+    """The features as an array, if they are a matrix (samples, dimension) of finite real numbers; UserError if not."""
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[1] == 0 or features.dtype.kind not in "iuf":
+        raise UserError(
+            f"features are {features.dtype} of shape {features.shape}; they must be a matrix of numbers "
+            "(samples, dimension)"
+        )
+    if not np.isfinite(features).all():
+        raise UserError("features hold values that are not finite; the samples or the network are broken")
+    return features
+
+
+def fault_of_moments(mean: np.ndarray, covariance: np.ndarray) -> str | None:
+    """What is wrong with a mean and a covariance, float64, as the end of a sentence about them; None if nothing is.
+
+    Rounding to single precision is admitted: asymmetry and negative eigenvalues up to ROUNDING.
+    """
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
+        return f"mu has shape {mean.shape} and sigma {covariance.shape}; they must be (D,) and (D, D)"
+    for name, array in (("mu", mean), ("sigma", covariance)):
+        if not np.isfinite(array).all():
+            return f"{name} holds values that are not finite"
+    scale = np.abs(covariance).max()
+    if scale == 0:
+        return "sigma is all zeros, as of a single image; it must be the covariance of many"
+    asymmetry = np.abs(covariance - covariance.T)
+    if asymmetry.max() > ROUNDING * scale:
+        i, j = np.unravel_index(asymmetry.argmax(), asymmetry.shape)
+        return (
+            f"sigma is not symmetric, {covariance[i, j]:.6g} at ({i}, {j}) and {covariance[j, i]:.6g} at ({j}, {i}); "
+            "it must be a covariance"
+        )
+    variances = covariance.diagonal()
+    if variances.min() < -ROUNDING * scale:
+        return f"sigma has the variance {variances.min():.6g} at {variances.argmin()}; none may be negative"
+    values = np.linalg.eigvalsh((covariance + covariance.T) / 2)
+    if values[0] < -ROUNDING * values[-1]:
+        return f"sigma has the eigenvalue {values[0]:.6g} beside {values[-1]:.6g}; a covariance has none below 0"
+    return None
+
+
+def fit_gaussian(features: np.ndarray, what: str = "samples") -> Gaussian:
+    """Mean and unbiased covariance of features (N, D), any real dtype, computed in float64. what: for messages.
+
+    Raises UserError if the features are not a matrix, are not finite, are too few, or so large that their squares are
+    beyond double precision.
+    """
+    features = check_features(features)
+    count, dimension = features.shape
+    check_sample_size(count, dimension, what)
+    mean = features.mean(axis=0, dtype=np.float64)
+    scatter = np.zeros((dimension, dimension))
+    for start in range(0, count, BLOCK):
+        centred = features[start : start + BLOCK] - mean
+        with np.errstate(over="ignore", invalid="ignore"):
+            scatter += centred.T @ centred
+    if not np.isfinite(scatter).all():
+        largest = np.abs(features).max()
+        raise UserError(f"features are as large as {largest:.1e}, whose squares are beyond double precision")
+    return Gaussian(mean, scatter / (count - 1), count)
+
+
+def check_sample_size(count: int, dimension: int, what: str = "samples") -> str | None:
+    """One sentence of caution if `count` samples make the distance noisy in `dimension` dimensions, else None.
+
+    Raises UserError if they are no more than the dimensions: the covariance is then singular, and the distance would
+    measure the sample size.
+    """
+    advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
+    if count <= dimension:
+        raise UserError(
+            f"{count} {what} are too few for a Fréchet distance in {dimension} feature dimensions; it needs more "
+            f"than {dimension}, and {advised} are advised"
+        )
+    if count >= advised:
+        return None
+    return (
+        f"The distance rests on {count} {what} in {dimension} feature dimensions and is biased upwards; "
+        f"compare it only with distances of as many {what}, or use at least {advised}."
+    )
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """The squared Fréchet (2-Wasserstein) distance of two Gaussians, the number published as FID; never negative.
+
+    Raises UserError if the dimensions differ, and ArithmeticError if a matrix root fails its residual check or the
+    distance is beyond double precision.
+    """
+    if a.dimension != b.dimension:
+        raise UserError(f"features have {a.dimension} and {b.dimension} dimensions; both sides need the same network")
+    root_a = symmetric_root(a.covariance)
+    cross = symmetric_root(root_a @ b.covariance @ root_a)
+    with np.errstate(over="ignore"):
+        mean_part = float(np.sum((a.mean - b.mean) ** 2))
+    covariance_part = float(np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * np.trace(cross))
+    distance = mean_part + covariance_part
+    if not np.isfinite(distance):
+        raise ArithmeticError(f"the distance is {distance}; the features are too large for double precision")
+    return max(distance, 0.0)  # equal Gaussians may come out at minus one rounding error
+
+
+def symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    """The positive semi-definite root of a symmetric positive semi-definite matrix (D, D), float64.
+
+    Eigenvalues that are negative by rounding alone (ROUNDING) count as 0. Raises ArithmeticError if the square of the
+    root is not the matrix again, which is also what happens when one is further below 0.
+    """
+    symmetric = (matrix + matrix.T) / 2.0
+    values, vectors = np.linalg.eigh(symmetric)
+    root = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    scale = np.linalg.norm(symmetric)
+    residual = np.linalg.norm(root @ root - symmetric)
+    rounded = np.linalg.norm(np.clip(values, -ROUNDING * max(values[-1], 0.0), 0.0))
+    if not residual <= ROOT_TOLERANCE * max(scale, np.finfo(np.float64).tiny) + rounded:  # `not <=` also catches NaN
+        raise ArithmeticError(
+            f"matrix square root is wrong: relative residual {residual / max(scale, 1e-300):.1e}, "
+            f"at most {ROOT_TOLERANCE:.0e} is accepted, and {rounded / max(scale, 1e-300):.0e} for rounding below 0"
+        )
+    return root
+
+
+class KernelDistance(NamedTuple):
+    """Mean and standard deviation of MMD² over the subsets."""
+
+    mean: float
+    deviation: float
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> KernelDistance:
+    """MMD² of features a (N, D) and b (M, D), any real dtype, computed in float64.
+
+    Every subset is drawn without replacement from either side. Three matrices (subset_size, subset_size) are held at a
+    time. Raises UserError for features that are no finite matrix, sets of other dimensions, or smaller than a subset,
+    and ArithmeticError where the kernel is beyond double precision.
+    """
+    a, b = check_features(a), check_features(b)
+    if a.shape[1] != b.shape[1]:
+        raise UserError(f"features have {a.shape[1]} and {b.shape[1]} dimensions; both sides need the same network")
+    if not 2 <= subset_size <= min(len(a), len(b)):
+        raise UserError(
+            f"--kid-subset-size is {subset_size:,}; it must be at least 2, and at most {min(len(a), len(b)):,}, the "
+            "smaller number of images"
+        )
+    rng = np.random.default_rng(seed)
+
+    def subset(features: np.ndarray) -> np.ndarray:
+        return features[rng.choice(len(features), subset_size, replace=False)].astype(np.float64)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = [unbiased_mmd2(subset(a), subset(b)) for _ in range(subsets)]
+    if not np.isfinite(values).all():
+        raise ArithmeticError("the kernel of these features is beyond double precision; they are too large")
+    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+
+
+def unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased estimator of MMD² (equation 4 of the paper) of x (m, D) and y (n, D), float64."""
+    m, n = len(x), len(y)
+    within_x, within_y, across = cubic_kernel(x, x), cubic_kernel(y, y), cubic_kernel(x, y)
+    sum_x = (within_x.sum() - np.trace(within_x)) / (m * (m - 1))
+    sum_y = (within_y.sum() - np.trace(within_y)) / (n * (n - 1))
+    return float(sum_x + sum_y - 2.0 * across.mean())
+
+
+def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(x·y / D + 1)³ for every pair of x (m, D) and y (n, D): (m, n)."""
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+PRECISION_NEIGHBOURS = 3
+DENSITY_NEIGHBOURS = 5
+BLOCK_ENTRIES = 2**24  # distances that are held at once: 128 MiB in double precision
 
 
 @dataclass(frozen=True)
-class MetricSettings:
-    """What decides numbers beside the pictures: the subsets of the kernel distance, and the seed of all subsets."""
+class ManifoldScores:
+    """All from 0 to 1, but density, which exceeds 1 where samples gather in the densest places of the real set."""
 
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    seed: int = 0
+    precision: float  # share of the samples that lie in a ball around a real image
+    recall: float  # share of the real images that lie in a ball around a sample
+    density: float  # real balls that a sample lies in, on average, over k
+    coverage: float  # share of the real images whose ball holds a sample
 
 
-def measure(
-    samples: Features,
-    reference: Reference,
-    settings: MetricSettings = MetricSettings(),
-    labels: np.ndarray | None = None,
-) -> list[Result]:
-    """Every metric, in the order of NAMES.
+def manifold_scores(samples: np.ndarray, reference: np.ndarray) -> ManifoldScores:
+    """The four scores of samples (N, D) against reference (M, D), any real dtype, computed in float64.
 
-    labels: (N,), what each sample should show, if the network's classes are the same; else None, and there is no label
-    accuracy. Raises UserError if the two sides have features of other dimensions.
+    A point on the surface of a ball is inside, but for rounding. Distances are computed and forgotten block by block.
+    Raises UserError for features that are no finite matrix, sets of other dimensions, or with no more points than
+    neighbours, and ArithmeticError where distances are beyond double precision.
     """
-    if samples.dimension != reference.dimension:
-        raise UserError(f"samples have {samples.dimension} features and the reference {reference.name} has "
-                        f"{reference.dimension}; both sides need the same network")  # fmt: skip
-    return [
-        *attempt(["frechet_distance"], lambda: frechet_results(samples, reference)),
-        *attempt(["kernel_distance"], lambda: kernel_results(samples, reference, settings)),
-        *attempt(["precision", "recall", "density", "coverage"], lambda: manifold_results(samples, reference)),
-        *attempt(["inception_score"], lambda: inception_results(samples, settings)),
-        *([] if labels is None else [Result("label_accuracy", accuracy(samples, labels))]),
-    ]
+    samples, reference = check_features(samples), check_features(reference)
+    if samples.shape[1] != reference.shape[1]:
+        raise UserError(
+            f"features have {samples.shape[1]} and {reference.shape[1]} dimensions; both sides need the same network"
+        )
+    fewest = min(len(samples), len(reference))
+    if fewest <= DENSITY_NEIGHBOURS:
+        raise UserError(f"{fewest} images are too few; it takes more than {DENSITY_NEIGHBOURS} on either side")
+    # Distances do not change when all points move; near the origin x² + y² − 2xy loses fewest digits.
+    centre = reference.mean(axis=0, dtype=np.float64)
+    samples, reference = samples - centre, reference - centre
+    with np.errstate(over="ignore"):
+        if not np.isfinite([np.square(x).sum(axis=1).max() for x in (samples, reference)]).all():
+            raise ArithmeticError("distances of these features are beyond double precision; they are too large")
 
-
-def attempt(keys: list[str], compute: Callable[[], list[Result]]) -> list[Result]:
-    """What `compute` returns, or the sentence with which it refused, for each of its metrics."""
-    try:
-        return compute()
-    except (UserError, ArithmeticError) as error:
-        return [Result(key, None, note=str(error)) for key in keys]
-
-
-def frechet_results(samples: Features, reference: Reference) -> list[Result]:
-    distance = frechet_distance(fit_gaussian(samples.values), reference.gaussian)
-    cautions = [check_sample_size(*samples.values.shape)]
-    if reference.count is not None:
-        cautions.append(check_sample_size(reference.count, samples.dimension, "real pictures"))
-    return [Result("frechet_distance", distance, note=" ".join(filter(None, cautions)) or None)]
-
-
-def kernel_results(samples: Features, reference: Reference, settings: MetricSettings) -> list[Result]:
-    mean, deviation = kernel_distance(
-        samples.values,
-        features_of(reference),
-        subsets=settings.kid_subsets,
-        subset_size=settings.kid_subset_size,
-        seed=settings.seed,
+    sample_radii = neighbour_radii(samples, (PRECISION_NEIGHBOURS,))[0]
+    ball_radii, density_radii = neighbour_radii(reference, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))
+    in_real_balls, real_balls_entered = 0, 0
+    real_in_ball = np.zeros(len(reference), dtype=bool)
+    covered = np.zeros(len(reference), dtype=bool)
+    for rows, distances in distance_blocks(samples, reference):
+        in_real_balls += int((distances <= ball_radii).any(axis=1).sum())
+        real_in_ball |= (distances <= sample_radii[rows, None]).any(axis=0)
+        inside = distances <= density_radii
+        real_balls_entered += int(inside.sum())
+        covered |= inside.any(axis=0)
+    return ManifoldScores(
+        precision=in_real_balls / len(samples),
+        recall=float(real_in_ball.mean()),
+        density=real_balls_entered / (DENSITY_NEIGHBOURS * len(samples)),
+        coverage=float(covered.mean()),
     )
-    return [Result("kernel_distance", mean, deviation)]
 
 
-def manifold_results(samples: Features, reference: Reference) -> list[Result]:
-    scores = manifold_scores(samples.values, features_of(reference))
-    fewest = min(len(samples), len(reference.features))
-    note = None
-    if fewest < ADVISED_FOR_MANIFOLDS:
-        note = (
-            f"Precision, recall, density and coverage rest on {fewest:,} pictures, whose neighbours are far apart; "
-            f"use at least {ADVISED_FOR_MANIFOLDS:,} on either side."
+def neighbour_radii(points: np.ndarray, neighbours: tuple[int, ...]) -> np.ndarray:
+    """Squared distance of each point (N, D) to its k-th nearest other one, for every k given: (len(neighbours), N)."""
+    radii = np.empty((len(neighbours), len(points)))
+    for rows, distances in distance_blocks(points, points):
+        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = -1.0  # itself, and first in the order
+        radii[:, rows] = np.partition(distances, neighbours, axis=1)[:, neighbours].T
+    return radii
+
+
+def distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Squared Euclidean distances of x (N, D) to y (M, D), float64: some rows of x at a time, (n, M)."""
+    x_norms, y_norms = (np.einsum("nd,nd->n", points, points) for points in (x, y))
+    size = max(BLOCK_ENTRIES // len(y), 1)
+    for start in range(0, len(x), size):
+        rows = slice(start, min(start + size, len(x)))
+        distances = x[rows] @ y.T
+        distances *= -2.0
+        distances += x_norms[rows, None]
+        distances += y_norms
+        yield rows, np.maximum(distances, 0.0, out=distances)
+
+
+SPLITS = 10
+SUM_ROUNDING = 1e-2  # by which probabilities may miss a sum of 1: those of bfloat16
+
+
+class InceptionScore(NamedTuple):
+    """Mean and standard deviation over the parts."""
+
+    mean: float
+    deviation: float
+
+
+def check_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """The probabilities as an array, if they are (samples, classes), from 0 to 1, with a sum of 1; UserError if not."""
+    probabilities = np.asarray(probabilities)
+    if probabilities.ndim != 2 or probabilities.shape[1] == 0 or probabilities.dtype.kind not in "iuf":
+        raise UserError(
+            f"class probabilities are {probabilities.dtype} of shape {probabilities.shape}; they must be numbers "
+            "(samples, classes)"
         )
-    return [Result(key, getattr(scores, key), note=note) for key in ("precision", "recall", "density", "coverage")]
-
-
-def inception_results(samples: Features, settings: MetricSettings) -> list[Result]:
-    if samples.probabilities is None:
-        raise UserError("these features come without class probabilities")
-    mean, deviation = inception_score(samples.probabilities, seed=settings.seed)
-    note = None
-    if len(samples) < ADVISED_FOR_INCEPTION_SCORE:
-        note = (
-            f"The Inception score rests on {len(samples):,} samples and is biased downwards; "
-            f"use at least {ADVISED_FOR_INCEPTION_SCORE:,}."
+    if not np.isfinite(probabilities).all():
+        raise UserError("class probabilities hold values that are not finite; the samples or the network are broken")
+    lowest, sums = probabilities.min(initial=0.0), probabilities.sum(axis=1, dtype=np.float64)
+    if lowest < 0 or (np.abs(sums - 1) > SUM_ROUNDING).any():
+        raise UserError(
+            f"class probabilities reach down to {lowest:.3g}, with sums from {sums.min():.3g} to {sums.max():.3g}; "
+            "they must be from 0 to 1 with sums of 1, which logits become by a softmax"
         )
-    return [Result("inception_score", mean, deviation, note)]
+    return probabilities
 
 
-def accuracy(samples: Features, labels: np.ndarray) -> float:
-    """The share of samples, 0 to 1, whose most probable class is their label."""
-    return float(np.mean(samples.probabilities.argmax(axis=1) == labels))
+def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> InceptionScore:
+    """The score of class probabilities p(y|x) (N, classes), any real dtype, computed in float64.
 
-
-def features_of(reference: Reference) -> np.ndarray:
-    """(N, D); UserError if only statistics were stored."""
-    if reference.features is None:
-        raise UserError("of the reference only mean and covariance are stored, which allow the Fréchet distance alone")
-    return reference.features
+    The parts are random: samples drawn class after class would otherwise fall into parts of few classes each. Raises
+    UserError for fewer samples than parts, and for what are no probabilities.
+    """
+    probabilities = check_probabilities(probabilities)
+    if len(probabilities) < SPLITS:
+        raise UserError(f"{len(probabilities)} samples are too few; it is taken over {SPLITS} parts of them")
+    order = np.random.default_rng(seed).permutation(len(probabilities))
+    scores = []
+    for part in np.array_split(order, SPLITS):
+        conditional = probabilities[part].astype(np.float64)
+        divergences = rel_entr(conditional, conditional.mean(axis=0)).sum(axis=1)
+        scores.append(np.exp(divergences.mean()))
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))

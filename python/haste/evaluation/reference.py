@@ -1,8 +1,8 @@
-"""The real side of an evaluation: pictures, or what was stored of their features.
+"""The real side of an evaluation: images, or what was stored of their features.
 
     digits              scikit-learn's handwritten digits
-    a folder, a zip     picture files of one size
-    .npz                arr_0 (N, H, W, 3) uint8, pictures; or mu (D,) and sigma (D, D), the mean and covariance of
+    a folder, a zip     image files of one size
+    .npz                arr_0 (N, H, W, 3) uint8, images; or mu (D,) and sigma (D, D), the mean and covariance of
                         features; or both: ADM's two layouts. ADM's mu_s and sigma_s, of another layer, are not used.
     .npz, .npy          what --save-reference wrote, or features (N, D) with --features stored
 
@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from haste.data.arrays import list_npz, read_npy, read_npz
-from haste.data.bad_files import BadFile
+from haste.data.archive import list_npz, read_npy, read_npz
+from haste.data.images import BadFile, write_arrays
+from haste.digits.classifier import real_digits
 from haste.errors import UserError
 from haste.evaluation.features import Extractor, Features, extract
-from haste.evaluation.frechet import Gaussian, fault_of_moments, fit_gaussian
-from haste.evaluation.images import write_arrays
-from haste.evaluation.judge import real_digits
-from haste.evaluation.picture_sets import PictureArray, PictureSet, open_pictures
+from haste.evaluation.image_readers import ImageArray, ImageSet, open_images
+from haste.evaluation.metrics import Gaussian, fault_of_moments, fit_gaussian
 from haste.io import told
 
 logger = logging.getLogger(__name__)
@@ -54,17 +53,17 @@ class Reference:
 
     @cached_property
     def gaussian(self) -> Gaussian:
-        """Mean and covariance. Raises UserError if they were not stored and the pictures are too few."""
-        return self.stored if self.stored is not None else fit_gaussian(self.features, "real pictures")
+        """Mean and covariance. Raises UserError if they were not stored and the images are too few."""
+        return self.stored if self.stored is not None else fit_gaussian(self.features, "real images")
 
     @property
     def dimension(self) -> int:
-        """Features of a picture."""
+        """Features of an image."""
         return self.gaussian.dimension if self.features is None else self.features.shape[1]
 
     @property
     def count(self) -> int | None:
-        """Pictures; None where only statistics were stored, without their number."""
+        """Images; None where only statistics were stored, without their number."""
         return len(self.features) if self.features is not None else self.gaussian.count
 
 
@@ -76,39 +75,39 @@ def load_reference(
 ) -> Reference:
     """The reference that --reference names, in the features of `extractor`.
 
-    `progress` hears of the pictures done and of their number. Raises UserError for what does not exist, holds no
+    `progress` hears of the images done and of their number. Raises UserError for what does not exist, holds no
     reference, or belongs to another network.
     """
     if source == "digits":
-        return from_pictures("digits", PictureArray(real_digits()[0]), extractor, batch_size, progress)
+        return from_images("digits", ImageArray(real_digits()[0]), extractor, batch_size, progress)
     path = Path(source).expanduser()
     if not path.exists():
-        raise UserError(f"--reference is {source}, which does not exist; it must be digits, a folder of pictures, or "
-                        "an .npz with pictures or statistics")  # fmt: skip
+        raise UserError(f"--reference is {source}, which does not exist; it must be digits, a folder of images, or "
+                        "an .npz with images or statistics")  # fmt: skip
     arrays = list_arrays(path) if path.suffix == ".npz" else []
     if "mu" in arrays or "features" in arrays:
         reference = read_statistics(path, extractor.key)
         if reference.dimension == extractor.dimension:
             if reference.features is not None or "arr_0" not in arrays:
                 return reference
-            pictures = from_pictures(source, open_pictures(path, "--reference"), extractor, batch_size, progress)
-            return Reference(source, extractor.key, pictures.features, reference.stored)
+            images = from_images(source, open_images(path, "--reference"), extractor, batch_size, progress)
+            return Reference(source, extractor.key, images.features, reference.stored)
         mismatch = (
             f"--reference is {source}, whose statistics have {reference.dimension} dimensions; "
             f"{extractor.describe()} gives {extractor.dimension}"
         )
         if "arr_0" not in arrays:
             raise UserError(f"{mismatch}; both sides need the same network")
-        logger.info("%s, so its pictures are used alone", mismatch)
-    return from_pictures(source, open_pictures(path, "--reference"), extractor, batch_size, progress)
+        logger.info("%s, so its images are used alone", mismatch)
+    return from_images(source, open_images(path, "--reference"), extractor, batch_size, progress)
 
 
-def from_pictures(
-    name: str, pictures: PictureSet, extractor: Extractor, batch_size: int, progress: Callable[[int, int], None]
+def from_images(
+    name: str, images: ImageSet, extractor: Extractor, batch_size: int, progress: Callable[[int, int], None]
 ) -> Reference:
-    """Features of all pictures."""
-    features = extract(extractor, pictures, batch_size, lambda done: progress(done, len(pictures)))
-    return Reference(name, extractor.key, features.values, of_jpeg=getattr(pictures, "are_jpeg", False))
+    """Features of all images."""
+    features = extract(extractor, images, batch_size, lambda done: progress(done, len(images)))
+    return Reference(name, extractor.key, features.values, of_jpeg=getattr(images, "are_jpeg", False))
 
 
 def stored_reference(source: str) -> Reference:
@@ -156,7 +155,7 @@ def read_features(path: Path, flag: str) -> Features:
         raise UserError(f"{flag}: {path} holds no features; it must have an array features or arr_0")
     if values.ndim != 2 or not values.size or not np.issubdtype(values.dtype, np.floating):
         raise UserError(
-            f"{flag}: {path} holds {values.dtype} {values.shape}; features must be floats (pictures, dimension)"
+            f"{flag}: {path} holds {values.dtype} {values.shape}; features must be floats (images, dimension)"
         )
     if not np.isfinite(values).all():
         raise UserError(f"{flag}: {path} holds features that are not finite")
@@ -179,7 +178,7 @@ def read_statistics(path: Path, key: str | None) -> Reference:
         arrays = read_npz(path, ("mu", "sigma", "features", "extractor"))
     except BadFile as fault:
         raise UserError(f"--reference is {path}, which {fault.reason}") from fault
-    for name, form in (("mu", ("D",)), ("sigma", ("D", "D")), ("features", ("pictures", "D"))):
+    for name, form in (("mu", ("D",)), ("sigma", ("D", "D")), ("features", ("images", "D"))):
         array = arrays.get(name)
         if array is not None and (array.dtype.kind not in "iuf" or array.ndim != len(form) or not array.size):
             wanted = f"numbers ({', '.join(form)})"
@@ -206,7 +205,7 @@ def read_statistics(path: Path, key: str | None) -> Reference:
 
 
 def save_reference(path: Path, reference: Reference) -> None:
-    """Keep statistics, features and the network's key for the next time; without statistics if pictures are too few.
+    """Keep statistics, features and the network's key for the next time; without statistics if images are too few.
 
     Raises UserError if the file holds anything but the same reference in the same network, or cannot be written.
     """
@@ -215,7 +214,7 @@ def save_reference(path: Path, reference: Reference) -> None:
     try:
         arrays |= {"mu": reference.gaussian.mean, "sigma": reference.gaussian.covariance}
     except UserError:
-        logger.info("%s has too few pictures for mu and sigma; %s holds its features alone", reference.name, path)
+        logger.info("%s has too few images for mu and sigma; %s holds its features alone", reference.name, path)
     if reference.features is not None:
         arrays["features"] = reference.features
     with told(f"--save-reference {path}"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from haste.evaluation.metrics import Result
+from haste.evaluation.evaluate import Result
 
 
 def results_text(results: Sequence[Result]) -> str:
@@ -53,20 +53,20 @@ def checkpoints_text(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
 
 
 def agreement_text(summary: dict[str, Any]) -> str:
-    """PSNR and SSIM of pictures with their twins."""
+    """PSNR and SSIM of images with their twins."""
     psnr = "-" if summary["psnr"] is None else f"{summary['psnr']:.2f} dB, worst 5 %: {summary['psnr_worst']:.2f} dB"
     lines = [
         f"PSNR  {psnr}",
         f"SSIM  {summary['ssim']:.4f}, worst 5 %: {summary['ssim_worst']:.4f}",
     ]
     if summary["identical"]:
-        same, all_ = summary["identical"], summary["pictures"]
-        lines.append(f"{same:,} of {all_:,} pictures are identical; PSNR is of the others.")
+        same, all_ = summary["identical"], summary["images"]
+        lines.append(f"{same:,} of {all_:,} images are identical; PSNR is of the others.")
     return "\n".join(lines)
 
 
 def steps_text(errors: np.ndarray) -> str:
-    """The relative error of the state, (steps, pictures), after each quarter of the steps."""
+    """The relative error of the state, (steps, images), after each quarter of the steps."""
     places = sorted({max(round(share * len(errors)), 1) for share in (0.25, 0.5, 0.75, 1.0)})
     parts = [f"{errors[place - 1].mean():.2e} after step {place}" for place in places]
-    return f"Relative error of the state, mean of {errors.shape[1]} pictures: {', '.join(parts)}."
+    return f"Relative error of the state, mean of {errors.shape[1]} images: {', '.join(parts)}."

@@ -1,1 +1,1 @@
-"""From a checkpoint to a folder of pictures: the settings, the labels, the drawing and the folder."""
+"""From a checkpoint to a folder of images: the settings, the labels, the drawing and the folder."""

@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError
-from haste.models.attention import BACKENDS
-from haste.models.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
-from haste.models.positions import sincos_positions
+from haste.models.layers import BACKENDS, LabelEmbedder, PatchEmbedder, TimestepEmbedder, sincos_positions
 
 QueriesKeys = tuple[Tensor, Tensor]
 

@@ -1,4 +1,7 @@
-"""The page of `haste demo`: samples, forecast steps beside full ones, HASTE beside a baseline, commands and timings."""
+"""The recorded benchmark on the digits, benchmarks/digits of the repository, as a part of a page.
+
+The page of `haste demo`: samples, forecast steps beside full ones, HASTE beside a baseline, commands and timings.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import haste
 import haste_ext
-from haste.evaluation.scores import Yardstick
-from haste.generation.sample_folder import Samples
-from haste.generation.settings import SamplingSettings
-from haste.report.benchmark import benchmark_section
+from haste.errors import UserError
+from haste.evaluation.evaluate import Yardstick
+from haste.generation.config import SamplingConfig
+from haste.generation.sample_dir import Samples
+from haste.io import read_json
 from haste.report.page import (
+    Panel,
     commands,
+    exact_curve,
     facts,
     folded_section,
+    legend,
+    panels_html,
     paragraph,
     render_page,
     section,
@@ -28,8 +37,66 @@ from haste.report.page import (
 )
 from haste.report.reading import read_run
 from haste.report.runs import curves_section, numbers_section, previews_section, quality_section
-from haste.training.config import TrainConfig
-from haste.training.recipes import recipe_config
+from haste.training.config import TrainConfig, preset_config
+from haste.validation import check
+
+WHERE = "benchmarks/digits"
+
+
+@dataclass(frozen=True)
+class Point:
+    step: int
+    distance: float
+    accuracy: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    method: str
+    seed: int
+    points: list[Point]
+    processor: str
+
+
+def benchmark_section() -> str:
+    """Its numbers, named as recorded; where the repository is not there, as after an installation, where they are."""
+    title = "The recorded benchmark"
+    path = Path(haste.__file__).resolve().parents[2] / WHERE / "results.json"
+    if not path.is_file():
+        return section(title, paragraph(f"The repository's {WHERE} has runs of three seeds for each method."))
+    try:
+        runs = check(read_json(path, "results of the benchmark", needs=["runs"])["runs"], list[BenchmarkRun], str(path))
+    except UserError as error:
+        return section(title, paragraph(f"It cannot be shown: {error}."))
+    return section(title, *recorded(runs))
+
+
+def recorded(runs: list[BenchmarkRun]) -> list[str]:
+    """Curves and a table of the mean over seeds."""
+    methods = list(dict.fromkeys(run.method for run in runs))
+    steps = [point.step for point in runs[0].points]
+    panels, rows = [], []
+    for key, title, scale, digits in (
+        ("distance", "Fréchet distance, lower is better", 1.0, 2),
+        ("accuracy", "Read as requested, %", 100.0, 1),
+    ):
+        curves = []
+        for place, method in enumerate(methods):
+            values = scale * np.array([[getattr(p, key) for p in r.points] for r in runs if r.method == method])
+            means, spread = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
+            curves.append(exact_curve(place, list(zip(steps, means, strict=True))))
+            cells = (f"{mean:.{digits}f} ± {s:.{digits}f}" for mean, s in zip(means, spread, strict=True))
+            rows.append((title.split(",")[0], method, *cells))
+        panels.append(Panel(title, curves, points=True, log=key == "distance"))
+    seeds = len({run.seed for run in runs})
+    note = (
+        f"Not of this demo: recorded in {WHERE} of the repository, the same preset with {seeds} seeds for each method, "
+        f"{runs[0].points[0].samples:,} samples a point, on {runs[0].processor}. Mean ± standard deviation over seeds."
+    )
+    header = ("", "", *(f"Step {step:,}" for step in steps))
+    return [paragraph(note), legend(methods), panels_html(panels, steps[-1]), table(header, rows)]
+
 
 COMPARED = 14  # samples in full and forecast
 
@@ -43,11 +110,11 @@ class DemoResults:
 
     config: TrainConfig
     baseline: TrainConfig
-    full_settings: SamplingSettings
+    full_settings: SamplingConfig
     full: Samples
-    cached_settings: SamplingSettings
+    cached_settings: SamplingConfig
     cached: Samples
-    judged_settings: SamplingSettings
+    judged_settings: SamplingConfig
     records: Sequence[Mapping]
     baseline_records: Sequence[Mapping]
     yardstick: Yardstick
@@ -60,7 +127,7 @@ class DemoResults:
     @property
     def speedup(self) -> float:
         """Seconds per sample in full over seconds per sample with forecasts."""
-        return self.cached.drawn.pictures_per_second / self.full.drawn.pictures_per_second
+        return self.cached.drawn.images_per_second / self.full.drawn.images_per_second
 
     @property
     def difference(self) -> np.ndarray:
@@ -177,8 +244,8 @@ def forecast_section(results: DemoResults) -> str:
     def row(name: str, samples: Samples) -> tuple[str, ...]:
         drawn = samples.drawn
         accuracy = results.yardstick.judge(samples.images).accuracy(samples.labels)
-        return (name, f"{drawn.full_per_picture} of {drawn.evaluations_per_picture}", f"{drawn.seconds:.2f} s",
-                f"{drawn.pictures_per_second:.1f}", f"{accuracy:.0%}")  # fmt: skip
+        return (name, f"{drawn.full_per_image} of {drawn.evaluations_per_image}", f"{drawn.seconds:.2f} s",
+                f"{drawn.images_per_second:.1f}", f"{accuracy:.0%}")  # fmt: skip
 
     return section(
         "Most steps forecast instead of computed",
@@ -188,8 +255,8 @@ def forecast_section(results: DemoResults) -> str:
         ),
         tiles(stacks, [str(label) for label in results.full.labels[:COMPARED]]),
         paragraph(
-            f"The same noise, below each other: {full.full_per_picture} full steps; {cached.full_per_picture} full and "
-            f"{cached.evaluations_per_picture - cached.full_per_picture} forecast; their absolute difference, where "
+            f"The same noise, below each other: {full.full_per_image} full steps; {cached.full_per_image} full and "
+            f"{cached.evaluations_per_image - cached.full_per_image} forecast; their absolute difference, where "
             f"white is {peak} of 255 grey levels. Over all {len(difference)} samples they differ by "
             f"{difference.mean():.1f} grey levels on average and by {difference.max():.0f} at most."
         ),
@@ -198,7 +265,7 @@ def forecast_section(results: DemoResults) -> str:
             (row("In full", results.full), row("Forecast", results.cached)),
         ),
         paragraph(
-            f"Steps computed in full are {full.full_per_picture / cached.full_per_picture:.2f} times fewer; the clock "
+            f"Steps computed in full are {full.full_per_image / cached.full_per_image:.2f} times fewer; the clock "
             f"says {results.speedup:.2f} times faster."
         ),
     )
@@ -216,8 +283,8 @@ def timings_section(seconds: Mapping[str, float]) -> str:
 
 
 def settings_section(config: TrainConfig) -> str:
-    """The settings that the recipe sets, which are those that differ from the papers'."""
-    names = [name for name, value in asdict(recipe_config("digits")).items() if value != getattr(TrainConfig(), name)]
+    """The settings that the preset sets, which are those that differ from the papers'."""
+    names = [name for name, value in asdict(preset_config("digits")).items() if value != getattr(TrainConfig(), name)]
     rows = [(f"--{name.replace('_', '-')}", getattr(config, name)) for name in dict.fromkeys([*names, "seed"])]
     return folded_section("Settings of the run with HASTE", table(("Flag", "Value"), rows))
 

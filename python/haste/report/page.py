@@ -1,20 +1,125 @@
-"""The parts of a report page: each function returns HTML, `render_page` puts them together into one file.
+"""The style sheet of the reports. Colours follow the reader's light or dark setting; nothing comes from elsewhere.
 
-Pictures go in as data URIs, so that the file can be sent by mail and opened without a network.
+The parts of a report page: each function returns HTML, `render_page` puts them together into one file.
+
+Images go in as data URIs, so that the file can be sent by mail and opened without a network.
+
+The figures of a report: panels small enough that a telephone shows their text in a size to read.
+
+Titles and legends are text of the page, not of the figures. So nothing that a user has named reaches matplotlib.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from haste.io import write_text
-from haste.report.style import SERIES, STYLE_SHEET
+from haste.plotting import DARK, LIGHT, Theme, robust_limits, save, smooth, styled
+
+SERIES = len(LIGHT.series)  # colours of runs
+
+
+def _series(theme: Theme) -> str:
+    return " ".join(f"--series-{place}: {colour};" for place, colour in enumerate(theme.series))
+
+
+STYLE_SHEET = (
+    f":root {{ {_series(LIGHT)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_series(DARK)} }} }}"
+    + """
+:root {
+  color-scheme: light dark;
+  --page: #f4f5f7; --card: #ffffff; --text: #1b1f24; --muted: #5f6873;
+  --line: #e1e4e8; --wrong: #c62828; --code: #f0f2f5;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #0d1014; --card: #15191f; --text: #e8eaed; --muted: #9aa3ae;
+    --line: #2b313a; --wrong: #ff8a80; --code: #1d232b;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--text);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main { max-width: 1080px; margin: 0 auto; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.02em; }
+h2 { font-size: 1.2rem; margin: 0 0 .75rem; letter-spacing: -.01em; }
+p { margin: 0 0 1rem; max-width: 75ch; }
+.lead { color: var(--muted); font-size: 1.05rem; }
+section {
+  background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.5rem; margin-top: 1.25rem;
+}
+.facts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: .75rem; margin-top: 1.5rem;
+}
+.fact { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.25rem; }
+.fact b {
+  display: block; font-size: 1.6rem; line-height: 1.25; letter-spacing: -.02em; font-variant-numeric: tabular-nums;
+}
+.fact span { color: var(--muted); font-size: .875rem; }
+figure { margin: 0 0 1rem; }
+figure:last-child, p:last-child, pre:last-child { margin-bottom: 0; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption { color: var(--muted); font-size: .875rem; margin-top: .5rem; max-width: 85ch; }
+h3 { font-size: 1rem; margin: 0 0 .25rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1.25rem 1rem; }
+.panels:not(:last-child) { margin-bottom: 1.25rem; }
+.panel { min-width: 0; }
+.panel figure { margin: 0; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; max-width: none; }
+.legend i { display: inline-block; width: 1.75rem; margin-right: .5rem; vertical-align: middle; }
+.legend span { overflow-wrap: anywhere; }
+table.images td { border: 0; padding: 0 .75rem .75rem 0; min-width: 200px; }
+table.images th { border: 0; padding-bottom: .25rem; }
+table.images th.row { color: var(--text); padding-top: .25rem; }
+table.images img { display: block; width: 100%; max-width: 360px; height: auto; }
+.tiles {
+  display: grid; grid-template-columns: repeat(10, minmax(0, 56px)); gap: .5rem; align-items: end; margin-bottom: 1rem;
+}
+.tile { margin: 0; }
+.tile img { display: block; width: 100%; aspect-ratio: 1; margin: 0 0 3px; image-rendering: pixelated; }
+.tile figcaption {
+  margin: 0; text-align: center; font-size: .8rem; line-height: 1.4; word-spacing: -.15em; overflow-wrap: anywhere;
+}
+.tile.wrong figcaption { color: var(--wrong); font-weight: 600; }
+.scroll { overflow-x: auto; margin-bottom: 1rem; }
+.scroll:last-child { margin-bottom: 0; }
+table { border-collapse: collapse; width: 100%; font-size: .925rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--muted); font-weight: 600; }
+tr:last-child td { border-bottom: 0; }
+td.number, th.number { text-align: right; padding-right: 1.5rem; }
+pre {
+  background: var(--code); border-radius: 8px; padding: 1rem; font-size: .85rem; line-height: 1.6;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+summary { cursor: pointer; font-size: 1.2rem; font-weight: bold; letter-spacing: -.01em; }
+details[open] summary { margin-bottom: .75rem; }
+@media (min-width: 1060px) {
+  .tiles { grid-template-columns: repeat(20, 40px); }
+}
+@media (max-width: 600px) {
+  .tiles { grid-template-columns: repeat(10, minmax(0, 32px)); gap: 4px 1px; }
+  .tile figcaption { font-size: .7rem; }
+  body { padding: 1.25rem .75rem 2rem; }
+  section { padding: 1rem; }
+  h1 { font-size: 1.6rem; }
+}
+"""
+)
+
 
 # How every page begins, by which it is known again.
 HEAD = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="haste">'
@@ -23,7 +128,7 @@ HEAD = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta
 def render_page(title: str, lead: str, *parts: str) -> str:
     """A whole HTML document: the title, one paragraph below it, then the parts as they come."""
     return (
-        f'{HEAD}\n'
+        f"{HEAD}\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE_SHEET}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
@@ -95,11 +200,11 @@ def is_number(text: str) -> bool:
 
 
 def themed_figure(light: Path, dark: Path, alt: str, caption: str = "") -> str:
-    """A picture drawn for light and for dark pages (PNG files); `alt` describes it to those who cannot see it."""
+    """An image drawn for light and for dark pages (PNG files); `alt` describes it to those who cannot see it."""
     note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
-        f'<figure><picture><source srcset="{data_uri(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{data_uri(light)}" alt="{escape(alt, quote=True)}"></picture>{note}</figure>'
+        f'<figure><image><source srcset="{data_uri(dark)}" media="(prefers-color-scheme: dark)">'
+        f'<img src="{data_uri(light)}" alt="{escape(alt, quote=True)}"></image>{note}</figure>'
     )
 
 
@@ -168,3 +273,118 @@ def data_uri(path: Path) -> str:
 
 def as_data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+SIZE = (4.4, 2.9)  # inches; a page shows 75 to 115 pixels of them per inch
+FONT_POINTS = 12
+COMPARED_WINDOWS = 20  # curves of several runs are smoothed over a tenth of their length
+LINES = ("-", "--", ":")  # when the theme has no more colours
+
+
+@dataclass(frozen=True)
+class Curve:
+    """place: of its run among all, which gives the colour. faint: (N,), shown behind, such as values as logged."""
+
+    place: int
+    steps: np.ndarray
+    values: np.ndarray
+    faint: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity over training steps.
+
+    points: mark every value, for few of them. log: logarithmic values. zero: a line at 0, for differences.
+    stops: (place, step) where a run's alignment ended.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    points: bool = False
+    log: bool = False
+    zero: bool = False
+    stops: Sequence[tuple[int, int]] = ()
+
+
+def exact_curve(place: int, points: Sequence[tuple[int, float]]) -> Curve:
+    """A curve of (step, value) as they are."""
+    steps, values = np.array(points, dtype=np.float64).T
+    return Curve(place, steps, values)
+
+
+def smooth_curve(place: int, points: Sequence[tuple[int, float]], alone: bool) -> Curve:
+    """A curve of (step, value), smoothed. alone: the values as logged behind it; else, beside other runs, smoother."""
+    steps, values = np.array(points, dtype=np.float64).T
+    return (
+        Curve(place, steps, smooth(values), values) if alone else Curve(place, steps, smooth(values, COMPARED_WINDOWS))
+    )
+
+
+def difference(place: int, points: Sequence[tuple[int, float]], base: Sequence[tuple[int, float]]) -> Curve | None:
+    """A run's values minus those of the first run, where both were logged, smoothed; None if they share no steps.
+
+    Runs of one seed see the same noise and times, so that most of the scatter falls out before it is smoothed.
+    """
+    steps, values = np.array(points, dtype=np.float64).T
+    base_steps, base_values = np.array(base, dtype=np.float64).T
+    shared = (steps >= base_steps[0]) & (steps <= base_steps[-1])
+    if shared.sum() < 2:
+        return None
+    steps, values = steps[shared], values[shared]
+    return Curve(place, steps, smooth(values - np.interp(steps, base_steps, base_values), COMPARED_WINDOWS))
+
+
+def panels_html(panels: Sequence[Panel], last_step: int) -> str:
+    """Every panel in light and in dark below its title, as many beside each other as there is room for."""
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, shown in enumerate(panels):
+            paths = {theme.name: Path(folder) / f"{number}-{theme.name}.png" for theme in (LIGHT, DARK)}
+            for theme in (LIGHT, DARK):
+                plot(paths[theme.name], shown, last_step, theme)
+            alt = f"{shown.title} over training steps"
+            parts.append(panel(shown.title, themed_figure(paths["light"], paths["dark"], alt)))
+    return f'<div class="panels">{"".join(parts)}</div>'
+
+
+def plot(path: Path, shown: Panel, last_step: int, theme: Theme) -> None:
+    """One panel as a PNG file."""
+    with styled(theme), plt.rc_context({"font.size": FONT_POINTS}):
+        figure, axes = plt.subplots(figsize=SIZE)
+        if shown.zero:
+            axes.axhline(0.0, color=theme.muted, linewidth=1.0)
+        for one in shown.curves:
+            look = look_of(one.place, theme)
+            if one.faint is not None:
+                axes.plot(one.steps, one.faint, color=look["color"], alpha=0.25, linewidth=1.0)
+            axes.plot(one.steps, one.values, **look, marker="o" if shown.points or len(one.steps) == 1 else None)
+        for place, step in shown.stops:
+            axes.axvline(step, color=look_of(place, theme)["color"], linestyle=":", linewidth=1.2)
+        axes.set_xlabel("Training step")
+        axes.set_xlim(0, max(last_step, 1))
+        scale(axes, shown)
+        save(figure, path)
+
+
+def scale(axes: plt.Axes, shown: Panel) -> None:
+    """Limits that early extremes do not flatten, and few ticks, written out."""
+    values = np.concatenate([one.values if one.faint is None else one.faint for one in shown.curves])
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if shown.log and values.min() > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        low, high = (values.min(), values.max()) if shown.points else robust_limits(values)
+        margin = 0.06 * (high - low) or 0.1 * max(1.0, abs(high))
+        axes.set_ylim(low - margin, high + margin)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+
+
+def look_of(place: int, theme: Theme) -> dict[str, str]:
+    """Colour and line of a run; the page's legend has the same."""
+    colours = theme.series
+    return {"color": colours[place % len(colours)], "linestyle": LINES[place // len(colours) % len(LINES)]}

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from haste.errors import UserError, in_one_line
-from haste.evaluation.metrics import NAMES
-from haste.evaluation.record import read_evaluations
-from haste.evaluation.scores import RECORDS
+from haste.evaluation.evaluate import NAMES, RECORDS, read_evaluations
 from haste.io import read_json
-from haste.training.identity import DIGEST, WRITTEN
-from haste.training.previews import MISSING
-from haste.training.run_log import alignment_end, finite, is_step, read_lines, read_log
+from haste.training.checkpoint import DIGEST, WRITTEN
+from haste.training.logging import alignment_end, finite, is_step, read_lines, read_log
+from haste.training.samples import MISSING
 
 PREVIEW_SIDE = 520  # pixels on the page; larger previews are made smaller
 LARGEST_PREVIEW = 64 * 2**20  # pixels

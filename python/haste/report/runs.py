@@ -10,21 +10,26 @@ from pathlib import Path
 import numpy as np
 
 from haste.errors import UserError
-from haste.evaluation.metrics import NAMES
+from haste.evaluation.evaluate import NAMES
 from haste.report.page import (
+    Curve,
+    Panel,
+    difference,
+    exact_curve,
     facts,
     folded_section,
     image,
     legend,
+    panels_html,
     paragraph,
     png_uri,
     render_page,
     section,
     side_by_side,
+    smooth_curve,
     table,
     write_page,
 )
-from haste.report.plots import Curve, Panel, difference, exact_curve, panels_html, smooth_curve
 from haste.report.reading import Quality, Run, read_preview, settings_measured, shown
 from haste.training.config import TrainConfig
 

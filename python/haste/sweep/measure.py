@@ -1,32 +1,150 @@
-"""The sweep: every point is drawn and judged, then all take turns at being timed.
+"""What drawing costs: seconds, floating-point operations, memory. The model and the sampler alone, no files.
+
+How good drawn images are: their distance to real ones, and their agreement with what all steps draw.
+
+The sweep: every point is drawn and judged, then all take turns at being timed.
 
 What is known of a point is on the disk before the next one begins, so a sweep that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from haste.caching import check_memory
 from haste.errors import UserError
-from haste.generation.drawing import Sampler
-from haste.generation.filling import measure_full_steps
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import Student
-from haste.sweep.cost import count_cost, time_run
-from haste.sweep.points import long_name, point_fields, shared_fields
-from haste.sweep.quality import Quality, agreement
-from haste.sweep.records import RecordBook
-from haste.training.identity import as_before, checkpoint_identity
+from haste.evaluation.evaluate import accuracy
+from haste.evaluation.features import Extractor, Features, JudgeExtractor, concatenate
+from haste.evaluation.fidelity import compare_images
+from haste.evaluation.metrics import fit_gaussian, frechet_distance
+from haste.evaluation.reference import Reference
+from haste.generation.checkpoint import LoadedCheckpoint
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler
+from haste.generation.sample_dir import measure_full_steps
+from haste.sweep.points import RecordBook, long_name, point_fields, shared_fields
+from haste.training.checkpoint import as_before, checkpoint_identity
 from haste_ext.bench.machine import describe_machine
+from haste_ext.bench.measure import peak_extra_bytes
 
-TWINS = 256  # pictures that are held beside the reference's
+FLOP_IMAGES = 2
+
+
+def count_cost(sampler: Sampler, batch: int) -> dict[str, Any]:
+    """What does not depend on the machine's mood, of a run of `batch` images.
+
+    flops: per image, as torch.utils.flop_counter counts them in a real run: two per multiply-add of every matrix
+    product and convolution, attention's included. Elementwise work and the operations of haste_ext count nothing.
+    peak_bytes: the highest memory during a run beyond what was held before it, weights for example; None if unknown.
+    cache_bytes: what the snapshots hold at the end of the run. calls, full_calls: evaluations of the model.
+    full_steps: their numbers; None without a cache.
+    """
+    start = sampler.start_of(range(batch))
+    sampler.warm_up(batch)
+    if sampler.cache is not None:
+        sampler.cache.release()  # its memory is part of the peak
+    peak = peak_extra_bytes(lambda: (sampler.run(start),), start.noise.device.type, calls=1)
+    calls, full = sampler.calls
+    cache = sampler.cache
+    return {
+        "flops": count_flops(sampler),
+        "peak_bytes": peak,
+        "cache_bytes": 0 if cache is None else cache.cache_bytes,
+        "calls": calls,
+        "full_calls": full,
+        "full_steps": None if cache is None else cache.full_steps,
+    }
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, and in its list the attention that torch runs on the CPU, which it lacks."""
+
+    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+
+
+def count_flops(sampler: Sampler) -> float:
+    """Per image. Without CUDA graphs, as what a graph replays is not counted."""
+    counted = sampler.with_settings(sampler.settings)
+    with flop_counter() as counter:
+        counted.run(counted.start_of(range(FLOP_IMAGES)))
+    return counter.get_total_flops() / FLOP_IMAGES
+
+
+def time_run(sampler: Sampler, batch: int) -> float:
+    """Seconds per image of one run of `batch` images, after what a first call sets up: on a GPU, a whole run."""
+    start = sampler.start_of(range(batch))
+    on_gpu = start.noise.is_cuda
+    if on_gpu:
+        sampler.run(start)
+        torch.cuda.synchronize()
+    else:
+        sampler.warm_up(batch)
+    collecting = gc.isenabled()
+    gc.disable()  # a collection takes as long as many steps, and would hit some runs and not others
+    try:
+        begin = perf_counter()
+        sampler.run(start)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return (perf_counter() - begin) / batch
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class Quality:
+    """The features of a network, and the real side in them. UserError if that has too few images for a distance."""
+
+    def __init__(self, extractor: Extractor, reference: Reference) -> None:
+        self.extractor = extractor
+        self.reference = reference
+        self.real = reference.gaussian
+
+    @property
+    def key(self) -> str:
+        """What must be equal for two distances to be compared."""
+        return f"{self.extractor.key} against {self.reference.name}"
+
+    def features(self, images: np.ndarray) -> Features:
+        """Of one batch (n, H, W, 3) uint8."""
+        return self.extractor(images)
+
+    def score(self, parts: Sequence[Features], labels: np.ndarray) -> dict[str, Any]:
+        """distance: Fréchet, to the real side. accuracy: the share of images, 0 to 1, in which the judge of the
+        digits reads the label that was asked for; None for other networks, whose classes need not be the model's."""
+        features = concatenate(parts)
+        known = isinstance(self.extractor, JudgeExtractor)
+        return {
+            "distance": frechet_distance(fit_gaussian(features.values), self.real),
+            "accuracy": accuracy(features, labels) if known else None,
+        }
+
+
+def agreement(images: np.ndarray, twins: np.ndarray) -> dict[str, Any]:
+    """Of images (N, H, W, 3) uint8 with those that the same noise gives otherwise.
+
+    psnr: in dB, of the mean squared error over all images; None if all are identical. ssim: its mean.
+    """
+    compared = compare_images(images, twins)
+    error = np.mean(10.0 ** (-compared.psnr / 10.0))  # mean squared error over 255²
+    return {"psnr": float(-10.0 * np.log10(error)) if error > 0 else None, "ssim": float(compared.ssim.mean())}
+
+
+TWINS = 256  # images that are held beside the reference's
 
 Progress = Callable[[str, int], None]
 
@@ -35,15 +153,15 @@ Progress = Callable[[str, int], None]
 class Sweep:
     """Measures `points` of one student, the first of which is the reference: the longest run with every step in full.
 
-    samples: pictures to draw of each point. batch: how many at once. repeats: how often each point is timed.
+    samples: images to draw of each point. batch: how many at once. repeats: how often each point is timed.
 
     cuda_graphs: on a GPU cached runs replay CUDA graphs, as with haste sample --cuda-graphs; plain runs never do.
 
     A cached point that the model or the number of steps does not allow is passed over; `skipped` says why.
     """
 
-    student: Student
-    points: list[SamplingSettings]
+    student: LoadedCheckpoint
+    points: list[SamplingConfig]
     quality: Quality
     book: RecordBook
     samples: int
@@ -70,12 +188,12 @@ class Sweep:
         }
 
     @property
-    def pictures(self) -> int:
-        """How many pictures `run` draws in all, if no point is passed over and none is known."""
+    def images(self) -> int:
+        """How many images `run` draws in all, if no point is passed over and none is known."""
         return len(self.points) * (self.samples + self.repeats * self.shared["batch"])
 
-    def run(self, progress: Progress = lambda name, pictures: None) -> None:
-        """Measures what is not known yet. `progress` hears a point's name and how many of its pictures are done."""
+    def run(self, progress: Progress = lambda name, count: None) -> None:
+        """Measures what is not known yet. `progress` hears a point's name and how many of its images are done."""
         self.book.rename(as_before(self.shared, self.student.checkpoint), self.shared)
         possible = [settings for settings in self.points if self._judge(settings, progress)]
         for turn in range(self.repeats):
@@ -85,10 +203,10 @@ class Sweep:
     def _reference(self) -> Sampler:
         return Sampler(self.student, self.points[0])
 
-    def _sampler(self, settings: SamplingSettings) -> Sampler:
+    def _sampler(self, settings: SamplingConfig) -> Sampler:
         """One with a cache of its own, so that a cache's memory is held for one point at a time."""
         sampler = self._reference.with_settings(settings)
-        if settings.max_error:  # as haste sample: the same full steps for all pictures, measured once
+        if settings.max_error:  # as haste sample: the same full steps for all images, measured once
             steps = self._known(settings).get("full_steps")
             steps = steps or measure_full_steps(sampler)
             sampler = sampler.with_full_steps(steps)
@@ -96,8 +214,8 @@ class Sweep:
             sampler.speed_up(compile=False, cuda_graphs=True)
         return sampler
 
-    def _judge(self, settings: SamplingSettings, progress: Progress) -> bool:
-        """Draws one point's pictures, and whether that is possible. A full run's errors are the command's."""
+    def _judge(self, settings: SamplingConfig, progress: Progress) -> bool:
+        """Draws one point's images, and whether that is possible. A full run's errors are the command's."""
         if "distance" in self._known(settings):
             progress(long_name(settings), self.samples)
             return True
@@ -114,11 +232,11 @@ class Sweep:
         self.book.keep(self.shared, point_fields(settings), **cost, **self._draw(settings, sampler, progress))
         return True
 
-    def _known(self, settings: SamplingSettings) -> dict[str, Any]:
+    def _known(self, settings: SamplingConfig) -> dict[str, Any]:
         return self.book.find(self.shared, point_fields(settings))
 
-    def _draw(self, settings: SamplingSettings, sampler: Sampler, progress: Progress) -> dict[str, Any]:
-        """The quality of one point's pictures."""
+    def _draw(self, settings: SamplingConfig, sampler: Sampler, progress: Progress) -> dict[str, Any]:
+        """The quality of one point's images."""
         parts, labels, first = [], [], []
         for start in range(0, self.samples, self.batch):
             indices = range(start, min(start + self.batch, self.samples))
@@ -130,8 +248,8 @@ class Sweep:
         scores = self.quality.score(parts, np.concatenate(labels))
         return {**scores, **self._agreement(settings, np.concatenate(first))}
 
-    def _agreement(self, settings: SamplingSettings, images: np.ndarray) -> dict[str, Any]:
-        """With the reference's pictures. In the SDE another number of steps is other noise, and nothing agrees."""
+    def _agreement(self, settings: SamplingConfig, images: np.ndarray) -> dict[str, Any]:
+        """With the reference's images. In the SDE another number of steps is other noise, and nothing agrees."""
         reference = self.points[0]
         if settings is reference or (settings.mode == "sde" and settings.num_steps != reference.num_steps):
             return {"psnr": None, "ssim": None}
@@ -139,12 +257,12 @@ class Sweep:
 
     @cached_property
     def _twins(self) -> np.ndarray:
-        """The reference's first pictures, drawn again: they are what agreement is with."""
+        """The reference's first images, drawn again: they are what agreement is with."""
         count = min(TWINS, self.samples)
         batches = (range(start, min(start + self.batch, count)) for start in range(0, count, self.batch))
         return np.concatenate([self._reference.draw(indices)[0] for indices in batches])
 
-    def _time(self, points: list[SamplingSettings], turn: int, progress: Progress) -> None:
+    def _time(self, points: list[SamplingConfig], turn: int, progress: Progress) -> None:
         """One turn of every point that lacks it, in an order of its own, the reference first.
 
         A machine drifts, so the ratio to the reference is taken within a turn; one that was cut short by a kill goes on
@@ -168,8 +286,8 @@ class Sweep:
             )
             progress(long_name(settings), self.shared["batch"])
 
-    def _seconds(self, settings: SamplingSettings) -> list[float]:
+    def _seconds(self, settings: SamplingConfig) -> list[float]:
         return self._known(settings).get("seconds", [])
 
-    def _seconds_of_a_run(self, settings: SamplingSettings) -> float:
+    def _seconds_of_a_run(self, settings: SamplingConfig) -> float:
         return time_run(self._sampler(settings), self.shared["batch"])

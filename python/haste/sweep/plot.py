@@ -1,4 +1,4 @@
-"""The picture of a sweep: distance and agreement against seconds, FLOPs and memory, beside the line of plain runs."""
+"""The image of a sweep: distance and agreement against seconds, FLOPs and memory, beside the line of plain runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from haste.evaluation.pictures import heading
-from haste.evaluation.style import LIGHT, Theme, save, styled
-from haste.sweep.points import series_name, short_name
-from haste.sweep.rows import Row
+from haste.plotting import LIGHT, Theme, heading, save, styled
+from haste.sweep.points import Row, series_name, short_name
 
 MARKERS = {"module": "o", "block": "s", "model": "^"}
 FORECASTERS = ("taylor", "newton", "hermite", "reuse", "delta-dit")  # in the order of the theme's colours
@@ -36,17 +34,15 @@ class Measure:
     title: str
 
 
-SECONDS = Measure(lambda row: 1e3 * row.seconds, "Milliseconds per picture")
-FLOPS = Measure(lambda row: row.flops / 1e9, "GFLOPs per picture")
+SECONDS = Measure(lambda row: 1e3 * row.seconds, "Milliseconds per image")
+FLOPS = Measure(lambda row: row.flops / 1e9, "GFLOPs per image")
 MEMORY = Measure(lambda row: row.peak_bytes / 2**20 if row.peak_bytes else None, "Peak memory of a batch, MiB")
 COSTS = (SECONDS, FLOPS, MEMORY)
 DISTANCE = Measure(lambda row: row.distance, "Fréchet distance (lower is better)")
 AGREEMENT = Measure(lambda row: row.psnr, "PSNR with the full run, dB (higher is better)")
 
 
-def draw_sweep(
-    path: Path, rows: Sequence[Row], *, title: str, chosen: Row | None = None, theme: Theme = LIGHT
-) -> None:
+def draw_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | None = None, theme: Theme = LIGHT) -> None:
     """One column of panels per cost that is known, one row per measure of quality that is known.
 
     chosen: the row that is recommended, to be ringed.
@@ -169,7 +165,7 @@ def square(x: float, y: float, side: float) -> Bbox:
 
 
 def subtitle(figure: plt.Figure, text: str, theme: Theme) -> None:
-    """How to read the picture, between its title and its panels."""
+    """How to read the image, between its title and its panels."""
     box = figure.axes[0].get_position()
     offset = 0.14 / figure.get_figheight()
     figure.text(box.x0, box.y1 + offset, text, fontsize=9, color=theme.muted, va="bottom", ha="left")

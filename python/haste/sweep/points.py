@@ -1,15 +1,25 @@
-"""The points of a sweep: every combination of the settings it is asked for, and plain sampling beside them."""
+"""The points of a sweep: every combination of the settings it is asked for, and plain sampling beside them.
+
+The numbers of a table, from records alone: one row per point, or per point over several sweeps.
+
+What a sweep knows already: one record per point, in a file that is replaced whole, so that a kill loses nothing.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Any
 
-from haste.caching.settings import CacheSettings
-from haste.generation.settings import SamplingSettings
+from haste.caching.config import CacheConfig
+from haste.errors import UserError
+from haste.generation.config import SamplingConfig
+from haste.io import LARGEST_JSON, parse_json, read_bytes, told, write_text
+from haste.validation import build, check
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Grid:
     gates: Sequence[int | None] = (None,)
     steps: Sequence[int] = (50,)
 
-    def settings(self, base: SamplingSettings) -> Iterator[SamplingSettings]:
+    def settings(self, base: SamplingConfig) -> Iterator[SamplingConfig]:
         """Every combination that means something, each once, upon `base`: reuse has no order, delta-dit gates alone."""
         for steps, cache, interval in product(self.steps, self.caches, self.intervals):
             own: dict[str, Sequence[Any]]
@@ -38,7 +48,7 @@ class Grid:
                 yield replace(base, num_steps=steps, cache=cache, interval=interval, **chosen)
 
 
-def plan(base: SamplingSettings, grids: Sequence[Grid], plain_steps: Sequence[int]) -> list[SamplingSettings]:
+def plan(base: SamplingConfig, grids: Sequence[Grid], plain_steps: Sequence[int]) -> list[SamplingConfig]:
     """The points of a sweep, each once: the full runs from the longest on, then the cached ones in their order.
 
     A grid's own number of steps is run in full as well: it is what its cached runs are compared with.
@@ -49,28 +59,28 @@ def plan(base: SamplingSettings, grids: Sequence[Grid], plain_steps: Sequence[in
     return list({point_key(settings): settings for settings in [*plain, *cached]}.values())
 
 
-def point_fields(settings: SamplingSettings) -> dict[str, Any]:
+def point_fields(settings: SamplingConfig) -> dict[str, Any]:
     """What tells the points of one sweep apart, as plain values."""
     return {"num_steps": settings.num_steps, **settings.cache_fields()}
 
 
-def shared_fields(settings: SamplingSettings) -> dict[str, Any]:
+def shared_fields(settings: SamplingConfig) -> dict[str, Any]:
     """What the points of one sweep have in common, as plain values: guidance, seed, labels and the like."""
     return {name: value for name, value in settings.sampling_fields().items() if name not in point_fields(settings)}
 
 
-def point_key(settings: SamplingSettings) -> str:
+def point_key(settings: SamplingConfig) -> str:
     return json.dumps(point_fields(settings), sort_keys=True)
 
 
-def series_name(settings: CacheSettings) -> str:
+def series_name(settings: CacheConfig) -> str:
     """'Taylor per module': the points that one colour and marker stand for."""
     if settings.cache == "none":
         return "plain"
     return "Δ-DiT" if settings.cache == "delta-dit" else f"{settings.cache.capitalize()} per {settings.granularity}"
 
 
-def short_name(settings: SamplingSettings) -> str:
+def short_name(settings: SamplingConfig) -> str:
     """What is written beside a point of a series: its interval and order, '4/2'; of plain sampling its steps."""
     if settings.cache == "none":
         return str(settings.num_steps)
@@ -82,9 +92,182 @@ def short_name(settings: SamplingSettings) -> str:
     return f"{words} ≤{settings.max_error:g}" if settings.max_error else words
 
 
-def long_name(settings: SamplingSettings) -> str:
+def long_name(settings: SamplingConfig) -> str:
     """'Taylor per module, interval 4, order 2, 50 steps', for tables and sentences."""
     if settings.cache == "none":
         return f"{settings.num_steps} plain steps"
     gate = f", gate {settings.gate}" if settings.gate is not None else ""
     return f"{settings.describe_cache()}{gate}, {settings.num_steps} steps"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point.
+
+    seconds, flops: per image. peak_bytes, cache_bytes: of a batch, as `haste.sweep.measure` measures them.
+    speedup, flops_speedup: over the reference, the longest full run; in seconds the median of ratios within a turn.
+    distance and accuracy: as `haste.sweep.measure` has them, and their standard deviations over sweeps, if several.
+    psnr, ssim: agreement with the images of the reference; None for the reference itself.
+    """
+
+    settings: SamplingConfig
+    seconds: float
+    speedup: float
+    flops: float
+    flops_speedup: float
+    peak_bytes: int | None
+    cache_bytes: int
+    calls: int
+    full_calls: int
+    distance: float
+    accuracy: float | None
+    psnr: float | None
+    ssim: float | None
+    distance_spread: float | None = None
+    accuracy_spread: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every step is full: the baseline."""
+        return self.settings.cache == "none"
+
+    @property
+    def kept(self) -> float:
+        """Speed-up in seconds over speed-up in FLOPs: how much of what was saved on paper came out."""
+        return self.speedup / self.flops_speedup
+
+
+def make_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
+    """The rows of one sweep: the reference, the other full runs by their steps, then the cached points.
+
+    Raises UserError if no full run is among the records, or if one is not what a sweep has kept.
+    """
+    settings = [_checked_settings(record) for record in records]
+    plain = [index for index, own in enumerate(settings) if own.cache == "none"]
+    if not plain:
+        raise UserError("the records hold no full run to compare with; let haste sweep measure one")
+    plain.sort(key=lambda index: -settings[index].num_steps)
+    cached = [index for index, own in enumerate(settings) if own.cache != "none"]
+    reference = records[plain[0]]
+    return [make_row(settings[index], records[index], reference) for index in plain + cached]
+
+
+@dataclass
+class _Measured:
+    """What a record of a complete point holds, which may come from a file."""
+
+    seconds: list[float]
+    reference_seconds: list[float]
+    flops: float
+    peak_bytes: int | None
+    cache_bytes: int
+    calls: int
+    full_calls: int
+    distance: float
+    accuracy: float | None
+    psnr: float | None
+    ssim: float | None
+
+
+def _checked_settings(record: dict[str, Any]) -> SamplingConfig:
+    """The settings of a record's point. UserError for a record of other types, or of a run that took no time."""
+    source = "a record of haste sweep"
+    measured = build(_Measured, record, source)
+    paired = len(measured.seconds) == len(measured.reference_seconds) > 0
+    if not paired or min(*measured.seconds, *measured.reference_seconds, measured.flops) <= 0:
+        raise UserError(f"{source} must hold as many seconds as reference_seconds, and FLOPs, all above 0")
+    shared = check(record["sweep"].get("settings"), dict[str, Any], f"settings of {source}")
+    return build(SamplingConfig, {**shared, **record["point"]}, f"settings of {source}")
+
+
+def make_row(settings: SamplingConfig, record: dict[str, Any], reference: dict[str, Any]) -> Row:
+    names = ("flops", "peak_bytes", "cache_bytes", "calls", "full_calls", "distance", "accuracy", "psnr", "ssim")
+    ratios = [full / own for full, own in zip(record["reference_seconds"], record["seconds"], strict=True)]
+    return Row(
+        settings=settings,
+        seconds=median(record["seconds"]),
+        speedup=median(ratios),
+        flops_speedup=reference["flops"] / record["flops"],
+        **{name: record[name] for name in names},
+    )
+
+
+def average(sweeps: Sequence[Sequence[Row]]) -> list[Row]:
+    """The points that every one of these sweeps has: medians of the times, means of all else.
+
+    With standard deviations (n − 1) of distance and accuracy, if there are several sweeps.
+    """
+    by_point = [{point_key(row.settings): row for row in rows} for rows in sweeps]
+    shared = [key for key in by_point[0] if all(key in rows for rows in by_point)]
+    return [average_row([rows[key] for rows in by_point]) for key in shared]
+
+
+def average_row(rows: Sequence[Row]) -> Row:
+    def over(name: str, statistic=mean):
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else statistic(values)
+
+    medians = {name: over(name, median) for name in ("seconds", "speedup")}
+    means = ("distance", "accuracy", "psnr", "ssim", "peak_bytes")
+    spreads = {f"{name}_spread": over(name, stdev) for name in ("distance", "accuracy")} if len(rows) > 1 else {}
+    return replace(rows[0], **medians, **{name: over(name) for name in means}, **spreads)
+
+
+Record = dict[str, Any]
+
+
+@dataclass
+class _Kept:
+    """Of a record in a file what is read whether the point is complete or not."""
+
+    sweep: dict[str, Any]
+    point: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    reference_seconds: list[float] = field(default_factory=list)
+
+
+class RecordBook:
+    """The lines of a sweep.jsonl.
+
+    A record is {"sweep": what its points share, "point": what tells it apart, and what was measured}. `sweep` holds
+    the checkpoint's name and digest, the settings that all points share, the number of images, the batch, what they
+    were judged by and the machine: points are compared only where all of that is equal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records: dict[str, Record] = {}
+        lines = read_bytes(path, LARGEST_JSON).splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            record = parse_json(line, f"line {number} of {path}", "a record of haste sweep", needs=("sweep", "point"))
+            build(_Kept, record, f"line {number} of {path}")
+            self._records[key(record["sweep"], record["point"])] = record
+
+    def find(self, sweep: Record, point: Record) -> Record:
+        """The record of a point; an empty one if nothing is known of it."""
+        return self._records.get(key(sweep, point), {"sweep": sweep, "point": point})
+
+    def rename(self, before: Record, sweep: Record) -> None:
+        """Have the records of the sweep `before`, where there are none of `sweep` itself, be of that."""
+        renamed = [record for record in self._records.values() if record["sweep"] == before]
+        for record in renamed:
+            del self._records[key(before, record["point"])]
+            self._records.setdefault(key(sweep, record["point"]), {**record, "sweep": sweep})
+
+    def keep(self, sweep: Record, point: Record, **measured: Any) -> None:
+        """Add what was measured of a point to its record, on the disk as well."""
+        self._records[key(sweep, point)] = {**self.find(sweep, point), **measured}
+        text = "".join(json.dumps(record) + "\n" for record in self._records.values())
+        with told(str(self.path), "what was measured before is kept, and the same command goes on"):
+            write_text(self.path, text)
+
+    def of(self, sweep: Record | None = None) -> list[Record]:
+        """The complete records of one sweep, in the order in which they were begun; None: of the last in the file."""
+        records = [record for record in self._records.values() if record.get("seconds")]
+        if sweep is None:
+            sweep = records[-1]["sweep"] if records else {}
+        return [record for record in records if record["sweep"] == sweep]
+
+
+def key(sweep: Record, point: Record) -> str:
+    return json.dumps([sweep, point], sort_keys=True)

@@ -1,6 +1,6 @@
 """Frozen vision encoders whose attention and features a student imitates."""
 
-from haste.teachers.names import resolve_teacher
-from haste.teachers.vision import TeacherOutput, VisionTeacher
+from haste.teachers.encoder import TeacherOutput, VisionTeacher
+from haste.teachers.families import resolve_teacher
 
 __all__ = ["TeacherOutput", "VisionTeacher", "resolve_teacher"]

@@ -1,1 +1,1 @@
-"""Training a SiT: settings and recipes, the loop, checkpoints."""
+"""Training a SiT: settings and presets, the loop, checkpoints."""

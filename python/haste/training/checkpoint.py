@@ -1,45 +1,256 @@
-"""Checkpoints: written whole or not at all, read without executing anything.
+"""Which checkpoint something was measured or drawn from: its name and a digest of its content.
+
+Copies have the same digest, and so has a file that was only touched; one that was trained again has another.
+
+The arguments of SiT as a checkpoint keeps them, held against what any SiT can have.
+
+What a run goes on from besides weights, held against what the trainer can take up.
+
+Checkpoints: written whole or not at all, read without executing anything.
 
 A file holds what HASTE's and REPA's files hold (model, ema, opt, args, steps), laid out as there, and under keys of
 their own what it takes to go on as if nothing had happened: model_config, rng, termination, scaler.
-The position in the data needs no entry of its own: the order of the pictures is a function of the step.
+The position in the data needs no entry of its own: the order of the images is a function of the step.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import random
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 from haste.io import save_tensors
 from haste.models.sit import SiT
-from haste.plain import check
 from haste.training.config import TrainConfig
-from haste.training.conventions import Convention, our_settings, refuse_other_predictions
-from haste.training.interchange import (
+from haste.training.conventions import (
+    Convention,
+    Weights,
     both_weights,
     first_not_finite,
     infer_model_config,
+    is_empty,
     is_projector,
+    our_settings,
     read_parts,
+    refuse_other_predictions,
     require_names,
     require_shapes,
+    why_unusable,
 )
-from haste.training.model_config import checked, on_meta
-from haste.training.recorded import is_ours
-from haste.training.resumable import check_resumable
+from haste.training.resume import is_ours
 from haste.training.weight_files import BrokenCheckpoint, read_file, settings_in
+from haste.vae import LatentFormat
+from haste.validation import build, check, shown
 
 logger = logging.getLogger(__name__)
+
+DIGEST = "checkpoint_digest"
+WRITTEN = "checkpoint_written"  # nanoseconds since 1970, by which earlier versions' records know a checkpoint
+
+PIECES = 64  # read of a file that has no checksums of its own, from its beginning to its end
+PIECE = 2**16  # bytes
+
+
+def checkpoint_identity(path: Path) -> dict[str, Any]:
+    """The fields by which a record knows a checkpoint. UserError if the file cannot be read."""
+    return {"checkpoint": path.name, DIGEST: content_digest(path)}
+
+
+def as_before(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A record with `checkpoint_identity` of `path`, as earlier versions wrote it."""
+    fields = {name: value for name, value in record.items() if name != DIGEST}
+    return {**fields, WRITTEN: path.stat().st_mtime_ns}
+
+
+def content_digest(path: Path) -> str:
+    """12 hexadecimal digits that tell a checkpoint's content, without reading all of it.
+
+    Of torch.save's zip files the names, sizes and checksums of all entries, which are together at the end. Of others
+    the size and PIECES pieces, evenly spaced: of a file of up to 4 MiB all of it.
+    Raises UserError if it is no file, or cannot be read.
+    """
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise UserError(f"the checkpoint {path} does not exist")
+        content = _entries(path) or _pieces(path)
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error.strerror or in_one_line(error)}") from error
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _entries(path: Path) -> bytes:
+    """Of a zip file; empty of another, or if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save puts all into a folder called as the file was when it was written, which tells nothing.
+            entries = [(each.filename.partition("/")[2], each.file_size, each.CRC) for each in archive.infolist()]
+    except OSError:
+        raise
+    except Exception:  # a damaged archive leads zipfile to raise anything; reading the weights will say what it is
+        return b""
+    return repr(entries).encode()
+
+
+def _pieces(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        last = max(size - PIECE, 0)
+        for number in range(PIECES):
+            file.seek(last * number // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return f"{size} {digest.hexdigest()}".encode()
+
+
+# Far above what anybody trains, and far below what no machine can hold.
+LARGEST = {
+    "input_size": 8192, "patch_size": 1024, "in_channels": 4096, "hidden_size": 16_384, "depth": 200,
+    "num_heads": 1024, "num_classes": 10_000_000, "encoder_depth": 200, "projector_dim": 65_536,
+}  # fmt: skip
+MOST_TOKENS = 2**18
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """As `SiT` has them, without z_dims. Raises UserError for sizes that no SiT has."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    input_size: int
+    in_channels: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    qk_norm: bool = False
+    fused_attn: bool = True
+    attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
+    encoder_depth: int = 8
+    projector_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if not 1 <= value <= largest:
+                raise UserError(f"{name} of its model must be 1 to {largest}, and is {value}")
+        if (self.input_size // self.patch_size) ** 2 > MOST_TOKENS:
+            raise UserError(f"its model must have {MOST_TOKENS} tokens at most, and has {self.input_size} / "
+                            f"{self.patch_size} along a side")  # fmt: skip
+        if not 1 / 64 <= self.mlp_ratio <= 64:
+            raise UserError(f"mlp_ratio of its model must be 1/64 to 64, and is {self.mlp_ratio}")
+
+
+def checked(values: Any, source: str) -> dict[str, Any]:
+    """The arguments of SiT among `values`; UserError, naming `source`, if one is missing or none that SiT can have."""
+    given = asdict(build(ModelConfig, values, f"model_config of {source}"))
+    return {name: given[name] for name in (field.name for field in fields(ModelConfig)) if name in values}
+
+
+def on_meta(model_config: dict[str, Any]) -> SiT:
+    """The model without memory for its weights. UserError for sizes that do not fit together."""
+    with torch.device("meta"):
+        return SiT(**model_config, z_dims=())
+
+
+LATEST = 2**53  # steps
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class _Termination:
+    stopped_at: int | None
+    observed: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class _Scaler:
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int = 0
+
+
+@dataclass
+class _Data:
+    images: int | None = None
+    names: str | None = None
+    labels: str | None = None
+    files: list[int | None] | None = None
+
+
+def check_resumable(checkpoint: Mapping[str, Any], source: str) -> None:
+    """UserError, naming `source` and the part, if training cannot go on from it.
+
+    checkpoint: as `read_newest_checkpoint` completes it, with weights in our conventions.
+    """
+    steps = check(checkpoint["steps"], int, f"steps of {source}")
+    if not 0 <= steps <= LATEST:
+        raise UserError(f"steps of {source} must be a number of steps, and is {steps}")
+    _check_optimizer(checkpoint["opt"], checkpoint["model"], f"opt of {source}")
+    for name, kind in (("termination", _Termination), ("data", _Data)):
+        if checkpoint.get(name) is not None:
+            build(kind, checkpoint[name], f"{name} of {source}")
+    if checkpoint.get("latents"):  # none where pixels are learned
+        LatentFormat.from_dict(checkpoint["latents"], f"latents of {source}")
+    if not is_empty(checkpoint.get("scaler")):  # one that is off keeps nothing
+        build(_Scaler, checkpoint["scaler"], f"scaler of {source}")
+    if checkpoint.get("rng") is not None:
+        _check_rng(checkpoint["rng"], f"rng of {source}")
+
+
+def _check_optimizer(opt: Any, weights: Weights, source: str) -> None:
+    """AdamW's: for each parameter, counted as the weights are, a step and two moments of its shape, or nothing yet."""
+    state = opt.get("state") if isinstance(opt, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"{source} must be the state of AdamW, and is {shown(opt)}")
+    for number, (name, weight) in enumerate(weights.items()):
+        entry = state.get(number)
+        if entry is None:
+            continue
+        moments = [entry.get(moment) for moment in MOMENTS] if isinstance(entry, Mapping) else [None]
+        fit = all(isinstance(m, Tensor) and not why_unusable(m) and m.shape == weight.shape for m in moments)
+        if not fit or not _is_count(entry.get("step")):
+            raise UserError(f"{source} must hold a step and two moments of its shape for {name}, and does not")
+        if not all(torch.isfinite(moment).all() for moment in moments):  # they would reach the weights in one step
+            raise UserError(f"{source} must hold finite moments, and those for {name} are not")
+
+
+def _is_count(step: Any) -> bool:
+    if isinstance(step, Tensor):
+        return not why_unusable(step) and step.numel() == 1
+    return type(step) in (int, float)
+
+
+def _check_rng(state: Any, source: str) -> None:
+    """Sets generators of their own to these states."""
+    if not isinstance(state, Mapping):
+        raise UserError(f"{source} must be the states of random generators, and is {shown(state)}")
+    try:
+        torch.Generator().set_state(state["torch"])
+        cuda = state["cuda"]
+        if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8 and cuda.numel() == 16):
+            raise ValueError("its cuda is no state of a GPU's generator")
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        random.Random().setstate(state["python"])
+    except Exception as error:  # the generators' own errors are of many kinds
+        raise UserError(f"{source} must be the states of random generators: {in_one_line(error)}") from error
+
 
 Checkpoint = dict[str, Any]
 

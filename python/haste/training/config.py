@@ -1,22 +1,40 @@
-"""Every setting of a training run. The names are those of HASTE's and REPA's train.py."""
+"""The students that can be trained: the published sizes of SiT, and those of the presets.
+
+Every setting of a training run. The names are those of HASTE's and REPA's train.py.
+
+Named sets of settings. A preset is a dictionary of defaults; every flag that is typed overrides its value.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from haste.bounds import check_numbers
 from haste.errors import UserError, shorten
-from haste.plain import build
+from haste.models.sit import SIT_MODELS
+from haste.validation import build, check_numbers
+
+STUDENTS: dict[str, dict[str, Any]] = {
+    **SIT_MODELS,
+    # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
+    "SiT-Digits/2": {"depth": 6, "hidden_size": 96, "num_heads": 4, "patch_size": 2},
+}
+
+
+def student_shape(name: str) -> dict[str, Any]:
+    """The arguments of SiT that make the student of this name; UserError, with the known names, if there is none."""
+    if name not in STUDENTS:
+        raise UserError(f"--model must be one of {', '.join(STUDENTS)}, got {name[:60]!r}")
+    return STUDENTS[name]
 
 
 @dataclass
 class TrainConfig:
-    """The settings of `haste train`. The defaults are those of REPA's train.py; the recipes have HASTE's."""
+    """The settings of `haste train`. The defaults are those of REPA's train.py; the presets have HASTE's."""
 
-    recipe: str = ""
-    """A set of values for everything below, which any flag overrides. `haste train --recipe` lists them all."""
+    preset: str = ""
+    """A set of values for everything below, which any flag overrides. `haste train --preset` lists them all."""
 
     # Where the run goes and what it learns from
     output_dir: str = "exps"
@@ -30,21 +48,21 @@ class TrainConfig:
     convention: Literal["repa", "sit"] | None = None
     """Whose the file of --init-from is, where it does not tell: repa (also HASTE's) or sit (SiT's own trainer)."""
     data_dir: str = ""
-    """The training pictures: REPA's layout, as `haste prepare` writes it; a folder or zip with a folder for each class;
+    """The training images: REPA's layout, as `haste prepare` writes it; a folder or zip with a folder for each class;
     or a Hugging Face data set on disk. `digits` are scikit-learn's handwritten digits, which need no download."""
     vae: str | None = None
-    """mse, ema, a hub name or a folder: what turns pictures without latents into latents while training. None: pixels,
+    """mse, ema, a hub name or a folder: what turns images without latents into latents while training. None: pixels,
     or the latents that are there."""
     vae_stats: str | None = None
     """A file with mean and standard deviation of each latent channel, in place of the VAE's own scale."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"
-    """When a file is missing or damaged: refuse it, or name and count it and take another picture."""
+    """When a file is missing or damaged: refuse it, or name and count it and take another image."""
     resolution: int = 256
-    """Pixels per side of the pictures."""
+    """Pixels per side of the images."""
     num_classes: int | None = None
-    """Classes that the student knows. None: as many as the pictures have."""
+    """Classes that the student knows. None: as many as the images have."""
     num_workers: int = 4
-    """Processes that read pictures, for each training process. Pictures that fit into memory need none."""
+    """Processes that read images, for each training process. Images that fit into memory need none."""
 
     # The student
     model: str = "SiT-XL/2"
@@ -89,7 +107,7 @@ class TrainConfig:
     probe_every: int = 10_000
     """gradient-cosine and plateau: steps between two probes."""
     probe_images: int = 2048
-    """gradient-cosine and plateau: pictures that a probe looks at, always the same ones."""
+    """gradient-cosine and plateau: images that a probe looks at, always the same ones."""
     probe_block: int = 0
     """gradient-cosine: the block whose gradients are compared, counted from 1. 0: the one at --encoder-depth, or the
     last aligned one of --layer-map without features."""
@@ -102,8 +120,8 @@ class TrainConfig:
     teacher_resolution: int | None = None
     """Pixels per side that the teacher sees. None: as many as give it the student's grid of tokens."""
     teacher_grid: Literal["match", "interpolate"] = "match"
-    """Where the teacher's own grid of tokens is not the student's: resize the pictures until it is (match), or let the
-    teacher see pictures of its own size, or of --teacher-resolution, and interpolate its queries, keys and features."""
+    """Where the teacher's own grid of tokens is not the student's: resize the images until it is (match), or let the
+    teacher see images of its own size, or of --teacher-resolution, and interpolate its queries, keys and features."""
 
     # The diffusion path
     path_type: Literal["linear", "cosine"] = "linear"
@@ -115,13 +133,13 @@ class TrainConfig:
 
     # Optimisation
     batch_size: int = 256
-    """Pictures per forward pass, over all devices."""
+    """Images per forward pass, over all devices."""
     gradient_accumulation_steps: int = 1
-    """Forward passes per step: a step sees so many times --batch-size pictures."""
+    """Forward passes per step: a step sees so many times --batch-size images."""
     max_train_steps: int = 400_000
     """Steps in all."""
     epochs: int = 1400
-    """Training ends after so many times all pictures, if that is before --max-train-steps."""
+    """Training ends after so many times all images, if that is before --max-train-steps."""
     learning_rate: float = 1e-4
     """AdamW's learning rate, constant."""
     warmup_steps: int = 0
@@ -201,7 +219,7 @@ class TrainConfig:
     def check(self) -> None:
         """UserError, naming the flag, its value and what it must be, for values that no run can have."""
         if not self.exp_name:
-            raise UserError("--exp-name must be the name of the run, or a --recipe be given that has one, got nothing")
+            raise UserError("--exp-name must be the name of the run, or a --preset be given that has one, got nothing")
         check_folder_name("exp_name", self.exp_name)
         check_folder_name("logging_dir", self.logging_dir)
         check_numbers(self)
@@ -241,7 +259,95 @@ TRACKERS = ("tensorboard", "wandb")
 # What may change from one start of a run to the next: it moves the end, the bookkeeping or a folder, not the
 # computation.
 CHANGEABLE = {
-    "recipe", "output_dir", "exp_name", "init_from", "convention", "data_dir", "num_workers", "max_train_steps",
+    "preset", "output_dir", "exp_name", "init_from", "convention", "data_dir", "num_workers", "max_train_steps",
     "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir", "keep", "on_nan",
     "on_bad_file", "attention", "compile", "sampling_steps",
 }  # fmt: skip
+
+
+# Real images, a student and a teacher that two processor cores train in minutes.
+DIGITS: dict[str, Any] = {
+    "exp_name": "digits",
+    "data_dir": "digits",
+    "resolution": 8,
+    "model": "SiT-Digits/2",
+    "enc_type": "digits-vit",
+    "layer_map": "0:0,1:1,2:2,3:3",
+    "encoder_depth": 4,
+    "projector_dim": 256,
+    "attn_coeff": 0.5,
+    "early_stop_point": 500,
+    "batch_size": 64,
+    "max_train_steps": 1000,
+    "learning_rate": 4e-3,
+    "ema_decay": 0.99,
+    "mixed_precision": "no",
+    "logging_steps": 10,
+    "checkpointing_steps": 200,
+    "sampling_steps": 200,
+}
+
+# HASTE (arXiv 2505.16792): layer pairs and feature depth per size, for DINOv2-B. S is not in the paper; it has the
+# depth of B and takes its values.
+DEEP = {"layer_map": "4:8,5:9,6:10,7:11", "encoder_depth": 8}
+SHALLOW = {"layer_map": "2:7,3:9,4:11", "encoder_depth": 5}
+HASTE_LAYERS = {"S": SHALLOW, "B": SHALLOW, "L": DEEP, "XL": DEEP}
+
+# τ. At 512 pixels the paper gives XL's alone; the others keep what they have at 256.
+HASTE_END = {
+    256: {"S": 100_000, "B": 100_000, "L": 250_000, "XL": 250_000},
+    512: {"S": 100_000, "B": 100_000, "L": 250_000, "XL": 300_000},
+}
+
+# REPA (arXiv 2410.06940): features alone, to the end. S, again, as B.
+REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8}
+
+
+def _published_presets() -> dict[str, dict[str, Any]]:
+    """haste-xl-256, repa-xl-256, plain-xl-256 and so on, for every size at 256 and 512 pixels."""
+    presets = {}
+    for resolution, ends in HASTE_END.items():
+        for size, end in ends.items():
+            student = {"resolution": resolution, "model": f"SiT-{size}/2"}
+            methods = {
+                "haste": {"attn_coeff": 0.5, **HASTE_LAYERS[size], "early_stop_point": end},
+                "repa": {"attn_coeff": 0.0, "encoder_depth": REPA_DEPTH[size], "early_stop_point": -1},
+                "plain": {"attn_coeff": 0.0, "proj_coeff": 0.0, "early_stop_point": -1},
+            }
+            for method, settings in methods.items():
+                name = f"{method}-{size.lower()}-{resolution}"
+                presets[name] = {"exp_name": name, **student, **settings}
+    return presets
+
+
+PRESETS: dict[str, dict[str, Any]] = {"digits": DIGITS, **_published_presets()}
+
+
+def preset_config(name: str) -> TrainConfig:
+    """The settings of a preset, or the trainer's own for an empty name; UserError for a name that is not known."""
+    if not name:
+        return TrainConfig()
+    if name not in PRESETS:
+        raise UserError(
+            f"--preset is {name!r}; it must be digits, haste-xl-256 or another that `haste train --preset` lists"
+        )
+    return replace(TrainConfig(), preset=name, **PRESETS[name])
+
+
+def describe_preset(name: str) -> str:
+    """What a preset sets, as one would type it."""
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in PRESETS[name].items())
+
+
+def describe_run(config: TrainConfig) -> str:
+    """What a preset sets, with the values that the run has; of overridden ones the preset's own behind it."""
+    parts = []
+    for key, own in PRESETS[config.preset].items():
+        value = getattr(config, key)
+        parts.append(f"--{key.replace('_', '-')} {value}" + ("" if value == own else f" (preset: {own})"))
+    return " ".join(parts)
+
+
+def list_presets() -> str:
+    """Every preset with what it sets, one per paragraph."""
+    return "\n\n".join(f"{name}\n  {describe_preset(name)}" for name in PRESETS)

@@ -4,18 +4,28 @@
 - sit: SiT's own trainer. t = 1 is data, the velocity is x − ε. Its sampler guides three of four channels.
 
 DiT predicts noise, with weights of the same names and shapes as SiT's. What was trained otherwise is refused by name.
+
+Checkpoints of other trainers: REPA's and HASTE's as they are, SiT's with its conventions turned round.
+
+Ours have the same keys in the same order, so those trainers read them as well.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from haste.errors import UserError
+from haste.models.layers import TimestepEmbedder
+from haste.models.sit import SiT
+from haste.training.config import STUDENTS
+from haste.validation import check, shown
 
 logger = logging.getLogger(__name__)
 
@@ -122,3 +132,224 @@ def _text(args: Mapping[str, Any], name: str) -> str:
 def guided_channels(convention: Convention, channels: int) -> int | None:
     """How many channels, the first ones, the authors' sampler guides; None for all. SiT's is DiT's with its three."""
     return 3 if convention == "sit" and channels > 3 else None
+
+
+Weights = dict[str, Tensor]
+
+FIRST_AFTER_PROJECTORS = "final_layer."
+
+# What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+SIT_NAMES = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")
+
+
+def both_weights(
+    content: Mapping[str, Any], args: Mapping[str, Any], file: Path, convention: Convention | None = None
+) -> tuple[dict[str, Weights], Convention]:
+    """model and ema of a file of this trainer, of HASTE's, REPA's or SiT's, in our conventions, and whose they were.
+
+    content: what the file holds. args: the settings of its run. convention: whose it keeps, where it does not tell.
+    Raises UserError for a file that holds no weights, or those of a model that predicts something else.
+    """
+    parts = read_parts(content, file)
+    found = find_convention(content, parts["model"], args, file, convention)
+    return {part: from_sit(weights) if found == "sit" else weights for part, weights in parts.items()}, found
+
+
+def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
+    """model and ema as a file has them, under our names.
+
+    A bare file of weights, and one that holds only averaged ones, gives these for both.
+    Raises UserError for a file that holds no weights.
+    """
+    held = {part: content[part] for part in ("model", "ema") if not is_empty(content.get(part))}
+    parts = {part: plain_weights(values, f"{part} of {file}") for part, values in held.items()}
+    if not parts:
+        parts["model"] = plain_weights(content.get("state_dict", content), str(file))
+    renamed = {part: rename_legacy(weights) for part, weights in parts.items()}
+    return {part: renamed.get(part, next(iter(renamed.values()))) for part in ("model", "ema")}
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a part of a file is not there, for all that it holds: None, or a dictionary of nothing."""
+    return value is None or (isinstance(value, Mapping) and not value)
+
+
+def plain_weights(values: Any, source: str) -> Weights:
+    """The tensors of a state_dict under the names that they have in the model itself.
+
+    source: names the file and the part of it.
+    Raises UserError for anything else than dense tensors of floating-point numbers that are all in the file.
+    """
+    if not isinstance(values, Mapping) or not values:
+        raise UserError(f"{source} must hold weights by their names, and is {shown(values)}")
+    weights: Weights = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{source} must hold weights by their names, and {name!r} is {shown(value)}")
+        why = why_unusable(value)
+        if why:
+            raise UserError(f"{source} must hold dense floating-point weights, and {name} is {why}")
+        name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if name in weights:
+            raise UserError(f"{source} has {name} twice, once under a wrapper's name")
+        weights[name] = value.detach()
+    return weights
+
+
+def why_unusable(value: Tensor) -> str:
+    """What keeps a tensor of a file from being a weight; empty for a good one."""
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        return "sparse, nested or quantised"
+    if value.device.type != "cpu":
+        return f"on {value.device}, without values"
+    if value.dtype not in FLOATS:
+        return str(value.dtype).removeprefix("torch.")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"of shape {tuple(value.shape)}, for which the file has too few values"
+    return ""
+
+
+def infer_model_config(weights: Weights, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of SiT that fit these weights, which is to say all but z_dims.
+
+    args: the settings of the run that wrote them, for what the weights do not show; may be empty.
+    Raises UserError if they are not those of a SiT of a known size.
+    """
+    missing = [name for name in SIT_NAMES if name not in weights]
+    if missing:
+        first = next(iter(weights), "none")
+        raise UserError(f"the weights are not those of a SiT: {missing[0]} is missing, and the first one is {first}")
+    positions, embedder, table = (weights[name] for name in SIT_NAMES)
+    for name, value, dims in zip(SIT_NAMES, (positions, embedder, table), (3, 4, 2), strict=True):
+        if value.dim() != dims:
+            raise UserError(f"the weights are not those of a SiT: {name} has shape {tuple(value.shape)}")
+    (_, tokens, width), (_, channels, patch, _), rows = positions.shape, embedder.shape, len(table)
+    depth = _depth(weights, "blocks.")
+    heads = {s["num_heads"] for s in STUDENTS.values() if (s["depth"], s["hidden_size"]) == (depth, width)}
+    if not heads:
+        raise UserError(f"the weights are a SiT of depth {depth} and width {width}, which none of the known sizes has")
+    projector = weights.get("projectors.0.0.weight")
+    num_classes = check(args.get("num_classes"), int | None, "num_classes of its settings") or rows - 1
+    if rows - num_classes not in (0, 1):
+        raise UserError(f"its table of labels has {rows} rows, which fits no model of {num_classes} classes")
+    return {
+        "depth": depth,
+        "hidden_size": width,
+        "num_heads": heads.pop(),
+        "patch_size": patch,
+        "input_size": math.isqrt(tokens) * patch,
+        "in_channels": channels,
+        "num_classes": num_classes,
+        "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        "encoder_depth": min(check(args.get("encoder_depth"), int | None, "encoder_depth of its settings") or 8, depth),
+        "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
+    }
+
+
+def require_names(model: SiT, weights: Weights, source: str) -> None:
+    """UserError, naming the first that does not belong and the first that is missing, unless these are its weights.
+
+    Projectors are passed over. model: may be on the meta device, so that nothing is allocated for what does not fit.
+    """
+    expected = [name for name in model.state_dict() if not is_projector(name)]
+    found = [name for name in weights if not is_projector(name)]
+    foreign = next((name for name in found if name not in expected), None)
+    missing = next((name for name in expected if name not in found), None)
+    if foreign or missing:
+        told = [f"{foreign} does not belong"] * bool(foreign) + [f"{missing} is missing"] * bool(missing)
+        raise UserError(f"{source} does not hold the weights of a SiT of its size: {' and '.join(told)}")
+
+
+def require_shapes(model: SiT, weights: Weights, source: str) -> None:
+    """UserError, naming the first that has not the shape that it has in the model. What is missing is passed over."""
+    for name, value in model.state_dict().items():
+        if name in weights and weights[name].shape != value.shape:
+            has = tuple(weights[name].shape)
+            raise UserError(f"{name} of {source} must have the shape {tuple(value.shape)}, and has {has}")
+
+
+def first_not_finite(weights: Weights) -> str | None:
+    """The name of the first weight that holds NaN or infinity."""
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+
+
+def is_projector(name: str) -> bool:
+    """Whether this is the name of a projector's weight."""
+    return name.startswith("projectors.")
+
+
+def rename_legacy(weights: Weights) -> Weights:
+    """REPA's first checkpoints count the blocks after the projectors anew, as decoder_blocks."""
+    old = "decoder_blocks."
+    if not any(name.startswith(old) for name in weights):
+        return weights
+    before = _depth(weights, "blocks.")
+
+    def rename(name: str) -> str:
+        number, _, rest = name.removeprefix(old).partition(".")
+        return f"blocks.{int(number) + before}.{rest}" if name.startswith(old) and number.isdecimal() else name
+
+    return {rename(name): value for name, value in weights.items()}
+
+
+def _depth(weights: Weights, prefix: str) -> int:
+    """How many blocks there are; their numbers alone tell, as every one has weights."""
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)}
+    return len({number for number in numbers if number.isdecimal()})
+
+
+def from_sit(weights: Weights) -> Weights:
+    """SiT's own weights as a model of our conventions. What does not have their shape is left as it is.
+
+    SiT's f(x, s) predicts x₀ − ε at time s = 1 − t. So v(x, t) = −f(x, 1 − t):
+    the head changes its sign and loses the half that predicts sigma, and the time embedding takes in that
+    cos((1−t)ω) = cos ω·cos tω + sin ω·sin tω  and  sin((1−t)ω) = sin ω·cos tω − cos ω·sin tω.
+    """
+    head, frequencies = "final_layer.linear", "t_embedder.mlp.0.weight"
+    converted = dict(weights)
+    both = sigma_head(weights) is not None
+    for name in (f"{head}.weight", f"{head}.bias"):
+        if name in weights:
+            value = weights[name]
+            converted[name] = -(_velocity_half(value, weights["x_embedder.proj.weight"]) if both else value)
+    if frequencies not in weights or weights[frequencies].dim() != 2 or weights[frequencies].shape[1] % 2:
+        return converted
+    of_cos, of_sin = weights[frequencies].double().chunk(2, dim=1)
+    embedder = TimestepEmbedder(1, num_frequencies=weights[frequencies].shape[1])
+    cos, sin = embedder.frequencies(torch.ones(1, dtype=torch.float64)).chunk(2, dim=1)
+    turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
+    converted[frequencies] = turned.to(weights[frequencies].dtype)
+    return converted
+
+
+def _velocity_half(value: Tensor, embedder: Tensor) -> Tensor:
+    """The rows of a head's weight or bias that predict no sigma; as it is if it has not the rows of both."""
+    _, channels, patch, _ = embedder.shape
+    area = patch * patch
+    if not value.dim() or len(value) != 2 * area * channels:
+        return value
+    return value.reshape(area, 2 * channels, *value.shape[1:])[:, :channels].reshape(area * channels, *value.shape[1:])
+
+
+# ---- the order of parameters, by which an optimizer's state counts them ----
+
+
+def with_projectors(weights: Weights, projectors: Weights) -> Weights:
+    """Weights of a model that has let go of its projectors, with these where they were."""
+    merged: Weights = {}
+    for name, value in weights.items():
+        if name.startswith(FIRST_AFTER_PROJECTORS) and projectors.keys() - merged.keys():
+            merged.update(projectors)
+        merged[name] = value
+    return merged
+
+
+def reorder_state(state: Mapping[int, Any], source: Sequence[str], target: Sequence[str]) -> dict[int, Any]:
+    """AdamW's state per parameter, counted in the order of `source`, for an optimizer that has `target`."""
+    place = {name: number for number, name in enumerate(source)}
+    return {number: state[place[name]] for number, name in enumerate(target) if name in place and place[name] in state}

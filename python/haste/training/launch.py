@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from haste.errors import UserError, in_one_line
 from haste.models import SiT
 from haste.training.config import TrainConfig
-from haste.training.tracking import check_trackers
+from haste.training.logging import check_trackers
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -26,13 +26,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
+from haste.alignment.termination import make_termination
 from haste.data import Batch, TrainingData, load_dataset
-from haste.data.fingerprint import describe_change, other_latents
+from haste.data.dataset import describe_change, other_latents
+from haste.digits.teacher import DIGITS_TEACHER, ensure_digits_teacher
+from haste.distributed import StopRequest, progress_bar
 from haste.errors import UserError, in_one_line
 from haste.io import require_space
-from haste.models.attention import check_backend
-from haste.progress import progress_bar
-from haste.teachers.digits import DIGITS_TEACHER, ensure_digits_teacher
+from haste.models.layers import check_backend
 from haste.training.checkpoint import (
     Checkpoint,
     Retention,
@@ -43,18 +44,13 @@ from haste.training.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from haste.training.config import TrainConfig
-from haste.training.feed import Feed
+from haste.training.config import TrainConfig, student_shape
 from haste.training.launch import in_first, make_accelerator, sharding
-from haste.training.meter import Meter
-from haste.training.previews import Previews
-from haste.training.resolved import resolve
-from haste.training.run_folder import RunFolder
-from haste.training.signals import StopRequest
-from haste.training.student import Student
-from haste.training.students import student_shape
-from haste.training.termination import make_termination
-from haste.training.tracking import Trackers
+from haste.training.logging import Metrics, Trackers
+from haste.training.resume import resolve
+from haste.training.run_dir import RunDir
+from haste.training.samples import TrainingSamples
+from haste.training.state import Feed, TrainState
 from haste.transport import interpolate, sample_time, velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -87,7 +83,7 @@ def train(config: TrainConfig) -> TrainResult:
     )
     config = resolve(config, dataset.num_classes)
     accelerator = make_accelerator(config)
-    folder = RunFolder(config)
+    folder = RunDir(config)
     with ExitStack() as stack:
         in_first(accelerator, lambda: stack.enter_context(folder.hold()))
         in_first(accelerator, folder.settle)
@@ -153,7 +149,7 @@ class Draws(NamedTuple):
     dropped: Tensor
 
     def share(self, number: int, size: int) -> Draws:
-        """Those of so many pictures, the `number`-th such share of the step."""
+        """Those of so many images, the `number`-th such share of the step."""
         return Draws(*(drawn[number * size : (number + 1) * size] for drawn in self))
 
 
@@ -161,7 +157,7 @@ class Trainer:
     """One run: the student, its alignment, and the step at which they stand.
 
     Every process draws the same noise, times and dropped labels, those of the whole step, and takes its share of them
-    as of the pictures. So a run does not depend on how many processes share it, but for the order of sums.
+    as of the images. So a run does not depend on how many processes share it, but for the order of sums.
 
     checkpoint: where to go on from; None starts anew.
     """
@@ -170,7 +166,7 @@ class Trainer:
         self,
         config: TrainConfig,
         dataset: TrainingData,
-        folder: RunFolder,
+        folder: RunDir,
         accelerator: Accelerator,
         checkpoint: Checkpoint | None = None,
     ) -> None:
@@ -181,7 +177,7 @@ class Trainer:
         self.trackers = Trackers(accelerator)
         self.data = dataset
         self.fingerprint = dataset.fingerprint()
-        self.share_size = config.batch_size // accelerator.num_processes  # pictures per process and pass
+        self.share_size = config.batch_size // accelerator.num_processes  # images per process and pass
         step_size = config.batch_size * config.gradient_accumulation_steps
         self.retention = Retention(folder.checkpoints, config.keep)
         self.last_step = min(config.max_train_steps, max(1, config.epochs * len(dataset) // step_size))
@@ -223,9 +219,9 @@ class Trainer:
             return None
         return read_student(Path(self.config.init_from).expanduser(), convention=self.config.convention)
 
-    def _build_student(self, saved: dict[str, Any] | None) -> Student:
+    def _build_student(self, saved: dict[str, Any] | None) -> TrainState:
         z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()
-        return Student(self.model_config, z_dims, self.config, self.accelerator, saved)
+        return TrainState(self.model_config, z_dims, self.config, self.accelerator, saved)
 
     # ---- the loop ----
 
@@ -244,8 +240,8 @@ class Trainer:
         self.trackers.start(config)
         logger.info("%s", self._describe())
         self.feed = Feed(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
-        previews = Previews(self.folder.path / "previews", config, self.data, self.accelerator)
-        self.meter = Meter(self.accelerator, config, self.model_config)
+        previews = TrainingSamples(self.folder.path / "previews", config, self.data, self.accelerator)
+        self.meter = Metrics(self.accelerator, config, self.model_config)
         shown = self.accelerator.is_local_main_process
         bar = progress_bar(
             total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=not shown
@@ -298,7 +294,7 @@ class Trainer:
         self.meter.add_norm(self.student.update(self._learning_rate()))
 
     def _draw(self) -> Draws:
-        """What chance decides in this step, for all of its pictures."""
+        """What chance decides in this step, for all of its images."""
         config = self.config
         count = config.batch_size * config.gradient_accumulation_steps
         size, channels = self.model_config["input_size"], self.model_config["in_channels"]
@@ -310,7 +306,7 @@ class Trainer:
         return Draws(noise, t, dropped)
 
     def _pass(self, batch: Batch, draws: Draws) -> None:
-        """Forward and backward of one share of the pictures."""
+        """Forward and backward of one share of the images."""
         aligner = self.aligner
         labels = torch.where(draws.dropped, self.model_config["num_classes"], batch.labels)
         x_t, target = interpolate(batch.student, draws.noise, draws.t, self.config.path_type)

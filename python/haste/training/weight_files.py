@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from haste.errors import UserError, in_one_line
-from haste.plain import shown
+from haste.validation import shown
 from haste.weights import refuse_inflation
 
 Content = dict[str, Any]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from haste.alignment import Aligner, LayerMap
-from haste.alignment.probes import NOISE_SEED, gradient_cosine, mean_alignment_loss
+from haste.alignment.termination import NOISE_SEED, gradient_cosine, mean_alignment_loss
 from haste.models import SiT
 from haste.transport import interpolate, velocity_loss
 from torch import nn
@@ -38,14 +38,14 @@ def model() -> SiT:
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def batch():
     torch.manual_seed(2)
     images = torch.rand(6, 1, 8, 8) * 2 - 1
     return images, images, torch.arange(6)
 
 
-def split(pictures, size):
-    return list(zip(*(tensor.split(size) for tensor in pictures), strict=True))
+def split(batch, size):
+    return list(zip(*(tensor.split(size) for tensor in batch), strict=True))
 
 
 def noise_of(images):
@@ -68,8 +68,8 @@ def exact_losses(model, aligner, images, labels, time):
 
 
 @pytest.mark.parametrize(("proj_coeff", "attn_coeff"), [(0.25, 2.0), (0.5, 0.0), (0.0, 0.5)])
-def test_gradient_cosine_is_that_of_the_whole_alignment_in_float64(model, aligner, pictures, proj_coeff, attn_coeff):
-    images, _, labels = pictures
+def test_gradient_cosine_is_that_of_the_whole_alignment_in_float64(model, aligner, batch, proj_coeff, attn_coeff):
+    images, _, labels = batch
     exact = copy.deepcopy(model).double().eval()
     parameters = list(exact.blocks[0].parameters())
     cosines = []
@@ -81,13 +81,13 @@ def test_gradient_cosine_is_that_of_the_whole_alignment_in_float64(model, aligne
             vectors.append(torch.cat([gradient.flatten() for gradient in gradients]))
         cosines.append(torch.cosine_similarity(*vectors, dim=0).item())
     weighted = Aligner(aligner.teachers, LayerMap((0,), (1,)) if attn_coeff else None, proj_coeff, attn_coeff)
-    measured = gradient_cosine(model, weighted, split(pictures, 4), block=0, times=TIMES)
+    measured = gradient_cosine(model, weighted, split(batch, 4), block=0, times=TIMES)
     # The same in fp32 by plain torch is 3e-4 off: weights this large amplify rounding.
     assert measured == pytest.approx(sum(cosines) / len(TIMES), abs=1e-3)
 
 
-def test_gradient_cosine_is_that_of_backward(model, aligner, pictures):
-    images, _, labels = pictures
+def test_gradient_cosine_is_that_of_backward(model, aligner, batch):
+    images, _, labels = batch
     model.eval()
     cosines = []
     for time in TIMES:
@@ -103,7 +103,7 @@ def test_gradient_cosine_is_that_of_backward(model, aligner, pictures):
         cosines.append(gradients[0] @ gradients[1] / gradients[0].norm() / gradients[1].norm())
     expected = sum(cosines).item() / len(TIMES)
     assert abs(expected) > 1e-3
-    measured = gradient_cosine(model, aligner, split(pictures, 6), block=0, times=TIMES)
+    measured = gradient_cosine(model, aligner, split(batch, 6), block=0, times=TIMES)
     assert measured == pytest.approx(expected, abs=1e-5)
 
 
@@ -145,8 +145,8 @@ def test_constructed_gradients_agree_or_oppose(slope):
     assert cosine == pytest.approx(1.0 if slope > 0 else -1.0)
 
 
-def test_mean_alignment_loss_is_the_mean_over_pictures_and_times(model, aligner, pictures):
-    images, _, labels = pictures
+def test_mean_alignment_loss_is_the_mean_over_images_and_times(model, aligner, batch):
+    images, _, labels = batch
     model.eval()
     expected = []
     for time in TIMES:
@@ -154,26 +154,26 @@ def test_mean_alignment_loss_is_the_mean_over_pictures_and_times(model, aligner,
         x_t, _ = interpolate(images, noise_of(images), t)
         losses = aligner(model(x_t, t, labels, (0,), True), images)[1]
         expected.append((0.25 * losses.feature + 2.0 * losses.attention).item())
-    measured = mean_alignment_loss(model, aligner, split(pictures, 6), TIMES)
+    measured = mean_alignment_loss(model, aligner, split(batch, 6), TIMES)
     assert measured == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("probe", ["gradient", "loss"])
-def test_the_split_into_batches_and_processes_does_not_matter(model, aligner, pictures, probe):
+def test_the_split_into_batches_and_processes_does_not_matter(model, aligner, batch, probe):
     def measure(batches, reduce=lambda total: total):
         if probe == "gradient":
             return gradient_cosine(model, aligner, batches, 0, TIMES, reduce=reduce)
         return mean_alignment_loss(model, aligner, batches, TIMES, reduce=reduce)
 
-    whole = measure(split(pictures, 6))
-    assert measure(split(pictures, 4)) == pytest.approx(whole, rel=1e-4)  # 4 + 2: unequal batches weigh as their size
+    whole = measure(split(batch, 6))
+    assert measure(split(batch, 4)) == pytest.approx(whole, rel=1e-4)  # 4 + 2: unequal batches weigh as their size
     # Twice the same process: sums double, means do not.
-    assert measure(split(pictures, 6), reduce=lambda total: 2 * total) == pytest.approx(whole, rel=1e-6)
+    assert measure(split(batch, 6), reduce=lambda total: 2 * total) == pytest.approx(whole, rel=1e-6)
 
 
-def test_a_probe_under_autocast_is_as_exact_as_without(model, aligner, pictures):
+def test_a_probe_under_autocast_is_as_exact_as_without(model, aligner, batch):
     def measure():
-        batches = split(pictures, 6)
+        batches = split(batch, 6)
         return gradient_cosine(model, aligner, batches, 0, TIMES), mean_alignment_loss(model, aligner, batches, TIMES)
 
     expected = measure()
@@ -181,13 +181,13 @@ def test_a_probe_under_autocast_is_as_exact_as_without(model, aligner, pictures)
         assert measure() == expected
 
 
-def test_a_probe_leaves_the_run_as_it_was(model, aligner, pictures):
+def test_a_probe_leaves_the_run_as_it_was(model, aligner, batch):
     model.train()
     state = torch.get_rng_state()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = gradient_cosine(model, aligner, split(pictures, 3), 0, TIMES)
-    mean_alignment_loss(model, aligner, split(pictures, 3), TIMES)
-    assert gradient_cosine(model, aligner, split(pictures, 3), 0, TIMES) == first
+    first = gradient_cosine(model, aligner, split(batch, 3), 0, TIMES)
+    mean_alignment_loss(model, aligner, split(batch, 3), TIMES)
+    assert gradient_cosine(model, aligner, split(batch, 3), 0, TIMES) == first
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

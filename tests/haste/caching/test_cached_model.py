@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import CachedModel, wrap
+from haste.caching import CachedModel, enable_cache
 from haste.errors import UserError
 from haste.models import SiT
-from haste.sampling import sample
+from haste.samplers import sample
 
 
 def cache(model: torch.nn.Module, forecaster: str = "taylor", **settings) -> CachedModel:
     """With TaylorSeer as published, unless other settings are given."""
-    return wrap(model, **{"cache": forecaster, "granularity": "module", "interval": None, **settings})
+    return enable_cache(model, **{"cache": forecaster, "granularity": "module", "interval": None, **settings})
 
 
 def published(model: SiT, x, labels, num_steps: int, full: list[int], order: int, first_enhance=2) -> torch.Tensor:
@@ -166,15 +166,15 @@ def test_where_guidance_begins_the_null_half_needs_a_full_step(guidance, calls):
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
 def test_batched_and_separate_guidance_draw_the_same(sampler, granularity):
     """Also where guidance begins late, so that the halves have different histories, and ends early."""
-    model, pictures = small_sit().double(), []
+    model, images = small_sit().double(), []
     noise, labels = small_noise(dtype=torch.float64)
     for guidance in ("batched", "separate"):
         cached = cache(model, interval=3, order=2, granularity=granularity)
-        pictures.append(
+        images.append(
             sample(cached, noise, labels, num_steps=14, sampler=sampler, cfg_scale=2.0, guidance_low=0.2,
                    guidance_high=0.7, null_label=10, guidance=guidance, generator=torch.Generator().manual_seed(2))
         )  # fmt: skip
-    torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(images[0], images[1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_history_of_its_own_is_what_each_half_is_forecast_from():

@@ -8,22 +8,21 @@ import numpy as np
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import CachedModel, wrap
-from haste.caching.clock import Clock
+from haste.caching import CachedModel, enable_cache
 from haste.caching.forecaster import NewtonForecaster
+from haste.caching.schedule import Clock
 from haste.errors import UserError
-from haste.sampling import Evaluation, Guidance, evaluations
-from haste.sampling.times import times_at
+from haste.samplers import Guidance, ModelCall, model_calls, times_at
 
 MODEL = small_sit().double()
 STEPS = 10
 SHIFTED = [3 * s / (1 + 2 * s) for s in (1 - step / STEPS for step in range(STEPS))]  # as flow-matching pipelines shift
-HALVES = evaluations("euler", STEPS, Guidance(2.0, null_label=10, mode="separate"))
+HALVES = model_calls("euler", STEPS, Guidance(2.0, null_label=10, mode="separate"))
 PLANS = {"number": {"num_steps": STEPS}, "times": {"times": SHIFTED}}
 
 
 def fast(**settings) -> CachedModel:
-    return wrap(MODEL, **{"cache": "newton", "granularity": "model", "interval": 3, "order": 2, **settings})
+    return enable_cache(MODEL, **{"cache": "newton", "granularity": "model", "interval": 3, "order": 2, **settings})
 
 
 def at(time: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -155,7 +154,7 @@ def test_a_run_broken_off_between_its_halves_does_not_get_through_another_image(
         (2, [1.0, 0.5, 0.2], "this run had 2 evaluations and is over, and the model was called at t = 0.2"),
         ([1.0, 0.5, 0.2], [1.0, 0.2], "call 2 of this run has t = 0.2, and the plan has 0.5 there; pass the times"),
         ([1.0, 0.5, 0.2], [0.999], "call 1 of this run has t = 0.999, and the plan has 1 there"),
-        (evaluations("heun", 3), [1.0, 1.0], "call 2 of this run has t = 1, and the plan has 0.666667 there"),
+        (model_calls("heun", 3), [1.0, 1.0], "call 2 of this run has t = 1, and the plan has 0.666667 there"),
     ],
 )
 def test_calls_out_of_step(plan, times, sentence):
@@ -176,7 +175,7 @@ def test_one_time_for_the_whole_batch():
 @torch.no_grad()
 def test_a_batch_without_two_halves_is_refused():
     x, y = small_noise(3, torch.float64)
-    plan = evaluations("euler", STEPS, Guidance(2.0, null_label=10))
+    plan = model_calls("euler", STEPS, Guidance(2.0, null_label=10))
     with pytest.raises(UserError, match="x must have as many rows for label as for null, got 3 rows"):
         fast(evaluations=plan)(x, torch.ones(3).double(), y)
 
@@ -193,12 +192,12 @@ def test_a_time_may_be_rounded_to_its_type(dtype, steps):
 def test_a_call_that_failed_may_be_made_again():
     clock = Clock(3)
     clock.passed(clock.evaluation(at(1.0)))
-    assert clock.evaluation(at(0.5)) == clock.evaluation(at(0.5)) == Evaluation(1, 1, 0.5)
+    assert clock.evaluation(at(0.5)) == clock.evaluation(at(0.5)) == ModelCall(1, 1, 0.5)
 
 
 def test_a_time_that_knows_its_value_is_not_asked_for_it(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "aminmax", None)
-    clock = Clock(evaluations("euler", 2))
+    clock = Clock(model_calls("euler", 2))
     assert clock.evaluation(times_at(1.0, 2, torch.bfloat16, torch.device("cpu"))).time == 1.0
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import CachedModel, wrap
-from haste.caching.corrections import MOST_AHEAD, Correction, Corrections, Labels
-from haste.caching.snapshots import Place
+from haste.caching import CachedModel, enable_cache
+from haste.caching.cached_model import MOST_AHEAD, Correction, Corrections, Labels
+from haste.caching.forecaster import Place
 from haste.errors import UserError
-from haste.sampling import Evaluation, evaluations, sample
+from haste.samplers import ModelCall, model_calls, sample
 
 import haste_ext
 
@@ -30,7 +30,7 @@ def passes(monkeypatch) -> list[tuple[int, int]]:
 
 def cache(**settings) -> CachedModel:
     settings = {"cache": "taylor", "interval": 4, "order": 2, **settings}
-    return wrap(small_sit().double(), granularity="module", **settings)
+    return enable_cache(small_sit().double(), granularity="module", **settings)
 
 
 def one_by_one(cached: CachedModel) -> CachedModel:
@@ -96,7 +96,7 @@ OWN_TIMES = [1.0, 0.9, 0.7, 0.4, 0.2, 0.1]
 @pytest.mark.parametrize("forecaster", ["taylor", "newton"])
 def test_in_a_loop_of_ones_own_each_call_has_its_own_time(forecaster, passes):
     """A number of steps does not say at which times the loop calls: it is as if they had been given."""
-    plans = [6, OWN_TIMES, [Evaluation(step, step, time) for step, time in enumerate(OWN_TIMES)]]
+    plans = [6, OWN_TIMES, [ModelCall(step, step, time) for step, time in enumerate(OWN_TIMES)]]
     answers = []
     for plan in plans:
         cached = cache(cache=forecaster)
@@ -110,7 +110,7 @@ def test_in_a_loop_of_ones_own_each_call_has_its_own_time(forecaster, passes):
 @torch.no_grad()
 def test_a_list_of_evaluations_does_not_fix_the_labels_that_the_loop_calls_with():
     noise, labels = small_noise(dtype=torch.float64)
-    by_number, by_list, unchanged = cache(num_steps=6), cache(evaluations=evaluations("euler", 6)), cache(num_steps=6)
+    by_number, by_list, unchanged = cache(num_steps=6), cache(evaluations=model_calls("euler", 6)), cache(num_steps=6)
     for step in range(6):
         t = torch.full((2,), 1 - step / 6, dtype=torch.float64)
         y = labels + 5 if step > 2 else labels
@@ -171,7 +171,7 @@ def test_in_inference_mode_a_run_looks_ahead_too(passes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_models_own_rounding_of_a_time_is_known(dtype, passes):
     noise, labels = small_noise()
-    cached = wrap(small_sit().to(dtype), cache="taylor", interval=4, order=2, granularity="module")
+    cached = enable_cache(small_sit().to(dtype), cache="taylor", interval=4, order=2, granularity="module")
     sample(cached, noise, labels, num_steps=10, sampler="euler-maruyama")
     assert passes == [(3, 2), (3, 2)]
 
@@ -195,7 +195,7 @@ def test_what_is_held_is_counted_and_forgotten():
 def test_a_run_that_begins_anew_uses_nothing_of_the_one_before():
     noise, labels = small_noise(dtype=torch.float64)
     cached = cache()
-    cached.start(evaluations("euler", 12))
+    cached.start(model_calls("euler", 12))
     with torch.no_grad():
         for step in range(3):
             cached(noise, torch.full((2,), 1 - step / 12, dtype=torch.float64), labels)

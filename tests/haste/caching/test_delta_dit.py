@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import wrap
+from haste.caching import enable_cache
 from haste.errors import UserError
-from haste.sampling import sample
+from haste.samplers import sample
 
 DEPTH = 4
 
 
 def delta(model, num_steps=None, **settings):
-    return wrap(model, num_steps=num_steps, cache="delta-dit", **settings)
+    return enable_cache(model, num_steps=num_steps, cache="delta-dit", **settings)
 
 
 def published(model, x, y, num_steps: int, interval: int, gate: int, count: int) -> tuple[torch.Tensor, list[int]]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from caching_models import small_sit
-from haste.caching import CacheSettings, make_cache
+from haste.caching import CacheConfig, make_cache
 from haste.caching.forecaster import HermiteForecaster, NewtonForecaster, TaylorForecaster, make_forecaster
 from haste.errors import UserError
 from hypothesis import given
@@ -56,7 +56,7 @@ def test_the_last_snapshots_carry_the_whole_recurrence(features, gaps, order, ah
 @pytest.mark.parametrize("interval", range(2, 7))
 def test_the_published_code_with_any_first_enhance(interval, order, first_enhance):
     """There, differences are formed from step first_enhance - 1 on: the steps before leave the feature alone."""
-    cached = make_cache(small_sit(), CacheSettings(cache="taylor", interval=interval, order=order,
+    cached = make_cache(small_sit(), CacheConfig(cache="taylor", interval=interval, order=order,
                                                    first_enhance=first_enhance))  # fmt: skip
     features = [math.sin(3.7 * step) + 0.1 * step for step in range(30)]
     terms: list[float] = []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import graphs, wrap
+from haste.caching import cuda_graphs, enable_cache
 from haste.errors import UserError
-from haste.sampling import sample
+from haste.samplers import sample
 
 GUIDED = {"num_steps": 12, "cfg_scale": 2.0, "guidance_low": 0.3, "guidance_high": 0.8, "null_label": 10}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,15 +29,15 @@ def captures(monkeypatch) -> list:
 
         return replay, output
 
-    monkeypatch.setattr(graphs, "capture", stand_in)
+    monkeypatch.setattr(cuda_graphs, "capture", stand_in)
     return captured
 
 
 def graphed(model, **settings):
     """As CachedModel.capture leaves it, without its question for a GPU."""
-    cached = wrap(model, **settings)
+    cached = enable_cache(model, **settings)
     (functions,) = cached._functions
-    cached._functions = [{name: graphs.GRAPHED[name](function) for name, function in functions.items()}]
+    cached._functions = [{name: cuda_graphs.GRAPHED[name](function) for name, function in functions.items()}]
     return cached
 
 
@@ -46,7 +46,7 @@ def test_replayed_it_draws_the_same(granularity, captures):
     settings = {"cache": "taylor", "interval": 3, "order": 2, "granularity": granularity}
     model = small_sit()
     noise, labels = small_noise()
-    expected = sample(wrap(model, **settings), noise, labels, num_steps=11)
+    expected = sample(enable_cache(model, **settings), noise, labels, num_steps=11)
     cached = graphed(model, **settings)
     for _ in range(2):  # the second run has nothing left to capture
         assert torch.equal(sample(cached, noise, labels, num_steps=11), expected)
@@ -57,7 +57,7 @@ def test_one_graph_of_each_kind_serves_any_number_of_skipped_steps_in_a_row(capt
     settings = {"cache": "taylor", "full_steps": "0,1,3,6,10,15", "order": 1, "granularity": "module"}
     model = small_sit()
     noise, labels = small_noise()
-    expected = sample(wrap(model, **settings), noise, labels, num_steps=22)
+    expected = sample(enable_cache(model, **settings), noise, labels, num_steps=22)
     assert torch.equal(sample(graphed(model, **settings), noise, labels, num_steps=22), expected)
     assert captures == ["full", "corrections", "corrected"]
 
@@ -66,7 +66,7 @@ def test_every_batch_of_a_guided_run_has_its_own_two(captures):
     settings = {"cache": "newton", "interval": 3, "order": 1, "granularity": "module"}
     model = small_sit()
     noise, labels = small_noise()
-    expected = sample(wrap(model, **settings), noise, labels, **GUIDED)
+    expected = sample(enable_cache(model, **settings), noise, labels, **GUIDED)
     assert torch.equal(sample(graphed(model, **settings), noise, labels, **GUIDED), expected)
     # label alone and both halves; and while their histories differ, each half by itself
     assert captures.count("full") == 2 and captures.count("corrected") <= 3
@@ -96,7 +96,7 @@ def test_an_answer_survives_the_next_replay(captures):
 
 def test_on_the_cpu_there_are_no_graphs():
     with pytest.raises(UserError, match="the model is on cpu; it must be on a GPU for CUDA graphs"):
-        wrap(small_sit()).capture()
+        enable_cache(small_sit()).capture()
 
 
 @needs_gpu
@@ -107,8 +107,8 @@ def test_on_a_gpu_replays_equal_eager_calls(granularity, dtype):
     model = small_sit().to("cuda", dtype)
     noise, labels = (tensor.cuda() for tensor in small_noise())
     noise = noise.to(dtype)
-    expected = sample(wrap(model, **settings), noise, labels, **GUIDED)
-    cached = wrap(model, **settings).capture()
+    expected = sample(enable_cache(model, **settings), noise, labels, **GUIDED)
+    cached = enable_cache(model, **settings).capture()
     for _ in range(2):
         torch.testing.assert_close(sample(cached, noise, labels, **GUIDED), expected)
 
@@ -117,7 +117,7 @@ def test_on_a_gpu_replays_equal_eager_calls(granularity, dtype):
 def test_on_a_gpu_one_graph_of_each_kind_serves_a_whole_run():
     model = small_sit().cuda()
     noise, labels = (tensor.cuda() for tensor in small_noise())
-    cached = wrap(model, cache="taylor", interval=3, order=2, granularity="module").capture()
+    cached = enable_cache(model, cache="taylor", interval=3, order=2, granularity="module").capture()
     sample(cached, noise, labels, num_steps=20)
     captured = {name: len(function._captured) for name, function in cached._functions[0].items()}
     assert captured == {"full": 1, "corrections": 0, "corrected": 1}  # two skipped steps in a row: made at once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import wrap
+from haste.caching import enable_cache
 
 DEPTH, STEPS = 3, 6
 
@@ -37,7 +37,7 @@ def test_what_is_forecast_of_blocks_one_by_one_and_of_the_whole_model(order):
         by_block = by_block + new + order * 2 * (new - old)
     last = new_last + order * 2 * (new_last - old_last)
     for granularity, expected in (("block", by_block), ("model", last)):
-        cached = wrap(model, num_steps=STEPS, cache="taylor", granularity=granularity, interval=4, order=order)
+        cached = enable_cache(model, num_steps=STEPS, cache="taylor", granularity=granularity, interval=4, order=order)
         answers = [cached(*each).velocity for each in inputs[:4]]
         assert cached.full_steps == [0, 1]
         torch.testing.assert_close(answers[3], model.finish(expected, c), rtol=1e-6, atol=1e-7)
@@ -45,5 +45,5 @@ def test_what_is_forecast_of_blocks_one_by_one_and_of_the_whole_model(order):
 
 def test_what_each_granularity_keeps():
     model = small_sit(DEPTH)
-    kept = [wrap(model, cache="reuse", granularity=g).regions[0].modules for g in ("module", "block", "model")]
+    kept = [enable_cache(model, cache="reuse", granularity=g).regions[0].modules for g in ("module", "block", "model")]
     assert kept == [2 * DEPTH, 1, 1]

@@ -8,18 +8,18 @@ from dataclasses import fields
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import FAST, CacheSettings, make_cache, unwrap, wrap
+from haste.caching import FAST, CacheConfig, disable_cache, enable_cache, make_cache
+from haste.caching.adapters import BlockGroup, PerModule, WholeModel
 from haste.caching.forecaster import NewtonForecaster
-from haste.caching.regions import BlockGroup, PerModule, WholeModel
 from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule, describe_steps
 from haste.errors import UserError
-from haste.sampling import evaluations, sample
+from haste.samplers import model_calls, sample
 from hypothesis import given
 from hypothesis import strategies as st
 
 
 def test_taylor_alone_is_taylorseer_as_published():
-    settings = CacheSettings(cache="taylor")
+    settings = CacheConfig(cache="taylor")
     assert settings.cache_fields() == {
         "cache": "taylor", "interval": 4, "first_enhance": 2, "order": 4, "granularity": "module"
     }  # fmt: skip
@@ -27,16 +27,16 @@ def test_taylor_alone_is_taylorseer_as_published():
     assert cached.schedule == IntervalSchedule(4, 2) and isinstance(cached.regions[0], PerModule)
 
 
-def test_records_hold_what_decides_the_pictures_and_no_more():
-    assert CacheSettings().cache_fields() == {"cache": "none"}
-    assert CacheSettings(cache="reuse").cache_fields()["order"] == 0
-    assert CacheSettings(cache="newton", full_steps="0,3").cache_fields() == {
+def test_records_hold_what_decides_the_images_and_no_more():
+    assert CacheConfig().cache_fields() == {"cache": "none"}
+    assert CacheConfig(cache="reuse").cache_fields()["order"] == 0
+    assert CacheConfig(cache="newton", full_steps="0,3").cache_fields() == {
         "cache": "newton", "full_steps": "0,3", "order": 4, "granularity": "module"
     }  # fmt: skip
-    assert CacheSettings(cache="delta-dit", gate=9).cache_fields() == {
+    assert CacheConfig(cache="delta-dit", gate=9).cache_fields() == {
         "cache": "delta-dit", "interval": 2, "first_enhance": 1, "gate": 9, "cached_blocks": None
     }  # fmt: skip
-    assert CacheSettings(cache="newton", max_error=0.1).cache_fields()["interval"] == 10
+    assert CacheConfig(cache="newton", max_error=0.1).cache_fields()["interval"] == 10
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_records_hold_what_decides_the_pictures_and_no_more():
     ],
 )
 def test_schedules(settings, schedule):
-    assert make_cache(small_sit(), CacheSettings(cache="newton", **settings)).schedule == schedule
+    assert make_cache(small_sit(), CacheConfig(cache="newton", **settings)).schedule == schedule
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_schedules(settings, schedule):
 )
 def test_settings_that_make_no_sense_get_a_sentence(settings, message):
     with pytest.raises(UserError, match=message):
-        make_cache(small_sit(), CacheSettings(**settings))
+        make_cache(small_sit(), CacheConfig(**settings))
 
 
 def test_three_lines_around_a_loop_of_ones_own():
     model = small_sit()
     x, y = small_noise()
-    fast = wrap(model, num_steps=10)
+    fast = enable_cache(model, num_steps=10)
     for step in range(10):
         x = x - fast(x, torch.full((2,), 1 - step / 10), y).velocity / 10
-    assert unwrap(fast) is model and fast.cache_bytes == 0
-    assert unwrap(model) is model
+    assert disable_cache(fast) is model and fast.cache_bytes == 0
+    assert disable_cache(model) is model
     noise, labels = small_noise()
     torch.testing.assert_close(x, sample(make_cache(model, FAST), noise, labels, num_steps=10), rtol=1e-4, atol=1e-5)
 
@@ -88,22 +88,24 @@ def test_three_lines_around_a_loop_of_ones_own():
 def test_a_loop_that_calls_more_than_once_a_step_hands_over_its_plan():
     model = small_sit()
     x, y = small_noise()
-    fast = wrap(model, evaluations=evaluations("heun", 4), cache="newton", order=1, interval=2)
+    fast = enable_cache(model, evaluations=model_calls("heun", 4), cache="newton", order=1, interval=2)
     for time in (1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25):  # Heun's second look at a time is the next step's first
         fast(x, torch.full((2,), time), y)
     assert fast.full_steps == [0, 1, 3] and fast.num_full == 5
 
 
 def test_what_wrap_takes():
-    regions = [type(wrap(small_sit(), cache="reuse", granularity=g).regions[0]) for g in ("module", "block", "model")]
+    regions = [
+        type(enable_cache(small_sit(), cache="reuse", granularity=g).regions[0]) for g in ("module", "block", "model")
+    ]
     assert regions == [PerModule, BlockGroup, WholeModel]
-    assert isinstance(wrap(small_sit(), cache="newton", order=2).forecaster, NewtonForecaster)
-    changed = wrap(small_sit(), interval=6)
+    assert isinstance(enable_cache(small_sit(), cache="newton", order=2).forecaster, NewtonForecaster)
+    changed = enable_cache(small_sit(), interval=6)
     assert changed.schedule == IntervalSchedule(6, 2) and type(changed.regions[0]) is WholeModel
     with pytest.raises(UserError, match='cache is "none"; it must name a forecaster'):
-        wrap(small_sit(), cache="none")
+        enable_cache(small_sit(), cache="none")
     with pytest.raises(UserError, match="the model has a cache already; unwrap it"):
-        wrap(wrap(small_sit()))
+        enable_cache(enable_cache(small_sit()))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_what_wrap_takes():
 )
 def test_values_that_no_command_line_would_pass_on(settings, sentence):
     with pytest.raises(UserError, match=sentence):
-        wrap(small_sit(), **settings)
+        enable_cache(small_sit(), **settings)
 
 
 ODD = st.one_of(
@@ -130,12 +132,12 @@ SIT = small_sit()
 
 @given(
     cache=st.one_of(st.sampled_from(["taylor", "newton", "hermite", "reuse", "delta-dit"]), ODD),
-    others=st.dictionaries(st.sampled_from([field.name for field in fields(CacheSettings)][1:]), ODD, max_size=3),
+    others=st.dictionaries(st.sampled_from([field.name for field in fields(CacheConfig)][1:]), ODD, max_size=3),
     num_steps=st.one_of(st.integers(1, 12), ODD),
 )
 def test_any_settings_make_a_run_or_a_sentence(cache, others, num_steps):
     try:
-        cached = wrap(SIT, cache=cache, num_steps=num_steps, **others)
+        cached = enable_cache(SIT, cache=cache, num_steps=num_steps, **others)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 300
     else:
@@ -145,7 +147,7 @@ def test_any_settings_make_a_run_or_a_sentence(cache, others, num_steps):
 @given(st.one_of(st.text(), st.text("0123456789,", max_size=20), st.lists(st.integers(0, 40)).map(describe_steps)))
 def test_any_text_is_a_list_of_full_steps_or_gets_a_sentence(text):
     try:
-        steps = CacheSettings(cache="reuse", full_steps=text).full_step_list
+        steps = CacheConfig(cache="reuse", full_steps=text).full_step_list
     except UserError as error:
         assert "--full-steps must be step numbers such as" in str(error) and "\n" not in str(error)
     else:

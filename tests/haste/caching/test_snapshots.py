@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from haste.caching.snapshots import Place, SnapshotRing
+from haste.caching.forecaster import Place, SnapshotRing
 
 BOTH = ("label", "null")
 

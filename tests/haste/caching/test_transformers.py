@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import unwrap, wrap
-from haste.caching.transformers import adapt
+from haste.caching import disable_cache, enable_cache
+from haste.caching.adapters import adapt
 from haste.errors import UserError
 from torch import nn
 
@@ -98,7 +98,7 @@ class PublicModel(nn.Module):
 
 def run(model, form: str = "", steps: int = 8, **settings) -> torch.Tensor:
     """A loop of somebody's own: Euler, calling the model as it likes to be called."""
-    fast = wrap(model, num_steps=steps, **settings) if settings else model
+    fast = enable_cache(model, num_steps=steps, **settings) if settings else model
     x, y = small_noise()
     for step in range(steps):
         out = fast(x, torch.full((2,), 1 - step / steps), y)
@@ -141,8 +141,8 @@ def test_the_answer_keeps_its_form():
     t = torch.ones(2)
     for form, channels in (("sit", 1), ("dit", 2)):
         model = PublicModel(form).eval()
-        assert wrap(model, num_steps=3, cache="reuse", interval=2)(x, t, y).shape == (2, channels, 8, 8)
-    fast = wrap(PublicModel("repa").eval(), num_steps=6, cache="reuse", interval=2)
+        assert enable_cache(model, num_steps=3, cache="reuse", interval=2)(x, t, y).shape == (2, channels, 8, 8)
+    fast = enable_cache(PublicModel("repa").eval(), num_steps=6, cache="reuse", interval=2)
     answers = [fast(x, t - step / 6, y) for step in range(3)]
     assert fast.num_skipped == 1 and all(type(answer) is tuple and len(answer) == 2 for answer in answers)
 
@@ -153,25 +153,25 @@ def test_a_method_of_the_model_runs_on_the_cache():
     model = PublicModel("dit").eval()
     x, y = small_noise(4)
     y[2:] = 10
-    fast = wrap(model, num_steps=4, cache="taylor", interval=3, order=1, granularity="model")
+    fast = enable_cache(model, num_steps=4, cache="taylor", interval=3, order=1, granularity="model")
     for step in range(4):
         t = torch.full((4,), 1 - step / 4)
         guided = fast.forward_with_cfg(x, t, y, 2.0)
         if step < 2:
             torch.testing.assert_close(guided, model.forward_with_cfg(x, t, y, 2.0), rtol=1e-4, atol=1e-5)
     assert (fast.num_full, fast.num_skipped) == (2, 2)
-    assert unwrap(fast) is model
+    assert disable_cache(fast) is model
 
 
 def test_a_model_that_computes_something_else_is_refused():
     x, y = small_noise()
     with pytest.raises(UserError, match="a PublicModel, computes something else than its blocks and layers"):
-        wrap(PublicModel("odd").eval(), num_steps=4, cache="reuse", interval=2)(x, torch.ones(2), y)
+        enable_cache(PublicModel("odd").eval(), num_steps=4, cache="reuse", interval=2)(x, torch.ones(2), y)
 
 
 def test_a_compiled_model_is_refused_with_the_way_to_do_it():
     with pytest.raises(UserError, match="the model is compiled; wrap the model itself, and compile the result by its"):
-        wrap(torch.compile(small_sit()))
+        enable_cache(torch.compile(small_sit()))
 
 
 def test_models_without_the_parts_are_refused_by_the_part():
@@ -251,7 +251,7 @@ def test_foreign_models_get_a_sentence(foreign, granularity):
     x, y = small_noise()
     model = foreign()
     with pytest.raises(UserError, match="the model.* a cache can be wrapped around"):
-        wrap(model, num_steps=4, cache="reuse", interval=2, granularity=granularity)(x, torch.ones(2), y)
+        enable_cache(model, num_steps=4, cache="reuse", interval=2, granularity=granularity)(x, torch.ones(2), y)
 
 
 @torch.no_grad()
@@ -262,14 +262,14 @@ def test_gates_that_cannot_be_made_apart_stop_a_cache_per_module_alone():
         block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Sequential(block.adaLN_modulation[1]))
     x, y = small_noise()
     for granularity in ("block", "model"):
-        wrap(model, num_steps=4, cache="reuse", interval=2, granularity=granularity)(x, torch.ones(2), y)
+        enable_cache(model, num_steps=4, cache="reuse", interval=2, granularity=granularity)(x, torch.ones(2), y)
     with pytest.raises(UserError, match="computes something else"):
-        wrap(model, num_steps=4, cache="reuse", interval=2, granularity="module")(x, torch.ones(2), y)
+        enable_cache(model, num_steps=4, cache="reuse", interval=2, granularity="module")(x, torch.ones(2), y)
 
 
 def test_what_the_model_itself_raises_is_its_own():
     with pytest.raises(RuntimeError) as caught:
-        wrap(PublicModel("dit").eval(), num_steps=4, cache="reuse", interval=2)(
+        enable_cache(PublicModel("dit").eval(), num_steps=4, cache="reuse", interval=2)(
             torch.zeros(2, 1, 7, 7), torch.ones(2), torch.zeros(2, dtype=torch.int64)
         )
     assert not isinstance(caught.value, UserError)

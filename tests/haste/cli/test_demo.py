@@ -9,13 +9,13 @@ import pytest
 import tyro
 from haste.cli import demo
 from haste.cli.main import main
+from haste.digits import teacher as digits_teacher
+from haste.digits.classifier import ClassifierConfig
 from haste.errors import UserError
-from haste.evaluation import scores
-from haste.evaluation.judge import JudgeSettings
-from haste.teachers import digits as digits_teacher
+from haste.evaluation import evaluate
 
 FLAGS = (
-    "--max-train-steps", "10", "--num-steps", "8", "--interval", "3", "--order", "1", "--num-pictures", "16",
+    "--max-train-steps", "10", "--num-steps", "8", "--interval", "3", "--order", "1", "--num-images", "16",
     "--num-fid-samples", "70",
 )  # fmt: skip
 
@@ -24,7 +24,7 @@ FLAGS = (
 def quick_judge_and_teacher(monkeypatch):
     settings = digits_teacher.DigitsTeacherSettings
     monkeypatch.setattr(digits_teacher, "DigitsTeacherSettings", lambda: settings(steps=3))
-    monkeypatch.setattr(scores, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+    monkeypatch.setattr(evaluate, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 def times(folder: Path, pattern: str) -> dict[str, int]:
@@ -87,12 +87,12 @@ def test_seconds_that_are_none_are_told(tmp_path, content):
 
 
 def test_a_shorter_demo_is_shorter_in_all_its_parts():
-    recipe = demo.recipe_config("digits")
-    config = demo.train_config(demo.Args(max_train_steps=recipe.max_train_steps // 2))
-    assert config.early_stop_point == recipe.early_stop_point // 2
+    preset = demo.preset_config("digits")
+    config = demo.train_config(demo.Args(max_train_steps=preset.max_train_steps // 2))
+    assert config.early_stop_point == preset.early_stop_point // 2
     assert config.max_train_steps == 5 * config.checkpointing_steps
     usual = demo.train_config(demo.Args())
-    assert usual == demo.replace(recipe, output_dir="demo")
+    assert usual == demo.replace(preset, output_dir="demo")
 
 
 def test_a_demo_that_was_stopped_adds_up_its_seconds(tmp_path):

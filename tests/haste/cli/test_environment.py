@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from haste.cli.environment import check_docstrings, check_processes
+from haste.cli.terminal import check_docstrings, check_processes
 from haste.errors import UserError
 
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

@@ -9,11 +9,12 @@ import pytest
 import torch
 import transformers as tf
 from digits_run import write_run
+from haste import plotting
 from haste.cli.main import main
-from haste.evaluation import evaluator, features, pictures, scores
-from haste.evaluation.images import write_picture
-from haste.evaluation.judge import JudgeSettings, real_digits
-from haste.evaluation.record import read_evaluations
+from haste.data.images import write_image
+from haste.digits.classifier import ClassifierConfig, real_digits
+from haste.evaluation import evaluate, features
+from haste.evaluation.evaluate import read_evaluations
 from PIL import Image
 
 QUICK = ("--num-steps", "2", "--num-fid-samples", "70")
@@ -22,14 +23,14 @@ METRICS = ["frechet_distance", "kernel_distance", "precision", "recall", "densit
 
 @pytest.fixture(autouse=True)
 def quick_judge(monkeypatch):
-    for module in (scores, features):
-        monkeypatch.setattr(module, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+    for module in (evaluate, features):
+        monkeypatch.setattr(module, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 @pytest.fixture(autouse=True)
 def no_grid(monkeypatch):
     """The grid that is drawn with all samples, which takes longer than these."""
-    monkeypatch.setattr(pictures, "draw_grid", lambda *args, **kwargs: None)
+    monkeypatch.setattr(plotting, "draw_grid", lambda *args, **kwargs: None)
 
 
 def refusal(capsys, *arguments) -> str:
@@ -49,7 +50,7 @@ def row(out: str, name: str) -> str:
 
 def write_digits(folder: Path, count: int) -> Path:
     for index, image in enumerate(real_digits()[0][:count]):
-        write_picture(folder / f"{index:06d}.png", image)
+        write_image(folder / f"{index:06d}.png", image)
     return folder
 
 
@@ -76,8 +77,8 @@ def test_every_checkpoint_of_a_run(tmp_path, capsys):
         )
         assert record["samples"] == 70 and record["num_steps"] == 2
     assert "70 samples in 64 feature dimensions and is biased upwards" in out
-    for picture in ("evaluation.png", "losses.png"):
-        Image.open(run / picture).verify()
+    for image in ("evaluation.png", "losses.png"):
+        Image.open(run / image).verify()
     assert len(list((tmp_path / "judge").iterdir())) == 1  # beside the runs
 
     main(["evaluate", "--run", str(run), *QUICK])
@@ -91,7 +92,7 @@ def test_a_run_on_other_data_is_refused_before_a_judge_is_trained(tmp_path, caps
     assert not (tmp_path / "judge").exists()
 
 
-# ---- any pictures, all metrics ----
+# ---- any images, all metrics ----
 
 
 def test_a_checkpoint_its_samples_and_its_run_get_the_same_scores(tmp_path, capsys):
@@ -119,17 +120,17 @@ def test_a_checkpoint_its_samples_and_its_run_get_the_same_scores(tmp_path, caps
     assert kept[0]["metrics"]["kernel_distance"]["value"] is None
 
 
-def test_pictures_without_labels_have_no_accuracy(tmp_path, capsys):
+def test_images_without_labels_have_no_accuracy(tmp_path, capsys):
     main(["evaluate", "--samples", str(write_digits(tmp_path / "set", 70)), "--kid-subset-size", "50"])
     out = capsys.readouterr().out
     assert "label accuracy" not in out and re.match(r"-?0\.\d+ ± 0\.\d+", row(out, "kernel distance"))
 
 
 def test_labels_belong_to_the_numbers_that_are_there(tmp_path, capsys):
-    """Labels in turn: without picture 0 the others still show what they should."""
+    """Labels in turn: without image 0 the others still show what they should."""
     images, labels = real_digits()
     for label in range(10):
-        write_picture(tmp_path / "set" / f"{label:06d}.png", images[np.flatnonzero(labels == label)[0]])
+        write_image(tmp_path / "set" / f"{label:06d}.png", images[np.flatnonzero(labels == label)[0]])
     record = {"settings": {"labels": "balanced", "global_seed": 0}, "drawn": {}}
     (tmp_path / "set" / "sample.json").write_text(json.dumps(record))
     main(["evaluate", "--samples", str(tmp_path / "set")])
@@ -139,12 +140,12 @@ def test_labels_belong_to_the_numbers_that_are_there(tmp_path, capsys):
     assert float(both) > 50 and float(fewer) > 50  # one pass over the digits; moved by one they would be near 0
 
 
-def test_a_teachers_features_against_pictures_and_what_was_saved_of_them(tmp_path, teacher, capsys):
+def test_a_teachers_features_against_images_and_what_was_saved_of_them(tmp_path, teacher, capsys):
     samples, real = write_digits(tmp_path / "set", 60), write_digits(tmp_path / "real", 90)
     main(["evaluate", "--samples", str(samples), "--features", str(teacher), "--reference", str(real),
           "--save-reference", str(tmp_path / "real.npz")])  # fmt: skip
     first = capsys.readouterr().out
-    assert "60 samples against 90 real pictures" in first and "12 features of class token" in first
+    assert "60 samples against 90 real images" in first and "12 features of class token" in first
     main(["evaluate", "--samples", str(samples), "--features", str(teacher), "--reference", str(tmp_path / "real.npz")])
     second = capsys.readouterr().out
     for name in ("Fréchet distance", "recall (k = 3)", "density (k = 5)"):
@@ -182,13 +183,13 @@ def test_a_cached_run_and_its_twin(tmp_path, capsys):
     main(["evaluate", "--ckpt", str(run), *cached, "--twin", "full"])
     out = capsys.readouterr().out
     assert re.search(r"^PSNR +[\d.]+ dB, worst 5 %", out, re.MULTILINE)
-    assert re.search(r"^Relative error of the state, mean of 12 pictures: ", out, re.MULTILINE)
+    assert re.search(r"^Relative error of the state, mean of 12 images: ", out, re.MULTILINE)
     samples = run / "samples"
     (plot,) = samples.glob("*-step-errors.png")
     Image.open(plot).verify()
     (record,) = samples.glob("*taylor*-evaluation.json")
     _, agreement = read_evaluations(record)
-    assert len(agreement["step_errors"]) == 6 and agreement["agreement"]["pictures"] == 12
+    assert len(agreement["step_errors"]) == 6 and agreement["agreement"]["images"] == 12
 
     folders = sorted(path for path in samples.iterdir() if (path / "sample.json").is_file())
     main(["evaluate", "--samples", str(folders[1]), "--twin", str(folders[0])])
@@ -203,7 +204,7 @@ def test_the_recommended_cache_labels_of_a_file_and_full_steps_that_were_measure
     drawn = ("--ckpt", str(run), *labels, "--num-fid-samples", "9", "--num-steps", "12")
     for cache in (("--fast",), ("--cache", "taylor", "--order", "1", "--max-error", "0.5")):
         main(["evaluate", *drawn, *cache, "--twin", "full"])
-        assert "mean of 9 pictures" in capsys.readouterr().out
+        assert "mean of 9 images" in capsys.readouterr().out
     records = [json.loads(path.read_text()) for path in (run / "samples").glob("*/sample.json")]
     assert {record["settings"]["labels"] for record in records} == {"3,1,4"}
     assert sorted(record["settings"]["cache"] != "none" for record in records) == [False, True, True]
@@ -214,14 +215,14 @@ def test_of_folders_that_hold_more_only_what_was_asked_for_is_measured(tmp_path,
     main(["sample", "--ckpt", str(run), "--num-steps", "2", "--labels", "balanced", "--num-fid-samples", "20"])
     cached = ("--cache", "reuse", "--interval", "2", "--num-steps", "2", "--num-fid-samples", "12")
     main(["evaluate", "--ckpt", str(run), *cached, "--twin", "full"])
-    assert "12 pictures" in capsys.readouterr().out
+    assert "12 images" in capsys.readouterr().out
     main(["evaluate", "--ckpt", str(run), "--num-steps", "2", "--num-fid-samples", "12"])
     assert ": 12 samples against" in capsys.readouterr().out
 
 
 def test_twins_alone_need_neither_features_nor_a_reference(tmp_path, capsys):
     for name, shift in (("a", 0), ("b", 3)):
-        write_picture(tmp_path / name / "0.png", np.full((16, 16, 3), 100 + shift, np.uint8))
+        write_image(tmp_path / name / "0.png", np.full((16, 16, 3), 100 + shift, np.uint8))
     main(["evaluate", "--samples", str(tmp_path / "a"), "--twin", str(tmp_path / "b")])
     out = capsys.readouterr().out
     assert row(out, "PSNR").startswith(f"{10 * np.log10(255**2 / 9):.2f} dB") and "Fréchet" not in out
@@ -242,23 +243,23 @@ def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
     assert "nowhere, which does not exist" in refusal(capsys, "--samples", tmp_path / "nowhere")
     assert "holds no checkpoints" in refusal(capsys, "--run", tmp_path)
     for index in range(70):
-        write_picture(tmp_path / "large" / f"{index}.png", np.zeros((16, 16, 3), np.uint8))
+        write_image(tmp_path / "large" / f"{index}.png", np.zeros((16, 16, 3), np.uint8))
     assert "--features is not given" in refusal(capsys, "--samples", tmp_path / "large")
     assert "--reference is not given; --features dinov2-vit-b needs" in refusal(
         capsys, "--samples", tmp_path / "large", "--features", "dinov2-vit-b"
     )
-    assert "reads uint8 pictures of shape (count, 8, 8, 3)" in refusal(
+    assert "reads uint8 images of shape (count, 8, 8, 3)" in refusal(
         capsys, "--samples", tmp_path / "large", "--features", "digits"
     )
 
 
 def test_what_was_drawn_before_is_opened_before_the_real_side_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluator, "load_reference", lambda *_: pytest.fail("the real side was read"))
+    monkeypatch.setattr(evaluate, "load_reference", lambda *_: pytest.fail("the real side was read"))
     bad, good = tmp_path / "bad.npz", write_digits(tmp_path / "good", 1)
     bad.write_bytes(b"no archive")
     flags = ("--features", "digits", "--reference", good)
     for samples in (("--samples", bad), ("--samples", good, "--twin", bad)):
-        assert f"{bad} is not an .npz with pictures" in refusal(capsys, *samples, *flags)
+        assert f"{bad} is not an .npz with images" in refusal(capsys, *samples, *flags)
 
 
 @pytest.mark.parametrize(

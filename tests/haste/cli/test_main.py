@@ -40,7 +40,7 @@ print("heavy", [name for name in {HEAVY} if name in sys.modules])
         (sample, "--num 5", "--num 5"),  # two flags begin so
         (sample, "--nothing 5 -- x --", "--nothing 5 -- x --"),
         (sweep, "--cach x", "--caches x"),  # --cache is none of its own
-        (train, "--rec digits", "--recipe digits"),
+        (train, "--rec digits", "--preset digits"),
     ],
 )
 def test_flags_are_known_by_their_beginning(flags, typed, spelled):
@@ -103,6 +103,6 @@ def test_a_full_disk_behind_the_output_is_told():
 def test_several_processes_are_held_against_each_other_before_anything_begins(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(SystemExit) as exit_:
-        main(["train", "--recipe", "digits"])
+        main(["train", "--preset", "digits"])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "haste train: WORLD_SIZE must be a whole number of at least 1, got 'two'\n"

@@ -20,12 +20,11 @@ import torch
 from accelerate.state import AcceleratorState
 from haste.cli.main import main
 from haste.data import BatchOrder, batches, load_dataset
-from haste.data.destination import Destination
-from haste.data.pictures import center_crop
-from haste.data.prepare import Preparation
-from haste.lock import hold
+from haste.data.images import center_crop
+from haste.data.prepare import Destination, Preparation
+from haste.io import hold
 from haste.vae import VAE, LatentFormat
-from picture_files import cut_short, pixels_of, save_vae, write_classes
+from image_files import cut_short, pixels_of, save_vae, write_classes
 from PIL import Image
 
 
@@ -74,7 +73,7 @@ def assert_same_files(one: Path, two: Path) -> None:
             assert a[name] == b[name], name
 
 
-def test_pictures_and_latents_in_repas_layout(source, tmp_path, vae, capsys):
+def test_images_and_latents_in_repas_layout(source, tmp_path, vae, capsys):
     prepare(source, tmp_path / "out", vae)
     assert capsys.readouterr().out == f"{tmp_path / 'out'} is ready for haste train --data-dir\n"
     originals = sorted(source.rglob("*.png"))
@@ -112,13 +111,13 @@ def test_samples_of_a_run_stand_under_the_names_of_its_classes(source, tmp_path,
     run += ["--output-dir", str(tmp_path), "--exp-name", "run", "--batch-size", "4", "--max-train-steps", "1"]
     main(["train", *run, "--sampling-steps", "0", "--num-workers", "0", "--mixed-precision", "no"])
     shown = []
-    monkeypatch.setattr("haste.evaluation.pictures.draw_grid", lambda path, images, titles, **_: shown.extend(titles))
+    monkeypatch.setattr("haste.plotting.draw_grid", lambda path, images, titles, **_: shown.extend(titles))
     few = ["--num-fid-samples", "3", "--num-steps", "1", "--labels", "balanced"]
     main(["sample", "--ckpt", str(tmp_path / "run"), *few])
     assert shown == ["ant", "bee", "cat"]
 
 
-def test_without_a_vae_the_pictures_alone(source, tmp_path):
+def test_without_a_vae_the_images_alone(source, tmp_path):
     prepare(source, tmp_path / "out", "none", "--num-workers", "2")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images", "prepare.json"]
     data = load_dataset(str(tmp_path / "out"), 8)
@@ -235,14 +234,14 @@ def test_each_of_several_processes_takes_its_share(source, tmp_path):
 # ---- faults ----
 
 
-def test_bad_pictures_are_refused_or_left_out(source, tmp_path, vae, capsys):
+def test_bad_images_are_refused_or_left_out(source, tmp_path, vae, capsys):
     cut_short(source / "bee" / "04.png")
     (source / "cat" / "02.png").write_bytes(b"")
-    assert "bee/04.png is no whole picture (image file is truncated); replace it, or pass over such files" in refusal(
+    assert "bee/04.png is no whole image (image file is truncated); replace it, or pass over such files" in refusal(
         capsys, source, tmp_path / "out", vae
     )
     prepare(source, tmp_path / "out", vae, "--on-bad-file", "skip")
-    assert "2 of 12 pictures cannot be read and are left out" in capsys.readouterr().out
+    assert "2 of 12 images cannot be read and are left out" in capsys.readouterr().out
     data = load_dataset(str(tmp_path / "out"), 8)
     assert [int(data[index].label) for index in range(len(data))] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -253,13 +252,11 @@ def test_a_destination_of_another_command_is_left_alone(source, tmp_path, vae, c
     line = refusal(capsys, source, tmp_path / "out", vae, "--resolution", "16")
     assert line.endswith("which belongs to a command with other resolution; give another folder")
     (source / "ant" / "00.png").unlink()
-    assert "a command with other pictures, source;" in refusal(capsys, source, tmp_path / "out", vae)
+    assert "a command with other images, source;" in refusal(capsys, source, tmp_path / "out", vae)
     assert contents(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out" / "images")
     (tmp_path / "out" / "prepare.json").unlink()
-    assert "which holds something else; give a new or an empty folder" in refusal(
-        capsys, source, tmp_path / "out", vae
-    )
+    assert "which holds something else; give a new or an empty folder" in refusal(capsys, source, tmp_path / "out", vae)
 
 
 def test_disk_space_is_looked_at_first(source, tmp_path, vae, capsys, monkeypatch):

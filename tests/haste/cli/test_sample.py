@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from digits_run import write_run
-from drawn_pictures import read_npz, read_pictures
-from haste.caching import FAST, memory
+from drawn_images import read_images, read_npz
+from haste.caching import FAST, enable
 from haste.cli import sample
 from haste.cli.main import main
-from haste.generation.sample_folder import SampleFolder
-from haste.training.identity import as_before
+from haste.generation.sample_dir import SampleDir
+from haste.training.checkpoint import as_before
 from PIL import Image
 
 QUICK = ("--num-steps", "4", "--num-fid-samples", "6")
@@ -34,16 +34,16 @@ def refusal(capsys, *arguments) -> str:
     return errors[0]
 
 
-def test_pictures_npz_and_grid_of_a_run(run, capsys):
+def test_images_npz_and_grid_of_a_run(run, capsys):
     main(["sample", "--ckpt", str(run), *QUICK, "--labels", "3,1"])
     folder = run / "samples" / "0000004-euler-4-cfg1-seed0-listed"
     images, labels = read_npz(folder.with_name(folder.name + ".npz"))
     assert images.shape == (6, 8, 8, 3) and labels.tolist() == [3, 1, 3, 1, 3, 1]
-    assert (read_pictures(folder) == images).all()
+    assert (read_images(folder) == images).all()
     assert Image.open(folder / "000000.png").size == (8, 8)  # the native size; only the grid is enlarged
     assert Image.open(folder.with_name(folder.name + "-grid.png")).width > 300
     out = capsys.readouterr().out
-    assert re.search(r"6 pictures at \d+\.\d images/s \(\d+\.\d\d s for 6\); 4 of 4 model evaluations were full", out)
+    assert re.search(r"6 images at \d+\.\d images/s \(\d+\.\d\d s for 6\); 4 of 4 model evaluations were full", out)
     assert str(folder) in out
 
 
@@ -62,16 +62,16 @@ def test_a_command_that_was_killed_goes_on_with_what_is_missing(run, monkeypatch
     class Killed(BaseException):
         pass
 
-    count = SampleFolder.count
+    count = SampleDir.count
 
     def count_to_four(self, *what):
         count(self, *what)
-        if self.drawn.pictures == 4:
+        if self.drawn.images == 4:
             raise Killed
 
     args = sample.Args(ckpt=run, num_steps=3, num_fid_samples=7, per_proc_batch_size=2)
     with monkeypatch.context() as patch:
-        patch.setattr(SampleFolder, "count", count_to_four)
+        patch.setattr(SampleDir, "count", count_to_four)
         with pytest.raises(Killed):
             sample.sample_to_folder(args)
     folder = run / "samples" / "0000004-euler-3-cfg1-seed0"
@@ -80,7 +80,7 @@ def test_a_command_that_was_killed_goes_on_with_what_is_missing(run, monkeypatch
 
     resumed = sample.sample_to_folder(args)
     assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
-    assert resumed.drawn.pictures == 7
+    assert resumed.drawn.images == 7
 
     whole = sample.sample_to_folder(sample.Args(**{**vars(args), "sample_dir": run / "elsewhere"}))
     assert (whole.images == resumed.images).all()  # byte for byte, as the batches are the same
@@ -90,14 +90,14 @@ def test_a_second_start_draws_nothing_and_a_larger_number_adds(run, capsys):
     main(["sample", "--ckpt", str(run), *QUICK])
     folder = run / "samples" / "0000004-euler-4-cfg1-seed0"
     record = (folder / "sample.json").read_text()
-    before = read_pictures(folder)
+    before = read_images(folder)
     assert "there already" not in capsys.readouterr().out
     main(["sample", "--ckpt", str(run), *QUICK])
     assert capsys.readouterr().out.startswith("6 images were there already; 4 of 4 model evaluations were full\n")
     assert (folder / "sample.json").read_text() == record
     main(["sample", "--ckpt", str(run), *QUICK, "--num-fid-samples", "8"])
-    assert json.loads((folder / "sample.json").read_text())["drawn"]["pictures"] == 8
-    assert (read_pictures(folder)[:6] == before).all()
+    assert json.loads((folder / "sample.json").read_text())["drawn"]["images"] == 8
+    assert (read_images(folder)[:6] == before).all()
 
 
 def test_a_folder_of_another_command_is_refused(run, capsys):
@@ -133,7 +133,7 @@ def test_fast_is_the_recommended_cache(run, capsys):
     (folder,) = [path for path in (run / "samples").iterdir() if path.is_dir()]
     record = json.loads((folder / "sample.json").read_text())
     assert FAST.cache_fields().items() <= record["settings"].items()
-    assert record["drawn"]["full_per_picture"] < record["drawn"]["evaluations_per_picture"] == 12
+    assert record["drawn"]["full_per_image"] < record["drawn"]["evaluations_per_image"] == 12
     written = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.cache_fields().items()]
     main(["sample", "--ckpt", str(run), *steps, *written])  # the same command, so nothing is left to draw
     assert json.loads((folder / "sample.json").read_text()) == record
@@ -156,13 +156,13 @@ def test_cuda_graphs_want_a_gpu_and_a_cache(run, capsys):
         assert "the model is on cpu" in refusal(capsys, "--ckpt", str(run), "--cuda-graphs", "--fast")
 
 
-def test_full_steps_that_were_measured_hold_for_all_pictures_and_are_kept(run, caplog):
-    """Some pictures alone decide, so neither the batch nor a resumption changes a picture."""
+def test_full_steps_that_were_measured_hold_for_all_images_and_are_kept(run, caplog):
+    """Some images alone decide, so neither the batch nor a resumption changes an image."""
     settings = {"ckpt": run, "num_steps": 20, "cache": "taylor", "max_error": 0.05, "num_fid_samples": 10}
     whole = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
     steps = whole.folder.full_steps
     assert steps[:2] == [0, 1] and 2 < len(steps) < 20
-    assert whole.drawn.full_per_picture == len(steps)
+    assert whole.drawn.full_per_image == len(steps)
     record = whole.folder.path / "sample.json"
     assert json.loads(record.read_text())["full_steps"] == steps
 
@@ -172,11 +172,11 @@ def test_full_steps_that_were_measured_hold_for_all_pictures_and_are_kept(run, c
     record.write_text(json.dumps({**json.loads(record.read_text()), "full_steps": kept}))
     (whole.folder.path / "000009.png").unlink()
     again = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
-    assert again.drawn.full_per_picture == len(kept)
+    assert again.drawn.full_per_image == len(kept)
 
 
-def test_full_steps_that_are_measured_depend_on_no_number_of_pictures(run):
-    """Nor on the batch: 1, 2 and 12 pictures of this model, drawn as one batch each, would give three lists."""
+def test_full_steps_that_are_measured_depend_on_no_number_of_images(run):
+    """Nor on the batch: 1, 2 and 12 images of this model, drawn as one batch each, would give three lists."""
     found = []
     for count, batch in ((1, 8), (12, 12), (12, 2)):
         settings = {"num_steps": 20, "cache": "taylor", "max_error": 0.15, "per_proc_batch_size": batch}
@@ -192,7 +192,7 @@ def test_an_order_above_what_few_full_steps_allow_is_no_obstacle_to_measuring_th
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_refused_before_the_first_step(run, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(enable, "free_bytes", lambda device: 100_000)
     flags = ("--ckpt", str(run), *QUICK, "--cache", "taylor", "--interval", "2", "--order", "1")
     assert "the cache per module takes" in refusal(capsys, *flags, "--cfg-scale", "2")
     assert not (run / "samples").exists()
@@ -271,13 +271,13 @@ def test_flags_without_effect_are_named_and_change_nothing(run, caplog):
     said = [record.message for record in caplog.records if "has no effect" in record.message]
     assert [message.split()[0] for message in said] == ["--heun", "--guidance-low", "--guidance-high"]
     short, published = (next((run / name).glob("*/sample.json")).parent for name in ("short", "published"))
-    assert short.name == published.name and (read_pictures(short) == read_pictures(published)).all()
+    assert short.name == published.name and (read_images(short) == read_images(published)).all()
 
 
 def test_flags_may_be_abbreviated(run):
     main(["sample", "--ck", str(run), "--num-s", "2", "--num_fid=3", "--per-proc", "2", "--cfg", "2", "--no-fu"])
     (folder,) = (run / "samples").glob("*/sample.json")
-    assert folder.parent.name == "0000004-euler-2-cfg2-seed0" and len(read_pictures(folder.parent)) == 3
+    assert folder.parent.name == "0000004-euler-2-cfg2-seed0" and len(read_images(folder.parent)) == 3
 
 
 def test_a_checkpoint_that_is_missing_or_none_is_refused(run, tmp_path, capsys):

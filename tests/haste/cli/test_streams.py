@@ -3,7 +3,7 @@ import io
 import sys
 
 import pytest
-from haste.cli.streams import Patient, patient_stderr
+from haste.cli.terminal import Patient, patient_stderr
 from tqdm import tqdm
 
 

@@ -6,9 +6,9 @@ import re
 import pytest
 from digits_run import write_run
 from haste.cli.main import main
-from haste.evaluation import evaluator, features
-from haste.evaluation.judge import JudgeSettings
-from haste.lock import hold
+from haste.digits.classifier import ClassifierConfig
+from haste.evaluation import evaluate, features
+from haste.io import hold
 from PIL import Image
 
 QUICK = ("--steps", "8", "--num-steps", "4", "--num-fid-samples", "70", "--repeats", "1")
@@ -17,7 +17,7 @@ GRID = ("--caches", "taylor", "reuse", "--granularities", "model", "--intervals"
 
 @pytest.fixture(autouse=True)
 def quick_judge(monkeypatch):
-    monkeypatch.setattr(features, "JudgeSettings", lambda: JudgeSettings(epochs=1))
+    monkeypatch.setattr(features, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def test_guidance_is_part_of_a_sweep(run, capsys):
     assert "guidance 2" in (run / "sweep" / "sweep.md").read_text()
 
 
-def test_a_run_on_other_pictures_needs_to_be_told_what_measures(tmp_path, capsys):
+def test_a_run_on_other_images_needs_to_be_told_what_measures(tmp_path, capsys):
     run = write_run(tmp_path / "exps", data_dir="data/imagenet")
-    assert "--features is not given; for other pictures than the digits" in refusal(capsys, "--ckpt", str(run))
+    assert "--features is not given; for other images than the digits" in refusal(capsys, "--ckpt", str(run))
 
 
 def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, monkeypatch):
-    monkeypatch.setattr(evaluator, "load_reference", lambda *_: pytest.fail("the real side was read"))
+    monkeypatch.setattr(evaluate, "load_reference", lambda *_: pytest.fail("the real side was read"))
     assert "64 samples are too few" in refusal(capsys, "--ckpt", str(run), "--num-fid-samples", "64")
 
 
@@ -113,7 +113,7 @@ def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, m
         (("--max-errors", "0", "nan"), "--max-errors must be a number from 0 to 1,000,000, got nan"),
         (("--tolerance", "-1"), "--tolerance must be a number from 0 to 1,000,000, got -1.0"),
         (("--reference", "nowhere"), "nowhere, which does not exist"),
-        (("--features", "stored"), "--features is stored; for other pictures than the digits"),
+        (("--features", "stored"), "--features is stored; for other images than the digits"),
         (("--features", "inception:weights.pth"), "--reference is not given; --features inception:weights.pth needs"),
         (("--draw-only",), "hold no full run"),
     ],

@@ -49,7 +49,7 @@ def test_help_and_startup_bring_no_torch():
     code = (
         "import sys\n"
         "from haste.cli.main import main\n"
-        "try: main(['train', '--recipe', 'digits', '--help'])\n"
+        "try: main(['train', '--preset', 'digits', '--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
     )
@@ -58,27 +58,27 @@ def test_help_and_startup_bring_no_torch():
     assert "--attn-coeff" in result.stdout and "Weight of the attention loss" in result.stdout
 
 
-def test_a_recipe_sets_defaults_and_flags_override_it(monkeypatch):
+def test_a_preset_sets_defaults_and_flags_override_it(monkeypatch):
     seen = []
     monkeypatch.setattr("haste.cli.train.main", seen.append)
-    main(["train", "--recipe", "digits", "--seed", "5", "--batch_size", "32", "--attn-coeff", "0"])
-    main(["train", "--recipe=digits"])
+    main(["train", "--preset", "digits", "--seed", "5", "--batch_size", "32", "--attn-coeff", "0"])
+    main(["train", "--preset=digits"])
     (changed, plain) = seen
     assert (changed.seed, changed.batch_size, changed.attn_coeff) == (5, 32, 0.0)
-    assert plain == default_args(["--recipe", "digits"])
+    assert plain == default_args(["--preset", "digits"])
     assert plain.data_dir == "digits" and changed.model == plain.model
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--recipe", "letters"], "haste train: --recipe is 'letters'; it must be digits, haste-xl-256 or another"),
-        (["--recipe", "digits", "--model", "SiT-Q/2"], "haste train: --model must be one of SiT-S/1, SiT-S/2"),
+        (["--preset", "letters"], "haste train: --preset is 'letters'; it must be digits, haste-xl-256 or another"),
+        (["--preset", "digits", "--model", "SiT-Q/2"], "haste train: --model must be one of SiT-S/1, SiT-S/2"),
         (
-            ["--recipe", "digits", "--batch-size", "0"],
+            ["--preset", "digits", "--batch-size", "0"],
             "haste train: --batch-size must be an integer from 1 to 1,048,576, got 0\n",
         ),
-        ([], "haste train: --exp-name must be the name of the run, or a --recipe be given that has one, got nothing\n"),
+        ([], "haste train: --exp-name must be the name of the run, or a --preset be given that has one, got nothing\n"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
@@ -87,8 +87,8 @@ def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
     assert err.startswith(sentence) and err.count("\n") == 1
 
 
-def test_recipe_without_a_name_lists_them_all_with_what_they_set(capsys):
-    code, out, _ = run_expecting_exit(capsys, "train", "--recipe")
+def test_preset_without_a_name_lists_them_all_with_what_they_set(capsys):
+    code, out, _ = run_expecting_exit(capsys, "train", "--preset")
     assert code == 0
     assert "\ndigits\n" in "\n" + out
     assert (
@@ -148,9 +148,9 @@ def test_launchers_that_take_a_module_find_one(module, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("haste.training.tracking.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("haste.training.logging.importlib.util.find_spec", lambda name: None)
     code, _, err = run_expecting_exit(
-        capsys, "train", "--recipe", "digits", "--report-to", "wandb", "--output-dir", str(tmp_path)
+        capsys, "train", "--preset", "digits", "--report-to", "wandb", "--output-dir", str(tmp_path)
     )
     assert code == 2 and "--report-to is wandb, and wandb is not installed; pip install wandb" in err
 
@@ -180,7 +180,7 @@ def test_a_program_error_is_not_hidden(monkeypatch):
 def test_train_from_the_command_line(tmp_path, capsys):
     plain = ["--attn-coeff", "0", "--proj-coeff", "0", "--model", "SiT-Digits/2", "--batch-size", "4"]
     small = ["--max-train-steps", "2", "--logging-steps", "1"]
-    command = ["train", "--recipe", "digits", "--output-dir", str(tmp_path), "--exp-name", "plain", *plain, *small]
+    command = ["train", "--preset", "digits", "--output-dir", str(tmp_path), "--exp-name", "plain", *plain, *small]
     main(command)
     assert f"trained 2 steps; everything is in {tmp_path / 'plain'}" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -189,4 +189,4 @@ def test_train_from_the_command_line(tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     log = (tmp_path / "plain" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]
-    assert json.loads((tmp_path / "plain" / "args.json").read_text())["recipe"] == "digits"
+    assert json.loads((tmp_path / "plain" / "args.json").read_text())["preset"] == "digits"

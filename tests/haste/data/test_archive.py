@@ -8,7 +8,7 @@ from pathlib import Path
 import haste.data.archive as archive_module
 import pytest
 from haste.data.archive import open_archive
-from haste.data.bad_files import BadFile
+from haste.data.images import BadFile
 from haste.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,8 +137,8 @@ def test_a_damaged_entry_of_a_zip_is_a_bad_file(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    (tmp_path / "pictures.tar").write_bytes(b"x" * 1000)
-    with pytest.raises(UserError, match=r"--data-dir is .*pictures.tar, which is no zip; .*unpack other archives"):
-        open_archive(tmp_path / "pictures.tar", "--data-dir")
+    (tmp_path / "images.tar").write_bytes(b"x" * 1000)
+    with pytest.raises(UserError, match=r"--data-dir is .*images.tar, which is no zip; .*unpack other archives"):
+        open_archive(tmp_path / "images.tar", "--data-dir")
     with pytest.raises(UserError, match="--source is .*nothing, which does not exist"):
         open_archive(tmp_path / "nothing", "--source")

@@ -4,9 +4,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from haste.data import arrays
-from haste.data.arrays import list_npz, read_array, read_npy, read_npz
-from haste.data.bad_files import BadFile
+from haste.data import archive
+from haste.data.archive import list_npz, read_array, read_npy, read_npz
+from haste.data.images import BadFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,12 +59,12 @@ def test_what_a_header_asks_for_is_held_against_what_is_there(tmp_path, data, re
 
 
 def test_an_array_that_inflates_to_many_times_its_size_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "SMALL_ARRAY", 1000)
+    monkeypatch.setattr(archive, "SMALL_ARRAY", 1000)
     np.savez_compressed(tmp_path / "a.npz", a=np.zeros(100_000), b=np.random.default_rng(0).random(1000))
     assert len(read_npz(tmp_path / "a.npz", ["b"])["b"]) == 1000
     with pytest.raises(BadFile, match="has no a that can be read: .* inflate to 781 KiB; at most 100 to one"):
         read_npz(tmp_path / "a.npz", ["a"])
-    monkeypatch.setattr(arrays, "LARGEST_ARRAY", 999)
+    monkeypatch.setattr(archive, "LARGEST_ARRAY", 999)
     with pytest.raises(BadFile, match="it has 7.81 KiB; at most 999 bytes are read"):
         read_npz(tmp_path / "a.npz", ["b"])
 

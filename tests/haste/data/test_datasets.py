@@ -6,7 +6,7 @@ import torch
 from haste.data import BatchOrder, batches, load_dataset
 from haste.errors import UserError
 from haste.vae import VAE, LatentFormat
-from picture_files import cut_short
+from image_files import cut_short
 
 
 def test_digits_by_name():
@@ -15,7 +15,7 @@ def test_digits_by_name():
     assert data.latents is None and data.without_images() is data
 
 
-def test_pictures_of_a_folder_as_pixels(class_folder):
+def test_images_of_a_folder_as_pixels(class_folder):
     data = load_dataset(str(class_folder), 8)
     assert (len(data), data.channels, data.resolution, data.input_size, data.num_classes) == (12, 3, 8, 8, 3)
     batch = next(batches(data, BatchOrder(12, 12, seed=0)))
@@ -24,7 +24,7 @@ def test_pictures_of_a_folder_as_pixels(class_folder):
     assert batch.labels.dtype == torch.int64
 
 
-def test_pictures_of_a_folder_as_latents_made_on_the_fly(class_folder, vae_folder):
+def test_images_of_a_folder_as_latents_made_on_the_fly(class_folder, vae_folder):
     data = load_dataset(str(class_folder), 8, vae=str(vae_folder))
     assert (data.channels, data.input_size, data.latents) == (4, 2, LatentFormat.of(str(vae_folder)))
     order = BatchOrder(12, 12, seed=0)
@@ -40,7 +40,7 @@ def test_pictures_of_a_folder_as_latents_made_on_the_fly(class_folder, vae_folde
     [
         (("nothing", 8), "--data-dir is 'nothing'; it must be a folder, a zip, or one of: digits"),
         (("", 8), "--data-dir is ''; it must be a folder, a zip, or one of: digits"),
-        (("digits", 16), "--resolution is 16; it must be 8, like the digits pictures"),
+        (("digits", 16), "--resolution is 16; it must be 8, like the digits images"),
     ],
 )
 def test_data_that_does_not_exist_or_fit_is_refused(arguments, sentence):
@@ -57,7 +57,7 @@ def test_settings_that_do_not_fit_a_folder_are_refused(class_folder, vae_folder)
     with pytest.raises(UserError, match="--num-classes is 2; it must be at least 3, as in the data"):
         load_dataset(folder, 8, num_classes=2)
     cut_short(class_folder / "ant" / "00.png")
-    with pytest.raises(UserError, match="ant/00.png is no whole picture"):
+    with pytest.raises(UserError, match="ant/00.png is no whole image"):
         load_dataset(folder, 8)
     assert load_dataset(folder, 8, num_classes=1000, on_bad_file="skip").num_classes == 1000
 

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 from haste.data import load_dataset
-from haste.data.fingerprint import LOOKED_AT, describe_change, fingerprint, other_latents
+from haste.data.dataset import LOOKED_AT, describe_change, fingerprint, other_latents
 from PIL import Image
 
 
@@ -18,10 +18,10 @@ def write_class_folders(folder, count=40):
 
 def write_repa_layout(folder, count=40):
     for number in range(count):
-        picture, moments = folder / f"images/img{number}.png", folder / f"vae-sd/img-mean-std-{number}.npy"
-        for path in (picture, moments):
+        image, moments = folder / f"images/img{number}.png", folder / f"vae-sd/img-mean-std-{number}.npy"
+        for path in (image, moments):
             path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(picture)
+        Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(image)
         np.save(moments, np.full((8, 1, 1), number, dtype=np.float32))
     set_labels(folder, [number % 3 for number in range(count)])
     return folder

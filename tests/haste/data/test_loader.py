@@ -11,7 +11,7 @@ import torch
 from haste.data import BatchOrder, batches, load_dataset
 from haste.data.loader import tell_of_cores
 from haste.errors import UserError
-from picture_files import cut_short
+from image_files import cut_short
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 
@@ -35,7 +35,7 @@ def latents(repa_folder):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_hold_the_pictures_of_the_order(data, num_workers):
+def test_batches_hold_the_images_of_the_order(data, num_workers):
     order = BatchOrder(12, 4, seed=0)
     for step, batch in enumerate(take(batches(data, order, num_workers=num_workers), 5)):
         samples = [data[index] for index in order.batch(step).tolist()]
@@ -94,7 +94,7 @@ def test_a_bad_file_ends_the_run_with_one_line(class_folder, data, num_workers):
     with pytest.raises(UserError) as error:
         take(batches(data, BatchOrder(12, 4, seed=0), num_workers=num_workers), 3)
     message = str(error.value)
-    assert message.startswith(f"{class_folder}/bee/04.png is no whole picture (")
+    assert message.startswith(f"{class_folder}/bee/04.png is no whole image (")
     assert message.endswith("; replace it, or pass over such files with --on-bad-file skip") and "\n" not in message
 
 
@@ -151,7 +151,7 @@ def test_a_worker_that_is_killed_is_told_in_one_line_by_the_next_read(data, monk
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    with pytest.raises(UserError, match="a process that reads the pictures was lost: DataLoader worker"):
+    with pytest.raises(UserError, match="a process that reads the images was lost: DataLoader worker"):
         take(stream, 50)
 
 
@@ -164,7 +164,7 @@ def test_data_in_memory_needs_no_workers():
     assert torch.equal(batch.labels, data._labels[indices]) and torch.equal(batch.student, data._images[indices])
 
 
-def test_there_are_no_more_workers_than_pictures(class_folder, monkeypatch):
+def test_there_are_no_more_workers_than_images(class_folder, monkeypatch):
     started = []
     monkeypatch.setattr("haste.data.loader._deliver", lambda data, loader, *_: started.append(loader.num_workers))
     data = load_dataset(str(class_folder), 8)

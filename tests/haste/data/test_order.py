@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 
 @given(samples=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 2**40))
-def test_every_epoch_holds_every_picture_once(samples, batch, seed):
+def test_every_epoch_holds_every_image_once(samples, batch, seed):
     order = BatchOrder(samples, batch, seed)
     stream = torch.cat([order.batch(step) for step in range(3 * samples // batch + 1)])
     for epoch in range(len(stream) // samples):

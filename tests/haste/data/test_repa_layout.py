@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from haste.data import BadFile, BatchOrder, batches, load_dataset
-from haste.data.repa_layout import image_name, latent_name, pair_files
+from haste.data.load import image_name, latent_name, pair_files
 from haste.errors import UserError
-from picture_files import cut_short, photographs, pixels_of
+from image_files import cut_short, photographs, pixels_of
 
 CPU = torch.device("cpu")
 
@@ -20,12 +20,12 @@ def everything(data):
     return data.collate([data[index] for index in range(len(data))])
 
 
-def test_pictures_moments_and_labels_belong_together(repa_folder):
+def test_images_moments_and_labels_belong_together(repa_folder):
     data = load_dataset(str(repa_folder), 16)
     assert (len(data), data.num_classes, data.channels, data.input_size, data.resolution) == (6, 4, 4, 2, 16)
-    for index, picture in enumerate(photographs(6, (16, 16))):
+    for index, image in enumerate(photographs(6, (16, 16))):
         sample = data[index]
-        assert (sample.pixels.numpy() == pixels_of(picture)).all()
+        assert (sample.pixels.numpy() == pixels_of(image)).all()
         assert sample.moments[:4].unique().tolist() == [index] and sample.label == index % 4
 
 
@@ -77,7 +77,7 @@ def test_files_pair_by_name_or_else_by_position():
     assert pair_files(["a.png", "b.png"], ["1.npy"]) == {}
 
 
-def test_labels_may_lie_beside_the_pictures(repa_folder):
+def test_labels_may_lie_beside_the_images(repa_folder):
     (repa_folder / "vae-sd" / "dataset.json").unlink()
     labels = [[image_name(index), 5 - index] for index in range(6)]
     (repa_folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
@@ -174,5 +174,5 @@ def test_missing_parts_are_refused(repa_folder, tmp_path):
         load_dataset(str(repa_folder), 16)
     (tmp_path / "empty" / "vae-sd").mkdir(parents=True)
     (tmp_path / "empty" / "images").mkdir()
-    with pytest.raises(UserError, match="hold no picture with its latents"):
+    with pytest.raises(UserError, match="hold no image with its latents"):
         load_dataset(str(tmp_path / "empty"), 16)

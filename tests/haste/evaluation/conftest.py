@@ -8,7 +8,7 @@ from haste.evaluation.features import Features
 
 
 class MeanColours:
-    """A network of 3 features, the mean of each channel, and 2 classes, by how bright a picture is. Counts its work."""
+    """A network of 3 features, the mean of each channel, and 2 classes, by how bright an image is. Counts its work."""
 
     key = "mean-colours"
     dimension = 3

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from haste.data.images import write_image
+from haste.digits.classifier import ClassifierConfig, load_classifier, real_digits
 from haste.errors import UserError
 from haste.evaluation import features as features_module
 from haste.evaluation.features import (
@@ -17,16 +19,14 @@ from haste.evaluation.features import (
     load_extractor,
     resize_smoothly,
 )
-from haste.evaluation.images import write_picture
+from haste.evaluation.image_readers import open_images
 from haste.evaluation.inception import Inception
-from haste.evaluation.judge import JudgeSettings, load_judge, real_digits
-from haste.evaluation.picture_sets import open_pictures
 from PIL import Image
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
 
 
-def random_pictures(count: int, size: int = 8) -> np.ndarray:
+def random_images(count: int, size: int = 8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
@@ -42,7 +42,7 @@ def dinov2(tmp_path_factory) -> Path:
 @torch.no_grad()
 def test_a_teacher_gives_its_class_token_after_the_final_norm(dinov2):
     extractor = TeacherExtractor(str(dinov2))
-    images = random_pictures(3, 56)
+    images = random_images(3, 56)
     found = extractor(images)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -57,7 +57,7 @@ def test_an_encoder_without_class_token_gives_the_mean_of_its_patches(tmp_path):
     config = tf.IJepaConfig(**SHAPE, image_size=16, patch_size=8)
     tf.IJepaModel(config).save_pretrained(tmp_path / "jepa")
     extractor = TeacherExtractor(str(tmp_path / "jepa"))
-    images = random_pictures(2, 16)
+    images = random_images(2, 16)
     with torch.no_grad():
         tokens = extractor.teacher(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).patch_tokens
     assert extractor(images).values == pytest.approx(tokens.mean(dim=1).numpy(), abs=1e-5)
@@ -78,8 +78,8 @@ def test_grey_encoders_see_the_mean_of_the_channels(tmp_path):
     assert extractor(image).values == pytest.approx(extractor(np.full_like(image, 30)).values, abs=1e-5)
 
 
-def test_pictures_are_resized_as_pillow_does():
-    image = 64 + random_pictures(1, 40)[0] // 2  # within bounds, also between Pillow's two passes, which round to bytes
+def test_images_are_resized_as_pillow_does():
+    image = 64 + random_images(1, 40)[0] // 2  # within bounds, also between Pillow's two passes, which round to bytes
     for size in (16, 56):
         pillow = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)).astype(np.float32)
         ours = resize_smoothly(torch.from_numpy(image).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0).numpy()
@@ -97,7 +97,7 @@ def test_the_key_tells_the_weights(dinov2, tmp_path):
 
 
 def test_the_judge_and_inception_classify(tmp_path):
-    judge = load_judge(tmp_path, JudgeSettings(epochs=1))
+    judge = load_classifier(tmp_path, ClassifierConfig(epochs=1))
     images = real_digits()[0][:20]
     judged = JudgeExtractor(judge)(images)
     assert (judged.values == judge(images).features).all() and judged.probabilities.shape == (20, 10)
@@ -113,33 +113,33 @@ def test_the_judge_and_inception_classify(tmp_path):
 
 
 def test_features_do_not_depend_on_the_batch(network):
-    images = random_pictures(10)
+    images = random_images(10)
     whole = extract(network, images, batch_size=10)
     parts = extract(network, images, batch_size=3)
     assert (whole.values == parts.values).all() and (whole.probabilities == parts.probabilities).all()
 
 
-def test_what_was_extracted_is_kept_and_only_changed_pictures_are_looked_at_again(tmp_path, network, monkeypatch):
+def test_what_was_extracted_is_kept_and_only_changed_images_are_looked_at_again(tmp_path, network, monkeypatch):
     monkeypatch.setattr(features_module, "SHARD", 4)
     folder, cache = tmp_path / "set", tmp_path / "features"
-    images = random_pictures(11)
+    images = random_images(11)
 
     def look(expected_work: int, count: int) -> Features:
         network.seen, heard = 0, []
-        found = extract(network, open_pictures(folder, "--samples"), 2, heard.append, cache)
+        found = extract(network, open_images(folder, "--samples"), 2, heard.append, cache)
         assert network.seen == expected_work and sum(heard) == count
         assert (found.values == network(images[:count]).values).all()
         return found
 
     for index, image in enumerate(images[:9]):
-        write_picture(folder / f"{index:06d}.png", image)
+        write_image(folder / f"{index:06d}.png", image)
     first = look(9, 9)
     assert (look(0, 9).probabilities == first.probabilities).all()
     for index in (9, 10):
-        write_picture(folder / f"{index:06d}.png", images[index])
+        write_image(folder / f"{index:06d}.png", images[index])
     look(3, 11)  # the last shard grew
     (folder / "000001.png").unlink()
-    write_picture(folder / "000001.png", images[1])
+    write_image(folder / "000001.png", images[1])
     look(4, 11)
     network.key = "another"
     look(11, 11)
@@ -147,9 +147,9 @@ def test_what_was_extracted_is_kept_and_only_changed_pictures_are_looked_at_agai
 
 def test_a_killed_command_goes_on(tmp_path, network, monkeypatch):
     monkeypatch.setattr(features_module, "SHARD", 4)
-    images = random_pictures(10)
+    images = random_images(10)
 
-    def kill(pictures: int) -> None:
+    def kill(images: int) -> None:
         if network.seen > 8:
             raise KeyboardInterrupt
 
@@ -165,7 +165,7 @@ def test_features_that_are_not_finite_are_refused(network, tmp_path):
             return Features(np.full((len(images), 3), np.nan))
 
     with pytest.raises(UserError, match="features of mean colours hold values that are not finite"):
-        extract(Broken(), random_pictures(2), cache=tmp_path)
+        extract(Broken(), random_images(2), cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from haste.errors import UserError
-from haste.evaluation.frechet import Gaussian, check_sample_size, fit_gaussian, frechet_distance, symmetric_root
+from haste.evaluation.metrics import Gaussian, check_sample_size, fit_gaussian, frechet_distance, symmetric_root
 
 
 def gaussian(mean, covariance) -> Gaussian:
@@ -56,7 +56,7 @@ def test_moments_are_numpys_in_double_precision():
 
 
 def test_moments_of_more_than_one_block_are_those_of_all(monkeypatch):
-    monkeypatch.setattr("haste.evaluation.frechet.BLOCK", 64)
+    monkeypatch.setattr("haste.evaluation.metrics.BLOCK", 64)
     features = np.random.default_rng(1).standard_normal((150, 3))
     assert fit_gaussian(features).covariance == pytest.approx(np.cov(features.T), rel=1e-12)
 

@@ -5,12 +5,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from drawn_pictures import read_npz, read_pictures
+from drawn_images import read_images, read_npz
+from haste.data.images import image_path, to_uint8, write_image, write_npz
 from haste.errors import UserError
-from haste.evaluation.images import picture_path, to_uint8, write_npz, write_picture
 
 
-def random_pictures(count: int, size: int = 8) -> np.ndarray:
+def random_images(count: int, size: int = 8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
@@ -37,27 +37,27 @@ def test_one_channel_becomes_three_equal_ones_and_three_stay():
     assert to_uint8(colour)[0, 0, 0].tolist() == [0, 127, 255]
 
 
-def test_pictures_come_back_as_they_were_in_the_order_of_their_numbers(tmp_path):
-    pictures = random_pictures(12)
+def test_images_come_back_as_they_were_in_the_order_of_their_numbers(tmp_path):
+    images = random_images(12)
     for index in reversed(range(12)):
-        write_picture(picture_path(tmp_path, index), pictures[index])
-    assert (read_pictures(tmp_path) == pictures).all()
+        write_image(image_path(tmp_path, index), images[index])
+    assert (read_images(tmp_path) == images).all()
     assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["000000.png", "000001.png"]
 
 
 def test_the_npz_is_the_adm_evaluators(tmp_path):
-    pictures, labels = random_pictures(5), np.arange(5)
-    write_npz(tmp_path / "samples.npz", pictures, labels)
+    images, labels = random_images(5), np.arange(5)
+    write_npz(tmp_path / "samples.npz", images, labels)
     with np.load(tmp_path / "samples.npz") as file:
         assert file.files[0] == "arr_0" and file["arr_0"].dtype == np.uint8
     read, read_labels = read_npz(tmp_path / "samples.npz")
-    assert (read == pictures).all() and (read_labels == labels).all()
+    assert (read == images).all() and (read_labels == labels).all()
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]  # no leftovers
 
 
-def test_the_npz_is_written_picture_by_picture(tmp_path):
+def test_the_npz_is_written_image_by_image(tmp_path):
     """All of them are never in memory together."""
-    one = random_pictures(1, size=64)[0]
+    one = random_images(1, size=64)[0]
     count = 400
     tracemalloc.start()
     write_npz(tmp_path / "samples.npz", (one for _ in range(count)), np.zeros(count))
@@ -68,14 +68,14 @@ def test_the_npz_is_written_picture_by_picture(tmp_path):
     assert peak < 0.2 * images.nbytes
 
 
-def test_an_npz_of_pictures_that_do_not_fit_together_is_not_written(tmp_path):
+def test_an_npz_of_images_that_do_not_fit_together_is_not_written(tmp_path):
     with pytest.raises(UserError, match=r"different sizes, \(8, 8, 3\) and \(9, 9, 3\)"):
-        write_npz(tmp_path / "s.npz", [*random_pictures(1), *random_pictures(1, size=9)], np.zeros(2))
+        write_npz(tmp_path / "s.npz", [*random_images(1), *random_images(1, size=9)], np.zeros(2))
     with pytest.raises(ValueError, match="shorter"):
-        write_npz(tmp_path / "s.npz", random_pictures(2), np.zeros(3))
+        write_npz(tmp_path / "s.npz", random_images(2), np.zeros(3))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_npz_of_somebody_else_has_no_labels(tmp_path):
-    np.savez(tmp_path / "foreign.npz", random_pictures(3))
+    np.savez(tmp_path / "foreign.npz", random_images(3))
     assert read_npz(tmp_path / "foreign.npz")[1] is None

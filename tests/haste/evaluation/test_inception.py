@@ -60,7 +60,7 @@ def test_it_has_the_tensors_of_the_public_state_dict(network):
 
 
 @torch.no_grad()
-def test_pictures_of_any_size_give_features_and_probabilities(network):
+def test_images_of_any_size_give_features_and_probabilities(network):
     sizes = {}
     hooks = [
         getattr(network, name).register_forward_hook(lambda module, x, y, name=name: sizes.update({name: y.shape[1:]}))
@@ -93,8 +93,8 @@ def test_resizing_is_tensorflow_ones():
     assert resize(ramp, 8)[0, 0, 0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
     assert resize(ramp.mT, 8)[0, 0, :, 0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
     assert resize(ramp, 2)[0, 0, 0].tolist() == [0.0, 2.0]  # nothing is smoothed
-    picture = torch.rand(2, 3, 299, 299)
-    assert resize(picture).equal(picture)
+    image = torch.rand(2, 3, 299, 299)
+    assert resize(image).equal(image)
 
 
 def test_pixels_become_minus_one_to_one():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from haste.errors import UserError
-from haste.evaluation.inception_score import inception_score
+from haste.evaluation.metrics import inception_score
 
 
 def test_sure_answers_evenly_over_all_classes_score_their_number():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from haste.errors import UserError
-from haste.evaluation.kernel_distance import kernel_distance, unbiased_mmd2
+from haste.evaluation.metrics import kernel_distance, unbiased_mmd2
 
 
 def cubic(x, y) -> float:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from haste.errors import UserError
-from haste.evaluation import manifolds
-from haste.evaluation.manifolds import manifold_scores, neighbour_radii
+from haste.evaluation import metrics
+from haste.evaluation.metrics import manifold_scores, neighbour_radii
 from scipy.spatial.distance import cdist
 
 
@@ -28,7 +28,7 @@ def scores(samples, reference) -> list[float]:
 
 @pytest.mark.parametrize("entries", [2**24, 500])
 def test_they_are_their_definitions_in_one_block_or_in_many(monkeypatch, entries):
-    monkeypatch.setattr(manifolds, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(metrics, "BLOCK_ENTRIES", entries)
     rng = np.random.default_rng(0)
     samples, reference = rng.standard_normal((150, 3)), 1.5 * rng.standard_normal((120, 3)) + 0.5
     expected = by_definition(samples, reference)
@@ -37,9 +37,9 @@ def test_they_are_their_definitions_in_one_block_or_in_many(monkeypatch, entries
 
 
 def test_blocks_are_no_larger_than_their_limit(monkeypatch):
-    monkeypatch.setattr(manifolds, "BLOCK_ENTRIES", 500)
+    monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 500)
     points = np.random.default_rng(0).standard_normal((90, 2))
-    assert max(block.size for _, block in manifolds.distance_blocks(points, points)) <= 500
+    assert max(block.size for _, block in metrics.distance_blocks(points, points)) <= 500
 
 
 def test_identical_sets_are_wholly_in_each_other():
@@ -55,7 +55,7 @@ def test_sets_far_apart_have_nothing_in_common():
 
 
 def test_points_on_a_line_as_counted_by_hand():
-    """Real pictures at 0, 1, …, 9: third neighbours at 3, 2, 2, …, 2, 3, fifth at 5, 4, 3, 3, …, 3, 4, 5."""
+    """Real images at 0, 1, …, 9: third neighbours at 3, 2, 2, …, 2, 3, fifth at 5, 4, 3, 3, …, 3, 4, 5."""
     reference = np.arange(10.0)[:, None]
     assert np.sqrt(neighbour_radii(reference, (3, 5))) == pytest.approx(
         np.array([[3, 2, 2, 2, 2, 2, 2, 2, 2, 3], [5, 4, 3, 3, 3, 3, 3, 3, 4, 5]])
@@ -63,11 +63,11 @@ def test_points_on_a_line_as_counted_by_hand():
     samples = np.array([[4.6], [4.61], [4.62], [4.63], [4.64], [30.0]])
     found = manifold_scores(samples, reference)
     assert found.precision == pytest.approx(5 / 6)
-    # Each sample near 4.6 is within 3 of the real pictures 2 … 7, within 5 of 0, within 4 of 1 and 8 and within 5 of 9.
+    # Each sample near 4.6 is within 3 of the real images 2 … 7, within 5 of 0, within 4 of 1 and 8 and within 5 of 9.
     assert found.density == pytest.approx(5 * 10 / (5 * 6))
     assert found.coverage == 1.0
     # The balls of the first five samples are at most 0.04 wide; the one at 30 reaches 25.38 down, to all of them, so
-    # to every real picture from 4.62 on.
+    # to every real image from 4.62 on.
     assert found.recall == pytest.approx(5 / 10)
 
 
@@ -96,7 +96,7 @@ def test_features_that_are_not_finite_are_refused(value):
 
 
 def test_too_few_points_and_two_networks_are_refused():
-    with pytest.raises(UserError, match="5 pictures are too few; it takes more than 5"):
+    with pytest.raises(UserError, match="5 images are too few; it takes more than 5"):
         manifold_scores(np.zeros((5, 2)), np.zeros((9, 2)))
     with pytest.raises(UserError, match="2 and 3 dimensions"):
         manifold_scores(np.zeros((9, 2)), np.zeros((9, 3)))

@@ -3,16 +3,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from haste.errors import UserError
+from haste.evaluation.evaluate import NAMES, MetricConfig, Result, measure
 from haste.evaluation.features import Features
-from haste.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
-from haste.evaluation.inception_score import inception_score
-from haste.evaluation.kernel_distance import kernel_distance
-from haste.evaluation.manifolds import manifold_scores
-from haste.evaluation.metrics import NAMES, MetricSettings, Result, measure
+from haste.evaluation.metrics import (
+    Gaussian,
+    fit_gaussian,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    manifold_scores,
+)
 from haste.evaluation.reference import Reference
 from haste.evaluation.tables import checkpoints_text, results_text
 
-SETTINGS = MetricSettings(kid_subsets=5, kid_subset_size=100)
+SETTINGS = MetricConfig(kid_subsets=5, kid_subset_size=100)
 
 
 def features(count: int, dimension: int = 3, seed: int = 0, shift: float = 0.0) -> np.ndarray:
@@ -54,22 +58,22 @@ def test_statistics_alone_allow_the_frechet_distance_alone():
     assert "label_accuracy" not in found
 
 
-def test_too_few_pictures_are_refused_metric_by_metric():
+def test_too_few_images_are_refused_metric_by_metric():
     found = by_key(measure(Features(features(8, 16)), reference(features(2000, 16)), SETTINGS))
     assert "8 samples are too few for a Fréchet distance in 16" in found["frechet_distance"].note
     assert "--kid-subset-size is 100; it must be at least 2, and at most 8" in found["kernel_distance"].note
     assert found["frechet_distance"].value is found["kernel_distance"].value is None
-    assert found["precision"].value is not None and "rest on 8 pictures" in found["precision"].note
+    assert found["precision"].value is not None and "rest on 8 images" in found["precision"].note
     few = by_key(measure(Features(features(2000, 16)), reference(features(9, 16)), SETTINGS))
-    assert "9 real pictures are too few" in few["frechet_distance"].note
+    assert "9 real images are too few" in few["frechet_distance"].note
 
 
-def test_few_pictures_come_with_a_caution():
+def test_few_images_come_with_a_caution():
     probabilities = np.full((100, 4), 0.25)
     found = by_key(measure(Features(features(100, 16), probabilities), reference(features(120, 16)), SETTINGS))
-    for side in ("100 samples in 16", "120 real pictures in 16"):
+    for side in ("100 samples in 16", "120 real images in 16"):
         assert f"rests on {side} feature dimensions and is biased upwards" in found["frechet_distance"].note
-    assert "rest on 100 pictures" in found["recall"].note
+    assert "rest on 100 images" in found["recall"].note
     assert "rests on 100 samples and is biased downwards; use at least 5,000" in found["inception_score"].note
 
 
@@ -79,11 +83,11 @@ def test_two_networks_are_refused():
 
 
 def test_the_table_says_each_thing_once():
-    text = results_text(measure(Features(features(100)), reference(features(150)), MetricSettings()))
+    text = results_text(measure(Features(features(100)), reference(features(150)), MetricConfig()))
     lines = text.splitlines()
     assert lines[1].split() == ["kernel", "distance", "-"]
     assert sum("No kernel distance: --kid-subset-size" in line for line in lines) == 1
-    assert sum("rest on 100 pictures" in line for line in lines) == 1
+    assert sum("rest on 100 images" in line for line in lines) == 1
 
 
 def test_checkpoints_are_rows_and_what_none_of_them_has_is_no_column():

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 from haste.errors import UserError
-from haste.evaluation.metrics import Result
-from haste.evaluation.record import beside, keep_evaluation, metrics_record, read_evaluations
+from haste.evaluation.evaluate import Result, beside, keep_evaluation, metrics_record, read_evaluations
 
 
-def test_a_folder_and_the_npz_of_its_pictures_share_a_record(tmp_path):
+def test_a_folder_and_the_npz_of_its_images_share_a_record(tmp_path):
     (tmp_path / "run-cfg1.5").mkdir()
     expected = tmp_path / "run-cfg1.5-evaluation.json"
     assert beside(tmp_path / "run-cfg1.5", "evaluation.json") == expected

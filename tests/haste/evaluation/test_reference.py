@@ -4,9 +4,9 @@ import logging
 
 import numpy as np
 import pytest
+from haste.data.images import write_image
 from haste.errors import UserError
-from haste.evaluation.frechet import Gaussian, frechet_distance
-from haste.evaluation.images import write_picture
+from haste.evaluation.metrics import Gaussian, frechet_distance
 from haste.evaluation.reference import (
     check_replaceable,
     load_reference,
@@ -27,9 +27,9 @@ def statistics() -> dict[str, np.ndarray]:
     return {"mu": values.mean(axis=0).astype(np.float32), "sigma": np.cov(values.T)}
 
 
-def test_pictures_of_a_folder_and_of_adms_arrays(tmp_path, network, images):
+def test_images_of_a_folder_and_of_adms_arrays(tmp_path, network, images):
     for index, image in enumerate(images):
-        write_picture(tmp_path / "real" / f"{index}.png", image)
+        write_image(tmp_path / "real" / f"{index}.png", image)
     np.savez(tmp_path / "adm.npz", arr_0=images)
     heard = []
     folder = load_reference(str(tmp_path / "real"), network, 5, lambda done, of: heard.append((done, of)))
@@ -52,25 +52,25 @@ def test_adms_statistics_alone(tmp_path, network, statistics):
     assert found.gaussian.mean == pytest.approx(statistics["mu"]) and found.gaussian.covariance.shape == (3, 3)
 
 
-def test_adms_statistics_beside_pictures_are_both_used(tmp_path, network, images, statistics):
+def test_adms_statistics_beside_images_are_both_used(tmp_path, network, images, statistics):
     np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
     found = load_reference(str(tmp_path / "adm.npz"), network)
     assert found.gaussian.mean == pytest.approx(statistics["mu"])
     assert (found.features == network(images).values).all() and found.count == 12
 
 
-def test_statistics_of_another_network_are_passed_over_where_there_are_pictures(tmp_path, network, images, caplog):
+def test_statistics_of_another_network_are_passed_over_where_there_are_images(tmp_path, network, images, caplog):
     np.savez(tmp_path / "adm.npz", arr_0=images, mu=np.zeros(5), sigma=np.eye(5))
     with caplog.at_level(logging.INFO):
         found = load_reference(str(tmp_path / "adm.npz"), network)
-    assert "statistics have 5 dimensions; mean colours gives 3, so its pictures are used alone" in caplog.text
+    assert "statistics have 5 dimensions; mean colours gives 3, so its images are used alone" in caplog.text
     assert found.stored is None and found.gaussian.dimension == 3
     np.savez(tmp_path / "adm.npz", mu=np.zeros(5), sigma=np.eye(5))
     with pytest.raises(UserError, match="5 dimensions; mean colours gives 3; both sides need the same network"):
         load_reference(str(tmp_path / "adm.npz"), network)
 
 
-def test_a_saved_reference_needs_no_pictures_the_next_time(tmp_path, network, images):
+def test_a_saved_reference_needs_no_images_the_next_time(tmp_path, network, images):
     np.savez(tmp_path / "adm.npz", arr_0=images)
     first = load_reference(str(tmp_path / "adm.npz"), network)
     save_reference(tmp_path / "saved.npz", first)
@@ -119,7 +119,7 @@ def test_a_small_reference_is_saved_without_statistics(tmp_path, network, images
     save_reference(tmp_path / "saved.npz", load_reference(str(tmp_path / "adm.npz"), network))
     again = load_reference(str(tmp_path / "saved.npz"), network)
     assert again.count == 3
-    with pytest.raises(UserError, match="3 real pictures are too few"):
+    with pytest.raises(UserError, match="3 real images are too few"):
         _ = again.gaussian
 
 
@@ -143,7 +143,7 @@ def test_references_that_are_none_are_refused(tmp_path, network):
         with pytest.raises(UserError, match=message):
             load_reference(str(path), network)
 
-    refused("does not exist; it must be digits, a folder of pictures, or an .npz")
+    refused("does not exist; it must be digits, a folder of images, or an .npz")
     refused(r"mu has shape \(3,\) and sigma \(2, 2\); they must be", mu=np.zeros(3), sigma=np.eye(2))
     refused("x.npz, whose mu holds values that are not finite", mu=np.full(3, np.nan), sigma=np.eye(3))
     refused("x.npz, whose sigma holds values that are not", mu=np.zeros(3), sigma=np.diag([1, np.inf, 1]))
@@ -155,7 +155,7 @@ def test_references_that_are_none_are_refused(tmp_path, network):
     moments = {"mu": np.zeros(3), "sigma": np.eye(3)}
     refused("features are not finite", features=np.full((20, 3), np.nan), **moments)
     refused("mu has 3 dimensions and features 2", features=np.ones((20, 2)), **moments)
-    refused("not an .npz with pictures under arr_0", other=np.zeros(3))
+    refused("not an .npz with images under arr_0", other=np.zeros(3))
     (tmp_path / "x.npz").write_text("text")
     refused("x.npz, which cannot be read as an .npz file")
 
@@ -178,7 +178,7 @@ def test_stored_features_that_are_none_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             stored_features(tmp_path / "x.npy", "--samples")
 
-    refused(r"features must be floats \(pictures, dimension\)", np.zeros(3))
+    refused(r"features must be floats \(images, dimension\)", np.zeros(3))
     refused("features must be floats", np.zeros((3, 2), dtype=np.int64))
     refused("not finite", np.full((3, 2), np.inf))
     refused("features must be floats", np.zeros((3, 0)))

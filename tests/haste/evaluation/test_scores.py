@@ -6,22 +6,22 @@ import os
 import numpy as np
 import pytest
 from digits_run import write_run
+from haste.digits.classifier import ClassifierConfig, real_digits
 from haste.errors import UserError
-from haste.evaluation import scores as scores_module
-from haste.evaluation.frechet import fit_gaussian, frechet_distance
-from haste.evaluation.judge import JudgeSettings, real_digits
-from haste.evaluation.scores import append_record, evaluate_checkpoints, load_yardstick, read_records
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import run_checkpoints
-from haste.training.identity import as_before
+from haste.evaluation import evaluate as scores_module
+from haste.evaluation.evaluate import append_record, evaluate_checkpoints, load_yardstick, read_records
+from haste.evaluation.metrics import fit_gaussian, frechet_distance
+from haste.generation.checkpoint import run_checkpoints
+from haste.generation.config import SamplingConfig
+from haste.training.checkpoint import as_before
 
-SETTINGS = SamplingSettings(num_steps=2, labels="balanced")
+SETTINGS = SamplingConfig(num_steps=2, labels="balanced")
 COUNT = 70
 
 
 @pytest.fixture(scope="module")
 def yardstick(tmp_path_factory):
-    return load_yardstick(tmp_path_factory.mktemp("judge"), JudgeSettings(epochs=4))
+    return load_yardstick(tmp_path_factory.mktemp("judge"), ClassifierConfig(epochs=4))
 
 
 def test_the_real_digits_are_at_no_distance_and_noise_is_far(yardstick):
@@ -75,7 +75,7 @@ def test_what_was_judged_before_a_kill_is_kept(tmp_path, yardstick):
     assert both[0] == first[0] and read_records(run / "evaluation.jsonl") == both
 
 
-def test_progress_hears_of_every_picture(tmp_path, yardstick):
+def test_progress_hears_of_every_image(tmp_path, yardstick):
     run = write_run(tmp_path)
     heard = []
     for _ in ("judged", "known"):

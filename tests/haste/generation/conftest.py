@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from haste.training.students import STUDENTS
+from haste.training.config import STUDENTS
 from latent_student import NAME, SHAPE
 
 

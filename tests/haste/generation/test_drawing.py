@@ -7,10 +7,9 @@ import pytest
 import torch
 from digits_run import write_run
 from haste.errors import UserError
-from haste.generation.drawing import Sampler
-from haste.generation.labels import choose_labels, picture_generator
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import load_student, run_checkpoints
+from haste.generation.checkpoint import load_checkpoint, run_checkpoints
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler, choose_labels, image_generator
 
 
 @pytest.fixture(scope="module")
@@ -28,31 +27,31 @@ def run(tmp_path_factory):
         {"cache": "taylor", "interval": 3, "order": 1},
     ],
 )
-def test_a_picture_is_the_same_in_any_batch(run, settings):
-    student = load_student(run)
-    sampler = Sampler(student, SamplingSettings(num_steps=8, global_seed=3, **settings))
+def test_a_image_is_the_same_in_any_batch(run, settings):
+    student = load_checkpoint(run)
+    sampler = Sampler(student, SamplingConfig(num_steps=8, global_seed=3, **settings))
     whole, labels = sampler.draw(range(7))
     parts = [sampler.draw(indices) for indices in ([0, 1], [5, 2], [6], [4, 3])]
     order = [0, 1, 5, 2, 6, 4, 3]
     assert (np.concatenate([part[1] for part in parts]) == labels[order]).all()
     difference = np.concatenate([part[0] for part in parts]).astype(int) - whole[order].astype(int)
     assert np.abs(difference).max() <= 1  # matrix products of another size round otherwise; a cut may fall between
-    assert whole.shape == (7, 8, 8, 3) and whole.std() > 10  # pictures, not a constant
+    assert whole.shape == (7, 8, 8, 3) and whole.std() > 10  # images, not a constant
 
 
-def test_another_seed_or_number_is_another_picture(run):
-    student = load_student(run)
-    first = Sampler(student, SamplingSettings(num_steps=2, labels="3")).draw([0, 1])[0]
-    other = Sampler(student, SamplingSettings(num_steps=2, labels="3", global_seed=1)).draw([0, 1])[0]
-    pictures = [picture.tobytes() for picture in (*first, *other)]
-    assert len(set(pictures)) == 4
+def test_another_seed_or_number_is_another_image(run):
+    student = load_checkpoint(run)
+    first = Sampler(student, SamplingConfig(num_steps=2, labels="3")).draw([0, 1])[0]
+    other = Sampler(student, SamplingConfig(num_steps=2, labels="3", global_seed=1)).draw([0, 1])[0]
+    images = [image.tobytes() for image in (*first, *other)]
+    assert len(set(images)) == 4
 
 
 def test_the_noise_does_not_depend_on_the_labels_that_are_asked_for():
     for purpose in ("label", "noise"):
-        twice = [torch.randn(3, generator=picture_generator(5, 9, purpose)) for _ in range(2)]
+        twice = [torch.randn(3, generator=image_generator(5, 9, purpose)) for _ in range(2)]
         assert torch.equal(*twice)
-    label, noise = (torch.randn(3, generator=picture_generator(5, 9, p)) for p in ("label", "noise"))
+    label, noise = (torch.randn(3, generator=image_generator(5, 9, p)) for p in ("label", "noise"))
     assert not torch.equal(label, noise)
 
 
@@ -81,16 +80,16 @@ def test_labels_that_do_not_exist_are_refused(policy, message):
 
 def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path, caplog):
     run = write_run(tmp_path)
-    assert load_student(run).step == 4
+    assert load_checkpoint(run).step == 4
     newest = run / "checkpoints" / "0000004.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert load_student(run).step == 2
+    assert load_checkpoint(run).step == 2
     assert "0000004.pt" in caplog.text
     assert [path.name for path in run_checkpoints(run)] == ["0000002.pt", "0000004.pt"]
 
 
 def test_averaged_weights_unless_told_otherwise(run):
-    averaged, trained = load_student(run).model, load_student(run, ema=False).model
+    averaged, trained = load_checkpoint(run).model, load_checkpoint(run, ema=False).model
     file = torch.load(run / "checkpoints" / "0000004.pt", weights_only=False)
     name = "blocks.0.attn.qkv.weight"
     assert torch.equal(averaged.state_dict()[name], file["ema"][name])
@@ -99,14 +98,14 @@ def test_averaged_weights_unless_told_otherwise(run):
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoints; give a checkpoint file or the folder of a run"):
-        load_student(tmp_path)
+        load_checkpoint(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        load_student(tmp_path / "0000400.pt")
+        load_checkpoint(tmp_path / "0000400.pt")
 
 
 def test_the_folder_of_checkpoints_inside_a_run_names_the_run(run):
     with pytest.raises(UserError, match=f"give the run's own, {run}, or one of the files"):
-        load_student(run / "checkpoints")
+        load_checkpoint(run / "checkpoints")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_the_folder_of_checkpoints_inside_a_run_names_the_run(run):
     ],
 )
 def test_calls_are_counted(run, settings, calls):
-    sampler = Sampler(load_student(run), SamplingSettings(num_steps=8, **settings))
+    sampler = Sampler(load_checkpoint(run), SamplingConfig(num_steps=8, **settings))
     sampler.draw([0])
     assert sampler.calls == calls
 
@@ -133,18 +132,18 @@ def test_calls_are_counted(run, settings, calls):
 )
 def test_settings_that_contradict_each_other_are_refused(run, settings, message):
     with pytest.raises(UserError, match=message):
-        Sampler(load_student(run), SamplingSettings(**settings))
+        Sampler(load_checkpoint(run), SamplingConfig(**settings))
 
 
 def test_guidance_without_a_null_class_is_refused(tmp_path):
     run = write_run(tmp_path, cfg_prob=0.0)
     with pytest.raises(UserError, match="--cfg-scale is 1.5; it must be 1 for a model trained with --cfg-prob 0"):
-        Sampler(load_student(run), SamplingSettings(cfg_scale=1.5))
+        Sampler(load_checkpoint(run), SamplingConfig(cfg_scale=1.5))
 
 
-def test_the_settings_that_decide_the_pictures_leave_out_an_unused_cache():
-    assert "interval" not in SamplingSettings().sampling_fields()
-    assert SamplingSettings(cache="taylor", interval=7).sampling_fields()["interval"] == 7
+def test_the_settings_that_decide_the_images_leave_out_an_unused_cache():
+    assert "interval" not in SamplingConfig().sampling_fields()
+    assert SamplingConfig(cache="taylor", interval=7).sampling_fields()["interval"] == 7
 
 
 @pytest.mark.parametrize(
@@ -162,12 +161,12 @@ def test_the_settings_that_decide_the_pictures_leave_out_an_unused_cache():
     ],
 )
 def test_the_name_of_a_folder_tells_what_people_vary(settings, name):
-    assert SamplingSettings(**settings).short_name() == name
+    assert SamplingConfig(**settings).short_name() == name
 
 
 @pytest.mark.parametrize(("mode", "rows"), [("batched", 6), ("separate", 3)])
 def test_a_warm_up_takes_no_more_memory_than_drawing(run, mode, rows):
-    sampler = Sampler(load_student(run), SamplingSettings(cfg_scale=2.0, guidance_mode=mode))
+    sampler = Sampler(load_checkpoint(run), SamplingConfig(cfg_scale=2.0, guidance_mode=mode))
     seen = []
     sampler.student.model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])))
     sampler.warm_up(3)
@@ -175,9 +174,9 @@ def test_a_warm_up_takes_no_more_memory_than_drawing(run, mode, rows):
 
 
 def test_guidance_in_two_halves_draws_the_same(run):
-    student, settings = load_student(run), {"num_steps": 8, "cfg_scale": 2.0, "guidance_high": 0.7}
+    student, settings = load_checkpoint(run), {"num_steps": 8, "cfg_scale": 2.0, "guidance_high": 0.7}
     batched, separate = (
-        Sampler(student, SamplingSettings(**settings, guidance_mode=mode)) for mode in ("batched", "separate")
+        Sampler(student, SamplingConfig(**settings, guidance_mode=mode)) for mode in ("batched", "separate")
     )
     difference = batched.draw(range(5))[0].astype(int) - separate.draw(range(5))[0].astype(int)
     assert np.abs(difference).max() <= 1

@@ -1,4 +1,4 @@
-"""Students of latents: which VAE makes pictures of what they draw."""
+"""Students of latents: which VAE makes images of what they draw."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from digits_run import write_run
+from haste.data.images import to_uint8
 from haste.errors import UserError
-from haste.evaluation.images import to_uint8
-from haste.generation.drawing import Sampler
-from haste.generation.labels import picture_generator
-from haste.generation.latents import latent_format
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import load_student
-from haste.sampling import initial_noise, sample
+from haste.generation.checkpoint import latent_format, load_checkpoint
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler, image_generator
+from haste.samplers import initial_noise, sample
 from haste.vae import PUBLISHED_VAES, SD_LATENTS, VAE, LatentFormat
-from latent_student import PICTURE, write_bare, write_ours, write_repas
-from picture_files import save_vae
+from image_files import save_vae
+from latent_student import IMAGE, write_bare, write_ours, write_repas
 
 
 @pytest.fixture
 def student(tmp_path):
-    return load_student(write_ours(tmp_path / "0000000.pt", tmp_path / "vae"))
+    return load_checkpoint(write_ours(tmp_path / "0000000.pt", tmp_path / "vae"))
 
 
 def test_latents_are_decoded_by_the_vae_of_the_checkpoint(student, tmp_path):
-    images, labels = Sampler(student, SamplingSettings(num_steps=3, labels="3,1")).draw(range(3))
-    generators = [picture_generator(0, index, "noise") for index in range(3)]
+    images, labels = Sampler(student, SamplingConfig(num_steps=3, labels="3,1")).draw(range(3))
+    generators = [image_generator(0, index, "noise") for index in range(3)]
     drawn = sample(student.model, initial_noise((3, 4, 4, 4), generators), torch.tensor([3, 1, 3]), num_steps=3)
     wanted = to_uint8(VAE(LatentFormat.of(str(tmp_path / "vae"))).decode(drawn))
-    assert images.shape == (3, PICTURE, PICTURE, 3) and (images == wanted).all() and images.std() > 1
+    assert images.shape == (3, IMAGE, IMAGE, 3) and (images == wanted).all() and images.std() > 1
     assert labels.tolist() == [3, 1, 3]
 
 
@@ -45,15 +43,15 @@ def test_a_vae_that_does_not_fit_is_refused(student, tmp_path):
     with pytest.raises(UserError, match="--vae is mse, with 4 channels and 8 pixels per latent; it must have 4 and 4"):
         latent_format(student, "mse")
     wide = save_vae(tmp_path / "wide", channels=16)
-    bare = load_student(write_bare(tmp_path / "bare.pt"))
+    bare = load_checkpoint(write_bare(tmp_path / "bare.pt"))
     with pytest.raises(UserError, match="whose latents have 16 channels; it must have the 4 that the model draws"):
         latent_format(bare, str(wide))
     with pytest.raises(UserError, match="which does not exist; it must be mse or ema"):
-        Sampler(student, SamplingSettings(vae="./none"))
+        Sampler(student, SamplingConfig(vae="./none"))
 
 
 def test_a_student_of_pixels_has_none(tmp_path):
-    student = load_student(write_run(tmp_path))
+    student = load_checkpoint(write_run(tmp_path))
     assert latent_format(student) is None
     with pytest.raises(UserError, match="--vae is ema, whose latents have 4 channels; it must have the 1"):
         latent_format(student, "ema")
@@ -62,16 +60,16 @@ def test_a_student_of_pixels_has_none(tmp_path):
 
 
 def test_other_trainers_latents_are_those_of_the_published_vae(tmp_path):
-    student = load_student(write_repas(tmp_path / "0400000.pt"))
+    student = load_checkpoint(write_repas(tmp_path / "0400000.pt"))
     assert latent_format(student) == replace(SD_LATENTS, vae=PUBLISHED_VAES["ema"])
     assert latent_format(student, "mse") == SD_LATENTS
 
 
 def test_one_vae_decodes_a_run_that_was_gone_on_with(tmp_path):
     """REPA's checkpoint names none; ours names that of Stable Diffusion which made the latents."""
-    student = load_student(write_ours(tmp_path / "0000000.pt", tmp_path / "vae"))
+    student = load_checkpoint(write_ours(tmp_path / "0000000.pt", tmp_path / "vae"))
     student.recorded["latents"] = asdict(SD_LATENTS)
-    assert latent_format(student) == latent_format(load_student(write_repas(tmp_path / "0400000.pt")))
+    assert latent_format(student) == latent_format(load_checkpoint(write_repas(tmp_path / "0400000.pt")))
     assert latent_format(student, "mse") == SD_LATENTS
     student.config.vae = "mse"  # which the run was told
     assert latent_format(student) == SD_LATENTS

@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 from digits_run import write_run
-from drawn_pictures import read_npz
+from drawn_images import read_npz
 from haste.cli.sample import Args, sample_to_folder
-from haste.generation.filling import deal
-from haste.generation.processes import Processes
+from haste.distributed import Processes
+from haste.generation.sample_dir import deal
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = [
@@ -55,7 +55,7 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def kill_in_the_middle(process: subprocess.Popen, folder: Path) -> dict[str, int]:
-    """Kill a command and its workers once a few pictures are there; these, with the times of their writing."""
+    """Kill a command and its workers once a few images are there; these, with the times of their writing."""
     deadline = time.monotonic() + 100
     while len(list(folder.glob("*.png"))) < 3:
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -76,13 +76,13 @@ def written(folder: Path) -> dict[str, int]:
 
 
 def test_two_processes_that_were_killed_go_on_and_equal_one_byte_for_byte(tmp_path, run, one_thread):
-    steps = 120  # so many that a kill finds some of the pictures missing
+    steps = 120  # so many that a kill finds some of the images missing
     two, one = (tmp_path / name / f"0000004-euler-{steps}-cfg1-seed0" for name in ("two", "one"))
     kept = kill_in_the_middle(start(TORCHRUN, run, tmp_path / "two", steps), two)
     assert 3 <= len(kept) < COUNT and not two.with_name(two.name + ".npz").exists()
 
     out, _ = finish(start(ACCELERATE, run, tmp_path / "two", steps))
-    assert out.count(f"{COUNT} pictures at") == 1  # one process tells
+    assert out.count(f"{COUNT} images at") == 1  # one process tells
     assert kept.items() <= written(two).items()
     settings = {"num_fid_samples": COUNT, "per_proc_batch_size": 2, "num_steps": steps}
     sample_to_folder(Args(ckpt=run, sample_dir=tmp_path / "one", **settings))

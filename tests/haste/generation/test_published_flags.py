@@ -8,15 +8,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from drawn_pictures import read_npz
+from drawn_images import read_npz
 from haste.cli.main import main
-from haste.generation.labels import picture_generator
-from haste.generation.published_flags import name_of
+from haste.generation.config import name_of
+from haste.generation.pipeline import image_generator
 from haste.models import SiT
-from haste.sampling import initial_noise
+from haste.samplers import initial_noise
 from haste.vae import VAE, LatentFormat
+from image_files import save_vae
 from latent_student import REST, SHAPE, random_weights, write_bare, write_ours, write_repas
-from picture_files import save_vae
 
 # As REPA's README has it, but for the numbers that are small here.
 PUBLISHED = [
@@ -35,7 +35,7 @@ def vae(tmp_path):
     return save_vae(tmp_path / "vae")
 
 
-def pictures(tmp_path, ckpt, vae, *flags: str, folder: str = "samples") -> np.ndarray:
+def images(tmp_path, ckpt, vae, *flags: str, folder: str = "samples") -> np.ndarray:
     """What a command draws."""
     target = tmp_path / folder
     main(["sample", "--ckpt", str(ckpt), "--vae", str(vae), "--sample-dir", str(target), *flags])
@@ -45,7 +45,7 @@ def pictures(tmp_path, ckpt, vae, *flags: str, folder: str = "samples") -> np.nd
 
 def refusal(capsys, tmp_path, ckpt, vae, *flags: str) -> str:
     with pytest.raises(SystemExit) as exit_:
-        pictures(tmp_path, ckpt, vae, *flags)
+        images(tmp_path, ckpt, vae, *flags)
     assert exit_.value.code == 2 and not (tmp_path / "samples").exists()
     return capsys.readouterr().err
 
@@ -53,10 +53,10 @@ def refusal(capsys, tmp_path, ckpt, vae, *flags: str) -> str:
 @pytest.mark.parametrize("write", [write_repas, write_bare])
 def test_a_published_command_draws_as_the_short_one_does(tmp_path, vae, write):
     ckpt = write(tmp_path / "0400000.pt")
-    published = pictures(tmp_path, ckpt, vae, *PUBLISHED, *THE_REST, folder="published")
+    published = images(tmp_path, ckpt, vae, *PUBLISHED, *THE_REST, folder="published")
     short = ["--num-fid-samples", "5", "--mode", "sde", "--num-steps", "4", "--cfg-scale", "1.8",
              "--guidance-high", "0.7"]  # fmt: skip
-    ours = pictures(tmp_path, ckpt, vae, *short, "--no-fused-attn", folder="ours")
+    ours = images(tmp_path, ckpt, vae, *short, "--no-fused-attn", folder="ours")
     assert published.shape == (5, 16, 16, 3) and (published == ours).all() and published.std() > 1
     assert [path.name for path in (tmp_path / "ours").iterdir() if path.is_dir()] == [
         "0400000-euler-maruyama-4-cfg1.8-from0-to0.7-seed0"
@@ -84,7 +84,7 @@ def test_a_bare_file_goes_by_the_flags(tmp_path, vae, capsys):
     ckpt = write_bare(tmp_path / "last.pt")
     flags = ("--num-steps", "4", "--num-fid-samples", "2")
     linear, cosine = (
-        pictures(tmp_path, ckpt, vae, *flags, "--mode", "sde", "--path-type", path, folder=path)
+        images(tmp_path, ckpt, vae, *flags, "--mode", "sde", "--path-type", path, folder=path)
         for path in ("linear", "cosine")
     )
     assert (linear != cosine).any()  # the score that the SDE takes from a velocity depends on the path
@@ -99,10 +99,10 @@ def test_repas_older_names_are_known_with_legacy_or_without(tmp_path, vae):
     old = {name.replace("blocks.2.", "decoder_blocks.0."): value for name, value in new.items()}
     assert old.keys() != new.keys()
     flags = ("--num-steps", "2", "--num-fid-samples", "2", "--encoder-depth", "2")
-    wanted = pictures(tmp_path, write_bare(tmp_path / "new.pt"), vae, *flags, folder="new")
+    wanted = images(tmp_path, write_bare(tmp_path / "new.pt"), vae, *flags, folder="new")
     for number, extra in enumerate([("--legacy",), ()]):
         path = write_bare(tmp_path / f"old{number}.pt", old)
-        assert (pictures(tmp_path, path, vae, *flags, *extra, folder=f"old{number}") == wanted).all()
+        assert (images(tmp_path, path, vae, *flags, *extra, folder=f"old{number}") == wanted).all()
 
 
 def write_sits(path, **args):
@@ -116,16 +116,16 @@ def write_sits(path, **args):
 
 def test_a_file_of_sits_own_trainer_is_sampled_as_sit_does(tmp_path, vae):
     """Time and sign turned round, the first three of four channels guided, and rounded."""
-    pictures(tmp_path, write_sits(tmp_path / "0400000.pt"), vae, "--num-steps", "3", "--num-fid-samples", "2",
+    images(tmp_path, write_sits(tmp_path / "0400000.pt"), vae, "--num-steps", "3", "--num-fid-samples", "2",
              "--cfg-scale", "3", "--labels", "1,2")  # fmt: skip
     (record,) = (tmp_path / "samples").glob("*/sample.json")
     recorded = json.loads(record.read_text())["settings"]
     assert (recorded["path_type"], recorded["convention"]) == ("cosine", "sit")
-    images = read_npz(next((tmp_path / "samples").glob("*.npz")))[0]
+    sampled = read_npz(next((tmp_path / "samples").glob("*.npz")))[0]
 
     public = SiT(**SHAPE, **REST)
     public.load_state_dict({n: v for n, v in random_weights().items() if not n.startswith("projectors.")})
-    x = initial_noise((2, 4, 4, 4), [picture_generator(0, index, "noise") for index in range(2)]).double()
+    x = initial_noise((2, 4, 4, 4), [image_generator(0, index, "noise") for index in range(2)]).double()
     labels, null = torch.tensor([1, 2]), torch.tensor([10, 10])
     with torch.no_grad():
         for step in range(3):
@@ -135,8 +135,8 @@ def test_a_file_of_sits_own_trainer_is_sampled_as_sit_does(tmp_path, vae):
             x = x + guided / 3
         decoded = VAE(LatentFormat.of(str(vae))).decode(x.float())
     wanted = torch.clamp(127.5 * decoded + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
-    difference = np.abs(images.astype(int) - wanted.astype(int))
-    assert difference.max() <= 1 and (difference > 0).mean() < 0.02 and images.std() > 1
+    difference = np.abs(sampled.astype(int) - wanted.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02 and sampled.std() > 1
 
 
 def test_a_bare_file_without_projectors_asks_whose_it_is(tmp_path, vae, capsys):
@@ -144,7 +144,7 @@ def test_a_bare_file_without_projectors_asks_whose_it_is(tmp_path, vae, capsys):
     ckpt = write_bare(tmp_path / "bare.pt", weights)
     assert f"--convention must be given for {ckpt}" in refusal(capsys, tmp_path, ckpt, vae)
     flags = ("--num-steps", "2", "--num-fid-samples", "2", "--convention")
-    ours, sits = (pictures(tmp_path, ckpt, vae, *flags, whose, folder=whose) for whose in ("repa", "sit"))
+    ours, sits = (images(tmp_path, ckpt, vae, *flags, whose, folder=whose) for whose in ("repa", "sit"))
     assert (ours != sits).any()
     assert "--convention must be sit, as" in refusal(
         capsys, tmp_path, write_sits(tmp_path / "sit.pt"), vae, "--convention", "repa"

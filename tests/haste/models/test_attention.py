@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from haste.errors import UserError
 from haste.models import SiT
-from haste.models.attention import BACKENDS, check_backend
+from haste.models.layers import BACKENDS, check_backend
 
 
 def tokens_first(q, k, v):
@@ -47,7 +47,7 @@ def test_the_student_runs_on_the_backend_that_was_asked_for(packages, monkeypatc
 
 @pytest.mark.parametrize(("name", "package"), [("flash-attn", "flash_attn"), ("xformers", "xformers")])
 def test_a_package_that_is_not_installed_is_named(name, package, monkeypatch):
-    monkeypatch.setattr("haste.models.attention.importlib.util.find_spec", lambda module: None)
+    monkeypatch.setattr("haste.models.layers.importlib.util.find_spec", lambda module: None)
     with pytest.raises(UserError, match=f"--attention is {name}, and the package {package} is not installed"):
         check_backend(name)
     check_backend("sdpa")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from haste.errors import UserError
 from haste.models import SIT_MODELS, SiT, build_sit
-from haste.models.positions import sincos_positions
+from haste.models.layers import sincos_positions
 from torch.utils.checkpoint import checkpoint
 
 SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 4}
@@ -210,7 +210,7 @@ def test_queries_and_keys_are_those_of_attention(qk_norm):
 
 def test_gradient_of_the_maps_stays_below_the_aligned_layer():
     model = small_sit()
-    (q, k), = model(*small_batch(), aligned_layers=(1,)).queries_keys
+    ((q, k),) = model(*small_batch(), aligned_layers=(1,)).queries_keys
     (q @ k.mT).square().mean().backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert "blocks.1.attn.qkv.weight" in touched and "blocks.0.mlp.fc2.weight" in touched

@@ -57,18 +57,18 @@ def parse(html: str) -> Balance:
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def png(tmp_path):
+    path = tmp_path / "png.png"
     Image.new("RGB", (3, 2), (1, 2, 3)).save(path)
     return path
 
 
-def test_a_page_is_well_formed_and_fetches_nothing(picture):
+def test_a_page_is_well_formed_and_fetches_nothing(png):
     html = render_page(
         "Title",
         "Lead",
         facts(("1.5", "distance")),
-        section("Pictures", themed_figure(picture, picture, "a picture", "what it shows")),
+        section("Images", themed_figure(png, png, "a png", "what it shows")),
         section("Numbers", table(("step", "value"), [(1, 2.5)]), commands(["haste train", "haste sample"])),
         folded_section("More", paragraph("text")),
     )
@@ -81,7 +81,7 @@ def test_a_page_is_well_formed_and_fetches_nothing(picture):
     assert "http" not in html and "url(" not in html and "@import" not in html
 
 
-def test_what_comes_from_outside_is_escaped(picture):
+def test_what_comes_from_outside_is_escaped(png):
     evil = '<script>"x"&'
     for html in (
         paragraph(evil),
@@ -90,7 +90,7 @@ def test_what_comes_from_outside_is_escaped(picture):
         commands([evil]),
         table((evil,), [(evil,)]),
         facts((evil, evil)),
-        themed_figure(picture, picture, evil, evil),
+        themed_figure(png, png, evil, evil),
         panel(evil, ""),
         legend([evil]),
         side_by_side([evil], [(evil, [""])]),
@@ -99,20 +99,20 @@ def test_what_comes_from_outside_is_escaped(picture):
     ):
         assert "<script>" not in html
         parse(html)
-    assert 'alt="&lt;script&gt;&quot;x&quot;&amp;"' in themed_figure(picture, picture, evil)
+    assert 'alt="&lt;script&gt;&quot;x&quot;&amp;"' in themed_figure(png, png, evil)
 
 
-def test_a_data_uri_holds_the_files_bytes(picture):
-    kind, content = data_uri(picture).split(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(content) == picture.read_bytes()
+def test_a_data_uri_holds_the_files_bytes(png):
+    kind, content = data_uri(png).split(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == png.read_bytes()
 
 
-def test_light_and_dark_pages_get_their_own_picture(tmp_path, picture):
+def test_light_and_dark_pages_get_their_own_image(tmp_path, png):
     dark = tmp_path / "dark.png"
     Image.new("RGB", (3, 2)).save(dark)
-    html = themed_figure(picture, dark, "alt")
+    html = themed_figure(png, dark, "alt")
     assert re.search(r'<source srcset="([^"]*)" media="\(prefers-color-scheme: dark\)">', html)[1] == data_uri(dark)
-    assert re.search(r'<img src="([^"]*)"', html)[1] == data_uri(picture)
+    assert re.search(r'<img src="([^"]*)"', html)[1] == data_uri(png)
 
 
 def test_only_columns_of_numbers_are_set_to_the_right():

@@ -4,9 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from haste.evaluation.style import LIGHT
-from haste.report.page import legend
-from haste.report.plots import Panel, difference, exact_curve, look_of, panels_html, plot, smooth_curve
+from haste.plotting import LIGHT
+from haste.report.page import Panel, difference, exact_curve, legend, look_of, panels_html, plot, smooth_curve
 from PIL import Image
 
 
@@ -46,9 +45,9 @@ def test_a_panel_is_legible_on_a_telephone():
     """12-point text in a figure that is shown 330 pixels wide: at least 10 pixels high."""
     html = panels_html([Panel("A <loss>", [exact_curve(0, [(1, 1.0), (2, 2.0)])])], 2)
     assert "A &lt;loss&gt;" in html and html.count("data:image/png") == 2
-    from haste.report import plots
+    from haste.report import page
 
-    assert 330 / plots.SIZE[0] * plots.FONT_POINTS / 72 >= 10
+    assert 330 / page.SIZE[0] * page.FONT_POINTS / 72 >= 10
 
 
 def test_the_legend_has_the_colours_and_lines_of_the_curves():

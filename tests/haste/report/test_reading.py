@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from haste.data.images import write_image
 from haste.errors import UserError
-from haste.evaluation.images import write_picture
 from haste.report.reading import Quality, digits_quality, read_preview, read_run, samples_quality, sampling_text, shown
 from haste.report.runs import write_report
 from hypothesis import HealthCheck, given, settings
@@ -108,7 +108,7 @@ def test_metrics_of_other_data_are_read_by_the_samples_they_are_of():
 def test_a_large_preview_is_made_smaller_and_what_is_no_png_refused(tmp_path):
     import numpy as np
 
-    write_picture(tmp_path / "large.png", np.zeros((1000, 1000, 3), np.uint8))
+    write_image(tmp_path / "large.png", np.zeros((1000, 1000, 3), np.uint8))
     assert read_preview(tmp_path / "large.png").shape == (520, 520, 3)
     data = (tmp_path / "large.png").read_bytes()
     for content in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", data[: len(data) // 2]):

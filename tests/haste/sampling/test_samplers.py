@@ -6,7 +6,7 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.models import SiTOutput
-from haste.sampling import SAMPLERS, Evaluation, evaluations, initial_noise, sample
+from haste.samplers import SAMPLERS, ModelCall, initial_noise, model_calls, sample
 from haste.transport import get_path
 
 MEAN, STD = 0.7, 0.4
@@ -28,9 +28,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.started: list[list[Evaluation]] = []
+        self.started: list[list[ModelCall]] = []
 
-    def start(self, plan: list[Evaluation]) -> None:
+    def start(self, plan: list[ModelCall]) -> None:
         self.started.append(plan)
 
     def __call__(self, x, t, y):
@@ -86,6 +86,7 @@ def test_sde_reaches_the_mean_and_variance_of_the_data(path):
 
 def test_one_sde_step_by_hand():
     """v = 1 everywhere, t from 1 to 0.04 and, without noise, to 0; the linear path's score is −((1−t)v + x)/t."""
+
     def ones(x, t, y):
         return torch.ones_like(x)
 
@@ -131,7 +132,7 @@ def test_times_and_the_plan_a_model_is_told(sampler, times):
     model = Recorder()
     sample(model, noise_like(2), labels_for(2), num_steps=4, sampler=sampler)
     assert [t.tolist() for _, t, _ in model.calls] == [pytest.approx([time] * 2) for time in times]
-    assert model.started == [evaluations(sampler, 4)]
+    assert model.started == [model_calls(sampler, 4)]
     grid = [1, 0.68, 0.36, 0.04] if sampler == "euler-maruyama" else [1, 0.75, 0.5, 0.25]
     assert [grid[evaluation.position] for evaluation in model.started[0]] == pytest.approx(times)
     expected_steps = [0, 0, 1, 1, 2, 2, 3] if sampler == "heun" else [0, 1, 2, 3]
@@ -201,7 +202,7 @@ def test_without_guidance_the_batch_is_never_doubled():
 # -- noise, progress, bad input ---------------------------------------------------------------------------------
 
 
-def test_with_a_generator_per_image_a_picture_does_not_depend_on_its_batch():
+def test_with_a_generator_per_image_a_image_does_not_depend_on_its_batch():
     def draw(seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = initial_noise((len(seeds), 1, 4, 4), generators)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from haste.sampling.times import time_of, times_at
+from haste.samplers import time_of, times_at
 
 
 def test_times_know_their_value_until_they_are_written_to():

@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import pytest
 from digits_run import SHAPE, write_run
-from haste.generation.drawing import Sampler
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import load_student
-from haste.sweep.cost import count_cost, count_flops, time_run
+from haste.generation.checkpoint import load_checkpoint
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler
+from haste.sweep.measure import count_cost, count_flops, time_run
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    return load_student(write_run(tmp_path_factory.mktemp("exps"), steps=(4,)))
+    return load_checkpoint(write_run(tmp_path_factory.mktemp("exps"), steps=(4,)))
 
 
 def products_of_a_full_evaluation() -> tuple[int, int]:
-    """FLOPs of the matrix products of one evaluation of one picture: outside the blocks, and in them."""
+    """FLOPs of the matrix products of one evaluation of one image: outside the blocks, and in them."""
     width, depth, patch = SHAPE["hidden_size"], SHAPE["depth"], SHAPE["patch_size"] ** 2 * SHAPE["in_channels"]
     tokens = (SHAPE["input_size"] // SHAPE["patch_size"]) ** 2
     embedding = tokens * patch * width + 256 * width + width * width
@@ -27,15 +27,15 @@ def products_of_a_full_evaluation() -> tuple[int, int]:
 
 def test_flops_are_those_of_every_matrix_product_attentions_included(student):
     outside, inside = products_of_a_full_evaluation()
-    for settings, evaluations in ((SamplingSettings(num_steps=3), 3), (SamplingSettings(num_steps=3, heun=True), 5)):
+    for settings, evaluations in ((SamplingConfig(num_steps=3), 3), (SamplingConfig(num_steps=3, heun=True), 5)):
         assert count_flops(Sampler(student, settings)) == evaluations * (outside + inside)
-    guided = SamplingSettings(num_steps=3, cfg_scale=2.0)
+    guided = SamplingConfig(num_steps=3, cfg_scale=2.0)
     assert count_flops(Sampler(student, guided)) == 2 * 3 * (outside + inside)
 
 
 def test_a_cached_run_costs_its_full_steps_and_little_else(student):
     outside, inside = products_of_a_full_evaluation()
-    settings = SamplingSettings(num_steps=10, cache="taylor", granularity="model", interval=4, order=1)
+    settings = SamplingConfig(num_steps=10, cache="taylor", granularity="model", interval=4, order=1)
     cost = count_cost(Sampler(student, settings), batch=3)
     assert (cost["calls"], cost["full_calls"]) == (10, 4)  # 0, 1, 5, 9
     assert 4 * (outside + inside) < cost["flops"] <= 10 * outside + 4 * inside
@@ -45,7 +45,7 @@ def test_a_cached_run_costs_its_full_steps_and_little_else(student):
 
 
 def test_a_full_run_has_no_cache(student):
-    cost = count_cost(Sampler(student, SamplingSettings(num_steps=3)), batch=3)
+    cost = count_cost(Sampler(student, SamplingConfig(num_steps=3)), batch=3)
     assert (cost["calls"], cost["full_calls"], cost["cache_bytes"]) == (3, 3, 0)
 
 
@@ -53,5 +53,5 @@ def test_only_the_model_and_the_sampler_are_timed(student, monkeypatch):
     timed = []
     monkeypatch.setattr(Sampler, "run", lambda self, start: timed.append(len(start.labels)))
     monkeypatch.setattr(Sampler, "draw", None)
-    assert time_run(Sampler(student, SamplingSettings(num_steps=3)), batch=5) > 0
+    assert time_run(Sampler(student, SamplingConfig(num_steps=3)), batch=5) > 0
     assert timed == [5]

@@ -4,21 +4,19 @@ import os
 
 import pytest
 from digits_run import write_run
+from haste.digits.classifier import ClassifierConfig, train_classifier
 from haste.errors import UserError
 from haste.evaluation.features import JudgeExtractor
-from haste.evaluation.judge import JudgeSettings, train_judge
 from haste.evaluation.reference import load_reference
-from haste.generation.drawing import Sampler
-from haste.generation.settings import SamplingSettings
-from haste.generation.student import load_student
+from haste.generation.checkpoint import load_checkpoint
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler
 from haste.sweep import measure
-from haste.sweep.measure import Sweep
-from haste.sweep.points import Grid, plan, point_fields
-from haste.sweep.quality import Quality
-from haste.sweep.records import RecordBook
-from haste.training.identity import as_before
+from haste.sweep.measure import Quality, Sweep
+from haste.sweep.points import Grid, RecordBook, plan, point_fields
+from haste.training.checkpoint import as_before
 
-BASE = SamplingSettings(labels="balanced")
+BASE = SamplingConfig(labels="balanced")
 GRID = Grid(caches=("taylor",), granularities=("module",), intervals=(1, 3), orders=(1,), steps=(8,))
 POINTS = plan(BASE, [GRID], (4,))
 QUICK = {"samples": 70, "batch": 40, "repeats": 2}
@@ -27,13 +25,13 @@ MEASURED = ("flops", "cache_bytes", "calls", "full_calls", "distance", "accuracy
 
 @pytest.fixture(scope="module")
 def quality():
-    extractor = JudgeExtractor(train_judge(JudgeSettings(epochs=1)))
+    extractor = JudgeExtractor(train_classifier(ClassifierConfig(epochs=1)))
     return Quality(extractor, load_reference("digits", extractor))
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    return load_student(write_run(tmp_path_factory.mktemp("exps"), steps=(4,)))
+    return load_checkpoint(write_run(tmp_path_factory.mktemp("exps"), steps=(4,)))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def whole(student, quality, tmp_path_factory):
     book = RecordBook(tmp_path_factory.mktemp("whole") / "sweep.jsonl")
     sweep = Sweep(student, POINTS, quality, book, **QUICK)
     sweep.seen = []
-    sweep.run(lambda name, pictures: sweep.seen.append(pictures))
+    sweep.run(lambda name, images: sweep.seen.append(images))
     return sweep
 
 
@@ -59,14 +57,14 @@ def records_of(sweep: Sweep) -> list[dict]:
 
 
 def test_every_point_is_judged_and_timed(whole):
-    assert sum(whole.seen) == whole.pictures == 4 * (70 + 2 * 40)
+    assert sum(whole.seen) == whole.images == 4 * (70 + 2 * 40)
     full, fewer, every_step, cached = records_of(whole)
     assert [record["full_calls"] for record in (full, fewer, every_step, cached)] == [8, 4, 8, 4]
     for record in (full, fewer, every_step, cached):
         assert len(record["seconds"]) == len(record["reference_seconds"]) == 2
     assert full["seconds"] == full["reference_seconds"]
     assert full["psnr"] is None and full["ssim"] is None
-    assert every_step["psnr"] is None and every_step["ssim"] == pytest.approx(1)  # the same pictures, every one
+    assert every_step["psnr"] is None and every_step["ssim"] == pytest.approx(1)  # the same images, every one
     assert every_step["distance"] == full["distance"] != cached["distance"]
     assert fewer["psnr"] > 0 and cached["psnr"] > 0 and fewer["ssim"] < 1 > cached["ssim"]
     assert cached["flops"] < full["flops"] == pytest.approx(2 * fewer["flops"])
@@ -120,20 +118,20 @@ def test_what_the_number_of_steps_does_not_allow_is_passed_over_with_a_sentence(
     impossible = plan(BASE, [Grid(caches=("taylor",), intervals=(3,), orders=(1, 7), steps=(8,))], ())
     sweep = make_sweep(impossible, repeats=1)
     seen = []
-    sweep.run(lambda name, pictures: seen.append(pictures))
+    sweep.run(lambda name, images: seen.append(images))
     (sentence,) = sweep.skipped
     assert sentence.startswith("Taylor per module, interval 3, order 7, 8 steps: --order must be at most")
-    assert sum(seen) == sweep.pictures
+    assert sum(seen) == sweep.images
     assert ["distance" in record for record in records_of(sweep)] == [True, True, False]
 
 
 def test_what_is_wrong_with_every_point_is_the_commands_error(make_sweep):
     with pytest.raises(UserError, match="this model knows the classes 0 to 9"):
-        make_sweep(plan(SamplingSettings(labels="12"), [GRID], ())).run()
+        make_sweep(plan(SamplingConfig(labels="12"), [GRID], ())).run()
 
 
 def test_in_the_sde_agreement_is_with_runs_of_as_many_steps_alone(make_sweep):
-    sweep = make_sweep(plan(SamplingSettings(mode="sde"), [GRID], (4,)), repeats=1)
+    sweep = make_sweep(plan(SamplingConfig(mode="sde"), [GRID], (4,)), repeats=1)
     sweep.run()
     full, fewer, _, cached = records_of(sweep)
     assert fewer["psnr"] is None and cached["psnr"] > 0
@@ -162,7 +160,7 @@ def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, studen
     before = make_sweep().shared
     student.checkpoint.touch()
     assert make_sweep().shared == before
-    again = load_student(write_run(tmp_path, steps=(4,), seed=1))
+    again = load_checkpoint(write_run(tmp_path, steps=(4,), seed=1))
     assert Sweep(again, POINTS, quality, RecordBook(tmp_path / "sweep.jsonl"), **QUICK).shared != before
 
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from haste.generation.settings import SamplingSettings
+from haste.generation.config import SamplingConfig
 from haste.sweep.points import Grid, long_name, plan, point_fields, point_key, series_name, shared_fields, short_name
 
-BASE = SamplingSettings(labels="balanced", cfg_scale=1.5, guidance_high=0.7)
+BASE = SamplingConfig(labels="balanced", cfg_scale=1.5, guidance_high=0.7)
 EVERYTHING = Grid(
     caches=("reuse", "taylor", "newton", "delta-dit"),
     granularities=("module", "model"),
@@ -35,7 +35,7 @@ def test_the_longest_full_run_comes_first_and_every_cached_run_has_its_full_one(
 
 def test_what_points_share_and_what_tells_them_apart_make_the_settings_again():
     for point in plan(BASE, [EVERYTHING], (10,)):
-        again = SamplingSettings(**shared_fields(point), **point_fields(point))
+        again = SamplingConfig(**shared_fields(point), **point_fields(point))
         assert again.sampling_fields() == point.sampling_fields()
         assert shared_fields(point) == shared_fields(BASE)
 
@@ -59,5 +59,5 @@ def test_no_two_points_have_one_name():
     ],
 )
 def test_names(settings, series, short):
-    point = SamplingSettings(**settings)
+    point = SamplingConfig(**settings)
     assert (series_name(point), short_name(point)) == (series, short)

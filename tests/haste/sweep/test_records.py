@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 from haste.errors import UserError
-from haste.sweep import records
-from haste.sweep.records import RecordBook
+from haste.sweep import points
+from haste.sweep.points import RecordBook
 
 SWEEP, OTHER = {"checkpoint": "0000004.pt", "samples": 70}, {"checkpoint": "0000004.pt", "samples": 80}
 A, B = {"num_steps": 50, "cache": "none"}, {"num_steps": 50, "cache": "taylor", "interval": 4}
@@ -37,7 +37,7 @@ def test_a_kill_while_writing_leaves_what_was_known(tmp_path, monkeypatch):
     def killed(path, write):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records, "write_text", killed)
+    monkeypatch.setattr(points, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
         book.keep(SWEEP, A, distance=2.0)
     assert RecordBook(tmp_path / "sweep.jsonl").find(SWEEP, A)["distance"] == 1.0

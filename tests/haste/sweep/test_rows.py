@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 from haste.errors import UserError
-from haste.generation.settings import SamplingSettings
-from haste.sweep.points import point_fields, shared_fields
-from haste.sweep.rows import average, make_rows
+from haste.generation.config import SamplingConfig
+from haste.sweep.points import average, make_rows, point_fields, shared_fields
 from sweep_rows import cached_row, plain_row
 
 
-def record(settings: SamplingSettings, seconds, reference_seconds, **values) -> dict:
+def record(settings: SamplingConfig, seconds, reference_seconds, **values) -> dict:
     measured = {"flops": 1e9 * settings.num_steps, "peak_bytes": None, "cache_bytes": 0, "calls": 1, "full_calls": 1,
                 "distance": 1.0, "accuracy": None, "psnr": None, "ssim": None}  # fmt: skip
     return {
@@ -21,8 +20,8 @@ def record(settings: SamplingSettings, seconds, reference_seconds, **values) -> 
     }
 
 
-FULL, SHORT = SamplingSettings(num_steps=50, labels="3"), SamplingSettings(num_steps=10, labels="3")
-CACHED = SamplingSettings(labels="3", cache="newton", granularity="model", interval=4, order=2)
+FULL, SHORT = SamplingConfig(num_steps=50, labels="3"), SamplingConfig(num_steps=10, labels="3")
+CACHED = SamplingConfig(labels="3", cache="newton", granularity="model", interval=4, order=2)
 
 
 def test_speed_ups_are_over_the_longest_full_run_within_a_turn():

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from haste.sweep.table import markdown, plain_text
+from haste.sweep.advice import markdown, plain_text
 from sweep_rows import cached_row, plain_row
 
 ROWS = [
@@ -16,7 +16,7 @@ def test_markdown_has_a_row_per_point_and_every_number():
     assert {name.strip(): value.strip() for name, value in cells.items() if name} == {
         "setting": "Taylor per module, interval 4, order 1, 50 steps",
         "full": "13/50",
-        "ms/picture": "15.00",
+        "ms/image": "15.00",
         "speed-up": "3.33×",
         "GFLOPs": "13.00",
         "FLOPs speed-up": "3.85×",
@@ -40,5 +40,5 @@ def test_columns_of_which_nothing_is_known_are_left_out():
 def test_the_terminals_columns_are_aligned():
     lines = plain_text(ROWS).splitlines()
     assert len({len(line) for line in lines}) == 1
-    end = lines[0].index("ms/picture") + len("ms/picture")
+    end = lines[0].index("ms/image") + len("ms/image")
     assert all(line[end : end + 2] == "  " for line in lines)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from haste import hub
+from haste import weights
 from haste.errors import UserError
-from haste.teachers.config import load_config
+from haste.teachers.encoder import VisionTeacher
 from haste.teachers.families import FAMILIES
-from haste.teachers.preprocessing import load_normalisation
-from haste.teachers.vision import VisionTeacher
+from haste.teachers.loading import load_config, load_normalisation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -105,7 +104,7 @@ def test_a_pickle_in_the_weights_does_not_run(folder, tmp_path):
 
 
 def test_a_hub_name_without_a_hub_is_told_at_once_by_its_flag(monkeypatch):
-    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    monkeypatch.setattr(weights, "is_reachable", lambda: False)
     with pytest.raises(UserError, match="--enc-type is somebody/none, which is no folder, and the hub cannot be reach"):
         VisionTeacher.from_pretrained("somebody/none")
 

@@ -3,18 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from haste.teachers.grids import cut_patches, resample_table, resample_tokens
+from haste.teachers.loading import cut_patches, resample_table, resample_tokens
 from PIL import Image
 
 
 @pytest.mark.parametrize("grid", [2, 5, 9])
-def test_tokens_are_resampled_as_a_picture_is(grid):
+def test_tokens_are_resampled_as_a_image_is(grid):
     """Bilinear with antialiasing, as Pillow does it."""
     tokens = torch.randn(2, 3, 16, 5)
     resampled = resample_tokens(tokens, 4, grid)
     assert resampled.shape == (2, 3, grid**2, 5) and resampled.is_contiguous()
-    picture = Image.fromarray(tokens[1, 2, :, 3].view(4, 4).numpy()).resize((grid, grid), Image.Resampling.BILINEAR)
-    expected = torch.from_numpy(np.array(picture)).flatten()
+    image = Image.fromarray(tokens[1, 2, :, 3].view(4, 4).numpy()).resize((grid, grid), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(image)).flatten()
     torch.testing.assert_close(resampled[1, 2, :, 3], expected, rtol=1e-5, atol=1e-6)
 
 

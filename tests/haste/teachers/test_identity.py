@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from haste.teachers.identity import PUBLISHED_SHAPES, own_resolution, same_teacher, shape_of
-from haste.teachers.names import PUBLISHED_NAMES
+from haste.teachers.families import PUBLISHED_NAMES
+from haste.teachers.loading import PUBLISHED_SHAPES, own_resolution, same_teacher, shape_of
 from transformers import CLIPConfig, Dinov2Config
 
 

@@ -1,4 +1,4 @@
-"""Pictures reach an encoder as its own image processor would hand them over."""
+"""Images reach an encoder as its own image processor would hand them over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from haste.errors import UserError
 from haste.teachers import VisionTeacher
-from haste.teachers.grids import cut_patches
+from haste.teachers.loading import cut_patches
 from torch.nn import functional as F
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -34,25 +34,25 @@ PROCESSORS = {
 
 
 @pytest.fixture
-def picture():
+def image():
     return np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def as_the_student_sees_it(picture):
-    return torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+def as_the_student_sees_it(image):
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 @pytest.mark.parametrize("with_file", [True, False])
-def test_pixels_are_those_of_the_familys_own_processor(saved, tmp_path, picture, with_file):
+def test_pixels_are_those_of_the_familys_own_processor(saved, tmp_path, image, with_file):
     family = {"clip_vision": "clip", "dinov2_with_registers": "dinov2"}.get(saved.name, saved.name)
     processor = PROCESSORS[family]()
     folder = shutil.copytree(saved.folder, tmp_path / "teacher")
     if with_file:  # else the family's own numbers are used
         processor.save_pretrained(folder)
-    pixels = VisionTeacher.from_pretrained(str(folder)).preprocess(as_the_student_sees_it(picture))
+    pixels = VisionTeacher.from_pretrained(str(folder)).preprocess(as_the_student_sees_it(image))
     if family == "siglip2_naflex":
         pixels = cut_patches(pixels, 4)
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    expected = processor(image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -62,7 +62,7 @@ def teacher_with(folder, tmp_path, settings, file_name="preprocessor_config.json
     return VisionTeacher.from_pretrained(str(folder))
 
 
-def test_pictures_are_resized_bicubically_without_antialiasing_as_repa_does(dinov2_folder, tmp_path):
+def test_images_are_resized_bicubically_without_antialiasing_as_repa_does(dinov2_folder, tmp_path):
     teacher = teacher_with(dinov2_folder, tmp_path, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]})
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
@@ -106,7 +106,7 @@ def test_the_default_mean_that_the_hub_gives_for_ijepa_is_not_believed(tmp_path,
     torch.testing.assert_close(teacher.mean.flatten(), torch.tensor([0.4] * 3))
 
 
-def test_grey_pictures_are_shown_to_a_colour_teacher(dinov2_folder):
+def test_grey_images_are_shown_to_a_colour_teacher(dinov2_folder):
     teacher = VisionTeacher.from_pretrained(str(dinov2_folder))
     grey = torch.rand(1, 1, 16, 16)
     torch.testing.assert_close(teacher(grey).patch_tokens, teacher(grey.expand(1, 3, 16, 16)).patch_tokens)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from haste.errors import UserError
-from haste.teachers import VisionTeacher, recorder, vision
-from haste.teachers.grids import resample_tokens
+from haste.teachers import VisionTeacher, encoder
+from haste.teachers.loading import resample_tokens
 from PIL import Image
 from transformers import AutoConfig, AutoModel, Dinov2Model
 
@@ -103,13 +103,13 @@ def test_on_another_grid_it_is_the_encoder_with_its_positions_resampled_once(sav
     ("folder", "resolution", "pixels"),
     [("dinov2", 256, 224), ("dinov2", 512, 448), ("mae", 256, 256), ("mae", 512, 512)],
 )
-def test_pictures_get_the_sizes_of_repa(tmp_path, folder, resolution, pixels):
+def test_images_get_the_sizes_of_repa(tmp_path, folder, resolution, pixels):
     """224·(R/256) where patches are 14 pixels wide, R where they are 16."""
     patch = {"dinov2": 14, "mae": 16}[folder]
     config = {"model_type": "dinov2", "patch_size": patch, "image_size": 37 * patch}
     (tmp_path / "config.json").write_text(json.dumps(config))
     config = AutoConfig.from_pretrained(tmp_path)
-    assert vision._choose_image_size("teacher", config, resolution // 16, None, "match") == pixels
+    assert encoder._choose_image_size("teacher", config, resolution // 16, None, "match") == pixels
 
 
 # ---- what runs and what is kept ----
@@ -118,13 +118,13 @@ def test_pictures_get_the_sizes_of_repa(tmp_path, folder, resolution, pixels):
 @pytest.fixture
 def attention_calls(monkeypatch):
     """Weak references to the q and k of every attention call, in order."""
-    calls, original = [], recorder.sdpa_attention_forward
+    calls, original = [], encoder.sdpa_attention_forward
 
     def attend(module, query, key, *args, **kwargs):
         calls.append((weakref.ref(query), weakref.ref(key)))
         return original(module, query, key, *args, **kwargs)
 
-    monkeypatch.setattr(recorder, "sdpa_attention_forward", attend)
+    monkeypatch.setattr(encoder, "sdpa_attention_forward", attend)
     return calls
 
 
@@ -268,7 +268,7 @@ def test_a_folder_without_weights_is_refused(dinov2_folder, tmp_path):
 
 def test_a_folder_that_lacks_weights_of_the_last_layer_is_refused(saved, tmp_path):
     model = AutoModel.from_pretrained(saved.folder)
-    blocks = vision.find_layers(vision_tower(model), 3)
+    blocks = encoder.find_layers(vision_tower(model), 3)
     last = next(name for name, module in model.named_modules() if module is blocks[2])
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(last)}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -290,5 +290,5 @@ def test_a_folder_whose_weights_have_another_patch_is_refused_with_both_shapes_a
 
 
 def test_wrong_number_of_channels_is_refused(dinov2_folder):
-    with pytest.raises(UserError, match="the pictures have 4 channels and the teacher takes 3"):
+    with pytest.raises(UserError, match="the images have 4 channels and the teacher takes 3"):
         VisionTeacher.from_pretrained(str(dinov2_folder))(torch.rand(1, 4, 16, 16))

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from haste.training.config import TrainConfig
-from haste.training.recipes import recipe_config
-from haste.training.students import STUDENTS
+from haste.training.config import STUDENTS, TrainConfig, preset_config
 from transformers import Dinov2Config, Dinov2Model
 
 
@@ -45,7 +43,7 @@ def make_config(tmp_path: Path, teacher_folder: Path) -> Callable[..., TrainConf
 
     def make(**changes) -> TrainConfig:
         base = replace(
-            recipe_config("digits"),
+            preset_config("digits"),
             output_dir=str(tmp_path),
             exp_name="run",
             model="SiT-Tiny/2",

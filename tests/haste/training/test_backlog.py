@@ -2,8 +2,8 @@ import errno
 import logging
 
 import pytest
-from haste.training.backlog import Backlog
-from haste.training.run_folder import append
+from haste.training.logging import Backlog
+from haste.training.run_dir import append
 
 
 def full(*args):

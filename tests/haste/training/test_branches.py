@@ -6,8 +6,8 @@ import os
 
 import pytest
 from haste.errors import UserError
-from haste.training import branches as module
-from haste.training.branches import Branch, Branches
+from haste.training import run_dir as module
+from haste.training.run_dir import Branch, Branches
 
 
 def make_run(folder):
@@ -122,4 +122,3 @@ def test_a_record_that_is_none_is_named(tmp_path):
     (tmp_path / "branch.json").write_text('{"resumed_from": "x"}')
     with pytest.raises(UserError, match="resumed_from of .*branch.json must be an integer"):
         Branches(tmp_path).step_to_read(4)
-

@@ -1,5 +1,5 @@
 import torch
-from haste.training.ema import EMA
+from haste.training.state import EMA
 from torch import nn
 
 

@@ -1,4 +1,4 @@
-"""What a run feeds on: the same pictures and chance wherever it begins; and runs on latents made on the way."""
+"""What a run feeds on: the same images and chance wherever it begins; and runs on latents made on the way."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from accelerate import Accelerator
 from haste.data import load_dataset
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
 from haste.training.config import TrainConfig
-from haste.training.feed import Feed
+from haste.training.state import Feed
 from haste.training.trainer import train
-from picture_files import save_vae, write_classes
+from image_files import save_vae, write_classes
 from transformers import Dinov2Config, Dinov2Model
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def image_folder(tmp_path_factory):
     """Twelve photographs in three classes, and a VAE that makes 4 x 4 latents of 16 x 16 pixels."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     return write_classes(folder / "classes"), save_vae(folder / "vae")
 
 
 @pytest.fixture
-def make_feed(pictures):
-    classes, vae = pictures
+def make_feed(image_folder):
+    classes, vae = image_folder
 
     def make(start=0, images=True, **changes):
         config = TrainConfig(**{"batch_size": 4, "num_workers": 0, "gradient_accumulation_steps": 2, **changes})
@@ -48,7 +48,7 @@ def test_a_feed_that_begins_later_gives_the_same(make_feed):
     assert not torch.equal(first.student, again.student)
 
 
-def test_a_probe_sees_the_same_pictures_every_time_and_leaves_the_run_alone(make_feed):
+def test_a_probe_sees_the_same_images_every_time_and_leaves_the_run_alone(make_feed):
     feed, other = make_feed(probe_images=5), make_feed()
     first = [batch.student for batch in feed.probe()]
     assert [len(student) for student in first] == [2, 2]
@@ -70,8 +70,8 @@ def colour_teacher(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", [4, 8])
-def test_a_run_on_latents_made_on_the_way_resumes_bit_for_bit(make_config, pictures, colour_teacher, stop):
-    classes, vae = pictures
+def test_a_run_on_latents_made_on_the_way_resumes_bit_for_bit(make_config, image_folder, colour_teacher, stop):
+    classes, vae = image_folder
 
     def run(name, steps):
         config = make_config(

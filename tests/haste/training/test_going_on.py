@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from haste.errors import UserError
-from haste.training import previews, run_folder
+from haste.training import run_dir, samples
 from haste.training import trainer as trainer_module
 from haste.training.checkpoint import checkpoint_path, read_checkpoint, read_newest_checkpoint
-from haste.training.feed import Feed
 from haste.training.launch import make_accelerator
-from haste.training.run_folder import RunFolder
+from haste.training.run_dir import RunDir
+from haste.training.state import Feed
 from haste.training.trainer import Trainer, load_dataset, train
 from training_runs import assert_same_bits, final_state, read_log
 
@@ -54,9 +54,9 @@ def test_going_on_from_an_earlier_step_begins_a_branch(make_config, unbroken):
 
 def test_a_run_that_is_being_trained_is_refused(make_config):
     config = make_config()
-    with RunFolder(config).hold(), pytest.raises(UserError, match="--exp-name run is being trained .* by .*process"):
+    with RunDir(config).hold(), pytest.raises(UserError, match="--exp-name run is being trained .* by .*process"):
         train(config)
-    assert not RunFolder(config).path.exists()
+    assert not RunDir(config).path.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_trained_again(make_config):
 
 def test_a_checkpoint_of_another_run_is_refused(make_config):
     other = train(make_config(exp_name="other", seed=1, max_train_steps=4))
-    folder = RunFolder(make_config())
+    folder = RunDir(make_config())
     folder.claim(0)
     (other.folder / "checkpoints" / "0000004.pt").rename(folder.checkpoints / "0000004.pt")
     with pytest.raises(UserError, match=r"holds a checkpoint with other settings: --seed \(1, now 0\)"):
@@ -128,7 +128,7 @@ def test_going_on_from_a_public_checkpoint(make_config, step):
     (path.parent.parent / "args.json").write_text('{"seed": 0, "report_to": "wandb"}')
     config = make_config()
     checkpoint = read_newest_checkpoint(path.parent)
-    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config), checkpoint)
+    trainer = Trainer(config, load_dataset("digits", 8), RunDir(config), make_accelerator(config), checkpoint)
     assert trainer.step == step and (trainer.aligner is None) == (step == 8)
     loaded = trainer.student.state_dict()
     for part in ("model", "ema"):
@@ -142,7 +142,7 @@ def test_a_new_run_may_begin_with_the_weights_of_another(make_config):
     other = train(make_config(exp_name="other", ema_decay=0.5))
     path = checkpoint_path(other.folder / "checkpoints", 12)
     config = make_config(init_from=str(path), seed=3)
-    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
+    trainer = Trainer(config, load_dataset("digits", 8), RunDir(config), make_accelerator(config))
     assert trainer.step == 0
     begun, given = trainer.student.state_dict(), read_checkpoint(path)
     for part in ("model", "ema"):
@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_spares_the_checkpoint
     config = make_config(logging_steps=100)
     with pytest.raises(UserError, match="not finite at step 7 "):
         train(config)
-    folder = RunFolder(config).checkpoints
+    folder = RunDir(config).checkpoints
     assert [path.name for path in folder.iterdir()] == ["0000004.pt"]
     weights = read_checkpoint(folder / "0000004.pt")["model"].values()
     assert all(tensor.isfinite().all() for tensor in weights)
@@ -232,7 +232,7 @@ def test_a_disk_that_stays_full_spares_what_is_there(make_config, monkeypatch):
     config = make_config(keep=1, max_train_steps=12, checkpointing_steps=4, logging_steps=100)
     with pytest.raises(UserError, match=r"0000012.pt could not be written: .*checkpoints has 0.00 GiB free"):
         train(config)
-    assert [path.name for path in RunFolder(config).checkpoints.iterdir()] == ["0000004.pt"]
+    assert [path.name for path in RunDir(config).checkpoints.iterdir()] == ["0000004.pt"]
 
 
 def test_a_log_and_previews_that_cannot_be_written_cost_no_training(make_config, unbroken, monkeypatch, caplog):
@@ -248,8 +248,8 @@ def test_a_log_and_previews_that_cannot_be_written_cost_no_training(make_config,
 
         return write
 
-    monkeypatch.setattr(run_folder, "append", full_for_a_while(run_folder.append))
-    monkeypatch.setattr(previews, "write_picture", full_for_a_while(previews.write_picture))
+    monkeypatch.setattr(run_dir, "append", full_for_a_while(run_dir.append))
+    monkeypatch.setattr(samples, "write_image", full_for_a_while(samples.write_image))
     with caplog.at_level(logging.WARNING):
         result = train(make_config(sampling_steps=6))
     assert_same_bits(final_state(result), unbroken)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from haste.errors import UserError
-from haste.training.identity import PIECE, PIECES, as_before, checkpoint_identity, content_digest
+from haste.training.checkpoint import PIECE, PIECES, as_before, checkpoint_identity, content_digest
 
 
 def saved(path, value=1.0, **options):

@@ -9,7 +9,7 @@ import torch
 from haste.errors import UserError
 from haste.models import SiT
 from haste.training.checkpoint import load_model
-from haste.training.interchange import (
+from haste.training.conventions import (
     both_weights,
     from_sit,
     infer_model_config,

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from haste.errors import UserError
 from haste.training.config import TrainConfig
-from haste.training.meter import Meter, with_present_names
+from haste.training.logging import Metrics, with_present_names
 
 TINY = {"hidden_size": 16, "patch_size": 2, "input_size": 8, "in_channels": 1, "depth": 3}
 
@@ -15,7 +15,7 @@ def make_meter():
     def make(watch_gradient=True, passes=1):
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = None if watch_gradient else object()
-        return Meter(accelerator, TrainConfig(batch_size=4, gradient_accumulation_steps=passes), TINY)
+        return Metrics(accelerator, TrainConfig(batch_size=4, gradient_accumulation_steps=passes), TINY)
 
     return make
 
@@ -49,7 +49,7 @@ def test_it_reads_means_since_the_last_time(make_meter):
 
 def test_what_comes_between_two_steps_is_not_counted(make_meter, monkeypatch):
     clock = iter([0.0, 2.0, 2.0, 100.0, 104.0, 104.0])
-    monkeypatch.setattr("haste.training.meter.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("haste.training.logging.time.perf_counter", lambda: next(clock))
     meter = make_meter()  # begins at 0
     step(meter, 1.0)
     assert meter.read(1)["images_per_second"] == 4 / 2

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from haste.errors import UserError
-from haste.generation.latents import latent_format
-from haste.generation.student import load_student
+from haste.generation.checkpoint import latent_format, load_checkpoint
 from haste.models import SiT
 from haste.training.checkpoint import capture_rng, read_newest_checkpoint, save_checkpoint
 from haste.training.config import TrainConfig
@@ -52,7 +51,7 @@ def replaced(place: str, value: Any) -> dict[str, Any]:
 
 def read_all(path: Path) -> None:
     """What sampling and what going on read of it."""
-    for read in (lambda: latent_format(load_student(path, device=torch.device("cpu"))),
+    for read in (lambda: latent_format(load_checkpoint(path, device=torch.device("cpu"))),
                  lambda: read_newest_checkpoint(path.parent)):  # fmt: skip
         try:
             read()
@@ -79,10 +78,12 @@ LEAVES = (
 )  # fmt: skip
 VALUES = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(inner, inner)
-    | st.dictionaries(NAMES | st.integers(0, 3), inner, max_size=3)
-    | st.dictionaries(NAMES, inner, max_size=2).map(lambda named: argparse.Namespace(**named)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(NAMES | st.integers(0, 3), inner, max_size=3)
+        | st.dictionaries(NAMES, inner, max_size=2).map(lambda named: argparse.Namespace(**named))
+    ),
     max_leaves=5,
 )
 # Nothing is made smaller: the parts are small, and each try writes a file.
@@ -141,7 +142,7 @@ def test_a_file_may_be_any_bytes(how, at, data):
 def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, sentence):
     save_checkpoint(tmp_path / "odd.pt", replaced(place, value))
     with pytest.raises(UserError, match=sentence):
-        latent_format(load_student(tmp_path / "odd.pt", device=torch.device("cpu")))
+        latent_format(load_checkpoint(tmp_path / "odd.pt", device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_another_trainers_settings_may_be_anything_where_sampling_does_not_look(
     content = {part: whole()[part] for part in ("model", "ema", "opt", "steps", "model_config")}
     args = {"path_type": "linear", "batch_size": None, "max_grad_norm": None, "legacy": 0, "layer_map": None}
     save_checkpoint(tmp_path / "0000004.pt", {**content, "args": argparse.Namespace(**args)})
-    assert load_student(tmp_path / "0000004.pt", device=torch.device("cpu")).config.path_type == "linear"
+    assert load_checkpoint(tmp_path / "0000004.pt", device=torch.device("cpu")).config.path_type == "linear"
     with pytest.raises(UserError, match="legacy of args of .* must be true or false, and is 0"):
         read_newest_checkpoint(tmp_path)
 
@@ -185,11 +186,11 @@ def test_what_predicts_noise_is_said_before_what_is_missing_to_go_on(tmp_path):
 def test_a_device_and_a_file_that_is_not_there_are_told_apart(tmp_path):
     for path, what in ((Path("/dev/zero"), "is no regular file"), (tmp_path / "none.pt", "does not exist")):
         with pytest.raises(UserError, match=f"the checkpoint {path} {what}"):
-            load_student(path, device=torch.device("cpu"))
+            load_checkpoint(path, device=torch.device("cpu"))
 
 
 def test_weights_that_are_not_finite_are_told(tmp_path, caplog):
     content = replaced("ema/pos_embed", torch.full((1, 4, 16), float("nan")))
     save_checkpoint(tmp_path / "nan.pt", content)
-    load_student(tmp_path / "nan.pt", device=torch.device("cpu"))
+    load_checkpoint(tmp_path / "nan.pt", device=torch.device("cpu"))
     assert "ema of" in caplog.text and "holds numbers that are not finite, in pos_embed" in caplog.text

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from haste.errors import UserError
-from haste.training import previews
+from haste.training import samples
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
-from haste.training.previews import as_grid, title_bar
-from haste.training.tracking import Trackers, project
+from haste.training.logging import Trackers, project
+from haste.training.samples import as_grid, title_bar
 from haste.training.trainer import train
-from picture_files import save_vae, write_classes
+from image_files import save_vae, write_classes
 from PIL import Image
 
 
@@ -49,7 +49,7 @@ def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_
     def cannot_be_had(latents):
         raise UserError("the VAE cannot be loaded")
 
-    monkeypatch.setattr(previews, "VAE", cannot_be_had)
+    monkeypatch.setattr(samples, "VAE", cannot_be_had)
     with caplog.at_level(logging.WARNING):
         result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
     assert result.step == 2 and caplog.text.count("no previews are drawn: the VAE cannot be loaded") == 1
@@ -60,7 +60,7 @@ def test_a_run_shorter_than_its_sampling_steps_has_a_preview_of_its_end_with_the
     make_config, tmp_path, monkeypatch
 ):
     titles = []
-    monkeypatch.setattr(previews, "title_bar", lambda title, width: titles.append(title) or title_bar(title, width))
+    monkeypatch.setattr(samples, "title_bar", lambda title, width: titles.append(title) or title_bar(title, width))
     classes = write_classes(tmp_path / "classes")
     result = train(make_config(data_dir=str(classes), **{**PLAIN, "sampling_steps": 1000}))
     assert [path.name for path in (result.folder / "previews").iterdir()] == ["0000002.png"]

@@ -18,7 +18,7 @@ from haste.training.checkpoint import checkpoint_path, list_checkpoints, read_ch
 
 STEPS = 10
 SETTINGS = [
-    "train", "--recipe", "digits", "--exp-name", "run", "--layer-map", "0:1,1:2", "--batch-size", "4",
+    "train", "--preset", "digits", "--exp-name", "run", "--layer-map", "0:1,1:2", "--batch-size", "4",
     "--gradient-accumulation-steps", "2", "--early-stop-point", "6", "--logging-steps", "1",
     "--checkpointing-steps", "4",
 ]  # fmt: skip
@@ -54,7 +54,7 @@ def last(folder: Path, step: int = STEPS) -> dict:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """The same pictures, noise and steps; sums are taken in another order, which Adam's first steps enlarge."""
+    """The same images, noise and steps; sums are taken in another order, which Adam's first steps enlarge."""
     for a, b in zip(read_log(folder), read_log(other), strict=True):
         assert (a["step"], a["aligned"]) == (b["step"], b["aligned"])
         for name in ("loss", "proj_loss", "attn_loss", "grad_norm"):

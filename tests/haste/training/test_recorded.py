@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from haste.errors import UserError
-from haste.training.config import TrainConfig
-from haste.training.recipes import recipe_config
-from haste.training.recorded import follow_run
+from haste.training.config import TrainConfig, preset_config
+from haste.training.resume import follow_run
 
-DIGITS = recipe_config("digits")
+DIGITS = preset_config("digits")
 
 
 @pytest.fixture
@@ -52,11 +51,11 @@ def test_a_run_of_haste_keeps_its_end(record):
     assert (config.attn_coeff, config.early_stop_point) == (0.5, 100_000)
 
 
-def test_the_recipe_of_the_run_may_be_named_again_and_another_speaks_for_itself(record):
+def test_the_preset_of_the_run_may_be_named_again_and_another_speaks_for_itself(record):
     flags = record({**asdict(DIGITS), "attn_coeff": 0.0, "max_train_steps": 7})
     assert follow_run(DIGITS, flags) == replace(DIGITS, attn_coeff=0.0, max_train_steps=7)
     assert follow_run(TrainConfig(), flags) == replace(DIGITS, attn_coeff=0.0, max_train_steps=7, exp_name="")
-    other = recipe_config("repa-b-256")
+    other = preset_config("repa-b-256")
     assert follow_run(other, flags) == other
 
 
@@ -73,7 +72,7 @@ def test_what_is_told_can_be_typed(record, capsys):
 
 
 def test_a_tracker_that_is_not_here_is_left_out_and_one_that_is_typed_is_not(record, capsys, monkeypatch):
-    monkeypatch.setattr("haste.training.recorded.importlib.util.find_spec", lambda name: name == "tensorboard" or None)
+    monkeypatch.setattr("haste.training.resume.importlib.util.find_spec", lambda name: name == "tensorboard" or None)
     flags = record({"report_to": "tensorboard,wandb"})
     assert follow_run(TrainConfig(), flags).report_to == "tensorboard"
     assert "was logged to wandb, which is not installed here" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 from haste.errors import UserError
 from haste.training.config import TrainConfig
-from haste.training.resolved import differing_settings, resolve
+from haste.training.resume import differing_settings, resolve
 from transformers import Dinov2Config
 
 REPA = TrainConfig(exp_name="a")

@@ -5,8 +5,8 @@ import os
 
 import pytest
 from haste.errors import UserError
-from haste.training import run_log
-from haste.training.run_log import alignment_end, read_lines, read_log
+from haste.training import logging
+from haste.training.logging import alignment_end, read_lines, read_log
 
 
 def write(path, *lines, end="\n"):
@@ -51,7 +51,7 @@ def test_a_log_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(run_log, "read_bytes", refuse)
+    monkeypatch.setattr(logging, "read_bytes", refuse)
     with pytest.raises(UserError, match=r"log\.jsonl cannot be read: Permission denied"):
         read_log(path)
 

@@ -2,7 +2,7 @@ import os
 import signal
 
 import pytest
-from haste.training.signals import StopRequest
+from haste.distributed import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

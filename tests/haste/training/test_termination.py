@@ -5,9 +5,9 @@ import re
 from dataclasses import replace
 
 import pytest
+from haste.alignment.termination import make_termination
 from haste.errors import UserError
 from haste.training.config import TrainConfig
-from haste.training.termination import make_termination
 
 
 def make_rule(**settings):

@@ -15,7 +15,7 @@ from haste.models import SiT
 from haste.teachers import VisionTeacher
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
 from haste.training.launch import make_accelerator
-from haste.training.run_folder import RunFolder
+from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, train
 from training_runs import assert_same_bits, final_state, read_log
 
@@ -99,7 +99,7 @@ def test_after_tau_neither_teacher_nor_projector_nor_alignment_runs(make_config,
 
 def test_after_tau_teacher_and_projector_are_no_longer_in_memory(make_config):
     config = make_config()
-    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
+    trainer = Trainer(config, load_dataset("digits", 8), RunDir(config), make_accelerator(config))
     teacher = [weakref.ref(p) for p in trainer.aligner.parameters()]
     student = trainer.student
     projectors = [weakref.ref(p) for m in (student.model, student.ema.model) for p in m.projectors.parameters()]
@@ -200,7 +200,7 @@ def test_plain_sit_never_sees_a_teacher(make_config, calls, monkeypatch):
     assert not [name for name in checkpoint["model"] if name.startswith("projectors.")]
 
 
-def test_runs_that_differ_in_alignment_alone_see_the_same_pictures_noise_and_times(make_config):
+def test_runs_that_differ_in_alignment_alone_see_the_same_images_noise_and_times(make_config):
     haste = read_log(train(make_config(exp_name="haste")).folder)
     plain = read_log(train(make_config(exp_name="plain", proj_coeff=0.0, attn_coeff=0.0)).folder)
     # A student at initialisation predicts 0: its loss is that of the target alone.
@@ -231,7 +231,7 @@ def test_what_cannot_work_is_refused_before_any_step(make_config, change, senten
     config = make_config(**change)
     with pytest.raises(UserError, match=sentence):
         train(config)
-    assert not RunFolder(make_config()).path.exists()  # and the name is free for the mended command
+    assert not RunDir(make_config()).path.exists()  # and the name is free for the mended command
 
 
 def test_a_process_that_has_used_one_precision_is_told_when_another_cannot_be_had(make_config):
@@ -282,7 +282,7 @@ def test_half_precision_trains_with_fp32_weights(make_config, precision):
 
 def test_warmup_raises_the_learning_rate_linearly(make_config):
     config = make_config(warmup_steps=4, learning_rate=0.1)
-    trainer = Trainer(config, load_dataset("digits", 8), RunFolder(config), make_accelerator(config))
+    trainer = Trainer(config, load_dataset("digits", 8), RunDir(config), make_accelerator(config))
     rates = []
     for trainer.step in range(6):
         rates.append(trainer._learning_rate())

@@ -158,10 +158,10 @@ def test_tables_are_drawn_from_the_json_alone(document, capsys):
 
 
 def test_plots_are_drawn_from_the_json_alone(document, tmp_path):
-    assert main(["plot", str(document), "--output", str(tmp_path / "pictures")]) == 0
-    pictures = sorted((tmp_path / "pictures").iterdir())
-    assert [path.name for path in pictures] == sorted(f"run-{op}.png" for op in cli.OPERATIONS)
-    for path in pictures:
+    assert main(["plot", str(document), "--output", str(tmp_path / "images")]) == 0
+    images = sorted((tmp_path / "images").iterdir())
+    assert [path.name for path in images] == sorted(f"run-{op}.png" for op in cli.OPERATIONS)
+    for path in images:
         assert matplotlib.image.imread(path)[..., :3].std() > 0.02
 
 
@@ -310,12 +310,12 @@ def test_an_output_that_holds_something_else_is_refused_and_stays(tmp_path, caps
     assert path.read_text() == content
 
 
-def test_a_folder_of_pictures_that_is_a_file_is_refused(document, tmp_path, capsys):
+def test_a_folder_of_images_that_is_a_file_is_refused(document, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SystemExit):
         main(["plot", str(document), "--output", str(tmp_path / "file")])
     said = capsys.readouterr().err
-    assert f"no picture can be written to {tmp_path / 'file'} (File exists); --output must name a folder" in said
+    assert f"no image can be written to {tmp_path / 'file'} (File exists); --output must name a folder" in said
 
 
 def test_host_time_of_each_loss_beside_a_function_that_does_nothing(tmp_path, capsys):

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from haste.bounds import DEFAULT_STEPS, check_numbers
-from haste.caching.settings import FAST
+from haste.caching.config import FAST
 from haste.errors import UserError
-from haste.training.recipes import recipe_config
+from haste.training.config import preset_config
+from haste.validation import DEFAULT_STEPS, check_numbers
 
 POINTS = 5  # checkpoints of the run, each of which is judged
 
@@ -25,20 +25,20 @@ class Args:
 
     output_dir: Path = Path("demo")
     """Where both runs, the teacher, the classifier and the page go."""
-    max_train_steps: int = recipe_config("digits").max_train_steps
+    max_train_steps: int = preset_config("digits").max_train_steps
     """Training steps of either run."""
     seed: int = 0
     """Seed of the training and of the samples."""
     num_steps: int = DEFAULT_STEPS
-    """Sampling steps of the pictures that are compared."""
+    """Sampling steps of the images that are compared."""
     interval: int = FAST.resolved_interval
     """Where steps are forecast: one full step every so many."""
     order: int = FAST.resolved_order
     """Where steps are forecast: the order; 0 repeats the last full step."""
-    num_pictures: int = 100
-    """Pictures that are drawn twice, in full and with most steps forecast."""
+    num_images: int = 100
+    """Images that are drawn twice, in full and with most steps forecast."""
     num_fid_samples: int = 700
-    """Pictures per checkpoint that is judged."""
+    """Images per checkpoint that is judged."""
 
     def check(self) -> None:
         """UserError for numbers beyond their bounds, and for a run too short to be evaluated at every point."""

@@ -1,7 +1,7 @@
-"""Measure how far drawn pictures are from real ones, and how far a cached run is from its uncached twin.
+"""Measure how far drawn images are from real ones, and how far a cached run is from its uncached twin.
 
-Give exactly one of --run (every checkpoint of a run), --ckpt (one checkpoint) or --samples (pictures drawn before).
-The pictures of --run and --ckpt are drawn first. Of a run on the digits, every checkpoint is judged by Fréchet distance
+Give exactly one of --run (every checkpoint of a run), --ckpt (one checkpoint) or --samples (images drawn before).
+The images of --run and --ckpt are drawn first. Of a run on the digits, every checkpoint is judged by Fréchet distance
 and label accuracy; all else gets every metric that its features and its reference allow.
 """
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from haste.cli.flags import sample
 from haste.errors import UserError
-from haste.generation.settings import SamplingSettings
+from haste.generation.config import SamplingConfig
 
 FULL = "full"  # --twin: draw it
 
 
 @dataclass(kw_only=True)
-class Args(SamplingSettings):
+class Args(SamplingConfig):
     """The flags of `haste evaluate`."""
 
     run: Path | None = None
@@ -31,37 +31,37 @@ class Args(SamplingSettings):
     """Whose features: inception:PATH with the weights of FID's Inception, a teacher's name or folder (dinov2-vit-l is
     FD-DINOv2), digits, or stored: then --samples and --reference hold features. [default: digits, for digits]"""
     reference: str | None = None
-    """The real side: a folder of pictures, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
+    """The real side: a folder of images, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
     --features digits]"""
     save_reference: Path | None = None
     """Write the reference's features, their mean and covariance to this .npz, to give as --reference the next time."""
     twin: str | None = None
-    """The same pictures drawn without a cache, a folder or an .npz: how far the samples are from them. full: with
+    """The same images drawn without a cache, a folder or an .npz: how far the samples are from them. full: with
     --ckpt and --cache, draw them too, and compare the states after every step."""
     fast: bool = False
     """With --ckpt or --run: the recommended cache, in place of --cache and what goes with it."""
     num_fid_samples: int = 1000
-    """How many pictures to draw for each checkpoint."""
+    """How many images to draw for each checkpoint."""
     labels: str = "balanced"
     """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4."""
     per_proc_batch_size: int = 128
-    """Pictures per batch, when they are drawn and in the network of --features."""
+    """Images per batch, when they are drawn and in the network of --features."""
     kid_subset_size: int = 1000
-    """Pictures in each of the 100 subsets that the kernel distance is averaged over."""
+    """Images in each of the 100 subsets that the kernel distance is averaged over."""
     judge_dir: Path | None = None
-    """Where the judge of the digits is kept; by default judge/ beside the runs (for --samples: beside the pictures)."""
+    """Where the judge of the digits is kept; by default judge/ beside the runs (for --samples: beside the images)."""
 
     def resolved(self) -> Args:
         """The same, with --fast and a file of labels replaced by what they stand for."""
         self.check_drawing()
         chosen = sample_args(self).resolved()
-        names = [field.name for field in fields(SamplingSettings)]
+        names = [field.name for field in fields(SamplingConfig)]
         return replace(self, fast=False, **{name: getattr(chosen, name) for name in names})
 
     def check_drawing(self) -> None:
         if self.samples is None:
             return
-        for name in [*(field.name for field in fields(SamplingSettings)), "fast"]:
+        for name in [*(field.name for field in fields(SamplingConfig)), "fast"]:
             value = getattr(self, name)
             if value != self.__dataclass_fields__[name].default:
                 flag = name.replace("_", "-")
@@ -77,14 +77,14 @@ class Args(SamplingSettings):
         if self.samples is not None and not self.samples.exists():
             raise UserError(f"--samples is {self.samples}, which does not exist")
         if self.features == "stored" and self.samples is None:
-            raise UserError("--features is stored, so features must be given as --samples, not pictures to be drawn")
+            raise UserError("--features is stored, so features must be given as --samples, not images to be drawn")
         self.check_twin()
 
     def check_twin(self) -> None:
         if self.twin is None:
             return
         if self.run is not None or self.features == "stored":
-            raise UserError(f"--twin is {self.twin}; pictures of --samples or --ckpt have a twin, "
+            raise UserError(f"--twin is {self.twin}; images of --samples or --ckpt have a twin, "
                             f"not {'--run' if self.run is not None else '--features stored'}")  # fmt: skip
         if self.twin != FULL and not Path(self.twin).exists():
             raise UserError(f"--twin is {self.twin}, which does not exist; it must be a folder, an .npz, or full")

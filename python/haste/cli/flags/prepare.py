@@ -1,7 +1,7 @@
-"""Make training data in REPA's layout from any pictures: cropped as ADM does, with their latents.
+"""Make training data in REPA's layout from any images: cropped as ADM does, with their latents.
 
-`--source` is a folder with a folder of pictures for each class, a zip of one, or a Hugging Face data set on disk. A
-command that was stopped goes on with the pictures that are missing. `accelerate launch -m haste prepare ...` shares the
+`--source` is a folder with a folder of images for each class, a zip of one, or a Hugging Face data set on disk. A
+command that was stopped goes on with the images that are missing. `accelerate launch -m haste prepare ...` shares the
 work among several GPUs.
 """
 
@@ -11,9 +11,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from haste.bounds import check_numbers
-from haste.data.bad_files import OnBadFile
+from haste.data.images import OnBadFile
 from haste.errors import UserError
+from haste.validation import check_numbers
 
 
 @dataclass(kw_only=True)
@@ -21,19 +21,19 @@ class Args:
     """The flags of `haste prepare`."""
 
     source: Path
-    """The pictures. Classes are the folders at the top, in alphabetical order, or what a dataset.json says."""
+    """The images. Classes are the folders at the top, in alphabetical order, or what a dataset.json says."""
     dest: Path
     """The folder that gets images/ and vae-sd/, for `haste train --data-dir`."""
     resolution: int = 256
-    """Pixels per side of the cropped pictures."""
+    """Pixels per side of the cropped images."""
     vae: str = "mse"
-    """What makes the latents: mse or ema (Stable Diffusion's), a hub name, a folder; or none for pictures alone."""
+    """What makes the latents: mse or ema (Stable Diffusion's), a hub name, a folder; or none for images alone."""
     zip: bool = False
     """Pack the finished folders into images.zip and vae-sd.zip."""
     on_bad_file: OnBadFile = "refuse"
-    """What to do about a picture that cannot be read: stop, or name it and leave it out."""
+    """What to do about an image that cannot be read: stop, or name it and leave it out."""
     batch_size: int = 32
-    """Pictures that are encoded together."""
+    """Images that are encoded together."""
     num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Processes that read and crop."""
 

@@ -12,15 +12,15 @@ from typing import Literal
 
 from tyro.conf import Fixed, Suppress
 
-from haste.bounds import check_numbers
 from haste.errors import UserError
-from haste.generation.labels import list_labels
-from haste.generation.settings import SamplingSettings
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import list_labels
 from haste.sweep.points import Grid, plan
+from haste.validation import check_numbers
 
 
 @dataclass(kw_only=True)
-class Args(SamplingSettings):
+class Args(SamplingConfig):
     """The flags of `haste sweep`."""
 
     ckpt: Path
@@ -54,9 +54,9 @@ class Args(SamplingSettings):
     """Steps of the plain runs that caching has to beat."""
 
     num_fid_samples: int = 1000
-    """How many pictures to draw of each point."""
+    """How many images to draw of each point."""
     per_proc_batch_size: int = 128
-    """Pictures per batch, in which they are also timed."""
+    """Images per batch, in which they are also timed."""
     labels: str = "balanced"
     """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn: such as 3,1,4, or a text file
     with one on each line."""
@@ -68,7 +68,7 @@ class Args(SamplingSettings):
     """Whose features, as for haste evaluate: inception:PATH, a teacher's name or folder, or digits. [default: digits,
     for a run on digits]"""
     reference: str | None = None
-    """The real side: a folder of pictures, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
+    """The real side: a folder of images, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
     --features digits]"""
     judge_dir: Path | None = None
     """Where the judge of the digits is kept; by default judge/ beside the runs."""
@@ -90,14 +90,14 @@ class Args(SamplingSettings):
         return self.effective()
 
     @property
-    def base(self) -> SamplingSettings:
+    def base(self) -> SamplingConfig:
         """What all points share."""
-        shared = {field.name: getattr(self, field.name) for field in fields(SamplingSettings)}
+        shared = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
         chosen = {"num_steps": max(self.steps, default=1), "labels": list_labels(self.labels)}
-        return SamplingSettings(**{**shared, **chosen})
+        return SamplingConfig(**{**shared, **chosen})
 
     @property
-    def points(self) -> list[SamplingSettings]:
+    def points(self) -> list[SamplingConfig]:
         grid = Grid(
             caches=self.caches,
             granularities=self.granularities,

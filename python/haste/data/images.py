@@ -1,0 +1,202 @@
+"""Files that cannot be used, and what becomes of them.
+
+From the bytes of an image file to pixels of one size.
+
+Images as bytes and files: the 8-bit conversion of the public samplers, PNG folders and the ADM `.npz`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from haste.errors import UserError, in_one_line
+from haste.io import MOST_ELONGATED, MOST_PIXELS, read_bytes, remove_abandoned, write_atomically
+
+OnBadFile = Literal["refuse", "skip"]
+
+
+class BadFile(Exception):
+    """One file that is missing, cut short or of the wrong kind. It travels from worker processes, so it pickles."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
+
+
+def refusal(fault: BadFile) -> str:
+    """The sentence with which a command ends that may not skip."""
+    return f"{fault}; replace it, or pass over such files with --on-bad-file skip"
+
+
+# Pillow reads many more, some by starting a program (EPS: Ghostscript), and looks at content rather than at names.
+Image.init()
+_KNOWN_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+IMAGE_FORMATS = tuple(kind for kind in _KNOWN_FORMATS if kind in Image.OPEN)  # AVIF is not in every Pillow
+
+_FORMAT_OF = Image.registered_extensions()
+IMAGE_ENDINGS = frozenset(ending for ending, kind in _FORMAT_OF.items() if kind in IMAGE_FORMATS)
+OTHER_ENDINGS = frozenset(_FORMAT_OF) - IMAGE_ENDINGS
+
+
+def silence_pillow() -> None:
+    """What it warns of, such as odd EXIF entries, is either of no consequence for the pixels or refused below. For
+    good: a filter that is set for a while would be set for other threads too."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+silence_pillow()
+
+
+def is_image(name: str) -> bool:
+    """Whether the ending of a file's name is that of an image format that is read."""
+    return _ending(name) in IMAGE_ENDINGS
+
+
+def is_other_image(name: str) -> bool:
+    """Whether the ending of a file's name is that of an image format that is not read."""
+    return _ending(name) in OTHER_ENDINGS
+
+
+def is_jpeg(name: str) -> bool:
+    """Whether the ending of a file's name is JPEG's, which loses something of every image."""
+    return _FORMAT_OF.get(_ending(name)) == "JPEG"
+
+
+def _ending(name: str) -> str:
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot >= 0 else ""
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The image in RGB, whole; BadFile if it is not all there, no 8-bit image, or larger than the limits."""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            _check_size(*image.size, name)
+            if image.mode.startswith(("I", "F")):  # convert() would clip these to white
+                raise BadFile(name, f"has pixels of type {image.mode}; they must have 8 bits a channel")
+            return image.convert("RGB")
+    except BadFile:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadFile(name, _what_else(data)) from error
+    except Image.DecompressionBombError as error:  # tells the number of pixels, before there is an image to ask
+        count = int(re.search(r"\d+", str(error)).group())
+        raise BadFile(name, f"has {count:,} pixels; at most {MOST_PIXELS:,} are read") from error
+    except Exception as error:  # a damaged file leads its decoder to raise anything
+        raise BadFile(name, f"is no whole image ({in_one_line(error)})") from error
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MOST_PIXELS:
+        raise BadFile(name, f"has {width} x {height} pixels; at most {MOST_PIXELS:,} are read")
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        limit = f"the longer side must be at most {MOST_ELONGATED} times the shorter"
+        raise BadFile(name, f"has {width} x {height} pixels; {limit}")
+
+
+def _what_else(data: bytes) -> str:
+    if not data:
+        return "is empty"
+    return f"is no image, or of another format than {', '.join(IMAGE_FORMATS)}"
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The middle square of an image as (3, size, size) uint8, by ADM's rule, which REPA, SiT and DiT follow.
+
+    Halved by box averages while the shorter side is at least twice `size`, then resized (bicubic) until the shorter
+    side is `size`, then cropped.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    ratio = size / min(image.size)
+    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return to_pixels(image.crop((left, top, left + size, top + size)))
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """(3, H, W) uint8."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
+    """Images (N, C, H, W) in [−1, 1], C = 1 or 3, to (N, H, W, 3) uint8: clip(255·x, 0, 255) truncated, x in [0, 1].
+
+    Truncated, not rounded, as HASTE's and REPA's samplers do. One grey channel is repeated three times.
+    rounded: clip(127.5·x + 128, 0, 255) truncated, x in [−1, 1] and float32, which rounds: SiT and DiT.
+    """
+    x = images.detach().cpu().permute(0, 2, 3, 1)
+    scaled = (127.5 * x.float() + 128.0 if rounded else 255.0 * ((x.double() + 1.0) / 2.0)).numpy()
+    array = np.clip(scaled, 0.0, 255.0).astype(np.uint8)
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+
+
+def image_path(folder: Path, index: int) -> Path:
+    """Where image number `index` of a sample folder lies: six digits, as the public samplers name them."""
+    return folder / f"{index:06d}.png"
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write one image (H, W, 3) uint8 as PNG, so that a kill leaves the whole file or none."""
+    from PIL import Image  # what samples without writing images does without it
+
+    write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, with the labels (N,) beside it, whole or not at all.
+
+    images: (H, W, 3) uint8 each, as many as labels. They are written as they come, so that 50,000 of 256 pixels, which
+    are 10 GB, need never be in memory together. Raises UserError if they differ in size.
+    """
+
+    def write(temporary: Path) -> None:
+        remaining = iter(images)
+        first = next(remaining)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape)}
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, header)
+                for _, image in zip(range(len(labels)), itertools.chain([first], remaining), strict=True):
+                    if image.shape != first.shape:
+                        sizes = f"{first.shape} and {image.shape}"
+                        raise UserError(f"{path} cannot hold images of different sizes, {sizes}")
+                    entry.write(np.ascontiguousarray(image).data)
+            with archive.open("labels.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.asarray(labels))
+
+    write_atomically(path, write)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """One image, (H, W, 3) uint8. Raises UserError if there is none."""
+    try:
+        return np.asarray(decode_image(read_bytes(path), str(path)))
+    except (OSError, BadFile) as error:
+        raise UserError(f"the image {path} cannot be read: {in_one_line(error)}") from error
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write any arrays as an .npz, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, **arrays)
+
+    remove_abandoned(path)
+    write_atomically(path, write)

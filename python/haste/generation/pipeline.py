@@ -1,0 +1,249 @@
+"""Which class an image shows, and the random numbers that are its own: functions of its seed and number alone.
+
+From a student to 8-bit images, each a function of its own number alone.
+
+Image i of a seed has its own random generator for its label, its starting noise and the noise of the SDE. So it is
+the same image in any batch size and in any number of images, up to the rounding of matrix products of other sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from haste.caching import make_cache
+from haste.caching.schedule import describe_steps
+from haste.data.images import to_uint8
+from haste.errors import UserError, in_one_line, shorten
+from haste.generation.checkpoint import LoadedCheckpoint, latent_format
+from haste.generation.config import SamplingConfig
+from haste.io import read_bytes
+from haste.samplers import Guidance, initial_noise, model_calls, sample, times_at
+from haste.vae import VAE
+
+LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
+
+if TYPE_CHECKING:  # flags are checked without torch
+    import torch
+
+
+def image_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -> torch.Generator:
+    """The random generator that belongs to image `index` of `seed` alone."""
+    import torch
+
+    entropy = (seed, index, ("label", "noise").index(purpose))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+
+
+def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
+    """The labels (len(indices),) int64 of these images under a --labels policy. Raises UserError for a bad policy."""
+    if policy == "random":
+        import torch
+
+        draws = [torch.randint(num_classes, (), generator=image_generator(seed, i, "label")) for i in indices]
+        return np.array([int(draw) for draw in draws], dtype=np.int64)
+    listed = list(range(num_classes)) if policy == "balanced" else _listed_classes(policy)
+    unknown = [label for label in listed if not 0 <= label < num_classes]
+    if unknown:
+        known = f"this model knows the classes 0 to {num_classes - 1}"
+        raise UserError(f"--labels is {shorten(policy)} and has {shorten(unknown[0])}; {known}")
+    return np.array(listed, dtype=np.int64)[np.asarray(indices) % len(listed)]
+
+
+def _listed_classes(policy: str) -> list[int]:
+    try:
+        if not policy.isascii():  # int() reads the digits of other scripts
+            raise ValueError
+        return [int(word) for word in policy.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--labels must be random, balanced, classes such as 3,1,4, or a file of them, got {shorten(policy)}"
+        ) from None
+
+
+def list_labels(policy: str) -> str:
+    """The policy itself; in place of a file's name, the classes that stand on its lines, as 3,1,4."""
+    path = _as_file(policy)
+    if path is None:
+        return policy
+    try:
+        lines = read_bytes(path, LARGEST_FILE).decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels is {policy}, which cannot be read as text: {in_one_line(error)}") from error
+    filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in filled:
+        if not (line.isascii() and line.isdecimal()):
+            raise UserError(f"--labels is {policy}, whose line {number} is {shorten(line)}; it must be a class as 3")
+    if not filled:
+        raise UserError(f"--labels is {policy}, which is empty; it must have one class on each line")
+    return ",".join(line for _, line in filled)
+
+
+def _as_file(policy: str) -> Path | None:
+    """The file that a policy names; None if it names none."""
+    try:
+        path = Path(policy).expanduser()
+        return path if len(policy) <= 4096 and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long a name, NUL in it, ~ of an unknown user
+        return None
+
+
+Progress = Callable[[int, int], None]
+Observer = Callable[[int, Tensor], None]
+
+
+class Start(NamedTuple):
+    """noise: (n, C, S, S). labels: (n,) int64. generators: one per image, for the noise of the SDE."""
+
+    noise: Tensor
+    labels: Tensor
+    generators: list[torch.Generator]
+
+
+class Sampler:
+    """Draws images of one student, batch by batch.
+
+    Raises UserError for settings that contradict each other or do not fit the student.
+    """
+
+    def __init__(self, student: LoadedCheckpoint, settings: SamplingConfig) -> None:
+        settings.check()
+        model = student.model
+        if settings.cfg_scale > 1 and model.null_label is None:
+            raise UserError(
+                f"--cfg-scale is {settings.cfg_scale:g}; it must be 1 for a model trained with --cfg-prob 0"
+            )
+        self.student = student
+        self.settings = settings
+        self.latents = latent_format(student, settings.vae)
+        self.vae = None if self.latents is None else VAE(self.latents).to(self.device)
+        self.cache = make_cache(model, settings)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.model.parameters()).device
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        """Model evaluations of the last batch, and how many of them were full; the others were forecast."""
+        if self.cache is not None:
+            return self.cache.num_full + self.cache.num_skipped, self.cache.num_full
+        s = self.settings
+        guidance = Guidance(
+            s.cfg_scale, s.guidance_low, s.guidance_high, self.student.model.null_label, s.guidance_mode
+        )
+        count = len(model_calls(s.sampler, s.num_steps, guidance))
+        return count, count
+
+    @property
+    def rows(self) -> int:
+        """Rows that the cache keeps for one image, and the model sees at once but for separate guidance: two under
+        guidance."""
+        return 2 if self.settings.cfg_scale > 1 else 1
+
+    def with_full_steps(self, steps: Sequence[int]) -> Sampler:
+        """The same, with exactly these steps in full."""
+        settings = replace(
+            self.settings,
+            full_steps=describe_steps(steps),
+            order=min(self.settings.resolved_order, len(steps) - 1),  # there is never more to forecast from
+            **dict.fromkeys(("interval", "first_enhance")),
+            max_error=0.0,
+        )
+        return self.with_settings(settings)
+
+    def with_settings(self, settings: SamplingConfig) -> Sampler:
+        """The same student and the same VAE, sampled otherwise."""
+        settings.check()
+        other = copy.copy(self)
+        other.settings, other.cache = settings, make_cache(self.student.model, settings)
+        return other
+
+    def speed_up(self, compile: bool, cuda_graphs: bool) -> None:
+        """Draw the same with less overhead: through torch.compile, or with a cache on a GPU through CUDA graphs."""
+        if compile and self.cache is not None:
+            self.cache.compile()
+        elif compile:
+            for block in self.student.model.blocks:  # all share one compilation
+                block.compile(fullgraph=True)
+        if cuda_graphs and self.cache is None:
+            raise UserError("--cuda-graphs is given without a cache; it needs --fast or --cache")
+        if cuda_graphs:
+            self.cache.capture()
+
+    @torch.no_grad()
+    def warm_up(self, count: int) -> None:
+        """Run the model once on `count` images, with a cache until a step was forecast, and the VAE on one image: a
+        clock that starts now does not time what a first call sets up."""
+        model = self.student.model
+        rows = count if self.settings.guidance_mode == "separate" else count * self.rows
+        like = next(model.parameters())
+        x = like.new_zeros(rows, model.in_channels, model.input_size, model.input_size)
+        y = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        if self.cache is None:
+            model(x, like.new_ones(rows), y)
+        else:
+            steps = self.settings.num_steps
+            times = [1 - step / steps for step in range(steps)]
+            self.cache.start(times)
+            for time in times:
+                self.cache(x, times_at(time, rows, like.dtype, like.device), y)
+                if self.cache.num_skipped:
+                    break
+        self._to_images(x[:1])
+
+    def draw(
+        self, indices: Sequence[int], progress: Progress | None = None, observe: Observer | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The images with these numbers, (n, H, W, 3) uint8, and their labels (n,) int64, drawn as one batch.
+
+        `progress` is called after every step with the steps done and their number, `observe` with the step's number
+        and the state, as in `haste.sampling.sample`.
+        """
+        start = self.start_of(indices)
+        images = self._to_images(self.run(start, progress, observe))
+        if not images.isfinite().all():
+            source = "the model" if self.vae is None else f"the VAE {self.latents.vae}"
+            raise UserError(f"{source} gave NaN or infinity in place of images")
+        return to_uint8(images, self.student.rounded), start.labels.cpu().numpy()
+
+    def start_of(self, indices: Sequence[int]) -> Start:
+        """Where the images with these numbers begin, as one batch."""
+        settings, model = self.settings, self.student.model
+        labels = choose_labels(settings.labels, settings.global_seed, indices, model.num_classes)
+        generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
+        shape = (len(indices), model.in_channels, model.input_size, model.input_size)
+        noise = initial_noise(shape, generators, dtype=model.dtype, device=self.device)
+        return Start(noise, torch.from_numpy(labels).to(self.device), generators)
+
+    def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:
+        """What the model and the sampler alone make of a start: (n, C, S, S), on the model's device."""
+        settings, model = self.settings, self.student.model
+        return sample(
+            self.cache or model,
+            start.noise,
+            start.labels,
+            num_steps=settings.num_steps,
+            sampler=settings.sampler,
+            path=self.student.config.path_type,
+            cfg_scale=settings.cfg_scale,
+            guidance_low=settings.guidance_low,
+            guidance_high=settings.guidance_high,
+            guidance=settings.guidance_mode,
+            guided_channels=self.student.guided_channels,
+            null_label=model.null_label,
+            generator=start.generators,
+            progress=progress,
+            observe=observe,
+        )
+
+    def _to_images(self, drawn: Tensor) -> Tensor:
+        """What the student draws, as images (n, 1 or 3, H, W) in [-1, 1]."""
+        return drawn if self.vae is None else self.vae.decode(drawn)

@@ -1,0 +1,280 @@
+"""The folder that `haste sample` fills: numbered PNGs, and sample.json with the command that they belong to.
+
+A folder takes images of one command only. Since an image depends on its number alone, a command that was killed
+goes on with the numbers that are missing, and a larger count adds to what is there.
+
+    <name>/000000.png ...   the images, in their own size
+    <name>/sample.json      settings, the seconds that drawing took, and full steps that were measured
+    <name>.npz              arr_0 (N, H, W, 3) uint8 as the ADM evaluator reads it, and labels (N,)
+    <name>-grid.png         some of them, enlarged, with their labels
+
+The drawing of what a sample folder lacks, batch by batch, by one process or several.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from haste.caching import check_memory
+from haste.caching.schedule import describe_steps
+from haste.data.images import image_path, read_image, write_image, write_npz
+from haste.distributed import Processes, progress_bar
+from haste.errors import UserError, shorten
+from haste.generation.pipeline import Sampler
+from haste.io import hold, holds_nothing, read_json, remove_abandoned, remove_leftovers, told, write_json
+from haste.training.checkpoint import DIGEST, WRITTEN
+from haste.validation import build
+
+logger = logging.getLogger(__name__)
+
+RECORD = "sample.json"
+
+THREADS = 8  # files that are read or written at a time
+ALL_THERE = "the images are all there, and the same command tries again"
+
+CHUNK = 256  # images in memory while the .npz is written
+
+
+@dataclass
+class Drawn:
+    """What was drawn into a folder so far, the seconds it took, and how often the model was evaluated for an image."""
+
+    images: int = 0
+    seconds: float = 0.0
+    evaluations_per_image: int = 0
+    full_per_image: int = 0
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class SampleDir:
+    """A folder of samples that belongs to `settings`, a dictionary of plain values.
+
+    full_steps: those that --max-error has found, which hold for all images of the folder.
+    before: the settings as earlier versions recorded them (`as_before`), so that their folders are gone on with.
+
+    Nothing is written before the first image. Raises UserError if the folder holds anything but samples with exactly
+    these settings.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    drawn: Drawn = field(default_factory=Drawn)
+    full_steps: list[int] | None = None
+    before: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        record = self.path / RECORD
+        if record.is_file():
+            saved = read_record(self.path)
+            self._refuse_other(saved.settings)
+            self.drawn, self.full_steps = saved.drawn, saved.full_steps
+        elif not holds_nothing(self.path):
+            raise UserError(f"{self.path} holds something else than samples; give another --sample-dir")
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """While this context is open no other command fills the folder; what a kill has left of a write is gone.
+
+        UserError if another command does.
+        """
+        with hold(self.path, f"{self.path} is being filled", "give another --sample-dir, or wait until it has ended"):
+            self.__post_init__()  # another command may have ended here a moment ago
+            remove_leftovers(self.path)
+            for path in (self.npz, self.grid):
+                remove_abandoned(path, held=True)
+            yield
+
+    def _refuse_other(self, saved: dict[str, Any]) -> None:
+        own = self.before if self.before is not None and WRITTEN in saved else self.settings
+        names = dict.fromkeys([*saved, *own])
+        differences = [_difference(name, saved, own) for name in names if saved.get(name) != own.get(name)]
+        if differences:
+            raise UserError(
+                f"{self.path} holds the samples of another command ({'; '.join(differences[:3])}); "
+                "give another --sample-dir, or remove it"
+            )
+
+    def missing(self, count: int) -> list[int]:
+        """The numbers below `count` whose image is not there yet."""
+        return [index for index in range(count) if not image_path(self.path, index).is_file()]
+
+    def write(self, indices: Sequence[int], images: np.ndarray) -> None:
+        """Write images (n, H, W, 3) uint8 under these numbers; any process may."""
+        if not (self.path / RECORD).is_file():
+            self._save()  # claims the folder before the first image is in it
+        paths = [image_path(self.path, index) for index in indices]
+        with self._told(), ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(write_image, paths, images))
+
+    def count(self, images: int, seconds: float, evaluations: int, full: int) -> None:
+        """Keep in the record that so many images more were written, and what they took."""
+        self.drawn = Drawn(self.drawn.images + images, self.drawn.seconds + seconds, evaluations, full)
+        self._save()
+
+    def read(self, count: int) -> Iterator[np.ndarray]:
+        """The first `count` images, (H, W, 3) uint8 each. Raises UserError if one cannot be read."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, count, CHUNK):
+                numbers = range(start, min(start + CHUNK, count))
+                yield from pool.map(read_image, [image_path(self.path, number) for number in numbers])
+
+    def collect(self, labels: np.ndarray) -> None:
+        """Write the .npz with the first images and their labels (N,) beside the folder. UserError if it cannot be."""
+        with told(str(self.npz), ALL_THERE):
+            write_npz(self.npz, self.read(len(labels)), labels)
+
+    @property
+    def npz(self) -> Path:
+        return self.path.with_name(self.path.name + ".npz")
+
+    @property
+    def grid(self) -> Path:
+        return self.path.with_name(self.path.name + "-grid.png")
+
+    def _save(self) -> None:
+        record = {"settings": self.settings, "drawn": asdict(self.drawn)}
+        if self.full_steps is not None:
+            record["full_steps"] = self.full_steps
+        with self._told():
+            write_json(self.path / RECORD, record)
+
+    def _told(self) -> AbstractContextManager[None]:
+        return told(f"the sample folder {self.path}", "what is there is kept, and the same command goes on")
+
+
+def _difference(name: str, saved: dict[str, Any], own: dict[str, Any]) -> str:
+    if name == WRITTEN:
+        return "the checkpoint was written again"
+    shown = "the checkpoint's content" if name == DIGEST else name
+    return f"{shown} {shorten(saved.get(name, 'unset'))}, now {shorten(own.get(name, 'unset'))}"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a command of `haste sample` left: images with their labels (N,), and the folder.
+
+    new: how many of them this command sampled; the others were there.
+    """
+
+    labels: np.ndarray
+    folder: SampleDir
+    new: int
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """All of them in memory, (N, H, W, 3) uint8."""
+        return np.stack(list(self.folder.read(len(self.labels))))
+
+    @property
+    def drawn(self) -> Drawn:
+        return self.folder.drawn
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of a sample.json. full_steps: those that --max-error has found."""
+
+    settings: dict[str, Any]
+    drawn: Drawn
+    full_steps: list[int] | None = None
+
+
+def read_record(folder: Path) -> Record:
+    """The content of a folder's sample.json. UserError if it is not one."""
+    path = folder / RECORD
+    return build(Record, read_json(path, "the record of a sample folder"), str(path))
+
+
+CALIBRATION_IMAGES = 8
+
+
+def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, processes: Processes) -> int:
+    """Draw the images below `count` that the folder lacks, under a progress bar; how many those were.
+
+    The processes draw in rounds, a batch each, and the first one keeps the record. So whatever ends them, all images
+    that were drawn are there, and counted up to the last round.
+    """
+    missing = processes.agree(lambda: folder.missing(count))
+    batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
+    if batches:
+        largest = max(map(len, batches))
+        check_memory(sampler.student.model, sampler.settings, largest, guided=sampler.rows == 2)
+        sampler.warm_up(largest)
+    with progress_bar(
+        total=count, initial=count - len(missing), unit="image", desc="sample", disable=not processes.first
+    ) as bar:
+        for start in range(0, len(batches), processes.count):
+            together = batches[start : start + processes.count]
+            own = together[processes.rank] if processes.rank < len(together) else []
+            count_now = sum(map(len, together))
+            done = bar.n + count_now
+            seconds = 0.0
+            if own:
+                begin = perf_counter()
+                images, _ = sampler.draw(own, advance(bar, count_now))
+                seconds = perf_counter() - begin
+                folder.write(own, images)
+            slowest = max(processes.gather(seconds))
+            if processes.first:
+                folder.count(count_now, slowest, *sampler.calls)
+                bar.update(done - bar.n)
+    return len(missing)
+
+
+def deal(missing: list[int], size: int) -> list[list[int]]:
+    """Batches of at most `size` numbers, of which one holds the numbers from k·size to (k + 1)·size that are missing.
+
+    So an image shares its batch with the same others whichever process draws it, and after a resumption too: its
+    matrix products are rounded alike.
+    """
+    return [list(batch) for _, batch in groupby(missing, key=lambda index: index // size)]
+
+
+def advance(bar, images: int) -> Callable[[int, int], None]:
+    """Moves the bar by whole images while the steps of one round go by."""
+    base = bar.n
+
+    def progress(step: int, steps: int) -> None:
+        bar.update(base + images * step // steps - bar.n)
+
+    return progress
+
+
+def settle_full_steps(sampler: Sampler, folder: SampleDir, processes: Processes) -> Sampler:
+    """For --max-error: a sampler whose full steps are the same for all images of the command.
+
+    Which they are is measured once, and always on the same images of the seed, however many are asked for; a folder
+    that was begun keeps them. Otherwise an image would depend on those that share its batch or its command.
+    """
+    if not sampler.settings.max_error:
+        return sampler
+    if folder.full_steps is None:
+        folder.full_steps = processes.agree(lambda: measure_full_steps(sampler))
+    steps = folder.full_steps
+    error, total = sampler.settings.max_error, sampler.settings.num_steps
+    logger.info("--max-error %g: %d of %d steps are full, %s", error, len(steps), total, describe_steps(steps))
+    return sampler.with_full_steps(steps)
+
+
+def measure_full_steps(sampler: Sampler) -> list[int]:
+    """The full steps that an adaptive schedule finds: a function of the weights, the settings and the seed alone."""
+    sampler.draw(range(CALIBRATION_IMAGES))
+    steps = sampler.cache.full_steps
+    sampler.cache.release()
+    return steps

@@ -1,0 +1,130 @@
+"""softmax(q·kᵀ·d^−½)·v by whichever implementation is chosen; q, k and v are (B, H, N, D), and so is the result.
+
+What a SiT is told beside the tokens: the image cut into patches, the time, the class.
+
+Fixed 2-D sine-cosine positions (MAE, arXiv 2111.06377), as DiT and SiT use them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from haste.errors import UserError
+
+
+def step_by_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With the map in memory."""
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The package flash-attn: CUDA, fp16 and bf16."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The package xformers."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sdpa": F.scaled_dot_product_attention,
+    "flash-attn": flash_attn,
+    "xformers": xformers,
+    "plain": step_by_step,
+}
+
+PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers"}
+
+
+def check_backend(name: str) -> None:
+    """UserError if its package is not installed."""
+    package = PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        instead = f"pip install {name}, or --attention sdpa"
+        raise UserError(f"--attention is {name}, and the package {package} is not installed; {instead}")
+
+
+class PatchEmbedder(nn.Module):
+    """Images (B, C, S, S) to tokens (B, (S/P)², width), row by row: one linear map per patch."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Times (B,) to (B, width): cosines, then sines, of t·10000^(-i/128), and a two-layer perceptron.
+
+    t in [0, 1] is fed as it is (DDPM-style models multiply it by 1000).
+    """
+
+    def __init__(self, width: int, num_frequencies: int = 256) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(nn.Linear(num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def frequencies(self, t: Tensor) -> Tensor:
+        """(B,) to (B, num_frequencies), float32 whatever the type of t (float64 for float64)."""
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        half = self.num_frequencies // 2
+        exponent = torch.arange(half, dtype=dtype, device=t.device) / half
+        angles = t[:, None].to(dtype) * torch.exp(-math.log(10000.0) * exponent)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.frequencies(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Classes (B,) to (B, width). While training, a label becomes the null class with probability `dropout`.
+
+    The null class, for classifier-free guidance, is number `num_classes`; its row exists only if dropout > 0.
+    """
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
+            labels = torch.where(dropped, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Positions of a square grid of tokens, row by row.
+
+    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines,
+    of the coordinate times 10000^(-i/(width/4)).
+
+    Args:
+        width: channels, a multiple of 4.
+        grid: tokens per side.
+
+    Returns:
+        (grid², width), float32. Computed in double precision.
+    """
+    coordinate = torch.arange(grid, dtype=torch.float64)
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.outer(coordinate, frequencies)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
+    column = axis[None, :, :].expand(grid, -1, -1)
+    row = axis[:, None, :].expand(-1, grid, -1)
+    return torch.cat([column, row], dim=2).reshape(grid * grid, width).float()

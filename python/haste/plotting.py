@@ -1,0 +1,299 @@
+"""One look for all images: two themes, the colours of the methods, and how a figure is saved.
+
+Images beside numbers: sample grids, losses, scores over training, errors over steps.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+from haste.io import remove_abandoned, write_atomically
+
+matplotlib.use("Agg")  # no screen is needed, and none is looked for
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one theme; `series` are told apart by colour-blind readers and on grey paper."""
+
+    name: str
+    background: str
+    text: str
+    muted: str
+    grid: str
+    error: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme("light", "#ffffff", "#1b1f24", "#68707b", "#e3e6ea", "#c62828",
+              ("#2563eb", "#d97706", "#0f766e", "#7c3aed", "#be185d", "#64748b"))  # fmt: skip
+DARK = Theme("dark", "#15191f", "#e8eaed", "#9aa3ae", "#2b313a", "#ff8a80",
+             ("#7aa7ff", "#f5b04c", "#4fd1c0", "#b79cff", "#ff8fc2", "#9fb0c3"))  # fmt: skip
+THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
+
+
+@contextmanager
+def styled(theme: Theme) -> Iterator[None]:
+    """Draw inside this block in the given theme."""
+    settings = {
+        "figure.facecolor": theme.background, "axes.facecolor": theme.background, "savefig.facecolor": theme.background,
+        "text.color": theme.text, "axes.labelcolor": theme.text, "axes.titlecolor": theme.text,
+        "xtick.color": theme.muted, "ytick.color": theme.muted, "axes.edgecolor": theme.grid,
+        "xtick.labelcolor": theme.muted, "ytick.labelcolor": theme.muted,
+        "grid.color": theme.grid, "grid.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+        "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 2.0,
+        "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
+        "axes.titlelocation": "left", "axes.titlepad": 10, "legend.frameon": False, "legend.fontsize": 9,
+        "text.parse_math": False,  # a $ in a run's name is a $
+        "axes.prop_cycle": cycler(color=theme.series), "figure.dpi": 100, "savefig.dpi": 160,
+    }  # fmt: skip
+    with plt.rc_context(settings):
+        yield
+
+
+def legible(text: object) -> str:
+    """Text that matplotlib can set: of file names with odd bytes, question marks."""
+    return str(text).encode("utf-8", "replace").decode()
+
+
+def thousands(axes: Axes) -> None:
+    """Write the steps of the x axis as 2,000."""
+    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save as PNG, whole or not at all, and close the figure. A letter that the font lacks is a box, without a word."""
+    remove_abandoned(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        write_atomically(
+            path, lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
+        )
+    plt.close(figure)
+
+
+GRID_INCHES = 13.0  # a grid is at most so wide
+GRID_TILE_INCHES = 0.5  # an image of a grid is at least so wide,
+LARGEST_TILE = 256  # and at most so many pixels
+GAP_INCHES, LABEL_INCHES = 0.06, 0.2  # between images, and above each for its label
+LETTERS_PER_INCH = 15  # of a label
+SMOOTHING_WINDOWS = 40  # a curve is smoothed over this fraction of its length to either side
+
+LOSSES = {
+    "loss": "Velocity loss (mean squared error)",
+    "proj_loss": "Feature loss (−cosine)",
+    "attn_loss": "Attention loss (cross-entropy, nats)",
+}
+
+
+def draw_grid(
+    path: Path,
+    images: np.ndarray,
+    labels: Sequence[object],
+    *,
+    title: str,
+    columns: int = 10,
+    theme: Theme = LIGHT,
+) -> None:
+    """A grid of images (N, H, W, 3) uint8, each under its label, as far as there is room: small ones enlarged without
+    smoothing, those of more than LARGEST_TILE pixels made smaller with it."""
+    side = images.shape[1]
+    with styled(theme):
+        tile = max(GRID_TILE_INCHES, min(side, LARGEST_TILE) / plt.rcParams["savefig.dpi"])
+        columns = min(columns, int(GRID_INCHES / tile))
+        rows = math.ceil(len(images) / columns)
+        beside, above = GAP_INCHES / tile, LABEL_INCHES / tile
+        size = (tile * (columns + (columns - 1) * beside), tile * (rows + (rows - 1) * above))
+        whole = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": beside, "hspace": above}
+        figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, gridspec_kw=whole)
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, image, label in zip(grid.flat, images, labels, strict=False):
+            axes.imshow(image, interpolation="nearest" if side <= LARGEST_TILE else "auto")
+            text = legible(label)[: int(tile * LETTERS_PER_INCH)]
+            axes.set_title(text, fontsize=8, color=theme.muted, fontweight="normal", loc="center", pad=2)
+        heading(figure, title, gap=0.28)
+        save(figure, path)
+
+
+def draw_losses(
+    path: Path, log: Sequence[Mapping], *, title: str, stop: int | None = None, theme: Theme = LIGHT
+) -> None:
+    """The losses of one run from the records of its log.jsonl: faint as logged, bold smoothed.
+
+    Losses that the run did not have are left out. `stop` marks the step at which alignment ended.
+    """
+    present = [name for name in LOSSES if any(record.get(name) is not None for record in log)]
+    with styled(theme):
+        figure, panels = plt.subplots(1, len(present), squeeze=False, figsize=(1.2 + 3.7 * len(present), 3.0))
+        for axes, name, colour in zip(panels.flat, present, theme.series, strict=False):
+            points = [(record["step"], record[name]) for record in log if record.get(name) is not None]
+            steps, values = np.array(points, dtype=np.float64).T
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1.0)
+            axes.plot(steps, smooth(values), color=colour)
+            axes.set(title=LOSSES[name], xlabel="Training step", xlim=(0, max(record["step"] for record in log)))
+            axes.set_ylim(*robust_limits(values))
+            thousands(axes)
+            if stop is not None:
+                mark_step(axes, stop, "alignment ends", theme)
+        heading(figure, title)
+        figure.subplots_adjust(wspace=0.28)
+        save(figure, path)
+
+
+Scores = Mapping[str, Mapping[int, Sequence[Mapping]]]
+"""Method → seed → records with step, distance and accuracy, in the order of the steps."""
+
+
+def draw_scores(path: Path, scores: Scores, *, title: str, stop: int | None = None, theme: Theme = LIGHT) -> None:
+    """Fréchet distance (log scale) and label accuracy over training steps: one line per method, its mean over seeds.
+
+    With several seeds the band spans the lowest to the highest seed.
+    """
+    with styled(theme):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
+        for place, (method, seeds) in enumerate(scores.items()):
+            draw_series(left, place, method, steps_of(seeds), values_of(seeds, "distance"), theme)
+            draw_series(right, place, method, steps_of(seeds), 100.0 * values_of(seeds, "accuracy"), theme)
+        left.set(title="Fréchet distance to real digits (lower is better)", yscale="log")
+        right.set(title="Samples that show the requested digit (%)")
+        left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        left.yaxis.set_minor_locator(NullLocator())
+        finish_scores(figure, title, stop, theme)
+        save(figure, path)
+
+
+def draw_advantage(
+    path: Path, scores: Scores, baseline: str, *, title: str, stop: int | None = None, theme: Theme = LIGHT
+) -> None:
+    """The same scores relative to one method's at the same step and seed, where these differ little on their range.
+
+    Only seeds that the baseline has are drawn. Bands as in draw_scores.
+    """
+    with styled(theme):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
+        for place, (method, seeds) in enumerate(scores.items()):
+            shared = [seed for seed in seeds if seed in scores[baseline]]
+            own, other = ({seed: side[seed] for seed in shared} for side in (seeds, scores[baseline]))
+            ratio = 100.0 * (values_of(own, "distance") / values_of(other, "distance") - 1.0)
+            gain = 100.0 * (values_of(own, "accuracy") - values_of(other, "accuracy"))
+            draw_series(left, place, method, steps_of(own), ratio, theme)
+            draw_series(right, place, method, steps_of(own), gain, theme)
+        left.set(title=f"Fréchet distance relative to {baseline}, same seed (%)")
+        right.set(title=f"Label accuracy relative to {baseline} (points)")
+        finish_scores(figure, title, stop, theme)
+        save(figure, path)
+
+
+def draw_step_errors(
+    path: Path, errors: np.ndarray, *, title: str, full_steps: Sequence[int] = (), theme: Theme = LIGHT
+) -> None:
+    """The relative error of a cached run's state after every step, (steps, images): mean, lowest to highest.
+
+    `full_steps`, counted from 0, have a dot. Where the states still agree but for rounding, nothing is shown.
+    """
+    steps = np.arange(1, len(errors) + 1)
+    positive = np.where(errors > 0, errors, np.nan)
+    mean = np.where(errors.mean(axis=1) > 0, errors.mean(axis=1), np.nan)
+    with styled(theme):
+        figure, axes = plt.subplots(figsize=(9.6, 3.4))
+        axes.plot(steps, mean, color=theme.series[0], label="mean")
+        lowest, highest = np.fmin.reduce(positive, axis=1), np.fmax.reduce(positive, axis=1)
+        axes.fill_between(steps, lowest, highest, color=theme.series[0], alpha=0.13, linewidth=0,
+                          label="lowest to highest image")  # fmt: skip
+        full = np.array(full_steps, dtype=int)
+        if len(full):
+            axes.plot(full + 1, mean[full], "o", color=theme.series[1], markersize=4.5, label="full step")
+        axes.set(xlabel="Sampling step", xlim=(0, len(errors)), yscale="log" if (errors > 0).any() else "linear")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        if (errors > 0).any():  # rounding, far below the forecasts' errors, would flatten them
+            axes.set_ylim(bottom=max(np.nanmin(positive), np.nanmax(positive) / 1e3) / 1.3)
+        axes.set(title="‖x cached − x full‖ / ‖x full‖ after each step")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.legend(loc="lower right")
+        heading(figure, title)
+        save(figure, path)
+
+
+def steps_of(seeds: Mapping[int, Sequence[Mapping]]) -> list[int]:
+    """The steps at which a method was judged."""
+    return [record["step"] for record in next(iter(seeds.values()))]
+
+
+def values_of(seeds: Mapping[int, Sequence[Mapping]], key: str) -> np.ndarray:
+    """One score of a method, (seeds, points)."""
+    return np.array([[record[key] for record in records] for records in seeds.values()])
+
+
+def draw_series(axes: Axes, place: int, method: str, steps: Sequence[int], values: np.ndarray, theme: Theme) -> None:
+    """One method's values (seeds, points): their mean and, with several seeds, the band from lowest to highest.
+
+    From the fourth method on lines are dashed: methods that agree for a while would hide each other.
+    """
+    colour, line = theme.series[place % len(theme.series)], "-" if place < 3 else "--"
+    axes.plot(steps, values.mean(axis=0), line, color=colour, marker="o", markersize=4.5, label=legible(method))
+    if len(values) > 1:
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
+
+
+def finish_scores(figure: plt.Figure, title: str, stop: int | None, theme: Theme) -> None:
+    """What both images of scores share: the axis of steps, the end of alignment, one legend, the heading."""
+    left, right = figure.axes
+    for axes, height in ((left, 0.94), (right, 0.03)):  # where the curves are not
+        thousands(axes)
+        axes.set(xlabel="Training step", xlim=(0, None))
+        if stop is not None:
+            mark_step(axes, stop, "alignment ends", theme, height)
+    handles, names = left.get_legend_handles_labels()
+    if len(handles) > 1:
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(names))
+    heading(figure, title)
+    figure.subplots_adjust(wspace=0.2)
+
+
+def smooth(values: np.ndarray, windows: int = SMOOTHING_WINDOWS) -> np.ndarray:
+    """Centred running mean over such a fraction of the curve to either side, shorter at its ends, same length (N,)."""
+    half = max(len(values) // windows, 1)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def robust_limits(values: np.ndarray) -> tuple[float, float]:
+    """Limits of a y axis that a few extreme early values do not flatten."""
+    low, high = float(values.min()), float(np.quantile(values, 0.99))
+    margin = 0.06 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def mark_step(axes: Axes, step: int, text: str, theme: Theme, height: float = 0.94) -> None:
+    """A dashed vertical line at a training step, named at this share of the panel's height."""
+    axes.axvline(step, color=theme.muted, linestyle="--", linewidth=1.0)
+    axes.annotate(text, (step, height), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
+                  fontsize=8, color=theme.muted)  # fmt: skip
+
+
+def heading(figure: plt.Figure, title: str, gap: float = 0.42) -> None:
+    """The figure's title, left-aligned, `gap` inches above the panels."""
+    top = max(axes.get_position().y1 for axes in figure.axes)
+    offset = gap / figure.get_figheight()
+    left = min(axes.get_position().x0 for axes in figure.axes)
+    figure.text(left, top + offset, legible(title), fontsize=12, fontweight="bold", va="bottom", ha="left")

@@ -1,0 +1,365 @@
+"""Grids of tokens: how many an encoder has, and how positions and tokens go from one grid to another.
+
+The config of a teacher, held against what this package can run before anything is built from it.
+
+The mean and standard deviation that an encoder's images were normalised with.
+
+Whether two names mean the same teacher, told by their configs: no weights are loaded and no hub is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.utils import cached_file
+
+from haste.digits.teacher import DIGITS_TEACHER, DigitsTeacherSettings
+from haste.errors import UserError, in_one_line
+from haste.io import in_bytes, read_json
+from haste.teachers.families import (
+    HALF,
+    PUBLISHED_NAMES,
+    VISION_TOWERS,
+    Family,
+    Normalisation,
+    require_known,
+    resolve_teacher,
+)
+from haste.validation import build
+from haste.weights import loading_arguments, refuse_unreachable, weights_size
+
+logger = logging.getLogger(__name__)
+
+LARGEST_SIDE = 4096  # pixels
+
+
+def patch_size_of(name: str, config: PretrainedConfig) -> int:
+    return _side(name, "patch_size", config.patch_size)
+
+
+def own_image_size(name: str, config: PretrainedConfig) -> int:
+    """Pixels per side that the encoder was configured for."""
+    if hasattr(config, "image_size"):
+        return _side(name, "image_size", config.image_size)
+    return round(config.num_patches**0.5) * patch_size_of(name, config)  # NaFlex
+
+
+def _side(name: str, key: str, value: int | list[int] | tuple[int, ...]) -> int:
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not sides or any(type(side) is not int or not 1 <= side <= LARGEST_SIDE for side in sides):
+        raise UserError(f"the teacher {name} has {key} {str(value)[:40]}; it must be 1 to {LARGEST_SIDE:,} pixels")
+    if len(set(sides)) != 1:
+        raise UserError(f"the teacher {name} has {key} {tuple(sides)}; it must be square")
+    return sides[0]
+
+
+# ---- positions ----
+
+
+def resample_positions(embeddings: nn.Module, own_grid: int, grid: int) -> None:
+    """Give an encoder's `embeddings` the learned positions of another grid, once and for all.
+
+    Bicubic with antialiasing, as timm does it and with it REPA and HASTE; transformers would do it in each forward
+    pass, without. Rotary positions (DINOv3) are computed for any grid and need nothing.
+    """
+    if own_grid == grid:
+        return
+    if isinstance(getattr(embeddings, "position_embeddings", None), nn.Parameter):
+        table = resample_table(embeddings.position_embeddings[0], own_grid, grid, "bicubic")
+        embeddings.position_embeddings = nn.Parameter(table[None], requires_grad=False)
+    elif isinstance(getattr(embeddings, "position_embedding", None), nn.Embedding):
+        table = resample_table(embeddings.position_embedding.weight, own_grid, grid, "bicubic")
+        embeddings.position_embedding = nn.Embedding.from_pretrained(table)
+        embeddings.position_ids = torch.arange(len(table), device=table.device)[None]
+
+
+@torch.no_grad()
+def resample_table(table: Tensor, own_grid: int, grid: int, mode: str) -> Tensor:
+    """(P + own_grid², C) to (P + grid², C): the positions of class and register tokens stay in front."""
+    prefix, patches = table[: -(own_grid**2)], table[-(own_grid**2) :]
+    return torch.cat([prefix, _resize(patches[None], own_grid, grid, mode)[0]])
+
+
+class NaFlexPatches(nn.Module):
+    """SigLIP 2 NaFlex's embeddings for square images of one size, whose positions are resampled only once.
+
+    It takes images (B, C, H, W) where the original takes their patches, a mask and shapes.
+    """
+
+    def __init__(self, embeddings: nn.Module, grid: int) -> None:
+        super().__init__()
+        self.patch_size = embeddings.patch_size
+        self.patch_embedding = embeddings.patch_embedding
+        table = embeddings.position_embedding.weight
+        positions = resample_table(table, round(len(table) ** 0.5), grid, "bilinear")  # as SigLIP 2 does it
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, images: Tensor, spatial_shapes: None = None) -> Tensor:
+        return self.patch_embedding(cut_patches(images, self.patch_size)) + self.positions
+
+
+def cut_patches(images: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) to (B, N, p·p·C), row by row, channels last in each patch."""
+    patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, rows, p, columns, p)
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+# ---- tokens ----
+
+
+def resample_tokens(tokens: Tensor, own_grid: int, grid: int) -> Tensor:
+    """(..., own_grid², C) to (..., grid², C), bilinear over the grid, with antialiasing when it gets smaller."""
+    if own_grid == grid:
+        return tokens
+    flat = tokens.reshape(-1, own_grid**2, tokens.shape[-1])
+    return _resize(flat, own_grid, grid, "bilinear").reshape(*tokens.shape[:-2], grid**2, -1)
+
+
+def _resize(tokens: Tensor, own_grid: int, grid: int, mode: str) -> Tensor:
+    """(B, own_grid², C) to (B, grid², C), contiguous, computed in float32."""
+    maps = tokens.float().mT.unflatten(2, (own_grid, own_grid))
+    maps = F.interpolate(maps, (grid, grid), mode=mode, antialias=True)
+    return maps.flatten(2).mT.contiguous().to(tokens.dtype)
+
+
+# The least and the most of what a config may ask for. The largest encoders have 80 layers of 3,200.
+SIZES = {
+    "hidden_size": (1, 2**16),
+    "num_hidden_layers": (1, 1000),
+    "num_attention_heads": (1, 1024),
+    "intermediate_size": (1, 2**20),
+    "num_channels": (1, 1024),
+    "num_register_tokens": (0, 1024),
+    "num_patches": (1, 2**20),
+}
+OPTIONAL = ("intermediate_size", "num_register_tokens", "num_patches")  # not every family has them
+
+# Numbers of a model per byte of its files, at most. Half of a two-tower model may be left out, and there are weights of
+# one byte; what is missing is refused by name later, but not before memory was taken for it.
+MOST_NUMBERS_PER_BYTE = 4
+
+
+def load_config(name: str, source: str, flag: str = "--enc-type") -> PretrainedConfig:
+    """The config of the image side of the checkpoint, its sizes within bounds.
+
+    flag: what gave the name, for the sentence. Raises UserError if there is none, it is of a family that is not known,
+    or asks for what the weights beside it cannot hold. No program that comes with a checkpoint is run.
+    """
+    refuse_unreachable(name, source, flag)
+    values = read_checkpoint_json(name, source, "config.json", "the config of a teacher")
+    if values is None:
+        raise UserError(f"the teacher {name} cannot be loaded: it has no config.json")
+    require_known(name, values.get("model_type"))
+    if values.get("quantization_config") is not None:
+        raise UserError(f"the teacher {name} is quantised; its weights must be in float32, float16 or bfloat16")
+    for part in (values, values.get("vision_config"), values.get("text_config")):
+        _check_sizes(name, part if isinstance(part, dict) else {})  # transformers makes lists of these lengths
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading_arguments(source))
+    except Exception as error:  # a config of the wrong kinds of values leads transformers to raise anything
+        raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
+    tower = config.vision_config if config.model_type in VISION_TOWERS else config
+    _check_sizes(name, {key: getattr(tower, key, None) for key in SIZES})
+    patch_size_of(name, tower)
+    own_image_size(name, tower)
+    if Path(source).is_dir():
+        _require_weights(name, Path(source), config)
+    return tower
+
+
+def read_checkpoint_json(name: str, source: str, file_name: str, what: str) -> dict[str, Any] | None:
+    """The content of a JSON file of the checkpoint; None if it has no such file."""
+    if Path(source).is_dir():
+        path = Path(source) / file_name
+        return read_json(path, what) if os.path.lexists(path) else None
+    found = cached_file(
+        source,
+        file_name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **loading_arguments(source),
+    )
+    return None if found is None else read_json(Path(found), what)
+
+
+def _check_sizes(name: str, values: dict[str, Any]) -> None:
+    for key in values.keys() & SIZES.keys():
+        (least, most), value = SIZES[key], values[key]
+        if value is None and key in OPTIONAL:
+            continue
+        if type(value) is not int or not least <= value <= most:
+            raise UserError(f"the teacher {name} has {key} {str(value)[:40]}; it must be {least} to {most:,}")
+
+
+def _require_weights(name: str, folder: Path, config: PretrainedConfig) -> None:
+    """UserError if the config asks for far more numbers than the files beside it have bytes."""
+    size = weights_size(folder, f"the teacher {name}")
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # sizes that do not go together
+        raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if numbers > MOST_NUMBERS_PER_BYTE * size:
+        raise UserError(
+            f"the teacher {name} cannot be loaded: its config.json asks for {numbers:,} numbers, and its weights "
+            f"(*.safetensors, *.bin) have {in_bytes(size)}"
+        )
+
+
+def load_normalisation(name: str, source: str, family: Family, num_channels: int) -> Normalisation:
+    """The checkpoint's own, from its processor's file; where it has none, the family's, and a line in the log."""
+    settings = _read_processor(name, source)
+    if settings is None:
+        logger.info("the teacher %s has no preprocessor_config.json; its family's mean and deviation are used", name)
+        return _per_channel(*family.normalisation, num_channels)
+    if settings.do_normalize is False:
+        return _per_channel(0.0, 1.0, num_channels)
+    mean, std = settings.image_mean, settings.image_std
+    own = _per_channel(
+        family.normalisation.mean if mean is None else mean,
+        family.normalisation.std if std is None else std,
+        num_channels,
+    )
+    if family.hub_normalisation_is_wrong and own == _per_channel(*HALF, num_channels):
+        logger.info("the teacher %s comes with transformers' default mean; the one it was trained with is used", name)
+        return _per_channel(*family.normalisation, num_channels)
+    return own
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """What matters here of an image processor's settings. None, or absent: left at the default."""
+
+    do_normalize: bool | None = None
+    image_mean: float | list[float] | None = None
+    image_std: float | list[float] | None = None
+
+
+def _read_processor(name: str, source: str) -> _Processor | None:
+    """The image processor's settings; processors of images and text may keep them inside another file."""
+    what = "the settings of an image processor"
+    settings = read_checkpoint_json(name, source, "preprocessor_config.json", what)
+    where = "preprocessor_config.json"
+    if settings is None:
+        where = "processor_config.json"
+        settings = (read_checkpoint_json(name, source, where, what) or {}).get("image_processor")
+    if settings is None:
+        return None
+    processor = build(_Processor, settings, f"{where} of the teacher {name}")
+    for key, least in (("image_mean", -math.inf), ("image_std", 0.0)):
+        value = getattr(processor, key)
+        numbers = [] if value is None else [value] if isinstance(value, float) else value
+        if value == [] or not all(math.isfinite(number) and number > least for number in numbers):
+            what = "finite" if key == "image_mean" else "finite and above 0"
+            raise UserError(f"{key} in {where} of the teacher {name} is {str(value)[:60]}; it must be {what}")
+    return processor
+
+
+def _per_channel(mean: float | Sequence[float], std: float | Sequence[float], num_channels: int) -> Normalisation:
+    """One value per channel; where the numbers differ, as for grey images, the mean over the channels."""
+
+    def spread(value: float | Sequence[float]) -> tuple[float, ...]:
+        values = (value,) if isinstance(value, (int, float)) else tuple(value)
+        return values if len(values) == num_channels else (sum(values) / len(values),) * num_channels
+
+    return Normalisation(spread(mean), spread(std))
+
+
+class Shape(NamedTuple):
+    """What a config says of an encoder. image_size: pixels per side that it was configured for."""
+
+    model_type: str
+    width: int
+    depth: int
+    patch: int
+    image_size: int
+
+
+# As the configs on the hub have it.
+PUBLISHED_SHAPES = {
+    "dinov2-vit-s": Shape("dinov2", 384, 12, 14, 518),
+    "dinov2-vit-b": Shape("dinov2", 768, 12, 14, 518),
+    "dinov2-vit-l": Shape("dinov2", 1024, 24, 14, 518),
+    "dinov2-vit-g": Shape("dinov2", 1536, 40, 14, 518),
+    "dinov2reg-vit-s": Shape("dinov2_with_registers", 384, 12, 14, 518),
+    "dinov2reg-vit-b": Shape("dinov2_with_registers", 768, 12, 14, 518),
+    "dinov2reg-vit-l": Shape("dinov2_with_registers", 1024, 24, 14, 518),
+    "dinov2reg-vit-g": Shape("dinov2_with_registers", 1536, 40, 14, 518),
+    "dinov1-vit-b": Shape("vit", 768, 12, 16, 224),
+    "clip-vit-L": Shape("clip_vision_model", 1024, 24, 14, 224),
+    "mae-vit-l": Shape("vit_mae", 1024, 24, 16, 224),
+    "jepa-vit-h": Shape("ijepa", 1280, 32, 14, 224),
+    "dinov3-vit-s": Shape("dinov3_vit", 384, 12, 16, 224),
+    "dinov3-vit-b": Shape("dinov3_vit", 768, 12, 16, 224),
+    "dinov3-vit-l": Shape("dinov3_vit", 1024, 24, 16, 224),
+    "dinov3-vit-h": Shape("dinov3_vit", 1280, 32, 16, 224),
+    "siglip2-vit-b": Shape("siglip_vision_model", 768, 12, 16, 256),
+    "siglip2-vit-l": Shape("siglip_vision_model", 1024, 24, 16, 256),
+    "siglip2-vit-so": Shape("siglip_vision_model", 1152, 27, 16, 256),
+    "siglip2naflex-vit-b": Shape("siglip2_vision_model", 768, 12, 16, 256),
+    "siglip2naflex-vit-so": Shape("siglip2_vision_model", 1152, 27, 16, 256),
+}
+
+
+def same_teacher(one: str, other: str) -> bool | None:
+    """Whether two names of --enc-type load the same teacher: the same name, or encoders of the same shape.
+
+    None if a folder that one of them names is not here.
+    """
+    if _source(one) == _source(other):
+        return True
+    shapes = (shape_of(one), shape_of(other))
+    if None not in shapes:
+        return shapes[0] == shapes[1]
+    missing = any(shape is None and _is_path(name) for name, shape in zip((one, other), shapes, strict=True))
+    return None if missing else False
+
+
+def own_resolution(name: str) -> int | None:
+    """Pixels per side that a teacher was configured for; None if that is not known here."""
+    shape = shape_of(name)
+    return None if shape is None else shape.image_size
+
+
+def shape_of(name: str) -> Shape | None:
+    """Of a published name or a folder; None for another hub name and for a folder that is missing or no encoder's."""
+    if name == DIGITS_TEACHER:
+        settings = DigitsTeacherSettings()
+        return Shape("dinov2", settings.hidden_size, settings.num_hidden_layers, settings.patch_size, 8)
+    published = {PUBLISHED_NAMES[short]: shape for short, shape in PUBLISHED_SHAPES.items()}
+    source = _source(name)
+    if source in published:
+        return published[source]
+    if not Path(source).is_dir():
+        return None
+    try:
+        config = load_config(name, source)
+        width, depth = config.hidden_size, config.num_hidden_layers
+        return Shape(config.model_type, width, depth, patch_size_of(name, config), own_image_size(name, config))
+    except (UserError, AttributeError):
+        return None
+
+
+def _source(name: str) -> str:
+    """A hub name, or the absolute path of a folder; what is neither stays."""
+    try:
+        source = resolve_teacher(name)
+    except UserError:
+        return name
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can be nothing but a path: it is no short name, and hub names have one slash."""
+    return name.startswith((".", "~", "/")) or name.count("/") > 1

@@ -1,0 +1,243 @@
+"""Branches of a run: `--resume-step` begins one, and what the old one's later steps have left moves aside.
+
+    branch.json                  the step it began from, and whether everything has moved
+    branches/1-from-0000004/     the old one, a run's folder like any other: args.json, its whole log.jsonl and
+                                 evaluation.jsonl, and of the steps after 4 checkpoints/, previews/ and samples/
+
+Nothing is deleted. A kill in the middle of the move leaves every file in one of the two folders, and the next start
+moves the rest before it does anything else.
+
+The folder of one run: <output_dir>/<exp_name>/{args.json, log.jsonl, checkpoints/}; its branches in branches.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from haste.errors import UserError, in_one_line
+from haste.io import (
+    hold,
+    read_json,
+    remove_abandoned,
+    remove_leftovers,
+    require_space,
+    temporary_path,
+    updating,
+    write_json,
+    write_text,
+)
+from haste.training.config import TrainConfig
+from haste.training.logging import Backlog
+from haste.training.resume import differing_settings
+from haste.validation import build
+
+logger = logging.getLogger(__name__)
+
+RECORD, ASIDE = "branch.json", "branches"
+LOGS = ("log.jsonl", "evaluation.jsonl")  # of whose lines each names its step
+FOLDERS = ("checkpoints", "previews", "samples")  # of whose entries each begins with its step, in seven digits
+
+
+@dataclass(frozen=True)
+class Branch:
+    """resumed_from: the step it began from; 0 for the first. aside: where the old one went, in the run's folder; empty
+    if it had no later steps. moved: whether all of it is there."""
+
+    resumed_from: int = 0
+    aside: str = ""
+    moved: bool = True
+
+
+class Branches:
+    """run: the run's folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    @property
+    def running(self) -> Branch:
+        """The one that the folder holds. UserError if its record is none."""
+        path = self.run / RECORD
+        return build(Branch, read_json(path, "the record of a branch"), str(path)) if path.exists() else Branch()
+
+    def step_to_read(self, resume_step: int) -> int:
+        """The step of the checkpoint to go on from; 0 for the newest, also where --resume-step began this branch."""
+        if resume_step and self.running.resumed_from == resume_step:
+            logger.info("--resume-step %d has begun this branch of the run, which goes on", resume_step)
+            return 0
+        return resume_step
+
+    def begin(self, resume_step: int) -> None:
+        """Begin a branch from this step, if --resume-step names another one than before. Raises OSError."""
+        if not resume_step or self.running.resumed_from == resume_step:
+            return
+        aside = ""
+        if any(self._later(resume_step)) or any(_later_lines(self.run / name, resume_step) for name in LOGS):
+            number = 1 + max((_number(folder) for folder in (self.run / ASIDE).glob("*-from-*")), default=0)
+            aside = f"{ASIDE}/{number}-from-{resume_step:07d}"
+            logger.info("--resume-step %d begins a branch; the later steps move to %s", resume_step, self.run / aside)
+        self._write(Branch(resume_step, aside, moved=not aside))
+        self.settle()
+
+    def settle(self) -> None:
+        """Finish a move that was begun. Raises OSError."""
+        branch = self.running
+        if branch.moved:
+            return
+        aside = self.run / branch.aside
+        aside.mkdir(parents=True, exist_ok=True)
+        for name in ("args.json", *LOGS):  # before a line is cut from them
+            if (self.run / name).is_file() and not (aside / name).exists():
+                write_text(aside / name, (self.run / name).read_text(errors="replace"))
+        for path in list(self._later(branch.resumed_from)):
+            target = aside / path.parent.name / path.name
+            target.parent.mkdir(exist_ok=True)
+            move(path, target)
+        for name in LOGS:
+            with updating(self.run / name):  # haste evaluate may be at work
+                forget_after(self.run / name, branch.resumed_from)
+        self._write(replace(branch, moved=True))
+
+    def _later(self, step: int) -> Iterator[Path]:
+        """What the steps after this one have left."""
+        for folder in FOLDERS:
+            for path in sorted((self.run / folder).glob("[0-9]*")):
+                digits = re.match(r"\d{7,}(?=[-.])", path.name)
+                if digits and int(digits[0]) > step:
+                    yield path
+
+    def _write(self, branch: Branch) -> None:
+        write_json(self.run / RECORD, asdict(branch))
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of a log whose step is after this one, or that are cut short."""
+    if not path.is_file():
+        return
+    text = path.read_text(errors="replace")
+    kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
+    if kept != text:
+        write_text(path, kept)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename a file or a folder; to another disk, which a link may lead to, copy it whole before it is deleted."""
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        temporary = temporary_path(target)
+        (shutil.copytree if path.is_dir() else shutil.copy2)(path, temporary)
+        os.rename(temporary, target)
+        (shutil.rmtree if path.is_dir() else os.unlink)(path)
+
+
+def _later_lines(path: Path, step: int) -> bool:
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return any(step < _step_of(line) < math.inf for line in lines)
+
+
+def _step_of(line: str) -> float:
+    """Of a line of a log; infinite if it is no such line. The score of a renamed checkpoint belongs to no step."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return -1 if step is None else step if isinstance(step, (int, float)) else math.inf
+
+
+def _number(folder: Path) -> int:
+    head = folder.name.split("-", 1)[0]
+    return int(head) if head.isdigit() else 0
+
+
+class RunDir:
+    """The folder of a run, new or begun; UserError if it holds a run with other settings. Nothing is written yet."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.output_dir).expanduser() / config.exp_name
+        self.checkpoints = self.path / "checkpoints"
+        self.branches = Branches(self.path)
+        self._settings = self.path / "args.json"
+        self._log = self.path / "log.jsonl"
+        self._lines = Backlog(str(self._log))
+        if self._settings.is_file():
+            self.refuse_other(read_json(self._settings, "the settings of a run"), "holds a run")
+
+    def hold(self) -> AbstractContextManager[None]:
+        """While this context is open no other process trains here; UserError if one does."""
+        return hold(self.path, f"--exp-name {self.config.exp_name} is being trained in {self.path}")
+
+    def settle(self) -> None:
+        """Finish what a kill has left half done, before anything is read. UserError if the folder cannot be written."""
+        try:
+            self.branches.settle()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def claim(self, checkpoint_size: int) -> None:
+        """Make the folder this run's, once it is known that the run can start; begin the branch of --resume-step.
+
+        UserError if it cannot be written, or has no room for a checkpoint of so many bytes.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (self.checkpoints, self.path / "previews"):
+                remove_leftovers(folder)
+            for path in (self._settings, self._log, self.path / RECORD):
+                remove_abandoned(path, held=True)
+            require_space(self.checkpoints, checkpoint_size)
+            self.branches.begin(self.config.resume_step)
+            write_json(self._settings, asdict(self.config))
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"the run folder {self.path} cannot be used: {error.strerror or in_one_line(error)}")
+
+    def refuse_other(self, found: Mapping[str, Any], what: str) -> None:
+        """UserError, naming the first differences, if the settings found here are not those of this run."""
+        differences = differing_settings(found, self.config)
+        if differences:
+            shown = ", ".join(differences[:3]) + (" and others" if len(differences) > 3 else "")
+            raise UserError(f"{self.path} {what} with other settings: {shown}; choose another --exp-name")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to log.jsonl. While the disk is full it waits in memory."""
+        line = json.dumps(record) + "\n"
+        self._lines.add(lambda: append(self._log, line))
+
+    def close(self) -> None:
+        """Write the lines that wait, if that can be done now."""
+        self._lines.close()
+
+    def forget_after(self, step: int) -> None:
+        """Drop the log lines of steps after this one, which are about to be done again (and a line cut short)."""
+        forget_after(self._log, step)
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file, whole or, where the disk is full, not at all."""
+    data = line.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise

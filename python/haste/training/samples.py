@@ -1,0 +1,119 @@
+"""Images that the averaged student draws while it trains, every time from the same noise."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from haste.data import TrainingData
+from haste.data.images import to_uint8, write_image
+from haste.errors import UserError
+from haste.io import write_text
+from haste.models import SiT
+from haste.samplers import initial_noise, sample
+from haste.training.config import TrainConfig
+from haste.training.logging import Backlog
+from haste.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+# As REPA draws its previews, but for their number.
+COUNT = 16
+NUM_STEPS = 50
+CFG_SCALE = 4.0
+SMALLEST_SIDE = 64  # images below are enlarged, pixel by pixel
+MARGIN, GREY = 2, 96  # around each
+TITLE_HEIGHT = 14  # above each
+
+MISSING = "missing.txt"  # in the folder, where there are no previews: why
+
+
+class TrainingSamples:
+    """folder: gets <step>.png, a square grid of images under their classes, which are spread over all there are."""
+
+    def __init__(self, folder: Path, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
+        self.folder = folder
+        self.config = config
+        self.data = data
+        self.accelerator = accelerator
+        self._failed = False
+        self._files = Backlog(str(folder))
+
+    def draw(self, model: SiT, step: int) -> np.ndarray | None:
+        """The grid (H, W, 3) uint8, which is written as well; None where it cannot be had, and in other processes than
+        the first. Every process takes part, as each may hold a share of the model. Draws none of the run's chance.
+
+        A preview that cannot be drawn is said to be missing, once, and costs no training; one that cannot be written
+        waits until it can.
+        """
+        device, classes = self.accelerator.device, self.data.num_classes
+        shape = (COUNT, self.data.channels, self.data.input_size, self.data.input_size)
+        noise = initial_noise(shape, torch.Generator().manual_seed(self.config.seed), device=device)
+        labels = torch.arange(COUNT, device=device) * max(classes, COUNT) // COUNT % classes
+        try:
+            drawn = sample(
+                model,
+                noise,
+                labels,
+                num_steps=NUM_STEPS,
+                path=self.config.path_type,
+                cfg_scale=CFG_SCALE if self.config.cfg_prob else 1.0,
+                null_label=classes if self.config.cfg_prob else None,
+            )
+            if self._failed or not self.accelerator.is_main_process:
+                return None
+            grid = as_grid(to_uint8(self._to_images(drawn)), self._titles(labels.tolist()))
+        except UserError as error:  # of weights that give NaN too
+            if self.accelerator.is_main_process and not self._failed:
+                logger.warning("no previews are drawn: %s", error)
+                reason = f"{error}\n"
+                self._files.add(lambda: write_text(self.folder / MISSING, reason))
+            self._failed = True
+            return None
+        self._files.add(lambda: write_image(self.folder / f"{step:07d}.png", grid))
+        return grid
+
+    def _titles(self, labels: list[int]) -> list[str]:
+        """Their classes: by name where the data has names, else by number."""
+        names = dict(enumerate(self.data.class_names or ()))
+        return [names.get(label, str(label)) for label in labels]
+
+    def close(self) -> None:
+        """Write those that wait, if that can be done now."""
+        self._files.close()
+
+    def _to_images(self, drawn: Tensor) -> Tensor:
+        """Latents through their VAE, which is loaded for this and let go of."""
+        if self.data.latents is None:
+            return drawn
+        return VAE(self.data.latents).to(drawn.device).decode(drawn)
+
+
+def as_grid(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """(N, H, W, 3), N a square number, as one image, each under its title."""
+    side = math.isqrt(len(images))
+    scale = max(1, SMALLEST_SIDE // images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    images = np.stack([np.concatenate([title_bar(title, images.shape[2]), one]) for title, one in
+                       zip(titles, images, strict=True)])  # fmt: skip
+    images = np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=GREY)
+    _, height, width, channels = images.shape
+    rows = images.reshape(side, side, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(side * height, side * width, channels)
+
+
+def title_bar(title: str, width: int) -> np.ndarray:
+    """(TITLE_HEIGHT, width, 3) uint8: the beginning of a title, as far as there is room."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    bar = Image.new("RGB", (width, TITLE_HEIGHT), (GREY,) * 3)
+    text = title.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+    ImageDraw.Draw(bar).text((2, 1), text, fill=(255, 255, 255), font=ImageFont.load_default())
+    return np.asarray(bar)

@@ -1,0 +1,253 @@
+"""Values that come from a file, held against the types that they must have.
+
+Between which bounds the numbers lie that commands, caches and samplers are given: one table for all.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from haste.errors import UserError, in_one_line, shorten
+from haste.io import MOST_CLASSES
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Any, source: str) -> T:
+    """A dataclass from plain values, such as JSON or a checkpoint hold them; unknown names are left out.
+
+    Fields may be int, float, str, bool, None, Literal, lists, tuples and dicts of these, unions, and dataclasses of
+    the same kind. An int serves where a float is asked for, and a list where a tuple is.
+    source: names the file and the part of it, for the sentence.
+    Raises UserError naming source and field, what it must be and what it was, also for a field that is missing and for
+    values that the dataclass itself refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source} must hold named values, and is {shown(values)}")
+    hints = _hints(cls)
+    known = {}
+    for field in fields(cls):
+        if field.name in values:
+            known[field.name] = check(values[field.name], hints[field.name], f"{field.name} of {source}")
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{source} must have {field.name}, and does not")
+    try:
+        return cls(**known)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source} cannot be used: {in_one_line(error)}") from error
+
+
+def check(value: Any, wanted: Any, name: str) -> Any:
+    """The value, if it is of the wanted type, else UserError; see `build`."""
+    if wanted is Any:
+        return value
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return _check_union(value, arguments, wanted, name)
+    if origin is Literal:
+        if not any(type(value) is type(known) and value == known for known in arguments):
+            raise UserError(f"{name} must be one of {', '.join(map(repr, arguments))}, and is {shown(value)}")
+        return value
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        return _check_items(value, origin, arguments, name)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        key_type, value_type = arguments
+        return {
+            check(key, key_type, f"a key of {name}"): check(item, value_type, f"{key!r} in {name}")
+            for key, item in value.items()
+        }
+    if is_dataclass(wanted):
+        return build(wanted, value, name)
+    if wanted is float:
+        if type(value) in (int, float) and (abs(value) <= _LARGEST or value in (math.inf, -math.inf)):
+            return float(value)
+    elif isinstance(wanted, type) and type(value) is wanted:
+        return value
+    raise UserError(f"{name} must be {_type_name(wanted)}, and is {shown(value)}")
+
+
+_LARGEST = 1.7e308  # a larger int has no float
+
+
+def _check_union(value: Any, arguments: tuple[Any, ...], wanted: Any, name: str) -> Any:
+    for argument in arguments:
+        try:
+            return check(value, argument, name)
+        except UserError:
+            continue
+    raise UserError(f"{name} must be {_type_name(wanted)}, and is {shown(value)}")
+
+
+def _check_items(values: Any, origin: type, arguments: tuple[Any, ...], name: str) -> Any:
+    if origin is list or (len(arguments) == 2 and arguments[1] is Ellipsis):
+        wanted = [arguments[0] if arguments else Any] * len(values)
+    else:
+        wanted = list(arguments)
+        if len(wanted) != len(values):
+            raise UserError(f"{name} must have {len(wanted)} values, and has {len(values)}")
+    return origin(check(item, kind, f"{name}[{n}]") for n, (item, kind) in enumerate(zip(values, wanted, strict=True)))
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _type_name(wanted: Any) -> str:
+    arguments = get_args(wanted)
+    if get_origin(wanted) in (Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if get_origin(wanted) is Literal:
+        return ", ".join(map(repr, arguments))
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    return names.get(wanted, getattr(wanted, "__name__", str(wanted)))
+
+
+def shown(value: Any) -> str:
+    """The value in a few words; its type where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # whose repr fails is still to be named
+        return type(value).__name__
+    return text if len(text) <= 60 else f"{type(value).__name__} {text[:40]}..."
+
+
+class Bounds(NamedTuple):
+    """Of one number: `low` and `high` are allowed, unless they are open; NaN never is.
+
+    kind: Integral for whole numbers, Real for all.
+    """
+
+    low: float
+    high: float
+    kind: type = Integral
+    open_low: bool = False
+    open_high: bool = False
+
+    def hold(self, value: Any) -> bool:
+        """Whether a value is such a number. A bool, which Python counts among the integers, is none."""
+        if not isinstance(value, self.kind) or isinstance(value, bool):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return bool(above and (value < self.high if self.open_high else value <= self.high))
+
+    def __str__(self) -> str:
+        what = "an integer" if self.kind is Integral else "a number"
+        if not self.open_low and not self.open_high:
+            return f"{what} from {self.low:,} to {self.high:,}"
+        low = f"above {self.low:,} and up" if self.open_low else f"from {self.low:,}"
+        return f"{what} {low} to {'below ' if self.open_high else ''}{self.high:,}"
+
+
+DEFAULT_STEPS = 50  # of a sampler
+
+STEPS = Bounds(1, 10_000)  # of a sampler
+TRAINING_STEPS = Bounds(0, 10**9)
+FROM_ONE = TRAINING_STEPS._replace(low=1)
+IMAGES = Bounds(1, 10_000_000)
+SIDE = Bounds(1, 16_384)  # pixels
+GATE = Bounds(0, STEPS.high)
+ORDER = Bounds(0, 20)  # above, a factorial and a power of a distance leave nothing of a float32
+ERROR = Bounds(0, 1_000_000, Real)
+TIME = Bounds(0, 1, Real)
+COEFFICIENT = Bounds(0, 1_000_000, Real)
+SHARE = Bounds(0, 1, Real, open_high=True)
+DEPTH = Bounds(1, 1000)
+SEED = Bounds(0, 2**32 - 1)  # what numpy takes
+
+BOUNDS: dict[str, Bounds] = {
+    # data and model
+    "resolution": SIDE,
+    "num_classes": Bounds(1, MOST_CLASSES),
+    "num_workers": Bounds(0, 1024),
+    "encoder_depth": DEPTH,
+    "projector_dim": Bounds(1, 65_536),
+    "cfg_prob": SHARE,
+    # alignment
+    "attn_coeff": COEFFICIENT,
+    "proj_coeff": COEFFICIENT,
+    "early_stop_point": TRAINING_STEPS._replace(low=-1),
+    "ramp_start": TRAINING_STEPS,
+    "probe_start": TRAINING_STEPS,
+    "probe_every": FROM_ONE,
+    "probe_images": FROM_ONE,
+    "probe_block": DEPTH._replace(low=0),
+    "probe_threshold": Bounds(-1, 1, Real),  # as a cosine is
+    "plateau_patience": FROM_ONE,
+    "plateau_min_delta": COEFFICIENT,
+    "teacher_resolution": SIDE,
+    # optimisation
+    "batch_size": Bounds(1, 2**20),
+    "gradient_accumulation_steps": Bounds(1, 2**16),
+    "max_train_steps": FROM_ONE,
+    "epochs": FROM_ONE,
+    "learning_rate": Bounds(0, 1000, Real, open_low=True),
+    "warmup_steps": TRAINING_STEPS,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_weight_decay": Bounds(0, 1000, Real),
+    "adam_epsilon": Bounds(0, 1, Real),
+    "max_grad_norm": Bounds(0, 10**9, Real, open_low=True),
+    "ema_decay": SHARE,
+    "seed": SEED,
+    # keeping track
+    "logging_steps": FROM_ONE,
+    "checkpointing_steps": FROM_ONE,
+    "sampling_steps": TRAINING_STEPS,
+    "keep": Bounds(0, 10**9),
+    "resume_step": TRAINING_STEPS,
+    # the sampler
+    "num_steps": STEPS,
+    "cfg_scale": Bounds(1, 1000, Real),  # 1 is no guidance
+    "guidance_low": TIME,
+    "guidance_high": TIME,
+    "global_seed": Bounds(0, 2**63 - 1),
+    # a cache
+    "interval": STEPS,
+    "order": ORDER,
+    "first_enhance": STEPS,
+    "max_error": ERROR,  # 0 is none
+    "gate": GATE,
+    "cached_blocks": Bounds(1, 10_000),
+    # how many
+    "num_fid_samples": IMAGES,
+    "num_images": IMAGES,
+    "per_proc_batch_size": Bounds(1, 1_000_000),
+    "kid_subset_size": Bounds(2, IMAGES.high),
+    # a sweep
+    "steps": STEPS,
+    "intervals": STEPS,
+    "orders": ORDER,
+    "max_errors": ERROR,
+    "gates": GATE,
+    "repeats": Bounds(1, 10_000),
+    "tolerance": Bounds(0, 1_000_000, Real),
+}
+"""Of every flag that takes a number. Beyond them something overflows, or nobody has the memory."""
+
+
+def check_number(name: str, value: Any, shown: str | None = None) -> None:
+    """UserError if a value is no number within the bounds that `name` has; of a tuple, if one of its values is none.
+
+    shown: what the sentence calls it; by default the flag.
+    """
+    for each in value if isinstance(value, tuple) else (value,):
+        if not BOUNDS[name].hold(each):
+            flag = shown or "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be {BOUNDS[name]}, got {shorten(each)}")
+
+
+def check_numbers(settings: Any) -> None:
+    """`check_number` for every field of a dataclass that has bounds; None, where a field's default is that, passes."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in BOUNDS and not (value is None and field.default is None):
+            check_number(field.name, value)
