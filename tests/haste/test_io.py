@@ -10,16 +10,16 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.io import (
-    holds_nothing,
+    is_free,
     read_bytes,
     read_json,
     remove_abandoned,
     remove_leftovers,
     require_space,
     save_tensors,
-    told,
     write_atomically,
     write_json,
+    writing,
 )
 
 
@@ -38,14 +38,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_what_a_kill_leaves_is_known_and_removed_and_other_files_stay(tmp_path):
-    assert holds_nothing(tmp_path / "new") and holds_nothing(tmp_path)
+    assert is_free(tmp_path / "new") and is_free(tmp_path)
     (tmp_path / ".a.json.123.tmp").write_text("half")
-    assert holds_nothing(tmp_path)
+    assert is_free(tmp_path)
     (tmp_path / ".notes.tmp").write_text("the user's own")
-    assert not holds_nothing(tmp_path)
+    assert not is_free(tmp_path)
     remove_leftovers(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [".notes.tmp"]
-    assert not holds_nothing(tmp_path / ".notes.tmp")
+    assert not is_free(tmp_path / ".notes.tmp")
 
 
 def test_space_is_looked_up_where_the_folder_will_be(tmp_path):
@@ -110,12 +110,12 @@ def test_what_others_have_left_of_a_shared_file_goes_only_when_nobody_can_be_wri
 def test_a_folder_with_nothing_but_a_lock_and_leftovers_is_free(tmp_path):
     (tmp_path / ".lock").write_text("")
     (tmp_path / ".teacher.12.tmp").mkdir()
-    assert holds_nothing(tmp_path)
+    assert is_free(tmp_path)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="^a.pt cannot be written: .*; what is there is kept$"):
-        with told("a.pt", "what is there is kept"):
+        with writing("a.pt", "what is there is kept"):
             save_tensors_to_a_full_disk(tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
 

@@ -36,7 +36,7 @@ from haste.generation.checkpoint import load_checkpoint, run_checkpoints
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import read_record
-from haste.io import told
+from haste.io import writing
 from haste.training.logging import alignment_end, read_log
 
 STEP_IMAGES = 64  # whose states are compared after every step
@@ -168,7 +168,7 @@ def compare_steps(args: Args, samples: Path) -> np.ndarray:
     errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_IMAGES)))
     title = f"{student.label}\n{settings.describe()}"
     plot = beside(samples, "step-errors.png")
-    with told(str(plot)):
+    with writing(str(plot)):
         draw_step_errors(plot, errors, title=title, full_steps=cached.cache.full_steps)
     return errors
 
@@ -224,7 +224,7 @@ def draw_images(args: Args, run: Path, records: list[dict]) -> None:
     log = read_log(run / "log.jsonl").lines
     stop = alignment_end(log)
     title = f"{run.name}: {args.num_fid_samples:,} samples a point, {args.describe()}"
-    with told(f"a plot in {run}", "the scores are kept, and the same command draws it"):
+    with writing(f"a plot in {run}", "the scores are kept, and the same command draws it"):
         draw_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
         if any(line.get(name) is not None for line in log for name in LOSSES):
             draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)

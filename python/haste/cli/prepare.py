@@ -40,7 +40,7 @@ def fill(args: Args, accelerator: Accelerator, source: ImageSource, destination:
     """Write this process's share of the missing files and, once all are there, the labels."""
     if accelerator.is_main_process:
         destination.check_space(args.zip)
-        destination.claim()
+        destination.create()
     accelerator.wait_for_everyone()
     vae = vae.to(accelerator.device) if vae is not None else None
     preparation = Preparation(

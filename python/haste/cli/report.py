@@ -7,7 +7,7 @@ from pathlib import Path
 
 from haste.cli.flags.report import Args
 from haste.errors import UserError
-from haste.io import told
+from haste.io import writing
 from haste.report.page import is_page
 from haste.report.reading import read_run
 from haste.report.runs import write_report
@@ -19,6 +19,6 @@ def main(args: Args) -> None:
     if args.output is not None and os.path.lexists(page) and not is_page(page):
         raise UserError(f"--output is {page}, which is there and no page of haste report; it must be a new file")
     runs = [read_run(folder) for folder in args.runs]
-    with told(f"--output {page}"):
+    with writing(f"--output {page}"):
         write_report(runs, page)
     print(page.resolve())

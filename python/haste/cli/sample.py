@@ -14,7 +14,7 @@ from haste.distributed import Processes
 from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
 from haste.generation.pipeline import Sampler, choose_labels
 from haste.generation.sample_dir import ALL_THERE, SampleDir, Samples, fill, settle_full_steps
-from haste.io import told
+from haste.io import writing
 from haste.training.checkpoint import as_before, checkpoint_identity
 
 # In the grid. Of images wider than SMALL fewer are shown, as they are shown in their own size.
@@ -81,7 +81,7 @@ def sample_to_folder(args: Args) -> Samples:
 
         def finish() -> None:
             folder.collect(labels)
-            with told(str(folder.grid), ALL_THERE):
+            with writing(str(folder.grid), ALL_THERE):
                 write_grid(args, student, folder, labels)
 
         processes.agree(finish)

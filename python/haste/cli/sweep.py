@@ -15,7 +15,8 @@ from haste.evaluation.features import load_extractor
 from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import STORED
 from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
-from haste.io import hold, told
+from haste.io import writing
+from haste.resumable import hold
 from haste.sweep.advice import LEGEND, advise, markdown, plain_text, recommend
 from haste.sweep.measure import Quality, Sweep
 from haste.sweep.points import RecordBook, Row, make_rows
@@ -37,7 +38,7 @@ def main(args: Args) -> None:
         book = RecordBook(folder / RECORDS)
         shared = None if args.draw_only else measure(args, student, book)
         records = book.of(shared)
-        with told(f"a plot or a table in {folder}", "what was measured is kept, and --draw-only writes them"):
+        with writing(f"a plot or a table in {folder}", "what was measured is kept, and --draw-only writes them"):
             draw(folder, make_rows(records), records[0]["sweep"], args.tolerance)
 
 

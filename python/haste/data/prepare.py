@@ -10,14 +10,12 @@ itself encodes.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +32,8 @@ from haste.data.load import IMAGES, LATENTS, RECORD, image_name, latent_name
 from haste.data.loader import leave_signals_to_the_parent, read_ahead, useful_workers
 from haste.data.sources import LABEL_FILE, ImageSource
 from haste.errors import UserError
-from haste.io import hold, holds_nothing, read_json, remove_leftovers, require_space, told, write_atomically, write_json
+from haste.io import require_space, write_atomically, write_json
+from haste.resumable import ResumableDir
 from haste.vae import VAE, LatentFormat
 
 logger = logging.getLogger(__name__)
@@ -62,61 +61,44 @@ class Kind:
     file_size: int
 
 
-class Destination:
-    """A folder that belongs to one source and its settings. UserError if it holds anything else.
+class Destination(ResumableDir):
+    """The folder that `haste prepare` fills, for one source and its settings.
 
-    latents: None for images alone.
+    Args:
+        latents: None for images alone.
     """
 
+    flag, content, record_name = "--dest", "training data", RECORD
+
     def __init__(self, path: Path, source: ImageSource, resolution: int, latents: LatentFormat | None) -> None:
-        self.path = path
         self.count = len(source)
         self.class_names = source.class_names
-        self.settings = {
-            "resolution": resolution,
-            "latents": None if latents is None else asdict(latents),
-            "images": len(source),
-            "source": source.digest(),
-        }
         blank = encode_png(np.zeros((3, resolution, resolution), dtype=np.uint8))
         self.kinds = [Kind(IMAGES, image_name, len(blank))]
         if latents is not None:
             side = latents.input_size(resolution)
             empty = encode_npy(np.zeros((2 * latents.channels, side, side), dtype=np.float32))
             self.kinds.append(Kind(LATENTS, latent_name, len(empty)))
-        self.finished = self._check_owner()
+        settings = {
+            "resolution": resolution,
+            "latents": None if latents is None else asdict(latents),
+            "images": len(source),
+            "source": source.digest(),
+        }
+        super().__init__(path, settings)
 
-    def _check_owner(self) -> bool:
+    @property
+    def finished(self) -> bool:
         """Whether an earlier command has finished here."""
-        record = self.path / RECORD
-        if not record.is_file():
-            if not holds_nothing(self.path):
-                raise UserError(f"--dest is {self.path}, which holds something else; give a new or an empty folder")
-            return False
-        saved = read_json(record, "the record of haste prepare", needs=["finished"])
-        wanted = json.loads(json.dumps(self.settings))
-        other = [name for name in wanted if saved.get(name) != wanted[name]]
-        if other:
-            raise UserError(
-                f"--dest is {self.path}, which belongs to a command with other {', '.join(other)}; give another folder"
-            )
-        return saved["finished"] is True
+        return self.saved is not None and self.saved.get("finished") is True
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """While this context is open no other command fills the folder; UserError if one does."""
-        with hold(self.path, f"--dest {self.path} is being filled"):
-            self.finished = self._check_owner()  # another command may have ended here a moment ago
-            yield
+    def create(self) -> None:
+        """Make the folder this command's, without what a kill in the middle of a write has left."""
+        self._write(finished=False)
+        self.remove_leftovers()
 
-    def claim(self) -> None:
-        """Make the folder this command's, and remove what a kill in the middle of a write has left."""
-        with told_in_one_line(self.path):
-            self._write_record(finished=False)
-            remove_leftovers(self.path)
-
-    def _write_record(self, finished: bool) -> None:
-        write_json(self.path / RECORD, {**self.settings, "class_names": self.class_names, "finished": finished})
+    def _write(self, finished: bool) -> None:
+        self.write_record({**self.settings, "class_names": self.class_names, "finished": finished})
 
     def present(self, kind: Kind) -> set[int]:
         """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""
@@ -141,13 +123,13 @@ class Destination:
         """Write dataset.json of both folders, for the images of which every file is there."""
         numbers = sorted(set.intersection(*map(self.present, self.kinds)))
         if not numbers:
-            raise UserError(f"--dest is {self.path}, and none of the {self.count} images of --source can be read")
-        with told_in_one_line(self.path):
+            raise UserError(f"--source must hold images that can be read, got {self.count} of which none can")
+        with self.writing():
             for kind in self.kinds:
                 names = map(kind.file_name, numbers)
                 listed = None if labels is None else list(zip(names, labels[numbers].tolist(), strict=True))
                 write_json(self.path / kind.folder / LABEL_FILE, {"labels": listed}, indent=None)
-            self._write_record(finished=True)
+        self._write(finished=True)
 
     def check_space(self, pack: bool) -> None:
         """UserError if the disk has no room for what is missing and, to pack, for the larger folder once more."""
@@ -161,19 +143,14 @@ class Destination:
 
     def pack(self) -> None:
         """Turn each folder into a zip beside it, stored without compression."""
-        remove_leftovers(self.path)
+        self.remove_leftovers()
         for kind in self.kinds:
             folder, packed = self.path / kind.folder, self.path / f"{kind.folder}.zip"
             if not packed.is_file():
                 logger.info("packing %s", packed)
-                with told_in_one_line(self.path):
+                with self.writing():
                     write_atomically(packed, lambda temporary, folder=folder: _zip_folder(folder, temporary))
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def told_in_one_line(path: Path) -> AbstractContextManager[None]:
-    """UserError for a disk that is full or cannot be written."""
-    return told(f"--dest is {path}, which", "what is there is kept, and the same command goes on")
 
 
 def _zip_folder(folder: Path, target: Path) -> None:
@@ -202,7 +179,7 @@ class _CropAndWrite:
         try:
             image = decode_image(self.source.read(number), self.source.name(number))
             pixels = center_crop(image, self.resolution)
-            with told_in_one_line(self.destination.path):
+            with self.destination.writing():
                 self.destination.write(self.destination.kinds[0], number, encode_png(pixels))
         except (BadFile, UserError) as problem:
             return Cropped(number, None, problem)
@@ -260,6 +237,6 @@ class Preparation:
             return
         pixels = torch.stack([image.pixels for image in images]).to(self.vae.device)
         moments = self.vae.encode(to_unit(pixels)).cpu().numpy()
-        with told_in_one_line(self.destination.path):
+        with self.destination.writing():
             for image, array in zip(images, moments, strict=True):
                 self.destination.write(self.destination.kinds[1], image.number, encode_npy(array))

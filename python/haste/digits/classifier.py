@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from haste.data.images import to_uint8
 from haste.digits import load_digits
 from haste.errors import UserError, in_one_line
-from haste.io import remove_abandoned, save_tensors, told
+from haste.io import remove_abandoned, save_tensors, writing
 from haste.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def load_classifier(cache: Path, settings: ClassifierConfig = ClassifierConfig()
         "held_out_accuracy": judge.held_out_accuracy,
     }
     remove_abandoned(path)
-    with told(str(path)):
+    with writing(str(path)):
         save_tensors(path, content)
     return judge
 

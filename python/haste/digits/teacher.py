@@ -22,7 +22,7 @@ from haste.data.loader import BatchOrder
 from haste.digits import load_digits
 from haste.distributed import progress_bar
 from haste.errors import UserError, in_one_line
-from haste.io import remove_abandoned, temporary_path, told
+from haste.io import remove_abandoned, temporary_path, writing
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _save(model: Dinov2ForImageClassification, target: Path) -> None:
     temporary = temporary_path(target)
     settings = {"image_mean": [0.5], "image_std": [0.5], "do_normalize": True}
     try:
-        with told(str(target)):
+        with writing(str(target)):
             model.dinov2.save_pretrained(temporary)
             (temporary / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
             os.replace(temporary, target)

@@ -46,7 +46,8 @@ from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler, choose_labels
 from haste.generation.sample_dir import RECORD, measure_full_steps, read_record
-from haste.io import read_json, told, updating, write_json, write_text
+from haste.io import read_json, write_json, write_text, writing
+from haste.resumable import updating
 from haste.training.checkpoint import as_before, checkpoint_identity
 from haste.training.logging import finite, is_step, read_lines
 
@@ -312,7 +313,7 @@ def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, An
     Another command that does the same waits. UserError if it cannot be written.
     """
     settings = json.loads(json.dumps(settings))  # as it will be read: tuples become lists
-    with told(str(path), "what was measured before is kept"), updating(path):
+    with writing(str(path), "what was measured before is kept"), updating(path):
         others = [entry for entry in read_evaluations(path) if entry["settings"] != settings]
         write_json(path, {"evaluations": [*others, {"settings": settings, **measured}]}, indent=1)
 
@@ -463,5 +464,5 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
     Another command that does the same waits. UserError if it cannot be written.
     """
-    with told(str(path), "the scores that are there are kept, and the same command goes on"), updating(path):
+    with writing(str(path), "the scores that are there are kept, and the same command goes on"), updating(path):
         write_text(path, "".join(json.dumps(line) + "\n" for line in [*read_lines(path)[0], record]))

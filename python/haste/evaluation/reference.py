@@ -27,7 +27,7 @@ from haste.errors import UserError
 from haste.evaluation.features import Extractor, Features, extract
 from haste.evaluation.image_readers import ImageArray, ImageSet, open_images
 from haste.evaluation.metrics import Gaussian, fault_of_moments, fit_gaussian
-from haste.io import told
+from haste.io import writing
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def save_reference(path: Path, reference: Reference) -> None:
         logger.info("%s has too few images for mu and sigma; %s holds its features alone", reference.name, path)
     if reference.features is not None:
         arrays["features"] = reference.features
-    with told(f"--save-reference {path}"):
+    with writing(f"--save-reference {path}"):
         write_arrays(path, arrays)
 
 

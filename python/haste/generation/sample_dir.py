@@ -33,7 +33,8 @@ from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
 from haste.errors import UserError, shorten
 from haste.generation.pipeline import Sampler
-from haste.io import hold, holds_nothing, read_json, remove_abandoned, remove_leftovers, told, write_json
+from haste.io import is_free, read_json, remove_abandoned, remove_leftovers, write_json, writing
+from haste.resumable import hold
 from haste.training.checkpoint import DIGEST, WRITTEN
 from haste.validation import build
 
@@ -84,7 +85,7 @@ class SampleDir:
             saved = read_record(self.path)
             self._refuse_other(saved.settings)
             self.drawn, self.full_steps = saved.drawn, saved.full_steps
-        elif not holds_nothing(self.path):
+        elif not is_free(self.path):
             raise UserError(f"{self.path} holds something else than samples; give another --sample-dir")
 
     @contextmanager
@@ -136,7 +137,7 @@ class SampleDir:
 
     def collect(self, labels: np.ndarray) -> None:
         """Write the .npz with the first images and their labels (N,) beside the folder. UserError if it cannot be."""
-        with told(str(self.npz), ALL_THERE):
+        with writing(str(self.npz), ALL_THERE):
             write_npz(self.npz, self.read(len(labels)), labels)
 
     @property
@@ -155,7 +156,7 @@ class SampleDir:
             write_json(self.path / RECORD, record)
 
     def _told(self) -> AbstractContextManager[None]:
-        return told(f"the sample folder {self.path}", "what is there is kept, and the same command goes on")
+        return writing(f"the sample folder {self.path}", "what is there is kept, and the same command goes on")
 
 
 def _difference(name: str, saved: dict[str, Any], own: dict[str, Any]) -> str:

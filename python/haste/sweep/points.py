@@ -18,7 +18,7 @@ from typing import Any
 from haste.caching.config import CacheConfig
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig
-from haste.io import LARGEST_JSON, parse_json, read_bytes, told, write_text
+from haste.io import LARGEST_JSON, parse_json, read_bytes, write_text, writing
 from haste.validation import build, check
 
 
@@ -258,7 +258,7 @@ class RecordBook:
         """Add what was measured of a point to its record, on the disk as well."""
         self._records[key(sweep, point)] = {**self.find(sweep, point), **measured}
         text = "".join(json.dumps(record) + "\n" for record in self._records.values())
-        with told(str(self.path), "what was measured before is kept, and the same command goes on"):
+        with writing(str(self.path), "what was measured before is kept, and the same command goes on"):
             write_text(self.path, text)
 
     def of(self, sweep: Record | None = None) -> list[Record]:

@@ -27,16 +27,15 @@ from typing import Any
 
 from haste.errors import UserError, in_one_line
 from haste.io import (
-    hold,
     read_json,
     remove_abandoned,
     remove_leftovers,
     require_space,
     temporary_path,
-    updating,
     write_json,
     write_text,
 )
+from haste.resumable import hold, updating
 from haste.training.config import TrainConfig
 from haste.training.logging import Backlog
 from haste.training.resume import differing_settings

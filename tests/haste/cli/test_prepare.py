@@ -22,7 +22,7 @@ from haste.cli.main import main
 from haste.data import BatchOrder, batches, load_dataset
 from haste.data.images import center_crop
 from haste.data.prepare import Destination, Preparation
-from haste.io import hold
+from haste.resumable import hold
 from haste.vae import VAE, LatentFormat
 from image_files import cut_short, pixels_of, save_vae, write_classes
 from PIL import Image
@@ -250,13 +250,13 @@ def test_a_destination_of_another_command_is_left_alone(source, tmp_path, vae, c
     prepare(source, tmp_path / "out", vae)
     before = contents(tmp_path / "out")
     line = refusal(capsys, source, tmp_path / "out", vae, "--resolution", "16")
-    assert line.endswith("which belongs to a command with other resolution; give another folder")
+    assert "--dest must be another folder" in line and line.endswith(": resolution 8, now 16")
     (source / "ant" / "00.png").unlink()
-    assert "a command with other images, source;" in refusal(capsys, source, tmp_path / "out", vae)
+    assert ": images 12, now 11; source " in refusal(capsys, source, tmp_path / "out", vae)
     assert contents(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out" / "images")
     (tmp_path / "out" / "prepare.json").unlink()
-    assert "which holds something else; give a new or an empty folder" in refusal(capsys, source, tmp_path / "out", vae)
+    assert "--dest must be a new folder" in refusal(capsys, source, tmp_path / "out", vae)
 
 
 def test_disk_space_is_looked_at_first(source, tmp_path, vae, capsys, monkeypatch):
@@ -274,7 +274,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_in_one_line(so
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Destination, "write", full)
-    assert "which cannot be written: No space left on device; what is there is kept" in refusal(
+    assert "out cannot be written: No space left on device; what is there is kept" in refusal(
         capsys, source, tmp_path / "out", "none", "--num-workers", "1"
     )
     (tmp_path / "file").write_text("in the way")

@@ -8,7 +8,7 @@ from digits_run import write_run
 from haste.cli.main import main
 from haste.digits.classifier import ClassifierConfig
 from haste.evaluation import evaluate, features
-from haste.io import hold
+from haste.resumable import hold
 from PIL import Image
 
 QUICK = ("--steps", "8", "--num-steps", "4", "--num-fid-samples", "70", "--repeats", "1")
