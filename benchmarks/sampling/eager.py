@@ -41,7 +41,7 @@ class EagerTaylorSeer:
         self.full_steps = full_steps(len(evaluations), self.interval)
         self.cache: dict[tuple[int, str], Terms] = {}
         self.last_full = 0
-        self.num_full = self.num_skipped = 0
+        self.num_full = self.num_forecast = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,7 +52,7 @@ class EagerTaylorSeer:
         return sum(x.numel() * x.element_size() for terms in self.cache.values() for x in terms.values())
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> SiTOutput:
-        step = self.num_full + self.num_skipped
+        step = self.num_full + self.num_forecast
         full = step in self.full_steps
         self.distance = step - self.last_full
         tokens, c = self.model.embed(x, t, y)
@@ -67,7 +67,7 @@ class EagerTaylorSeer:
                 tokens = tokens + gate.unsqueeze(1) * feature
         self.last_full = step if full else self.last_full
         self.num_full += full
-        self.num_skipped += not full
+        self.num_forecast += not full
         return SiTOutput(self.model.finish(tokens, c), [], [])
 
     def update(self, key: tuple[int, str], feature: Tensor) -> None:

@@ -94,7 +94,7 @@ def first_run(run: Run, row: dict) -> Tensor:
     if counter is not None:
         row["flops"] = counter.get_total_flops() * run.num_steps // steps
     row["num_steps"] = run.num_steps
-    row["num_full"] = run.num_steps - run.stopwatch.num_skipped
+    row["num_full"] = run.num_steps - run.stopwatch.num_forecast
     row["cache_bytes"] = run.cache_bytes
     return images[0]
 

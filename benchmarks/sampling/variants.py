@@ -86,14 +86,14 @@ class Stopwatch:
         return event
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> SiTOutput:
-        skipped, begin = self.num_skipped, self.now()
+        skipped, begin = self.num_forecast, self.now()
         output = self.model(x, t, y)
-        self.calls.append((self.num_skipped == skipped, begin, self.now()))
+        self.calls.append((self.num_forecast == skipped, begin, self.now()))
         return output
 
     @property
-    def num_skipped(self) -> int:
-        return getattr(self.model, "num_skipped", 0)
+    def num_forecast(self) -> int:
+        return getattr(self.model, "num_forecast", 0)
 
     def seconds(self, full: bool) -> list[float]:
         """Of the full or of the skipped calls since `start`; on a GPU only once it has been waited for."""

@@ -214,7 +214,7 @@ BOUNDS: dict[str, Bounds] = {
     "interval": STEPS,
     "order": ORDER,
     "first_enhance": STEPS,
-    "max_error": ERROR,  # 0 is none
+    "error_threshold": ERROR,  # 0 is none
     "gate": GATE,
     "cached_blocks": Bounds(1, 10_000),
     # how many
@@ -226,7 +226,7 @@ BOUNDS: dict[str, Bounds] = {
     "steps": STEPS,
     "intervals": STEPS,
     "orders": ORDER,
-    "max_errors": ERROR,
+    "error_thresholds": ERROR,
     "gates": GATE,
     "repeats": Bounds(1, 10_000),
     "tolerance": Bounds(0, 1_000_000, Real),

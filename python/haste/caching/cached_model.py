@@ -110,7 +110,7 @@ class CachedModel(nn.Module):
             step is forced where it changes.
 
     Attributes:
-        num_full, num_skipped: evaluations so far in this run.
+        num_full, num_forecast: evaluations so far in this run.
         full_steps: the steps so far that were full.
     """
 
@@ -227,7 +227,7 @@ class CachedModel(nn.Module):
         self._step: int | None = None
         self._region = self.region_of(0, self._num_steps)
         self.full_steps: list[int] = []
-        self.num_full = self.num_skipped = 0
+        self.num_full = self.num_forecast = 0
 
     def _check_order(self) -> None:
         full = self.schedule.full_steps(self._num_steps)
@@ -261,7 +261,7 @@ class CachedModel(nn.Module):
             self.num_full += 1
         else:
             output = self._forecast(x, t, y, evaluation)
-            self.num_skipped += 1
+            self.num_forecast += 1
         self._clock.passed(evaluation)
         return output
 

@@ -24,14 +24,14 @@ class CacheConfig:
     granularity: Literal["module", "block", "model"] = "module"
     """What is forecast: the output of every attention and MLP, what every block adds, or the tokens after the last."""
     interval: int | None = None
-    """One full step every so many. [default: 4; with --max-error at most every 10; delta-dit: 2]"""
+    """One full step every so many. [default: 4; with --error-threshold at most every 10; delta-dit: 2]"""
     order: int | None = None
     """Order of the forecast; order + 1 full steps are kept. [default: 4; reuse and delta-dit: 0]"""
     first_enhance: int | None = None
     """So many steps at the beginning are full. [default: 2; delta-dit: 1]"""
     full_steps: str = ""
     """The full steps by their numbers, such as 0,1,2,5,9, in place of --interval."""
-    max_error: float = 0.0
+    error_threshold: float = 0.0
     """Full steps as far apart as this relative error of a forecast allows, at most --interval. 0: evenly apart."""
     gate: int | None = None
     """delta-dit: the rear blocks are skipped while more steps than this remain, then the front ones. [default: 0.6 of
@@ -53,7 +53,7 @@ class CacheConfig:
     def resolved_interval(self) -> int:
         if self.interval is not None:
             return self.interval
-        return 2 if self.cache == "delta-dit" else 10 if self.max_error else 4
+        return 2 if self.cache == "delta-dit" else 10 if self.error_threshold else 4
 
     @property
     def resolved_first_enhance(self) -> int:
@@ -78,8 +78,8 @@ class CacheConfig:
             fields |= {"interval": self.resolved_interval, "first_enhance": self.resolved_first_enhance}
         if self.cache == "delta-dit":
             return {**fields, "gate": self.gate, "cached_blocks": self.cached_blocks}
-        if self.max_error:
-            fields["max_error"] = self.max_error
+        if self.error_threshold:
+            fields["error_threshold"] = self.error_threshold
         return {**fields, "order": self.resolved_order, "granularity": self.granularity}
 
     def describe_cache(self) -> str:
@@ -89,8 +89,8 @@ class CacheConfig:
         when = f"full steps {self.full_steps}" if self.full_steps else f"interval {self.resolved_interval}"
         if self.cache == "delta-dit":
             return f"Δ-DiT, {when}"
-        if self.max_error:
-            when = f"error {self.max_error:g}, {when}"
+        if self.error_threshold:
+            when = f"error {self.error_threshold:g}, {when}"
         name = self.cache.capitalize()
         if self.cache == "reuse":
             return f"{name} per {self.granularity}, {when}"
@@ -120,7 +120,7 @@ class CacheConfig:
     def _why_unused(self, name: str) -> str:
         if self.cache == "none":
             return "without --cache"
-        if name in ("interval", "first_enhance", "max_error") and self.full_steps:
+        if name in ("interval", "first_enhance", "error_threshold") and self.full_steps:
             return "beside --full-steps"
         return f"with --cache {self.cache}"
 

@@ -97,8 +97,8 @@ def make_schedule(settings: CacheConfig) -> Schedule:
     """An explicit list, one that adapts to a bound on the error, or TaylorSeer's interval."""
     if settings.full_steps:
         return ListedSchedule(tuple(settings.full_step_list))
-    if settings.max_error:
-        return AdaptiveSchedule(settings.max_error, settings.resolved_interval, settings.resolved_first_enhance)
+    if settings.error_threshold:
+        return AdaptiveSchedule(settings.error_threshold, settings.resolved_interval, settings.resolved_first_enhance)
     return IntervalSchedule(settings.resolved_interval, settings.resolved_first_enhance)
 
 

@@ -108,18 +108,19 @@ class AdaptiveSchedule:
     """As far from one full step to the next as a bound on the forecast's error allows.
 
     At every full step the forecast that would have stood in for it is computed as well, and its relative error e, over
-    a distance d, measured. A forecast from n snapshots errs as d^n, so the next distance is d·(max_error / e)^(1/n), as
-    the step size of an ODE solver is chosen (Hairer, Nørsett & Wanner, Solving ODEs I, II.4), at least 1 and at most
-    max_interval. Distances are those to the newest snapshot, and of Heun's two evaluations the second is measured.
+    a distance d, measured. A forecast from n snapshots errs as d^n, so the next distance is
+    d·(error_threshold / e)^(1/n), as the step size of an ODE solver is chosen (Hairer, Nørsett & Wanner, Solving ODEs
+    I, II.4), at least 1 and at most max_interval. Distances are those to the newest snapshot, and of Heun's two
+    evaluations the second is measured.
     """
 
-    max_error: float
+    error_threshold: float
     max_interval: int = 10
     first_enhance: int = 2
 
     def __post_init__(self) -> None:
-        if not self.max_error > 0:
-            raise UserError(f"--max-error must be above 0, got {self.max_error}")
+        if not self.error_threshold > 0:
+            raise UserError(f"--error-threshold must be above 0, got {self.error_threshold}")
         IntervalSchedule(self.max_interval, self.first_enhance)
 
     def begin(self, num_steps: int) -> AdaptiveCourse:
@@ -143,7 +144,7 @@ class AdaptiveCourse:
         return last_full is None or step < self.schedule.first_enhance or step - last_full >= self.interval
 
     def report(self, error: float, distance: int, orders: int) -> None:
-        allowed = distance * (self.schedule.max_error / max(error, 1e-12)) ** (1 / orders)
+        allowed = distance * (self.schedule.error_threshold / max(error, 1e-12)) ** (1 / orders)
         # A model that gave NaN has an error of NaN, which is within no bound.
         self.interval = int(min(allowed, self.schedule.max_interval)) if allowed >= 1 else 1
 

@@ -163,7 +163,7 @@ def compare_steps(args: Args, samples: Path) -> np.ndarray:
     student = load_checkpoint(args.ckpt, args.ema, convention=args.convention)
     cached, full = Sampler(student, settings), Sampler(student, replace(settings, **asdict(CacheConfig())))
     full_steps = read_record(samples).full_steps
-    if full_steps is not None:  # that --max-error has found
+    if full_steps is not None:  # that --error-threshold has found
         cached = cached.with_full_steps(full_steps)
     errors = step_errors(cached, full, range(min(args.num_fid_samples, STEP_IMAGES)))
     title = f"{student.label}\n{settings.describe()}"

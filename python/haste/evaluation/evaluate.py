@@ -416,7 +416,7 @@ def evaluate_checkpoint(
     student = load_checkpoint(checkpoint, settings.ema, convention=settings.convention)
     check_on_digits(student)
     sampler = Sampler(student, settings)
-    if settings.max_error:  # as haste sample: the same full steps for all images
+    if settings.error_threshold:  # as haste sample: the same full steps for all images
         sampler = sampler.with_full_steps(measure_full_steps(sampler))
     begin = perf_counter()
     batches = []

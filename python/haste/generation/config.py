@@ -152,7 +152,7 @@ class SamplingConfig(CacheConfig):
         if self.cache != "none":
             parts += [str(fields[name]) for name in ("cache", "granularity") if name in fields]
             parts += [f"f{len(self.full_step_list)}"] if self.full_steps else []
-            letters = {"max_error": "e", "interval": "i", "order": "o", "gate": "g", "cached_blocks": "n"}
+            letters = {"error_threshold": "e", "interval": "i", "order": "o", "gate": "g", "cached_blocks": "n"}
             parts += [f"{letter}{fields[name]:g}" for name, letter in letters.items() if fields.get(name) is not None]
         return "-".join(parts)
 

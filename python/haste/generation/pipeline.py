@@ -134,7 +134,7 @@ class Sampler:
     def calls(self) -> tuple[int, int]:
         """Model evaluations of the last batch, and how many of them were full; the others were forecast."""
         if self.cache is not None:
-            return self.cache.num_full + self.cache.num_skipped, self.cache.num_full
+            return self.cache.num_full + self.cache.num_forecast, self.cache.num_full
         s = self.settings
         guidance = Guidance(
             s.cfg_scale, s.guidance_low, s.guidance_high, self.student.model.null_label, s.guidance_mode
@@ -155,7 +155,7 @@ class Sampler:
             full_steps=describe_steps(steps),
             order=min(self.settings.resolved_order, len(steps) - 1),  # there is never more to forecast from
             **dict.fromkeys(("interval", "first_enhance")),
-            max_error=0.0,
+            error_threshold=0.0,
         )
         return self.with_settings(settings)
 
@@ -195,7 +195,7 @@ class Sampler:
             self.cache.start(times)
             for time in times:
                 self.cache(x, times_at(time, rows, like.dtype, like.device), y)
-                if self.cache.num_skipped:
+                if self.cache.num_forecast:
                     break
         self._to_images(x[:1])
 

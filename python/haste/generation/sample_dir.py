@@ -66,7 +66,7 @@ class Drawn:
 class SampleDir:
     """A folder of samples that belongs to `settings`, a dictionary of plain values.
 
-    full_steps: those that --max-error has found, which hold for all images of the folder.
+    full_steps: those that --error-threshold has found, which hold for all images of the folder.
     before: the settings as earlier versions recorded them (`as_before`), so that their folders are gone on with.
 
     Nothing is written before the first image. Raises UserError if the folder holds anything but samples with exactly
@@ -189,7 +189,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Record:
-    """The content of a sample.json. full_steps: those that --max-error has found."""
+    """The content of a sample.json. full_steps: those that --error-threshold has found."""
 
     settings: dict[str, Any]
     drawn: Drawn
@@ -258,18 +258,18 @@ def advance(bar, images: int) -> Callable[[int, int], None]:
 
 
 def settle_full_steps(sampler: Sampler, folder: SampleDir, processes: Processes) -> Sampler:
-    """For --max-error: a sampler whose full steps are the same for all images of the command.
+    """For --error-threshold: a sampler whose full steps are the same for all images of the command.
 
     Which they are is measured once, and always on the same images of the seed, however many are asked for; a folder
     that was begun keeps them. Otherwise an image would depend on those that share its batch or its command.
     """
-    if not sampler.settings.max_error:
+    if not sampler.settings.error_threshold:
         return sampler
     if folder.full_steps is None:
         folder.full_steps = processes.agree(lambda: measure_full_steps(sampler))
     steps = folder.full_steps
-    error, total = sampler.settings.max_error, sampler.settings.num_steps
-    logger.info("--max-error %g: %d of %d steps are full, %s", error, len(steps), total, describe_steps(steps))
+    error, total = sampler.settings.error_threshold, sampler.settings.num_steps
+    logger.info("--error-threshold %g: %d of %d steps are full, %s", error, len(steps), total, describe_steps(steps))
     return sampler.with_full_steps(steps)
 
 

@@ -206,7 +206,7 @@ class Sweep:
     def _sampler(self, settings: SamplingConfig) -> Sampler:
         """One with a cache of its own, so that a cache's memory is held for one point at a time."""
         sampler = self._reference.with_settings(settings)
-        if settings.max_error:  # as haste sample: the same full steps for all images, measured once
+        if settings.error_threshold:  # as haste sample: the same full steps for all images, measured once
             steps = self._known(settings).get("full_steps")
             steps = steps or measure_full_steps(sampler)
             sampler = sampler.with_full_steps(steps)

@@ -30,7 +30,7 @@ class Grid:
     granularities: Sequence[str] = ("module",)
     intervals: Sequence[int | None] = (None,)
     orders: Sequence[int | None] = (None,)
-    max_errors: Sequence[float] = (0.0,)
+    error_thresholds: Sequence[float] = (0.0,)
     gates: Sequence[int | None] = (None,)
     steps: Sequence[int] = (50,)
 
@@ -42,7 +42,7 @@ class Grid:
                 own = {"gate": self.gates}
             else:
                 orders = self.orders if cache != "reuse" else (None,)
-                own = {"granularity": self.granularities, "max_error": self.max_errors, "order": orders}
+                own = {"granularity": self.granularities, "error_threshold": self.error_thresholds, "order": orders}
             for values in product(*own.values()):
                 chosen = dict(zip(own, values, strict=True))
                 yield replace(base, num_steps=steps, cache=cache, interval=interval, **chosen)
@@ -89,7 +89,7 @@ def short_name(settings: SamplingConfig) -> str:
         return words if settings.gate is None else f"{words}, b {settings.gate}"
     if settings.cache != "reuse":
         words += f"/{settings.resolved_order}"
-    return f"{words} ≤{settings.max_error:g}" if settings.max_error else words
+    return f"{words} ≤{settings.error_threshold:g}" if settings.error_threshold else words
 
 
 def long_name(settings: SamplingConfig) -> str:

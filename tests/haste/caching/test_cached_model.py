@@ -70,7 +70,7 @@ def test_it_is_the_published_recurrence(interval, order, first_enhance):
     got = sample(seer, noise, labels, num_steps=20)
     # The weights reach the kernel in float32.
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-    assert (seer.num_full, seer.num_skipped) == (len(full), 20 - len(full))
+    assert (seer.num_full, seer.num_forecast) == (len(full), 20 - len(full))
     uncached = sample(model, noise, labels, num_steps=20)
     assert (expected - uncached).abs().max() > 1e-4  # the comparison above is not one of two full runs
 
@@ -267,7 +267,7 @@ def test_an_error_bound_decides_where_the_full_steps_are(sampler):
     full = sample(model, noise, labels, num_steps=40, sampler=sampler)
     counts, errors = [], []
     for bound in (1e-2, 1e-3, 1e-4):
-        cached = cache(model, "newton", order=2, max_error=bound)
+        cached = cache(model, "newton", order=2, error_threshold=bound)
         errors.append((sample(cached, noise, labels, num_steps=40, sampler=sampler) - full).norm().item())
         counts.append(cached.num_full)
     assert counts[0] < counts[1] < counts[2] <= 2 * 40 and errors[0] > errors[1] > errors[2]
@@ -280,7 +280,7 @@ def test_of_heuns_two_evaluations_the_second_is_measured():
     noise, labels = small_noise(dtype=torch.float64)
     bounds = {0.1: [0, 1, 9], 0.03: [0, 1, 5, 8], 0.003: list(range(12))}
     for bound, full_steps in bounds.items():
-        cached = cache(model, "newton", order=1, max_error=bound)
+        cached = cache(model, "newton", order=1, error_threshold=bound)
         sample(cached, noise, labels, num_steps=12, sampler="heun")
         assert cached.full_steps == full_steps
 
@@ -289,7 +289,7 @@ def test_the_measured_error_is_that_of_the_forecast_that_was_not_used():
     model = small_sit().double()
     noise, labels = small_noise(dtype=torch.float64)
     reports = []
-    cached = cache(model, "taylor", order=1, max_error=0.1)
+    cached = cache(model, "taylor", order=1, error_threshold=0.1)
     cached.start(3)
     cached._course.report = lambda *report: reports.append(report)
     times = [torch.full((2,), t, dtype=torch.float64) for t in (1.0, 0.8, 0.6)]
@@ -419,5 +419,5 @@ def test_an_adaptive_schedule_computes_a_model_that_gives_nan_in_full():
     model = small_sit()
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(float("nan"))
-    cached = cache(model, order=1, max_error=0.1, num_steps=8)
+    cached = cache(model, order=1, error_threshold=0.1, num_steps=8)
     assert run_by_hand(cached).isnan().all() and cached.full_steps == list(range(8))

@@ -83,7 +83,7 @@ def test_a_run_that_was_broken_off_and_one_that_is_over_are_followed_by_another(
     cached, fresh = fast(**plan), run(fast(**plan), scale=0.5)
     run(cached, steps=steps)
     assert torch.equal(run(cached, scale=0.5), fresh)
-    assert (cached.num_full, cached.num_skipped) == (4, 6)
+    assert (cached.num_full, cached.num_forecast) == (4, 6)
     needed = "num_steps must be the number" if "num_steps" in plan else "evaluations= or times= must list the calls"
     sentence = f"the last run had {steps} of its 10 evaluations; {needed}"
     assert [sentence in record.getMessage() for record in caplog.records] == ([True] if steps < STEPS else [])

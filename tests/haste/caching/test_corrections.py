@@ -46,7 +46,7 @@ LATE = {**GUIDED, "guidance_high": 0.7, "guidance_low": 0.2}
 @pytest.mark.parametrize("guidance", [{}, GUIDED, LATE, {**GUIDED, "guidance": "separate"},
                                       {**LATE, "guidance": "separate"}])  # fmt: skip
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
-@pytest.mark.parametrize("settings", [{}, {"cache": "newton"}, {"interval": 10, "max_error": 2.0}])
+@pytest.mark.parametrize("settings", [{}, {"cache": "newton"}, {"interval": 10, "error_threshold": 2.0}])
 def test_images_are_those_of_corrections_made_one_by_one(sampler, guidance, settings, passes):
     noise, labels = small_noise(dtype=torch.float64)
     images = [

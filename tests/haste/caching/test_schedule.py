@@ -60,7 +60,7 @@ def test_a_list_that_goes_beyond_the_run():
 
 def test_the_distance_follows_the_measured_error():
     """From n snapshots the error grows as distance^n: a bound of 8 times the error allows twice the distance for 3."""
-    course = AdaptiveSchedule(max_error=0.08, max_interval=10).begin(50)
+    course = AdaptiveSchedule(error_threshold=0.08, max_interval=10).begin(50)
     intervals = []
     reports = [(0.04, 1, 1), (0.01, 2, 3), (0.0001, 4, 2), (0.08, 10, 2), (0.32, 6, 2), (9.0, 3, 1)]
     for error, distance, orders in reports:
@@ -76,5 +76,5 @@ def test_before_anything_is_measured_every_step_is_full():
 
 
 def test_a_bound_that_bounds_nothing():
-    with pytest.raises(UserError, match="--max-error must be above 0, got 0"):
+    with pytest.raises(UserError, match="--error-threshold must be above 0, got 0"):
         AdaptiveSchedule(0)

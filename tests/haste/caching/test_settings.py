@@ -36,7 +36,7 @@ def test_records_hold_what_decides_the_images_and_no_more():
     assert CacheConfig(cache="delta-dit", gate=9).cache_fields() == {
         "cache": "delta-dit", "interval": 2, "first_enhance": 1, "gate": 9, "cached_blocks": None
     }  # fmt: skip
-    assert CacheConfig(cache="newton", max_error=0.1).cache_fields()["interval"] == 10
+    assert CacheConfig(cache="newton", error_threshold=0.1).cache_fields()["interval"] == 10
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_records_hold_what_decides_the_images_and_no_more():
     [
         ({"interval": 3, "first_enhance": 1}, IntervalSchedule(3, 1)),
         ({"full_steps": "0,1,5"}, ListedSchedule((0, 1, 5))),
-        ({"max_error": 0.1}, AdaptiveSchedule(0.1, 10, 2)),
+        ({"error_threshold": 0.1}, AdaptiveSchedule(0.1, 10, 2)),
     ],
 )
 def test_schedules(settings, schedule):
@@ -63,7 +63,10 @@ def test_schedules(settings, schedule):
         ({"cache": "taylor", "full_steps": "0;3"}, "--full-steps must be step numbers such as .0,1,2,5,9., got .0;3"),
         ({"cache": "taylor", "full_steps": "1,3"}, "--full-steps must be increasing step numbers that begin with 0"),
         ({"cache": "reuse", "order": 2}, "--order is 2; it must be 0 for --cache reuse"),
-        ({"cache": "taylor", "max_error": -0.1}, "--max-error must be a number from 0 to 1,000,000, got -0.1"),
+        (
+            {"cache": "taylor", "error_threshold": -0.1},
+            "--error-threshold must be a number from 0 to 1,000,000, got -0.1",
+        ),
         ({"cache": "taylor", "order": -1}, "--order must be an integer from 0 to 20, got -1"),
         ({"cache": "taylor", "interval": 0}, "--interval must be an integer from 1 to 10,000, got 0"),
     ],
@@ -115,7 +118,10 @@ def test_what_wrap_takes():
         ({"cache": "taylor", "granularity": "modules"}, "--granularity must be module, block or model, got modules"),
         ({"cache": "taylor", "full_steps": [0, 1, 4]}, "--full-steps must be step numbers such as .*, got .0, 1, 4"),
         ({"cache": "taylor", "interval": "4"}, "--interval must be an integer from 1 to 10,000, got 4"),
-        ({"cache": "taylor", "max_error": float("inf")}, "--max-error must be a number from 0 to 1,000,000, got inf"),
+        (
+            {"cache": "taylor", "error_threshold": float("inf")},
+            "--error-threshold must be a number from 0 to 1,000,000, got inf",
+        ),
     ],
 )
 def test_values_that_no_command_line_would_pass_on(settings, sentence):

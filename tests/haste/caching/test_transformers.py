@@ -144,7 +144,7 @@ def test_the_answer_keeps_its_form():
         assert enable_cache(model, num_steps=3, cache="reuse", interval=2)(x, t, y).shape == (2, channels, 8, 8)
     fast = enable_cache(PublicModel("repa").eval(), num_steps=6, cache="reuse", interval=2)
     answers = [fast(x, t - step / 6, y) for step in range(3)]
-    assert fast.num_skipped == 1 and all(type(answer) is tuple and len(answer) == 2 for answer in answers)
+    assert fast.num_forecast == 1 and all(type(answer) is tuple and len(answer) == 2 for answer in answers)
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def test_a_method_of_the_model_runs_on_the_cache():
         guided = fast.forward_with_cfg(x, t, y, 2.0)
         if step < 2:
             torch.testing.assert_close(guided, model.forward_with_cfg(x, t, y, 2.0), rtol=1e-4, atol=1e-5)
-    assert (fast.num_full, fast.num_skipped) == (2, 2)
+    assert (fast.num_full, fast.num_forecast) == (2, 2)
     assert disable_cache(fast) is model
 
 

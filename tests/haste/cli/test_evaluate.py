@@ -202,7 +202,7 @@ def test_the_recommended_cache_labels_of_a_file_and_full_steps_that_were_measure
     (tmp_path / "labels.txt").write_text("3\n1\n4\n")
     labels = ("--labels", str(tmp_path / "labels.txt"))
     drawn = ("--ckpt", str(run), *labels, "--num-fid-samples", "9", "--num-steps", "12")
-    for cache in (("--fast",), ("--cache", "taylor", "--order", "1", "--max-error", "0.5")):
+    for cache in (("--fast",), ("--cache", "taylor", "--order", "1", "--error-threshold", "0.5")):
         main(["evaluate", *drawn, *cache, "--twin", "full"])
         assert "mean of 9 images" in capsys.readouterr().out
     records = [json.loads(path.read_text()) for path in (run / "samples").glob("*/sample.json")]

@@ -158,7 +158,7 @@ def test_cuda_graphs_want_a_gpu_and_a_cache(run, capsys):
 
 def test_full_steps_that_were_measured_hold_for_all_images_and_are_kept(run, caplog):
     """Some images alone decide, so neither the batch nor a resumption changes an image."""
-    settings = {"ckpt": run, "num_steps": 20, "cache": "taylor", "max_error": 0.05, "num_fid_samples": 10}
+    settings = {"ckpt": run, "num_steps": 20, "cache": "taylor", "error_threshold": 0.05, "num_fid_samples": 10}
     whole = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
     steps = whole.folder.full_steps
     assert steps[:2] == [0, 1] and 2 < len(steps) < 20
@@ -179,7 +179,7 @@ def test_full_steps_that_are_measured_depend_on_no_number_of_images(run):
     """Nor on the batch: 1, 2 and 12 images of this model, drawn as one batch each, would give three lists."""
     found = []
     for count, batch in ((1, 8), (12, 12), (12, 2)):
-        settings = {"num_steps": 20, "cache": "taylor", "max_error": 0.15, "per_proc_batch_size": batch}
+        settings = {"num_steps": 20, "cache": "taylor", "error_threshold": 0.15, "per_proc_batch_size": batch}
         folder = run / f"{count}-{batch}"
         samples = sample.sample_to_folder(sample.Args(ckpt=run, num_fid_samples=count, sample_dir=folder, **settings))
         found.append(samples.folder.full_steps)
@@ -187,7 +187,7 @@ def test_full_steps_that_are_measured_depend_on_no_number_of_images(run):
 
 
 def test_an_order_above_what_few_full_steps_allow_is_no_obstacle_to_measuring_them(run):
-    settings = {"ckpt": run, "num_steps": 6, "cache": "taylor", "max_error": 1e6, "num_fid_samples": 2}
+    settings = {"ckpt": run, "num_steps": 6, "cache": "taylor", "error_threshold": 1e6, "num_fid_samples": 2}
     assert len(sample.sample_to_folder(sample.Args(**settings)).folder.full_steps) < 5
 
 
@@ -253,7 +253,10 @@ def test_labels_from_a_file(run, tmp_path, capsys):
         (("--cfg-scale", "2", "--guidance-high", "1.5"), "--guidance-high must be a number from 0 to 1, got 1.5"),
         (("--guidance-high", "nan"), "--guidance-high must be a number from 0 to 1, got nan"),  # also without guidance
         (("--guidance-low", "inf"), "--guidance-low must be a number from 0 to 1, got inf"),
-        (("--cache", "taylor", "--max-error", "nan"), "--max-error must be a number from 0 to 1,000,000, got nan"),
+        (
+            ("--cache", "taylor", "--error-threshold", "nan"),
+            "--error-threshold must be a number from 0 to 1,000,000, got nan",
+        ),
         (("--global-seed", str(2**63)), "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got"),
         (("--per-proc-batch-size", "10000000000"), "--per-proc-batch-size must be an integer from 1 to 1,000,000, got"),
         (("--cache", "taylor", "--order", "14"), "--order must be at most 13, as 14 of 50 steps are full, got 14"),

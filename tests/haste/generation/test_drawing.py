@@ -156,7 +156,7 @@ def test_the_settings_that_decide_the_images_leave_out_an_unused_cache():
         ({"labels": "3,1,4", "cache": "reuse"}, "euler-50-cfg1-seed0-listed-reuse-module-i4-o0"),
         ({"cache": "newton", "granularity": "model"}, "euler-50-cfg1-seed0-newton-model-i4-o4"),
         ({"cache": "taylor", "full_steps": "0,1,5", "order": 1}, "euler-50-cfg1-seed0-taylor-module-f3-o1"),
-        ({"cache": "taylor", "max_error": 0.1}, "euler-50-cfg1-seed0-taylor-module-e0.1-i10-o4"),
+        ({"cache": "taylor", "error_threshold": 0.1}, "euler-50-cfg1-seed0-taylor-module-e0.1-i10-o4"),
         ({"cache": "delta-dit", "gate": 30, "cached_blocks": 21}, "euler-50-cfg1-seed0-delta-dit-i2-g30-n21"),
     ],
 )

@@ -176,13 +176,15 @@ def test_a_sweep_of_an_earlier_version_knows_its_checkpoint_by_its_time(make_swe
 
 
 def test_the_full_steps_of_an_adaptive_schedule_are_measured_once_and_the_same_for_all(make_sweep, monkeypatch):
-    points = plan(BASE, [Grid(caches=("newton",), intervals=(4,), orders=(1,), max_errors=(0.05,), steps=(12,))], ())
+    points = plan(
+        BASE, [Grid(caches=("newton",), intervals=(4,), orders=(1,), error_thresholds=(0.05,), steps=(12,))], ()
+    )
     ran = []
     run = Sampler.run
 
     def run_and_note(self, *args):
         result = run(self, *args)
-        ran.append((self.settings.max_error, getattr(self.cache, "full_steps", None)))
+        ran.append((self.settings.error_threshold, getattr(self.cache, "full_steps", None)))
         return result
 
     monkeypatch.setattr(Sampler, "run", run_and_note)

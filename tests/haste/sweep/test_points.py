@@ -10,7 +10,7 @@ EVERYTHING = Grid(
     granularities=("module", "model"),
     intervals=(3, 5),
     orders=(1, 2),
-    max_errors=(0.0, 0.1),
+    error_thresholds=(0.0, 0.1),
     gates=(10, 20),
     steps=(30, 50),
 )
@@ -52,7 +52,11 @@ def test_no_two_points_have_one_name():
     [
         ({"num_steps": 20}, "plain", "20"),
         ({"cache": "taylor", "interval": 3, "order": 2}, "Taylor per module", "3/2"),
-        ({"cache": "newton", "granularity": "model", "max_error": 0.1, "interval": 8}, "Newton per model", "8/4 ≤0.1"),
+        (
+            {"cache": "newton", "granularity": "model", "error_threshold": 0.1, "interval": 8},
+            "Newton per model",
+            "8/4 ≤0.1",
+        ),
         ({"cache": "reuse", "granularity": "block", "interval": 2}, "Reuse per block", "2"),
         ({"cache": "delta-dit", "gate": 20}, "Δ-DiT", "2, b 20"),
         ({"cache": "delta-dit", "interval": 3}, "Δ-DiT", "3"),

@@ -33,7 +33,7 @@ class Args(SamplingConfig):
     order: Suppress[Fixed[None]] = None
     first_enhance: Suppress[Fixed[None]] = None
     full_steps: Suppress[Fixed[str]] = ""
-    max_error: Suppress[Fixed[float]] = 0.0
+    error_threshold: Suppress[Fixed[float]] = 0.0
     gate: Suppress[Fixed[None]] = None
     cached_blocks: Suppress[Fixed[None]] = None
     caches: tuple[Literal["reuse", "taylor", "newton", "hermite", "delta-dit"], ...] = ("taylor", "newton")
@@ -44,8 +44,8 @@ class Args(SamplingConfig):
     """One full step in so many, as --interval."""
     orders: tuple[int, ...] = (2, 4)
     """Orders of the forecast, as --order."""
-    max_errors: tuple[float, ...] = (0.0,)
-    """Bounds on the error of a forecast, as --max-error; 0: evenly spaced full steps."""
+    error_thresholds: tuple[float, ...] = (0.0,)
+    """Bounds on the error of a forecast, as --error-threshold; 0: evenly spaced full steps."""
     gates: tuple[int, ...] = ()
     """delta-dit: where the skipped blocks change, as --gate. [default: 0.6 of the steps]"""
     steps: tuple[int, ...] = (50,)
@@ -103,7 +103,7 @@ class Args(SamplingConfig):
             granularities=self.granularities,
             intervals=self.intervals,
             orders=self.orders,
-            max_errors=self.max_errors,
+            error_thresholds=self.error_thresholds,
             gates=self.gates or (None,),
             steps=self.steps,
         )
