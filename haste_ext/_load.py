@@ -45,24 +45,25 @@ except ImportError as error:
     ) from error
 
 
-def check_paths() -> None:
-    """ImportError for a path of HASTE_CPU_PATH or HASTE_CUDA_PATH that this build does not hold."""
-    for variable, paths in (("HASTE_CPU_PATH", _C.cpu_paths()), ("HASTE_CUDA_PATH", _C.cuda_paths())):
+def check_environment() -> None:
+    """ImportError for a HASTE_CPU_CAPABILITY or HASTE_CUDA_KERNELS that this build does not hold."""
+    for variable, held in (("HASTE_CPU_CAPABILITY", _C.cpu_capabilities()), ("HASTE_CUDA_KERNELS", _C.cuda_kernels())):
         given = os.environ.get(variable)
-        if given and paths and given not in paths:  # a build without CUDA has no use for a CUDA path
-            raise ImportError(f"{variable} must be one of {', '.join(paths)}, got '{given}'", name="haste_ext._C")
+        if given and held and given not in held:  # a build without CUDA has no use for CUDA kernels
+            raise ImportError(f"{variable} must be one of {', '.join(held)}, got '{given}'", name="haste_ext._C")
 
 
-check_paths()
+check_environment()
 
 
 def build_info() -> dict[str, object]:
     """What this build holds.
 
-    Returns a dict: ``version``; ``torch`` (built against) and ``torch_loaded``; ``compiler``; ``cuda`` (bool),
-    ``cuda_compiler``, ``cuda_targets`` (e.g. ``["80", "90"]``) and ``cuda_paths`` (``portable`` and, built for 9.0,
-    ``hopper``, which a device of compute capability 9.0 takes by itself; ``HASTE_CUDA_PATH`` chooses one);
-    ``cpu_paths`` (the processor paths that can run here, narrowest first) and ``cpu_path`` (the one in force;
-    ``HASTE_CPU_PATH`` chooses another).
+    Returns:
+        ``version``; ``torch`` (built against) and ``torch_loaded``; ``compiler``; ``cuda`` (bool), ``cuda_compiler``,
+        ``cuda_targets`` (e.g. ``["80", "90"]``) and ``cuda_kernels`` (``portable`` and, built for 9.0, ``hopper``,
+        which a device of compute capability 9.0 takes by itself; ``HASTE_CUDA_KERNELS`` chooses one);
+        ``cpu_capabilities`` (the instruction sets that can run here, narrowest first) and ``cpu_capability`` (the one
+        in force; ``HASTE_CPU_CAPABILITY`` chooses another).
     """
     return {**_C.build_info(), "torch_loaded": torch.__version__}

@@ -14,12 +14,25 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "csrc/kernels/cuda"
+ELEMENTS = re.compile(r"^// Compiled once per HASTE_ELEMENT: (.+)$", re.MULTILINE)
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 def kernel_sources(root: Path = ROOT) -> list[str]:
     """Every .cu file, relative to the root of the tree."""
     return sorted(path.relative_to(root).as_posix() for path in (root / KERNELS).rglob("*.cu"))
+
+
+def element_types(source: str | Path, root: Path = ROOT) -> list[str]:
+    """What HASTE_ELEMENT is in the units that CMake makes of a source; none: it is compiled once, as it is."""
+    found = ELEMENTS.search((root / source).read_text())
+    return found[1].split() if found else []
+
+
+def source_of_unit(unit: Path) -> Path:
+    """The kernel source that a generated unit (`#define`s, one `#include`) compiles; the file itself if it is none."""
+    found = [Path(name) for name in INCLUDE.findall(unit.read_text(errors="replace")) if name.endswith(".cu")]
+    return found[0] if found else unit
 
 
 def included_files(source: Path, root: Path = ROOT) -> list[Path]:

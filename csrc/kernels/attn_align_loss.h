@@ -4,11 +4,11 @@
 //   loss_i = lse(s_i) − Σ_j softmax(t_i)_j · s_ij
 //   G_ij   = e^{s_ij − lse(s_i)} − e^{t_ij − lse(t_i)}
 //   dq_i   = g_i · scale_s · Σ_j G_ij k_j        dk_j = scale_s · Σ_i g_i G_ij q_i
-// where g_i is the upstream gradient of loss_i. As a Kullback–Leibler divergence the loss is less by the teacher's
+// where g_i is grad_out of loss_i. As a Kullback–Leibler divergence the loss is less by the teacher's
 // entropy, Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j), with the same gradient.
 #pragma once
 
-#include "types.h"
+#include "kernel_types.h"
 
 namespace haste {
 
@@ -45,7 +45,7 @@ struct AttnAlignRows {
   void* teacher_softmax;
 };
 
-// Upstream gradient of the rows, same element type as the rows; any strides, 0 included (an expanded scalar).
+// Gradient of the rows, same element type as the rows; any strides, 0 included (an expanded scalar).
 struct RowGradient {
   const void* data;
   int64_t stride_batch, stride_head, stride_token;
@@ -59,7 +59,7 @@ struct AttnGradient {
 };
 
 struct AttnAlignBackward {
-  RowGradient upstream;
+  RowGradient grad_out;
   const void* student_softmax;  // as the forward wrote them
   const void* teacher_softmax;
   AttnGradient student_q, student_k;

@@ -5,7 +5,7 @@
 // and one whose weight is 0 at every step is not read: an unused slot may hold anything, NaN included.
 #pragma once
 
-#include "types.h"
+#include "kernel_types.h"
 
 namespace haste {
 

@@ -3,7 +3,7 @@
 //   d z_s = −(g / n_s) (ẑ_t − cos·ẑ_s)         (no second term where the norm is clamped, as F.normalize)
 #pragma once
 
-#include "types.h"
+#include "kernel_types.h"
 
 namespace haste {
 
@@ -19,7 +19,7 @@ struct TokenCosineProblem {
   TokenOperand student, teacher;  // their types may differ
 };
 
-// Upstream gradient of the rows: float, or double where the student is Float64; strides may be 0.
+// Gradient of the rows: float, or double where the student is Float64; strides may be 0.
 struct TokenGradient {
   const void* data;
   int64_t stride_outer, stride_inner;

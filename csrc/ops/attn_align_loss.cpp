@@ -11,7 +11,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "ops/tensors.h"
+#include "ops/common.h"
 
 namespace haste {
 namespace {
@@ -33,8 +33,8 @@ void check_pair(const Tensor& q, const Tensor& k, int64_t prefix, const char* q_
   for (int64_t i = 0; same && i < 4; ++i) same = k.size(i) == q.size(i);
   check_shape(same, k_name, k, std::string("of the shape of ") + q_name);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), k_name, " must have the type of ", q_name);
-  STD_TORCH_CHECK(prefix >= 0 && prefix <= q.size(2), q_name, " has ", q.size(2), " tokens and a prefix of ", prefix,
-                  "; the prefix must lie between 0 and the number of tokens");
+  STD_TORCH_CHECK(prefix >= 0 && prefix <= q.size(2), "the prefix of ", q_name, " must lie between 0 and its ",
+                  q.size(2), " tokens, got ", prefix);
 }
 
 Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& teacher_q, const Tensor& teacher_k,
@@ -44,9 +44,10 @@ Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& te
   check_pair(teacher_q, teacher_k, teacher_prefix, "teacher_q", "teacher_k");
   check_shape(teacher_q.size(0) == student_q.size(0), "teacher_q", teacher_q, "of the batch size of student_q");
   const int64_t tokens = student_q.size(2) - student_prefix;
-  STD_TORCH_CHECK(teacher_q.size(2) - teacher_prefix == tokens, "teacher_q has ", teacher_q.size(2) - teacher_prefix,
-                  " tokens after its prefix and student_q has ", tokens, "; they must be equally many");
-  STD_TORCH_CHECK(causal >= 0, "causal is ", causal, "; it must be the size of a block of tokens, or 0");
+  STD_TORCH_CHECK(teacher_q.size(2) - teacher_prefix == tokens,
+                  "teacher_q must have as many tokens after its prefix as student_q, ", tokens, ", got ",
+                  teacher_q.size(2) - teacher_prefix);
+  STD_TORCH_CHECK(causal >= 0, "causal must be the size of a block of tokens, or 0, got ", causal);
   check_same_device(student_q, student_k, "student_k");
   check_same_device(student_q, teacher_q, "teacher_q");
   check_same_device(student_q, teacher_k, "teacher_k");
@@ -69,7 +70,7 @@ Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& te
                     "teacher_q must have the type of student_q on CUDA; haste_ext.attn_align_loss converts both");
     for (const auto* t : {&student_q, &teacher_q}) {
       STD_TORCH_CHECK(t->size(3) <= cuda::attn_align_loss_max_dim, t == &student_q ? "student_q" : "teacher_q",
-                      " has head dim ", t->size(3), "; on CUDA it must be at most ", cuda::attn_align_loss_max_dim);
+                      " must have a head dim of at most ", cuda::attn_align_loss_max_dim, " on CUDA, got ", t->size(3));
     }
   }
   return in;

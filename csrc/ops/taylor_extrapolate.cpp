@@ -7,7 +7,7 @@
 #include <initializer_list>
 #include <vector>
 
-#include "ops/tensors.h"
+#include "ops/common.h"
 
 namespace haste {
 namespace {

@@ -6,7 +6,7 @@
 #include <array>
 #include <vector>
 
-#include "ops/tensors.h"
+#include "ops/common.h"
 
 namespace haste {
 namespace {
@@ -112,16 +112,16 @@ Tensor backward(Tensor grad_loss, Tensor student, Tensor teacher) {
   const int64_t rows_dim = grad_loss.dim();
   const int64_t split = choose_split({&student, &teacher, &grad_loss}, rows_dim);
   const auto p = problem(student, teacher, split);
-  const TokenGradient upstream{grad_loss.const_data_ptr(), collapse(grad_loss, 0, split).stride,
+  const TokenGradient grad_out{grad_loss.const_data_ptr(), collapse(grad_loss, 0, split).stride,
                                collapse(grad_loss, split, rows_dim).stride};
   if (student.is_cuda()) {
     const CudaLaunch launch(student);
 #ifdef HASTE_WITH_CUDA
-    check_launch(cuda::token_cosine_loss_backward(p, upstream, gradient.mutable_data_ptr(), launch.stream()),
+    check_launch(cuda::token_cosine_loss_backward(p, grad_out, gradient.mutable_data_ptr(), launch.stream()),
                  "token_cosine_loss backward");
 #endif
   } else {
-    cpu::token_cosine_loss_backward(p, upstream, gradient.mutable_data_ptr(), parallel_for());
+    cpu::token_cosine_loss_backward(p, grad_out, gradient.mutable_data_ptr(), parallel_for());
   }
   return gradient;
 }

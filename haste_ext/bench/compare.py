@@ -1,4 +1,4 @@
-"""One case of an operation: every contender judged against float64, then all of them timed in turns.
+"""One case of an operation: every contender checked against float64, then all of them timed in turns.
 
 Ours must pass the rule of accuracy, otherwise it is not timed. The others' errors are written down beside it.
 """
@@ -7,27 +7,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from haste_ext.bench.accuracy import Judgement, judge
-from haste_ext.bench.gpu_timer import GpuTimer
+from haste_ext.bench.machine import Roofline, floor_seconds
 from haste_ext.bench.measure import (
+    Call,
+    CpuTimer,
+    GpuTimer,
     make_timers,
     memory_within_the_machine,
     peak_extra_bytes,
     spread,
     times_in_turns,
 )
-from haste_ext.bench.operation import Call, Case, Contender, Operation, bind
-from haste_ext.bench.roofline import Roofline, floor_seconds
+from haste_ext.bench.operations import Case, Contender, Operation, bind
 
 VERIFY_BYTES = 2 * 2**30  # of float64, which decides how much of the batch is verified
 ROTATED_BYTES = 512 * 2**20  # inputs on a GPU are rotated until they are this much, several times any L2
 MOST_ROTATED = 256
 COPY = "a copy of the same bytes"
+TINY = {"heads": 1, "student_dim": 8, "teacher_dim": 8, "feature_dim": 8}
+TRIVIAL = "trivial Function"
+# max|out − exact| ≤ 2·max|eager − exact| + rounding of the output type
+EAGER_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The largest errors of a result and of eager code in the same type, and what the rule allows."""
+
+    error: float
+    eager_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # false for NaN
+
+
+def measure_accuracy(out: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0) -> Accuracy:
+    """`out` beside `eager`, the same computation in the same type, and `exact`, the definition in float64.
+
+    The rounding is that of the largest value; where all values cancel to nothing (a single key, a single dimension),
+    that of the `terms` which cancel. float64 is its own reference: there only roundings are allowed.
+    """
+    if exact.numel() == 0:
+        return Accuracy(0.0, 0.0, 0.0)
+    eps, largest = torch.finfo(out.dtype).eps, exact.abs().max().item()
+    error, eager_error = ((x.double() - exact).abs().max().item() for x in (out, eager))
+    rounding = eps * (largest if largest > eps * terms else terms)
+    if out.dtype == torch.float64:
+        rounding = 100 * eps * max(largest, terms)
+    return Accuracy(error, eager_error, EAGER_FACTOR * eager_error + rounding)
 
 
 class NotAccurateError(Exception):
@@ -67,7 +101,7 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
     calls: dict[str, list[Call]] = {}
     try:
         inputs = [case.inputs() for _ in range(rotations(case))]
-        yardsticks = verification(op, case, inputs[0], forward_only)
+        references = verification(op, case, inputs[0], forward_only)
         if op.bandwidth_bound:  # first, so that the memory it holds is there when the others are tried
             calls[COPY] = [copy_call(copied_bytes, case.device) for _ in inputs]
     except RuntimeError as error:  # torch's word for memory that runs out
@@ -80,7 +114,7 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
             continue
         try:
             function = compiled(contender.function) if contender.compiled else contender.function
-            row["errors"] = errors(op, contender, function, yardsticks, forward_only)
+            row["errors"] = errors(op, contender, function, references, forward_only)
             calls[contender.name] = [bound(op, contender, function, x, forward_only) for x in inputs]
             calls[contender.name][0]()  # compiles, warms up, or shows that it cannot
         except Exception as error:  # a compiler that is missing, a kernel for other types, memory that runs out
@@ -109,7 +143,7 @@ def bound(
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    torch._dynamo.reset()  # after some eight shapes of one function it would fall back to eager code, silently
+    torch.compiler.reset()  # after some eight shapes of one function it would fall back to eager code, silently
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -120,34 +154,34 @@ def verification(op: Operation, case: Case, inputs: list[Tensor], forward_only: 
     if op.cases_near_convergence and case.dtype != torch.float64:  # there the reference would round as much
         situations["near convergence"] = small.inputs(near=True)
     reference = Contender("definition", op.reference)
-    yardsticks = {}
+    references = {}
     for situation, inputs in situations.items():
         exact = bound(op, reference, op.reference, [x.double() for x in inputs], forward_only)()
         eager = bound(op, reference, op.reference, inputs, forward_only)()
-        yardsticks[situation] = (inputs, exact, eager)
-    return yardsticks
+        references[situation] = (inputs, exact, eager)
+    return references
 
 
-def errors(op: Operation, contender: Contender, function: Callable, yardsticks: dict, forward_only: bool) -> dict:
+def errors(op: Operation, contender: Contender, function: Callable, references: dict, forward_only: bool) -> dict:
     """Per situation and result, the contender's error beside eager's; for ours the rule must hold."""
     found: dict[str, dict] = {}
-    for situation, (inputs, exact, eager) in yardsticks.items():
+    for situation, (inputs, exact, eager) in references.items():
         results = bound(op, contender, function, inputs, forward_only)()
         found[situation] = {}
         for name, *tensors in zip(op.result_names(forward_only), results, eager, exact, strict=True):
-            judgement = judge(*tensors)
-            found[situation][name] = as_json(judgement)
-            if contender.name == op.ours and not judgement.passed:
+            accuracy = measure_accuracy(*tensors)
+            found[situation][name] = as_json(accuracy)
+            if contender.name == op.ours and not accuracy.passed:
                 raise NotAccurateError(
-                    f"not timed: {name} ({situation}) is off by {judgement.error:.2e}, "
-                    f"the rule allows {judgement.allowed:.2e}"
+                    f"not timed: {name} ({situation}) is off by {accuracy.error:.2e}, "
+                    f"the rule allows {accuracy.allowed:.2e}"
                 )
     return found
 
 
-def as_json(judgement: Judgement) -> dict[str, float | None]:
+def as_json(accuracy: Accuracy) -> dict[str, float | None]:
     """JSON has neither NaN nor infinity: an error that is not finite is null."""
-    return {key: value if math.isfinite(value) else None for key, value in asdict(judgement).items()}
+    return {key: value if math.isfinite(value) else None for key, value in asdict(accuracy).items()}
 
 
 def rotations(case: Case) -> int:
@@ -174,3 +208,41 @@ def why_absent(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
         return "it wants more memory than there is"
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def trivial_function(differentiable: int) -> Callable[..., Tensor]:
+    """A Function that does nothing: of any operands, the first `differentiable` of which get gradients.
+
+    It keeps its operands for the backward and gives an empty scalar and empty gradients: what any operation of Python
+    must do that torch can differentiate.
+    """
+
+    class Trivial(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *operands):
+            ctx.save_for_backward(*operands)
+            return operands[0].new_empty((), dtype=torch.float32)
+
+        @staticmethod
+        def backward(ctx, grad):
+            operands = ctx.saved_tensors
+            gradients = [torch.empty_like(x) for x in operands[:differentiable]]
+            return *gradients, *(None,) * (len(operands) - differentiable)
+
+    return Trivial.apply
+
+
+def compare_on_host(op: Operation, device: str, min_seconds: float) -> dict[str, object]:
+    """Host seconds of forward + backward on tiny tensors, ours beside the trivial Function's, in turns.
+
+    On a GPU the kernels of such tensors take less time than the host needs to start them: there, too, it is the host
+    that is timed.
+    """
+    own = {name: TINY[name] for name in op.case.own_fields()}
+    inputs = op.case(1, 2, torch.float32, device, **own).inputs()
+    gradients = len(op.results) - 1
+    functions = {TRIVIAL: trivial_function(gradients), op.ours: op.contenders[-1].function}
+    timers = {name: CpuTimer(bind(function, inputs, gradients, False)) for name, function in functions.items()}
+    seconds = {name: spread(times) for name, times in times_in_turns(timers, min_seconds).items()}
+    ratio = seconds[op.ours]["median"] / seconds[TRIVIAL]["median"]
+    return {"operation": op.name, "seconds": seconds, "ratio": ratio}

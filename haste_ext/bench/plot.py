@@ -1,4 +1,4 @@
-"""The plots of a run, drawn from its JSON document alone: time, memory and share of the roofline over N."""
+"""The plots of a run, from its JSON document alone: time, memory and share of the roofline over N."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SETTINGS = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "grid.color": GRID,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False,
 }  # fmt: skip
-LEAST_MIB = 0.01  # memory is drawn on a logarithmic scale, and some take none
+LEAST_MIB = 0.01  # memory is plotted on a logarithmic scale, and some take none
 
 
-def draw(document: Mapping, folder: Path, stem: str) -> list[Path]:
-    """One picture per operation; returns their paths, `stem`.png where there is just one."""
+def plot_document(document: Mapping, folder: Path, stem: str) -> list[Path]:
+    """One figure per operation; returns their paths, `stem`.png where there is just one."""
     folder.mkdir(parents=True, exist_ok=True)
     operations = list(dict.fromkeys(result["operation"] for result in document["results"]))
     paths = []
@@ -41,18 +41,18 @@ def draw(document: Mapping, folder: Path, stem: str) -> list[Path]:
         results = [result for result in document["results"] if result["operation"] == operation]
         path = folder / (f"{stem}.png" if len(operations) == 1 else f"{stem}-{operation}.png")
         with plt.rc_context(SETTINGS):
-            figure = draw_operation(results, document)
+            figure = plot_operation(results, document)
             figure.savefig(path, bbox_inches="tight", pad_inches=0.2)
             plt.close(figure)
         paths.append(path)
     return paths
 
 
-def draw_operation(results: Sequence[Mapping], document: Mapping) -> Figure:
+def plot_operation(results: Sequence[Mapping], document: Mapping) -> Figure:
     """A row of panels for every type."""
     dtypes = list(dict.fromkeys(result["case"]["dtype"] for result in results))
     has_roofline = document["roofline"] is not None
-    columns = [draw_time, draw_memory, *([draw_share] if has_roofline else [])]
+    columns = [plot_time, plot_memory, *([plot_share] if has_roofline else [])]
     size = (1.0 + 4.1 * len(columns), 0.6 + 3.2 * len(dtypes))
     figure, grid = plt.subplots(len(dtypes), len(columns), squeeze=False, figsize=size)
     figure.subplots_adjust(wspace=0.24, hspace=0.42)
@@ -65,7 +65,7 @@ def draw_operation(results: Sequence[Mapping], document: Mapping) -> Figure:
     return figure
 
 
-def draw_time(axes: Axes, results: Sequence[Mapping], dtype: str) -> None:
+def plot_time(axes: Axes, results: Sequence[Mapping], dtype: str) -> None:
     axes.set_title(f"{dtype}: time (ms)")
     axes.set_yscale("log")
     for name, points in series(results):
@@ -90,7 +90,7 @@ def label_speed(axes: Axes, result: Mapping) -> None:
     axes.margins(x=0.16, y=0.16)
 
 
-def draw_memory(axes: Axes, results: Sequence[Mapping], dtype: str) -> None:
+def plot_memory(axes: Axes, results: Sequence[Mapping], dtype: str) -> None:
     axes.set_title(f"{dtype}: extra memory (MiB)")
     axes.set_yscale("log")
     for name, points in series(results, "peak_extra_bytes"):
@@ -100,7 +100,7 @@ def draw_memory(axes: Axes, results: Sequence[Mapping], dtype: str) -> None:
     plain_log_ticks(axes)
 
 
-def draw_share(axes: Axes, results: Sequence[Mapping], dtype: str) -> None:
+def plot_share(axes: Axes, results: Sequence[Mapping], dtype: str) -> None:
     axes.set_title(f"{dtype}: share of the roofline (%)")
     for name, points in series(results, "roofline_share"):
         values = [100 * row["roofline_share"] for _, row in points]
@@ -176,7 +176,7 @@ def finish(figure: Figure, results: Sequence[Mapping], document: Mapping) -> Non
 
 
 def shape(results: Sequence[Mapping]) -> str:
-    """The dimensions that the picture does not vary over."""
+    """The dimensions that the figure does not vary over."""
     parts = []
     for name in LABELS:
         values = list(dict.fromkeys(result["case"][name] for result in results if name in result["case"]))

@@ -1,4 +1,4 @@
-"""The tables on the terminal, drawn from the JSON document alone."""
+"""The tables on the terminal, from the JSON document alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ inputs and results. error: the largest against float64 over what is allowed: 2 �
 
 def can_show(document: Mapping) -> bool:
     """Whether its results are of operations beside other ways, measured on a machine that is described."""
-    described = {"haste_ext", "commit", "modified", "torch", "date", "gpu", "processor", "threads", "cpu_path"}
+    described = {"haste_ext", "commit", "modified", "torch", "date", "gpu", "processor", "threads", "cpu_capability"}
     measured = {"operation", "mode", "case", "rows", "ours", "baseline"}
     results = document["results"] if isinstance(document["results"], list) else []
     holds = [(document["machine"], described), *((result, measured) for result in results)]
@@ -43,7 +43,7 @@ def where(machine: Mapping) -> str:
     if machine["gpu"]:
         return f"{machine['gpu']['name']} (sm {machine['gpu']['capability']})"
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return f"{machine['processor']}, {threads}, {machine['cpu_path']} path"
+    return f"{machine['processor']}, {threads}, {machine['cpu_capability']}"
 
 
 def revision(machine: Mapping) -> str:
@@ -90,11 +90,11 @@ def launching(rows: Sequence[Mapping]) -> list[str]:
 
 
 def error_ratios(results: Mapping) -> str:
-    return ", ".join(f"{name} {error_ratio(judgement)}" for name, judgement in results.items())
+    return ", ".join(f"{name} {error_ratio(accuracy)}" for name, accuracy in results.items())
 
 
-def error_ratio(judgement: Mapping) -> str:
-    error, eager = judgement["error"], judgement["eager_error"]
+def error_ratio(accuracy: Mapping) -> str:
+    error, eager = accuracy["error"], accuracy["eager_error"]
     if error is None or eager is None:
         return "not finite"
     return f"{error / eager:.2f}" if eager else f"{error:.0e}, eager exact"
@@ -129,10 +129,21 @@ def scaled(value: float | None, factor: float, form: str) -> str:
 
 def worst_error(row: Mapping) -> str:
     """The largest error over what is allowed, of all situations and results."""
-    judged = [judgement for results in row.get("errors", {}).values() for judgement in results.values()]
-    if not judged:
+    checked = [accuracy for results in row.get("errors", {}).values() for accuracy in results.values()]
+    if not checked:
         return "–"
-    if any(judgement["error"] is None or judgement["allowed"] is None for judgement in judged):
+    if any(accuracy["error"] is None or accuracy["allowed"] is None for accuracy in checked):
         return "not finite"
-    worst = max(judgement["error"] / max(judgement["allowed"], 1e-300) for judgement in judged)
+    worst = max(accuracy["error"] / max(accuracy["allowed"], 1e-300) for accuracy in checked)
     return f"{worst:.2f}" if worst < 1e3 else f"{worst:.0e}"
+
+
+def host_table(document: Mapping) -> str:
+    lines = [headline(document), "", f"{'host, forward + backward':<28}{'µs':>8}{'p20 … p80':>18}{'times trivial':>16}"]
+    for result in document["results"]:
+        for name, times in result["seconds"].items():
+            median, low, high = (f"{times[key] * 1e6:.1f}" for key in ("median", "p20", "p80"))
+            ratio = "" if name.startswith("trivial") else f"{result['ratio']:.2f}"
+            label = f"{result['operation']}, trivial" if name.startswith("trivial") else result["operation"]
+            lines.append(f"{label:<28}{median:>8}{f'{low} … {high}':>18}{ratio:>16}")
+    return "\n".join(lines)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._autograd import below_autograd, below_autograd_in_backward, reduce, upstream_of_rows
-from haste_ext.ops._checks import (
+from haste_ext._compat import below_autograd
+from haste_ext.ops.common import (
+    below_autograd_in_backward,
     check_choice,
     check_devices,
     check_int,
@@ -14,7 +15,9 @@ from haste_ext.ops._checks import (
     check_same,
     check_scale,
     check_tensor,
+    grad_out_of_rows,
     implement_autograd,
+    reduce,
     refusal_of,
     refuse_gradient,
     refuse_transforms,
@@ -68,7 +71,11 @@ def attn_align_loss(
         to both sides is NaN, as in eager float32.)
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what it must be.
+        TypeError: an argument of another type than those above.
+        ValueError: a shape, device or setting that does not fit; the sentence names the argument.
+        RuntimeError: a CUDA tensor in a build without CUDA.
+        NotImplementedError: under a transform of torch.func other than vmap, with a forward-mode tangent, or when
+            differentiated twice.
 
     Source: HASTE, arXiv 2505.16792, the attention alignment loss.
     """
@@ -102,13 +109,13 @@ def _check(
         check_tensor(f"{side}_k", k, 4, LAYOUT)
         check_same(f"{side}_k", k, f"{side}_q", q, "shape", "dtype", "device")
         if q.shape[3] < 1:
-            raise ValueError(f"{side}_q has shape {tuple(q.shape)}; its last dimension must be at least 1")
+            raise ValueError(f"{side}_q must have a last dimension of at least 1, got shape {tuple(q.shape)}")
         if q.is_cuda and q.shape[3] > MAX_CUDA_HEAD_DIM:
-            raise ValueError(f"{side}_q has head dim {q.shape[3]}; on CUDA it must be at most {MAX_CUDA_HEAD_DIM}")
+            raise ValueError(f"{side}_q must have a head dim of at most {MAX_CUDA_HEAD_DIM} on CUDA, got {q.shape[3]}")
     check_same("teacher_q", teacher_q, "student_q", student_q, "device")
     if teacher_q.shape[0] != student_q.shape[0]:
         raise ValueError(
-            f"teacher_q has batch size {teacher_q.shape[0]}; it must be that of student_q, {student_q.shape[0]}"
+            f"teacher_q must have the batch size of student_q, {student_q.shape[0]}, got {teacher_q.shape[0]}"
         )
     check_scale("student_scale", student_scale)
     check_scale("teacher_scale", teacher_scale)
@@ -117,8 +124,8 @@ def _check(
     student_tokens, teacher_tokens = student_q.shape[2] - student_prefix, teacher_q.shape[2] - teacher_prefix
     if student_tokens != teacher_tokens:
         raise ValueError(
-            f"teacher_q has {teacher_tokens} tokens after its prefix of {teacher_prefix}; "
-            f"it must have as many as student_q after its own, {student_tokens}"
+            f"teacher_q must have as many tokens after its prefix of {teacher_prefix} as student_q after its own, "
+            f"{student_tokens}, got {teacher_tokens}"
         )
     check_reduction(reduction)
     check_choice("divergence", divergence, DIVERGENCES)
@@ -163,11 +170,11 @@ class _AttnAlignLoss(torch.autograd.Function):
         need_q, need_k, *_ = ctx.needs_input_grad
         # Not below autograd: activation checkpointing computes them here.
         student_q, student_k, teacher_q, teacher_k, *softmax = ctx.saved_tensors
-        upstream = upstream_of_rows(grad_loss, ctx.rows, ctx.reduction)
+        grad_out = grad_out_of_rows(grad_loss, ctx.rows, ctx.reduction)
         operands = _of_one_type(student_q, student_k, teacher_q, teacher_k)
         with below_autograd_in_backward():
             grad_q, grad_k = torch.ops.haste.attn_align_loss_backward.default(
-                upstream, *operands, *softmax, *ctx.settings, need_q, need_k, ctx.causal
+                grad_out, *operands, *softmax, *ctx.settings, need_q, need_k, ctx.causal
             )
         if operands[0] is not student_q:
             grad_q, grad_k = grad_q.to(student_q.dtype), grad_k.to(student_q.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._checks import check_devices, check_same, check_tensor, refuse_gradient
+from haste_ext.ops.common import check_devices, check_same, check_tensor, refuse_gradient
 
 
 def taylor_extrapolate(
@@ -26,7 +26,10 @@ def taylor_extrapolate(
         (B, N, D), of the residual's type if there is one, else of the snapshots'. No gradient: for inference.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what it must be.
+        TypeError: an argument of another type than those above.
+        ValueError: a shape or device that does not fit; the sentence names the argument.
+        RuntimeError: a CUDA tensor in a build without CUDA.
+        NotImplementedError: a gradient is asked for.
 
     Source: TaylorSeer, arXiv 2503.06923, whose T_i are linear in the last i + 1 full features.
     """
@@ -56,7 +59,12 @@ def taylor_extrapolate_blocks(
         (B, N, D), of the residual's type if there is one, else of the snapshots'. No gradient: for inference.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what it must be.
+        TypeError: an argument of another type than those above.
+        ValueError: a shape or device that does not fit; the sentence names the argument.
+        RuntimeError: a CUDA tensor in a build without CUDA.
+        NotImplementedError: a gradient is asked for.
+
+    Source: TaylorSeer, arXiv 2503.06923, summed over all modules.
     """
     check_tensor("snapshots", snapshots, 5, "(layers, slots, batch, tokens, dim)")
     layers, slots, batch, tokens, dim = snapshots.shape
@@ -85,15 +93,18 @@ def taylor_extrapolate_steps(snapshots: Tensor, weights: Tensor, gates: Tensor |
         inference.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what it must be.
+        TypeError: an argument of another type than those above.
+        ValueError: a shape or device that does not fit; the sentence names the argument.
+        RuntimeError: a CUDA tensor in a build without CUDA.
+        NotImplementedError: a gradient is asked for.
 
     Source: TaylorSeer, arXiv 2503.06923, whose T_i are linear in the last i + 1 full features.
     """
     check_tensor("snapshots", snapshots)
     if snapshots.dim() not in (4, 5):
         raise ValueError(
-            f"snapshots has shape {tuple(snapshots.shape)}; it must be (slots, batch, tokens, dim) or "
-            "(layers, slots, batch, tokens, dim)"
+            "snapshots must be (slots, batch, tokens, dim) or (layers, slots, batch, tokens, dim), got shape "
+            f"{tuple(snapshots.shape)}"
         )
     layers = snapshots.shape[0] if snapshots.dim() == 5 else 1
     slots, batch, _, dim = snapshots.shape[-4:]
@@ -108,10 +119,10 @@ def taylor_extrapolate_steps(snapshots: Tensor, weights: Tensor, gates: Tensor |
 def _check_weights(weights: Tensor, snapshots: Tensor, shapes: list[tuple[int, ...]], must_be: str = "") -> None:
     check_tensor("weights", weights)
     if weights.dtype != torch.float32:
-        raise TypeError(f"weights has dtype {weights.dtype}; it must be float32")
+        raise TypeError(f"weights must be float32, got {weights.dtype}")
     if not any(_has_shape(weights, shape) for shape in shapes):
         must_be = must_be or " or ".join(str(shape) for shape in shapes)
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be {must_be}")
+        raise ValueError(f"weights must be of shape {must_be}, got {tuple(weights.shape)}")
     check_same("weights", weights, "snapshots", snapshots, "device")
 
 
@@ -129,7 +140,7 @@ def _check_optional(
         return
     check_tensor(name, value)
     if not _has_shape(value, shape):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+        raise ValueError(f"{name} must be of shape {shape}, got {tuple(value.shape)}")
     check_same(name, value, "snapshots", snapshots, *(("dtype", "device") if same_type else ("device",)))
 
 

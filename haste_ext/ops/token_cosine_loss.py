@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext.ops._autograd import below_autograd, below_autograd_in_backward, reduce, upstream_of_rows
-from haste_ext.ops._checks import (
+from haste_ext._compat import below_autograd
+from haste_ext.ops.common import (
+    below_autograd_in_backward,
     check_devices,
     check_reduction,
     check_same,
     check_tensor,
+    grad_out_of_rows,
     implement_autograd,
+    reduce,
     refusal_of,
     refuse_gradient,
     refuse_transforms,
@@ -31,7 +34,11 @@ def token_cosine_loss(student: Tensor, teacher: Tensor, reduction: str = "mean")
         1e-12, as torch.nn.functional.normalize does, so a zero vector gives loss 0.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what it must be.
+        TypeError: an argument of another type than those above.
+        ValueError: a shape, device or setting that does not fit; the sentence names the argument.
+        RuntimeError: a CUDA tensor in a build without CUDA.
+        NotImplementedError: under a transform of torch.func other than vmap, with a forward-mode tangent, or when
+            differentiated twice.
 
     Source: REPA, arXiv 2410.06940, eq. 8 with cosine similarity; half-precision cosines made long runs NaN.
     """
@@ -47,7 +54,7 @@ def _check(student: Tensor, teacher: Tensor, reduction: str) -> None:
     check_tensor("student", student)
     check_tensor("teacher", teacher)
     if student.dim() < 1 or student.shape[-1] < 1:
-        raise ValueError(f"student has shape {tuple(student.shape)}; it must be (..., dim) with dim at least 1")
+        raise ValueError(f"student must be (..., dim) with dim at least 1, got shape {tuple(student.shape)}")
     check_same("teacher", teacher, "student", student, "shape", "device")
     check_reduction(reduction)
 
@@ -63,9 +70,9 @@ class _TokenCosineLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         student, teacher = ctx.saved_tensors  # not below autograd: activation checkpointing computes them here
-        upstream = upstream_of_rows(grad_loss, ctx.rows, ctx.reduction)
+        grad_out = grad_out_of_rows(grad_loss, ctx.rows, ctx.reduction)
         with below_autograd_in_backward():
-            return torch.ops.haste.token_cosine_loss_backward.default(upstream, student, teacher), None, None
+            return torch.ops.haste.token_cosine_loss_backward.default(grad_out, student, teacher), None, None
 
 
 def _with_gradient(student, teacher, reduction="mean"):

@@ -161,7 +161,7 @@ def fake_row(name, seconds, flops, launch=""):
 
 
 def fake_result(*rows, device="cpu"):
-    machine = {"gpu": None, "threads": 2, "processor": "P", "cpu_path": "avx2", "torch": "2", "haste_ext": "0",
+    machine = {"gpu": None, "threads": 2, "processor": "P", "cpu_capability": "avx2", "torch": "2", "haste_ext": "0",
                "commit": None, "date": "today"}  # fmt: skip
     case = {"model": "SiT-B/2", "resolution": 256, "batch": 1, "dtype": "float32", "device": device, "num_steps": 50,
             "interval": 4, "order": 4, "tokens": 256}  # fmt: skip

@@ -120,7 +120,7 @@ def fake_result(**seconds):
         {"name": name, "seconds": times, "held_bytes": 2**20, "peak_bytes": 2**21} for name, times in seconds.items()
     ]
     parts = [{"name": name, "seconds": [0.01, 0.01]} for name in ("L_A: attention maps", "L_R: cosine")]
-    machine = {"gpu": None, "threads": 2, "processor": "P", "cpu_path": "avx2", "torch": "2", "haste_ext": "0",
+    machine = {"gpu": None, "threads": 2, "processor": "P", "cpu_capability": "avx2", "torch": "2", "haste_ext": "0",
                "commit": None, "date": "today"}  # fmt: skip
     case = {"model": "SiT-B/2", "tokens": 256, "batch": 2, "precision": "no", "device": "cpu"}
     return {"case": case, "machine": machine, "settings": {"rounds": 2, "steps_per_turn": 1}, "parameters": 1,

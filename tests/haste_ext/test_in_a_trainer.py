@@ -218,7 +218,7 @@ def with_one_changed(form, change):
 def test_one_meta_tensor_among_others_is_refused(form):
     """torch sends the call to the fake kernel, whose memory nobody fills."""
     for call, arguments in with_one_changed(form, lambda x: x.to("meta")):
-        with pytest.raises(ValueError, match=r"has device (meta|cpu); it must be that of \w+, (meta|cpu)"):
+        with pytest.raises(ValueError, match="must have the device of"):
             call(*arguments)
 
 

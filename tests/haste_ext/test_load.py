@@ -64,13 +64,13 @@ def test_without_a_compiled_module_one_sentence_says_what_to_do(monkeypatch, tmp
     assert error.value.name == "haste_ext._C"  # by which `haste` knows it
 
 
-@pytest.mark.parametrize("variable", ["HASTE_CPU_PATH", "HASTE_CUDA_PATH"])
-def test_a_path_that_this_build_lacks_is_refused_at_once(monkeypatch, variable):
-    monkeypatch.setattr(_load._C, "cuda_paths", lambda: ["portable", "hopper"])
+@pytest.mark.parametrize("variable", ["HASTE_CPU_CAPABILITY", "HASTE_CUDA_KERNELS"])
+def test_a_set_of_kernels_that_this_build_lacks_is_refused_at_once(monkeypatch, variable):
+    monkeypatch.setattr(_load._C, "cuda_kernels", lambda: ["portable", "hopper"])
     monkeypatch.setenv(variable, "nonsense")
     with pytest.raises(ImportError, match=rf"{variable} must be one of portable, .*, got 'nonsense'"):
-        _load.check_paths()
+        _load.check_environment()
     monkeypatch.setenv(variable, "portable")
-    _load.check_paths()
+    _load.check_environment()
     monkeypatch.setenv(variable, "")
-    _load.check_paths()
+    _load.check_environment()

@@ -117,7 +117,7 @@ def test_what_is_not_finite_in_any_operand_shows(operation, dtype, value, device
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_a_value_that_is_no_number_spoils_only_what_depends_on_it(operation, value, device):
-    """It is not hidden either: a loss that went wrong upstream must show."""
+    """It is not hidden either: a loss that went wrong grad_out must show."""
     operands = operation.operands(device, batch=3)
     batch = operands[0].dim() - (4 if operation is ATTN_ALIGN_LOSS else 3)
     operands[0].select(batch, 1)[..., -1, -1] = value

@@ -159,14 +159,14 @@ def test_steps_compile_where_sizes_coincide(sizes, with_gates):
 
 s4, w2 = torch.zeros(2, 3, 4, 8), torch.zeros(2)
 REFUSED = {
-    "not a tensor": (TypeError, "snapshots is of type NoneType", (None, w2), {}),
-    "dimensions": (ValueError, r"snapshots has shape \(3, 4, 8\)", (s4[0], w2), {}),
-    "weights' shape": (ValueError, r"weights has shape \(3,\); it must be \(2,\)", (s4, torch.zeros(3)), {}),
-    "weights' type": (TypeError, "weights has dtype torch.float64; it must be float32", (s4, w2.double()), {}),
-    "weights' device": (ValueError, "weights has device meta", (s4, w2.to("meta")), {}),
-    "residual": (ValueError, r"residual has shape \(4, 8\); it must be \(3, 4, 8\)", (s4, w2), {"residual": s4[0, 0]}),
-    "gate": (ValueError, r"gate has shape \(8,\); it must be \(3, 8\)", (s4, w2), {"gate": s4[0, 0, 0]}),
-    "gate's type": (TypeError, "gate has dtype torch.float16", (s4, w2), {"gate": s4[0, :, 0].half()}),
+    "not a tensor": (TypeError, "snapshots must", (None, w2), {}),
+    "dimensions": (ValueError, "snapshots must", (s4[0], w2), {}),
+    "weights' shape": (ValueError, "weights must", (s4, torch.zeros(3)), {}),
+    "weights' type": (TypeError, "weights must", (s4, w2.double()), {}),
+    "weights' device": (ValueError, "weights must", (s4, w2.to("meta")), {}),
+    "residual": (ValueError, "residual must", (s4, w2), {"residual": s4[0, 0]}),
+    "gate": (ValueError, "gate must", (s4, w2), {"gate": s4[0, 0, 0]}),
+    "gate's type": (TypeError, "gate must", (s4, w2), {"gate": s4[0, :, 0].half()}),
 }
 
 
@@ -179,21 +179,21 @@ def test_bad_input_is_refused_with_the_argument_named(case):
 
 s5, w43 = torch.zeros(2, 3, 3, 4, 8), torch.zeros(4, 3)
 STEPS_REFUSED = {
-    "dimensions": (ValueError, r"snapshots has shape \(3, 4, 8\)", (s5[0, 0], w43), {}),
+    "dimensions": (ValueError, "snapshots must", (s5[0, 0], w43), {}),
     "weights' shape": (
-        ValueError, r"weights has shape \(4, 2\); it must be \(steps, 3\) or \(steps, 2, 3\)", (s5, w43[:, :2]), {},
+        ValueError, "weights must", (s5, w43[:, :2]), {},
     ),
-    "weights' layers": (ValueError, r"weights has shape \(4, 3, 3\)", (s5, w43.unsqueeze(1).expand(4, 3, 3)), {}),
-    "weights' dimensions": (ValueError, r"weights has shape \(\)", (s5, torch.tensor(1.0)), {}),
-    "weights of one step": (ValueError, r"weights has shape \(3,\)", (s5, w43[0]), {}),
-    "weights' type": (TypeError, "weights has dtype torch.bfloat16", (s5, w43.bfloat16()), {}),
-    "weights' device": (ValueError, "weights has device meta", (s5, w43.to("meta")), {}),
+    "weights' layers": (ValueError, "weights must", (s5, w43.unsqueeze(1).expand(4, 3, 3)), {}),
+    "weights' dimensions": (ValueError, "weights must", (s5, torch.tensor(1.0)), {}),
+    "weights of one step": (ValueError, "weights must", (s5, w43[0]), {}),
+    "weights' type": (TypeError, "weights must", (s5, w43.bfloat16()), {}),
+    "weights' device": (ValueError, "weights must", (s5, w43.to("meta")), {}),
     "gates' steps": (
-        ValueError, r"gates has shape \(3, 2, 3, 8\); it must be \(4, 2, 3, 8\)", (s5, w43),
+        ValueError, "gates must", (s5, w43),
         {"gates": torch.zeros(3, 2, 3, 8)},
     ),
-    "gates of one step": (ValueError, r"gates has shape \(2, 3, 8\)", (s5, w43), {"gates": torch.zeros(2, 3, 8)}),
-    "gates' type": (TypeError, "gates has dtype torch.float16", (s5, w43), {"gates": torch.zeros(4, 2, 3, 8).half()}),
+    "gates of one step": (ValueError, "gates must", (s5, w43), {"gates": torch.zeros(2, 3, 8)}),
+    "gates' type": (TypeError, "gates must", (s5, w43), {"gates": torch.zeros(4, 2, 3, 8).half()}),
 }  # fmt: skip
 
 
@@ -206,9 +206,9 @@ def test_bad_input_of_steps_is_refused_with_the_argument_named(case):
 
 def test_the_compiled_side_checks_again():
     for weights in (torch.zeros(4, 2), torch.zeros(4, 3, 3), torch.tensor(1.0)):
-        with pytest.raises(RuntimeError, match="weights has shape"):
+        with pytest.raises(RuntimeError, match="weights must"):
             torch.ops.haste.taylor_extrapolate_steps(s5, weights)
-    with pytest.raises(RuntimeError, match="gates has shape"):
+    with pytest.raises(RuntimeError, match="gates must"):
         torch.ops.haste.taylor_extrapolate_steps(s5, w43, torch.zeros(3, 2, 3, 8))
-    with pytest.raises(RuntimeError, match="weights has shape"):
+    with pytest.raises(RuntimeError, match="weights must"):
         torch.ops.haste.taylor_extrapolate(s4, torch.zeros(3))

@@ -14,16 +14,16 @@ from haste_ext import reference
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def value_and_gradient(loss, student, teacher, upstream=None, **kwargs):
+def value_and_gradient(loss, student, teacher, grad_out=None, **kwargs):
     student = student.detach().clone().requires_grad_()
     out = loss(student, teacher, **kwargs)
-    out.backward(torch.ones_like(out) if upstream is None else upstream.to(out.dtype))
+    out.backward(torch.ones_like(out) if grad_out is None else grad_out.to(out.dtype))
     return out.detach(), student.grad
 
 
-def check_against_definition(student, teacher, upstream=None):
-    """Token losses, and the gradient that `upstream`, by default ones, gives."""
-    kwargs = {"reduction": "none", "upstream": upstream}
+def check_against_definition(student, teacher, grad_out=None):
+    """Token losses, and the gradient that `grad_out`, by default ones, gives."""
+    kwargs = {"reduction": "none", "grad_out": grad_out}
     exact = value_and_gradient(reference.token_cosine_loss, student.double(), teacher.double(), **kwargs)
     eager = value_and_gradient(reference.token_cosine_loss, student, teacher, **kwargs)
     ours = value_and_gradient(haste_ext.token_cosine_loss, student, teacher, **kwargs)
@@ -45,7 +45,7 @@ def test_patch_tokens_behind_a_class_token_are_read_where_they_lie(device):
     teacher = torch.randn(3, 18, 40, device=device)[:, 1:]
     student = torch.randn(17, 3, 40, device=device).transpose(0, 1)
     check_against_definition(student, teacher)
-    check_against_definition(student, teacher, upstream=torch.randn(17, 3, device=device).T)
+    check_against_definition(student, teacher, grad_out=torch.randn(17, 3, device=device).T)
 
 
 def test_reductions():
@@ -122,18 +122,18 @@ def test_opcheck_and_compile(device):
 
 
 REFUSED = {
-    "not a tensor": (TypeError, "student is of type float", (1.0, torch.zeros(3))),
-    "integers": (TypeError, "teacher has dtype torch.int64", (torch.zeros(3), torch.zeros(3).long())),
+    "not a tensor": (TypeError, "student must", (1.0, torch.zeros(3))),
+    "integers": (TypeError, "teacher must", (torch.zeros(3), torch.zeros(3).long())),
     "shapes": (
         ValueError,
-        r"teacher has shape \(4,\); it must be that of student, \(3,\)",
+        "teacher must",
         (torch.zeros(3), torch.zeros(4)),
     ),
-    "scalar": (ValueError, "student has shape", (torch.tensor(1.0), torch.tensor(1.0))),
+    "scalar": (ValueError, "student must", (torch.tensor(1.0), torch.tensor(1.0))),
     "no dimension": (ValueError, "dim at least 1", (torch.zeros(2, 0), torch.zeros(2, 0))),
-    "device": (ValueError, "teacher has device meta", (torch.zeros(3), torch.zeros(3, device="meta"))),
-    "no integers": (TypeError, "teacher has dtype torch.int64", (torch.zeros(0, 3), torch.zeros(0, 3).long())),
-    "reduction": (ValueError, "reduction is 'max'", (torch.zeros(3), torch.zeros(3), "max")),
+    "device": (ValueError, "teacher must", (torch.zeros(3), torch.zeros(3, device="meta"))),
+    "no integers": (TypeError, "teacher must", (torch.zeros(0, 3), torch.zeros(0, 3).long())),
+    "reduction": (ValueError, "reduction must", (torch.zeros(3), torch.zeros(3), "max")),
 }
 
 
@@ -145,5 +145,5 @@ def test_bad_input_is_refused_with_the_argument_named(case):
 
 
 def test_the_compiled_side_checks_again():
-    with pytest.raises(RuntimeError, match="teacher has shape"):
+    with pytest.raises(RuntimeError, match="teacher must"):
         torch.ops.haste.token_cosine_loss_forward(torch.zeros(3), torch.zeros(4))

@@ -1,10 +1,10 @@
-"""Asserts the rule of accuracy, which stands in haste_ext.bench.accuracy."""
+"""Asserts the rule of accuracy, which stands in haste_ext.bench.compare."""
 
 from __future__ import annotations
 
 import torch
 
-from haste_ext.bench.accuracy import judge
+from haste_ext.bench.compare import measure_accuracy
 
 
 def assert_as_accurate_as_eager(
@@ -12,11 +12,11 @@ def assert_as_accurate_as_eager(
 ) -> None:
     """`out` lies as near to `reference` (float64) as the eager result, up to the factor and one rounding.
 
-    terms: see judge.
+    terms: see measure_accuracy.
     """
     assert out.shape == reference.shape, f"{what}: shape {tuple(out.shape)}, must be {tuple(reference.shape)}"
     assert torch.isfinite(out).all() or not torch.isfinite(reference).all(), f"{what}: not finite where it must be"
-    judged = judge(out, eager, reference, terms)
-    errors = f"error {judged.error:.3e}, eager in the same type {judged.eager_error:.3e}, allowed {judged.allowed:.3e}"
-    print(f"{what}: {errors}, ratio {judged.error / max(judged.eager_error, 1e-300):.2f}")
-    assert judged.passed, f"{what}: {errors}"
+    found = measure_accuracy(out, eager, reference, terms)
+    errors = f"error {found.error:.3e}, eager in the same type {found.eager_error:.3e}, allowed {found.allowed:.3e}"
+    print(f"{what}: {errors}, ratio {found.error / max(found.eager_error, 1e-300):.2f}")
+    assert found.passed, f"{what}: {errors}"

@@ -50,25 +50,25 @@ def forward(emulator, tensors, scales=None, seed=0, **loss):
     return [result[name] for name in names]
 
 
-def backward(emulator, tensors, upstream, scales=None, seed=0, destinations=None, wanted=("grad_q", "grad_k"), **loss):
+def backward(emulator, tensors, grad_out, scales=None, seed=0, destinations=None, wanted=("grad_q", "grad_k"), **loss):
     """The wanted gradients, in `destinations` or in contiguous tensors of NaN."""
     values = problem(tensors, scales, **loss)
     _, student_softmax, teacher_softmax = forward(emulator, tensors, scales, **loss)
     shape = (values["batch"], values["heads"], values["tokens"], values["student_dim"])
     fresh = {name: torch.full(shape, float("nan"), dtype=tensors[0].dtype) for name in wanted}
     buffers = dict(zip(NAMES, tensors, strict=True)) | (destinations or fresh)
-    buffers |= {"student_softmax": student_softmax, "teacher_softmax": teacher_softmax, "upstream": upstream}
+    buffers |= {"student_softmax": student_softmax, "teacher_softmax": teacher_softmax, "grad_out": grad_out}
     return emulator("attn_align_loss_backward", buffers, wanted, seed, **values)
 
 
-def definition(tensors, upstream, scales=None, **loss):
+def definition(tensors, grad_out, scales=None, **loss):
     """Row losses and the gradients of q and k, in the type of the tensors."""
     heads = min(tensors[0].shape[1], tensors[2].shape[1])
     student_scale, teacher_scale = scales or (None, None)
     tensors = [x[:, :heads].detach().clone() for x in tensors]
     q, k = (x.requires_grad_() for x in tensors[:2])
     rows = reference.attn_align_loss(q, k, *tensors[2:], student_scale, teacher_scale, reduction="none", **loss)
-    rows.backward(upstream.to(rows.dtype))
+    rows.backward(grad_out.to(rows.dtype))
     return rows.detach(), q.grad, k.grad
 
 
@@ -80,8 +80,8 @@ def check_infinite_operand(emulator, tensors, operand, token, value, **loss):
     clean = forward(emulator, tensors, **loss)[0]
     tensors = [x.clone() for x in tensors]
     tensors[operand][0, 1, token, 5] = value
-    upstream = torch.ones(1, 2, tokens)
-    exact, dq, dk = definition([x.double() for x in tensors], upstream, **{**loss, "divergence": "cross_entropy"})
+    grad_out = torch.ones(1, 2, tokens)
+    exact, dq, dk = definition([x.double() for x in tensors], grad_out, **{**loss, "divergence": "cross_entropy"})
     lost = ~exact.isfinite()
     assert lost[0, 1].any() and not lost[0, 0].any()
     queries, block = torch.arange(tokens), loss.get("causal") or tokens
@@ -90,23 +90,23 @@ def check_infinite_operand(emulator, tensors, operand, token, value, **loss):
     assert rows[lost].isnan().all()
     torch.testing.assert_close(rows[0, 1, ~reads], clean[0, 1, ~reads])
     assert torch.equal(rows[0, 0], clean[0, 0])
-    gradients = backward(emulator, tensors, upstream, **loss)
+    gradients = backward(emulator, tensors, grad_out, **loss)
     seen = queries // block <= (token if operand % 2 == 0 else tokens) // block  # eager's 0 · ∞ goes further
     for ours, of_definition in ((gradients["grad_q"], dq), (gradients["grad_k"], dk)):
         lost = ~of_definition[0, 1].isfinite() & seen[:, None]
         assert lost.any() and ours[0, 1][lost].isnan().all() and ours[0, 0].isfinite().all()
 
 
-def check(emulator, tensors, upstream=None, scales=None, seed=0, **loss):
+def check(emulator, tensors, grad_out=None, scales=None, seed=0, **loss):
     """`loss`: divergence and causal, as the operation takes them."""
     batch, heads, tokens = (problem(tensors)[name] for name in ("batch", "heads", "tokens"))
-    if upstream is None:  # that of the mean: one number, expanded
-        upstream = torch.tensor(1 / (batch * heads * tokens)).expand(batch, heads, tokens)
-    exact = definition([x.double() for x in tensors], upstream, scales, **loss)
-    eager = definition(tensors, upstream, scales, **loss)
+    if grad_out is None:  # that of the mean: one number, expanded
+        grad_out = torch.tensor(1 / (batch * heads * tokens)).expand(batch, heads, tokens)
+    exact = definition([x.double() for x in tensors], grad_out, scales, **loss)
+    eager = definition(tensors, grad_out, scales, **loss)
     rows = forward(emulator, tensors, scales, seed, **loss)[0]
-    gradients = backward(emulator, tensors, upstream, scales, seed, **loss)
-    term = (upstream.abs().max() * max(x.abs().max() for x in tensors[:2])).item()
+    gradients = backward(emulator, tensors, grad_out, scales, seed, **loss)
+    term = (grad_out.abs().max() * max(x.abs().max() for x in tensors[:2])).item()
     results = (rows, gradients["grad_q"], gradients["grad_k"])
     for name, ours, theirs, ref in zip(("loss", "dq", "dk"), results, eager, exact, strict=True):
         what = f"emulated {name}, {tensors[0].dtype}"

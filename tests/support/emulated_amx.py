@@ -6,36 +6,29 @@ The library is compiled for the tests alone, once per state of its sources; the 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_bool, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
+from host_build import KERNELS, ROOT, build
 from torch import Tensor
 
-from haste_ext.ops._autograd import reduce
+from haste_ext.ops.common import reduce
 
-ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "csrc/kernels"
 EMULATION = ROOT / "tests/kernels/cpu/emulation"
 FLAGS = [
     *("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    *("-w", f"-I{KERNELS.parent}", f"-I{KERNELS / 'cpu'}", f"-I{KERNELS / 'cpu/isa'}"),
+    *("-w", f"-I{KERNELS.parent}"),
 ]
-UNITS = {  # object: its source, and what precedes it
-    "amx": (KERNELS / "cpu/isa/attn_align_loss_bf16.cpp", ["-DHASTE_ISA=amx", "-include", EMULATION / "amx.h"]),
-    "avx512": (KERNELS / "cpu/isa/attn_align_loss.cpp", ["-DHASTE_ISA=avx512"]),
-    "dealing": (KERNELS / "cpu/attn_align_loss.cpp", []),
-    "library": (EMULATION / "attn_align_loss.cpp", []),
-}
-SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/kernels/types.h
+UNITS = [
+    (KERNELS / "cpu/isa/attn_align_loss_bf16.cpp", ["-DHASTE_ISA=amx", "-include", EMULATION / "amx.h"]),
+    (KERNELS / "cpu/isa/attn_align_loss.cpp", ["-DHASTE_ISA=avx512", "-DHASTE_COMPUTE=float"]),
+    (KERNELS / "cpu/isa/attn_align_loss.cpp", ["-DHASTE_ISA=avx512", "-DHASTE_COMPUTE=double"]),
+    (KERNELS / "cpu/attn_align_loss.cpp", []),
+    (EMULATION / "attn_align_loss.cpp", []),
+]
+SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/kernels/kernel_types.h
 
 
 # The structures of csrc/kernels/attn_align_loss.h.
@@ -59,46 +52,13 @@ class Strided(ctypes.Structure):
 
 
 class Backward(ctypes.Structure):
-    _fields_ = [("upstream", Strided), ("softmax", c_void_p * 2), ("gradients", Strided * 2)]
-
-
-class CompileError(Exception):
-    """The compiler's own words."""
+    _fields_ = [("grad_out", Strided), ("softmax", c_void_p * 2), ("gradients", Strided * 2)]
 
 
 def compile_library(folder: Path) -> Path:
     """The library in `folder`, compiled unless it is there for this very state of the sources."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    state = hashlib.sha256(" ".join([*compiler, *map(str, FLAGS)]).encode())
-    for path in sorted(
-        [*KERNELS.glob("*.h"), *KERNELS.glob("cpu/*.*"), *KERNELS.glob("cpu/isa/*"), *EMULATION.iterdir()]
-    ):
-        state.update(path.name.encode() + path.read_bytes())
-    library = folder / f"{state.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-
-    def run(*command) -> None:
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise CompileError(f"{' '.join(map(str, command))}\n{result.stderr}")
-
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = {name: Path(work) / f"{name}.o" for name in UNITS}
-        jobs = [
-            pool.submit(run, *compiler, *FLAGS, *before, "-c", source, "-o", objects[name])
-            for name, (source, before) in UNITS.items()
-        ]
-        for job in jobs:
-            job.result()
-        built = Path(work) / "library.so"
-        run(*compiler, "-shared", *objects.values(), "-o", built)
-        for outdated in folder.glob("*.so"):
-            outdated.unlink()
-        partial = library.with_suffix(f".{os.getpid()}")
-        shutil.move(built, partial)
-        partial.rename(library)  # at once, whole: another test run may look for it
-    return library
+    files = [*KERNELS.glob("*.h"), *KERNELS.glob("cpu/*.*"), *KERNELS.glob("cpu/isa/*"), *EMULATION.iterdir()]
+    return build(folder, UNITS, FLAGS, ["-shared"], [path for path in files if path.is_file()])
 
 
 class EmulatedAmx:
@@ -124,30 +84,30 @@ class EmulatedAmx:
 class _EmulatedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, settings, pieces, library = inputs
+        *tensors, settings, threads, library = inputs
         student = tensors[0]
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         loss = torch.empty(student.shape[:3], dtype=dtype)
         softmax = [torch.empty(*loss.shape, 2, dtype=dtype) for _ in range(2)]
         rows = Rows((c_void_p * 3)(*(x.data_ptr() for x in (loss, *softmax))))
-        library.forward(_problem(tensors, *settings), rows, pieces)
+        library.forward(_problem(tensors, *settings), rows, threads)
         ctx.save_for_backward(*tensors, *softmax)
-        ctx.rest = settings, pieces, library
+        ctx.rest = settings, threads, library
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, grad_out):
         *tensors, student_softmax, teacher_softmax = ctx.saved_tensors
-        settings, pieces, library = ctx.rest
+        settings, threads, library = ctx.rest
         gradients = [
             torch.empty_like(x) if need else None for x, need in zip(tensors[:2], ctx.needs_input_grad[:2], strict=True)
         ]
         call = Backward(
-            _strided(upstream),
+            _strided(grad_out),
             (c_void_p * 2)(student_softmax.data_ptr(), teacher_softmax.data_ptr()),
             (Strided * 2)(*(Strided() if x is None else _strided(x) for x in gradients)),
         )
-        library.backward(_problem(tensors, *settings), call, pieces)
+        library.backward(_problem(tensors, *settings), call, threads)
         return *gradients, None, None, None, None, None
 
 

@@ -99,7 +99,7 @@ def test_the_benchmarks_take_the_flags_that_they_are_given(what):
     for stage in stages[-1:] if what == "sampling" else stages:
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
         result = subprocess.run(stage.command(run, GROUPS), cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert "--device is cuda" in result.stderr and "torch finds no CUDA device here" in result.stderr
+        assert "--device" in result.stderr and "torch finds no CUDA device here" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
@@ -224,7 +224,7 @@ def test_wrong_kernels_are_left_out_of_every_command_that_follows(fault, tmp_pat
         "synccheck hopper", "initcheck hopper", "host time", "benchmark network", "benchmark shared",
     ]  # fmt: skip
     after = (tmp_path / "stages.log").read_text().partition("-- smoke hopper")[2]
-    assert "HASTE_CUDA_PATH=hopper" not in after and "shared" not in after.replace("benchmark shared", "")
+    assert "HASTE_CUDA_KERNELS=hopper" not in after and "shared" not in after.replace("benchmark shared", "")
     assert "compile portable stood in" in after and "benchmark portable stood in" in after
     only = {Path(source).name for source in document(found)["verified"]}
     assert "attn_align_loss_forward.cu" in only and not only & {"token_cosine_loss.cu", "device.cu"}

@@ -20,7 +20,7 @@ from gpu.runner import Run
 from problems import GROUPS, problems
 
 import haste_ext
-from haste_ext.bench.attn_align_loss import AttentionCase
+from haste_ext.bench.operations import AttentionCase
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,7 +88,7 @@ def test_each_kernel_is_called_as_the_operation_takes_it():
     inputs = kernel_times.Inputs(AttentionCase(2, 9, torch.float32, "cpu", 2, 8, 16))
     results = {name: kernel(inputs) for name, kernel in kernel_times.KERNELS.items()}
     dq, dk = results["backward"]
-    assert dq.shape == inputs.operands[0].shape and torch.equal(dq, results["backward, upstream per row"][0])
+    assert dq.shape == inputs.operands[0].shape and torch.equal(dq, results["backward, grad_out per row"][0])
     assert torch.equal(dq, results["dq alone"][0]) and torch.equal(dk, results["dk alone"][1])
     assert results["dq alone"][1].numel() == results["dk alone"][0].numel() == 0
     row = {"tokens": 256, "kernel": "forward", "seconds": 2e-4, "host_seconds": 5e-5, "floor_seconds": 1e-4}

@@ -72,11 +72,12 @@ def evidence(source: str) -> Iterator[tuple[str, str]]:
     """Stages and operations that speak for a source."""
     operations = [operation for operation in records.OPERATIONS if operation in source] or records.OPERATIONS
     for operation in operations:
-        paths = [path for path in ATTENTION if f"/{path}/" in source] or ATTENTION[: 1 if operation in source else None]
-        for path in paths if operation == records.OPERATIONS[0] else ("portable",):
-            tests = path if operation == records.OPERATIONS[0] else "shared"
+        sets = [kernels for kernels in ATTENTION if f"/{kernels}/" in source]
+        sets = sets or ATTENTION[: 1 if operation in source else None]
+        for kernels in sets if operation == records.OPERATIONS[0] else ("portable",):
+            tests = kernels if operation == records.OPERATIONS[0] else "shared"
             yield f"correctness {tests}", operation
-            yield from ((f"{tool} {path}", operation) for tool in sanitizer.TOOLS)
+            yield from ((f"{tool} {kernels}", operation) for tool in sanitizer.TOOLS)
 
 
 def is_good(outcome: Outcome | None, operation: str) -> bool:
@@ -85,9 +86,9 @@ def is_good(outcome: Outcome | None, operation: str) -> bool:
 
 
 def kernel_times(scratch: Path) -> dict[str, dict]:
-    """By path, as far as the timing stages came."""
-    documents = {path: read(scratch / f"kernel_times_{path}.json") for path in ATTENTION}
-    return {path: document for path, document in documents.items() if document}
+    """By set of kernels, as far as the timing stages came."""
+    documents = {kernels: read(scratch / f"kernel_times_{kernels}.json") for kernels in ATTENTION}
+    return {kernels: document for kernels, document in documents.items() if document}
 
 
 def read(path: Path) -> dict | None:
@@ -127,8 +128,8 @@ def summary(run: Run, document: dict) -> Iterator[str]:
         yield f"| {name} | {outcome.status} | {outcome.seconds:.0f} | {counts} | {note} |"
     yield from ["", "| source | verified |", "|---|---|"]
     yield from (f"| {source} | {'yes' if source in document['verified'] else 'no'} |" for source in kernel_sources())
-    for path, times in document["kernel_times"].items():
-        yield from ["", f"## attn_align_loss, {path} kernels, each alone", ""]
+    for kernels, times in document["kernel_times"].items():
+        yield from ["", f"## attn_align_loss, {kernels} kernels, each alone", ""]
         yield from ["| tokens | batch | kernel | µs | of the floor | host µs |", "|---:|---:|---|---:|---:|---:|"]
         for row in times["rows"]:
             share = f"{row['floor_seconds'] / row['seconds']:.0%}" if "floor_seconds" in row else ""

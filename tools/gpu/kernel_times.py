@@ -3,7 +3,7 @@
     kernel_times.py [--output FILE.json] [--tokens N ...]
 
 At 65,536 tokens of SiT-XL/2's aligned heads beside DINOv2-B's. floor: the least time that the measured rates of copies,
-products and exponentials allow. HASTE_CUDA_PATH chooses between the portable kernels and Hopper's.
+products and exponentials allow. HASTE_CUDA_KERNELS chooses between the portable kernels and Hopper's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from statistics import median
 import torch
 
 import haste_ext  # noqa: F401  (registers the operations)
-from haste_ext.bench.attn_align_loss import AttentionCase
 from haste_ext.bench.compare import rotations
-from haste_ext.bench.gpu_timer import GpuTimer
-from haste_ext.bench.roofline import floor_seconds, measure_roofline
+from haste_ext.bench.machine import floor_seconds, measure_roofline
+from haste_ext.bench.measure import GpuTimer
+from haste_ext.bench.operations import AttentionCase
 
 DEVICE = "cuda"
 TOKENS = 65_536
@@ -32,7 +32,7 @@ OPERATIONS = torch.ops.haste
 
 
 class Inputs:
-    """One set: operands, what the forward saves, and an upstream gradient, given in full or as one number."""
+    """One set: operands, what the forward saves, and a gradient of the output, given in full or as one number."""
 
     def __init__(self, case: AttentionCase) -> None:
         self.operands = case.inputs()
@@ -43,15 +43,15 @@ class Inputs:
     def forward(self) -> object:
         return OPERATIONS.attn_align_loss_forward(*self.operands, *SETTINGS)
 
-    def backward(self, upstream: torch.Tensor, need_q: bool = True, need_k: bool = True) -> object:
-        return OPERATIONS.attn_align_loss_backward(upstream, *self.operands, *self.saved, *SETTINGS, need_q, need_k)
+    def backward(self, grad_out: torch.Tensor, need_q: bool = True, need_k: bool = True) -> object:
+        return OPERATIONS.attn_align_loss_backward(grad_out, *self.operands, *self.saved, *SETTINGS, need_q, need_k)
 
 
 # At most 256 tokens Hopper's dq and dk come from one kernel, the joint one; beyond, from one each.
 KERNELS: dict[str, Callable[[Inputs], object]] = {
     "forward": Inputs.forward,
     "backward": lambda x: x.backward(x.one),
-    "backward, upstream per row": lambda x: x.backward(x.full),
+    "backward, grad_out per row": lambda x: x.backward(x.full),
     "dq alone": lambda x: x.backward(x.one, need_k=False),
     "dk alone": lambda x: x.backward(x.one, need_q=False),
     "mean": lambda x: x.loss.mean(),

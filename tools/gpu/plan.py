@@ -118,14 +118,14 @@ def compile_tests() -> Stage:
 def sanitizers() -> list[Stage]:
     """Each tool on the portable kernels and on Hopper's; what has one kernel each runs with the portable ones."""
     return [
-        sanitizer_stage(tool, path, groups)
+        sanitizer_stage(tool, kernels, groups)
         for tool in sanitizer.TOOLS
-        for path, groups in (("portable", ("shared", "portable")), ("hopper", ("hopper",)))
+        for kernels, groups in (("portable", ("shared", "portable")), ("hopper", ("hopper",)))
     ]
 
 
-def sanitizer_stage(tool: str, path: str, path_groups: tuple[str, ...]) -> Stage:
-    output = f"{tool}_{path}.log"
+def sanitizer_stage(tool: str, kernels: str, its_groups: tuple[str, ...]) -> Stage:
+    output = f"{tool}_{kernels}.log"
 
     def command(run: Run, groups: Sequence[str]) -> list[str]:
         watch = sanitizer.command(run.sanitizer, tool, run.machine.get("sanitizer_help", ""), run.scratch / output)
@@ -133,7 +133,7 @@ def sanitizer_stage(tool: str, path: str, path_groups: tuple[str, ...]) -> Stage
 
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else what lies beyond one tensor is the next
     return Stage(
-        f"{tool} {path}", "sanitizers", 45, command, path_groups, output=output, tool=tool, environment=uncached
+        f"{tool} {kernels}", "sanitizers", 45, command, its_groups, output=output, tool=tool, environment=uncached
     )
 
 

@@ -1,7 +1,7 @@
 """Small problems that between them run every kernel, for the smoke test and for the sanitizers.
 
-All operands are made on the CPU and copied, and upstream gradients are given: on a GPU nothing but the operations runs,
-so that a sanitizer which watches their kernels alone sees all of what they read being written.
+All operands are made on the CPU and copied, and gradients of the output are given: on a GPU nothing but the operations
+runs, so that a sanitizer which watches their kernels alone sees all of what they read being written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Problem:
     differentiable: tuple[int, ...] = ()
     keep: tuple[int, ...] = ()
     settings: dict[str, object] = field(default_factory=dict)
-    expanded: bool = False  # upstream is one number everywhere, as the mean's is
+    expanded: bool = False  # grad_out is one number everywhere, as the mean's is
 
     @property
     def name(self) -> str:
@@ -47,11 +47,11 @@ class Problem:
                 return [function(*leaves, **self.settings)]
         rows = function(*leaves, reduction="none", **self.settings)
         if self.expanded:
-            upstream = torch.tensor(0.5, dtype=rows.dtype).to(rows.device).expand_as(rows)
+            grad_out = torch.tensor(0.5, dtype=rows.dtype).to(rows.device).expand_as(rows)
         else:
-            upstream = torch.linspace(0.25, 1.0, rows.numel(), dtype=rows.dtype).view(rows.shape).to(rows.device)
+            grad_out = torch.linspace(0.25, 1.0, rows.numel(), dtype=rows.dtype).view(rows.shape).to(rows.device)
         wanted = [x for x in leaves if x.requires_grad]
-        return [rows.detach(), *torch.autograd.grad(rows, wanted, grad_outputs=upstream)]
+        return [rows.detach(), *torch.autograd.grad(rows, wanted, grad_outputs=grad_out)]
 
     def in_type(self, operands: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         return [x if i in self.keep else x.to(dtype) for i, x in enumerate(operands)]

@@ -66,7 +66,7 @@ class Run:
 
     def environment(self, stage: Stage, groups: Sequence[str]) -> dict[str, str]:
         """What the stage's program sees beyond this process's own."""
-        own = {"HASTE_CUDA_PATH": "hopper" if "hopper" in groups else "portable"} if groups else {}
+        own = {"HASTE_CUDA_KERNELS": "hopper" if "hopper" in groups else "portable"} if groups else {}
         if capability := self.machine.get("capability"):
             own["TORCH_CUDA_ARCH_LIST"] = capability  # for the build, and for the test of what it holds
         return own | self.switches | stage.environment
@@ -119,9 +119,9 @@ def settle(stage: Stage, groups: Sequence[str], run: Run, outcome: Outcome, code
         run.machine |= json.loads(stage.output_path(run).read_text())
     elif stage.kind == "build" and outcome.status == PASSED:
         run.machine["build_info"] = json.loads(stage.output_path(run).read_text())
-        held = run.machine["build_info"].get("cuda_paths", ())
+        held = run.machine["build_info"].get("cuda_kernels", ())
         on_hopper = run.machine.get("capability") == "9.0"
-        run.groups = ("shared", *(path for path in ATTENTION if path in held and (path != "hopper" or on_hopper)))
+        run.groups = ("shared", *(name for name in ATTENTION if name in held and (name != "hopper" or on_hopper)))
     elif stage.name == "wgmma n72" and outcome.status != PASSED:
         if outcome.status in (LATE, CRASHED) or code == WRONG:
             run.switches[SPLIT_N72] = "1"

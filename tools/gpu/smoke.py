@@ -4,8 +4,8 @@
 
 Values and gradients must be near those in float64 and the same bits twice. Near is a few times what the rule of
 accuracy allows: the rule itself is for the tests, and a rare draw on which eager code is lucky must not cost a whole
-path. HASTE_CUDA_PATH chooses between the portable kernels and Hopper's. --sanitized: a few problems, unchecked, for a
-run under compute-sanitizer.
+run. HASTE_CUDA_KERNELS chooses between the portable kernels and Hopper's. --sanitized: a few problems, unchecked, for
+a run under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from problems import GROUPS, Problem, problems
 
 import haste_ext
 from haste_ext import reference
-from haste_ext.bench.accuracy import judge
+from haste_ext.bench.compare import measure_accuracy
 
 LENIENCE = 4
 
@@ -78,7 +78,7 @@ def check(problem: Problem, device: str) -> tuple[str, str]:
     names = ["value", *("dq" if i == 0 else "dk" for i in problem.differentiable)]
     wrong, errors = [], []
     for name, out, twice, yardstick, value in zip(names, first, again, eager, exact, strict=True):
-        judged = judge(out, yardstick, value, largest)
+        judged = measure_accuracy(out, yardstick, value, largest)
         errors.append(f"{name} {judged.error / max(judged.allowed, 1e-300):.2f}")
         if out.shape != value.shape:
             wrong.append(f"{name} has shape {tuple(out.shape)}, must be {tuple(value.shape)}")

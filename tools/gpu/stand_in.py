@@ -63,7 +63,7 @@ def main(kind: str, fault: str, output: str, *groups: str) -> int:
         return end_by(fault)
     if output:
         Path(output).write_text(contents(kind, groups))
-    print(f"{kind} {' '.join(groups)} stood in, in {os.getcwd()}, with {os.environ.get('HASTE_CUDA_PATH')}")
+    print(f"{kind} {' '.join(groups)} stood in, in {os.getcwd()}, with {os.environ.get('HASTE_CUDA_KERNELS')}")
     return 0
 
 
@@ -91,7 +91,7 @@ def contents(kind: str, groups: Sequence[str]) -> str:
     }
     documents = {
         "probe": MACHINE,
-        "build": {"cuda_paths": ["portable", "hopper"]},
+        "build": {"cuda_kernels": ["portable", "hopper"]},
         "timing": {"roofline": {}, "rows": [row]},
         "benchmark": {"machine": {"commit": None}, "settings": {}, "roofline": {}, "results": [RESULT]},
     }

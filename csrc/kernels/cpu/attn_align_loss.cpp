@@ -1,12 +1,12 @@
-// Deals attn_align_loss out to threads. The bits of a result do not depend on how it was dealt out: every row, and
+// Shares attn_align_loss out to threads. The bits of a result do not depend on how that was done: every row, and
 // every sum over queries or keys, is built in one fixed order whatever block it is computed in.
 #include "kernels/attn_align_loss.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "aligned_scratch.h"
 #include "isa/kernels.h"
+#include "sharing.h"
 
 namespace haste::cpu {
 namespace {
@@ -30,8 +30,8 @@ AttnBlock block_of_keys(const AttnAlignProblem& problem, int64_t index) {
   return block;
 }
 
-// Into how many pieces, run side by side, the caller's threads divide `count` tasks.
-int64_t pieces(const ParallelFor& parallel_for, int64_t count) {
+// Into how many ranges, run side by side, the caller's threads divide `count` tasks.
+int64_t count_threads(const ParallelFor& parallel_for, int64_t count) {
   std::atomic<int64_t> seen{0};
   parallel_for(count, [&](int64_t, int64_t) { ++seen; });
   return std::max<int64_t>(seen, 1);
@@ -42,9 +42,13 @@ int64_t pieces(const ParallelFor& parallel_for, int64_t count) {
 bool in_one_pass(const AttnAlignProblem& problem, const ParallelFor& parallel_for) {
   const int64_t maps = problem.batch * problem.heads, blocks = maps * chunks(problem.tokens);
   if (blocks == maps) return true;
-  const int64_t threads = pieces(parallel_for, blocks);
+  const int64_t threads = count_threads(parallel_for, blocks);
   const auto rounds = [&](int64_t tasks) { return (tasks + threads - 1) / threads; };
   return 2 * rounds(maps) * chunks(problem.tokens) <= 3 * rounds(blocks);
+}
+
+const AttnAlignKernels& kernels_for(const AttnAlignProblem& problem) {
+  return active_kernels(problem.student_q.type == ScalarType::Float64).attn_align_loss;
 }
 
 template <class Run>
@@ -59,45 +63,45 @@ void run_blocks(int64_t count, size_t scratch_bytes, const ParallelFor& parallel
 
 void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows,
                              const ParallelFor& parallel_for) {
-  const Kernels& kernels = active_kernels();
+  const AttnAlignKernels& kernels = kernels_for(problem);
   const int64_t blocks = problem.batch * problem.heads * chunks(problem.tokens);
   if (blocks == 0) return;
-  run_blocks(blocks, kernels.attn_align_loss_scratch(problem, problem.tokens), parallel_for,
+  run_blocks(blocks, kernels.scratch(problem, problem.tokens), parallel_for,
              [&](int64_t index, void* scratch) {
-               kernels.attn_align_loss_forward(problem, rows, block_of_queries(problem, index), scratch);
+               kernels.forward(problem, rows, block_of_queries(problem, index), scratch);
              });
 }
 
 void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient,
                               const ParallelFor& parallel_for) {
-  const Kernels& kernels = active_kernels();
+  const AttnAlignKernels& kernels = kernels_for(problem);
   const int64_t maps = problem.batch * problem.heads, blocks = maps * chunks(problem.tokens);
   const bool query_wanted = gradient.student_q.data, key_wanted = gradient.student_k.data;
   if (blocks == 0 || !(query_wanted || key_wanted)) return;
 
   if (query_wanted && key_wanted && in_one_pass(problem, parallel_for)) {
-    run_blocks(maps, kernels.attn_align_loss_scratch(problem, problem.tokens), parallel_for,
+    run_blocks(maps, kernels.scratch(problem, problem.tokens), parallel_for,
                [&](int64_t index, void* scratch) {
                  const AttnBlock whole{index / problem.heads, index % problem.heads, 0, problem.tokens, 0,
                                        problem.tokens};
-                 kernels.attn_align_loss_backward(problem, gradient, whole, scratch);
+                 kernels.backward(problem, gradient, whole, scratch);
                });
     return;
   }
   if (query_wanted) {
     AttnAlignBackward queries = gradient;
     queries.student_k.data = nullptr;
-    run_blocks(blocks, kernels.attn_align_loss_scratch(problem, problem.tokens), parallel_for,
+    run_blocks(blocks, kernels.scratch(problem, problem.tokens), parallel_for,
                [&](int64_t index, void* scratch) {
-                 kernels.attn_align_loss_backward(problem, queries, block_of_queries(problem, index), scratch);
+                 kernels.backward(problem, queries, block_of_queries(problem, index), scratch);
                });
   }
   if (key_wanted) {
     AttnAlignBackward keys = gradient;
     keys.student_q.data = nullptr;
-    run_blocks(blocks, kernels.attn_align_loss_scratch(problem, std::min(kChunk, problem.tokens)), parallel_for,
+    run_blocks(blocks, kernels.scratch(problem, std::min(kChunk, problem.tokens)), parallel_for,
                [&](int64_t index, void* scratch) {
-                 kernels.attn_align_loss_backward(problem, keys, block_of_keys(problem, index), scratch);
+                 kernels.backward(problem, keys, block_of_keys(problem, index), scratch);
                });
   }
 }

@@ -36,7 +36,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 template <typename T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b);
 float fast_exp2(float x);
-float hold_within(float x, float limit);
+float clamp(float x, float limit);
 void load_16(uint4& words, const void* source, bool wanted);
 void load_16_once(uint4& words, const void* source, bool wanted);
 template <int kCount>
@@ -146,7 +146,7 @@ __device__ inline float fast_exp2(float x) {
 }
 
 // x held to ± limit; NaN stays NaN, which fminf and fmaxf would swallow.
-__device__ inline float hold_within(float x, float limit) {
+__device__ inline float clamp(float x, float limit) {
   float y;
   asm("{\n.reg .f32 low;\nmax.NaN.f32 low, %1, %2;\nmin.NaN.f32 %0, low, %3;\n}" : "=f"(y) : "f"(x), "f"(-limit), "f"(limit));
   return y;

@@ -9,8 +9,8 @@
 // 16 × 8 accumulator of arch.cuh for columns 8·j to 8·j + 7. A in registers: the same rows, the A fragment of arch.cuh.
 #pragma once
 
-#include <kernels/cuda/arch.cuh>
-#include <kernels/cuda/tensor_map.h>
+#include "arch.cuh"
+#include "tensor_map.h"
 
 namespace haste::cuda {
 

@@ -9,7 +9,7 @@
 #include "attn_align_infinity.cuh"
 #include "attn_align_tiles.cuh"
 #include "hopper/attn_align_hopper.h"
-#include "paths.h"
+#include "dispatch.h"
 
 namespace haste::cuda {
 namespace {
@@ -27,7 +27,7 @@ struct OnlineSoftmax {
   // Takes in a tile of logits and leaves their distance from the maximum in their place. Gives 2^distance, how far the
   // maximum has risen, and the factor by which what was summed before must shrink.
   template <int kTiles>
-  __device__ void update(float (&logits)[kTiles][4], float (&powers)[kTiles][4], float (&rise)[2],
+  __device__ void update(float (&logits)[kTiles][4], float (&powers)[kTiles][4], float (&max_delta)[2],
                          float (&correction)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -35,7 +35,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (const auto& tile : logits) tile_maximum = fmaxf(tile_maximum, fmaxf(tile[2 * half], tile[2 * half + 1]));
       tile_maximum = reduce_max<4>(tile_maximum);
-      rise[half] = maximum[half] == -INFINITY ? 0.f : tile_maximum - maximum[half];
+      max_delta[half] = maximum[half] == -INFINITY ? 0.f : tile_maximum - maximum[half];
       correction[half] = fast_exp2(maximum[half] - tile_maximum);
       maximum[half] = tile_maximum;
       sum[half] *= correction[half];
@@ -65,7 +65,7 @@ __device__ void scale_and_mask(float (&logits)[kTiles][4], float scale, const in
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       logits[tile][i] = tile * 8 + column + i % 2 < keys_left[i / 2] ? logits[tile][i] * scale : -kLargestLogit;
-      if (!std::is_same_v<T, __half>) logits[tile][i] = hold_within(logits[tile][i], kLargestLogit);  // fp16: never larger
+      if (!std::is_same_v<T, __half>) logits[tile][i] = clamp(logits[tile][i], kLargestLogit);  // fp16: never larger
     }
   }
 }
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   copy_tile<kHeldRows>(tiles.held_teacher, teacher, teacher.held, place, place.first_row, tokens);
   copy_tile<kKeys>(tiles.streamed_student, student, student.streamed, place, 0, tokens);
   for (int key = 0; key < keys; key += kKeys) {
-    float powers[kTiles][4], rise[2], correction[2];
+    float powers[kTiles][4], max_delta[2], correction[2];
 
     wait_for_copies();
     __syncthreads();  // the student's keys are here, and nobody reads the teacher's any more
@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     float s[kTiles][4];
     Fragments<T>::logits(s, student_q, tiles.streamed_student, student.shared_stride, student.padded_dim);
     scale_and_mask<T>(s, student.scale_log2, keys_left);
-    student_softmax.update(s, powers, rise, correction);
+    student_softmax.update(s, powers, max_delta, correction);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) x[half] -= teacher_softmax.sum[half] * rise[half];
+    for (int half = 0; half < 2; ++half) x[half] -= teacher_softmax.sum[half] * max_delta[half];
 
     wait_for_copies();
     __syncthreads();  // the teacher's keys are here, and nobody reads the student's any more
@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     Fragments<T>::logits(t, teacher_q, tiles.streamed_teacher, teacher.shared_stride, teacher.padded_dim);
     scale_and_mask<T>(t, teacher.scale_log2, keys_left);
     const float before[2] = {teacher_softmax.sum[0], teacher_softmax.sum[1]};
-    teacher_softmax.update(t, powers, rise, correction);
+    teacher_softmax.update(t, powers, max_delta, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (kKl) x[half] += before[half] * rise[half];
+      if (kKl) x[half] += before[half] * max_delta[half];
       x[half] *= correction[half];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -175,9 +175,9 @@ const char* attn_align_loss_forward(const AttnAlignProblem& problem, const AttnA
   const int64_t blocks = count_blocks(problem);
   if (blocks == 0) return nullptr;
   bool on_hopper = false;
-  if (const char* reason = choose_path(&on_hopper)) return reason;
+  if (const char* reason = choose_kernels(&on_hopper)) return reason;
 #ifdef HASTE_HAS_HOPPER
-  if (on_hopper && hopper::takes(problem)) return hopper::attn_align_loss_forward(problem, rows, stream);
+  if (on_hopper && hopper::supports(problem)) return hopper::attn_align_loss_forward(problem, rows, stream);
 #endif
   return dispatch_type(problem.student_q.type, [&](auto element) {
     using T = decltype(element);

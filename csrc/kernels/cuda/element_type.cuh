@@ -1,10 +1,17 @@
 // From a ScalarType to the element type of a template.
 #pragma once
 
-#include "../types.h"
+#include "../kernel_types.h"
 #include "arch.cuh"
 
 namespace haste::cuda {
+
+// The element types by the names that HASTE_ELEMENT takes.
+namespace elements {
+using float32 = float;
+using float16 = __half;
+using bfloat16 = __nv_bfloat16;
+}  // namespace elements
 
 // Returns run(T{}) for the element type T that `type` names.
 template <typename Run>

@@ -2,7 +2,7 @@
 #include "tensor_map.h"
 
 #include <cuda_runtime.h>
-#include <kernels/cuda/launch.cuh>
+#include "launch.cuh"
 
 namespace haste::cuda {
 namespace {

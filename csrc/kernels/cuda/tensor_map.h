@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cuda.h>
-#include <kernels/attn_align_loss.h>
+#include "../attn_align_loss.h"
 
 namespace haste::cuda {
 

@@ -97,14 +97,14 @@ __global__ void __launch_bounds__(kBlockThreads) forward_kernel(Arguments<S, T> 
 
 template <typename S, typename T>
 __global__ void __launch_bounds__(kBlockThreads)
-    backward_kernel(Arguments<S, T> arguments, TokenGradient upstream, S* gradient, bool gradient_aligned) {
+    backward_kernel(Arguments<S, T> arguments, TokenGradient grad_out, S* gradient, bool gradient_aligned) {
   const int64_t token = token_of_warp();
   if (token >= arguments.tokens) return;
   const S* student = arguments.student.row(token, arguments.inner);
   const T* teacher = arguments.teacher.row(token, arguments.inner);
   const Cosine cosine(student, teacher, arguments);
-  const float g = static_cast<const float*>(upstream.data)[token / arguments.inner * upstream.stride_outer +
-                                                           token % arguments.inner * upstream.stride_inner];
+  const float g = static_cast<const float*>(grad_out.data)[token / arguments.inner * grad_out.stride_outer +
+                                                           token % arguments.inner * grad_out.stride_inner];
   const float factor = -g / cosine.student_norm * cosine.student_scale;
   const float teacher_factor = 1.f / cosine.teacher_norm;
   const float student_factor = cosine.clamped ? 0.f : -cosine.value / cosine.student_norm;
@@ -156,10 +156,10 @@ const char* launch_forward(const Arguments<S, T>& arguments, unsigned blocks, fl
 }
 
 template <typename S, typename T>
-const char* launch_backward(const Arguments<S, T>& arguments, unsigned blocks, const TokenGradient& upstream,
+const char* launch_backward(const Arguments<S, T>& arguments, unsigned blocks, const TokenGradient& grad_out,
                             void* gradient, void* stream) {
   const bool aligned = aligned_16(gradient) && arguments.dim % kVector == 0;
-  return launch(backward_kernel<S, T>, dim3(blocks), kBlockThreads, 0, stream, arguments, upstream,
+  return launch(backward_kernel<S, T>, dim3(blocks), kBlockThreads, 0, stream, arguments, grad_out,
                 static_cast<S*>(gradient), aligned);
 }
 
@@ -171,10 +171,10 @@ const char* token_cosine_loss_forward(const TokenCosineProblem& problem, float* 
   });
 }
 
-const char* token_cosine_loss_backward(const TokenCosineProblem& problem, const TokenGradient& upstream,
+const char* token_cosine_loss_backward(const TokenCosineProblem& problem, const TokenGradient& grad_out,
                                        void* student_gradient, void* stream) {
   return dispatch(problem, [&](const auto& arguments, unsigned blocks) {
-    return launch_backward(arguments, blocks, upstream, student_gradient, stream);
+    return launch_backward(arguments, blocks, grad_out, student_gradient, stream);
   });
 }
 

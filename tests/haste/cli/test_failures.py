@@ -35,7 +35,7 @@ def refused(code: int, name: str | None = "exps/x") -> OSError:
         (OSError("exps has 0.1 GiB free"), "exps has 0.1 GiB free"),
         (MemoryError("Unable to allocate 7 EiB"), "the memory is not enough (Unable to allocate 7 EiB); a smaller"),
         (torch.OutOfMemoryError("CUDA out of memory."), "the memory is not enough (CUDA out of memory.); a smaller"),
-        (ImportError("HASTE_CPU_PATH must be", name="haste_ext._C"), "HASTE_CPU_PATH must be"),
+        (ImportError("HASTE_CPU_CAPABILITY must be", name="haste_ext._C"), "HASTE_CPU_CAPABILITY must be"),
         (ModuleNotFoundError("No module", name="sklearn.datasets"), "the package scikit-learn is not installed: run"),
         (ModuleNotFoundError("No module", name="tyro"), "the package tyro is not installed: install it, or haste"),
     ],

@@ -1,4 +1,4 @@
-"""attn_align_loss on every processor path and on emulated AMX tiles, against its definition in float64."""
+"""attn_align_loss on every instruction set and on emulated AMX tiles, against its definition in float64."""
 
 from __future__ import annotations
 
@@ -206,37 +206,37 @@ def test_bits_do_not_depend_on_the_threads(attn_align_loss, dtype, shape):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_backward_takes_what_the_forward_of_another_path_left():
-    paths = _C.cpu_paths()
+def test_backward_takes_what_the_forward_of_another_isa_left():
+    isas = _C.cpu_capabilities()
     tensors = operands(1, 2, 60, (32, 32), (torch.bfloat16,) * 2)
     exact = value_and_gradients(reference.attn_align_loss, [t.double() for t in tensors])
-    for forward, backward in ((paths[0], paths[-1]), (paths[-1], paths[0])):
+    for forward, backward in ((isas[0], isas[-1]), (isas[-1], isas[0])):
         q, k = (x.detach().requires_grad_() for x in tensors[:2])
-        _C.force_cpu_path(forward)
+        _C.force_cpu_capability(forward)
         loss = haste_ext.attn_align_loss(q, k, *tensors[2:])
-        _C.force_cpu_path(backward)
+        _C.force_cpu_capability(backward)
         grads = torch.autograd.grad(loss, (q, k))
-        _C.force_cpu_path("")
+        _C.force_cpu_capability("")
         for grad, ref in zip(grads, exact[1:], strict=True):
             assert (grad - ref).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * ref.abs().max()
 
 
-def test_the_bits_are_those_of_the_path(attn_align_loss):
-    """Guards against a path that is named but not taken, by the order in which it sums."""
+def test_the_bits_are_those_of_the_isa(attn_align_loss):
+    """Guards against one that is named but not taken, by the order in which it sums."""
     tensors = operands(1, 2, 97, (72, 64), (torch.bfloat16,) * 2)
     ours = attn_align_loss(*tensors, reduction="none")
-    in_force = haste_ext.build_info()["cpu_path"]
-    _C.force_cpu_path("portable")
+    in_force = haste_ext.build_info()["cpu_capability"]
+    _C.force_cpu_capability("portable")
     portable = haste_ext.attn_align_loss(*tensors, reduction="none")
     assert torch.equal(ours, portable) == (attn_align_loss is haste_ext.attn_align_loss and in_force == "portable")
 
 
 def test_emulated_tiles_give_the_bits_of_the_processors(emulated):
-    if "amx" not in _C.cpu_paths():
+    if "amx" not in _C.cpu_capabilities():
         pytest.skip("this processor has no AMX to compare its emulation with")
     tensors = operands(2, 2, 97, (72, 64), (torch.bfloat16,) * 2)
-    _C.force_cpu_path("amx")
+    _C.force_cpu_capability("amx")
     ours = value_and_gradients(haste_ext.attn_align_loss, tensors, reduction="none")
-    _C.force_cpu_path("")
+    _C.force_cpu_capability("")
     for emulation, processor in zip(value_and_gradients(emulated, tensors, reduction="none"), ours, strict=True):
         assert torch.equal(emulation, processor)

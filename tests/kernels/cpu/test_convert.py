@@ -1,4 +1,4 @@
-"""Half-precision numbers in and out of every path: each of the 65,536 exactly, and every kind of rounding.
+"""Half-precision numbers in and out of every isa: each of the 65,536 exactly, and every kind of rounding.
 
 taylor_extrapolate with one snapshot of weight 1 is a conversion.
 """
@@ -21,7 +21,7 @@ def assert_same_numbers(out, expected):
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("working", (torch.float32, torch.float64))
-def test_every_number_is_read_exactly(path, dtype, working):
+def test_every_number_is_read_exactly(isa, dtype, working):
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     residual = torch.zeros(1, 64, 1024, dtype=working)
     out = haste_ext.taylor_extrapolate(numbers.view(1, 1, 64, 1024), ONE, residual)
@@ -29,7 +29,7 @@ def test_every_number_is_read_exactly(path, dtype, working):
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_every_rounding_is_to_nearest_even(path, dtype):
+def test_every_rounding_is_to_nearest_even(isa, dtype):
     """Each number of the type, the middle between it and the next one, and the floats on both sides of either."""
     numbers = torch.arange(2**15, dtype=torch.int16).view(dtype)
     exact = numbers[numbers.isfinite()].double()

@@ -1,4 +1,4 @@
-"""The taylor_extrapolate operations on every processor path, against the sum in float64."""
+"""The taylor_extrapolate operations on every instruction set, against the sum in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def numbers(shape, dtype, seed):
 @pytest.mark.parametrize("snapshot_type", TYPES)
 @pytest.mark.parametrize("residual_type", (None, *TYPES))
 @pytest.mark.parametrize("dim", (1, 7, 33, 130))
-def test_values(path, snapshot_type, residual_type, dim):
+def test_values(isa, snapshot_type, residual_type, dim):
     layers, slots, batch, tokens = 3, 4, 2, 5
     snapshots = numbers((layers, batch, tokens, slots, dim), snapshot_type, 0).permute(0, 3, 1, 2, 4)
     weights, gates = numbers((layers, slots), torch.float32, 1), numbers((layers, batch, dim), snapshot_type, 2)
@@ -36,7 +36,7 @@ def test_values(path, snapshot_type, residual_type, dim):
 
 
 @pytest.mark.parametrize("dim", (5, 200))
-def test_a_slot_without_weight_is_not_read(path, dim):
+def test_a_slot_without_weight_is_not_read(isa, dim):
     snapshots = numbers((3, 2, 4, dim), torch.float32, 0)
     weights = torch.tensor([0.5, 0.0, -2.0])
     clean = haste_ext.taylor_extrapolate(snapshots, weights)
@@ -47,7 +47,7 @@ def test_a_slot_without_weight_is_not_read(path, dim):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("steps", range(1, 10))
 @pytest.mark.parametrize("dim", (1, 33, 130))
-def test_any_number_of_steps(path, dtype, steps, dim):
+def test_any_number_of_steps(isa, dtype, steps, dim):
     layers, slots, batch, tokens = 3, 4, 2, 5
     snapshots = numbers((layers, slots, tokens, batch, dim), dtype, 0).transpose(2, 3)
     weights, gates = numbers((steps, layers, slots), torch.float32, 1), numbers((steps, layers, batch, dim), dtype, 2)
@@ -62,7 +62,7 @@ def test_any_number_of_steps(path, dtype, steps, dim):
 
 
 @pytest.mark.parametrize("dim", (5, 200))
-def test_a_slot_adds_nothing_at_a_step_where_it_has_no_weight(path, dim):
+def test_a_slot_adds_nothing_at_a_step_where_it_has_no_weight(isa, dim):
     snapshots = numbers((3, 2, 4, dim), torch.float32, 0)
     weights = torch.tensor([[0.5, 0.0, -2.0], [1.0, 3.0, 0.25], [0.0, 0.0, 1.0]])
     clean = haste_ext.taylor_extrapolate_steps(snapshots, weights)

@@ -1,4 +1,4 @@
-"""token_cosine_loss on every processor path, against its definition in float64."""
+"""token_cosine_loss on every instruction set, against its definition in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def vectors(shape, dtype, seed):
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("dim", (2, 3, 5, 8, 15, 33, 64, 100, 771))
-def test_values_and_gradients(path, dtype, dim):
+def test_values_and_gradients(isa, dtype, dim):
     student, teacher = vectors((3, 41, dim), dtype, 0), vectors((41, 3, dim), dtype, 1).transpose(0, 1)
     exact = value_and_gradient(reference.token_cosine_loss, student.double(), teacher.double())
     eager = value_and_gradient(reference.token_cosine_loss, student, teacher)
@@ -35,7 +35,7 @@ def test_values_and_gradients(path, dtype, dim):
 
 @pytest.mark.parametrize("student_type", (torch.float64, *FLOAT_TYPES))
 @pytest.mark.parametrize("teacher_type", (torch.float64, *FLOAT_TYPES))
-def test_student_and_teacher_of_any_types(path, student_type, teacher_type):
+def test_student_and_teacher_of_any_types(isa, student_type, teacher_type):
     student, teacher = vectors((9, 37), student_type, 0), vectors((9, 37), teacher_type, 1)
     exact = value_and_gradient(reference.token_cosine_loss, student.double(), teacher.double())
     ours = value_and_gradient(haste_ext.token_cosine_loss, student, teacher)
@@ -46,7 +46,7 @@ def test_student_and_teacher_of_any_types(path, student_type, teacher_type):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("size", (1e-30, 1e-10, 1e10, 1e30))
-def test_vectors_whose_squares_leave_the_range_of_float(path, dtype, size):
+def test_vectors_whose_squares_leave_the_range_of_float(isa, dtype, size):
     student, teacher = vectors((9, 37), dtype, 0) * size, vectors((9, 37), dtype, 1) * 1e20
     exact = value_and_gradient(reference.token_cosine_loss, student.double(), teacher.double())
     loss, gradient = value_and_gradient(haste_ext.token_cosine_loss, student, teacher)
@@ -55,7 +55,7 @@ def test_vectors_whose_squares_leave_the_range_of_float(path, dtype, size):
     torch.testing.assert_close(gradient.double(), exact[1], rtol=0, atol=atol)
 
 
-def test_bits_do_not_depend_on_the_threads(path):
+def test_bits_do_not_depend_on_the_threads(isa):
     student, teacher = vectors((2000, 77), torch.float32, 0), vectors((2000, 77), torch.float32, 1)
     before = torch.get_num_threads()
     results = []

@@ -24,7 +24,7 @@ struct Workspace {
   T *student_q_lanes, *teacher_q_lanes;  // the same as [d][query]
   T *student_logits, *teacher_logits;    // [key][query], one tile
   T *query_gradient, *key_gradient;      // [d][query], [key][d]
-  double student_k_divisor = 1, teacher_k_divisor = 1;  // see tame()
+  double student_k_divisor = 1, teacher_k_divisor = 1;  // see rescale_to_avoid_overflow()
   double student_q_divisor = 1, teacher_q_divisor = 1;
   OnlineSoftmax<T, kQueries<T>>* softmax;
   RowState<T, kQueries<T>>* rows;
@@ -54,8 +54,8 @@ void pack_keys(const AttnAlignProblem& problem, const AttnBlock& block, Workspac
               key_stride(problem.student_k.dim));
   pack_tokens(problem.teacher_k, block, block.key_begin, keys, padded_keys(keys), work.teacher_k,
               key_stride(problem.teacher_k.dim));
-  work.student_k_divisor = tame(work.student_k, padded_keys(keys) * key_stride(problem.student_k.dim));
-  work.teacher_k_divisor = tame(work.teacher_k, padded_keys(keys) * key_stride(problem.teacher_k.dim));
+  work.student_k_divisor = rescale_to_avoid_overflow(work.student_k, padded_keys(keys) * key_stride(problem.student_k.dim));
+  work.teacher_k_divisor = rescale_to_avoid_overflow(work.teacher_k, padded_keys(keys) * key_stride(problem.teacher_k.dim));
 }
 
 // Returns by how much the lanes were divided; the rows are as they were.
@@ -64,7 +64,7 @@ double pack_queries(const AttnOperand& q, const AttnBlock& block, int64_t first,
   const int64_t stride = query_stride<T>(q.dim);
   pack_tokens(q, block, first, count, kQueries<T>, rows, stride);
   transpose(rows, stride, kQueries<T>, stride, lanes, kQueries<T>);
-  return tame(lanes, stride * kQueries<T>);
+  return rescale_to_avoid_overflow(lanes, stride * kQueries<T>);
 }
 
 template <class T>
@@ -100,7 +100,7 @@ HASTE_INLINE void logits(const AttnAlignProblem& problem, const AttnBlock& block
 }
 
 template <class T, bool kKl>
-void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
+void forward_of(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin;
   Workspace<T> work(problem, keys, scratch);
@@ -120,7 +120,12 @@ void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const A
   }
 }
 
-// The student's logits become their gradient, upstream · (e^{s − max_s} / Σ_s − e^{t − max_t} / Σ_t).
+template <class T>
+void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
+  problem.kl ? forward_of<T, true>(problem, rows, block, memory) : forward_of<T, false>(problem, rows, block, memory);
+}
+
+// The student's logits become their gradient, grad_out · (e^{s − max_s} / Σ_s − e^{t − max_t} / Σ_t).
 template <class T>
 void logit_gradient(const RowState<T, kQueries<T>>& rows, int64_t keys, Workspace<T>& work) {
   for (int i = 0; i < kQueries<T>; i += kLanes<T>) {
@@ -183,31 +188,19 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
   }
 }
 
-HASTE_INLINE bool in_double(const AttnAlignProblem& problem) { return problem.student_q.type == ScalarType::Float64; }
+template <class T>
+size_t scratch_bytes(const AttnAlignProblem& problem, int64_t keys) {
+  Scratch counter(nullptr);
+  Workspace<T>(problem, keys, counter);
+  return counter.used();
+}
 
 }  // namespace
 
-size_t attn_align_loss_scratch(const AttnAlignProblem& problem, int64_t keys) {
-  Scratch scratch(nullptr);
-  if (in_double(problem)) {
-    Workspace<double>(problem, keys, scratch);
-  } else {
-    Workspace<float>(problem, keys, scratch);
-  }
-  return scratch.used();
+template <class T>
+AttnAlignKernels attn_align_loss() {
+  return {scratch_bytes<T>, forward<T>, backward<T>};
 }
-
-void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block,
-                             void* scratch) {
-  const auto run = in_double(problem) ? problem.kl ? forward<double, true> : forward<double, false>
-                                      : problem.kl ? forward<float, true> : forward<float, false>;
-  run(problem, rows, block, scratch);
-}
-
-void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient,
-                              const AttnBlock& block, void* scratch) {
-  in_double(problem) ? backward<double>(problem, gradient, block, scratch)
-                     : backward<float>(problem, gradient, block, scratch);
-}
+template AttnAlignKernels attn_align_loss<HASTE_COMPUTE>();
 
 }  // namespace haste::cpu::HASTE_ISA

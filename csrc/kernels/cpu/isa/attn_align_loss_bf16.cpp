@@ -53,8 +53,8 @@ bool pack_rows(const AttnOperand& x, const AttnBlock& block, int64_t first, int6
   const uint16_t* from = static_cast<const uint16_t*>(x.data) + block.batch * x.stride_batch +
                          block.head * x.stride_head + first * x.stride_token;
   for (int64_t i = 0; i < padded; ++i, from += x.stride_token) {
-    if (i + kAhead < count) read_ahead(from + kAhead * x.stride_token, x.dim);
-    if (i < count) read_ahead(from + x.stride_head, x.dim);  // most often the thread's next task
+    if (i + kAhead < count) prefetch(from + kAhead * x.stride_token, x.dim);
+    if (i < count) prefetch(from + x.stride_head, x.dim);  // most often the thread's next task
     for (int64_t d = 0; d < stride; d += kWord) {
       const int64_t inside = i < count ? least(x.dim - d, kWord) : 0;
       const __m512i row = _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << inside) - 1), from + d);
@@ -109,7 +109,7 @@ HASTE_INLINE bool row_within_reach(const void* softmax, int64_t row) {
 // Returns false, with rows that do not count, where a logit was too large (or not a number) for this kernel. Those of an
 // infinite query show in their row; that of an infinite key may be −∞, in which nothing shows.
 template <bool kKl>
-bool forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
+bool forward_of(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* memory) {
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin;
   Side student(problem.student_q, problem.student_k, problem.student_scale, keys, scratch);
@@ -198,7 +198,7 @@ struct Rows {
   RowState<float, kQueries> state;
   float factor_s, factor_t;
 
-  // upstream · (e^{s − max_s} / Σ_s − e^{t − max_t} / Σ_t) of L queries from `i` on.
+  // grad_out · (e^{s − max_s} / Σ_s − e^{t − max_t} / Σ_t) of L queries from `i` on.
   HASTE_INLINE V gradient(const float* s, const float* t, int i) const {
     return exp2_short(load(s + i) * factor_s - load(state.student_max + i)) * load(state.student_factor + i) -
            exp2_short(load(t + i) * factor_t - load(state.teacher_max + i)) * load(state.teacher_factor + i);
@@ -223,8 +223,8 @@ void round_gradient(const Rows& rows, const Side& student, const Side& teacher, 
   }
 }
 
-void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient, const AttnBlock& block,
-              void* memory) {
+void backward_of(const AttnAlignProblem& problem, const AttnAlignBackward& gradient, const AttnBlock& block,
+                 void* memory) {
   Scratch scratch(memory);
   const int64_t keys = block.key_end - block.key_begin, dim = problem.student_q.dim;
   const bool query_wanted = gradient.student_q.data, key_wanted = gradient.student_k.data;
@@ -296,32 +296,39 @@ bool maxima_within_reach(const AttnAlignProblem& problem, const AttnAlignBackwar
   return good;
 }
 
+const AttnAlignKernels& otherwise() {
+  static const AttnAlignKernels kernels = avx512::attn_align_loss<float>();
+  return kernels;
+}
+
+size_t scratch_bytes(const AttnAlignProblem& problem, int64_t keys) {
+  Scratch counter(nullptr);
+  Side(problem.student_q, problem.student_k, problem.student_scale, keys, counter);
+  Side(problem.teacher_q, problem.teacher_k, problem.teacher_scale, keys, counter);
+  GradientWork(problem.student_k, keys, counter);
+  const size_t bytes = otherwise().scratch(problem, keys);
+  return for_engine(problem) && counter.used() > bytes ? counter.used() : bytes;
+}
+
+void forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block, void* scratch) {
+  const auto run = problem.kl ? forward_of<true> : forward_of<false>;
+  if (!for_engine(problem) || !run(problem, rows, block, scratch)) otherwise().forward(problem, rows, block, scratch);
+}
+
+void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient, const AttnBlock& block,
+              void* scratch) {
+  if (for_engine(problem) && maxima_within_reach(problem, gradient, block)) {
+    backward_of(problem, gradient, block, scratch);
+  } else {
+    otherwise().backward(problem, gradient, block, scratch);
+  }
+}
+
 }  // namespace
 
-size_t attn_align_loss_scratch(const AttnAlignProblem& problem, int64_t keys) {
-  Scratch scratch(nullptr);
-  Side(problem.student_q, problem.student_k, problem.student_scale, keys, scratch);
-  Side(problem.teacher_q, problem.teacher_k, problem.teacher_scale, keys, scratch);
-  GradientWork(problem.student_k, keys, scratch);
-  const size_t otherwise = avx512::attn_align_loss_scratch(problem, keys);
-  return for_engine(problem) && scratch.used() > otherwise ? scratch.used() : otherwise;
-}
-
-void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, const AttnBlock& block,
-                             void* scratch) {
-  const auto run = problem.kl ? forward<true> : forward<false>;
-  if (!for_engine(problem) || !run(problem, rows, block, scratch)) {
-    avx512::attn_align_loss_forward(problem, rows, block, scratch);
-  }
-}
-
-void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient,
-                              const AttnBlock& block, void* scratch) {
-  if (for_engine(problem) && maxima_within_reach(problem, gradient, block)) {
-    backward(problem, gradient, block, scratch);
-  } else {
-    avx512::attn_align_loss_backward(problem, gradient, block, scratch);
-  }
+template <>
+AttnAlignKernels attn_align_loss<float>() {
+  return {scratch_bytes, forward, backward};
 }
 
 }  // namespace haste::cpu::HASTE_ISA

@@ -4,7 +4,7 @@
 
 #include "convert.h"
 #include "kernels.h"
-#include "math.h"
+#include "exp_log.h"
 
 namespace haste::cpu::HASTE_ISA {
 namespace {
@@ -21,7 +21,7 @@ template <class T>
 constexpr T kHiddenLogit = -2 * kLargestLogit<T>;
 
 // scale · sum, held to ± kLargestLogit, lest ∞ − ∞ make NaN of what was finite. A sum that is not, as of finite operands
-// none is (see tame()), becomes NaN, and with it the row: a loss must not hide that an operand was infinite.
+// none is (see rescale_to_avoid_overflow()), becomes NaN, and with it the row: a loss must not hide that an operand was infinite.
 template <class T>
 HASTE_INLINE Vector<T> to_logit(Vector<T> sum, T scale) {
   return max<T>(broadcast(-kLargestLogit<T>), min<T>(broadcast(kLargestLogit<T>), sum * scale)) + sum * T(0);
@@ -46,7 +46,7 @@ HASTE_INLINE void pack_row(const Element* from, int64_t dim, T* to, int64_t stri
 // Divides the numbers by a power of two, which it returns, such that no product of two operands, nor a sum of such
 // products, can overflow float: 1 unless there is a finite one above 2^56. Infinity stays what it is.
 template <class T>
-double tame(T* numbers, int64_t count) {
+double rescale_to_avoid_overflow(T* numbers, int64_t count) {
   constexpr T limit = T(0x1p56);
   if (sizeof(T) == sizeof(double)) return 1;
   Vector<T> largest{};
@@ -72,7 +72,7 @@ double tame(T* numbers, int64_t count) {
 
 // The rows of a strided operand lie on pages of their own, where the processor does not read ahead by itself.
 template <class Element>
-HASTE_INLINE void read_ahead(const Element* row, int64_t dim) {
+HASTE_INLINE void prefetch(const Element* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(Element))) __builtin_prefetch(row + d, 0, 2);
 }
 
@@ -85,7 +85,7 @@ void pack_tokens(const AttnOperand& x, const AttnBlock& block, int64_t first, in
   with_elements(x.data, x.type, [&](auto* data) {
     data += block.batch * x.stride_batch + block.head * x.stride_head + first * x.stride_token;
     for (int64_t i = 0; i < count; ++i) {
-      if (i + kAhead < count) read_ahead(data + (i + kAhead) * x.stride_token, x.dim);
+      if (i + kAhead < count) prefetch(data + (i + kAhead) * x.stride_token, x.dim);
       pack_row(data + i * x.stride_token, x.dim, to + i * stride, stride);
     }
   });
@@ -215,7 +215,7 @@ struct OnlineSoftmax {
   }
 };
 
-// What backward knows of a block of queries: the maxima, and upstream / Σ e^{logit − maximum}; 0 in the lanes past the
+// What backward knows of a block of queries: the maxima, and grad_out / Σ e^{logit − maximum}; 0 in the lanes past the
 // last query.
 template <class T, int Queries>
 struct RowState {
@@ -224,18 +224,18 @@ struct RowState {
   void load_rows(const AttnAlignProblem& problem, const AttnAlignBackward& backward, const AttnBlock& block,
                  int64_t first, int64_t count) {
     const int64_t row = first_row(problem, block) + first;
-    const RowGradient& g = backward.upstream;
+    const RowGradient& g = backward.grad_out;
     const T* gradient = static_cast<const T*>(g.data) + block.batch * g.stride_batch +
                         block.head * g.stride_head + first * g.stride_token;
     const T* student = static_cast<const T*>(backward.student_softmax) + 2 * row;
     const T* teacher = static_cast<const T*>(backward.teacher_softmax) + 2 * row;
     for (int64_t i = 0; i < Queries; ++i) {
       const bool inside = i < count;
-      const T upstream = inside ? gradient[i * g.stride_token] : 0;
+      const T grad_out = inside ? gradient[i * g.stride_token] : 0;
       student_max[i] = inside ? student[2 * i] : 0;
       teacher_max[i] = inside ? teacher[2 * i] : 0;
-      student_factor[i] = inside ? upstream * student[2 * i + 1] : 0;
-      teacher_factor[i] = inside ? upstream * teacher[2 * i + 1] : 0;
+      student_factor[i] = inside ? grad_out * student[2 * i + 1] : 0;
+      teacher_factor[i] = inside ? grad_out * teacher[2 * i + 1] : 0;
     }
   }
 };

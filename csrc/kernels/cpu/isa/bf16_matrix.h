@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#include "vec.h"
+#include "vector_ops.h"
 
 namespace haste::cpu::HASTE_ISA {
 namespace {

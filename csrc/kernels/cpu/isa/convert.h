@@ -2,8 +2,8 @@
 // A conversion to fp16 or bf16 rounds to nearest even, keeps NaN, and goes to infinity past the largest number.
 #pragma once
 
-#include "kernels/types.h"
-#include "vec.h"
+#include "kernels/kernel_types.h"
+#include "vector_ops.h"
 
 namespace haste::cpu::HASTE_ISA {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "vec.h"
+#include "vector_ops.h"
 
 namespace haste::cpu::HASTE_ISA {
 namespace {

@@ -55,7 +55,7 @@ struct Plan {
 
 // The many rows of several layers are too many and too short for the processor to read ahead by itself.
 template <int Count, class Snapshot>
-HASTE_INLINE void read_ahead(const Snapshot* row) {
+HASTE_INLINE void prefetch(const Snapshot* row) {
   for (int d = 0; d < Count; d += 64 / int(sizeof(Snapshot))) __builtin_prefetch(row + d, 0, 2);
 }
 
@@ -79,7 +79,7 @@ struct LayerRows {
     }
     for (int64_t k = 0; k < slots; ++k) {
       const Snapshot* row = token + offsets[k] + d;
-      if (ahead) read_ahead<Vectors * kLanes<T>>(row + ahead);
+      if (ahead) prefetch<Vectors * kLanes<T>>(row + ahead);
       Vector<T> lanes[Vectors];
       for (int v = 0; v < Vectors; ++v) lanes[v] = load_lanes(row + v * kLanes<T>);
       for (int s = 0; s < Steps; ++s) {
@@ -212,25 +212,19 @@ void extrapolate(const TaylorProblem& problem, int64_t begin, int64_t end, void*
   }
 }
 
-HASTE_INLINE bool in_double(const TaylorProblem& problem) {
-  return problem.snapshot_type == ScalarType::Float64 || problem.out_type == ScalarType::Float64;
+template <class T>
+size_t scratch_bytes(const TaylorProblem& problem) {
+  Scratch counter(nullptr);
+  Workspace<T>(problem, counter);
+  return counter.used();
 }
 
 }  // namespace
 
-size_t taylor_extrapolate_scratch(const TaylorProblem& problem) {
-  Scratch counter(nullptr);
-  if (in_double(problem)) {
-    Workspace<double>(problem, counter);
-  } else {
-    Workspace<float>(problem, counter);
-  }
-  return counter.used();
+template <class T>
+TaylorKernels taylor_extrapolate() {
+  return {scratch_bytes<T>, extrapolate<T>};
 }
-
-void taylor_extrapolate(const TaylorProblem& problem, int64_t begin, int64_t end, void* scratch) {
-  in_double(problem) ? extrapolate<double>(problem, begin, end, scratch)
-                     : extrapolate<float>(problem, begin, end, scratch);
-}
+template TaylorKernels taylor_extrapolate<HASTE_COMPUTE>();
 
 }  // namespace haste::cpu::HASTE_ISA

@@ -117,36 +117,29 @@ HASTE_INLINE void for_rows(const TokenCosineProblem& problem, int64_t begin, int
 }
 
 template <class T>
-void forward(const TokenCosineProblem& problem, T* loss, int64_t begin, int64_t end) {
+void forward(const TokenCosineProblem& problem, void* loss, int64_t begin, int64_t end) {
   for_rows(problem, begin, end, [&](auto* s, auto* t, int64_t, int64_t, int64_t row) {
-    loss[row] = T(-row_norms<T>(s, t, problem.dim).cosine);
+    static_cast<T*>(loss)[row] = T(-row_norms<T>(s, t, problem.dim).cosine);
   });
 }
 
 template <class T>
-void backward(const TokenCosineProblem& problem, const TokenGradient& upstream, void* student_gradient, int64_t begin,
+void backward(const TokenCosineProblem& problem, const TokenGradient& grad_out, void* student_gradient, int64_t begin,
               int64_t end) {
   for_rows(problem, begin, end, [&](auto* s, auto* t, int64_t outer, int64_t inner, int64_t row) {
     const RowNorms norms = row_norms<T>(s, t, problem.dim);
-    const T* gradients = static_cast<const T*>(upstream.data);
-    const double g = gradients[outer * upstream.stride_outer + inner * upstream.stride_inner];
+    const T* gradients = static_cast<const T*>(grad_out.data);
+    const double g = gradients[outer * grad_out.stride_outer + inner * grad_out.stride_inner];
     write_gradient<T>(s, t, norms, g, problem.dim, row * problem.dim, student_gradient);
   });
 }
 
-HASTE_INLINE bool in_double(const TokenCosineProblem& problem) { return problem.student.type == ScalarType::Float64; }
-
 }  // namespace
 
-void token_cosine_loss_forward(const TokenCosineProblem& problem, void* loss, int64_t begin, int64_t end) {
-  in_double(problem) ? forward(problem, static_cast<double*>(loss), begin, end)
-                     : forward(problem, static_cast<float*>(loss), begin, end);
+template <class T>
+TokenCosineKernels token_cosine_loss() {
+  return {forward<T>, backward<T>};
 }
-
-void token_cosine_loss_backward(const TokenCosineProblem& problem, const TokenGradient& upstream,
-                                void* student_gradient, int64_t begin, int64_t end) {
-  in_double(problem) ? backward<double>(problem, upstream, student_gradient, begin, end)
-                     : backward<float>(problem, upstream, student_gradient, begin, end);
-}
+template TokenCosineKernels token_cosine_loss<HASTE_COMPUTE>();
 
 }  // namespace haste::cpu::HASTE_ISA

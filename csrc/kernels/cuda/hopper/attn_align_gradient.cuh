@@ -2,17 +2,17 @@
 //   G = 2^(s − m_s) / l_s − 2^(t − m_t) / l_t        s, t and their maxima m in powers of 2
 // of a tile of 64 × 64 logits and multiply it onto a tile of the student's: dq_i += G_ij k_j, dk_j += Gᵀ_ji q_i. G is
 // rounded to the operand type where it stands: accumulators of the logits are the A registers of the next product. Its
-// range and the upstream gradient: ../attn_align_upstream.cuh.
+// range and grad_out: ../attn_align_grad_out.cuh.
 //
 // Of a *plain* tile a probability is one fused multiply-add and one power, 2^(s + o), with o = log2(2^14 / l_s) − m_s
-// in one float. It needs the upstream gradient to be one number per (batch, head), as that of a mean or sum is, so that
+// in one float. It needs grad_out to be one number per (batch, head), as that of a mean or sum is, so that
 // no query has a weight; and maxima within kLargestPlainMaximum. The rounding of o, at most 2^−18 then, moves a
 // probability by up to 2.6e-6 of itself. With a student within 1 % of its teacher, whose G is a hundredth of a
 // probability, that is 1e-4 of G by norm and 5e-4 at most, beside the 1.7e-3 of its rounding to bf16. All other tiles
 // keep m and 1 / l apart.
 #pragma once
 
-#include "../attn_align_upstream.cuh"
+#include "../attn_align_grad_out.cuh"
 #include "attn_align_launch.cuh"
 
 namespace haste::cuda::hopper {
@@ -27,15 +27,15 @@ struct Destination {
 struct GradientArguments {
   PipelineArguments pipeline;
   const float2 *student_softmax, *teacher_softmax;  // {m, 1 / l} per row
-  RowGradient upstream;
+  RowGradient grad_out;
   Destination student_q, student_k;
   float scale;  // the student's logit scale
 
-  // Whether the upstream gradient is one number per (batch, head): that of a mean or a sum, expanded.
-  __device__ bool is_uniform() const { return upstream.stride_token == 0; }
-  __device__ const float* upstream_of(const Place& place) const {
-    return static_cast<const float*>(upstream.data) + place.batch * upstream.stride_batch +
-           place.head * upstream.stride_head;
+  // Whether grad_out is one number per (batch, head): that of a mean or a sum, expanded.
+  __device__ bool is_uniform() const { return grad_out.stride_token == 0; }
+  __device__ const float* grad_out_of(const Place& place) const {
+    return static_cast<const float*>(grad_out.data) + place.batch * grad_out.stride_batch +
+           place.head * grad_out.stride_head;
   }
 };
 
@@ -79,13 +79,13 @@ class StatisticsLoader {
   __device__ explicit StatisticsLoader(const GradientArguments& arguments) : arguments_(arguments) {}
 
   __device__ void prepare(const Place& place, int first_row) {
-    const float* upstream = arguments_.upstream_of(place);
+    const float* grad_out = arguments_.grad_out_of(place);
     bool plain = arguments_.is_uniform();
     if (first_row == 0) {
       if (plain) {
-        reference_.value = *upstream;
+        reference_.value = *grad_out;
       } else {
-        reference_ = UpstreamReference(upstream, arguments_.upstream.stride_token, arguments_.pipeline.tokens);
+        reference_ = GradOutReference(grad_out, arguments_.grad_out.stride_token, arguments_.pipeline.tokens);
       }
     }
 #pragma unroll
@@ -95,7 +95,7 @@ class StatisticsLoader {
       weight_[i] = 0.f;
       if (row >= arguments_.pipeline.tokens) continue;
       weight_[i] = 1.f;
-      if (!arguments_.is_uniform()) weight_[i] = upstream[row * arguments_.upstream.stride_token] * reference_.inverse;
+      if (!arguments_.is_uniform()) weight_[i] = grad_out[row * arguments_.grad_out.stride_token] * reference_.inverse;
       student_[i] = arguments_.student_softmax[place.first_of_head + row];
       teacher_[i] = arguments_.teacher_softmax[place.first_of_head + row];
       plain &= is_plain(student_[i]) && is_plain(teacher_[i]);
@@ -133,7 +133,7 @@ class StatisticsLoader {
  private:
   static constexpr int kRowsPerLane = kTileRows / kWarpSize;
   const GradientArguments& arguments_;
-  UpstreamReference reference_;
+  GradOutReference reference_;
   float2 student_[kRowsPerLane], teacher_[kRowsPerLane];
   float weight_[kRowsPerLane];
   bool plain_ = false;
@@ -318,7 +318,7 @@ inline const char* describe_gradients(GradientArguments* arguments, const AttnAl
                                       const AttnAlignBackward& backward, bool hold_keys, int rows) {
   arguments->student_softmax = static_cast<const float2*>(backward.student_softmax);
   arguments->teacher_softmax = static_cast<const float2*>(backward.teacher_softmax);
-  arguments->upstream = backward.upstream;
+  arguments->grad_out = backward.grad_out;
   arguments->student_q = describe_destination(problem, backward.student_q);
   arguments->student_k = describe_destination(problem, backward.student_k);
   arguments->scale = static_cast<float>(problem.student_scale);

@@ -1,4 +1,4 @@
-// The Hopper kernels of attn_align_loss, for problems that takes() accepts; the interface is that of attn_align_loss.h.
+// The Hopper kernels of attn_align_loss, for problems that supports() accepts; the interface is that of attn_align_loss.h.
 //
 // What they cost, in clocks of a multiprocessor per 64 × 64 block of pairs of logits s, t, at head dims 72 and 64 in
 // bf16, counted in their machine code by tools/kernel_counts (it says how) and kept in tests/kernels/cuda:
@@ -13,7 +13,7 @@
 // (128), and tiles come in. So exponentials bind one gradient or the forward alone, shared memory both gradients at
 // once. Tiles of 64 × 64 leave registers for several consumers a scheduler, one of which computes powers while others
 // wait for products. For 65,536 tokens × 12 heads of 256 tokens, on 132 multiprocessors at 1.755 GHz, the largest
-// column is 115 µs forward and 151 µs backward, without loads and ends of pieces that are not quite hidden. Counted,
+// column is 115 µs forward and 151 µs backward, without loads and ends of work tiles that are not quite hidden. Counted,
 // not measured: they have run in emulation only.
 #pragma once
 
@@ -23,7 +23,7 @@ namespace haste::cuda::hopper {
 
 // 16-bit operands that the copy engine can read where they lie, no causal mask. All others are for the portable
 // kernels.
-bool takes(const AttnAlignProblem& problem);
+bool supports(const AttnAlignProblem& problem);
 
 const char* attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRows& rows, void* stream);
 const char* attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& backward, void* stream);

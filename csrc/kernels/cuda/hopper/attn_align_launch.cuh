@@ -23,7 +23,7 @@ inline const char* describe_problem(PipelineArguments* arguments, const AttnAlig
   arguments->heads = static_cast<int>(problem.heads);
   arguments->tokens = static_cast<int>(problem.tokens);
   arguments->row_blocks = static_cast<int>(ceil_div(problem.tokens, rows));
-  arguments->pieces = static_cast<int>(problem.batch * problem.heads) * arguments->row_blocks;
+  arguments->work_tiles = static_cast<int>(problem.batch * problem.heads) * arguments->row_blocks;
   const auto describe_side = [&](Model* model, const AttnOperand& q, const AttnOperand& k, double scale) {
     return hold_keys ? describe_model(model, problem, k, q, scale) : describe_model(model, problem, q, k, scale);
   };
@@ -34,14 +34,14 @@ inline const char* describe_problem(PipelineArguments* arguments, const AttnAlig
 
 // As many blocks as there are multiprocessors: one fills each.
 template <typename Pipeline, typename Arguments>
-const char* launch_pieces(void (*kernel)(Arguments), const Arguments& arguments, void* stream) {
+const char* launch_work_tiles(void (*kernel)(Arguments), const Arguments& arguments, void* stream) {
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  return launch(kernel, dim3(std::min(arguments.pipeline.pieces, multiprocessors)), Pipeline::kThreads,
+  return launch(kernel, dim3(std::min(arguments.pipeline.work_tiles, multiprocessors)), Pipeline::kThreads,
                 Pipeline::kSharedBytes, stream, arguments);
 }
 

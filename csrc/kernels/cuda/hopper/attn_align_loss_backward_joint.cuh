@@ -66,15 +66,15 @@ struct JointShared {
     __syncthreads();
   }
 
-  // The producer warp. The first queries of a piece go ahead of its keys, whose place is free last.
+  // The producer warp. The first queries of a work tile go ahead of its keys, whose place is free last.
   __device__ void produce(const GradientArguments& arguments) const {
     const PipelineArguments& pipeline = arguments.pipeline;
     const int tiles = (pipeline.tokens + kTileRows - 1) / kTileRows;
     StatisticsLoader</*kWeighted=*/false> loader(arguments);
     RingPosition<kStages> ring;
     unsigned keys_parity = 0;
-    for (int round = 0, piece; (piece = piece_of_round(round)) < pipeline.pieces; ++round) {
-      const Place place(pipeline, piece);
+    for (int round = 0, work_tile; (work_tile = work_tile_of_round(round)) < pipeline.work_tiles; ++round) {
+      const Place place(pipeline, work_tile);
       for (int tile = 0; tile < tiles; ++tile) {
         if (tile == kStages) load_keys(pipeline, place, keys_parity);  // of more than 128 tokens, there is such a tile
         loader.prepare(place, tile * kTileRows);
@@ -88,8 +88,8 @@ struct JointShared {
         ring.advance();
       }
       keys_parity ^= 1;
-      const int next = piece_of_round(round + 1);
-      if (next < pipeline.pieces) fetch_keys(pipeline, Place(pipeline, next));
+      const int next = work_tile_of_round(round + 1);
+      if (next < pipeline.work_tiles) fetch_keys(pipeline, Place(pipeline, next));
     }
   }
 
@@ -124,11 +124,11 @@ class JointConsumer {
     RingPosition<Shared::kStages> ring;
     RingPosition<Shared::kGBuffers> buffer;
     unsigned keys_parity = 0;
-    for (int round = 0, piece; (piece = piece_of_round(round)) < pipeline.pieces; ++round) {
-      const Place place(pipeline, piece);
+    for (int round = 0, work_tile; (work_tile = work_tile_of_round(round)) < pipeline.work_tiles; ++round) {
+      const Place place(pipeline, work_tile);
       float dk[kBlocks][kDimCells][4] = {};
       TeacherKeys teacher_keys[kBlocks];
-      float reference = *arguments_.upstream_of(place);  // unless there are tiles that are not plain
+      float reference = *arguments_.grad_out_of(place);  // unless there are tiles that are not plain
       for (int first_query = 0; first_query < pipeline.tokens; first_query += kTileRows) {
         const bool last = first_query + kTileRows >= pipeline.tokens;
         barrier_wait(shared_.full + ring.stage, ring.parity);
@@ -235,17 +235,17 @@ class JointConsumer {
   }
 
   // dq of 64 queries, whose G lies in this consumer's buffer: G (64 × 256, contracted along the rows of its panels) ·
-  // K. `last`: of this consumer and piece. It needs the keys no more then, but the buffer once more, for dk.
+  // K. `last`: of this consumer and work tile. It needs the keys no more then, but the buffer once more, for dk.
   __device__ void give_dq(const Place& place, int first_query, bool last) {
     char* g_buffer = shared_.g + consumer_ * Shared::kGBytes;
     const int first_row = first_query + warp_row();
-    const float* upstream = arguments_.upstream_of(place);
+    const float* grad_out = arguments_.grad_out_of(place);
     float factors[2] = {}, dq[kDimCells][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + static_cast<int>(threadIdx.x) % kWarpSize / 4 + 8 * half;
       if (row >= arguments_.pipeline.tokens) continue;
-      factors[half] = upstream[row * arguments_.upstream.stride_token] / kGradientFactor<T> * arguments_.scale;
+      factors[half] = grad_out[row * arguments_.grad_out.stride_token] / kGradientFactor<T> * arguments_.scale;
     }
     barrier_wait(shared_.g_full + consumer_, dq_parity_);
     dq_parity_ ^= 1;
@@ -310,7 +310,7 @@ const char* launch_joint_gradients(const AttnAlignProblem& problem, const AttnAl
   GradientArguments arguments{};
   const char* error = describe_gradients(&arguments, problem, backward, /*hold_keys=*/true, Shared::kRows);
   if (error != nullptr) return error;
-  return launch_pieces<Shared>(joint_gradient_kernel<T, kStudentSteps, kTeacherSteps, kSplit>, arguments, stream);
+  return launch_work_tiles<Shared>(joint_gradient_kernel<T, kStudentSteps, kTeacherSteps, kSplit>, arguments, stream);
 }
 
 // Fewer tokens would leave blocks of keys empty; what has more, or does not fit a block, takes a launch per gradient.

@@ -64,7 +64,7 @@ struct OnlineSoftmax {
   // the factor by which what was summed before must shrink. Columns past the last key are as far away as can be: their
   // power of 2 is 0, and 0 times a finite number is 0, not NaN.
   template <bool kPlain>
-  __device__ void update(float (&dots)[kCells][4], float scale, int keys_left, float (&rise)[2],
+  __device__ void update(float (&dots)[kCells][4], float scale, int keys_left, float (&max_delta)[2],
                          float (&correction)[2]) {
     if (!kPlain && keys_left < kTileRows) hide_columns(dots, keys_left, scale < 0.f ? kLargest : -kLargest);
     float higher[2];
@@ -86,8 +86,8 @@ struct OnlineSoftmax {
     if (!kPlain && keys_left < kTileRows) hide_columns(dots, keys_left, -kLargest);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      rise[half] = higher[half] - maximum[half];
-      correction[half] = fast_exp2(-rise[half]);
+      max_delta[half] = higher[half] - maximum[half];
+      correction[half] = fast_exp2(-max_delta[half]);
       maximum[half] = higher[half];
     }
   }
@@ -102,7 +102,7 @@ struct OnlineSoftmax {
       for (auto& cell : dots) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const float rounded = hold_within(__fmul_rn(cell[i], scale), kLargestLogit) - maximum[half];
+          const float rounded = clamp(__fmul_rn(cell[i], scale), kLargestLogit) - maximum[half];
           cell[i] = fused ? fmaf(cell[i], scale, -maximum[half]) : rounded;
         }
       }
@@ -119,12 +119,12 @@ struct RowResults {
 
   template <bool kPlain>
   __device__ void take_student(float (&s)[kCells][4], float scale, int keys_left) {
-    float rise[2], correction[2];
-    student.update<kPlain>(s, scale, keys_left, rise, correction);
+    float max_delta[2], correction[2];
+    student.update<kPlain>(s, scale, keys_left, max_delta, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       student.sum[half] *= correction[half];
-      x[half] = fmaf(kDivergence ? teacher.sum[half] : -teacher.sum[half], rise[half], x[half]);
+      x[half] = fmaf(kDivergence ? teacher.sum[half] : -teacher.sum[half], max_delta[half], x[half]);
 #pragma unroll
       for (const auto& cell : s) {
 #pragma unroll
@@ -136,11 +136,11 @@ struct RowResults {
   // `s`: what take_student left of it.
   template <bool kPlain>
   __device__ void take_teacher(float (&t)[kCells][4], const float (&s)[kCells][4], float scale, int keys_left) {
-    float rise[2], correction[2], before[2];
-    teacher.update<kPlain>(t, scale, keys_left, rise, correction);
+    float max_delta[2], correction[2], before[2];
+    teacher.update<kPlain>(t, scale, keys_left, max_delta, correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (kDivergence) x[half] = fmaf(-teacher.sum[half], rise[half], x[half]);
+      if (kDivergence) x[half] = fmaf(-teacher.sum[half], max_delta[half], x[half]);
       teacher.sum[half] *= correction[half];
       before[half] = x[half] *= correction[half];
 #pragma unroll
@@ -213,8 +213,8 @@ struct Forward {
     const bool signless = pipeline.student.scale_log2 >= 0.f && pipeline.teacher.scale_log2 >= 0.f;
     typename Lanes::Position ring;
     unsigned held_parity = 0;
-    for (int round = 0, piece; (piece = piece_of_round(round)) < pipeline.pieces; ++round) {
-      const Place place(pipeline, piece);
+    for (int round = 0, work_tile; (work_tile = work_tile_of_round(round)) < pipeline.work_tiles; ++round) {
+      const Place place(pipeline, work_tile);
       if (place.first_row + consumer * kTileRows >= place.end_row) {
         lanes.pass(pipeline, ring);
         continue;
@@ -291,13 +291,13 @@ const char* launch_forward(const AttnAlignProblem& problem, const AttnAlignRows&
     arguments.teacher_softmax = static_cast<float2*>(rows.teacher_softmax);
     const auto kernel = problem.kl ? forward_kernel<T, student_steps, teacher_steps, true>
                                    : forward_kernel<T, student_steps, teacher_steps, false>;
-    return launch_pieces<Lanes>(kernel, arguments, stream);
+    return launch_work_tiles<Lanes>(kernel, arguments, stream);
   });
 }
 
 }  // namespace
 
-bool takes(const AttnAlignProblem& problem) {
+bool supports(const AttnAlignProblem& problem) {
   if (problem.causal > 0) return false;
   for (const AttnOperand* operand : {&problem.student_q, &problem.student_k, &problem.teacher_q, &problem.teacher_k}) {
     if (!can_map(*operand, problem.batch, problem.heads, problem.tokens)) return false;

@@ -1,9 +1,9 @@
 // What the Hopper kernels of attn_align_loss share: how operands come into shared memory, and the product of logits.
 //
-// A block stays on its multiprocessor and takes one piece of work after the other: 64 rows of one (batch, head) for
+// A block stays on its multiprocessor and takes one work tile after the other: 64 rows of one (batch, head) for
 // each of its consumer warpgroups, the *held* side (queries in the forward and for dq, keys for dk), past which the
 // other side streams in tiles of 64 rows through a ring of stages. One warp more, the producer, only loads. It runs
-// ahead: the first tiles of the next piece travel while this one is being worked on.
+// ahead: the first tiles of the next work tile travel while this one is being worked on.
 //
 // A tile is 64 rows of student and teacher, in panels (arch_hopper.cuh). Rows past the last token and columns past the
 // head dim are zeros.
@@ -51,21 +51,21 @@ struct Model {
 
 struct PipelineArguments {
   Model student, teacher;
-  int heads, tokens, row_blocks, pieces;
+  int heads, tokens, row_blocks, work_tiles;
 };
 
-// The piece of work that a block takes in its n-th round. One further with every round, so that pieces of unequal size,
+// The work tile that a block takes in its n-th round. One further with every round, so that work tiles of unequal size,
 // which come in a regular order, fall to all blocks alike.
-__device__ inline int piece_of_round(int round) { return round * gridDim.x + (blockIdx.x + round) % gridDim.x; }
+__device__ inline int work_tile_of_round(int round) { return round * gridDim.x + (blockIdx.x + round) % gridDim.x; }
 
-// Which rows of which (batch, head) a piece of work holds: the tiles of a (batch, head) shared out evenly. Neighbours
+// Which rows of which (batch, head) a work tile holds: the tiles of a (batch, head) shared out evenly. Neighbours
 // share what they stream: it is in L2 by then.
 struct Place {
   int batch, head, first_row, end_row;
   int64_t first_of_head;  // index of this (batch, head)'s first row in the contiguous row results
 
-  __device__ Place(const PipelineArguments& arguments, int piece) {
-    const int batch_head = piece / arguments.row_blocks, row_block = piece % arguments.row_blocks;
+  __device__ Place(const PipelineArguments& arguments, int work_tile) {
+    const int batch_head = work_tile / arguments.row_blocks, row_block = work_tile % arguments.row_blocks;
     const int64_t tiles = (arguments.tokens + kTileRows - 1) / kTileRows;
     batch = batch_head / arguments.heads;
     head = batch_head % arguments.heads;
@@ -175,14 +175,14 @@ struct Pipeline {
   // the stage is empty, write(extra) stores what it read.
   template <typename Add>
   __device__ void produce(const PipelineArguments& arguments, Add&& add) const {
-    const int tiles_per_piece = (arguments.tokens + kTileRows - 1) / kTileRows;
+    const int streamed_tiles = (arguments.tokens + kTileRows - 1) / kTileRows;
     // These go ahead of the next held rows, whose place the consumers leave only with their last product.
-    const int ahead = min(tiles_per_piece, kStages - 1);
+    const int ahead = min(streamed_tiles, kStages - 1);
     Position ring;
     unsigned held_parity = 0;  // a bit for every consumer
-    for (int round = 0, piece; (piece = piece_of_round(round)) < arguments.pieces; ++round) {
-      const Place place(arguments, piece);
-      for (int tile = 0; tile < tiles_per_piece; ++tile) {
+    for (int round = 0, work_tile; (work_tile = work_tile_of_round(round)) < arguments.work_tiles; ++round) {
+      const Place place(arguments, work_tile);
+      for (int tile = 0; tile < streamed_tiles; ++tile) {
         if (tile == ahead) load_held(arguments, place, held_parity);
         add.prepare(place, tile * kTileRows);
         barrier_wait(empty + ring.stage, ring.parity ^ 1);
@@ -192,13 +192,13 @@ struct Pipeline {
              tile * kTileRows);
         ring.advance();
       }
-      if (ahead == tiles_per_piece) load_held(arguments, place, held_parity);
-      const int next = piece_of_round(round + 1);
-      if (next < arguments.pieces) fetch_held(arguments, Place(arguments, next));
+      if (ahead == streamed_tiles) load_held(arguments, place, held_parity);
+      const int next = work_tile_of_round(round + 1);
+      if (next < arguments.work_tiles) fetch_held(arguments, Place(arguments, next));
     }
   }
 
-  // A consumer without rows lets the tiles of a piece go by.
+  // A consumer without rows lets the tiles of a work tile go by.
   __device__ void pass(const PipelineArguments& arguments, Position& ring) const {
     for (int first = 0; first < arguments.tokens; first += kTileRows) {
       barrier_wait(full + ring.stage, ring.parity);

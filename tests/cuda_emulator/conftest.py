@@ -1,0 +1,1 @@
+from cuda_emulator import emulator  # noqa: F401
