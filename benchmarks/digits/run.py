@@ -1,11 +1,11 @@
-"""Plain SiT, REPA, HASTE and HASTE without stopping on the digits, three seeds each, judged at five points of training.
+"""Plain SiT, REPA, HASTE and HASTE without stopping on the digits, three seeds each, at five points of training.
 
     python benchmarks/digits/run.py                            all that is not done yet, then the table and the plots
     python benchmarks/digits/run.py --methods HASTE --seeds 0  of that, one run; several may go on side by side
     python benchmarks/digits/run.py --draw-only                the table and the plots from results.json alone
 
-All runs share the preset `haste train --preset digits`, its teacher, the judge and the seeds of the samples; runs of
-one seed also see the same order of images, times and noise. A run that is done is not done again.
+All runs share the preset `haste train --preset digits`, its teacher, the classifier and the seeds of the samples; runs
+of one seed also see the same order of images, times and noise. A run that is done is not done again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from haste.evaluation.evaluate import evaluate_checkpoints, load_yardstick
 from haste.generation.checkpoint import run_checkpoints
 from haste.generation.config import SamplingConfig
 from haste.io import write_text
-from haste.plotting import draw_advantage, draw_scores
+from haste.plotting import plot_advantage, plot_scores
 from haste.training.config import TrainConfig, preset_config
 from haste.training.trainer import train
 
@@ -54,7 +54,7 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the training."""
     output_dir: Path = Path("exps/digits-benchmark")
-    """Where the runs, the teacher and the judge go."""
+    """Where the runs, the teacher and the classifier go."""
     draw_only: bool = False
     """Train nothing: draw the table and the plots from results.json."""
 
@@ -83,7 +83,7 @@ def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
 
 
 def do_run(args: Args, method: str, seed: int) -> None:
-    """Train and judge one run, unless it is in the results with these very settings; then write results.json."""
+    """Train and evaluate one run, unless it is in the results with these very settings; then write results.json."""
     config = run_config(args.output_dir, method, seed)
     settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
     if any(run["settings"] == settings for run in read_results()["runs"]):
@@ -94,27 +94,27 @@ def do_run(args: Args, method: str, seed: int) -> None:
     if result.interrupted is not None:
         raise SystemExit(128 + result.interrupted)
     trained = perf_counter()
-    yardstick = load_yardstick(args.output_dir / "judge")
+    yardstick = load_yardstick(args.output_dir / "classifier")
     records = evaluate_checkpoints(result.folder, run_checkpoints(result.folder), SETTINGS, SAMPLES, yardstick)
     run = {
         "method": method,
         "seed": seed,
         "settings": settings,
-        "points": [{name: record[name] for name in ("step", "distance", "accuracy", "samples")} for record in records],
+        "points": [{name: record[name] for name in ("step", "fd", "label_accuracy", "samples")} for record in records],
         "train_seconds": round(trained - begin, 1),
-        "judge_seconds": round(perf_counter() - trained, 1),
+        "evaluation_seconds": round(perf_counter() - trained, 1),
         **provenance(),
     }
     results = read_results()  # again: another process may have added its own runs
     others = [old for old in results["runs"] if (old["method"], old["seed"]) != (method, seed)]
     results["runs"] = sorted([*others, run], key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
     results["sampling"] = SETTINGS.sampling_fields()
-    results["judge"] = {
-        "held_out_accuracy": yardstick.judge.held_out_accuracy,
+    results["classifier"] = {
+        "held_out_accuracy": yardstick.classifier.held_out_accuracy,
         "features": yardstick.real.dimension,
         "real_digits": yardstick.real.count,
-        "distance_between_halves_of_the_real_digits": yardstick.halves,
-        "settings": asdict(yardstick.judge.settings),
+        "split_half_fd": yardstick.halves,
+        "settings": asdict(yardstick.classifier.settings),
     }
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
 
@@ -160,8 +160,8 @@ def write_table(results: dict[str, Any]) -> None:
     head = "| | " + " | ".join(f"step {step:,}" for step in steps) + " |\n|---|" + "---:|" * len(steps)
     lines = ["# Digits: plain SiT, REPA, HASTE\n", describe(results)]
     for title, key, scale, digits in (
-        ("Fréchet distance", "distance", 1.0, 2),
-        ("Read as requested, %", "accuracy", 100.0, 1),
+        ("FD", "fd", 1.0, 2),
+        ("Read as requested, %", "label_accuracy", 100.0, 1),
     ):
         lines.append(f"\n## {title}\n\n{head}")
         for method, seeds in scores.items():
@@ -176,7 +176,7 @@ def write_table(results: dict[str, Any]) -> None:
 
 def describe(results: dict[str, Any]) -> str:
     """How the numbers came about, in words."""
-    judge, run, sampling = results["judge"], results["runs"][0], SamplingConfig(**results["sampling"])
+    classifier, run, sampling = results["classifier"], results["runs"][0], SamplingConfig(**results["sampling"])
     seeds = sorted({run["seed"] for run in results["runs"]})
     commits = sorted({run["commit"][:12] + run["commit"][40:] for run in results["runs"]})
     haste = [run["settings"] for run in results["runs"] if run["method"] == "HASTE"]
@@ -185,9 +185,9 @@ def describe(results: dict[str, Any]) -> str:
     return (
         f"`python benchmarks/digits/run.py`. Mean ± standard deviation over {len(seeds)} seeds; {points:,} samples a "
         f"point, {sampling.describe()}, EMA weights, no guidance, the same noise and labels for every run. {stop}"
-        f"Distance to {judge['real_digits']:,} real digits in {judge['features']} features of a classifier that no run "
-        f"has seen (it reads {judge['held_out_accuracy']:.1%} of the real digits it has not seen; two halves of the "
-        f"real digits are {judge['distance_between_halves_of_the_real_digits']:.2f} apart).\n\n"
+        f"FD to {classifier['real_digits']:,} real digits in {classifier['features']} features of a classifier that no "
+        f"run has seen (it reads {classifier['held_out_accuracy']:.1%} of the digits it has not seen; two halves of "
+        f"the real digits are {classifier['split_half_fd']:.2f} apart).\n\n"
         f"Commit {', '.join(commits)}; torch {run['build']['torch_loaded']}; {run['processor']}, "
         f"{run['threads']} thread(s); no GPU."
     )
@@ -199,9 +199,9 @@ def draw_plots(results: dict[str, Any]) -> None:
     stops = {run["settings"]["early_stop_point"] for run in results["runs"] if run["method"] == "HASTE"}
     stop = stops.pop() if stops else None
     title = f"Digits, {len({run['seed'] for run in results['runs']})} seeds: mean, lowest and highest"
-    draw_scores(HERE / "results.png", scores, title=title, stop=stop)
+    plot_scores(HERE / "results.png", scores, title=title, stop=stop)
     if "plain" in scores:
-        draw_advantage(HERE / "advantage.png", scores, "plain", title=title, stop=stop)
+        plot_advantage(HERE / "advantage.png", scores, "plain", title=title, stop=stop)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from haste.generation.config import SamplingConfig
 from haste.io import write_text
 from haste.sweep.advice import LEGEND, describe, good_enough, markdown, recommend
 from haste.sweep.measure import Quality, Sweep
-from haste.sweep.plot import draw_sweep
+from haste.sweep.plot import plot_sweep
 from haste.sweep.points import Grid, RecordBook, Row, average, make_rows, plan
 from haste.training.config import preset_config
 from haste.training.trainer import train
@@ -55,7 +55,7 @@ GRIDS = (
 # Written down before the numbers of this benchmark, after trials of 66 to 100 images.
 RULE = f"""\
 Recommended is the fastest cached setting, by the median of the measured seconds, that is good enough and worth its
-cache. Good enough: a mean distance at most {TOLERANCE:.0%} above that of 50 full steps, and at most one percentage
+cache. Good enough: a mean FD at most {TOLERANCE:.0%} above that of 50 full steps, and at most one percentage
 point fewer digits read as requested. Worth its cache: every plain run that is as fast is further, by PSNR, from the
 images of the 50 full steps. Settings within 5% of the fastest one's seconds count as equally fast; of those the
 highest PSNR wins."""
@@ -68,7 +68,7 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the training."""
     runs: Path = Path("exps/digits-benchmark")
-    """Where the runs haste-seed0, ... and the judge are, or go."""
+    """Where the runs haste-seed0, ... and the classifier are, or go."""
     samples: int = 400
     """Images to draw of each point and seed."""
     batch: int = 100
@@ -94,7 +94,7 @@ def main(args: Args) -> None:
     rows = average([make_rows(records) for records in document["records"].values()])
     guided = guidance(rows[0].settings.cfg_scale)
     title = f"Digits, SiT trained with HASTE, {guided}: mean over {len(document['records'])} seed(s)"
-    draw_sweep(args.output / "results.png", rows, title=title, chosen=recommend(rows, TOLERANCE))
+    plot_sweep(args.output / "results.png", rows, title=title, chosen=recommend(rows, TOLERANCE))
     text = write_up(document, rows)
     write_text(args.output / "results.md", text)
     print(text)
@@ -103,7 +103,7 @@ def main(args: Args) -> None:
 def measure(args: Args, seed: int) -> list[dict[str, Any]]:
     """The records of one seed's sweep, which are kept beside the runs."""
     run = trained_run(args.runs, seed)
-    extractor = load_extractor("digits", args.runs / "judge")
+    extractor = load_extractor("digits", args.runs / "classifier")
     quality = Quality(extractor, load_reference("digits", extractor))
     book = RecordBook(args.runs / f"sampling-seed{seed}.jsonl")
     points = plan(replace(BASE, cfg_scale=args.cfg_scale), GRIDS, PLAIN_STEPS)
@@ -135,8 +135,8 @@ def write_up(document: dict[str, Any], rows: list[Row]) -> str:
     described = (
         f"`python benchmarks/digits_sampling/run.py`. Mean over {seeds} seed(s) of training, ± the standard deviation; "
         f"{shared['samples']:,} images a point and seed, Euler steps, EMA weights, "
-        f"{guidance(shared['settings']['cfg_scale'])}, the same noise and labels for all. The distance is in "
-        f"{shared['judged_by']}; accuracy is how often the judge reads the digit that was asked for. Batches of "
+        f"{guidance(shared['settings']['cfg_scale'])}, the same noise and labels for all. The FD is in "
+        f"{shared['evaluated_by']}; accuracy is how often the classifier reads the requested digit. Batches of "
         f"{shared['batch']}, each point timed {len(first['seconds'])} times a seed.\n\n"
         f"Commit {commit}; torch {machine['torch']}; {machine['processor']}, {machine['threads']} thread(s); no GPU."
     )

@@ -101,7 +101,7 @@ LOSSES = {
 }
 
 
-def draw_grid(
+def plot_grid(
     path: Path,
     images: np.ndarray,
     labels: Sequence[object],
@@ -131,7 +131,7 @@ def draw_grid(
         save(figure, path)
 
 
-def draw_losses(
+def plot_losses(
     path: Path, log: Sequence[Mapping], *, title: str, stop: int | None = None, theme: Theme = LIGHT
 ) -> None:
     """The losses of one run from the records of its log.jsonl: faint as logged, bold smoothed.
@@ -157,20 +157,20 @@ def draw_losses(
 
 
 Scores = Mapping[str, Mapping[int, Sequence[Mapping]]]
-"""Method → seed → records with step, distance and accuracy, in the order of the steps."""
+"""Method → seed → records with step, fd and label_accuracy, in the order of the steps."""
 
 
-def draw_scores(path: Path, scores: Scores, *, title: str, stop: int | None = None, theme: Theme = LIGHT) -> None:
-    """Fréchet distance (log scale) and label accuracy over training steps: one line per method, its mean over seeds.
+def plot_scores(path: Path, scores: Scores, *, title: str, stop: int | None = None, theme: Theme = LIGHT) -> None:
+    """FD (log scale) and label accuracy over training steps: one line per method, its mean over seeds.
 
     With several seeds the band spans the lowest to the highest seed.
     """
     with styled(theme):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
         for place, (method, seeds) in enumerate(scores.items()):
-            draw_series(left, place, method, steps_of(seeds), values_of(seeds, "distance"), theme)
-            draw_series(right, place, method, steps_of(seeds), 100.0 * values_of(seeds, "accuracy"), theme)
-        left.set(title="Fréchet distance to real digits (lower is better)", yscale="log")
+            draw_series(left, place, method, steps_of(seeds), values_of(seeds, "fd"), theme)
+            draw_series(right, place, method, steps_of(seeds), 100.0 * values_of(seeds, "label_accuracy"), theme)
+        left.set(title="FD to real digits (lower is better)", yscale="log")
         right.set(title="Samples that show the requested digit (%)")
         left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -179,29 +179,29 @@ def draw_scores(path: Path, scores: Scores, *, title: str, stop: int | None = No
         save(figure, path)
 
 
-def draw_advantage(
+def plot_advantage(
     path: Path, scores: Scores, baseline: str, *, title: str, stop: int | None = None, theme: Theme = LIGHT
 ) -> None:
     """The same scores relative to one method's at the same step and seed, where these differ little on their range.
 
-    Only seeds that the baseline has are drawn. Bands as in draw_scores.
+    Only seeds that the baseline has are drawn. Bands as in plot_scores.
     """
     with styled(theme):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
         for place, (method, seeds) in enumerate(scores.items()):
             shared = [seed for seed in seeds if seed in scores[baseline]]
             own, other = ({seed: side[seed] for seed in shared} for side in (seeds, scores[baseline]))
-            ratio = 100.0 * (values_of(own, "distance") / values_of(other, "distance") - 1.0)
-            gain = 100.0 * (values_of(own, "accuracy") - values_of(other, "accuracy"))
+            ratio = 100.0 * (values_of(own, "fd") / values_of(other, "fd") - 1.0)
+            gain = 100.0 * (values_of(own, "label_accuracy") - values_of(other, "label_accuracy"))
             draw_series(left, place, method, steps_of(own), ratio, theme)
             draw_series(right, place, method, steps_of(own), gain, theme)
-        left.set(title=f"Fréchet distance relative to {baseline}, same seed (%)")
+        left.set(title=f"FD relative to {baseline}, same seed (%)")
         right.set(title=f"Label accuracy relative to {baseline} (points)")
         finish_scores(figure, title, stop, theme)
         save(figure, path)
 
 
-def draw_step_errors(
+def plot_step_errors(
     path: Path, errors: np.ndarray, *, title: str, full_steps: Sequence[int] = (), theme: Theme = LIGHT
 ) -> None:
     """The relative error of a cached run's state after every step, (steps, images): mean, lowest to highest.
@@ -233,7 +233,7 @@ def draw_step_errors(
 
 
 def steps_of(seeds: Mapping[int, Sequence[Mapping]]) -> list[int]:
-    """The steps at which a method was judged."""
+    """The steps at which a method was evaluated."""
     return [record["step"] for record in next(iter(seeds.values()))]
 
 

@@ -29,8 +29,8 @@ def main(args: Args) -> None:
     clock = StageClock(args.output_dir / "demo.json")
     config, baseline = train_config(args), baseline_config(args)
     full, cached = sample_args(args, config), sample_args(args, config, cached=True)
-    judged, baseline_judged = evaluate_args(args, config), evaluate_args(args, baseline)
-    commands = command_lines(config, baseline, full, cached, judged, baseline_judged)
+    evaluated, baseline_evaluation = evaluate_args(args, config), evaluate_args(args, baseline)
+    commands = command_lines(config, baseline, full, cached, evaluated, baseline_evaluation)
 
     with clock.stage("train the teacher, and the model with HASTE", commands[0]):
         train.main(config)
@@ -43,12 +43,12 @@ def main(args: Args) -> None:
         cached_samples = sample.sample_to_folder(cached)
         sample.report(cached_samples)
     with clock.stage("evaluate five checkpoints of HASTE", commands[4]):
-        records, yardstick = evaluate.evaluate(judged)
+        records, yardstick = evaluate.evaluate(evaluated)
         evaluate.print_records(records, yardstick)
     with clock.stage("evaluate five checkpoints of the baseline", commands[5]):
-        baseline_records, _ = evaluate.evaluate(baseline_judged)
+        baseline_records, _ = evaluate.evaluate(baseline_evaluation)
         evaluate.print_records(baseline_records, yardstick)
-    results = DemoResults(config, baseline, full, full_samples, cached, cached_samples, judged, records,
+    results = DemoResults(config, baseline, full, full_samples, cached, cached_samples, evaluated, records,
                           baseline_records, yardstick)  # fmt: skip
     page = write_demo_page(args.output_dir, results, commands, clock.seconds())
 
@@ -99,15 +99,15 @@ def command_lines(
     baseline: TrainConfig,
     full: sample.Args,
     cached: sample.Args,
-    judged: evaluate.Args,
-    baseline_judged: evaluate.Args,
+    evaluated: evaluate.Args,
+    baseline_evaluation: evaluate.Args,
 ) -> list[str]:
     """The commands that do what the demo does, to be typed by hand."""
     preset, usual = preset_config("digits"), sample.Args(ckpt=full.ckpt)
     return [
         *("haste train --preset digits " + flags(run, preset) for run in (config, baseline)),
         *(f"haste sample --ckpt {shlex.quote(str(one.ckpt))} " + flags(one, usual) for one in (full, cached)),
-        *("haste evaluate " + flags(one, evaluate.Args()) for one in (judged, baseline_judged)),
+        *("haste evaluate " + flags(one, evaluate.Args()) for one in (evaluated, baseline_evaluation)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Carries out `haste evaluate`: draws what is judged, judges it, and prints and keeps the numbers."""
+"""Carries out `haste evaluate`: draws what is evaluated, evaluates it, and prints and keeps the numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from haste.evaluation.fidelity import compare_sets, step_errors, summarise_steps
 from haste.evaluation.image_readers import open_images
 from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import STORED, check_replaceable, save_reference
-from haste.evaluation.tables import agreement_text, checkpoints_text, results_text, steps_text
+from haste.evaluation.tables import checkpoints_text, fidelity_text, results_text, steps_text
 from haste.generation.checkpoint import load_checkpoint, run_checkpoints
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
@@ -57,7 +57,7 @@ def main(args: Args) -> None:
 
 
 def evaluate_samples(args: Args) -> None:
-    """Every metric of one set of images; with a twin, how far they are from it."""
+    """Every metric of one set of images; with a baseline, how far they are from it."""
     open_what_is_there(args)
     evaluator = open_evaluator(args)
     samples = args.samples or draw(args)
@@ -65,10 +65,10 @@ def evaluate_samples(args: Args) -> None:
         evaluation = evaluator.measure(samples, drawn(args))
         print(f"\n{heading(samples, evaluation)}\n\n{results_text(evaluation.results)}")
         if evaluator.on_digits:
-            print(yardstick_text(load_yardstick(judge_dir(args))))
+            print(yardstick_text(load_yardstick(classifier_dir(args))))
         keep(samples, evaluation.settings, {"metrics": metrics_record(evaluation.results)})
-    if args.twin is not None:
-        compare_with_twin(args, samples)
+    if args.baseline is not None:
+        compare_with_baseline(args, samples)
     print(f"\nkept in  {beside(samples, 'evaluation.json')}")
 
 
@@ -76,8 +76,8 @@ def open_what_is_there(args: Args) -> None:
     """UserError for images that were drawn before and cannot be used: the real side may take hours to read."""
     if args.samples is not None and args.features != STORED:
         open_images(args.samples, "--samples")
-    if args.twin not in (None, FULL):
-        open_images(Path(args.twin), "--twin")
+    if args.baseline not in (None, FULL):
+        open_images(Path(args.baseline), "--baseline")
 
 
 def evaluate_run(args: Args) -> None:
@@ -94,9 +94,9 @@ def evaluate_run(args: Args) -> None:
 
 
 def open_evaluator(args: Args) -> Evaluator | None:
-    """The network and the reference that the flags name; None if a comparison with a twin alone is asked for."""
+    """The network and the reference that the flags name; None if a comparison with a baseline alone is asked for."""
     features = args.features or ("digits" if on_digits(args) else None)
-    if features is None and args.reference is None and args.twin is not None:
+    if features is None and args.reference is None and args.baseline is not None:
         return None
     if features is None:
         raise UserError("--features is not given; for other images than the digits it must be inception:PATH, a "
@@ -108,7 +108,7 @@ def open_evaluator(args: Args) -> Evaluator | None:
     if args.save_reference is not None:
         check_replaceable(args.save_reference)
     settings = MetricConfig(kid_subset_size=args.kid_subset_size)
-    evaluator = Evaluator(features, reference, judge_dir(args), args.per_proc_batch_size, settings)
+    evaluator = Evaluator(features, reference, classifier_dir(args), args.per_proc_batch_size, settings)
     if args.save_reference is not None:
         save_reference(args.save_reference, evaluator.reference)
     return evaluator
@@ -121,14 +121,14 @@ def on_digits(args: Args) -> bool:
     return open_images(args.samples, "--samples").shape == (8, 8, 3)
 
 
-def judge_dir(args: Args) -> Path:
+def classifier_dir(args: Args) -> Path:
     """As given, or beside the run, or beside the samples."""
-    if args.judge_dir is not None:
-        return args.judge_dir
+    if args.classifier_dir is not None:
+        return args.classifier_dir
     place = (args.samples or args.run or args.ckpt).resolve()
     if args.ckpt is not None and place.parent.name == "checkpoints":
         place = place.parents[1]
-    return place.parent / "judge"
+    return place.parent / "classifier"
 
 
 def draw(args: Args) -> Path:
@@ -141,23 +141,25 @@ def drawn(args: Args) -> int | None:
     return None if args.samples is not None else args.num_fid_samples
 
 
-def compare_with_twin(args: Args, samples: Path) -> None:
-    """PSNR and SSIM of the samples with their twin; of a twin that is drawn, also the error of every step's state."""
-    twin = draw(replace(args, twin=None, **asdict(CacheConfig()))) if args.twin == FULL else Path(args.twin)
-    with Bar("twins") as bar:
-        agreement = compare_sets(samples, twin, bar.advance, drawn(args)).summary()
-    print(f"\n{samples.name} beside {twin.name}, {agreement['images']:,} images\n\n{agreement_text(agreement)}")
-    measured = {"agreement": agreement}
-    if args.twin == FULL:
+def compare_with_baseline(args: Args, samples: Path) -> None:
+    """PSNR and SSIM to the baseline; of one that is sampled here, also the error of every step's state."""
+    baseline = (
+        draw(replace(args, baseline=None, **asdict(CacheConfig()))) if args.baseline == FULL else Path(args.baseline)
+    )
+    with Bar("baselines") as bar:
+        fidelity = compare_sets(samples, baseline, bar.advance, drawn(args)).summary()
+    print(f"\n{samples.name} beside {baseline.name}, {fidelity['images']:,} images\n\n{fidelity_text(fidelity)}")
+    measured = {"fidelity": fidelity}
+    if args.baseline == FULL:
         errors = compare_steps(args, samples)
         print(steps_text(errors))
         measured["step_errors"] = summarise_steps(errors)
-    keep(samples, {"samples": samples.name, "twin": twin.name, "count": agreement["images"]}, measured)
+    keep(samples, {"samples": samples.name, "baseline": baseline.name, "count": fidelity["images"]}, measured)
 
 
 def compare_steps(args: Args, samples: Path) -> np.ndarray:
     """The relative errors (steps, images) of the first images' states, drawn as these samples were, and a plot."""
-    from haste.plotting import draw_step_errors
+    from haste.plotting import plot_step_errors
 
     settings = SamplingConfig(**{field.name: getattr(args, field.name) for field in fields(SamplingConfig)})
     student = load_checkpoint(args.ckpt, args.ema, convention=args.convention)
@@ -169,7 +171,7 @@ def compare_steps(args: Args, samples: Path) -> np.ndarray:
     title = f"{student.label}\n{settings.describe()}"
     plot = beside(samples, "step-errors.png")
     with writing(str(plot)):
-        draw_step_errors(plot, errors, title=title, full_steps=cached.cache.full_steps)
+        plot_step_errors(plot, errors, title=title, full_steps=cached.cache.full_steps)
     return errors
 
 
@@ -196,8 +198,10 @@ def evaluate(args: Args) -> tuple[list[dict], Yardstick]:
     """Judge the checkpoints that --run names by the digits; their records, and what they were held against."""
     args.check()
     checkpoints = run_checkpoints(args.run)
-    check_on_digits(load_checkpoint(args.run, args.ema, convention=args.convention))  # before a judge is trained for it
-    yardstick = load_yardstick(judge_dir(args))
+    check_on_digits(
+        load_checkpoint(args.run, args.ema, convention=args.convention)
+    )  # before a classifier is trained for it
+    yardstick = load_yardstick(classifier_dir(args))
     sentence = check_sample_size(args.num_fid_samples, yardstick.real.dimension)
     if sentence:
         print(sentence)
@@ -219,24 +223,24 @@ def evaluate_under_bar(args: Args, run: Path, checkpoints: list[Path], yardstick
 
 def draw_images(args: Args, run: Path, records: list[dict]) -> None:
     """evaluation.png: the scores over steps; losses.png: the curves of log.jsonl. Both in the run's folder."""
-    from haste.plotting import LOSSES, draw_losses, draw_scores
+    from haste.plotting import LOSSES, plot_losses, plot_scores
 
     log = read_log(run / "log.jsonl").lines
     stop = alignment_end(log)
     title = f"{run.name}: {args.num_fid_samples:,} samples a point, {args.describe()}"
     with writing(f"a plot in {run}", "the scores are kept, and the same command draws it"):
-        draw_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
+        plot_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
         if any(line.get(name) is not None for line in log for name in LOSSES):
-            draw_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
+            plot_losses(run / "losses.png", log, title=f"{run.name}: losses", stop=stop)
 
 
 def print_records(records: list[dict], yardstick: Yardstick) -> None:
     """Print the table of a run: one row per checkpoint, named by its step or, if it was renamed, its file."""
     names = [record["checkpoint"] if record["step"] is None else f"{record['step']:,}" for record in records]
     width = max(map(len, ["step", *names]))
-    print(f"\n{'step':>{width}}  {'distance':>9}  {'accuracy':>8}")
+    print(f"\n{'step':>{width}}  {'fd':>9}  {'label_accuracy':>8}")
     for name, record in zip(names, records, strict=True):
-        print(f"{name:>{width}}  {record['distance']:9.3f}  {record['accuracy']:8.1%}")
+        print(f"{name:>{width}}  {record['fd']:9.3f}  {record['label_accuracy']:8.1%}")
     print(f"\n{yardstick_text(yardstick)}")
 
 
@@ -244,6 +248,6 @@ def yardstick_text(yardstick: Yardstick) -> str:
     """What to make of a distance and an accuracy on the digits."""
     return (
         f"Fréchet distance to {yardstick.real.count:,} real digits in {yardstick.real.dimension} features "
-        f"of the judge; two halves of the real digits are {yardstick.halves:.2f} apart.\n"
-        f"The judge reads {yardstick.judge.held_out_accuracy:.1%} of the real digits that it has not seen."
+        f"of the classifier; two halves of the real digits are {yardstick.halves:.2f} apart.\n"
+        f"The classifier reads {yardstick.classifier.held_out_accuracy:.1%} of the real digits that it has not seen."
     )

@@ -105,7 +105,7 @@ def settings_record(args: Args, sampler: Sampler) -> dict:
 
 def write_grid(args: Args, student: LoadedCheckpoint, folder: SampleDir, labels: np.ndarray) -> None:
     """The labelled grid of the first images, in the order of their labels."""
-    from haste.plotting import draw_grid
+    from haste.plotting import plot_grid
 
     (first,) = folder.read(1)
     shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
@@ -113,4 +113,4 @@ def write_grid(args: Args, student: LoadedCheckpoint, folder: SampleDir, labels:
     order = np.argsort(labels[:shown], kind="stable")
     names = dict(enumerate(student.recorded.get("class_names", ())))
     titles = [names.get(label, str(label)) for label in labels[order].tolist()]
-    draw_grid(folder.grid, images[order], titles, title=f"{student.label}: {args.describe()}")
+    plot_grid(folder.grid, images[order], titles, title=f"{student.label}: {args.describe()}")

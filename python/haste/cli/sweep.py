@@ -59,7 +59,7 @@ class Shared:
     student: str
     samples: int
     batch: int
-    judged_by: Any
+    evaluated_by: Any
     machine: Machine
 
 
@@ -93,8 +93,8 @@ def open_quality(args: Args, student: LoadedCheckpoint) -> Quality:
     if reference is None:
         raise UserError(f"--reference is not given; --features {features} needs a folder of real images, or an .npz "
                         "of images or statistics")  # fmt: skip
-    judge_dir = args.judge_dir or student.run.resolve().parent / "judge"
-    extractor = load_extractor(features, judge_dir)
+    classifier_dir = args.classifier_dir or student.run.resolve().parent / "classifier"
+    extractor = load_extractor(features, classifier_dir)
     caution = check_sample_size(args.num_fid_samples, extractor.dimension)
     if caution:
         print(caution)
@@ -103,12 +103,12 @@ def open_quality(args: Args, student: LoadedCheckpoint) -> Quality:
 
 def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
     """Print the table and the advice; write them and the plot."""
-    from haste.sweep.plot import draw_sweep
+    from haste.sweep.plot import plot_sweep
 
     build(Shared, shared, "the sweep of a record")
     advice = advise(rows, tolerance)
     title = f"{shared['student']}, beside {rows[0].settings.describe()}: {shared['samples']:,} images a point"
-    draw_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))
+    plot_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))
     write_table(folder / TABLE, rows, title, shared, advice)
     print(f"\n{plain_text(rows)}\n\n{advice}\n\ntable  {folder / TABLE}\nplot   {folder / PLOT}")
 
@@ -119,6 +119,6 @@ def write_table(path: Path, rows: list[Row], title: str, shared: dict, advice: s
 
     machine = shared["machine"]
     where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} thread(s)"
-    made = f"Batches of {shared['batch']}; torch {machine['torch']}, {where}. Distance by {shared['judged_by']}."
+    made = f"Batches of {shared['batch']}; torch {machine['torch']}, {where}. FD by {shared['evaluated_by']}."
     text = "\n\n".join([f"# {title}", f"![]({PLOT})", markdown(rows).rstrip(), LEGEND, made, advice]) + "\n"
     write_text(path, text)

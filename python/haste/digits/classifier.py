@@ -1,4 +1,4 @@
-"""The judge of the digits: a small convolutional classifier that no training run ever sees.
+"""The classifier of the digits: a small convolutional network that no training run ever sees.
 
 It plays the part that Inception plays for photographs. Its penultimate layer gives the features for the Fréchet
 distance, its answers tell whether a sample shows the digit that was asked for. It is trained once in a few seconds,
@@ -28,12 +28,12 @@ from haste.weights import load_weights
 logger = logging.getLogger(__name__)
 
 NUM_CLASSES = 10
-BATCH = 512  # images per forward pass when judging
+BATCH = 512  # images per forward pass when classifying
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Everything that decides the judge's weights. Its hash names the file that keeps them."""
+    """Everything that decides the classifier's weights. Its hash names the file that keeps them."""
 
     seed: int = 271828  # its own: no run derives anything from it
     held_out: float = 0.2
@@ -43,7 +43,7 @@ class ClassifierConfig:
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    architecture: int = 1  # raise it when `build_network` or `train_judge` changes
+    architecture: int = 1  # raise it when `build_network` or `train_classifier` changes
 
     def digest(self) -> str:
         """Twelve hex digits that change with any setting."""
@@ -52,7 +52,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class Classification:
-    """What the judge says of N images: features (N, D) float64, standardised; class probabilities (N, 10) float32."""
+    """Of N images: features (N, D) float64, standardised; class probabilities (N, 10) float32."""
 
     features: np.ndarray
     probabilities: np.ndarray
@@ -63,7 +63,7 @@ class Classification:
         return self.probabilities.argmax(axis=1)
 
     def accuracy(self, labels: np.ndarray) -> float:
-        """The share of images, 0 to 1, in which the judge reads the requested label."""
+        """The share of images, 0 to 1, in which the classifier reads the requested label."""
         return float(np.mean(self.predictions == np.asarray(labels)))
 
 
@@ -88,7 +88,7 @@ class Classifier:
         if images.ndim != 4 or images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8:
             raise UserError(
                 f"images have shape {images.shape} and type {images.dtype}; "
-                "the judge of the digits reads uint8 images of shape (count, 8, 8, 3)"
+                "the classifier of the digits reads uint8 images of shape (count, 8, 8, 3)"
             )
         features, probabilities = [], []
         for batch in np.split(images, range(BATCH, len(images), BATCH)):
@@ -123,26 +123,26 @@ def real_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_classifier(cache: Path, settings: ClassifierConfig = ClassifierConfig()) -> Classifier:
-    """The judge with these settings: from the folder `cache` if it is there, else trained and saved there."""
-    path = cache / f"digits-judge-{settings.digest()}.pt"
+    """The classifier with these settings: from the folder `cache` if it is there, else trained and saved there."""
+    path = cache / f"digits-classifier-{settings.digest()}.pt"
     if path.exists():
         return read_classifier(path, settings)
-    logger.info("training the judge, a classifier that no run sees, for %d epochs", settings.epochs)
-    judge = train_classifier(settings)
+    logger.info("training the classifier of the digits, which no run sees, for %d epochs", settings.epochs)
+    classifier = train_classifier(settings)
     content = {
-        "network": judge.network.state_dict(),
-        "feature_scale": judge.feature_scale,
-        "held_out_accuracy": judge.held_out_accuracy,
+        "network": classifier.network.state_dict(),
+        "feature_scale": classifier.feature_scale,
+        "held_out_accuracy": classifier.held_out_accuracy,
     }
     remove_abandoned(path)
     with writing(str(path)):
         save_tensors(path, content)
-    return judge
+    return classifier
 
 
 def read_classifier(path: Path, settings: ClassifierConfig) -> Classifier:
-    """The judge that a file keeps; UserError if it keeps none."""
-    saved = load_weights(path, "the file of the judge")
+    """The classifier that a file keeps; UserError if it keeps none."""
+    saved = load_weights(path, "the file of the classifier")
     network = build_network(settings.features)
     try:
         network.load_state_dict(saved["network"])
@@ -150,7 +150,7 @@ def read_classifier(path: Path, settings: ClassifierConfig) -> Classifier:
         if scale.shape != (settings.features,):
             raise ValueError(f"feature_scale has shape {tuple(scale.shape)}")
     except Exception as error:  # what another program has put there can be anything
-        raise UserError(f"{path} keeps no judge of the digits ({in_one_line(error)}); delete it") from error
+        raise UserError(f"{path} keeps no classifier of the digits ({in_one_line(error)}); delete it") from error
     return Classifier(network, scale, accuracy, settings)
 
 

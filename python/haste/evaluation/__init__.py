@@ -1,1 +1,1 @@
-"""Judging samples: distances and scores in the features of a network, agreement with a twin, and images of both."""
+"""Judging samples: distances and scores in the features of a network, fidelity with a baseline, and images of both."""

@@ -28,7 +28,7 @@ import numpy as np
 from haste.digits.classifier import NUM_CLASSES, Classifier, ClassifierConfig, load_classifier, real_digits
 from haste.distributed import progress_bar
 from haste.errors import UserError
-from haste.evaluation.features import Extractor, Features, JudgeExtractor, extract, load_extractor
+from haste.evaluation.features import DigitsExtractor, Extractor, Features, extract, load_extractor
 from haste.evaluation.image_readers import ImageFiles, NpzImages, open_images
 from haste.evaluation.metrics import (
     DENSITY_NEIGHBOURS,
@@ -38,8 +38,8 @@ from haste.evaluation.metrics import (
     fit_gaussian,
     frechet_distance,
     inception_score,
-    kernel_distance,
-    manifold_scores,
+    kid,
+    prdc,
 )
 from haste.evaluation.reference import STORED, Reference, load_reference, stored_features, stored_reference
 from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
@@ -57,8 +57,8 @@ ADVISED_FOR_MANIFOLDS = 1000
 ADVISED_FOR_INCEPTION_SCORE = 5000
 
 NAMES = {
-    "frechet_distance": "Fréchet distance",
-    "kernel_distance": "kernel distance",
+    "fd": "FD",
+    "kid": "KID",
     "precision": f"precision (k = {PRECISION_NEIGHBOURS})",
     "recall": f"recall (k = {PRECISION_NEIGHBOURS})",
     "density": f"density (k = {DENSITY_NEIGHBOURS})",
@@ -107,8 +107,8 @@ def measure(
         raise UserError(f"samples have {samples.dimension} features and the reference {reference.name} has "
                         f"{reference.dimension}; both sides need the same network")  # fmt: skip
     return [
-        *attempt(["frechet_distance"], lambda: frechet_results(samples, reference)),
-        *attempt(["kernel_distance"], lambda: kernel_results(samples, reference, settings)),
+        *attempt(["fd"], lambda: frechet_results(samples, reference)),
+        *attempt(["kid"], lambda: kernel_results(samples, reference, settings)),
         *attempt(["precision", "recall", "density", "coverage"], lambda: manifold_results(samples, reference)),
         *attempt(["inception_score"], lambda: inception_results(samples, settings)),
         *([] if labels is None else [Result("label_accuracy", accuracy(samples, labels))]),
@@ -128,22 +128,22 @@ def frechet_results(samples: Features, reference: Reference) -> list[Result]:
     cautions = [check_sample_size(*samples.values.shape)]
     if reference.count is not None:
         cautions.append(check_sample_size(reference.count, samples.dimension, "real images"))
-    return [Result("frechet_distance", distance, note=" ".join(filter(None, cautions)) or None)]
+    return [Result("fd", distance, note=" ".join(filter(None, cautions)) or None)]
 
 
 def kernel_results(samples: Features, reference: Reference, settings: MetricConfig) -> list[Result]:
-    mean, deviation = kernel_distance(
+    mean, deviation = kid(
         samples.values,
         features_of(reference),
         subsets=settings.kid_subsets,
         subset_size=settings.kid_subset_size,
         seed=settings.seed,
     )
-    return [Result("kernel_distance", mean, deviation)]
+    return [Result("kid", mean, deviation)]
 
 
 def manifold_results(samples: Features, reference: Reference) -> list[Result]:
-    scores = manifold_scores(samples.values, features_of(reference))
+    scores = prdc(samples.values, features_of(reference))
     fewest = min(len(samples), len(reference.features))
     note = None
     if fewest < ADVISED_FOR_MANIFOLDS:
@@ -190,14 +190,16 @@ class Evaluation:
 class Evaluator:
     """Measures samples in the features of one network against one reference.
 
-    features, reference: as --features and --reference name them. judge_dir: where the judge of the digits is kept.
+    features, reference: as --features and --reference name them. classifier_dir: where the digits' is kept.
     Raises UserError for what does not exist or does not go together.
     """
 
-    def __init__(self, features: str, reference: str, judge_dir: Path, batch_size: int, settings: MetricConfig) -> None:
+    def __init__(
+        self, features: str, reference: str, classifier_dir: Path, batch_size: int, settings: MetricConfig
+    ) -> None:
         self.batch_size = batch_size
         self.settings = settings
-        self.extractor = None if features == STORED else load_extractor(features, judge_dir)
+        self.extractor = None if features == STORED else load_extractor(features, classifier_dir)
         if self.extractor is None:
             self.reference = stored_reference(reference)
         else:
@@ -205,8 +207,8 @@ class Evaluator:
 
     @property
     def on_digits(self) -> bool:
-        """Whether the judge of the digits compares with the real digits."""
-        return isinstance(self.extractor, JudgeExtractor) and self.reference.name == "digits"
+        """Whether the classifier of the digits compares with the real digits."""
+        return isinstance(self.extractor, DigitsExtractor) and self.reference.name == "digits"
 
     def measure(self, samples: Path, count: int | None = None) -> Evaluation:
         """Every metric of a folder or a file of images, all or the first `count`, or of features that are stored."""
@@ -218,7 +220,7 @@ class Evaluator:
             if getattr(images, "are_jpeg", False) and not self.reference.of_jpeg:
                 logger.warning("%s holds JPEG files, and the reference is of none: what JPEG loses counts as a "
                                "difference between them; samples must be PNG to be compared", samples)  # fmt: skip
-            labels = known_labels(samples, images) if isinstance(self.extractor, JudgeExtractor) else None
+            labels = known_labels(samples, images) if isinstance(self.extractor, DigitsExtractor) else None
             features = self.extract(samples, images)
             identity = {
                 "samples": samples.name,
@@ -338,37 +340,37 @@ BATCH = 250  # images drawn at once when a checkpoint is scored
 class Scores:
     """distance: Fréchet distance to all real digits. accuracy: 0 to 1, None if the labels are not known."""
 
-    distance: float
-    accuracy: float | None
+    fd: float
+    label_accuracy: float | None
     samples: int
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What images are held against: the judge, the real digits in its features, and how far apart those are.
+    """What images are held against: the classifier, the real digits in its features, and how far apart those are.
 
     halves: the Fréchet distance between two random halves of the real digits, for scale. It is not a lower bound:
     halves are smaller sets than those that are scored, and the distance of small sets is biased upwards.
     """
 
-    judge: Classifier
+    classifier: Classifier
     real: Gaussian
     halves: float
 
     def score(self, images: np.ndarray, labels: np.ndarray | None) -> Scores:
         """Score images (N, 8, 8, 3) uint8 with the labels (N,) that were asked for, or None."""
-        judged = self.judge(images)
-        distance = frechet_distance(fit_gaussian(judged.features), self.real)
-        return Scores(distance, None if labels is None else judged.accuracy(labels), len(images))
+        evaluated = self.classifier(images)
+        distance = frechet_distance(fit_gaussian(evaluated.features), self.real)
+        return Scores(distance, None if labels is None else evaluated.accuracy(labels), len(images))
 
 
 def load_yardstick(cache: Path, settings: ClassifierConfig | None = None) -> Yardstick:
-    """The judge from the folder `cache`, trained first if it is not there, with the statistics of the real digits."""
-    judge = load_classifier(cache, settings or ClassifierConfig())
-    features = judge(real_digits()[0]).features
-    order = np.random.default_rng(judge.settings.seed).permutation(len(features))
+    """The classifier from the folder `cache`, trained first if missing, with the statistics of the real digits."""
+    classifier = load_classifier(cache, settings or ClassifierConfig())
+    features = classifier(real_digits()[0]).features
+    order = np.random.default_rng(classifier.settings.seed).permutation(len(features))
     first, second = np.array_split(features[order], 2)
-    return Yardstick(judge, fit_gaussian(features), frechet_distance(fit_gaussian(first), fit_gaussian(second)))
+    return Yardstick(classifier, fit_gaussian(features), frechet_distance(fit_gaussian(first), fit_gaussian(second)))
 
 
 def evaluate_checkpoints(
@@ -391,7 +393,7 @@ def evaluate_checkpoints(
             **checkpoint_identity(checkpoint),
             "samples": count,
             **settings.sampling_fields(),
-            "judge": yardstick.judge.settings.digest(),
+            "classifier": yardstick.classifier.settings.digest(),
         }
         record = known.get(fingerprint(identity)) or known.get(fingerprint(as_before(identity, checkpoint)))
         if record is None:
@@ -434,12 +436,14 @@ def check_on_digits(student: LoadedCheckpoint) -> None:
     data = student.config.data_dir
     if data != "digits":
         known = f"was trained on {data!r}" if data else "does not tell what it was trained on"
-        raise UserError(f"{student.checkpoint} {known}; the judge knows digits only; give --features and --reference")
+        raise UserError(
+            f"{student.checkpoint} {known}; the classifier knows digits only; give --features and --reference"
+        )
 
 
 def fingerprint(record: dict[str, Any]) -> str:
     """What makes two records answers to the same question, as text."""
-    measured = ("step", "distance", "accuracy", "seconds")
+    measured = ("step", "fd", "label_accuracy", "seconds")
     return json.dumps({name: value for name, value in record.items() if name not in measured}, sort_keys=True)
 
 
@@ -455,7 +459,7 @@ def is_score(record: dict[str, Any]) -> bool:
     return (
         isinstance(record.get("checkpoint"), str)
         and (step is None or is_step(step))
-        and all(finite(record.get(name)) is not None for name in ("distance", "accuracy"))
+        and all(finite(record.get(name)) is not None for name in ("fd", "label_accuracy"))
     )
 
 

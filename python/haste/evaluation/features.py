@@ -1,7 +1,7 @@
-"""Networks that turn images into features: FID's Inception, any vision teacher, and the judge of the digits.
+"""Networks that turn images into features: FID's Inception, any vision teacher, and the classifier of the digits.
 
     inception:PATH      Inception v3 from weights on disk, 2,048 features and class probabilities (see inception.py)
-    digits              the judge of the digits, 64 features and class probabilities (see judge.py)
+    digits              the classifier of the digits, 64 features and class probabilities (see classifier.py)
     anything else       a teacher by name or folder, as --enc-type of haste train takes it: its class token after the
                         last layer (with DINOv2 and DINOv3 after the final norm, which is FD-DINOv2's feature; Stein et
                         al., arXiv 2306.04675), or the mean of its patch tokens where it has no class token
@@ -82,20 +82,20 @@ class Extractor(Protocol):
         """Features of one batch (n, H, W, 3) uint8."""
 
 
-class JudgeExtractor:
-    """The judge of the digits; 8 × 8 images."""
+class DigitsExtractor:
+    """The classifier of the digits; 8 × 8 images."""
 
-    def __init__(self, judge: Classifier) -> None:
-        self.judge = judge
-        self.key = f"digits-{judge.settings.digest()}"
-        self.dimension = judge.settings.features
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self.key = f"digits-{classifier.settings.digest()}"
+        self.dimension = classifier.settings.features
 
     def describe(self) -> str:
-        return "the judge of the digits"
+        return "the classifier of the digits"
 
     def __call__(self, images: np.ndarray) -> Features:
-        judged = self.judge(images)
-        return Features(judged.features, judged.probabilities)
+        evaluated = self.classifier(images)
+        return Features(evaluated.features, evaluated.probabilities)
 
 
 class InceptionExtractor:
@@ -156,13 +156,13 @@ class TeacherExtractor:
         return Features(features.float().cpu().numpy())
 
 
-def load_extractor(name: str, judge_dir: Path) -> Extractor:
-    """The network that --features names. judge_dir: where the judge of the digits is kept.
+def load_extractor(name: str, classifier_dir: Path) -> Extractor:
+    """The network that --features names. classifier_dir: where the classifier of the digits is kept.
 
     Raises UserError for a name, a file or a folder that is none.
     """
     if name == "digits":
-        return JudgeExtractor(load_classifier(judge_dir, ClassifierConfig()))
+        return DigitsExtractor(load_classifier(classifier_dir, ClassifierConfig()))
     if name.startswith(INCEPTION):
         return InceptionExtractor(Path(name.removeprefix(INCEPTION)).expanduser())
     if name == "inception" or Path(name).suffix in (".pt", ".pth"):

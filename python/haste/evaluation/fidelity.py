@@ -1,4 +1,4 @@
-"""How far a cached run is from its uncached twin: the same numbers drawn with every step in full.
+"""How far a cached run is from its uncached baseline: the same numbers drawn with every step in full.
 
 Images: PSNR, 10·log₁₀(255² / mean squared error), and SSIM (Wang et al., 2004), both as scikit-image computes them.
 States: the relative error ‖x_cached − x_full‖ / ‖x_full‖ of each image's state after every step."""
@@ -28,7 +28,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of every image with its twin: psnr (N,) in dB, infinite where they are identical, and ssim (N,), at most 1."""
+    """Of every image to its baseline: psnr (N,) in dB, infinite where they are identical, and ssim (N,), at most 1."""
 
     psnr: np.ndarray
     ssim: np.ndarray
@@ -53,86 +53,88 @@ def mean_of_worst(values: np.ndarray) -> float:
 
 def compare_images(
     images: np.ndarray | ImageSet,
-    twins: np.ndarray | ImageSet,
+    baselines: np.ndarray | ImageSet,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Fidelity:
-    """Each image with its twin, both sets (N, H, W, 3) uint8. `progress` hears of the images done.
+    """Each image with its baseline, both sets (N, H, W, 3) uint8. `progress` hears of the images done.
 
     Raises UserError for sets of other number or size, and for images that are too small for SSIM.
     """
-    images, twins = (ImageArray(side) if isinstance(side, np.ndarray) else side for side in (images, twins))
-    if (len(images), images.shape) != (len(twins), twins.shape):
-        (height, width, _), (twin_height, twin_width, _) = images.shape, twins.shape
+    images, baselines = (ImageArray(side) if isinstance(side, np.ndarray) else side for side in (images, baselines))
+    if (len(images), images.shape) != (len(baselines), baselines.shape):
+        (height, width, _), (baseline_height, baseline_width, _) = images.shape, baselines.shape
         raise UserError(
-            f"{len(images)} images of {width} x {height} cannot be compared with {len(twins)} of "
-            f"{twin_width} x {twin_height}; a twin has the same images"
+            f"{len(images)} images of {width} x {height} cannot be compared with {len(baselines)} of "
+            f"{baseline_width} x {baseline_height}; a baseline has the same images"
         )
     if min(images.shape[:2]) < SMALL_WINDOW:
         raise UserError(f"images of {images.shape[1]} x {images.shape[0]} are too small for SSIM, "
                         f"which looks at {SMALL_WINDOW} x {SMALL_WINDOW} pixels")  # fmt: skip
     psnr, ssim = [], []
-    for batch, twin_batch in zip(images.batches(BATCH), twins.batches(BATCH), strict=True):
-        psnr += [signal_to_noise(*pair) for pair in zip(batch, twin_batch, strict=True)]
-        ssim += [similarity(*pair) for pair in zip(batch, twin_batch, strict=True)]
+    for batch, baseline_batch in zip(images.batches(BATCH), baselines.batches(BATCH), strict=True):
+        psnr += [signal_to_noise(*pair) for pair in zip(batch, baseline_batch, strict=True)]
+        ssim += [similarity(*pair) for pair in zip(batch, baseline_batch, strict=True)]
         progress(len(batch))
     return Fidelity(np.array(psnr), np.array(ssim))
 
 
-def signal_to_noise(image: np.ndarray, twin: np.ndarray) -> float:
+def signal_to_noise(image: np.ndarray, baseline: np.ndarray) -> float:
     """PSNR of one image (H, W, 3) uint8, in dB."""
     with np.errstate(divide="ignore"):  # identical images
-        return float(peak_signal_noise_ratio(twin, image, data_range=255))
+        return float(peak_signal_noise_ratio(baseline, image, data_range=255))
 
 
-def similarity(image: np.ndarray, twin: np.ndarray) -> float:
+def similarity(image: np.ndarray, baseline: np.ndarray) -> float:
     """SSIM of one image (H, W, 3) uint8: Gaussian windows of 11 × 11 as published, 7 × 7 in smaller images."""
     if min(image.shape[:2]) >= GAUSSIAN_WINDOW:
         window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     else:
         window = {"win_size": SMALL_WINDOW}
-    return float(structural_similarity(twin, image, data_range=255, channel_axis=-1, **window))
+    return float(structural_similarity(baseline, image, data_range=255, channel_axis=-1, **window))
 
 
 def compare_sets(
     samples: Path,
-    twin: Path,
+    baseline: Path,
     progress: Callable[[int, int], None] = lambda done, of: None,
     count: int | None = None,
 ) -> Fidelity:
     """The images of two folders or .npz files, number by number: all, or the first `count`.
 
-    `progress` hears of the images done and of their number. Raises UserError for sets that are no twins.
+    `progress` hears of the images done and of their number. Raises UserError for sets that are no baselines.
     """
-    images, twins = (open_images(path, flag, count) for path, flag in ((samples, "--samples"), (twin, "--twin")))
-    check_twins(samples, images, twin, twins)
-    return compare_images(images, twins, lambda done: progress(done, len(images)))
+    images, baselines = (
+        open_images(path, flag, count) for path, flag in ((samples, "--samples"), (baseline, "--baseline"))
+    )
+    check_same_images(samples, images, baseline, baselines)
+    return compare_images(images, baselines, lambda done: progress(done, len(images)))
 
 
-def check_twins(samples: Path, images: ImageSet, twin: Path, twins: ImageSet) -> None:
+def check_same_images(samples: Path, images: ImageSet, baseline: Path, baselines: ImageSet) -> None:
     """UserError unless two sets of images on disk show the same numbers of the same command but for its speed."""
-    if isinstance(images, ImageFiles) and isinstance(twins, ImageFiles):
-        numbers, twin_numbers = images.numbers() or images.names, twins.numbers() or twins.names
-        differing = sorted(set(map(str, numbers)) ^ set(map(str, twin_numbers)))
+    if isinstance(images, ImageFiles) and isinstance(baselines, ImageFiles):
+        numbers, baseline_numbers = images.numbers() or images.names, baselines.numbers() or baselines.names
+        differing = sorted(set(map(str, numbers)) ^ set(map(str, baseline_numbers)))
         if differing:
             raise UserError(
-                f"{samples} and {twin} hold different images: {len(differing)} are in one alone, such as "
-                f"{differing[0]}; a twin has the same ones"
+                f"{samples} and {baseline} hold different images: {len(differing)} are in one alone, such as "
+                f"{differing[0]}; a baseline has the same ones"
             )
-        if (samples / RECORD).is_file() and (twin / RECORD).is_file():
-            check_records(samples, twin)
-    labels = [side.labels for side in (images, twins) if isinstance(side, NpzImages) and side.labels is not None]
+        if (samples / RECORD).is_file() and (baseline / RECORD).is_file():
+            check_records(samples, baseline)
+    labels = [side.labels for side in (images, baselines) if isinstance(side, NpzImages) and side.labels is not None]
     if len(labels) == 2 and not np.array_equal(*labels):
-        raise UserError(f"{samples} and {twin} hold images of different labels; a twin has the same ones")
+        raise UserError(f"{samples} and {baseline} hold images of different labels; a baseline has the same ones")
 
 
-def check_records(samples: Path, twin: Path) -> None:
+def check_records(samples: Path, baseline: Path) -> None:
     """UserError if two sample folders have other noise, labels or weights."""
-    own, other = (read_record(folder).settings for folder in (samples, twin))
+    own, other = (read_record(folder).settings for folder in (samples, baseline))
     for name in ("global_seed", "labels", "checkpoint"):
         if own.get(name) != other.get(name):
             raise UserError(
-                f"{samples} was drawn with {name} {own.get(name)} and {twin} with {other.get(name)}; a twin differs in "
-                "the caching alone"
+                f"{samples} was sampled with {name} {own.get(name)} and {baseline} with {other.get(name)}; a baseline "
+                "differs in the caching alone"
             )
 
 

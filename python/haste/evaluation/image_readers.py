@@ -1,4 +1,4 @@
-"""Sets of images to be judged, read a batch at a time: a folder or a zip of files, an .npz, or images in memory."""
+"""Sets of images to be evaluated, read a batch at a time: a folder or a zip of files, an .npz, or images in memory."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def check_sample_size(count: int, dimension: int, what: str = "samples") -> str 
     advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
     if count <= dimension:
         raise UserError(
-            f"{count} {what} are too few for a Fréchet distance in {dimension} feature dimensions; it needs more "
+            f"{count} {what} are too few for an FD in {dimension} feature dimensions; it needs more "
             f"than {dimension}, and {advised} are advised"
         )
     if count >= advised:
@@ -185,16 +185,16 @@ def symmetric_root(matrix: np.ndarray) -> np.ndarray:
     return root
 
 
-class KernelDistance(NamedTuple):
-    """Mean and standard deviation of MMD² over the subsets."""
+class MeanAndDeviation(NamedTuple):
+    """A score's mean and standard deviation over random subsets or parts."""
 
     mean: float
     deviation: float
 
 
-def kernel_distance(
+def kid(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> KernelDistance:
+) -> MeanAndDeviation:
     """MMD² of features a (N, D) and b (M, D), any real dtype, computed in float64.
 
     Every subset is drawn without replacement from either side. Three matrices (subset_size, subset_size) are held at a
@@ -218,7 +218,7 @@ def kernel_distance(
         values = [unbiased_mmd2(subset(a), subset(b)) for _ in range(subsets)]
     if not np.isfinite(values).all():
         raise ArithmeticError("the kernel of these features is beyond double precision; they are too large")
-    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+    return MeanAndDeviation(float(np.mean(values)), float(np.std(values)))
 
 
 def unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
@@ -241,7 +241,7 @@ BLOCK_ENTRIES = 2**24  # distances that are held at once: 128 MiB in double prec
 
 
 @dataclass(frozen=True)
-class ManifoldScores:
+class PRDC:
     """All from 0 to 1, but density, which exceeds 1 where samples gather in the densest places of the real set."""
 
     precision: float  # share of the samples that lie in a ball around a real image
@@ -250,7 +250,7 @@ class ManifoldScores:
     coverage: float  # share of the real images whose ball holds a sample
 
 
-def manifold_scores(samples: np.ndarray, reference: np.ndarray) -> ManifoldScores:
+def prdc(samples: np.ndarray, reference: np.ndarray) -> PRDC:
     """The four scores of samples (N, D) against reference (M, D), any real dtype, computed in float64.
 
     A point on the surface of a ball is inside, but for rounding. Distances are computed and forgotten block by block.
@@ -283,7 +283,7 @@ def manifold_scores(samples: np.ndarray, reference: np.ndarray) -> ManifoldScore
         inside = distances <= density_radii
         real_balls_entered += int(inside.sum())
         covered |= inside.any(axis=0)
-    return ManifoldScores(
+    return PRDC(
         precision=in_real_balls / len(samples),
         recall=float(real_in_ball.mean()),
         density=real_balls_entered / (DENSITY_NEIGHBOURS * len(samples)),
@@ -317,13 +317,6 @@ SPLITS = 10
 SUM_ROUNDING = 1e-2  # by which probabilities may miss a sum of 1: those of bfloat16
 
 
-class InceptionScore(NamedTuple):
-    """Mean and standard deviation over the parts."""
-
-    mean: float
-    deviation: float
-
-
 def check_probabilities(probabilities: np.ndarray) -> np.ndarray:
     """The probabilities as an array, if they are (samples, classes), from 0 to 1, with a sum of 1; UserError if not."""
     probabilities = np.asarray(probabilities)
@@ -343,7 +336,7 @@ def check_probabilities(probabilities: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> InceptionScore:
+def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> MeanAndDeviation:
     """The score of class probabilities p(y|x) (N, classes), any real dtype, computed in float64.
 
     The parts are random: samples drawn class after class would otherwise fall into parts of few classes each. Raises
@@ -358,4 +351,4 @@ def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> InceptionSco
         conditional = probabilities[part].astype(np.float64)
         divergences = rel_entr(conditional, conditional.mean(axis=0)).sum(axis=1)
         scores.append(np.exp(divergences.mean()))
-    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
+    return MeanAndDeviation(float(np.mean(scores)), float(np.std(scores)))

@@ -23,9 +23,9 @@ def number(result: Result) -> str:
         return "-"
     if result.key == "label_accuracy":
         return f"{result.value:.1%}"
-    if result.key == "kernel_distance":
+    if result.key == "kid":
         return f"{result.value:.5f} ± {result.spread:.5f}"
-    if result.key == "frechet_distance":
+    if result.key == "fd":
         return f"{result.value:.3f}"
     return f"{result.value:.3f}" + (f" ± {result.spread:.3f}" if result.spread is not None else "")
 
@@ -52,8 +52,8 @@ def checkpoints_text(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
     return "\n".join([*lines, *dict.fromkeys(line for _, results in rows for line in remarks(results))])
 
 
-def agreement_text(summary: dict[str, Any]) -> str:
-    """PSNR and SSIM of images with their twins."""
+def fidelity_text(summary: dict[str, Any]) -> str:
+    """PSNR and SSIM of images with their baselines."""
     psnr = "-" if summary["psnr"] is None else f"{summary['psnr']:.2f} dB, worst 5 %: {summary['psnr_worst']:.2f} dB"
     lines = [
         f"PSNR  {psnr}",

@@ -46,8 +46,8 @@ WHERE = "benchmarks/digits"
 @dataclass(frozen=True)
 class Point:
     step: int
-    distance: float
-    accuracy: float
+    fd: float
+    label_accuracy: float
     samples: int
 
 
@@ -78,8 +78,8 @@ def recorded(runs: list[BenchmarkRun]) -> list[str]:
     steps = [point.step for point in runs[0].points]
     panels, rows = [], []
     for key, title, scale, digits in (
-        ("distance", "Fréchet distance, lower is better", 1.0, 2),
-        ("accuracy", "Read as requested, %", 100.0, 1),
+        ("fd", "FD, lower is better", 1.0, 2),
+        ("label_accuracy", "Read as requested, %", 100.0, 1),
     ):
         curves = []
         for place, method in enumerate(methods):
@@ -88,7 +88,7 @@ def recorded(runs: list[BenchmarkRun]) -> list[str]:
             curves.append(exact_curve(place, list(zip(steps, means, strict=True))))
             cells = (f"{mean:.{digits}f} ± {s:.{digits}f}" for mean, s in zip(means, spread, strict=True))
             rows.append((title.split(",")[0], method, *cells))
-        panels.append(Panel(title, curves, points=True, log=key == "distance"))
+        panels.append(Panel(title, curves, points=True, log=key == "fd"))
     seeds = len({run.seed for run in runs})
     note = (
         f"Not of this demo: recorded in {WHERE} of the repository, the same preset with {seeds} seeds for each method, "
@@ -114,7 +114,7 @@ class DemoResults:
     full: Samples
     cached_settings: SamplingConfig
     cached: Samples
-    judged_settings: SamplingConfig
+    evaluation_settings: SamplingConfig
     records: Sequence[Mapping]
     baseline_records: Sequence[Mapping]
     yardstick: Yardstick
@@ -147,10 +147,10 @@ def write_demo_page(
         f"A diffusion transformer, {config.model}, learned to make scikit-learn's 1,797 handwritten digits in "
         f"{config.max_train_steps:,} steps, once with HASTE and once without alignment. {aligned_with(config)}",
         facts(
-            (f"{last['distance']:.2f}",
-             f"Fréchet distance to the real digits; {baseline['distance']:.2f} without HASTE"),
-            (f"{last['accuracy']:.1%}",
-             f"of {last['samples']:,} samples read as requested; {baseline['accuracy']:.1%} without HASTE"),
+            (f"{last['fd']:.2f}",
+             f"Fréchet distance to the real digits; {baseline['fd']:.2f} without HASTE"),
+            (f"{last['label_accuracy']:.1%}",
+             f"of {last['samples']:,} samples read as requested; {baseline['label_accuracy']:.1%} without HASTE"),
             (f"{results.speedup:.2f}×", "images per second with most steps forecast"),
             (f"{sum(seconds.values()):.0f} s", "for everything on this page"),
         ),
@@ -189,10 +189,10 @@ def samples_section(results: DemoResults) -> str:
     """Every sample in the order of its label."""
     order = np.argsort(results.full.labels, kind="stable")
     images, labels = results.full.images[order], results.full.labels[order]
-    read = results.yardstick.judge(images).predictions
+    read = results.yardstick.classifier(images).predictions
     wrong = (read != labels).tolist()
     titles = [f"{label}" if label == other else f"{label} → {other}" for label, other in zip(labels, read, strict=True)]
-    classifier = results.yardstick.judge
+    classifier = results.yardstick.classifier
     return section(
         "What it samples",
         tiles(images, titles, wrong),
@@ -209,16 +209,16 @@ def samples_section(results: DemoResults) -> str:
 def what_is_seen(results: DemoResults) -> str:
     """The numbers of the two runs in words, as they are."""
     pairs = list(zip(results.records, results.baseline_records, strict=True))
-    nearer = sum(own["distance"] < other["distance"] for own, other in pairs)
-    read = sum(own["accuracy"] > other["accuracy"] for own, other in pairs)
+    nearer = sum(own["fd"] < other["fd"] for own, other in pairs)
+    read = sum(own["label_accuracy"] > other["label_accuracy"] for own, other in pairs)
     own, other = pairs[-1]
     return (
         f"The baseline is the same model with the same seed, data and number of steps, trained without alignment. At "
         f"{nearer} of {len(pairs)} checkpoints the samples of HASTE are nearer to the real digits, and at {read} of "
         f"{len(pairs)} more of them are read as requested. At the last one the Fréchet distance is "
-        f"{own['distance']:.2f} with HASTE and {other['distance']:.2f} without (lower is better), and "
-        f"{own['accuracy']:.1%} and {other['accuracy']:.1%} are read as requested. This is one seed of either; "
-        f"differences as small as those between two seeds say nothing."
+        f"{own['fd']:.2f} with HASTE and {other['fd']:.2f} without (lower is better), and "
+        f"{own['label_accuracy']:.1%} and {other['label_accuracy']:.1%} are read as requested. This is one seed of "
+        f"either; differences as small as those between two seeds say nothing."
     )
 
 
@@ -227,7 +227,7 @@ def how_measured(results: DemoResults) -> str:
     yardstick = results.yardstick
     return (
         f"Quality is measured of {results.records[-1]['samples']:,} samples for each checkpoint, "
-        f"{results.judged_settings.describe()}, which are others than those shown above: the two accuracies on this "
+        f"{results.evaluation_settings.describe()}, others than those shown above: the two accuracies on this "
         f"page differ by that. The Fréchet distance is taken in {yardstick.real.dimension} features of the same "
         f"classifier; two halves of the real digits are {yardstick.halves:.2f} apart."
     )
@@ -243,7 +243,7 @@ def forecast_section(results: DemoResults) -> str:
 
     def row(name: str, samples: Samples) -> tuple[str, ...]:
         drawn = samples.drawn
-        accuracy = results.yardstick.judge(samples.images).accuracy(samples.labels)
+        accuracy = results.yardstick.classifier(samples.images).accuracy(samples.labels)
         return (name, f"{drawn.full_per_image} of {drawn.evaluations_per_image}", f"{drawn.seconds:.2f} s",
                 f"{drawn.images_per_second:.1f}", f"{accuracy:.0%}")  # fmt: skip
 

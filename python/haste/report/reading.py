@@ -25,7 +25,7 @@ from haste.training.samples import MISSING
 PREVIEW_SIDE = 520  # pixels on the page; larger previews are made smaller
 LARGEST_PREVIEW = 64 * 2**20  # pixels
 LONGEST = 200  # characters of a setting that are shown
-_MEASURED = {"step", "checkpoint", DIGEST, WRITTEN, "distance", "accuracy", "samples", "seconds", "judge"}
+_MEASURED = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", "samples", "seconds", "classifier"}
 _PREVIEW_NAME = re.compile(r"[0-9]{1,15}")
 
 
@@ -171,7 +171,7 @@ def digits_quality(record: Mapping[str, Any]) -> Quality | None:
         return Quality("", 0, {})
     if not is_step(step) or not is_step(samples):
         return None
-    values = {"frechet_distance": finite(record.get("distance")), "label_accuracy": finite(record.get("accuracy"))}
+    values = {"fd": finite(record.get("fd")), "label_accuracy": finite(record.get("label_accuracy"))}
     return Quality(
         f"{samples:,} samples, {sampling_text(record)}; classifier of the digits against the real digits",
         step,

@@ -42,7 +42,7 @@ CURVES = {**LOSSES, "grad_norm": "Length of the gradient", "images_per_second": 
 DIFFERENCES = {"loss": "Velocity loss", "proj_loss": "Feature loss", "attn_loss": "Attention loss"}
 SHOWN_PREVIEWS = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
-BETTER = {"frechet_distance": "lower", "kernel_distance": "lower"}  # of the others, higher
+BETTER = {"fd": "lower", "kid": "lower"}  # of the others, higher
 
 
 def write_report(runs: Sequence[Run], page: Path) -> None:
@@ -115,7 +115,7 @@ def measured_alike(runs: Sequence[Run], how: str) -> list[str]:
         curves = [c for place, points in by_run.items() if (c := quality_curve(place, points, key)) is not None]
         stops = [(place, runs[place].stop) for place in by_run if runs[place].stop is not None]
         title = f"{metric_name(key)} ({BETTER.get(key, 'higher')} is better)"
-        panels.append(Panel(title, curves, points=True, log=key == "frechet_distance", stops=stops))
+        panels.append(Panel(title, curves, points=True, log=key == "fd", stops=stops))
     names = [runs[place].name for place in by_run]
     header = ["Step", *(f"{metric_name(key)}{f', {name}' if len(runs) > 1 else ''}" for key in keys for name in names)]
     steps = sorted({point.step for points in by_run.values() for point in points})
@@ -145,7 +145,7 @@ def metric_name(key: str) -> str:
 def metric_text(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if key == "label_accuracy" else f"{value:.{5 if key == 'kernel_distance' else 3}f}"
+    return f"{100 * value:.1f}" if key == "label_accuracy" else f"{value:.{5 if key == 'kid' else 3}f}"
 
 
 # ---- curves ----

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from haste.sweep.points import Row, long_name
 
 ACCURACY_MARGIN = 0.01  # so much below the reference's the share of rightly read images may be
-AS_FAST = 0.05  # settings whose seconds differ by no more than this are told apart by their agreement
+AS_FAST = 0.05  # settings whose seconds differ by no more than this are told apart by their fidelity
 
 
 def front(rows: Sequence[Row], loss: Callable[[Row], float]) -> list[Row]:
@@ -23,16 +23,16 @@ def front(rows: Sequence[Row], loss: Callable[[Row], float]) -> list[Row]:
 
 
 def good_enough(row: Row, reference: Row, tolerance: float) -> bool:
-    """Whether its distance is at most 1 + tolerance times the reference's.
+    """Whether its FD is at most 1 + tolerance times the reference's.
 
-    Where accuracy is known it may not be more than a percentage point below the reference's either.
+    Where label accuracy is known it may not be more than a percentage point below the reference's either.
     """
-    reads = row.accuracy is None or row.accuracy >= reference.accuracy - ACCURACY_MARGIN
-    return reads and row.distance <= (1 + tolerance) * reference.distance
+    reads = row.label_accuracy is None or row.label_accuracy >= reference.label_accuracy - ACCURACY_MARGIN
+    return reads and row.fd <= (1 + tolerance) * reference.fd
 
 
 def worth_its_cache(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether every plain run that is as fast is further from the reference's images, where agreement is known."""
+    """Whether every plain run that is as fast is further from the reference's images, where fidelity is known."""
     if row.psnr is None:
         return True
     rivals = [other for other in rows if other.plain and other.psnr is not None and other.seconds <= row.seconds]
@@ -54,21 +54,21 @@ def recommend(rows: Sequence[Row], tolerance: float) -> Row | None:
 def advise(rows: Sequence[Row], tolerance: float) -> str:
     """Sentences; the first row is the reference."""
     reference = rows[0]
-    sentences = [front_sentence("the distance", front(rows, lambda row: row.distance))]
-    agreeing = [row for row in rows if row.psnr is not None]
-    if agreeing:
-        sentences.append(front_sentence("agreement with the full run", front(agreeing, lambda row: -row.psnr)))
-    bar = f"a distance within {tolerance:.0%} of {reference.distance:.3g}, that of {long_name(reference.settings)}"
+    sentences = [front_sentence("FD", front(rows, lambda row: row.fd))]
+    compared = [row for row in rows if row.psnr is not None]
+    if compared:
+        sentences.append(front_sentence("fidelity to the full run", front(compared, lambda row: -row.psnr)))
+    bar = f"an FD within {tolerance:.0%} of {reference.fd:.3g}, that of {long_name(reference.settings)}"
     plain = min((row for row in rows if row.plain and good_enough(row, reference, tolerance)), key=lambda r: r.seconds)
     chosen = recommend(rows, tolerance)
     if chosen is None:
-        sentences.append(f"No cached setting has {bar}, and agrees better than plain runs that are as fast.")
+        sentences.append(f"No cached setting has {bar}, and has a higher fidelity than plain runs that are as fast.")
     else:
         sentences.append(
-            f"Recommended, the fastest cached setting with {bar}, that agrees better than plain runs as fast: "
+            f"Recommended, the fastest cached setting with {bar}, that has a higher fidelity than plain runs as fast: "
             f"{describe(chosen)}."
         )
-    return " ".join([*sentences, f"The fastest plain run with such a distance: {describe(plain)}."])
+    return " ".join([*sentences, f"The fastest plain run with such an FD: {describe(plain)}."])
 
 
 def front_sentence(what: str, rows: Sequence[Row]) -> str:
@@ -79,8 +79,8 @@ def front_sentence(what: str, rows: Sequence[Row]) -> str:
 
 
 def describe(row: Row) -> str:
-    agreement = "" if row.psnr is None else f", {row.psnr:.1f} dB"
-    return f"{long_name(row.settings)} ({row.speedup:.2f}× as fast, distance {row.distance:.3g}{agreement})"
+    fidelity = "" if row.psnr is None else f", {row.psnr:.1f} dB"
+    return f"{long_name(row.settings)} ({row.speedup:.2f}× as fast, FD {row.fd:.3g}{fidelity})"
 
 
 MIB = 2**20
@@ -94,7 +94,7 @@ peak beyond the weights, which on the CPU is Linux's count and scatters by some 
 that the first row draws from the same noise."""
 
 HEAD = ("setting", "full", "ms/image", "speed-up", "GFLOPs", "FLOPs speed-up", "kept", "cache MiB", "peak MiB",
-        "distance", "accuracy %", "PSNR dB", "SSIM")  # fmt: skip
+        "FD", "accuracy %", "PSNR dB", "SSIM")  # fmt: skip
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -131,8 +131,8 @@ def row_cells(row: Row) -> list[str]:
         f"{row.kept:.2f}",
         f"{row.cache_bytes / MIB:,.1f}",
         number(row.peak_bytes, 0, 1 / MIB),
-        number(row.distance, 3, spread=row.distance_spread),
-        number(row.accuracy, 1, 100.0, spread=row.accuracy_spread),
+        number(row.fd, 3, spread=row.fd_spread),
+        number(row.label_accuracy, 1, 100.0, spread=row.label_accuracy_spread),
         number(row.psnr, 1),
         number(row.ssim, 3),
     ]

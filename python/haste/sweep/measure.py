@@ -1,6 +1,6 @@
 """What drawing costs: seconds, floating-point operations, memory. The model and the sampler alone, no files.
 
-How good drawn images are: their distance to real ones, and their agreement with what all steps draw.
+How good drawn images are: their FD to real ones, and their fidelity to what all steps sample.
 
 The sweep: every point is drawn and judged, then all take turns at being timed.
 
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from haste.caching import check_memory
 from haste.errors import UserError
 from haste.evaluation.evaluate import accuracy
-from haste.evaluation.features import Extractor, Features, JudgeExtractor, concatenate
+from haste.evaluation.features import DigitsExtractor, Extractor, Features, concatenate
 from haste.evaluation.fidelity import compare_images
 from haste.evaluation.metrics import fit_gaussian, frechet_distance
 from haste.evaluation.reference import Reference
@@ -107,7 +107,7 @@ def time_run(sampler: Sampler, batch: int) -> float:
 
 
 class Quality:
-    """The features of a network, and the real side in them. UserError if that has too few images for a distance."""
+    """The features of a network, and the real side in them. UserError if that has too few images for an FD."""
 
     def __init__(self, extractor: Extractor, reference: Reference) -> None:
         self.extractor = extractor
@@ -116,7 +116,7 @@ class Quality:
 
     @property
     def key(self) -> str:
-        """What must be equal for two distances to be compared."""
+        """What must be equal for two FDs to be compared."""
         return f"{self.extractor.key} against {self.reference.name}"
 
     def features(self, images: np.ndarray) -> Features:
@@ -124,27 +124,27 @@ class Quality:
         return self.extractor(images)
 
     def score(self, parts: Sequence[Features], labels: np.ndarray) -> dict[str, Any]:
-        """distance: Fréchet, to the real side. accuracy: the share of images, 0 to 1, in which the judge of the
-        digits reads the label that was asked for; None for other networks, whose classes need not be the model's."""
+        """fd: the Fréchet distance to the reference. label_accuracy: the share, 0 to 1, in which the classifier
+        of the digits reads the requested label; None for other networks, whose classes need not be the model's."""
         features = concatenate(parts)
-        known = isinstance(self.extractor, JudgeExtractor)
+        known = isinstance(self.extractor, DigitsExtractor)
         return {
-            "distance": frechet_distance(fit_gaussian(features.values), self.real),
-            "accuracy": accuracy(features, labels) if known else None,
+            "fd": frechet_distance(fit_gaussian(features.values), self.real),
+            "label_accuracy": accuracy(features, labels) if known else None,
         }
 
 
-def agreement(images: np.ndarray, twins: np.ndarray) -> dict[str, Any]:
+def fidelity(images: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
     """Of images (N, H, W, 3) uint8 with those that the same noise gives otherwise.
 
     psnr: in dB, of the mean squared error over all images; None if all are identical. ssim: its mean.
     """
-    compared = compare_images(images, twins)
+    compared = compare_images(images, baseline)
     error = np.mean(10.0 ** (-compared.psnr / 10.0))  # mean squared error over 255²
     return {"psnr": float(-10.0 * np.log10(error)) if error > 0 else None, "ssim": float(compared.ssim.mean())}
 
 
-TWINS = 256  # images that are held beside the reference's
+COMPARED = 256  # images that are held beside the reference's
 
 Progress = Callable[[str, int], None]
 
@@ -183,7 +183,7 @@ class Sweep:
             "samples": self.samples,
             "batch": min(self.batch, self.samples),
             "cuda_graphs": self.cuda_graphs,
-            "judged_by": self.quality.key,
+            "evaluated_by": self.quality.key,
             "machine": {name: machine[name] for name in ("device", "processor", "threads", "gpu", "torch")},
         }
 
@@ -216,7 +216,7 @@ class Sweep:
 
     def _judge(self, settings: SamplingConfig, progress: Progress) -> bool:
         """Draws one point's images, and whether that is possible. A full run's errors are the command's."""
-        if "distance" in self._known(settings):
+        if "fd" in self._known(settings):
             progress(long_name(settings), self.samples)
             return True
         try:
@@ -243,22 +243,22 @@ class Sweep:
             images, asked = sampler.draw(indices)
             parts.append(self.quality.features(images))
             labels.append(asked)
-            first.append(images[: max(TWINS - start, 0)])
+            first.append(images[: max(COMPARED - start, 0)])
             progress(long_name(settings), len(indices))
         scores = self.quality.score(parts, np.concatenate(labels))
-        return {**scores, **self._agreement(settings, np.concatenate(first))}
+        return {**scores, **self._fidelity(settings, np.concatenate(first))}
 
-    def _agreement(self, settings: SamplingConfig, images: np.ndarray) -> dict[str, Any]:
-        """With the reference's images. In the SDE another number of steps is other noise, and nothing agrees."""
+    def _fidelity(self, settings: SamplingConfig, images: np.ndarray) -> dict[str, Any]:
+        """With the reference's images. In the SDE another number of steps is other noise, and nothing is alike."""
         reference = self.points[0]
         if settings is reference or (settings.mode == "sde" and settings.num_steps != reference.num_steps):
             return {"psnr": None, "ssim": None}
-        return agreement(images, self._twins)
+        return fidelity(images, self._baseline)
 
     @cached_property
-    def _twins(self) -> np.ndarray:
-        """The reference's first images, drawn again: they are what agreement is with."""
-        count = min(TWINS, self.samples)
+    def _baseline(self) -> np.ndarray:
+        """The reference's first images, drawn again: what fidelity is measured against."""
+        count = min(COMPARED, self.samples)
         batches = (range(start, min(start + self.batch, count)) for start in range(0, count, self.batch))
         return np.concatenate([self._reference.draw(indices)[0] for indices in batches])
 

@@ -1,4 +1,4 @@
-"""The image of a sweep: distance and agreement against seconds, FLOPs and memory, beside the line of plain runs."""
+"""The image of a sweep: FD and fidelity against seconds, FLOPs and memory, beside the line of plain runs."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ SECONDS = Measure(lambda row: 1e3 * row.seconds, "Milliseconds per image")
 FLOPS = Measure(lambda row: row.flops / 1e9, "GFLOPs per image")
 MEMORY = Measure(lambda row: row.peak_bytes / 2**20 if row.peak_bytes else None, "Peak memory of a batch, MiB")
 COSTS = (SECONDS, FLOPS, MEMORY)
-DISTANCE = Measure(lambda row: row.distance, "Fréchet distance (lower is better)")
-AGREEMENT = Measure(lambda row: row.psnr, "PSNR with the full run, dB (higher is better)")
+FD = Measure(lambda row: row.fd, "FD (lower is better)")
+FIDELITY = Measure(lambda row: row.psnr, "PSNR with the full run, dB (higher is better)")
 
 
-def draw_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | None = None, theme: Theme = LIGHT) -> None:
+def plot_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | None = None, theme: Theme = LIGHT) -> None:
     """One column of panels per cost that is known, one row per measure of quality that is known.
 
     chosen: the row that is recommended, to be ringed.
     """
     costs = [cost for cost in COSTS if all(cost.value(row) for row in rows)]
-    qualities = [quality for quality in (DISTANCE, AGREEMENT) if any(quality.value(row) for row in rows)]
+    qualities = [quality for quality in (FD, FIDELITY) if any(quality.value(row) for row in rows)]
     with styled(theme):
         size = (1.0 + 5.6 * len(costs), 0.8 + 4.4 * len(qualities))
         figure, grid = plt.subplots(
@@ -109,7 +109,7 @@ def scale_axes(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
     values = [quality.value(row) for row in rows if quality.value(row) is not None]
-    if quality is DISTANCE and max(values) > LOG_FROM * min(values):
+    if quality is FD and max(values) > LOG_FROM * min(values):
         axes.set_yscale("log")
         plain_numbers(axes.yaxis)
     axes.margins(x=0.08, y=0.08)

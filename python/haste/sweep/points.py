@@ -106,8 +106,8 @@ class Row:
 
     seconds, flops: per image. peak_bytes, cache_bytes: of a batch, as `haste.sweep.measure` measures them.
     speedup, flops_speedup: over the reference, the longest full run; in seconds the median of ratios within a turn.
-    distance and accuracy: as `haste.sweep.measure` has them, and their standard deviations over sweeps, if several.
-    psnr, ssim: agreement with the images of the reference; None for the reference itself.
+    fd and label_accuracy: as `haste.sweep.measure` has them, and their standard deviations over sweeps, if several.
+    psnr, ssim: fidelity to the images of the reference; None for the reference itself.
     """
 
     settings: SamplingConfig
@@ -119,12 +119,12 @@ class Row:
     cache_bytes: int
     calls: int
     full_calls: int
-    distance: float
-    accuracy: float | None
+    fd: float
+    label_accuracy: float | None
     psnr: float | None
     ssim: float | None
-    distance_spread: float | None = None
-    accuracy_spread: float | None = None
+    fd_spread: float | None = None
+    label_accuracy_spread: float | None = None
 
     @property
     def plain(self) -> bool:
@@ -163,8 +163,8 @@ class _Measured:
     cache_bytes: int
     calls: int
     full_calls: int
-    distance: float
-    accuracy: float | None
+    fd: float
+    label_accuracy: float | None
     psnr: float | None
     ssim: float | None
 
@@ -181,7 +181,7 @@ def _checked_settings(record: dict[str, Any]) -> SamplingConfig:
 
 
 def make_row(settings: SamplingConfig, record: dict[str, Any], reference: dict[str, Any]) -> Row:
-    names = ("flops", "peak_bytes", "cache_bytes", "calls", "full_calls", "distance", "accuracy", "psnr", "ssim")
+    names = ("flops", "peak_bytes", "cache_bytes", "calls", "full_calls", "fd", "label_accuracy", "psnr", "ssim")
     ratios = [full / own for full, own in zip(record["reference_seconds"], record["seconds"], strict=True)]
     return Row(
         settings=settings,
@@ -195,7 +195,7 @@ def make_row(settings: SamplingConfig, record: dict[str, Any], reference: dict[s
 def average(sweeps: Sequence[Sequence[Row]]) -> list[Row]:
     """The points that every one of these sweeps has: medians of the times, means of all else.
 
-    With standard deviations (n − 1) of distance and accuracy, if there are several sweeps.
+    With standard deviations (n − 1) of FD and label accuracy, if there are several sweeps.
     """
     by_point = [{point_key(row.settings): row for row in rows} for rows in sweeps]
     shared = [key for key in by_point[0] if all(key in rows for rows in by_point)]
@@ -208,8 +208,8 @@ def average_row(rows: Sequence[Row]) -> Row:
         return None if None in values else statistic(values)
 
     medians = {name: over(name, median) for name in ("seconds", "speedup")}
-    means = ("distance", "accuracy", "psnr", "ssim", "peak_bytes")
-    spreads = {f"{name}_spread": over(name, stdev) for name in ("distance", "accuracy")} if len(rows) > 1 else {}
+    means = ("fd", "label_accuracy", "psnr", "ssim", "peak_bytes")
+    spreads = {f"{name}_spread": over(name, stdev) for name in ("fd", "label_accuracy")} if len(rows) > 1 else {}
     return replace(rows[0], **medians, **{name: over(name) for name in means}, **spreads)
 
 

@@ -21,7 +21,7 @@ FLAGS = (
 
 
 @pytest.fixture(autouse=True)
-def quick_judge_and_teacher(monkeypatch):
+def quick_classifier_and_teacher(monkeypatch):
     settings = digits_teacher.DigitsTeacherSettings
     monkeypatch.setattr(digits_teacher, "DigitsTeacherSettings", lambda: settings(steps=3))
     monkeypatch.setattr(evaluate, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))

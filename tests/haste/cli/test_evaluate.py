@@ -18,11 +18,11 @@ from haste.evaluation.evaluate import read_evaluations
 from PIL import Image
 
 QUICK = ("--num-steps", "2", "--num-fid-samples", "70")
-METRICS = ["frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "inception_score"]
+METRICS = ["fd", "kid", "precision", "recall", "density", "coverage", "inception_score"]
 
 
 @pytest.fixture(autouse=True)
-def quick_judge(monkeypatch):
+def quick_classifier(monkeypatch):
     for module in (evaluate, features):
         monkeypatch.setattr(module, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
@@ -30,7 +30,7 @@ def quick_judge(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_grid(monkeypatch):
     """The grid that is drawn with all samples, which takes longer than these."""
-    monkeypatch.setattr(plotting, "draw_grid", lambda *args, **kwargs: None)
+    monkeypatch.setattr(plotting, "plot_grid", lambda *args, **kwargs: None)
 
 
 def refusal(capsys, *arguments) -> str:
@@ -73,23 +73,23 @@ def test_every_checkpoint_of_a_run(tmp_path, capsys):
     assert [record["step"] for record in records] == [2, 4]
     for record in records:
         assert re.search(
-            rf"^ *{record['step']} +{record['distance']:.3f} +{record['accuracy']:.1%}$", out, re.MULTILINE
+            rf"^ *{record['step']} +{record['fd']:.3f} +{record['label_accuracy']:.1%}$", out, re.MULTILINE
         )
         assert record["samples"] == 70 and record["num_steps"] == 2
     assert "70 samples in 64 feature dimensions and is biased upwards" in out
     for image in ("evaluation.png", "losses.png"):
         Image.open(run / image).verify()
-    assert len(list((tmp_path / "judge").iterdir())) == 1  # beside the runs
+    assert len(list((tmp_path / "classifier").iterdir())) == 1  # beside the runs
 
     main(["evaluate", "--run", str(run), *QUICK])
     assert capsys.readouterr().out == out
     assert len((run / "evaluation.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_run_on_other_data_is_refused_before_a_judge_is_trained(tmp_path, capsys):
+def test_a_run_on_other_data_is_refused_before_a_classifier_is_trained(tmp_path, capsys):
     run = write_run(tmp_path, data_dir="imagenet")
-    assert "was trained on 'imagenet'; the judge knows digits only" in refusal(capsys, "--run", run, *QUICK)
-    assert not (tmp_path / "judge").exists()
+    assert "was trained on 'imagenet'; the classifier knows digits only" in refusal(capsys, "--run", run, *QUICK)
+    assert not (tmp_path / "classifier").exists()
 
 
 # ---- any images, all metrics ----
@@ -102,28 +102,28 @@ def test_a_checkpoint_its_samples_and_its_run_get_the_same_scores(tmp_path, caps
     main(["evaluate", "--ckpt", str(run / "checkpoints" / "0000002.pt"), *QUICK])
     out = capsys.readouterr().out
     # Drawn in other batches: a grey level.
-    assert float(row(out, "Fréchet distance")) == pytest.approx(first["distance"], rel=0.01)
-    assert row(out, "label accuracy") == f"{first['accuracy']:.1%}"
+    assert float(row(out, "FD")) == pytest.approx(first["fd"], rel=0.01)
+    assert row(out, "label accuracy") == f"{first['label_accuracy']:.1%}"
     assert "two halves of the real digits" in out and "biased upwards" in out
 
     folder = run / "samples" / "0000002-euler-2-cfg1-seed0-balanced"
     for samples in (folder, folder.with_name(folder.name + ".npz")):
-        main(["evaluate", "--samples", str(samples), "--judge-dir", str(tmp_path / "judge")])
+        main(["evaluate", "--samples", str(samples), "--classifier-dir", str(tmp_path / "classifier")])
         again = capsys.readouterr().out
-        for name in ("Fréchet distance", "precision (k = 3)", "Inception score", "label accuracy"):
+        for name in ("FD", "precision (k = 3)", "Inception score", "label accuracy"):
             assert row(again, name) == row(out, name)
 
     kept = read_evaluations(folder.with_name(folder.name + "-evaluation.json"))
     assert len(kept) == 2 and kept[0]["settings"]["digest"] != kept[1]["settings"]["digest"]  # the folder, the .npz
     assert list(kept[0]["metrics"]) == [*METRICS, "label_accuracy"]
     assert kept[0]["settings"]["count"] == 70 and kept[0]["settings"]["reference_count"] == 1797
-    assert kept[0]["metrics"]["kernel_distance"]["value"] is None
+    assert kept[0]["metrics"]["kid"]["value"] is None
 
 
 def test_images_without_labels_have_no_accuracy(tmp_path, capsys):
     main(["evaluate", "--samples", str(write_digits(tmp_path / "set", 70)), "--kid-subset-size", "50"])
     out = capsys.readouterr().out
-    assert "label accuracy" not in out and re.match(r"-?0\.\d+ ± 0\.\d+", row(out, "kernel distance"))
+    assert "label accuracy" not in out and re.match(r"-?0\.\d+ ± 0\.\d+", row(out, "KID"))
 
 
 def test_labels_belong_to_the_numbers_that_are_there(tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_a_teachers_features_against_images_and_what_was_saved_of_them(tmp_path,
     assert "60 samples against 90 real images" in first and "12 features of class token" in first
     main(["evaluate", "--samples", str(samples), "--features", str(teacher), "--reference", str(tmp_path / "real.npz")])
     second = capsys.readouterr().out
-    for name in ("Fréchet distance", "recall (k = 3)", "density (k = 5)"):
+    for name in ("FD", "recall (k = 3)", "density (k = 5)"):
         assert row(second, name) == row(first, name)
     assert row(second, "Inception score") == "-" and "without class probabilities" in second
 
@@ -158,10 +158,10 @@ def test_every_checkpoint_of_a_run_in_a_teachers_features(tmp_path, teacher, cap
     few = ("--num-steps", "2", "--num-fid-samples", "14")
     main(["evaluate", "--run", str(run), *few, "--features", str(teacher), "--reference", "digits"])
     out = capsys.readouterr().out
-    assert re.search(r"^ +step +Fréchet distance +precision", out, re.MULTILINE)
+    assert re.search(r"^ +step +FD +precision", out, re.MULTILINE)
     for step in ("0000002", "0000004"):
         (record,) = read_evaluations(run / "samples" / f"{step}-euler-2-cfg1-seed0-balanced-evaluation.json")
-        assert re.search(rf"^{step} +{record['metrics']['frechet_distance']['value']:.3f} ", out, re.MULTILINE)
+        assert re.search(rf"^{step} +{record['metrics']['fd']['value']:.3f} ", out, re.MULTILINE)
 
 
 def test_stored_features_on_both_sides(tmp_path, capsys):
@@ -170,17 +170,17 @@ def test_stored_features_on_both_sides(tmp_path, capsys):
     np.savez(tmp_path / "b.npz", features=rng.standard_normal((400, 4)) + 1.0)
     main(["evaluate", "--samples", str(tmp_path / "a.npy"), "--features", "stored",
           "--reference", str(tmp_path / "b.npz"), "--kid-subset-size", "100"])  # fmt: skip
-    assert float(row(capsys.readouterr().out, "Fréchet distance")) == pytest.approx(4, rel=0.1)
+    assert float(row(capsys.readouterr().out, "FD")) == pytest.approx(4, rel=0.1)
     assert len(read_evaluations(tmp_path / "a-evaluation.json")) == 1
 
 
-# ---- agreement with a twin ----
+# ---- fidelity with a baseline ----
 
 
-def test_a_cached_run_and_its_twin(tmp_path, capsys):
+def test_a_cached_run_and_its_baseline(tmp_path, capsys):
     run = write_run(tmp_path)
     cached = ("--cache", "taylor", "--interval", "2", "--order", "1", "--num-steps", "6", "--num-fid-samples", "12")
-    main(["evaluate", "--ckpt", str(run), *cached, "--twin", "full"])
+    main(["evaluate", "--ckpt", str(run), *cached, "--baseline", "full"])
     out = capsys.readouterr().out
     assert re.search(r"^PSNR +[\d.]+ dB, worst 5 %", out, re.MULTILINE)
     assert re.search(r"^Relative error of the state, mean of 12 images: ", out, re.MULTILINE)
@@ -188,11 +188,11 @@ def test_a_cached_run_and_its_twin(tmp_path, capsys):
     (plot,) = samples.glob("*-step-errors.png")
     Image.open(plot).verify()
     (record,) = samples.glob("*taylor*-evaluation.json")
-    _, agreement = read_evaluations(record)
-    assert len(agreement["step_errors"]) == 6 and agreement["agreement"]["images"] == 12
+    _, fidelity = read_evaluations(record)
+    assert len(fidelity["step_errors"]) == 6 and fidelity["fidelity"]["images"] == 12
 
     folders = sorted(path for path in samples.iterdir() if (path / "sample.json").is_file())
-    main(["evaluate", "--samples", str(folders[1]), "--twin", str(folders[0])])
+    main(["evaluate", "--samples", str(folders[1]), "--baseline", str(folders[0])])
     again = capsys.readouterr().out
     assert row(again, "SSIM") == row(out, "SSIM") and "Relative error" not in again
 
@@ -203,7 +203,7 @@ def test_the_recommended_cache_labels_of_a_file_and_full_steps_that_were_measure
     labels = ("--labels", str(tmp_path / "labels.txt"))
     drawn = ("--ckpt", str(run), *labels, "--num-fid-samples", "9", "--num-steps", "12")
     for cache in (("--fast",), ("--cache", "taylor", "--order", "1", "--error-threshold", "0.5")):
-        main(["evaluate", *drawn, *cache, "--twin", "full"])
+        main(["evaluate", *drawn, *cache, "--baseline", "full"])
         assert "mean of 9 images" in capsys.readouterr().out
     records = [json.loads(path.read_text()) for path in (run / "samples").glob("*/sample.json")]
     assert {record["settings"]["labels"] for record in records} == {"3,1,4"}
@@ -214,18 +214,18 @@ def test_of_folders_that_hold_more_only_what_was_asked_for_is_measured(tmp_path,
     run = write_run(tmp_path)
     main(["sample", "--ckpt", str(run), "--num-steps", "2", "--labels", "balanced", "--num-fid-samples", "20"])
     cached = ("--cache", "reuse", "--interval", "2", "--num-steps", "2", "--num-fid-samples", "12")
-    main(["evaluate", "--ckpt", str(run), *cached, "--twin", "full"])
+    main(["evaluate", "--ckpt", str(run), *cached, "--baseline", "full"])
     assert "12 images" in capsys.readouterr().out
     main(["evaluate", "--ckpt", str(run), "--num-steps", "2", "--num-fid-samples", "12"])
     assert ": 12 samples against" in capsys.readouterr().out
 
 
-def test_twins_alone_need_neither_features_nor_a_reference(tmp_path, capsys):
+def test_baselines_alone_need_neither_features_nor_a_reference(tmp_path, capsys):
     for name, shift in (("a", 0), ("b", 3)):
         write_image(tmp_path / name / "0.png", np.full((16, 16, 3), 100 + shift, np.uint8))
-    main(["evaluate", "--samples", str(tmp_path / "a"), "--twin", str(tmp_path / "b")])
+    main(["evaluate", "--samples", str(tmp_path / "a"), "--baseline", str(tmp_path / "b")])
     out = capsys.readouterr().out
-    assert row(out, "PSNR").startswith(f"{10 * np.log10(255**2 / 9):.2f} dB") and "Fréchet" not in out
+    assert row(out, "PSNR").startswith(f"{10 * np.log10(255**2 / 9):.2f} dB") and "FD" not in out
 
 
 # ---- what cannot be done ----
@@ -258,20 +258,20 @@ def test_what_was_drawn_before_is_opened_before_the_real_side_is_read(tmp_path, 
     bad, good = tmp_path / "bad.npz", write_digits(tmp_path / "good", 1)
     bad.write_bytes(b"no archive")
     flags = ("--features", "digits", "--reference", good)
-    for samples in (("--samples", bad), ("--samples", good, "--twin", bad)):
+    for samples in (("--samples", bad), ("--samples", good, "--baseline", bad)):
         assert f"{bad} is not an .npz with images" in refusal(capsys, *samples, *flags)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--samples", ".", "--twin", "full"), "it needs --ckpt and --cache"),
-        (("--ckpt", "run", "--twin", "full"), "it needs --ckpt and --cache"),
-        (("--run", "run", "--twin", "full", "--cache", "taylor"), "have a twin, not --run"),
+        (("--samples", ".", "--baseline", "full"), "needs --ckpt and --cache"),
+        (("--ckpt", "run", "--baseline", "full"), "needs --ckpt and --cache"),
+        (("--run", "run", "--baseline", "full", "--cache", "taylor"), "have a baseline, not --run"),
         (("--samples", ".", "--fast"), "--fast is given beside --samples, which are drawn already; it needs --ckpt or"),
         (("--samples", ".", "--num-steps", "25"), "--num-steps is 25 beside --samples"),
-        (("--samples", ".", "--twin", "nowhere"), "--twin is nowhere, which does not exist"),
-        (("--samples", ".", "--features", "stored", "--twin", "."), "have a twin, not --features stored"),
+        (("--samples", ".", "--baseline", "nowhere"), "--baseline is nowhere, which does not exist"),
+        (("--samples", ".", "--features", "stored", "--baseline", "."), "have a baseline, not --features stored"),
         (("--ckpt", "run", "--features", "stored"), "features must be given as --samples"),
         (("--samples", ".", "--kid-subset-size", "1"), "--kid-subset-size must be an integer from 2 to"),
         (("--samples", ".", "--per-proc-batch-size", "0"), "--per-proc-batch-size must be an integer from 1 to"),

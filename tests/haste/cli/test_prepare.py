@@ -111,7 +111,7 @@ def test_samples_of_a_run_stand_under_the_names_of_its_classes(source, tmp_path,
     run += ["--output-dir", str(tmp_path), "--exp-name", "run", "--batch-size", "4", "--max-train-steps", "1"]
     main(["train", *run, "--sampling-steps", "0", "--num-workers", "0", "--mixed-precision", "no"])
     shown = []
-    monkeypatch.setattr("haste.plotting.draw_grid", lambda path, images, titles, **_: shown.extend(titles))
+    monkeypatch.setattr("haste.plotting.plot_grid", lambda path, images, titles, **_: shown.extend(titles))
     few = ["--num-fid-samples", "3", "--num-steps", "1", "--labels", "balanced"]
     main(["sample", "--ckpt", str(tmp_path / "run"), *few])
     assert shown == ["ant", "bee", "cat"]

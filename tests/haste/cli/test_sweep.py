@@ -16,7 +16,7 @@ GRID = ("--caches", "taylor", "reuse", "--granularities", "model", "--intervals"
 
 
 @pytest.fixture(autouse=True)
-def quick_judge(monkeypatch):
+def quick_classifier(monkeypatch):
     monkeypatch.setattr(features, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
@@ -47,13 +47,13 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys):
     assert "70 samples in 64 feature dimensions and is biased upwards" in out
     table = (folder / "sweep.md").read_text()
     for record in records:
-        distance = f"{record['distance']:.3f}"
-        assert distance in out and distance in table
+        fd = f"{record['fd']:.3f}"
+        assert fd in out and fd in table
     assert re.search(r"^8 plain steps +8/8 +[\d.,]+ +1\.00× ", out, re.MULTILINE)
     assert re.search(r"^Taylor per model, interval 3, order 1, 8 steps +4/8 ", out, re.MULTILINE)
-    assert "The fastest plain run with such a distance" in out and "The fastest plain run with such a distance" in table
+    assert "The fastest plain run with such an FD" in out and "The fastest plain run with such an FD" in table
     Image.open(folder / "sweep.png").verify()
-    assert len(list((tmp_path / "exps" / "judge").iterdir())) == 1  # beside the runs
+    assert len(list((tmp_path / "exps" / "classifier").iterdir())) == 1  # beside the runs
 
 
 def test_a_folder_of_something_else_or_of_a_sweep_that_runs_is_refused(run, capsys):
@@ -78,7 +78,7 @@ def test_a_second_start_measures_nothing_and_the_records_alone_draw_the_same(run
     assert (run / "elsewhere" / "sweep.jsonl").read_text() == records
 
     (run / "elsewhere" / "sweep.md").unlink()
-    monkeypatch.setattr("haste.cli.sweep.load_student", None)
+    monkeypatch.setattr("haste.cli.sweep.load_checkpoint", None)
     main(["sweep", "--ckpt", "gone", "--output", str(run / "elsewhere"), "--draw-only"])
     assert (run / "elsewhere" / "sweep.md").read_text() == table
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from haste.digits import classifier as judge_module
+from haste.digits import classifier as classifier_module
 from haste.digits.classifier import ClassifierConfig, load_classifier, real_digits, shift_randomly, train_classifier
 from haste.errors import UserError
 
@@ -13,43 +13,43 @@ QUICK = ClassifierConfig(epochs=8)
 
 
 @pytest.fixture(scope="module")
-def judge():
+def classifier():
     return train_classifier(QUICK)
 
 
-def test_it_learns_to_read_digits_it_has_not_seen(judge):
-    assert judge.held_out_accuracy > 0.9  # after a fifth of its usual training; guessing is 0.1
+def test_it_learns_to_read_digits_it_has_not_seen(classifier):
+    assert classifier.held_out_accuracy > 0.9  # after a fifth of its usual training; guessing is 0.1
 
 
-def test_its_features_have_unit_variance_over_the_real_digits(judge):
-    judged = judge(real_digits()[0])
-    assert judged.features.shape == (1797, QUICK.features) and judged.features.dtype == np.float64
-    assert judged.features.std(axis=0, ddof=1) == pytest.approx(np.ones(QUICK.features), rel=1e-4)
+def test_its_features_have_unit_variance_over_the_real_digits(classifier):
+    evaluated = classifier(real_digits()[0])
+    assert evaluated.features.shape == (1797, QUICK.features) and evaluated.features.dtype == np.float64
+    assert evaluated.features.std(axis=0, ddof=1) == pytest.approx(np.ones(QUICK.features), rel=1e-4)
 
 
-def test_accuracy_counts_the_requested_labels(judge):
+def test_accuracy_counts_the_requested_labels(classifier):
     images, labels = real_digits()
-    judged = judge(images[:100])
-    right = judged.accuracy(labels[:100])
+    evaluated = classifier(images[:100])
+    right = evaluated.accuracy(labels[:100])
     assert right > 0.9
-    assert judged.accuracy((labels[:100] + 1) % 10) <= 1 - right
+    assert evaluated.accuracy((labels[:100] + 1) % 10) <= 1 - right
 
 
-def test_a_judgement_does_not_depend_on_the_batch(judge):
+def test_a_judgement_does_not_depend_on_the_batch(classifier):
     images = real_digits()[0][:600]  # more than one batch
-    whole, part = judge(images), judge(images[510:520])
+    whole, part = classifier(images), classifier(images[510:520])
     assert whole.features[510:520] == pytest.approx(part.features, abs=1e-4)
     assert (whole.predictions[510:520] == part.predictions).all()
 
 
-def test_training_is_repeatable_and_leaves_the_random_state_alone(judge):
+def test_training_is_repeatable_and_leaves_the_random_state_alone(classifier):
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
     again = train_classifier(QUICK)
     assert torch.rand(1) == expected
     images = real_digits()[0][:50]
-    assert (again(images).features == judge(images).features).all()
+    assert (again(images).features == classifier(images).features).all()
 
 
 def test_it_is_trained_once_per_settings(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_it_is_trained_once_per_settings(tmp_path, monkeypatch):
         trained.append(settings)
         return train_classifier(settings)
 
-    monkeypatch.setattr(judge_module, "train_classifier", count)
+    monkeypatch.setattr(classifier_module, "train_classifier", count)
     quickest = replace(QUICK, epochs=1)
     first, second = load_classifier(tmp_path, quickest), load_classifier(tmp_path, quickest)
     assert trained == [quickest]
@@ -89,6 +89,6 @@ def test_a_shift_moves_by_at_most_one_pixel_and_brings_in_black():
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 16, 16, 3), (4, 8, 8, 1)])
-def test_images_of_another_shape_are_refused(judge, shape):
+def test_images_of_another_shape_are_refused(classifier, shape):
     with pytest.raises(UserError, match=r"reads uint8 images of shape \(count, 8, 8, 3\)"):
-        judge(np.zeros(shape, dtype=np.uint8))
+        classifier(np.zeros(shape, dtype=np.uint8))

@@ -18,6 +18,6 @@ def test_jpeg_against_anything_else_gets_a_caution(
         (tmp_path / folder).mkdir()
         for index, image in enumerate(images):
             Image.fromarray(image).save(tmp_path / folder / f"{index}{ending}")
-    judge = evaluate.Evaluator("x", str(tmp_path / "reference"), tmp_path, 8, MetricConfig(kid_subset_size=4))
-    judge.measure(tmp_path / "samples")
+    classifier = evaluate.Evaluator("x", str(tmp_path / "reference"), tmp_path, 8, MetricConfig(kid_subset_size=4))
+    classifier.measure(tmp_path / "samples")
     assert ("samples holds JPEG files, and the reference is of none" in caplog.text) == cautioned

@@ -11,9 +11,9 @@ from haste.digits.classifier import ClassifierConfig, load_classifier, real_digi
 from haste.errors import UserError
 from haste.evaluation import features as features_module
 from haste.evaluation.features import (
+    DigitsExtractor,
     Features,
     InceptionExtractor,
-    JudgeExtractor,
     TeacherExtractor,
     extract,
     load_extractor,
@@ -96,11 +96,11 @@ def test_the_key_tells_the_weights(dinov2, tmp_path):
     assert "/" not in first.key
 
 
-def test_the_judge_and_inception_classify(tmp_path):
-    judge = load_classifier(tmp_path, ClassifierConfig(epochs=1))
+def test_the_classifier_and_inception_classify(tmp_path):
+    classifier = load_classifier(tmp_path, ClassifierConfig(epochs=1))
     images = real_digits()[0][:20]
-    judged = JudgeExtractor(judge)(images)
-    assert (judged.values == judge(images).features).all() and judged.probabilities.shape == (20, 10)
+    evaluated = DigitsExtractor(classifier)(images)
+    assert (evaluated.values == classifier(images).features).all() and evaluated.probabilities.shape == (20, 10)
 
     network = Inception().eval()
     torch.save(network.state_dict(), tmp_path / "weights.pth")

@@ -10,8 +10,8 @@ from haste.evaluation.metrics import (
     fit_gaussian,
     frechet_distance,
     inception_score,
-    kernel_distance,
-    manifold_scores,
+    kid,
+    prdc,
 )
 from haste.evaluation.reference import Reference
 from haste.evaluation.tables import checkpoints_text, results_text
@@ -37,10 +37,10 @@ def test_every_metric_is_that_of_its_own_file():
     labels = np.zeros(1200, dtype=int)
     found = by_key(measure(Features(a, probabilities), reference(b), SETTINGS, labels))
     assert list(found) == list(NAMES)
-    assert found["frechet_distance"].value == frechet_distance(fit_gaussian(a), fit_gaussian(b))
-    kernel = kernel_distance(a, b, subsets=5, subset_size=100)
-    assert (found["kernel_distance"].value, found["kernel_distance"].spread) == kernel
-    scores = manifold_scores(a, b)
+    assert found["fd"].value == frechet_distance(fit_gaussian(a), fit_gaussian(b))
+    kernel = kid(a, b, subsets=5, subset_size=100)
+    assert (found["kid"].value, found["kid"].spread) == kernel
+    scores = prdc(a, b)
     for key in ("precision", "recall", "density", "coverage"):
         assert found[key].value == getattr(scores, key) and found[key].note is None
     score = inception_score(probabilities)
@@ -51,8 +51,8 @@ def test_every_metric_is_that_of_its_own_file():
 def test_statistics_alone_allow_the_frechet_distance_alone():
     stored = Reference("real", "network", None, Gaussian(np.zeros(3), np.eye(3), None))
     found = by_key(measure(Features(features(1000)), stored, SETTINGS))
-    assert found["frechet_distance"].value < 0.1 and found["frechet_distance"].note is None
-    for key in ("kernel_distance", "precision", "recall", "density", "coverage"):
+    assert found["fd"].value < 0.1 and found["fd"].note is None
+    for key in ("kid", "precision", "recall", "density", "coverage"):
         assert found[key].value is None and "only mean and covariance are stored" in found[key].note
     assert found["inception_score"].note == "these features come without class probabilities"
     assert "label_accuracy" not in found
@@ -60,19 +60,19 @@ def test_statistics_alone_allow_the_frechet_distance_alone():
 
 def test_too_few_images_are_refused_metric_by_metric():
     found = by_key(measure(Features(features(8, 16)), reference(features(2000, 16)), SETTINGS))
-    assert "8 samples are too few for a Fréchet distance in 16" in found["frechet_distance"].note
-    assert "--kid-subset-size is 100; it must be at least 2, and at most 8" in found["kernel_distance"].note
-    assert found["frechet_distance"].value is found["kernel_distance"].value is None
+    assert "8 samples are too few for an FD in 16" in found["fd"].note
+    assert "--kid-subset-size is 100; it must be at least 2, and at most 8" in found["kid"].note
+    assert found["fd"].value is found["kid"].value is None
     assert found["precision"].value is not None and "rest on 8 images" in found["precision"].note
     few = by_key(measure(Features(features(2000, 16)), reference(features(9, 16)), SETTINGS))
-    assert "9 real images are too few" in few["frechet_distance"].note
+    assert "9 real images are too few" in few["fd"].note
 
 
 def test_few_images_come_with_a_caution():
     probabilities = np.full((100, 4), 0.25)
     found = by_key(measure(Features(features(100, 16), probabilities), reference(features(120, 16)), SETTINGS))
     for side in ("100 samples in 16", "120 real images in 16"):
-        assert f"rests on {side} feature dimensions and is biased upwards" in found["frechet_distance"].note
+        assert f"rests on {side} feature dimensions and is biased upwards" in found["fd"].note
     assert "rest on 100 images" in found["recall"].note
     assert "rests on 100 samples and is biased downwards; use at least 5,000" in found["inception_score"].note
 
@@ -85,8 +85,8 @@ def test_two_networks_are_refused():
 def test_the_table_says_each_thing_once():
     text = results_text(measure(Features(features(100)), reference(features(150)), MetricConfig()))
     lines = text.splitlines()
-    assert lines[1].split() == ["kernel", "distance", "-"]
-    assert sum("No kernel distance: --kid-subset-size" in line for line in lines) == 1
+    assert lines[1].split() == ["KID", "-"]
+    assert sum("No KID: --kid-subset-size" in line for line in lines) == 1
     assert sum("rest on 100 images" in line for line in lines) == 1
 
 
@@ -94,6 +94,6 @@ def test_checkpoints_are_rows_and_what_none_of_them_has_is_no_column():
     real = reference(features(300))
     rows = [(str(step), measure(Features(features(300, seed=step)), real, SETTINGS)) for step in (1, 2)]
     head, first, second, *notes = checkpoints_text(rows).splitlines()
-    assert "Fréchet distance" in head and "Inception score" not in head
+    assert "FD" in head and "Inception score" not in head
     assert first.split()[0] == "1" and second.split()[0] == "2"
     assert sum("No Inception score" in note for note in notes) == 1

@@ -5,11 +5,11 @@ import pytest
 from haste.plotting import (
     DARK,
     LIGHT,
-    draw_advantage,
-    draw_grid,
-    draw_losses,
-    draw_scores,
-    draw_step_errors,
+    plot_advantage,
+    plot_grid,
+    plot_losses,
+    plot_scores,
+    plot_step_errors,
     robust_limits,
     smooth,
 )
@@ -44,7 +44,7 @@ def flat_images(*colours: tuple[int, int, int]) -> np.ndarray:
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
 def test_a_grid_shows_every_image_without_smoothing(tmp_path, theme):
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    draw_grid(tmp_path / "grid.png", flat_images(*colours), [0, 1, 2], title="three", columns=2, theme=theme)
+    plot_grid(tmp_path / "grid.png", flat_images(*colours), [0, 1, 2], title="three", columns=2, theme=theme)
     shares = [share(tmp_path / "grid.png", colour) for colour in colours]
     assert min(shares) > 0.05 and max(shares) < 1.1 * min(shares)
     assert share(tmp_path / "grid.png", theme.background) > 0.2
@@ -53,7 +53,7 @@ def test_a_grid_shows_every_image_without_smoothing(tmp_path, theme):
 @pytest.mark.parametrize(("side", "shown"), [(200, 200), (256, 256), (512, 256)])
 def test_a_grid_shows_larger_images_in_their_own_size_up_to_a_limit(tmp_path, side, shown):
     images = np.full((12, side, side, 3), (200, 0, 0), dtype=np.uint8)
-    draw_grid(tmp_path / "grid.png", images, range(12), title="twelve")
+    plot_grid(tmp_path / "grid.png", images, range(12), title="twelve")
     red = (np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")) == (200, 0, 0)).all(axis=2)
     columns = min(10, int(13.0 * 160 / shown))  # dots per inch
     assert red.sum(axis=1).max() == pytest.approx(columns * shown, abs=2 * columns)
@@ -62,8 +62,8 @@ def test_a_grid_shows_larger_images_in_their_own_size_up_to_a_limit(tmp_path, si
 
 def test_losses_that_a_run_did_not_have_get_no_panel(tmp_path):
     plain = [{"step": record["step"], "loss": record["loss"]} for record in LOG]
-    draw_losses(tmp_path / "haste.png", LOG, title="a run", stop=49)
-    draw_losses(tmp_path / "plain.png", plain, title="a run")
+    plot_losses(tmp_path / "haste.png", LOG, title="a run", stop=49)
+    plot_losses(tmp_path / "plain.png", plain, title="a run")
     assert Image.open(tmp_path / "haste.png").width > 2 * Image.open(tmp_path / "plain.png").width
     for colour in LIGHT.series[:3]:
         assert share(tmp_path / "haste.png", colour) > 0
@@ -72,11 +72,11 @@ def test_losses_that_a_run_did_not_have_get_no_panel(tmp_path):
 
 def test_every_method_has_its_line_and_several_seeds_a_band(tmp_path):
     def points(offset):
-        return [{"step": s, "distance": 20 / s + offset, "accuracy": 0.5} for s in (1, 2, 3)]
+        return [{"step": s, "fd": 20 / s + offset, "label_accuracy": 0.5} for s in (1, 2, 3)]
 
-    draw_scores(tmp_path / "one.png", {"plain": {0: points(0)}}, title="")
+    plot_scores(tmp_path / "one.png", {"plain": {0: points(0)}}, title="")
     both = {"plain": {0: points(0), 1: points(5)}, "HASTE": {0: points(1)}}
-    draw_scores(tmp_path / "both.png", both, title="", stop=2)
+    plot_scores(tmp_path / "both.png", both, title="", stop=2)
     assert share(tmp_path / "one.png", LIGHT.series[1]) == 0 < share(tmp_path / "both.png", LIGHT.series[1])
     assert pale_blue(tmp_path / "both.png") > 10 * pale_blue(tmp_path / "one.png")
 
@@ -85,22 +85,22 @@ def test_an_advantage_is_taken_seed_by_seed(tmp_path):
     """HASTE is at half of plain's distance for both seeds, though the seeds differ threefold: no band."""
 
     def points(distance):
-        return [{"step": step, "distance": distance / step, "accuracy": 0.5} for step in (1, 2, 3)]
+        return [{"step": step, "fd": distance / step, "label_accuracy": 0.5} for step in (1, 2, 3)]
 
     plain = {0: points(10), 1: points(30)}
     halved = {0: points(5), 1: points(15), 2: points(1000)}  # plain has no seed 2 to compare with
     spread = {0: points(5), 1: points(27)}
     for name, haste in (("halved", halved), ("spread", spread)):
-        draw_advantage(tmp_path / f"{name}.png", {"HASTE": haste, "plain": plain}, "plain", title="")
+        plot_advantage(tmp_path / f"{name}.png", {"HASTE": haste, "plain": plain}, "plain", title="")
     assert pale_blue(tmp_path / "spread.png") > 10 * pale_blue(tmp_path / "halved.png")
 
 
 @pytest.mark.parametrize("name", ["a $\\frac{$ b", "odd \ud800 bytes", "line\nbreak"])
 def test_names_are_shown_as_they_are(tmp_path, name):
-    points = [{"step": 1, "distance": 2.0, "accuracy": 0.5}]
-    draw_scores(tmp_path / "scores.png", {name: {0: points}, "other": {0: points}}, title=name)
-    draw_grid(tmp_path / "grid.png", flat_images((0, 0, 0)), [name], title=name)
-    draw_step_errors(tmp_path / "errors.png", np.full((3, 2), 1e-3), title=name)
+    points = [{"step": 1, "fd": 2.0, "label_accuracy": 0.5}]
+    plot_scores(tmp_path / "scores.png", {name: {0: points}, "other": {0: points}}, title=name)
+    plot_grid(tmp_path / "grid.png", flat_images((0, 0, 0)), [name], title=name)
+    plot_step_errors(tmp_path / "errors.png", np.full((3, 2), 1e-3), title=name)
 
 
 def pale_blue(path) -> float:
@@ -129,13 +129,13 @@ def test_errors_over_steps_have_a_band_and_a_dot_at_full_steps(tmp_path):
     alike = np.repeat(np.geomspace(1e-4, 1e-2, 10)[:, None], 5, axis=1)
     alike[:2] = 0.0  # equal states have no place on a log scale
     apart = alike * np.array([0.2, 0.5, 1.0, 2.0, 5.0])
-    draw_step_errors(tmp_path / "alike.png", alike, title="")
-    draw_step_errors(tmp_path / "apart.png", apart, title="", full_steps=[0, 1, 5, 9])
+    plot_step_errors(tmp_path / "alike.png", alike, title="")
+    plot_step_errors(tmp_path / "apart.png", apart, title="", full_steps=[0, 1, 5, 9])
     assert share(tmp_path / "alike.png", LIGHT.series[0]) > 0
     assert share(tmp_path / "alike.png", LIGHT.series[1]) == 0 < share(tmp_path / "apart.png", LIGHT.series[1])
     assert pale_blue(tmp_path / "apart.png") > 10 * pale_blue(tmp_path / "alike.png")
 
 
 def test_errors_that_are_all_zero_can_be_drawn(tmp_path):
-    draw_step_errors(tmp_path / "zero.png", np.zeros((5, 3)), title="", full_steps=[0, 4])
+    plot_step_errors(tmp_path / "zero.png", np.zeros((5, 3)), title="", full_steps=[0, 4])
     assert share(tmp_path / "zero.png", LIGHT.background) > 0.5

@@ -44,7 +44,7 @@ LINE = changed({"step": 1}, "step", "aligned", "loss", "velocity_loss", "images_
 FILES = {
     "log.jsonl": lines(LINE),
     "args.json": as_bytes(JSON | changed({}, "model", "data_dir", "enc_type", "seed")),
-    "evaluation.jsonl": lines(changed(digits_record(2), "step", "samples", "num_steps", "distance", "checkpoint")),
+    "evaluation.jsonl": lines(changed(digits_record(2), "step", "samples", "num_steps", "fd", "checkpoint")),
     "samples/0000002-euler-evaluation.json": as_bytes(st.lists(ENTRY | JSON, max_size=2).map(
         lambda entries: {"evaluations": entries})),
     "previews/0000002.png": st.binary(max_size=60),
@@ -90,7 +90,7 @@ def test_why_there_are_no_previews_is_told(tmp_path):
 
 def test_measurements_compare_if_all_but_the_checkpoint_is_alike():
     first, second = digits_quality(digits_record(200)), digits_quality(digits_record(400))
-    assert first.values == {"frechet_distance": 3.0, "label_accuracy": 0.9} and first.step == 200
+    assert first.values == {"fd": 3.0, "label_accuracy": 0.9} and first.step == 200
     assert first.how == second.how != digits_quality(digits_record(400, cfg_scale=2.0)).how
     assert sampling_text(digits_record(1, cfg_scale=2.0, cache="taylor")) == "25 steps, cfg_scale 2.0, cache taylor"
     assert digits_quality({**digits_record(1), "step": None}).values == {}  # of a file that was renamed
@@ -99,10 +99,10 @@ def test_measurements_compare_if_all_but_the_checkpoint_is_alike():
 def test_metrics_of_other_data_are_read_by_the_samples_they_are_of():
     entry = {
         "settings": {"samples": "0000200-euler-25-cfg1", "network": "Inception", "reference": "cats", "count": 50},
-        "metrics": {"frechet_distance": {"value": 4.5}, "recall": {"value": None, "note": "too few"}, "odd": 3},
+        "metrics": {"fd": {"value": 4.5}, "recall": {"value": None, "note": "too few"}, "odd": 3},
     }
     how = "50 samples (euler-25-cfg1); features of Inception against cats"
-    assert samples_quality(entry) == Quality(how, 200, {"frechet_distance": 4.5})
+    assert samples_quality(entry) == Quality(how, 200, {"fd": 4.5})
 
 
 def test_a_large_preview_is_made_smaller_and_what_is_no_png_refused(tmp_path):

@@ -9,7 +9,7 @@ from report_runs import digits_record, write_log
 
 
 def write_quality(run, distances, **changes):
-    lines = [json.dumps(digits_record(step, distance=distance, **changes)) for step, distance in distances.items()]
+    lines = [json.dumps(digits_record(step, fd=distance, **changes)) for step, distance in distances.items()]
     (run / "evaluation.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -53,7 +53,7 @@ def test_quality_is_shown_for_every_checkpoint_and_every_run(tmp_path, without_f
     main(["report", *map(str, runs), "--output", str(page)])
     text = text_of(page.read_text())
     assert "700 samples, 25 steps; classifier of the digits against the real digits." in text
-    assert "|Step|Fréchet distance, plain|Fréchet distance, haste|Read as requested, %, plain|" in text
+    assert "|Step|FD, plain|FD, haste|Read as requested, %, plain|" in text
     assert "|20|9.000|8.000|90.0|90.0|" in text and "|40|6.000|5.000|90.0|90.0|" in text
 
 

@@ -6,7 +6,7 @@ import pytest
 from digits_run import write_run
 from haste.digits.classifier import ClassifierConfig, train_classifier
 from haste.errors import UserError
-from haste.evaluation.features import JudgeExtractor
+from haste.evaluation.features import DigitsExtractor
 from haste.evaluation.reference import load_reference
 from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
@@ -20,12 +20,12 @@ BASE = SamplingConfig(labels="balanced")
 GRID = Grid(caches=("taylor",), granularities=("module",), intervals=(1, 3), orders=(1,), steps=(8,))
 POINTS = plan(BASE, [GRID], (4,))
 QUICK = {"samples": 70, "batch": 40, "repeats": 2}
-MEASURED = ("flops", "cache_bytes", "calls", "full_calls", "distance", "accuracy", "psnr", "ssim")
+MEASURED = ("flops", "cache_bytes", "calls", "full_calls", "fd", "label_accuracy", "psnr", "ssim")
 
 
 @pytest.fixture(scope="module")
 def quality():
-    extractor = JudgeExtractor(train_classifier(ClassifierConfig(epochs=1)))
+    extractor = DigitsExtractor(train_classifier(ClassifierConfig(epochs=1)))
     return Quality(extractor, load_reference("digits", extractor))
 
 
@@ -65,12 +65,12 @@ def test_every_point_is_judged_and_timed(whole):
     assert full["seconds"] == full["reference_seconds"]
     assert full["psnr"] is None and full["ssim"] is None
     assert every_step["psnr"] is None and every_step["ssim"] == pytest.approx(1)  # the same images, every one
-    assert every_step["distance"] == full["distance"] != cached["distance"]
+    assert every_step["fd"] == full["fd"] != cached["fd"]
     assert fewer["psnr"] > 0 and cached["psnr"] > 0 and fewer["ssim"] < 1 > cached["ssim"]
     assert cached["flops"] < full["flops"] == pytest.approx(2 * fewer["flops"])
 
 
-@pytest.mark.parametrize("killed_at", [9, 15, 22])  # among the judged points, then among the timed ones
+@pytest.mark.parametrize("killed_at", [9, 15, 22])  # among the evaluated points, then among the timed ones
 def test_a_sweep_that_was_killed_goes_on_and_comes_to_the_same(make_sweep, whole, monkeypatch, killed_at):
     run, draw, runs, drawn = Sampler.run, Sampler.draw, [], []
 
@@ -89,12 +89,14 @@ def test_a_sweep_that_was_killed_goes_on_and_comes_to_the_same(make_sweep, whole
         with pytest.raises(KeyboardInterrupt):
             make_sweep().run()
     resumed = make_sweep()
-    known = [record for record in records_of(resumed) if "distance" in record]
+    known = [record for record in records_of(resumed) if "fd" in record]
     timed = [record for record in known if "seconds" in record]
     assert len(known) == 4 and 0 < len(timed) < 4 if killed_at == 22 else 0 < len(known) < 4
     monkeypatch.setattr(Sampler, "draw", draw_and_note)
     resumed.run()
-    assert not [record for record in known[1:] if record["point"] in drawn]  # the reference is drawn again, as twins
+    assert not [
+        record for record in known[1:] if record["point"] in drawn
+    ]  # the reference is drawn again, as baselines
     for before, after in zip(records_of(whole), records_of(resumed), strict=True):
         assert {name: after[name] for name in MEASURED} == {name: before[name] for name in MEASURED}
         assert len(after["seconds"]) == len(after["reference_seconds"]) == 2
@@ -111,7 +113,7 @@ def test_a_second_run_measures_nothing_and_other_settings_measure_anew(make_swee
     again = make_sweep(repeats=3)
     again.run()
     assert all(len(record["seconds"]) == 3 for record in records_of(again))
-    assert all("distance" not in record for record in records_of(make_sweep(samples=80)))
+    assert all("fd" not in record for record in records_of(make_sweep(samples=80)))
 
 
 def test_what_the_number_of_steps_does_not_allow_is_passed_over_with_a_sentence(make_sweep):
@@ -122,7 +124,7 @@ def test_what_the_number_of_steps_does_not_allow_is_passed_over_with_a_sentence(
     (sentence,) = sweep.skipped
     assert sentence.startswith("Taylor per module, interval 3, order 7, 8 steps: --order must be at most")
     assert sum(seen) == sweep.images
-    assert ["distance" in record for record in records_of(sweep)] == [True, True, False]
+    assert ["fd" in record for record in records_of(sweep)] == [True, True, False]
 
 
 def test_what_is_wrong_with_every_point_is_the_commands_error(make_sweep):

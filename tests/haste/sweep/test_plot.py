@@ -5,7 +5,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pytest
 from haste.plotting import LIGHT, styled
-from haste.sweep.plot import AGREEMENT, DISTANCE, SECONDS, draw_panel, draw_sweep, write_labels
+from haste.sweep.plot import FD, FIDELITY, SECONDS, draw_panel, plot_sweep, write_labels
 from PIL import Image
 from sweep_rows import cached_row, plain_row
 
@@ -19,14 +19,14 @@ CROWD = [
 
 def test_a_image_has_a_panel_for_each_pair_of_measures_that_are_known(tmp_path):
     rows = [*PLAIN[:2], *CROWD[:2], cached_row(4, 0.01, 9.0, 20.0, cache="newton", granularity="model")]
-    draw_sweep(tmp_path / "whole.png", rows, title="A sweep", chosen=rows[-1])
-    draw_sweep(tmp_path / "one.png", rows[:1], title="A full run alone")
-    draw_sweep(tmp_path / "less.png", [replace(r, psnr=None, peak_bytes=None) for r in rows], title="A sweep")
+    plot_sweep(tmp_path / "whole.png", rows, title="A sweep", chosen=rows[-1])
+    plot_sweep(tmp_path / "one.png", rows[:1], title="A full run alone")
+    plot_sweep(tmp_path / "less.png", [replace(r, psnr=None, peak_bytes=None) for r in rows], title="A sweep")
     whole, less = (Image.open(tmp_path / name).size for name in ("whole.png", "less.png"))
     assert less[0] < 0.75 * whole[0] and less[1] < 0.65 * whole[1]  # two panels of six
 
 
-@pytest.mark.parametrize("quality", [DISTANCE, AGREEMENT])
+@pytest.mark.parametrize("quality", [FD, FIDELITY])
 def test_labels_hide_neither_each_other_nor_a_point(quality):
     rows = [*PLAIN, *CROWD]
     with styled(LIGHT):

@@ -9,7 +9,7 @@ from sweep_rows import cached_row, plain_row
 
 def record(settings: SamplingConfig, seconds, reference_seconds, **values) -> dict:
     measured = {"flops": 1e9 * settings.num_steps, "peak_bytes": None, "cache_bytes": 0, "calls": 1, "full_calls": 1,
-                "distance": 1.0, "accuracy": None, "psnr": None, "ssim": None}  # fmt: skip
+                "fd": 1.0, "label_accuracy": None, "psnr": None, "ssim": None}  # fmt: skip
     return {
         "sweep": {"settings": shared_fields(settings)},
         "point": point_fields(settings),
@@ -45,15 +45,15 @@ def test_without_a_full_run_there_is_nothing_to_compare_with(records):
 
 
 def test_sweeps_are_averaged_over_the_points_that_all_have():
-    first = [plain_row(50, 1.0, accuracy=0.9), cached_row(4, 0.010, 2.0, 40.0), cached_row(6, 0.008, 3.0, 30.0)]
-    second = [plain_row(50, 3.0, accuracy=0.7), cached_row(4, 0.012, 2.0, 50.0)]
-    third = [plain_row(50, 2.0, accuracy=0.8), cached_row(4, 0.090, 2.0, 60.0)]
+    first = [plain_row(50, 1.0, label_accuracy=0.9), cached_row(4, 0.010, 2.0, 40.0), cached_row(6, 0.008, 3.0, 30.0)]
+    second = [plain_row(50, 3.0, label_accuracy=0.7), cached_row(4, 0.012, 2.0, 50.0)]
+    third = [plain_row(50, 2.0, label_accuracy=0.8), cached_row(4, 0.090, 2.0, 60.0)]
     full, cached = average([first, second, third])
-    assert (full.distance, full.accuracy, full.psnr) == (2.0, pytest.approx(0.8), None)
-    assert full.distance_spread == pytest.approx(1.0) and full.accuracy_spread == pytest.approx(0.1)
-    assert (cached.seconds, cached.psnr, cached.distance_spread) == (0.012, 50.0, 0.0)  # the median, the mean
+    assert (full.fd, full.label_accuracy, full.psnr) == (2.0, pytest.approx(0.8), None)
+    assert full.fd_spread == pytest.approx(1.0) and full.label_accuracy_spread == pytest.approx(0.1)
+    assert (cached.seconds, cached.psnr, cached.fd_spread) == (0.012, 50.0, 0.0)  # the median, the mean
     assert cached.speedup == pytest.approx(0.05 / 0.012)
-    assert cached.accuracy is None and cached.accuracy_spread is None
+    assert cached.label_accuracy is None and cached.label_accuracy_spread is None
 
 
 def test_one_sweep_has_no_spread():

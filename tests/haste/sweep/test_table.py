@@ -4,8 +4,8 @@ from haste.sweep.advice import markdown, plain_text
 from sweep_rows import cached_row, plain_row
 
 ROWS = [
-    plain_row(50, 2.0, accuracy=0.95, accuracy_spread=0.004, distance_spread=0.1),
-    cached_row(4, 0.015, 2.5, 41.25, accuracy=0.9, cache_bytes=3 * 2**19, peak_bytes=None),
+    plain_row(50, 2.0, label_accuracy=0.95, label_accuracy_spread=0.004, fd_spread=0.1),
+    cached_row(4, 0.015, 2.5, 41.25, label_accuracy=0.9, cache_bytes=3 * 2**19, peak_bytes=None),
 ]
 
 
@@ -23,7 +23,7 @@ def test_markdown_has_a_row_per_point_and_every_number():
         "kept": "0.87",
         "cache MiB": "1.5",
         "peak MiB": "–",
-        "distance": "2.500",
+        "FD": "2.500",
         "accuracy %": "90.0",
         "PSNR dB": "41.2",
         "SSIM": "0.900",
@@ -33,7 +33,7 @@ def test_markdown_has_a_row_per_point_and_every_number():
 
 def test_columns_of_which_nothing_is_known_are_left_out():
     text = markdown([plain_row(50, 2.0, peak_bytes=None)])
-    for name in ("accuracy", "PSNR", "SSIM", "peak"):
+    for name in ("label_accuracy", "PSNR", "SSIM", "peak"):
         assert name not in text
 
 

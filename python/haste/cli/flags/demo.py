@@ -16,7 +16,7 @@ from haste.errors import UserError
 from haste.training.config import preset_config
 from haste.validation import DEFAULT_STEPS, check_numbers
 
-POINTS = 5  # checkpoints of the run, each of which is judged
+POINTS = 5  # checkpoints of the run, each of which is evaluated
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Args:
     num_images: int = 100
     """Images that are drawn twice, in full and with most steps forecast."""
     num_fid_samples: int = 700
-    """Images per checkpoint that is judged."""
+    """Images per checkpoint that is evaluated."""
 
     def check(self) -> None:
         """UserError for numbers beyond their bounds, and for a run too short to be evaluated at every point."""

@@ -1,8 +1,8 @@
-"""Measure how far drawn images are from real ones, and how far a cached run is from its uncached twin.
+"""Measure how far drawn images are from real ones, and how far a cached run is from its uncached baseline.
 
 Give exactly one of --run (every checkpoint of a run), --ckpt (one checkpoint) or --samples (images drawn before).
-The images of --run and --ckpt are drawn first. Of a run on the digits, every checkpoint is judged by Fréchet distance
-and label accuracy; all else gets every metric that its features and its reference allow.
+The images of --run and --ckpt are sampled first. Of a run on the digits, every checkpoint is evaluated by FD and label
+accuracy; all else gets every metric that its features and its reference allow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from haste.cli.flags import sample
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig
 
-FULL = "full"  # --twin: draw it
+FULL = "full"  # --baseline: draw it
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class Args(SamplingConfig):
     """The flags of `haste evaluate`."""
 
     run: Path | None = None
-    """A run's folder: every checkpoint is judged. On digits, writes evaluation.jsonl and evaluation.png there."""
+    """A run's folder: every checkpoint is evaluated. On digits, writes evaluation.jsonl and evaluation.png there."""
     ckpt: Path | None = None
     """A checkpoint file, or a run's folder: then its newest whole checkpoint."""
     samples: Path | None = None
@@ -35,7 +35,7 @@ class Args(SamplingConfig):
     --features digits]"""
     save_reference: Path | None = None
     """Write the reference's features, their mean and covariance to this .npz, to give as --reference the next time."""
-    twin: str | None = None
+    baseline: str | None = None
     """The same images drawn without a cache, a folder or an .npz: how far the samples are from them. full: with
     --ckpt and --cache, draw them too, and compare the states after every step."""
     fast: bool = False
@@ -47,9 +47,10 @@ class Args(SamplingConfig):
     per_proc_batch_size: int = 128
     """Images per batch, when they are drawn and in the network of --features."""
     kid_subset_size: int = 1000
-    """Images in each of the 100 subsets that the kernel distance is averaged over."""
-    judge_dir: Path | None = None
-    """Where the judge of the digits is kept; by default judge/ beside the runs (for --samples: beside the images)."""
+    """Images in each of the 100 subsets that the KID is averaged over."""
+    classifier_dir: Path | None = None
+    """Where the classifier of the digits is kept; by default classifier/ beside the runs, or beside
+    --samples."""
 
     def resolved(self) -> Args:
         """The same, with --fast and a file of labels replaced by what they stand for."""
@@ -78,19 +79,21 @@ class Args(SamplingConfig):
             raise UserError(f"--samples is {self.samples}, which does not exist")
         if self.features == "stored" and self.samples is None:
             raise UserError("--features is stored, so features must be given as --samples, not images to be drawn")
-        self.check_twin()
+        self.check_baseline()
 
-    def check_twin(self) -> None:
-        if self.twin is None:
+    def check_baseline(self) -> None:
+        if self.baseline is None:
             return
         if self.run is not None or self.features == "stored":
-            raise UserError(f"--twin is {self.twin}; images of --samples or --ckpt have a twin, "
+            raise UserError(f"--baseline is {self.baseline}; images of --samples or --ckpt have a baseline, "
                             f"not {'--run' if self.run is not None else '--features stored'}")  # fmt: skip
-        if self.twin != FULL and not Path(self.twin).exists():
-            raise UserError(f"--twin is {self.twin}, which does not exist; it must be a folder, an .npz, or full")
-        if self.twin == FULL and (self.ckpt is None or self.cache == "none"):
-            raise UserError("--twin is full, which draws without a cache what --ckpt draws with one; it needs --ckpt "
-                            "and --cache or --fast, or give the folder of a twin that was drawn before")  # fmt: skip
+        if self.baseline != FULL and not Path(self.baseline).exists():
+            raise UserError(
+                f"--baseline is {self.baseline}, which does not exist; it must be a folder, an .npz, or full"
+            )
+        if self.baseline == FULL and (self.ckpt is None or self.cache == "none"):
+            raise UserError("--baseline is full, which samples without a cache what --ckpt samples with one; it needs "
+                            "--ckpt and --cache or --fast, or give the folder of a baseline that is there")  # fmt: skip
 
 
 def sample_args(args: Args) -> sample.Args:

@@ -70,10 +70,10 @@ class Args(SamplingConfig):
     reference: str | None = None
     """The real side: a folder of images, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
     --features digits]"""
-    judge_dir: Path | None = None
-    """Where the judge of the digits is kept; by default judge/ beside the runs."""
+    classifier_dir: Path | None = None
+    """Where the classifier of the digits is kept; by default classifier/ beside the runs."""
     tolerance: float = 0.05
-    """A setting is good enough if its distance is so much above the full run's at most, as a share of it."""
+    """A setting is good enough if its FD is so much above the full run's at most, as a share of it."""
     output: Path | None = None
     """Where sweep.jsonl, sweep.md and sweep.png go; by default sweep/ in the run's folder."""
     draw_only: bool = False

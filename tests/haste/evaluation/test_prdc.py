@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from haste.errors import UserError
 from haste.evaluation import metrics
-from haste.evaluation.metrics import manifold_scores, neighbour_radii
+from haste.evaluation.metrics import neighbour_radii, prdc
 from scipy.spatial.distance import cdist
 
 
@@ -22,7 +22,7 @@ def by_definition(samples: np.ndarray, reference: np.ndarray) -> list[float]:
 
 
 def scores(samples, reference) -> list[float]:
-    found = manifold_scores(samples, reference)
+    found = prdc(samples, reference)
     return [found.precision, found.recall, found.density, found.coverage]
 
 
@@ -61,7 +61,7 @@ def test_points_on_a_line_as_counted_by_hand():
         np.array([[3, 2, 2, 2, 2, 2, 2, 2, 2, 3], [5, 4, 3, 3, 3, 3, 3, 3, 4, 5]])
     )
     samples = np.array([[4.6], [4.61], [4.62], [4.63], [4.64], [30.0]])
-    found = manifold_scores(samples, reference)
+    found = prdc(samples, reference)
     assert found.precision == pytest.approx(5 / 6)
     # Each sample near 4.6 is within 3 of the real images 2 … 7, within 5 of 0, within 4 of 1 and 8 and within 5 of 9.
     assert found.density == pytest.approx(5 * 10 / (5 * 6))
@@ -74,7 +74,7 @@ def test_points_on_a_line_as_counted_by_hand():
 def test_dropped_modes_cost_recall_and_coverage_but_no_precision():
     rng = np.random.default_rng(3)
     reference = np.concatenate([rng.standard_normal((100, 2)), 50 + rng.standard_normal((100, 2))])
-    found = manifold_scores(rng.standard_normal((200, 2)), reference)
+    found = prdc(rng.standard_normal((200, 2)), reference)
     assert found.precision > 0.9 and found.recall < 0.55 and found.coverage < 0.55
 
 
@@ -90,13 +90,13 @@ def test_features_that_are_not_finite_are_refused(value):
     bad[3, 1] = value
     for sides in ((good, bad), (bad, good)):
         with pytest.raises(UserError, match="not finite"):
-            manifold_scores(*sides)
+            prdc(*sides)
     with pytest.raises(ArithmeticError, match="beyond double precision"):
-        manifold_scores(1e160 * good, good)
+        prdc(1e160 * good, good)
 
 
 def test_too_few_points_and_two_networks_are_refused():
     with pytest.raises(UserError, match="5 images are too few; it takes more than 5"):
-        manifold_scores(np.zeros((5, 2)), np.zeros((9, 2)))
+        prdc(np.zeros((5, 2)), np.zeros((9, 2)))
     with pytest.raises(UserError, match="2 and 3 dimensions"):
-        manifold_scores(np.zeros((9, 2)), np.zeros((9, 3)))
+        prdc(np.zeros((9, 2)), np.zeros((9, 3)))

@@ -8,7 +8,7 @@ from digits_run import write_run
 from haste.data.images import write_image, write_npz
 from haste.errors import UserError
 from haste.evaluation.fidelity import Fidelity, compare_images, compare_sets, step_errors, summarise_steps
-from haste.evaluation.tables import agreement_text, steps_text
+from haste.evaluation.tables import fidelity_text, steps_text
 from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
@@ -41,15 +41,15 @@ def test_ssim_of_constant_images_has_its_closed_form():
 
 def test_identical_images_are_counted_apart():
     images = random_images(4)
-    twins = images.copy()
-    twins[2] += 5
-    found = compare_images(images, twins)
+    baselines = images.copy()
+    baselines[2] += 5
+    found = compare_images(images, baselines)
     assert np.isinf(found.psnr).tolist() == [True, True, False, True] and found.ssim[0] == 1.0
     summary = found.summary()
     assert summary["identical"] == 3 and summary["psnr"] == pytest.approx(34.15, abs=0.01)
-    assert "3 of 4 images are identical" in agreement_text(summary)
+    assert "3 of 4 images are identical" in fidelity_text(summary)
     same = compare_images(images, images).summary()
-    assert same["psnr"] is None and same["ssim"] == 1.0 and "PSNR  -" in agreement_text(same)
+    assert same["psnr"] is None and same["ssim"] == 1.0 and "PSNR  -" in fidelity_text(same)
     json.dumps(summary, allow_nan=False)
 
 
@@ -70,7 +70,7 @@ def test_folders_and_npz_files_are_compared_number_by_number(tmp_path):
     assert heard == [(64, 70), (6, 70)]
 
 
-def test_sets_of_other_number_or_size_are_no_twins():
+def test_sets_of_other_number_or_size_are_no_baseline():
     with pytest.raises(UserError, match="3 images of 16 x 16 cannot be compared with 4 of 16 x 16"):
         compare_images(random_images(3), random_images(4))
     with pytest.raises(UserError, match="3 images of 16 x 16 cannot be compared with 3 of 8 x 8"):
@@ -82,12 +82,12 @@ def test_sets_of_other_number_or_size_are_no_twins():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"global_seed": 1}, "was drawn with global_seed 0 and .* with 1; a twin differs in the caching alone"),
-        ({"labels": "3"}, "was drawn with labels random and .* with 3"),
-        ({"checkpoint": "2.pt"}, "was drawn with checkpoint 1.pt and .* with 2.pt"),
+        ({"global_seed": 1}, "was sampled with global_seed 0 and .* with 1; a baseline differs in the caching alone"),
+        ({"labels": "3"}, "was sampled with labels random and .* with 3"),
+        ({"checkpoint": "2.pt"}, "was sampled with checkpoint 1.pt and .* with 2.pt"),
     ],
 )
-def test_folders_of_other_noise_labels_or_weights_are_no_twins(tmp_path, changed, message):
+def test_folders_of_other_noise_labels_or_weights_are_no_baseline(tmp_path, changed, message):
     settings = {"global_seed": 0, "labels": "random", "checkpoint": "1.pt"}
     write_set(tmp_path / "a", random_images(2), **settings)
     write_set(tmp_path / "b", random_images(2), **{**settings, **changed})
@@ -95,7 +95,7 @@ def test_folders_of_other_noise_labels_or_weights_are_no_twins(tmp_path, changed
         compare_sets(tmp_path / "a", tmp_path / "b")
 
 
-def test_other_numbers_or_labels_are_no_twins(tmp_path):
+def test_other_numbers_or_labels_are_no_baseline(tmp_path):
     for name in ("a", "b"):
         write_set(tmp_path / name, random_images(3), global_seed=0, labels="random")
     (tmp_path / "b" / "000001.png").rename(tmp_path / "b" / "000007.png")

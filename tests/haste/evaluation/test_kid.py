@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from haste.errors import UserError
-from haste.evaluation.metrics import kernel_distance, unbiased_mmd2
+from haste.evaluation.metrics import kid, unbiased_mmd2
 
 
 def cubic(x, y) -> float:
@@ -39,23 +39,23 @@ def test_a_coin_and_a_constant_have_their_closed_form():
 def test_subsets_are_repeatable_and_their_spread_is_given():
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal((300, 4)), rng.standard_normal((200, 4))
-    first = kernel_distance(a, b, subsets=10, subset_size=50)
-    assert first == kernel_distance(a, b, subsets=10, subset_size=50) and first.deviation > 0
-    assert first != kernel_distance(a, b, subsets=10, subset_size=50, seed=1)
-    whole = kernel_distance(a[:50], b[:50], subsets=3, subset_size=50)
+    first = kid(a, b, subsets=10, subset_size=50)
+    assert first == kid(a, b, subsets=10, subset_size=50) and first.deviation > 0
+    assert first != kid(a, b, subsets=10, subset_size=50, seed=1)
+    whole = kid(a[:50], b[:50], subsets=3, subset_size=50)
     assert whole.deviation == pytest.approx(0, abs=1e-12)  # every subset is the whole set
     assert whole.mean == pytest.approx(unbiased_mmd2(a[:50], b[:50]), rel=1e-9)
 
 
 def test_half_precision_features_are_computed_in_double():
     a = np.full((10, 4), 200.0, dtype=np.float16)  # its cubed products overflow float16
-    assert kernel_distance(a, a, subsets=1, subset_size=10).mean == pytest.approx(0, abs=1e-3)
+    assert kid(a, a, subsets=1, subset_size=10).mean == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 21])
 def test_subsets_larger_than_a_set_are_refused(size):
     with pytest.raises(UserError, match=f"--kid-subset-size is {size}; it must be at least 2, and at most 20"):
-        kernel_distance(np.zeros((30, 2)), np.zeros((20, 2)), subset_size=size)
+        kid(np.zeros((30, 2)), np.zeros((20, 2)), subset_size=size)
 
 
 @pytest.mark.parametrize("value", (np.nan, np.inf))
@@ -64,11 +64,11 @@ def test_features_that_are_not_finite_are_refused(value):
     bad[3, 1] = value
     for sides in ((good, bad), (bad, good)):
         with pytest.raises(UserError, match="not finite"):
-            kernel_distance(*sides, subset_size=5)
+            kid(*sides, subset_size=5)
     with pytest.raises(ArithmeticError, match="beyond double precision"):
-        kernel_distance(1e160 * good, good, subset_size=5)
+        kid(1e160 * good, good, subset_size=5)
 
 
 def test_features_of_two_networks_are_refused():
     with pytest.raises(UserError, match="2 and 3 dimensions"):
-        kernel_distance(np.zeros((5, 2)), np.zeros((5, 3)), subset_size=5)
+        kid(np.zeros((5, 2)), np.zeros((5, 3)), subset_size=5)
