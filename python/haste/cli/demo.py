@@ -14,6 +14,8 @@ from typing import Any
 from haste.caching.config import FAST
 from haste.cli import evaluate, sample, train
 from haste.cli.flags.demo import POINTS, Args
+from haste.generation import sample_dir
+from haste.generation.config import SampleConfig
 from haste.io import read_json, write_json
 from haste.training.config import TrainConfig, preset_config
 from haste.validation import check
@@ -37,10 +39,10 @@ def main(args: Args) -> None:
     with clock.stage("train the baseline, without alignment", commands[1]):
         train.main(baseline)
     with clock.stage("sample in full", commands[2]):
-        full_samples = sample.sample_to_folder(full)
+        full_samples = sample_dir.sample_to_folder(full)
         sample.report(full_samples)
     with clock.stage("sample with forecasts", commands[3]):
-        cached_samples = sample.sample_to_folder(cached)
+        cached_samples = sample_dir.sample_to_folder(cached)
         sample.report(cached_samples)
     with clock.stage("evaluate five checkpoints of HASTE", commands[4]):
         records, yardstick = evaluate.evaluate(evaluated)
@@ -76,9 +78,9 @@ def baseline_config(args: Args) -> TrainConfig:
     return replace(train_config(args), exp_name="baseline", attn_coeff=0.0, proj_coeff=0.0)
 
 
-def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> sample.Args:
+def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> SampleConfig:
     """The images of the demo, the same seeds in full and cached."""
-    return sample.Args(
+    return SampleConfig(
         ckpt=Path(config.output_dir) / config.exp_name,
         num_fid_samples=args.num_images,
         num_steps=args.num_steps,
@@ -97,13 +99,13 @@ def evaluate_args(args: Args, config: TrainConfig) -> evaluate.Args:
 def command_lines(
     config: TrainConfig,
     baseline: TrainConfig,
-    full: sample.Args,
-    cached: sample.Args,
+    full: SampleConfig,
+    cached: SampleConfig,
     evaluated: evaluate.Args,
     baseline_evaluation: evaluate.Args,
 ) -> list[str]:
     """The commands that do what the demo does, to be typed by hand."""
-    preset, usual = preset_config("digits"), sample.Args(ckpt=full.ckpt)
+    preset, usual = preset_config("digits"), SampleConfig(ckpt=full.ckpt)
     return [
         *("haste train --preset digits " + flags(run, preset) for run in (config, baseline)),
         *(f"haste sample --ckpt {shlex.quote(str(one.ckpt))} " + flags(one, usual) for one in (full, cached)),

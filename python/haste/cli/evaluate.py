@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from haste.caching.config import CacheConfig
-from haste.cli import sample
 from haste.cli.flags.evaluate import FULL, Args, sample_args
 from haste.distributed import progress_bar
 from haste.errors import UserError
@@ -32,6 +31,7 @@ from haste.evaluation.image_readers import open_images
 from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import STORED, check_replaceable, save_reference
 from haste.evaluation.tables import checkpoints_text, fidelity_text, results_text, steps_text
+from haste.generation import sample_dir
 from haste.generation.checkpoint import load_checkpoint, run_checkpoints
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
@@ -133,7 +133,7 @@ def classifier_dir(args: Args) -> Path:
 
 def draw(args: Args) -> Path:
     """The folder of the images of --ckpt; those that are there already are not drawn again."""
-    return sample.sample_to_folder(sample_args(args)).folder.path
+    return sample_dir.sample_to_folder(sample_args(args)).folder.path
 
 
 def drawn(args: Args) -> int | None:

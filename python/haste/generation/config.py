@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from haste.caching.config import CacheConfig
-from haste.errors import UserError
+from haste.caching.config import CacheConfig, fast_config
+from haste.errors import UserError, in_one_line, shorten
+from haste.io import read_bytes
 from haste.validation import DEFAULT_STEPS, check_number
 
 logger = logging.getLogger(__name__)
+
+LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
 
 if TYPE_CHECKING:  # flags are checked without torch
     from haste.models.sit import SiT
@@ -199,3 +203,66 @@ class SamplingConfig(CacheConfig):
             if self.cfg_scale == 1 and value != default:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {value:g}, and there is no guidance; it needs --cfg-scale above 1")
+
+
+@dataclass(kw_only=True)
+class SampleConfig(SamplingConfig, PublishedFlags):
+    """The settings of `haste sample`, which are its flags."""
+
+    ckpt: Path
+    """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
+    fast: bool = False
+    """The recommended cache, in place of --cache and what goes with it. Made for the ODE."""
+    num_fid_samples: int = 100
+    """How many images to draw. (50,000 for a published FID.)"""
+    per_proc_batch_size: int = 128
+    """Images per batch of each process. Changes the speed and the memory, not the images."""
+    sample_dir: Path | None = None
+    """Where the folder of images goes; by default samples/ in the run's folder."""
+    fused_attn: bool = True
+    """Fused attention; --no-fused-attn computes it step by step."""
+    tf32: bool = True
+    """Let NVIDIA GPUs round fp32 matrix products to TF32."""
+    compile: bool = False
+    """Let torch.compile fuse the model. The first batch takes a minute or so longer."""
+    cuda_graphs: bool = False
+    """On a GPU and with a cache: replay full and forecast evaluations as CUDA graphs. Not yet tried on a GPU."""
+
+    def resolved(self) -> SampleConfig:
+        """The same, with --fast and a file of labels replaced by what they stand for, without what has no effect."""
+        chosen: dict[str, Any] = {}
+        if self.fast:
+            for name, default in asdict(CacheConfig()).items():
+                value = getattr(self, name)
+                if value != default:
+                    flag = name.replace("_", "-")
+                    raise UserError(f"--{flag} is {value} beside --fast, which chooses it; give one or the other")
+            chosen = asdict(fast_config(self.num_steps, noisy=self.mode == "sde"))
+        return replace(self, fast=False, labels=list_labels(self.labels), **chosen).effective()
+
+
+def list_labels(policy: str) -> str:
+    """The policy itself; in place of a file's name, the classes that stand on its lines, as 3,1,4."""
+    path = _as_file(policy)
+    if path is None:
+        return policy
+    try:
+        lines = read_bytes(path, LARGEST_FILE).decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels is {policy}, which cannot be read as text: {in_one_line(error)}") from error
+    filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in filled:
+        if not (line.isascii() and line.isdecimal()):
+            raise UserError(f"--labels is {policy}, whose line {number} is {shorten(line)}; it must be a class as 3")
+    if not filled:
+        raise UserError(f"--labels is {policy}, which is empty; it must have one class on each line")
+    return ",".join(line for _, line in filled)
+
+
+def _as_file(policy: str) -> Path | None:
+    """The file that a policy names; None if it names none."""
+    try:
+        path = Path(policy).expanduser()
+        return path if len(policy) <= 4096 and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long a name, NUL in it, ~ of an unknown user
+        return None

@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +20,15 @@ from torch import Tensor
 from haste.caching import make_cache
 from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
-from haste.errors import UserError, in_one_line, shorten
+from haste.errors import UserError, shorten
 from haste.generation.checkpoint import LoadedCheckpoint, latent_format
 from haste.generation.config import SamplingConfig
-from haste.io import read_bytes
 from haste.samplers import Guidance, initial_noise, model_calls, sample, times_at
 from haste.vae import VAE
-
-LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
-
-if TYPE_CHECKING:  # flags are checked without torch
-    import torch
 
 
 def image_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -> torch.Generator:
     """The random generator that belongs to image `index` of `seed` alone."""
-    import torch
-
     entropy = (seed, index, ("label", "noise").index(purpose))
     return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
@@ -45,8 +36,6 @@ def image_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -
 def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
     """The labels (len(indices),) int64 of these images under a --labels policy. Raises UserError for a bad policy."""
     if policy == "random":
-        import torch
-
         draws = [torch.randint(num_classes, (), generator=image_generator(seed, i, "label")) for i in indices]
         return np.array([int(draw) for draw in draws], dtype=np.int64)
     listed = list(range(num_classes)) if policy == "balanced" else _listed_classes(policy)
@@ -66,33 +55,6 @@ def _listed_classes(policy: str) -> list[int]:
         raise UserError(
             f"--labels must be random, balanced, classes such as 3,1,4, or a file of them, got {shorten(policy)}"
         ) from None
-
-
-def list_labels(policy: str) -> str:
-    """The policy itself; in place of a file's name, the classes that stand on its lines, as 3,1,4."""
-    path = _as_file(policy)
-    if path is None:
-        return policy
-    try:
-        lines = read_bytes(path, LARGEST_FILE).decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels is {policy}, which cannot be read as text: {in_one_line(error)}") from error
-    filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    for number, line in filled:
-        if not (line.isascii() and line.isdecimal()):
-            raise UserError(f"--labels is {policy}, whose line {number} is {shorten(line)}; it must be a class as 3")
-    if not filled:
-        raise UserError(f"--labels is {policy}, which is empty; it must have one class on each line")
-    return ",".join(line for _, line in filled)
-
-
-def _as_file(policy: str) -> Path | None:
-    """The file that a policy names; None if it names none."""
-    try:
-        path = Path(policy).expanduser()
-        return path if len(policy) <= 4096 and path.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # too long a name, NUL in it, ~ of an unknown user
-        return None
 
 
 Progress = Callable[[int, int], None]

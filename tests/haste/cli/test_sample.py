@@ -10,8 +10,9 @@ import torch
 from digits_run import write_run
 from drawn_images import read_images, read_npz
 from haste.caching import FAST, enable
-from haste.cli import sample
 from haste.cli.main import main
+from haste.generation import sample_dir
+from haste.generation.config import SampleConfig
 from haste.generation.sample_dir import SampleDir
 from haste.training.checkpoint import as_before
 from PIL import Image
@@ -69,20 +70,20 @@ def test_a_command_that_was_killed_goes_on_with_what_is_missing(run, monkeypatch
         if self.drawn.images == 4:
             raise Killed
 
-    args = sample.Args(ckpt=run, num_steps=3, num_fid_samples=7, per_proc_batch_size=2)
+    args = SampleConfig(ckpt=run, num_steps=3, num_fid_samples=7, per_proc_batch_size=2)
     with monkeypatch.context() as patch:
         patch.setattr(SampleDir, "count", count_to_four)
         with pytest.raises(Killed):
-            sample.sample_to_folder(args)
+            sample_dir.sample_to_folder(args)
     folder = run / "samples" / "0000004-euler-3-cfg1-seed0"
     assert len(list(folder.glob("*.png"))) == 4 and not folder.with_name(folder.name + ".npz").exists()
     written = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
 
-    resumed = sample.sample_to_folder(args)
+    resumed = sample_dir.sample_to_folder(args)
     assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
     assert resumed.drawn.images == 7
 
-    whole = sample.sample_to_folder(sample.Args(**{**vars(args), "sample_dir": run / "elsewhere"}))
+    whole = sample_dir.sample_to_folder(SampleConfig(**{**vars(args), "sample_dir": run / "elsewhere"}))
     assert (whole.images == resumed.images).all()  # byte for byte, as the batches are the same
 
 
@@ -159,19 +160,19 @@ def test_cuda_graphs_want_a_gpu_and_a_cache(run, capsys):
 def test_full_steps_that_were_measured_hold_for_all_images_and_are_kept(run, caplog):
     """Some images alone decide, so neither the batch nor a resumption changes an image."""
     settings = {"ckpt": run, "num_steps": 20, "cache": "taylor", "error_threshold": 0.05, "num_fid_samples": 10}
-    whole = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
+    whole = sample_dir.sample_to_folder(SampleConfig(**settings, sample_dir=run / "whole"))
     steps = whole.folder.full_steps
     assert steps[:2] == [0, 1] and 2 < len(steps) < 20
     assert whole.drawn.full_per_image == len(steps)
     record = whole.folder.path / "sample.json"
     assert json.loads(record.read_text())["full_steps"] == steps
 
-    parts = sample.Args(**settings, sample_dir=run / "parts", per_proc_batch_size=3)
-    assert np.abs(sample.sample_to_folder(parts).images.astype(int) - whole.images.astype(int)).max() <= 1
+    parts = SampleConfig(**settings, sample_dir=run / "parts", per_proc_batch_size=3)
+    assert np.abs(sample_dir.sample_to_folder(parts).images.astype(int) - whole.images.astype(int)).max() <= 1
     kept = [0, 1, 2, 3, 4, 9, 15]
     record.write_text(json.dumps({**json.loads(record.read_text()), "full_steps": kept}))
     (whole.folder.path / "000009.png").unlink()
-    again = sample.sample_to_folder(sample.Args(**settings, sample_dir=run / "whole"))
+    again = sample_dir.sample_to_folder(SampleConfig(**settings, sample_dir=run / "whole"))
     assert again.drawn.full_per_image == len(kept)
 
 
@@ -181,14 +182,15 @@ def test_full_steps_that_are_measured_depend_on_no_number_of_images(run):
     for count, batch in ((1, 8), (12, 12), (12, 2)):
         settings = {"num_steps": 20, "cache": "taylor", "error_threshold": 0.15, "per_proc_batch_size": batch}
         folder = run / f"{count}-{batch}"
-        samples = sample.sample_to_folder(sample.Args(ckpt=run, num_fid_samples=count, sample_dir=folder, **settings))
+        config = SampleConfig(ckpt=run, num_fid_samples=count, sample_dir=folder, **settings)
+        samples = sample_dir.sample_to_folder(config)
         found.append(samples.folder.full_steps)
     assert found[0] == found[1] == found[2] and len(found[0]) == 9
 
 
 def test_an_order_above_what_few_full_steps_allow_is_no_obstacle_to_measuring_them(run):
     settings = {"ckpt": run, "num_steps": 6, "cache": "taylor", "error_threshold": 1e6, "num_fid_samples": 2}
-    assert len(sample.sample_to_folder(sample.Args(**settings)).folder.full_steps) < 5
+    assert len(sample_dir.sample_to_folder(SampleConfig(**settings)).folder.full_steps) < 5
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_refused_before_the_first_step(run, capsys, monkeypatch):

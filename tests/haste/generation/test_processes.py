@@ -14,9 +14,9 @@ import pytest
 import torch
 from digits_run import write_run
 from drawn_images import read_npz
-from haste.cli.sample import Args, sample_to_folder
 from haste.distributed import Processes
-from haste.generation.sample_dir import deal
+from haste.generation.config import SampleConfig as Args
+from haste.generation.sample_dir import deal, sample_to_folder
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = [
