@@ -7,7 +7,8 @@ import os
 import pytest
 from haste.errors import UserError
 from haste.generation import pipeline
-from haste.generation.pipeline import choose_labels, list_labels
+from haste.generation.config import list_labels
+from haste.generation.pipeline import choose_labels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def test_a_file_as_windows_writes_it(tmp_path):
 
 
 def test_a_file_of_absurd_size_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "LARGEST_FILE", 10)
+    monkeypatch.setattr("haste.generation.config.LARGEST_FILE", 10)
     (tmp_path / "labels.txt").write_text("1\n" * 6)
     with pytest.raises(UserError, match="cannot be read as text: .* at most 10 "):
         list_labels(str(tmp_path / "labels.txt"))
