@@ -15,7 +15,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 demo: build
 	$(BIN)/haste demo $(DEMO_ARGS)
 
-test: build
+test: build docs
 	$(BIN)/ruff check .
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --dist loadfile $(TEST_ARGS)
 
