@@ -36,7 +36,7 @@ folder = folder_of_module()
 if folder != HERE:
     sys.modules["haste_ext"].__path__.append(str(folder))
 try:
-    from haste_ext import _C
+    from haste_ext import _C  # type: ignore[attr-defined]  # the compiled module
 except ImportError as error:
     raise ImportError(
         f"haste_ext's compiled module does not load under torch {torch.__version__} ({error}): run "
@@ -46,7 +46,13 @@ except ImportError as error:
 
 
 def check_environment() -> None:
-    """ImportError for a HASTE_CPU_CAPABILITY or HASTE_CUDA_KERNELS that this build does not hold."""
+    """ImportError for a build of an older source, or for HASTE_CPU_CAPABILITY or HASTE_CUDA_KERNELS that it lacks."""
+    if not hasattr(_C, "cpu_capabilities"):
+        raise ImportError(
+            f"haste_ext's compiled module, {_C.__file__}, is of an older source than {HERE}: run `pip install "
+            "--no-build-isolation --force-reinstall --no-deps .` in the source folder",
+            name="haste_ext._C",
+        )
     for variable, held in (("HASTE_CPU_CAPABILITY", _C.cpu_capabilities()), ("HASTE_CUDA_KERNELS", _C.cuda_kernels())):
         given = os.environ.get(variable)
         if given and held and given not in held:  # a build without CUDA has no use for CUDA kernels

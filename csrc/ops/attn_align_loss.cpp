@@ -52,8 +52,11 @@ Inputs inputs(const Tensor& student_q, const Tensor& student_k, const Tensor& te
   check_same_device(student_q, teacher_q, "teacher_q");
   check_same_device(student_q, teacher_k, "teacher_k");
 
-  Inputs in{with_unit_last_stride(student_q), with_unit_last_stride(student_k), with_unit_last_stride(teacher_q),
-            with_unit_last_stride(teacher_k), {}};
+  Inputs in{with_unit_last_stride(student_q),
+            with_unit_last_stride(student_k),
+            with_unit_last_stride(teacher_q),
+            with_unit_last_stride(teacher_k),
+            {}};
   in.problem = {student_q.size(0),
                 std::min(student_q.size(1), teacher_q.size(1)),
                 tokens,
@@ -105,7 +108,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor student_q, Tensor student_k, T
 // _empty_gradient in haste_ext/ops/attn_align_loss.py is the same. The heads and tokens that take no part get zeros.
 Tensor empty_gradient(const Tensor& student, const AttnAlignProblem& p) {
   std::array<int64_t, 3> order{0, 1, 2};
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return student.stride(a) > student.stride(b); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return student.stride(a) > student.stride(b); });
   Tensor gradient = torch::stable::new_empty(
       student, {student.size(order[0]), student.size(order[1]), student.size(order[2]), student.size(3)});
   for (int64_t i = 0; i < 3; ++i) {
@@ -147,12 +151,11 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor student_q, Tensor s
   const auto not_wanted = [&] { return torch::stable::new_empty(student_q, {0}); };
   Tensor grad_q = need_q ? empty_gradient(in.student_q, p) : not_wanted();
   Tensor grad_k = need_k ? empty_gradient(in.student_k, p) : not_wanted();
-  const AttnAlignBackward b{
-      {grad_loss.const_data_ptr(), grad_loss.stride(0), grad_loss.stride(1), grad_loss.stride(2)},
-      student_softmax.const_data_ptr(),
-      teacher_softmax.const_data_ptr(),
-      need_q ? destination(grad_q, student_prefix) : AttnGradient{},
-      need_k ? destination(grad_k, student_prefix) : AttnGradient{}};
+  const AttnAlignBackward b{{grad_loss.const_data_ptr(), grad_loss.stride(0), grad_loss.stride(1), grad_loss.stride(2)},
+                            student_softmax.const_data_ptr(),
+                            teacher_softmax.const_data_ptr(),
+                            need_q ? destination(grad_q, student_prefix) : AttnGradient{},
+                            need_k ? destination(grad_k, student_prefix) : AttnGradient{}};
   if (grad_loss.numel() == 0 || !(need_q || need_k)) return {grad_q, grad_k};
   if (student_q.is_cuda()) {
     const CudaLaunch launch(student_q);

@@ -57,7 +57,8 @@ std::vector<int64_t> row_shape(const Tensor& student) {
 }
 
 void check_inputs(const Tensor& student, const Tensor& teacher) {
-  check_shape(student.dim() >= 1 && student.size(student.dim() - 1) >= 1, "student", student, "(..., dim) with dim >= 1");
+  check_shape(student.dim() >= 1 && student.size(student.dim() - 1) >= 1, "student", student,
+              "(..., dim) with dim >= 1");
   bool same = student.dim() == teacher.dim();
   for (int64_t i = 0; same && i < student.dim(); ++i) same = student.size(i) == teacher.size(i);
   check_shape(same, "teacher", teacher, "of the shape of student");
@@ -67,7 +68,8 @@ void check_inputs(const Tensor& student, const Tensor& teacher) {
 
 TokenOperand operand(const Tensor& t, int64_t split, const char* argument) {
   const int64_t rows_dim = t.dim() - 1;
-  return {t.const_data_ptr(), scalar_type(t, argument), collapse(t, 0, split).stride, collapse(t, split, rows_dim).stride};
+  return {t.const_data_ptr(), scalar_type(t, argument), collapse(t, 0, split).stride,
+          collapse(t, split, rows_dim).stride};
 }
 
 TokenCosineProblem problem(const Tensor& student, const Tensor& teacher, int64_t split) {

@@ -71,14 +71,15 @@ class NotAccurateError(Exception):
 def compare(op: Operation, case: Case, forward_only: bool, min_seconds: float, roofline: Roofline) -> dict:
     """What the benchmark's JSON holds of one case."""
     phases = case.phases()[:1] if forward_only else case.phases()
+    least_bytes = sum(phase.bytes for phase in phases)
     work = {
-        "bytes": sum(phase.bytes for phase in phases),
+        "bytes": least_bytes,
         "flops": sum(phase.matmul_flops + phase.other_flops for phase in phases),
         "exps": sum(phase.exps for phase in phases),
         "floor_seconds": floor_seconds(phases, name_of(case.dtype), roofline),
     }
     with memory_within_the_machine(case.device):
-        rows = contender_rows(op, case, forward_only, min_seconds, work["bytes"])
+        rows = contender_rows(op, case, forward_only, min_seconds, least_bytes)
     for row in rows:
         if "seconds" in row:
             median = row["seconds"]["median"]
@@ -126,13 +127,18 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
     timers = make_timers(calls, case.device)
     for name, times in times_in_turns(timers, min_seconds).items():
         rows[name]["seconds"] = spread(times)
-        if isinstance(timers[name], GpuTimer):
-            rows[name]["host_seconds"] = spread(timers[name].host_times())
-            rows[name]["timed_by_events"] = timers[name].why_events
+        rows[name] |= launching(timers[name])
     timers.clear()  # with the memory that graphs hold
     for name in calls:
         rows[name]["peak_extra_bytes"] = None if name == COPY else peak_extra_bytes(calls[name][0], case.device)
     return list(rows.values())
+
+
+def launching(timer: CpuTimer | GpuTimer) -> dict[str, object]:
+    """What the host takes to launch a call on a GPU, and why no graph could hold it, if none could."""
+    if not isinstance(timer, GpuTimer):
+        return {}
+    return {"host_seconds": spread(timer.host_times()), "timed_by_events": timer.why_events}
 
 
 def bound(

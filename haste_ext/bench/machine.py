@@ -9,7 +9,9 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,7 @@ MATMUL_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
 SLOW = 0.2  # seconds of one product, after which no larger one is tried: some processors have no arithmetic for a type
 EXP_ELEMENTS, EXPS_PER_ELEMENT = 64 * 2**20, 512
 
-Roofline = Mapping[str, object]
+Roofline = Mapping[str, Any]
 
 
 def describe_machine(device: str) -> dict[str, object]:
@@ -96,8 +98,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     best = 0.0
     for n in MATMUL_SIZES[device]:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        seconds = min(times_of([lambda a=a, b=b, out=out: torch.mm(a, b, out=out)], SECONDS / 4, device))
+        product = partial(torch.mm, a, b, out=torch.empty_like(a))
+        seconds = min(times_of([product], SECONDS / 4, device))
         best = max(best, 2 * n**3 / seconds)
         if seconds > SLOW:
             break

@@ -186,7 +186,8 @@ class AttentionCase(Case):
     def reduced_to(self, float64_bytes: int) -> AttentionCase:
         """Fewer heads too where one sample's maps are too many."""
         heads = float64_bytes // (self.float64_bytes_per_sample() // self.heads)
-        return replace(super().reduced_to(float64_bytes), heads=max(1, min(self.heads, heads)))
+        fewer = replace(self, heads=max(1, min(self.heads, heads)))
+        return replace(fewer, batch=super().reduced_to(float64_bytes).batch)
 
 
 @dataclass(frozen=True)

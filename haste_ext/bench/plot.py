@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -126,7 +127,7 @@ def series(results: Sequence[Mapping], key: str = "seconds") -> list[tuple[str, 
     return found
 
 
-def style(name: str, result: Mapping) -> dict[str, object]:
+def style(name: str, result: Mapping) -> dict[str, Any]:
     ours = name == result["ours"]
     colour, marker = OURS if ours else BASELINE if name == result["baseline"] else BY_NAME.get(name, OTHER)
     return {
@@ -153,7 +154,7 @@ def plain_log_ticks(axes: Axes) -> None:
 
 def finish(figure: Figure, results: Sequence[Mapping], document: Mapping) -> None:
     """Heading, where it was measured, one legend for all panels, and what is absent."""
-    entries: dict[str, object] = {}
+    entries: dict[str, Any] = {}
     for axes in figure.axes:
         handles, names = axes.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))

@@ -74,3 +74,10 @@ def test_a_set_of_kernels_that_this_build_lacks_is_refused_at_once(monkeypatch, 
     _load.check_environment()
     monkeypatch.setenv(variable, "")
     _load.check_environment()
+
+
+def test_a_build_of_an_older_source_is_said_to_be_one(monkeypatch):
+    monkeypatch.delattr(_load._C, "cpu_capabilities")
+    with pytest.raises(ImportError, match="is of an older source than") as error:
+        _load.check_environment()
+    assert error.value.name == "haste_ext._C"

@@ -66,10 +66,9 @@ void attn_align_loss_forward(const AttnAlignProblem& problem, const AttnAlignRow
   const AttnAlignKernels& kernels = kernels_for(problem);
   const int64_t blocks = problem.batch * problem.heads * chunks(problem.tokens);
   if (blocks == 0) return;
-  run_blocks(blocks, kernels.scratch(problem, problem.tokens), parallel_for,
-             [&](int64_t index, void* scratch) {
-               kernels.forward(problem, rows, block_of_queries(problem, index), scratch);
-             });
+  run_blocks(blocks, kernels.scratch(problem, problem.tokens), parallel_for, [&](int64_t index, void* scratch) {
+    kernels.forward(problem, rows, block_of_queries(problem, index), scratch);
+  });
 }
 
 void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient,
@@ -80,29 +79,25 @@ void attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBa
   if (blocks == 0 || !(query_wanted || key_wanted)) return;
 
   if (query_wanted && key_wanted && in_one_pass(problem, parallel_for)) {
-    run_blocks(maps, kernels.scratch(problem, problem.tokens), parallel_for,
-               [&](int64_t index, void* scratch) {
-                 const AttnBlock whole{index / problem.heads, index % problem.heads, 0, problem.tokens, 0,
-                                       problem.tokens};
-                 kernels.backward(problem, gradient, whole, scratch);
-               });
+    run_blocks(maps, kernels.scratch(problem, problem.tokens), parallel_for, [&](int64_t index, void* scratch) {
+      const AttnBlock whole{index / problem.heads, index % problem.heads, 0, problem.tokens, 0, problem.tokens};
+      kernels.backward(problem, gradient, whole, scratch);
+    });
     return;
   }
   if (query_wanted) {
     AttnAlignBackward queries = gradient;
     queries.student_k.data = nullptr;
-    run_blocks(blocks, kernels.scratch(problem, problem.tokens), parallel_for,
-               [&](int64_t index, void* scratch) {
-                 kernels.backward(problem, queries, block_of_queries(problem, index), scratch);
-               });
+    run_blocks(blocks, kernels.scratch(problem, problem.tokens), parallel_for, [&](int64_t index, void* scratch) {
+      kernels.backward(problem, queries, block_of_queries(problem, index), scratch);
+    });
   }
   if (key_wanted) {
     AttnAlignBackward keys = gradient;
     keys.student_q.data = nullptr;
-    run_blocks(blocks, kernels.scratch(problem, std::min(kChunk, problem.tokens)), parallel_for,
-               [&](int64_t index, void* scratch) {
-                 kernels.backward(problem, keys, block_of_keys(problem, index), scratch);
-               });
+    run_blocks(
+        blocks, kernels.scratch(problem, std::min(kChunk, problem.tokens)), parallel_for,
+        [&](int64_t index, void* scratch) { kernels.backward(problem, keys, block_of_keys(problem, index), scratch); });
   }
 }
 

@@ -15,17 +15,15 @@ const TokenCosineKernels& kernels_for(const TokenCosineProblem& problem) {
 
 void token_cosine_loss_forward(const TokenCosineProblem& problem, void* loss, const ParallelFor& parallel_for) {
   const TokenCosineKernels& kernels = kernels_for(problem);
-  parallel_rows(problem.outer * problem.inner, problem.dim, parallel_for, [&](int64_t begin, int64_t end) {
-    kernels.forward(problem, loss, begin, end);
-  });
+  parallel_rows(problem.outer * problem.inner, problem.dim, parallel_for,
+                [&](int64_t begin, int64_t end) { kernels.forward(problem, loss, begin, end); });
 }
 
 void token_cosine_loss_backward(const TokenCosineProblem& problem, const TokenGradient& grad_out,
                                 void* student_gradient, const ParallelFor& parallel_for) {
   const TokenCosineKernels& kernels = kernels_for(problem);
-  parallel_rows(problem.outer * problem.inner, problem.dim, parallel_for, [&](int64_t begin, int64_t end) {
-    kernels.backward(problem, grad_out, student_gradient, begin, end);
-  });
+  parallel_rows(problem.outer * problem.inner, problem.dim, parallel_for,
+                [&](int64_t begin, int64_t end) { kernels.backward(problem, grad_out, student_gradient, begin, end); });
 }
 
 }  // namespace haste::cpu

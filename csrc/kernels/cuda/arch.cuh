@@ -148,7 +148,9 @@ __device__ inline float fast_exp2(float x) {
 // x held to ± limit; NaN stays NaN, which fminf and fmaxf would swallow.
 __device__ inline float clamp(float x, float limit) {
   float y;
-  asm("{\n.reg .f32 low;\nmax.NaN.f32 low, %1, %2;\nmin.NaN.f32 %0, low, %3;\n}" : "=f"(y) : "f"(x), "f"(-limit), "f"(limit));
+  asm("{\n.reg .f32 low;\nmax.NaN.f32 low, %1, %2;\nmin.NaN.f32 %0, low, %3;\n}"
+      : "=f"(y)
+      : "f"(x), "f"(-limit), "f"(limit));
   return y;
 }
 

@@ -126,8 +126,8 @@ __device__ inline void prefetch(const TensorMap& map) {
 // One thread starts the load of one panel, from this column and token on; they may lie outside. It counts the bytes of
 // the whole panel on the barrier, those included that lie outside the tensor and are written as zeros. A block that
 // is no cluster's addresses its own memory in shared::cluster as in shared::cta.
-__device__ inline void load_panel(void* shared, const TensorMap& map, Barrier* barrier, int column, int token,
-                                  int head, int batch) {
+__device__ inline void load_panel(void* shared, const TensorMap& map, Barrier* barrier, int column, int token, int head,
+                                  int batch) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];\n" ::"r"(shared_address(shared)),
@@ -261,19 +261,19 @@ __device__ inline void wgmma_wait() {
 #define HASTE_R15 HASTE_R14 ", %56, %57, %58, %59"
 #define HASTE_C16 HASTE_C15, HASTE_CELL(15)
 #define HASTE_R16 HASTE_R15 ", %60, %61, %62, %63"
-#define HASTE_FOR_EACH_WIDTH(X, type) \
-  X(type, 8, HASTE_R1, HASTE_C1, 4, 5, 6, 7, 8, 9, 10) \
-  X(type, 16, HASTE_R2, HASTE_C2, 8, 9, 10, 11, 12, 13, 14) \
-  X(type, 24, HASTE_R3, HASTE_C3, 12, 13, 14, 15, 16, 17, 18) \
-  X(type, 32, HASTE_R4, HASTE_C4, 16, 17, 18, 19, 20, 21, 22) \
-  X(type, 40, HASTE_R5, HASTE_C5, 20, 21, 22, 23, 24, 25, 26) \
-  X(type, 48, HASTE_R6, HASTE_C6, 24, 25, 26, 27, 28, 29, 30) \
-  X(type, 56, HASTE_R7, HASTE_C7, 28, 29, 30, 31, 32, 33, 34) \
-  X(type, 64, HASTE_R8, HASTE_C8, 32, 33, 34, 35, 36, 37, 38) \
-  X(type, 72, HASTE_R9, HASTE_C9, 36, 37, 38, 39, 40, 41, 42) \
-  X(type, 80, HASTE_R10, HASTE_C10, 40, 41, 42, 43, 44, 45, 46) \
-  X(type, 88, HASTE_R11, HASTE_C11, 44, 45, 46, 47, 48, 49, 50) \
-  X(type, 96, HASTE_R12, HASTE_C12, 48, 49, 50, 51, 52, 53, 54) \
+#define HASTE_FOR_EACH_WIDTH(X, type)                            \
+  X(type, 8, HASTE_R1, HASTE_C1, 4, 5, 6, 7, 8, 9, 10)           \
+  X(type, 16, HASTE_R2, HASTE_C2, 8, 9, 10, 11, 12, 13, 14)      \
+  X(type, 24, HASTE_R3, HASTE_C3, 12, 13, 14, 15, 16, 17, 18)    \
+  X(type, 32, HASTE_R4, HASTE_C4, 16, 17, 18, 19, 20, 21, 22)    \
+  X(type, 40, HASTE_R5, HASTE_C5, 20, 21, 22, 23, 24, 25, 26)    \
+  X(type, 48, HASTE_R6, HASTE_C6, 24, 25, 26, 27, 28, 29, 30)    \
+  X(type, 56, HASTE_R7, HASTE_C7, 28, 29, 30, 31, 32, 33, 34)    \
+  X(type, 64, HASTE_R8, HASTE_C8, 32, 33, 34, 35, 36, 37, 38)    \
+  X(type, 72, HASTE_R9, HASTE_C9, 36, 37, 38, 39, 40, 41, 42)    \
+  X(type, 80, HASTE_R10, HASTE_C10, 40, 41, 42, 43, 44, 45, 46)  \
+  X(type, 88, HASTE_R11, HASTE_C11, 44, 45, 46, 47, 48, 49, 50)  \
+  X(type, 96, HASTE_R12, HASTE_C12, 48, 49, 50, 51, 52, 53, 54)  \
   X(type, 104, HASTE_R13, HASTE_C13, 52, 53, 54, 55, 56, 57, 58) \
   X(type, 112, HASTE_R14, HASTE_C14, 56, 57, 58, 59, 60, 61, 62) \
   X(type, 120, HASTE_R15, HASTE_C15, 60, 61, 62, 63, 64, 65, 66) \
@@ -281,22 +281,24 @@ __device__ inline void wgmma_wait() {
 
 // Operands: D, A, B, whether to add to D, the signs of A and B, whether each lies transposed (1: not along the
 // contraction, "MN-major").
-#define HASTE_WGMMA_SHARED(type, columns, registers, cells, a_, b_, add_, transpose_a_, transpose_b_, _1, _2)          \
-  if constexpr (kColumns == columns) {                                                                                 \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_ ", 0;\n"                                 \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, %" #a_       \
-                 ", %" #b_ ", accumulate, 1, 1, %" #transpose_a_ ", %" #transpose_b_ ";\n}\n"                          \
-                 : cells                                                                                               \
-                 : "l"(a), "l"(b), "r"(static_cast<unsigned>(add)), "n"(int{kTransposeA}), "n"(int{kTransposeB}));     \
+#define HASTE_WGMMA_SHARED(type, columns, registers, cells, a_, b_, add_, transpose_a_, transpose_b_, _1, _2)      \
+  if constexpr (kColumns == columns) {                                                                             \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_                                      \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, %" #a_   \
+                 ", %" #b_ ", accumulate, 1, 1, %" #transpose_a_ ", %" #transpose_b_ ";\n}\n"                      \
+                 : cells                                                                                           \
+                 : "l"(a), "l"(b), "r"(static_cast<unsigned>(add)), "n"(int{kTransposeA}), "n"(int{kTransposeB})); \
   }
-#define HASTE_WGMMA_REGISTERS(type, columns, registers, cells, a0_, a1_, a2_, a3_, b_, add_, transpose_b_)             \
-  if constexpr (kColumns == columns) {                                                                                 \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_ ", 0;\n"                                 \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, {%" #a0_     \
-                 ", %" #a1_ ", %" #a2_ ", %" #a3_ "}, %" #b_ ", accumulate, 1, 1, %" #transpose_b_ ";\n}\n"            \
-                 : cells                                                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(add)),                \
-                   "n"(int{kTransposeB}));                                                                             \
+#define HASTE_WGMMA_REGISTERS(type, columns, registers, cells, a0_, a1_, a2_, a3_, b_, add_, transpose_b_)         \
+  if constexpr (kColumns == columns) {                                                                             \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.u32 accumulate, %" #add_                                      \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, {%" #a0_ \
+                 ", %" #a1_ ", %" #a2_ ", %" #a3_ "}, %" #b_ ", accumulate, 1, 1, %" #transpose_b_ ";\n}\n"        \
+                 : cells                                                                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(add)),            \
+                   "n"(int{kTransposeB}));                                                                         \
   }
 
 // c (+)= A·B, 64 × kColumns, over a contraction of 16; A and B in shared memory, by their descriptors.

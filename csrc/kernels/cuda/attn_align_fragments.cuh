@@ -56,10 +56,10 @@ struct Fragments {
 #pragma unroll
     for (int pair = 0; pair < kTiles / 2; ++pair) {
       // The accumulators of two neighbouring tiles are an A fragment as they stand.
-      const float(&left)[4] = g[2 * pair];
-      const float(&right)[4] = g[2 * pair + 1];
-      const uint32_t a_fragment[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
-                                      pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
+      const float (&left)[4] = g[2 * pair];
+      const float (&right)[4] = g[2 * pair + 1];
+      const uint32_t a_fragment[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
+                                      pack<T>(right[2], right[3])};
 #pragma unroll
       for (int tile = 0; tile < kDimTiles; tile += 2) {
         const T* source = b_row + pair * 16 * stride + tile * 8;
@@ -105,8 +105,8 @@ struct Fragments<float> {
   }
 
   template <int kTiles, int kDimTiles>
-  static __device__ void accumulate(float (&c)[kDimTiles][4], const float (&g)[kTiles][4], const float* b,
-                                    int stride, int dim) {
+  static __device__ void accumulate(float (&c)[kDimTiles][4], const float (&g)[kTiles][4], const float* b, int stride,
+                                    int dim) {
     const int lane = threadIdx.x % kWarpSize;
     const int first_of_row = lane / 4 * 4;
 #pragma unroll

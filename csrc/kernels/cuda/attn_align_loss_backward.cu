@@ -1,7 +1,7 @@
 // attn_align_loss, backward: the entry. Its kernels are in attn_align_loss_backward_kernels.cu.
 #include "attn_align_tiles.cuh"
-#include "hopper/attn_align_hopper.h"
 #include "dispatch.h"
+#include "hopper/attn_align_hopper.h"
 
 namespace haste::cuda {
 
@@ -9,8 +9,7 @@ namespace haste::cuda {
 template <typename T>
 const char* launch_gradients(const AttnAlignProblem& problem, const AttnAlignBackward& backward, void* stream);
 
-const char* attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& backward,
-                                     void* stream) {
+const char* attn_align_loss_backward(const AttnAlignProblem& problem, const AttnAlignBackward& backward, void* stream) {
   if (const char* reason = refusal(problem)) return reason;
   if (count_blocks(problem) == 0) return nullptr;
   bool on_hopper = false;
@@ -18,9 +17,8 @@ const char* attn_align_loss_backward(const AttnAlignProblem& problem, const Attn
 #ifdef HASTE_HAS_HOPPER
   if (on_hopper && hopper::supports(problem)) return hopper::attn_align_loss_backward(problem, backward, stream);
 #endif
-  return dispatch_type(problem.student_q.type, [&](auto element) {
-    return launch_gradients<decltype(element)>(problem, backward, stream);
-  });
+  return dispatch_type(problem.student_q.type,
+                       [&](auto element) { return launch_gradients<decltype(element)>(problem, backward, stream); });
 }
 
 }  // namespace haste::cuda

@@ -24,7 +24,9 @@ struct GradientArguments {
 
 // Streamed rows at a time, in tiles of 8: fewer in fp32, so that head dim 128 fits the 99 KB of the smallest devices.
 template <typename T, int kDimTiles>
-constexpr int kStreamedTiles = sizeof(T) == 2 ? 8 : kDimTiles > 12 ? 2 : 4;
+constexpr int kStreamedTiles = sizeof(T) == 2   ? 8
+                               : kDimTiles > 12 ? 2
+                                                : 4;
 
 // What G needs to know of one query. The factors are weight / l: the weight is what G carries, and for dk g_i / g_ref.
 struct Query {
@@ -32,7 +34,9 @@ struct Query {
 
   __device__ Query() : student_maximum(0.f), student_factor(0.f), teacher_maximum(0.f), teacher_factor(0.f) {}
   __device__ Query(float2 student, float2 teacher, float weight)
-      : student_maximum(student.x), student_factor(student.y * weight), teacher_maximum(teacher.x),
+      : student_maximum(student.x),
+        student_factor(student.y * weight),
+        teacher_maximum(teacher.x),
         teacher_factor(teacher.y * weight) {}
 };
 
@@ -40,8 +44,7 @@ struct Query {
 // overflowed there was held to a finite maximum and is above it here.
 template <typename T>
 __device__ float power(float dot, float scale_log2, float maximum) {
-  const float distance =
-      sizeof(T) == 4 ? __fmul_rn(dot, scale_log2) - maximum : fmaf(dot, scale_log2, -maximum);
+  const float distance = sizeof(T) == 4 ? __fmul_rn(dot, scale_log2) - maximum : fmaf(dot, scale_log2, -maximum);
   return fast_exp2(fminf(distance, 0.f));
 }
 
@@ -57,8 +60,8 @@ __device__ float gradient_element(float student_dot, float teacher_dot, float st
 template <bool kHoldKeys, typename T, int kTiles>
 __device__ void hide_elements(float (&g)[kTiles][4], const AlignArguments<T>& arguments, int first, int first_row,
                               int last_row, int first_of_warp) {
-  const bool all_seen = kHoldKeys ? first >= arguments.first_query(last_row)
-                                  : first + 8 * kTiles <= arguments.visible_keys(first_row);
+  const bool all_seen =
+      kHoldKeys ? first >= arguments.first_query(last_row) : first + 8 * kTiles <= arguments.visible_keys(first_row);
   if (all_seen) return;
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
@@ -83,7 +86,9 @@ struct QueryStatistics {
   float* grad_out;
 
   __device__ explicit QueryStatistics(void* shared)
-      : student(static_cast<float2*>(shared)), teacher(student + kRows), grad_out(reinterpret_cast<float*>(teacher + kRows)) {}
+      : student(static_cast<float2*>(shared)),
+        teacher(student + kRows),
+        grad_out(reinterpret_cast<float*>(teacher + kRows)) {}
 
   // Zeros past the last query: with factors of 0, its G is 0.
   __device__ void copy(const GradientArguments<T>& gradient, const float* grad_out_of_head, int64_t first_of_head,
@@ -119,8 +124,8 @@ __device__ void store_rows(const float (&rows)[kDimTiles][4], const float (&fact
     }
   }
   __syncwarp();
-  T* head = static_cast<T*>(destination.data) + place.batch * destination.stride_batch +
-            place.head * destination.stride_head;
+  T* head =
+      static_cast<T*>(destination.data) + place.batch * destination.stride_batch + place.head * destination.stride_head;
   const int columns = chunked ? model.dim / kChunk<T> : model.dim;  // of chunks, or of elements
   for (int i = lane; i < 16 * columns; i += kWarpSize) {
     const int row = i / columns, column = i % columns;
@@ -139,7 +144,10 @@ __device__ void store_rows(const float (&rows)[kDimTiles][4], const float (&fact
 // kernel in fp32 spills on sm_86 and sm_89 for the sake of blocks that shared memory has no room for, and the narrowest
 // for a fifth.
 template <typename T, int kDimTiles>
-constexpr int kBlocksWanted = sizeof(T) != 4 ? 0 : kDimTiles > 12 ? 1 : kDimTiles <= 4 ? 4 : 0;
+constexpr int kBlocksWanted = sizeof(T) != 4   ? 0
+                              : kDimTiles > 12 ? 1
+                              : kDimTiles <= 4 ? 4
+                                               : 0;
 
 template <typename T, int kDimTiles, bool kHoldKeys>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksWanted<T, kDimTiles>)
@@ -236,10 +244,10 @@ const char* launch_gradient(const AttnAlignProblem& problem, const AttnAlignBack
   const AttnGradient& destination = kHoldKeys ? backward.student_k : backward.student_q;
   if (destination.data == nullptr) return nullptr;
   const auto arguments = describe<T>(problem, kHoldKeys);
-  const bool chunked = describe_operand<T>(problem, {destination.data, problem.student_q.type, problem.student_q.dim,
-                                                     destination.stride_batch, destination.stride_head,
-                                                     destination.stride_token})
-                           .chunked;
+  const bool chunked =
+      describe_operand<T>(problem, {destination.data, problem.student_q.type, problem.student_q.dim,
+                                    destination.stride_batch, destination.stride_head, destination.stride_token})
+          .chunked;
   const GradientArguments<T> gradient{static_cast<const float2*>(backward.student_softmax),
                                       static_cast<const float2*>(backward.teacher_softmax),
                                       backward.grad_out,
@@ -247,8 +255,8 @@ const char* launch_gradient(const AttnAlignProblem& problem, const AttnAlignBack
                                       chunked,
                                       static_cast<float>(problem.student_scale)};
   const auto run = [&](auto dim_tiles) {
-    return launch_gradient_kernel<T, decltype(dim_tiles)::value, kHoldKeys>(arguments, gradient,
-                                                                            count_blocks(problem), stream);
+    return launch_gradient_kernel<T, decltype(dim_tiles)::value, kHoldKeys>(arguments, gradient, count_blocks(problem),
+                                                                            stream);
   };
   const int dim = arguments.student.dim;
   if (dim <= 32) return run(std::integral_constant<int, 4>{});
@@ -264,6 +272,7 @@ const char* launch_gradients(const AttnAlignProblem& problem, const AttnAlignBac
   if (const char* error = launch_gradient<T, false>(problem, backward, stream)) return error;
   return launch_gradient<T, true>(problem, backward, stream);
 }
-template const char* launch_gradients<elements::HASTE_ELEMENT>(const AttnAlignProblem&, const AttnAlignBackward&, void*);
+template const char* launch_gradients<elements::HASTE_ELEMENT>(const AttnAlignProblem&, const AttnAlignBackward&,
+                                                               void*);
 
 }  // namespace haste::cuda

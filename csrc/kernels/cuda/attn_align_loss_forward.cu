@@ -8,8 +8,8 @@
 #include "attn_align_fragments.cuh"
 #include "attn_align_infinity.cuh"
 #include "attn_align_tiles.cuh"
-#include "hopper/attn_align_hopper.h"
 #include "dispatch.h"
+#include "hopper/attn_align_hopper.h"
 
 namespace haste::cuda {
 namespace {
@@ -75,7 +75,8 @@ template <typename T>
 __device__ QueriesAndKeys<T> operands_of(const Model<T>& model, const BlockPlace& place) {
   const Operand<T>&q = model.held, &k = model.streamed;
   return {q.data + place.batch * q.stride_batch + place.head * q.stride_head,
-          k.data + place.batch * k.stride_batch + place.head * k.stride_head, q.stride_token, k.stride_token, model.dim};
+          k.data + place.batch * k.stride_batch + place.head * k.stride_head, q.stride_token, k.stride_token,
+          model.dim};
 }
 
 // 4 blocks on a multiprocessor, by registers: at 128 threads, up to 128 each.
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
     float teacher_sum = reduce_sum<4>(teacher_softmax.sum[half]);
     const float x_sum = reduce_sum<4>(x[half]);
     const int row = place.first_row + warp * 16 + lane / 4 + 8 * half;
-    const RowOutcome outcome{student_softmax.maximum[half], teacher_softmax.maximum[half], student_sum, teacher_sum, x_sum};
+    const RowOutcome outcome{student_softmax.maximum[half], teacher_softmax.maximum[half], student_sum, teacher_sum,
+                             x_sum};
     const bool suspicious = row < tokens && outcome.hints_at_infinity(kLargestLogit);
     if (__any_sync(kFullWarp, suspicious)) {
       bool finite = true;
@@ -182,9 +184,10 @@ const char* attn_align_loss_forward(const AttnAlignProblem& problem, const AttnA
   return dispatch_type(problem.student_q.type, [&](auto element) {
     using T = decltype(element);
     const auto arguments = describe<T>(problem, /*hold_keys=*/false);
-    return launch(problem.kl ? forward_kernel<T, true> : forward_kernel<T, false>, dim3(static_cast<unsigned>(blocks)), kBlockThreads,
-                  arguments.template tile_bytes<8 * kKeyTiles<T>>(), stream, arguments, static_cast<float*>(rows.loss),
-                  static_cast<float2*>(rows.student_softmax), static_cast<float2*>(rows.teacher_softmax));
+    return launch(problem.kl ? forward_kernel<T, true> : forward_kernel<T, false>, dim3(static_cast<unsigned>(blocks)),
+                  kBlockThreads, arguments.template tile_bytes<8 * kKeyTiles<T>>(), stream, arguments,
+                  static_cast<float*>(rows.loss), static_cast<float2*>(rows.student_softmax),
+                  static_cast<float2*>(rows.teacher_softmax));
   });
 }
 

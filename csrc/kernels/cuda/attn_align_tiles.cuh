@@ -32,9 +32,9 @@ struct Operand {
 template <typename T>
 struct Model {
   Operand<T> held, streamed;
-  int dim, padded_dim;  // the head dim, and the next multiple of 8
-  int chunks;           // in a padded row
-  int shared_stride;    // between rows of a tile: an odd number of chunks, so that 8 rows lie in different banks
+  int dim, padded_dim;       // the head dim, and the next multiple of 8
+  int chunks;                // in a padded row
+  int shared_stride;         // between rows of a tile: an odd number of chunks, so that 8 rows lie in different banks
   int row_step, chunk_step;  // what kBlockThreads chunks further on means
   float scale_log2;          // logit scale · log2(e): the kernels take powers of 2
 };
@@ -126,7 +126,8 @@ Operand<T> describe_operand(const AttnAlignProblem& problem, const AttnOperand& 
                        stride_aligned_16(problem.batch, operand.stride_batch, size) &&
                        stride_aligned_16(problem.heads, operand.stride_head, size) &&
                        stride_aligned_16(problem.tokens, operand.stride_token, size);
-  return {static_cast<const T*>(operand.data), operand.stride_batch, operand.stride_head, operand.stride_token, chunked};
+  return {static_cast<const T*>(operand.data), operand.stride_batch, operand.stride_head, operand.stride_token,
+          chunked};
 }
 
 template <typename T>

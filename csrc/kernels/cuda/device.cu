@@ -32,7 +32,8 @@ std::string find_problem(int device) {
 
   int major = 0, minor = 0;
   cudaDeviceProp properties{};
-  if (error == cudaErrorInsufficientDriver || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ||
+  if (error == cudaErrorInsufficientDriver ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) ||
       cudaGetDeviceProperties(&properties, device)) {
     cudaGetLastError();

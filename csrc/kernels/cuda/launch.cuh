@@ -15,8 +15,8 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_
                    const Parameters&... arguments) {
   constexpr int64_t kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   cudaLaunchConfig_t config{};

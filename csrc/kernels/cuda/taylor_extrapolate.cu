@@ -14,13 +14,15 @@ namespace haste::cuda {
 namespace {
 
 constexpr int kBlockThreads = 128;
-constexpr int kMostSteps = 8;                // of one launch; their sums stay in registers
-constexpr int64_t kStageBytes = 16 * 1024;   // in shared memory at a time
+constexpr int kMostSteps = 8;               // of one launch; their sums stay in registers
+constexpr int64_t kStageBytes = 16 * 1024;  // in shared memory at a time
 constexpr int64_t kLargestGridY = 65535;
 
 // Blocks of which a multiprocessor must have room for, so that the compiler takes no more registers than that leaves.
 template <int kSteps>
-constexpr int kBlocks = kSteps == 1 ? 5 : kSteps <= 4 ? 3 : 2;
+constexpr int kBlocks = kSteps == 1   ? 5
+                        : kSteps <= 4 ? 3
+                                      : 2;
 
 template <typename T>
 constexpr int kChannels = 16 / sizeof(T);  // of one thread
@@ -107,7 +109,8 @@ struct Stages {
 template <typename T, int kSteps, int kSlots, bool kAligned>
 struct Worker {
   using Slots = Packed<T>[kSlots];
-  static constexpr int kSets = kSlots >= 3 ? 2 : 5;  // of slots in registers: one is added up, the others are on their way
+  static constexpr int kSets =
+      kSlots >= 3 ? 2 : 5;  // of slots in registers: one is added up, the others are on their way
   static constexpr int kTogether = kSteps < 4 ? kSteps : 4;  // steps whose gates and sums are in registers
 
   const Stages<kSteps, kSlots>& all;
@@ -205,7 +208,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocks<kSteps>) extrapolate_ke
     const T* gates = static_cast<const T*>(p.gates);
     const Worker<T, kSteps, kSlots, kAligned> worker{
         stages,
-        static_cast<const T*>(p.snapshots) + batch * p.snapshot_stride_batch + token * p.snapshot_stride_token + channel,
+        static_cast<const T*>(p.snapshots) + batch * p.snapshot_stride_batch + token * p.snapshot_stride_token +
+            channel,
         gates == nullptr ? nullptr : gates + batch * p.gate_stride_batch + channel, count, total};
     for (int first = 0; first < stages.count; first += arguments.stages_at_once) {
       const int end = min(stages.count, first + arguments.stages_at_once);

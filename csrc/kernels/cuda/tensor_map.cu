@@ -24,10 +24,10 @@ Extents extents_of(const AttnOperand& operand, int64_t batch, int64_t heads, int
   const auto stride = [&](int64_t size, int64_t elements) {
     return size == 1 ? ceil_div(row_bytes, kStrideAlignment) * kStrideAlignment : elements * kElementBytes;
   };
-  return {{operand.dim, tokens, heads, batch},
-          row_bytes,
-          {stride(tokens, operand.stride_token), stride(heads, operand.stride_head),
-           stride(batch, operand.stride_batch)}};
+  return {
+      {operand.dim, tokens, heads, batch},
+      row_bytes,
+      {stride(tokens, operand.stride_token), stride(heads, operand.stride_head), stride(batch, operand.stride_batch)}};
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -70,10 +70,9 @@ const char* describe(TensorMap* map, const AttnOperand& operand, int64_t batch, 
   const cuuint32_t steps[kDimensions] = {1, 1, 1, 1};
   const auto type =
       operand.type == ScalarType::Float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(map, type, kDimensions, const_cast<void*>(operand.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(map, type, kDimensions, const_cast<void*>(operand.data), sizes, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the CUDA driver refused to describe an operand (cuTensorMapEncodeTiled)";
 }
 

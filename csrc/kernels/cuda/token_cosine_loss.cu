@@ -103,8 +103,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   const S* student = arguments.student.row(token, arguments.inner);
   const T* teacher = arguments.teacher.row(token, arguments.inner);
   const Cosine cosine(student, teacher, arguments);
-  const float g = static_cast<const float*>(grad_out.data)[token / arguments.inner * grad_out.stride_outer +
-                                                           token % arguments.inner * grad_out.stride_inner];
+  const float* gradients = static_cast<const float*>(grad_out.data);
+  const float g =
+      gradients[token / arguments.inner * grad_out.stride_outer + token % arguments.inner * grad_out.stride_inner];
   const float factor = -g / cosine.student_norm * cosine.student_scale;
   const float teacher_factor = 1.f / cosine.teacher_norm;
   const float student_factor = cosine.clamped ? 0.f : -cosine.value / cosine.student_norm;
@@ -166,9 +167,8 @@ const char* launch_backward(const Arguments<S, T>& arguments, unsigned blocks, c
 }  // namespace
 
 const char* token_cosine_loss_forward(const TokenCosineProblem& problem, float* loss, void* stream) {
-  return dispatch(problem, [&](const auto& arguments, unsigned blocks) {
-    return launch_forward(arguments, blocks, loss, stream);
-  });
+  return dispatch(
+      problem, [&](const auto& arguments, unsigned blocks) { return launch_forward(arguments, blocks, loss, stream); });
 }
 
 const char* token_cosine_loss_backward(const TokenCosineProblem& problem, const TokenGradient& grad_out,

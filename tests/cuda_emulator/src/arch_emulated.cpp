@@ -80,7 +80,9 @@ float shuffle(float value, int source_lane) {
 
 }  // namespace
 
-void __syncwarp(unsigned) { emulation::meet_warp([](void* const*) {}, nullptr); }
+void __syncwarp(unsigned) {
+  emulation::meet_warp([](void* const*) {}, nullptr);
+}
 float __shfl_sync(unsigned, float value, int source_lane, int) { return shuffle(value, source_lane % 32); }
 float __shfl_xor_sync(unsigned, float value, int lane_mask, int) {
   return shuffle(value, emulation::lane() ^ lane_mask);

@@ -88,8 +88,8 @@ struct Request {
 
 AttnAlignProblem attn_problem(const Request& r) {
   const auto operand = [&](const std::string& name, const std::string& model) -> AttnOperand {
-    return {r.pointer(name), r.type("type"), r.integer(model + "_dim"), r.stride(name, 0), r.stride(name, 1),
-            r.stride(name, 2)};
+    return {r.pointer(name),   r.type("type"),    r.integer(model + "_dim"),
+            r.stride(name, 0), r.stride(name, 1), r.stride(name, 2)};
   };
   return {r.integer("batch"),
           r.integer("heads"),
@@ -183,8 +183,8 @@ const char* fault(const Request& r) {
 
 const char* panel(const Request& r) {
   const auto integer = [&](const char* name) { return static_cast<int>(r.integer(name)); };
-  const AttnOperand operand{r.pointer("operand"),     r.type("type"),         r.integer("dim"), r.stride("operand", 0),
-                            r.stride("operand", 1), r.stride("operand", 2)};
+  const AttnOperand operand{r.pointer("operand"),   r.type("type"),         r.integer("dim"),
+                            r.stride("operand", 0), r.stride("operand", 1), r.stride("operand", 2)};
   return cuda::load_one_panel({operand, r.integer("batch"), r.integer("heads"), r.integer("tokens"), integer("rows"),
                                integer("column"), integer("token"), integer("head"), integer("sample")},
                               static_cast<uint16_t*>(r.pointer("panel")));
@@ -217,12 +217,18 @@ const char* convert(const Request& r) {
 
 int main() {
   const std::map<std::string, const char* (*)(const Request&)> operations{
-      {"attn_align_loss_forward", attn_forward},   {"attn_align_loss_backward", attn_backward},
-      {"token_cosine_loss_forward", cosine_forward}, {"token_cosine_loss_backward", cosine_backward},
-      {"taylor_extrapolate", taylor},              {"device_problem", device_problem},
-      {"fault", fault},                            {"convert", convert},
-      {"panel", panel},                            {"product", product},
-      {"ring", ring},                              {"relay", relay}};
+      {"attn_align_loss_forward", attn_forward},
+      {"attn_align_loss_backward", attn_backward},
+      {"token_cosine_loss_forward", cosine_forward},
+      {"token_cosine_loss_backward", cosine_backward},
+      {"taylor_extrapolate", taylor},
+      {"device_problem", device_problem},
+      {"fault", fault},
+      {"convert", convert},
+      {"panel", panel},
+      {"product", product},
+      {"ring", ring},
+      {"relay", relay}};
   std::ios::sync_with_stdio(false);
   const Request request = Request::read(std::cin);
   emulation::set_seed(static_cast<unsigned>(request.integer("seed")));

@@ -25,7 +25,7 @@ namespace {
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kWarp = 32;
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
-constexpr size_t kSharedAtMost = 227 * 1024;  // of compute capability 9.0 and 10.0
+constexpr size_t kSharedAtMost = 227 * 1024;    // of compute capability 9.0 and 10.0
 constexpr size_t kSharedElsewhere = 99 * 1024;  // of 8.6, 8.9 and 12.0, the least of all
 
 struct Copy {

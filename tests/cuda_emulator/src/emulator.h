@@ -12,9 +12,9 @@ namespace emulation {
 struct Device {
   const char* name = "Emulated device";
   int major = 8, minor = 6;
-  int multiprocessors = 3;  // few, so that persistent blocks get several work tiles each
+  int multiprocessors = 3;               // few, so that persistent blocks get several work tiles each
   cudaError_t load_error = cudaSuccess;  // what loading a kernel says
-  bool whole_panels = false;  // a transposed operand of wgmma may not end within a panel behind a whole one
+  bool whole_panels = false;             // a transposed operand of wgmma may not end within a panel behind a whole one
 };
 extern Device device;
 

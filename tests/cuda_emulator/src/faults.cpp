@@ -28,9 +28,7 @@ __global__ void copy(const float* source, float* target) {
   wait_for_copies();
 }
 
-__global__ void read_past_the_end(const float* source, float* target) {
-  target[threadIdx.x] = source[threadIdx.x + 1];
-}
+__global__ void read_past_the_end(const float* source, float* target) { target[threadIdx.x] = source[threadIdx.x + 1]; }
 
 __global__ void divergent_warp(const float* source, float* target) {
   target[threadIdx.x] = source[threadIdx.x];

@@ -95,7 +95,7 @@ using Accumulators = float[kMostColumns / 8][4];
 // The one instruction of this shape.
 template <typename T, int kColumns, bool kTransposeA, bool kTransposeB>
 void issue(const Shape& shape, Accumulators& c, const uint32_t (&a)[4], uint64_t a_desc, uint64_t b_desc, bool add) {
-  auto& cells = reinterpret_cast<float(&)[kColumns / 8][4]>(c);
+  auto& cells = reinterpret_cast<float (&)[kColumns / 8][4]>(c);
   if (shape.a_in_registers) return wgmma<T, kColumns, kTransposeB>(cells, a, b_desc, add);
   wgmma<T, kColumns, kTransposeA, kTransposeB>(cells, a_desc, b_desc, add);
 }
@@ -140,8 +140,7 @@ __global__ void product_kernel(const __grid_constant__ TensorMap a_map, const __
   fence_registers(cells);
   wgmma_fence();
   for (int step = 0; step < steps; ++step) {
-    issue_any<T>(shape, cells, fragments[step],
-                 operand_descriptor(a_panels, shape.a_rows(), shape.transpose_a, step),
+    issue_any<T>(shape, cells, fragments[step], operand_descriptor(a_panels, shape.a_rows(), shape.transpose_a, step),
                  operand_descriptor(b_panels, shape.b_rows(), shape.transpose_b, step), step > 0);
   }
   wgmma_commit();
@@ -158,15 +157,15 @@ __global__ void product_kernel(const __grid_constant__ TensorMap a_map, const __
 
 enum class Fault {
   kNone,
-  kReadBeforeFull,       // the warpgroup does not wait for the copy engine
-  kReadBeforeWait,       // the accumulators are read before wgmma_wait
-  kReleaseBeforeWait,    // a stage is given back while its product is under way
-  kReleaseForOthers,     // a stage is given back by one warp for all four
-  kTooManyBytes,         // the barrier expects more than arrives
-  kTooFewBytes,          // and less
-  kNoProducer,           // nobody arrives
+  kReadBeforeFull,     // the warpgroup does not wait for the copy engine
+  kReadBeforeWait,     // the accumulators are read before wgmma_wait
+  kReleaseBeforeWait,  // a stage is given back while its product is under way
+  kReleaseForOthers,   // a stage is given back by one warp for all four
+  kTooManyBytes,       // the barrier expects more than arrives
+  kTooFewBytes,        // and less
+  kNoProducer,         // nobody arrives
   kArrivesTwice,
-  kOverwritten,          // a thread writes over a barrier
+  kOverwritten,  // a thread writes over a barrier
   kNoWgmmaFence,
   kNoCommit,
   kNoInitFence,
@@ -181,11 +180,28 @@ enum class Fault {
   kDivergedWarp,         // one lane stays away
 };
 constexpr const char* kFaultNames[] = {
-    "none",           "read before full", "read before wait", "release before wait", "release for others",
-    "too many bytes", "too few bytes",    "no producer",      "arrives twice",       "overwritten",
-    "no wgmma_fence", "no commit",        "no init fence",    "no init",             "misaligned",
-    "wrong swizzle",  "wrong stride",     "wrong major",      "touched",             "stores unfenced",
-    "uneven warps",   "diverged warp",
+    "none",
+    "read before full",
+    "read before wait",
+    "release before wait",
+    "release for others",
+    "too many bytes",
+    "too few bytes",
+    "no producer",
+    "arrives twice",
+    "overwritten",
+    "no wgmma_fence",
+    "no commit",
+    "no init fence",
+    "no init",
+    "misaligned",
+    "wrong swizzle",
+    "wrong stride",
+    "wrong major",
+    "touched",
+    "stores unfenced",
+    "uneven warps",
+    "diverged warp",
 };
 
 constexpr int kStages = 2;

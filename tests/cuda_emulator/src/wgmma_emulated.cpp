@@ -247,13 +247,14 @@ void wgmma(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool
   issue({{0, b, kColumns, true, false, kTransposeB, add, kBfloat16}, c[0], a});
 }
 
-#define FOR_BOTH_B(T, n, B)                                                            \
+#define FOR_BOTH_B(T, n, B)                                                           \
   template void wgmma<T, n, false, B>(float (&)[n / 8][4], uint64_t, uint64_t, bool); \
   template void wgmma<T, n, true, B>(float (&)[n / 8][4], uint64_t, uint64_t, bool);  \
   template void wgmma<T, n, B>(float (&)[n / 8][4], const uint32_t (&)[4], uint64_t, bool);
 #define FOR_TYPE(T, n) FOR_BOTH_B(T, n, false) FOR_BOTH_B(T, n, true)
 #define FOR_WIDTH(n) FOR_TYPE(__half, n) FOR_TYPE(__nv_bfloat16, n)
-FOR_WIDTH(8) FOR_WIDTH(16) FOR_WIDTH(24) FOR_WIDTH(32) FOR_WIDTH(40) FOR_WIDTH(48) FOR_WIDTH(56) FOR_WIDTH(64)
-FOR_WIDTH(72) FOR_WIDTH(80) FOR_WIDTH(88) FOR_WIDTH(96) FOR_WIDTH(104) FOR_WIDTH(112) FOR_WIDTH(120) FOR_WIDTH(128)
+FOR_WIDTH(8)
+FOR_WIDTH(16) FOR_WIDTH(24) FOR_WIDTH(32) FOR_WIDTH(40) FOR_WIDTH(48) FOR_WIDTH(56) FOR_WIDTH(64) FOR_WIDTH(72)
+    FOR_WIDTH(80) FOR_WIDTH(88) FOR_WIDTH(96) FOR_WIDTH(104) FOR_WIDTH(112) FOR_WIDTH(120) FOR_WIDTH(128)
 
 }  // namespace haste::cuda

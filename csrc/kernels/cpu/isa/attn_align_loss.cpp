@@ -19,11 +19,11 @@ HASTE_INLINE int64_t padded_keys(int64_t keys) { return round_up(keys, kKeys); }
 // The arrays of one block.
 template <class T>
 struct Workspace {
-  T *student_k, *teacher_k;              // [key][d]
-  T *student_q, *teacher_q;              // [query][d] of the current block of queries
-  T *student_q_lanes, *teacher_q_lanes;  // the same as [d][query]
-  T *student_logits, *teacher_logits;    // [key][query], one tile
-  T *query_gradient, *key_gradient;      // [d][query], [key][d]
+  T *student_k, *teacher_k;                             // [key][d]
+  T *student_q, *teacher_q;                             // [query][d] of the current block of queries
+  T *student_q_lanes, *teacher_q_lanes;                 // the same as [d][query]
+  T *student_logits, *teacher_logits;                   // [key][query], one tile
+  T *query_gradient, *key_gradient;                     // [d][query], [key][d]
   double student_k_divisor = 1, teacher_k_divisor = 1;  // see rescale_to_avoid_overflow()
   double student_q_divisor = 1, teacher_q_divisor = 1;
   OnlineSoftmax<T, kQueries<T>>* softmax;
@@ -54,8 +54,10 @@ void pack_keys(const AttnAlignProblem& problem, const AttnBlock& block, Workspac
               key_stride(problem.student_k.dim));
   pack_tokens(problem.teacher_k, block, block.key_begin, keys, padded_keys(keys), work.teacher_k,
               key_stride(problem.teacher_k.dim));
-  work.student_k_divisor = rescale_to_avoid_overflow(work.student_k, padded_keys(keys) * key_stride(problem.student_k.dim));
-  work.teacher_k_divisor = rescale_to_avoid_overflow(work.teacher_k, padded_keys(keys) * key_stride(problem.teacher_k.dim));
+  work.student_k_divisor =
+      rescale_to_avoid_overflow(work.student_k, padded_keys(keys) * key_stride(problem.student_k.dim));
+  work.teacher_k_divisor =
+      rescale_to_avoid_overflow(work.teacher_k, padded_keys(keys) * key_stride(problem.teacher_k.dim));
 }
 
 // Returns by how much the lanes were divided; the rows are as they were.
@@ -70,10 +72,8 @@ double pack_queries(const AttnOperand& q, const AttnBlock& block, int64_t first,
 template <class T>
 void pack_queries(const AttnAlignProblem& problem, const AttnBlock& block, int64_t first, int64_t count,
                   Workspace<T>& work) {
-  work.student_q_divisor =
-      pack_queries(problem.student_q, block, first, count, work.student_q, work.student_q_lanes);
-  work.teacher_q_divisor =
-      pack_queries(problem.teacher_q, block, first, count, work.teacher_q, work.teacher_q_lanes);
+  work.student_q_divisor = pack_queries(problem.student_q, block, first, count, work.student_q, work.student_q_lanes);
+  work.teacher_q_divisor = pack_queries(problem.teacher_q, block, first, count, work.teacher_q, work.teacher_q_lanes);
 }
 
 // A factor as T, the largest number where it overflows.
@@ -157,8 +157,7 @@ void backward(const AttnAlignProblem& problem, const AttnAlignBackward& gradient
   for (int64_t query = block.query_begin; query < block.query_end; query += kQueries<T>) {
     const int64_t queries = least(kQueries<T>, block.query_end - query);
     // In whole kKeyGradientRows: what is left over in the rows of a tile past its last key must not reach dk.
-    const int64_t keys_seen =
-        least(round_up(keys_in_sight(problem, block, query + queries), kKeyGradientRows), keys);
+    const int64_t keys_seen = least(round_up(keys_in_sight(problem, block, query + queries), kKeyGradientRows), keys);
     if (keys_seen == 0) continue;  // where the block holds some of the keys, there is no dq to write
     pack_queries(problem, block, query, queries, work);
     work.rows->load_rows(problem, gradient, block, query, queries);

@@ -75,9 +75,13 @@ struct Side {
   float* logits;         // [key][query], one strip, without the factor
 
   Side(const AttnOperand& q_operand, const AttnOperand& k_operand, double scale, int64_t keys, Scratch& scratch)
-      : q_operand(q_operand), k_operand(k_operand), stride(round_up(q_operand.dim, kWord)),
-        factor(float(scale * kLog2E)), k(scratch.take<uint16_t>(padded_keys(keys) * stride)),
-        q(scratch.take<uint16_t>(kQueries * stride)), q_lanes(scratch.take<uint32_t>(kQueries * stride / 2)),
+      : q_operand(q_operand),
+        k_operand(k_operand),
+        stride(round_up(q_operand.dim, kWord)),
+        factor(float(scale * kLog2E)),
+        k(scratch.take<uint16_t>(padded_keys(keys) * stride)),
+        q(scratch.take<uint16_t>(kQueries * stride)),
+        q_lanes(scratch.take<uint32_t>(kQueries * stride / 2)),
         logits(scratch.take<float>(kStrip * kQueries)) {}
 
   bool pack_keys(const AttnBlock& block) {
@@ -147,13 +151,13 @@ bool forward_of(const AttnAlignProblem& problem, const AttnAlignRows& rows, cons
 // which it is multiplied; and the other operands and the sums of those products.
 struct GradientWork {
   const int64_t rows, width, keys;  // dim in whole kRows, and in whole vectors
-  uint16_t* g;           // [key][query], left operand of dk
-  uint32_t* g_pairs;     // pairs of keys × queries, right operand of dq
-  uint16_t* k_lanes;     // [d][key], left operand of dq
-  uint32_t* q_pairs;     // pairs of queries × d, right operand of dk
-  float *dq_lanes, *dq;  // [d][query], [query][d]
-  float* dk;             // [key][d]
-  uint32_t* key_pairs;   // kWord keys on their way to k_lanes
+  uint16_t* g;                      // [key][query], left operand of dk
+  uint32_t* g_pairs;                // pairs of keys × queries, right operand of dq
+  uint16_t* k_lanes;                // [d][key], left operand of dq
+  uint32_t* q_pairs;                // pairs of queries × d, right operand of dk
+  float *dq_lanes, *dq;             // [d][query], [query][d]
+  float* dk;                        // [key][d]
+  uint32_t* key_pairs;              // kWord keys on their way to k_lanes
 
   GradientWork(const AttnOperand& k, int64_t key_count, Scratch& scratch)
       : rows(round_up(k.dim, kRows)), width(round_up(k.dim, L)), keys(padded_keys(key_count)) {
@@ -271,13 +275,13 @@ void backward_of(const AttnAlignProblem& problem, const AttnAlignBackward& gradi
     }
     if (query_wanted) {
       transpose(work.dq_lanes, kQueries, work.width, kQueries, work.dq, work.width);
-      unpack_tokens(work.dq, work.width, float(problem.student_scale), dim, gradient.student_q, ScalarType::BFloat16, block, query,
-                    queries);
+      unpack_tokens(work.dq, work.width, float(problem.student_scale), dim, gradient.student_q, ScalarType::BFloat16,
+                    block, query, queries);
     }
   }
   if (key_wanted) {
-    unpack_tokens(work.dk, work.width, float(problem.student_scale), dim, gradient.student_k, ScalarType::BFloat16, block,
-                  block.key_begin, keys);
+    unpack_tokens(work.dk, work.width, float(problem.student_scale), dim, gradient.student_k, ScalarType::BFloat16,
+                  block, block.key_begin, keys);
   }
 }
 

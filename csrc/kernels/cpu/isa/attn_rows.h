@@ -3,8 +3,8 @@
 #pragma once
 
 #include "convert.h"
-#include "kernels.h"
 #include "exp_log.h"
+#include "kernels.h"
 
 namespace haste::cpu::HASTE_ISA {
 namespace {
@@ -21,7 +21,8 @@ template <class T>
 constexpr T kHiddenLogit = -2 * kLargestLogit<T>;
 
 // scale · sum, held to ± kLargestLogit, lest ∞ − ∞ make NaN of what was finite. A sum that is not, as of finite operands
-// none is (see rescale_to_avoid_overflow()), becomes NaN, and with it the row: a loss must not hide that an operand was infinite.
+// none is (see rescale_to_avoid_overflow()), becomes NaN, and with it the row: a loss must not hide that an operand was
+// infinite.
 template <class T>
 HASTE_INLINE Vector<T> to_logit(Vector<T> sum, T scale) {
   return max<T>(broadcast(-kLargestLogit<T>), min<T>(broadcast(kLargestLogit<T>), sum * scale)) + sum * T(0);
@@ -225,8 +226,8 @@ struct RowState {
                  int64_t first, int64_t count) {
     const int64_t row = first_row(problem, block) + first;
     const RowGradient& g = backward.grad_out;
-    const T* gradient = static_cast<const T*>(g.data) + block.batch * g.stride_batch +
-                        block.head * g.stride_head + first * g.stride_token;
+    const T* gradient = static_cast<const T*>(g.data) + block.batch * g.stride_batch + block.head * g.stride_head +
+                        first * g.stride_token;
     const T* student = static_cast<const T*>(backward.student_softmax) + 2 * row;
     const T* teacher = static_cast<const T*>(backward.teacher_softmax) + 2 * row;
     for (int64_t i = 0; i < Queries; ++i) {

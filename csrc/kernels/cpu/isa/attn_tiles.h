@@ -53,8 +53,7 @@ struct Accumulators {
   }
 
   // sum[r] += Σ_i a[r · a_row + i · a_step] · (b + i · b_step)[...]
-  HASTE_INLINE void add_products(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
-                                 int64_t depth) {
+  HASTE_INLINE void add_products(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t depth) {
     for (int64_t i = 0; i < depth; ++i) {
       Vector<T> row[Vectors];
 #pragma GCC unroll 8

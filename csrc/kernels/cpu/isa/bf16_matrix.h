@@ -23,8 +23,8 @@ struct Matrix {
 
 // Rows 2p and 2p+1, kWord numbers of each, as the words of a right operand.
 HASTE_INLINE void store_pairs(__m512i even, __m512i odd, uint32_t* to) {
-  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, lower, odd));
   _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, upper, odd));

@@ -52,13 +52,13 @@ struct Kernels {
   template <class T>                    \
   Table operation();
 #define HASTE_ENTRY(operation, Table) operation<T>(),
-#define HASTE_DECLARE_ISA(isa)            \
-  namespace isa {                         \
-  HASTE_OPERATIONS(HASTE_DECLARE)         \
-  template <class T>                      \
-  Kernels kernels() {                     \
+#define HASTE_DECLARE_ISA(isa)              \
+  namespace isa {                           \
+  HASTE_OPERATIONS(HASTE_DECLARE)           \
+  template <class T>                        \
+  Kernels kernels() {                       \
     return {HASTE_OPERATIONS(HASTE_ENTRY)}; \
-  }                                       \
+  }                                         \
   }
 HASTE_DECLARE_ISA(portable)
 HASTE_DECLARE_ISA(avx2)

@@ -187,7 +187,8 @@ void extrapolate_token(const TaylorProblem& problem, const Plan<T>& plan, int64_
   });
   with_elements(problem.out, problem.out_type, [&](auto* out) {
     for (int64_t step = 0; step < problem.steps; ++step) {
-      write_row(total + step * total_stride, dim, out + ((step * problem.batch + batch) * problem.tokens + token) * dim);
+      write_row(total + step * total_stride, dim,
+                out + ((step * problem.batch + batch) * problem.tokens + token) * dim);
     }
   });
 }

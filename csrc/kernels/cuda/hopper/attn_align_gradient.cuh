@@ -187,7 +187,7 @@ __device__ void pack_tile(uint32_t (&a)[kTileRows / kStep][4], const float (&c)[
   for (int step = 0; step < kTileRows / kStep; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float(&cell)[4] = c[2 * step + i / 2];
+      const float (&cell)[4] = c[2 * step + i / 2];
       a[step][i] = pack<T>(cell[i % 2 * 2], cell[i % 2 * 2 + 1]);
     }
   }
@@ -209,8 +209,8 @@ template <typename T, bool kSplit, int kDimCells, typename A>
 __device__ void multiply(float (&c)[kDimCells][4], const A& a, uint64_t b, bool add) {
   constexpr int kPanelCells = kPanelColumns / 8;
   if constexpr (kSplit && kDimCells > kPanelCells) {
-    multiply_step<T>(reinterpret_cast<float(&)[kPanelCells][4]>(c[0]), a, b, add);
-    multiply_step<T>(reinterpret_cast<float(&)[kDimCells - kPanelCells][4]>(c[kPanelCells]), a,
+    multiply_step<T>(reinterpret_cast<float (&)[kPanelCells][4]>(c[0]), a, b, add);
+    multiply_step<T>(reinterpret_cast<float (&)[kDimCells - kPanelCells][4]>(c[kPanelCells]), a,
                      b + kPanelBytes / kDescriptorUnit, add);
   } else {
     multiply_step<T>(c, a, b, add);
@@ -219,8 +219,7 @@ __device__ void multiply(float (&c)[kDimCells][4], const A& a, uint64_t b, bool 
 
 // c += G·B: G 64 × 64 in registers, B 64 × (8·kDimCells) in panels, contracted along its rows; a group of its own.
 template <typename T, bool kSplit, int kDimCells>
-__device__ void start_accumulation(float (&c)[kDimCells][4], const uint32_t (&g)[kTileRows / kStep][4],
-                                   const char* b) {
+__device__ void start_accumulation(float (&c)[kDimCells][4], const uint32_t (&g)[kTileRows / kStep][4], const char* b) {
   const uint64_t descriptor = columns_descriptor(b, kPanelBytes);
   wgmma_fence();
 #pragma unroll
@@ -281,7 +280,7 @@ __device__ void store_rows(const float (&rows)[kDimCells][4], const float (&fact
     uint32_t words[4] = {};  // of an odd last cell, its neighbour is zeros
 #pragma unroll
     for (int i = 0; i < 4 && cell + i / 2 < kDimCells; ++i) {
-      const float(&pair)[4] = rows[cell + i / 2];
+      const float (&pair)[4] = rows[cell + i / 2];
       words[i] = pack<T>(pair[i % 2 * 2] * factors[i % 2], pair[i % 2 * 2 + 1] * factors[i % 2]);
     }
     store_matrices(chunk_of(tile, lane % 16, cell + lane / 16), words);
@@ -307,8 +306,8 @@ __device__ void store_rows(const float (&rows)[kDimCells][4], const float (&fact
 
 inline Destination describe_destination(const AttnAlignProblem& problem, const AttnGradient& gradient) {
   // What the copy engine could read, 16-byte accesses can write.
-  const AttnOperand operand{gradient.data, problem.student_q.type, problem.student_q.dim, gradient.stride_batch,
-                            gradient.stride_head, gradient.stride_token};
+  const AttnOperand operand{gradient.data,         problem.student_q.type, problem.student_q.dim,
+                            gradient.stride_batch, gradient.stride_head,   gradient.stride_token};
   const bool chunked = operand.dim % 8 == 0 && can_map(operand, problem.batch, problem.heads, problem.tokens);
   return {gradient, static_cast<int>(problem.tokens), static_cast<int>(operand.dim), chunked};
 }

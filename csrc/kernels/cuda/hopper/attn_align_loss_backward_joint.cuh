@@ -104,9 +104,9 @@ struct JointShared {
   __device__ void load_keys(const PipelineArguments& pipeline, const Place& place, unsigned parity) const {
     barrier_wait(keys_empty, parity ^ 1);
     for (int block = 0; block < kKeyBlocks; ++block) {
-      load_tile<kStudentPanels, kTeacherPanels>(
-          student_keys + block * kStudentBytes, teacher_keys + block * kTeacherBytes, keys_full + block,
-          pipeline.student.held, pipeline.teacher.held, place, block * kTileRows);
+      load_tile<kStudentPanels, kTeacherPanels>(student_keys + block * kStudentBytes,
+                                                teacher_keys + block * kTeacherBytes, keys_full + block,
+                                                pipeline.student.held, pipeline.teacher.held, place, block * kTileRows);
     }
   }
 };

@@ -34,7 +34,7 @@ struct QueryRows {
 
 template <typename T, int kStudentSteps, int kTeacherSteps, bool kHoldKeys, bool kSplit>
 struct Gradient {
-  static constexpr int kDimCells = kStudentSteps == 5 ? 9 : 2 * kStudentSteps;  // 72 columns are not 80
+  static constexpr int kDimCells = kStudentSteps == 5 ? 9 : 2 * kStudentSteps;   // 72 columns are not 80
   static constexpr int kConsumers = kDimCells > 9 || kTeacherSteps > 4 ? 2 : 3;  // by their registers
   using Lanes = Pipeline<kStudentSteps, kTeacherSteps, kConsumers, kHoldKeys ? sizeof(QueryStatistics) : 0>;
   // Shared memory binds dk; there is room for the teacher's keys where there are three consumers.
@@ -161,8 +161,8 @@ struct Gradient {
 };
 
 template <typename T, int kStudentSteps, int kTeacherSteps, bool kHoldKeys, bool kSplit>
-__global__ void
-__launch_bounds__(kBlockThreads<Gradient<T, kStudentSteps, kTeacherSteps, kHoldKeys, kSplit>::kConsumers>, 1)
+__global__ void __launch_bounds__(
+    kBlockThreads<Gradient<T, kStudentSteps, kTeacherSteps, kHoldKeys, kSplit>::kConsumers>, 1)
     gradient_kernel(const __grid_constant__ GradientArguments arguments) {
   using Kernel = Gradient<T, kStudentSteps, kTeacherSteps, kHoldKeys, kSplit>;
   constexpr int kConsumerThreads = Kernel::kConsumers * kWarpgroupSize;
@@ -189,7 +189,8 @@ const char* launch_gradient(const AttnAlignProblem& problem, const AttnAlignBack
   GradientArguments arguments{};
   const char* error = describe_gradients(&arguments, problem, backward, kHoldKeys, Lanes::kRows);
   if (error != nullptr) return error;
-  return launch_work_tiles<Lanes>(gradient_kernel<T, kStudentSteps, kTeacherSteps, kHoldKeys, kSplit>, arguments, stream);
+  return launch_work_tiles<Lanes>(gradient_kernel<T, kStudentSteps, kTeacherSteps, kHoldKeys, kSplit>, arguments,
+                                  stream);
 }
 
 template <typename T, int kStudentSteps, int kTeacherSteps, bool kSplit>
@@ -216,6 +217,7 @@ const char* launch_gradients(const AttnAlignProblem& problem, const AttnAlignBac
     return launch_both<T, student_steps, teacher_steps, false>(problem, backward, stream);
   });
 }
-template const char* launch_gradients<elements::HASTE_ELEMENT>(const AttnAlignProblem&, const AttnAlignBackward&, void*);
+template const char* launch_gradients<elements::HASTE_ELEMENT>(const AttnAlignProblem&, const AttnAlignBackward&,
+                                                               void*);
 
 }  // namespace haste::cuda::hopper

@@ -25,7 +25,7 @@ inline __half __float2half_rn(float x) {
   if (size == 0.f) return {sign};
   if (size >= 65520.f) return {static_cast<uint16_t>(sign | 0x7c00)};  // halfway beyond the largest half, and up
   int exponent = 0;
-  std::frexp(size, &exponent);                     // size < 2^exponent
+  std::frexp(size, &exponent);                       // size < 2^exponent
   const int spacing = std::max(exponent - 11, -24);  // of halves of this size, as a power of 2
   const auto steps = static_cast<unsigned>(std::nearbyint(std::ldexp(size, -spacing)));
   // A carry out of the mantissa moves into the exponent by itself.

@@ -52,7 +52,8 @@ inline void load_configuration(const void* from) {
   for (int i = 0; i < 14; ++i) require(c.reserved[i] == 0, "ldtilecfg: a reserved byte is not 0");
   for (int t = 0; t < 8; ++t) {
     require(c.row_bytes[t] <= 64 && c.rows[t] <= 16, "ldtilecfg: a tile exceeds 16 rows of 64 bytes");
-    require((c.row_bytes[t] == 0) == (c.rows[t] == 0), "ldtilecfg: a tile has rows without bytes or bytes without rows");
+    require((c.row_bytes[t] == 0) == (c.rows[t] == 0),
+            "ldtilecfg: a tile has rows without bytes or bytes without rows");
     require(c.reserved_row_bytes[t] == 0 && c.reserved_rows[t] == 0, "ldtilecfg: a tile beyond the eighth");
   }
   configuration = c;
