@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from haste.errors import UserError
-from haste.training.config import STUDENTS
+from haste.models import find_size
 
 DTYPES = ("float32", "bfloat16")
 
@@ -27,9 +27,9 @@ class Geometry:
 
 
 GEOMETRIES = {
-    **{name: Geometry(STUDENTS[name], pixels=8, resolution=256, cpu_batch=1) for name in ("SiT-B/2", "SiT-XL/2")},
+    **{name: Geometry(find_size(name)[1], pixels=8, resolution=256, cpu_batch=1) for name in ("SiT-B/2", "SiT-XL/2")},
     "digits": Geometry(
-        {**STUDENTS["SiT-Digits/2"], "in_channels": 1, "num_classes": 10}, pixels=1, resolution=8, cpu_batch=100
+        {**find_size("SiT-Digits/2")[1], "in_channels": 1, "num_classes": 10}, pixels=1, resolution=8, cpu_batch=100
     ),
     # Measures nothing: to see in seconds that the script works on a machine.
     "tiny": Geometry(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from math import factorial
 
 import torch
-from haste.models import SiT, SiTOutput
+from haste.models import ModelOutput, SiT
 from haste.models.sit import Modulation, SiTBlock
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class EagerTaylorSeer:
     def cache_bytes(self) -> int:
         return sum(x.numel() * x.element_size() for terms in self.cache.values() for x in terms.values())
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> SiTOutput:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
         step = self.num_full + self.num_forecast
         full = step in self.full_steps
         self.distance = step - self.last_full
@@ -68,7 +68,7 @@ class EagerTaylorSeer:
         self.last_full = step if full else self.last_full
         self.num_full += full
         self.num_forecast += not full
-        return SiTOutput(self.model.finish(tokens, c), [], [])
+        return ModelOutput(self.model.finish(tokens, c), [], [])
 
     def update(self, key: tuple[int, str], feature: Tensor) -> None:
         old, terms = self.cache.get(key, {}), {0: feature}

@@ -11,7 +11,7 @@ import torch
 from cases import Case
 from eager import EagerTaylorSeer, full_steps
 from haste.caching import CacheConfig, cuda_graphs, make_cache
-from haste.models import SiT, SiTOutput
+from haste.models import ModelOutput, SiT
 from haste.samplers import initial_noise, sample
 from torch import Tensor
 
@@ -68,7 +68,7 @@ class Stopwatch:
 
     training = False
 
-    def __init__(self, model: Callable[..., SiTOutput], dtype: torch.dtype, device: str) -> None:
+    def __init__(self, model: Callable[..., ModelOutput], dtype: torch.dtype, device: str) -> None:
         self.model = model
         self.dtype = dtype
         self.device = device
@@ -85,7 +85,7 @@ class Stopwatch:
         event.record()
         return event
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> SiTOutput:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
         skipped, begin = self.num_forecast, self.now()
         output = self.model(x, t, y)
         self.calls.append((self.num_forecast == skipped, begin, self.now()))
@@ -109,7 +109,7 @@ class GraphedModel:
         self.model = model
         self.inputs: list[Tensor] = []
 
-    def __call__(self, *inputs: Tensor) -> SiTOutput:
+    def __call__(self, *inputs: Tensor) -> ModelOutput:
         if not self.inputs:
             self.inputs = [tensor.clone() for tensor in inputs]
             self.replay, self.output = cuda_graphs.capture(self.model, self.inputs)
@@ -136,7 +136,7 @@ class Run:
     def name(self) -> str:
         return f"{self.variant.name}, {self.launch}" if self.launch else self.variant.name
 
-    def wrapped(self, model: SiT) -> Callable[..., SiTOutput]:
+    def wrapped(self, model: SiT) -> Callable[..., ModelOutput]:
         """The model as the variant calls it."""
         case, variant = self.case, self.variant
         if variant.eager:

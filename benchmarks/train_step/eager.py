@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from haste.alignment import LayerMap
-from haste.models.sit import Attention, SiT, SiTOutput
+from haste.models.sit import Attention, ModelOutput, SiT
 from haste.teachers import TeacherOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,7 +45,7 @@ class EagerAligner(nn.Module):
         self.attn_coeff = attn_coeff
         self.stopped = stopped
 
-    def forward(self, output: SiTOutput, images: Tensor) -> tuple[Tensor, None]:
+    def forward(self, output: ModelOutput, images: Tensor) -> tuple[Tensor, None]:
         lesson = self.teacher(images)
         teacher_maps = [teacher_map(q, k, lesson.prefix) for q, k in lesson.queries_keys]
         if self.stopped:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from haste.alignment import alignment_losses
-from haste.models.sit import SiTOutput
+from haste.models import ModelOutput
 from torch import Tensor
 from variants import Contender
 
@@ -26,8 +26,8 @@ def make_parts(haste: Contender) -> dict[str, Call]:
     pairs = [(leaf(q), leaf(k)) for q, k in output.queries_keys]
     projections = [leaf(z) for z in output.projections]
     return {
-        "L_A: attention maps": loss_call(haste, SiTOutput(output.velocity, pairs, []), aligner.attn_coeff),
-        "L_R: cosine": loss_call(haste, SiTOutput(output.velocity, [], projections), aligner.proj_coeff),
+        "L_A: attention maps": loss_call(haste, ModelOutput(output.velocity, pairs, []), aligner.attn_coeff),
+        "L_R: cosine": loss_call(haste, ModelOutput(output.velocity, [], projections), aligner.proj_coeff),
         "L_R: projector, with its AdamW": projector_call(haste, torch.randn_like(projections[0])),
     }
 
@@ -37,7 +37,7 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def loss_call(haste: Contender, output: SiTOutput, weight: float) -> Call:
+def loss_call(haste: Contender, output: ModelOutput, weight: float) -> Call:
     """The one loss that `output` allows: L_A with q and k, L_R with projections."""
     (teacher,) = haste.aligner.teachers
     queries_keys = [x for pair in output.queries_keys for x in pair]

@@ -1,25 +1,21 @@
-"""Classifier-free guidance: when it is on, and how its two halves are evaluated.
+"""Samplers from t = 1 (noise) to t = 0 (data), with classifier-free guidance.
 
-v = v_null + scale·(v_label − v_null)  (arXiv 2207.12598), only while low ≤ t ≤ high  (arXiv 2404.07724).
+`euler`, `heun` and `euler_maruyama` are generators of the states that a velocity field leads through; `sample` runs one
+of them on a model. Every random number can be given: the noise that a run begins with is an argument, and so is the
+noise of each step, so a run from elsewhere is replayed number by number. The state is kept in double precision; the
+model is called in its own type.
 
-Times that a sampler makes, which know their value on the host: to ask a tensor on a GPU for it is to wait for it.
-
-Euler, Heun and Euler-Maruyama, from t = 1 (noise) to t = 0 (data), with classifier-free guidance.
-
-The probability-flow ODE  dx = v dt  and the SDE  dx = (v − g·s/2) dt + √g dw̄,  g = 2t,  have the same marginals
-(SiT, arXiv 2401.08740, eqs. 2 and 4); s is the score, which follows from v. The state is kept in double precision;
-the model is called in its own type.
-
-A model may have a method `start(evaluations)`. It is called once, before the first evaluation, with the list of all
-that will follow: what feature caching plans its full and its skipped steps by. The times that it is called with
-tell their value to `haste.samplers.time_of`, and all calls of the same branches have the same tensor of labels.
+A model may have a method `start(calls)`, called once before the first call with the list of all that will follow: what
+feature caching plans its full and its skipped steps by. The times that it is called with tell their value to
+`time_of`, and all calls of the same branches have the same tensor as their condition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +23,73 @@ from torch import Tensor
 from haste.errors import UserError
 from haste.transport import get_path, score_from_velocity
 from haste.validation import DEFAULT_STEPS, check_number
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""velocity(x, t, start) at x (B, ...) float64 and time t, in a step that starts at the time `start`, which decides
+whether it is guided; t and start are scalar tensors on the CPU."""
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+# ---- the samplers ----
+
+
+def euler(velocity: Velocity, x: Tensor, grid: Tensor) -> Iterator[Tensor]:
+    """Euler's method for the probability-flow ODE dx = v dt (SiT, arXiv 2401.08740, eq. 2): one model call a step."""
+    for t, t_next in pairwise(grid):
+        x = x + (t_next - t) * velocity(x, t, t)
+        yield x
+
+
+def heun(velocity: Velocity, x: Tensor, grid: Tensor) -> Iterator[Tensor]:
+    """Heun's method for the ODE (EDM, arXiv 2206.00364, algorithm 1 with v for its d): two calls a step, one in the
+    last, which is Euler's."""
+    last = len(grid) - 2
+    for step, (t, t_next) in enumerate(pairwise(grid)):
+        v = velocity(x, t, t)
+        if step < last:
+            v = (v + velocity(x + (t_next - t) * v, t_next, t)) / 2
+        x = x + (t_next - t) * v
+        yield x
+
+
+def euler_maruyama(
+    velocity: Velocity, x: Tensor, grid: Tensor, step_noise: Iterator[Tensor], path: str
+) -> Iterator[Tensor]:
+    """Euler–Maruyama for the SDE dx = (v − g·s/2) dt + √g dw̄ with g = 2t and the score s (SiT, eq. 4), which has the
+    ODE's marginals. One call a step; the last, down to t = 0, adds no noise.
+
+    step_noise: standard normal, shaped as x, for each other step.
+    """
+    last = len(grid) - 2
+    for step, (t, t_next) in enumerate(pairwise(grid)):
+        x = x + (t_next - t) * sde_drift(velocity(x, t, t), x, t, path)
+        if step < last:
+            x = x + (2 * t * (t - t_next)).sqrt() * next(step_noise)
+        yield x
+
+
+SAMPLERS = ("euler", "heun", "euler-maruyama")
+
+
+def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
+    """v − g·s/2 with g = 2t.
+
+    For given x it is affine in v, so the drift of a guided velocity is the guided drift.
+    """
+    return velocity - t * score_from_velocity(velocity, x, t, path)
+
+
+def time_grid(sampler: str, num_steps: int) -> Tensor:
+    """The num_steps + 1 times of a run, (num_steps + 1,), float64, on the CPU.
+
+    ODE: evenly from 1 to 0. SDE: evenly from 1 to 0.04, then 0 in one step, as the score grows without bound.
+    """
+    if sampler == "euler-maruyama":
+        return torch.cat([torch.linspace(1, 0.04, num_steps, dtype=torch.float64), torch.zeros(1).double()])
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+# ---- guidance, and the model calls that it takes ----
 
 Branches = tuple[str, ...]
 
@@ -39,8 +102,10 @@ MODES = ("batched", "separate")
 
 @dataclass(frozen=True)
 class Guidance:
-    """scale: 1 is none. low, high: a step is guided only if it starts at low ≤ t ≤ high. null_label: the class that
-    stands for none. mode: batched evaluates both halves as one batch of twice the size, separate one after the other.
+    """v = v_null + scale·(v_label − v_null)  (arXiv 2207.12598), in steps that start at low ≤ t ≤ high alone
+    (arXiv 2404.07724).
+
+    scale: 1 is none. mode: batched computes both halves as one batch of twice the size, separate one after the other.
     channels: so many, the first ones, are guided and the others are those of the label; None guides all.
 
     Raises UserError for settings that make no sense.
@@ -49,15 +114,12 @@ class Guidance:
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
-    null_label: int | None = None
     mode: Literal["batched", "separate"] = "batched"
     channels: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("cfg_scale", self.scale), ("guidance_low", self.low), ("guidance_high", self.high)):
             check_number(name, value, shown=name)
-        if self.scale > 1 and self.null_label is None:
-            raise UserError(f"cfg_scale is {self.scale}, so null_label must be given: the class that stands for none")
         if not self.low <= self.high:
             raise UserError(f"guidance_low is {self.low}; it must not be above guidance_high, {self.high}")
         if self.channels is not None and self.channels < 1:
@@ -66,21 +128,64 @@ class Guidance:
             raise UserError(f"guidance is {self.mode!r}; it must be {' or '.join(MODES)}")
 
     def calls(self, time: float) -> list[Branches]:
-        """The calls of the model that one velocity takes in a step that starts at `time`, each by its branches."""
+        """The model calls that one velocity takes in a step that starts at `time`, each by its branches."""
         if self.scale == 1 or not self.low <= time <= self.high:
             return [LABEL]
         return [BOTH] if self.mode == "batched" else [LABEL, NULL]
 
+    def velocity(self, model: Callable, condition: Tensor, null: Tensor | None, dtype: torch.dtype) -> Velocity:
+        """The guided velocity field, in double precision, of a model that is called in `dtype`."""
+        of_branches = {LABEL: condition}
+        if null is not None:
+            null = null.to(condition).expand_as(condition).contiguous()
+            of_branches |= {NULL: null, BOTH: torch.cat([condition, null])}
+
+        def velocity(x: Tensor, t: Tensor, start: Tensor) -> Tensor:
+            rounded, outputs = x.to(dtype), []
+            for branches in self.calls(start.item()):
+                batch = rounded if len(branches) == 1 else torch.cat([rounded] * len(branches))
+                v = model(batch, times_at(t.item(), len(batch), dtype, x.device), of_branches[branches])
+                outputs += (v if isinstance(v, Tensor) else v[0]).double().chunk(len(branches))
+            return outputs[0] if len(outputs) == 1 else self.combine(*outputs)
+
+        return velocity
+
     def combine(self, v_label: Tensor, v_null: Tensor) -> Tensor:
-        """The guided velocity (B, C, S, S) of that of the label and that of none."""
+        """The guided velocity (B, C, ...) of that of the condition and that of none."""
         guided = v_null + self.scale * (v_label - v_null)
         if self.channels is None:
             return guided
         return torch.cat([guided[:, : self.channels], v_label[:, self.channels :]], dim=1)
 
 
+class ModelCall(NamedTuple):
+    """One call of the model. `step` counts the sampler's steps from 0; `position` is the index of `time` on its grid.
+
+    Step and position differ in Heun's second call, which belongs to step i and looks at position i + 1.
+    `branches` tells whose rows the batch holds: "label", "null", or first the one and then the other.
+    """
+
+    step: int
+    position: int
+    time: float
+    branches: Branches = LABEL
+
+
+def model_calls(sampler: str, num_steps: int, guidance: Guidance | None = None) -> list[ModelCall]:
+    """Every model call of a run, in order; guidance: None is none."""
+    grid = time_grid(sampler, num_steps).tolist()
+    listed = []
+    for step in range(num_steps):
+        twice = sampler == "heun" and step < num_steps - 1  # the last step is Euler's
+        # Both of Heun's calls are guided alike: they must follow the same field.
+        calls = (guidance or Guidance()).calls(grid[step])
+        for position in (step, step + 1) if twice else (step,):
+            listed += [ModelCall(step, position, grid[position], branches) for branches in calls]
+    return listed
+
+
 def times_at(time: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(count,), each of them `time`, which `time_of` gives back."""
+    """(count,), each of them `time`, which `time_of` gives back: to ask a tensor on a GPU for it is to wait for it."""
     times = torch.full((count,), time, dtype=dtype, device=device)
     times._time_on_host = (time, version(times))
     return times
@@ -97,45 +202,7 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-SAMPLERS = ("euler", "heun", "euler-maruyama")
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-class ModelCall(NamedTuple):
-    """One call of the model. `step` counts the sampler's steps from 0; `position` is the index of `time` on its grid.
-
-    Step and position differ in Heun's second evaluation, which belongs to step i and looks at position i + 1.
-    `branches` tells whose rows the batch holds: "label", "null", or first the one and then the other.
-    """
-
-    step: int
-    position: int
-    time: float
-    branches: Branches = LABEL
-
-
-def model_calls(sampler: str, num_steps: int, guidance: Guidance | None = None) -> list[ModelCall]:
-    """Every evaluation of a run, in order; guidance: None is none."""
-    grid = time_grid(sampler, num_steps).tolist()
-    listed = []
-    for step in range(num_steps):
-        heun = sampler == "heun" and step < num_steps - 1  # the last step is Euler's
-        # One answer for both of Heun's evaluations: they must follow the same field.
-        calls = (guidance or Guidance()).calls(grid[step])
-        for position in (step, step + 1) if heun else (step,):
-            listed += [ModelCall(step, position, grid[position], branches) for branches in calls]
-    return listed
-
-
-def time_grid(sampler: str, num_steps: int) -> Tensor:
-    """The num_steps + 1 times of a run, (num_steps + 1,), float64, on the CPU.
-
-    ODE: evenly from 1 to 0. SDE: evenly from 1 to 0.04, then 0 in one step, as the score grows without bound.
-    """
-    if sampler == "euler-maruyama":
-        return torch.cat([torch.linspace(1, 0.04, num_steps, dtype=torch.float64), torch.zeros(1).double()])
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+# ---- a whole run ----
 
 
 def initial_noise(
@@ -159,7 +226,7 @@ def initial_noise(
 def sample(
     model: Callable,
     noise: Tensor,
-    labels: Tensor,
+    condition: Tensor,
     *,
     num_steps: int = DEFAULT_STEPS,
     sampler: str = "euler",
@@ -169,63 +236,58 @@ def sample(
     guidance_high: float = 1.0,
     guidance: str = "batched",
     guided_channels: int | None = None,
-    null_label: int | None = None,
+    null: Tensor | int | None = None,
     generator: Generators = None,
+    step_noise: Iterable[Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images from noise.
 
     Args:
-        model: called as model(x, t, y) with x (B, C, S, S), t (B,), y (B,); returns the velocity, or a SiTOutput.
-        noise: (B, C, S, S), standard normal.
-        labels: (B,), int64.
-        num_steps: steps. Euler and Euler-Maruyama call the model once per step, Heun twice but for the last.
+        model: called as model(x, t, condition) with x (B, ...), t (B,); returns the velocity, or a ModelOutput.
+        noise: (B, ...), standard normal.
+        condition: (B, ...), such as classes (B,) int64.
+        num_steps: steps. Euler and Euler–Maruyama call the model once per step, Heun twice but for the last.
         sampler: "euler" or "heun" for the ODE, "euler-maruyama" for the SDE.
         path: the path that the model was trained on, "linear" or "cosine".
         cfg_scale: v = v_null + cfg_scale·(v_label − v_null). At 1 there is no guidance and no second half of a batch.
         guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
-        guidance: "batched" evaluates both halves at once, "separate" one after the other, in half of the memory.
+        guidance: "batched" computes both halves at once, "separate" one after the other, in half of the memory.
         guided_channels: so many channels, the first ones, are guided. None: all, as HASTE and REPA do. SiT and DiT
             guide three of the four of their latents.
-        null_label: the class that stands for none (SiT: num_classes); needed for guidance.
-        generator: for the noise of the SDE; one for all, or one per image.
+        null: the condition of one image that stands for none (of classes: their number); needed for guidance.
+        generator: for the noise of the SDE's steps; one for all, or one per image.
+        step_noise: that noise itself, shaped as `noise`, for one step after the other; in place of `generator`. Read as
+            float64. A run of n steps takes n − 1.
         progress: called after every step with the number of steps done and num_steps.
-        observe: called after every step with its number, from 0, and the state (B, C, S, S), float64.
+        observe: called after every step with its number, from 0, and the state, as `noise` but float64.
 
     Returns:
-        (B, C, S, S), in the type of `noise`.
+        As `noise`, in its type.
 
     Raises:
         UserError: an unknown sampler or path, settings that make no sense; a step that gave NaN or infinity, by its
             number.
-        ValueError: shapes that do not fit, a model in training mode.
+        ValueError: shapes that do not fit, too little step_noise, a model in training mode.
     """
-    _check(model, noise, labels, num_steps, sampler)
+    _check(model, noise, condition, num_steps, sampler)
     get_path(path)
-    guided = Guidance(cfg_scale, guidance_low, guidance_high, null_label, guidance, guided_channels)
+    guide = Guidance(cfg_scale, guidance_low, guidance_high, guidance, guided_channels)
+    if cfg_scale == 1:
+        null = None
+    elif null is None:
+        raise UserError(f"cfg_scale is {cfg_scale}, so null must be given: the condition that stands for none")
     if hasattr(model, "start"):
-        model.start(model_calls(sampler, num_steps, guided))
-    velocity = _guided_velocity(model, labels, guided, getattr(model, "dtype", noise.dtype))
-    x = noise.double()
-    grid = time_grid(sampler, num_steps)
-    finite = []
-    for step in range(num_steps):
-        t, t_next = grid[step], grid[step + 1]
-        last = step == num_steps - 1
-        calls = guided.calls(t.item())
-        v = velocity(x, t, calls)
-        if sampler == "euler-maruyama":
-            x = x + (t_next - t) * sde_drift(v, x, t, path)
-            if not last:
-                x = x + (2 * t * (t - t_next)).sqrt() * initial_noise(
-                    x.shape, generator, dtype=torch.float64, device=x.device
-                )
-        elif sampler == "heun" and not last:
-            v_next = velocity(x + (t_next - t) * v, t_next, calls)
-            x = x + (t_next - t) * (v + v_next) / 2
-        else:
-            x = x + (t_next - t) * v
+        model.start(model_calls(sampler, num_steps, guide))
+    null = None if null is None else torch.as_tensor(null)
+    velocity = guide.velocity(model, condition, null, getattr(model, "dtype", noise.dtype))
+    x, grid, finite = noise.double(), time_grid(sampler, num_steps), []
+    if sampler == "euler-maruyama":
+        states = euler_maruyama(velocity, x, grid, _step_noise(step_noise, generator, x), path)
+    else:
+        states = (heun if sampler == "heun" else euler)(velocity, x, grid)
+    for step, x in enumerate(states):
         finite.append(x.isfinite().all())
         if observe is not None:
             observe(step, x)
@@ -235,28 +297,29 @@ def sample(
     return x.to(noise.dtype)
 
 
-def _guided_velocity(
-    model: Callable, labels: Tensor, guidance: Guidance, dtype: torch.dtype
-) -> Callable[[Tensor, Tensor, list[Branches]], Tensor]:
-    """velocity(x, t, calls) in double precision; `dtype` is the type that the model wants (without one of its own, as a
-    function or a DDP wrapper, that of the noise)."""
-    of_branches = {LABEL: labels}
-    if guidance.scale > 1:
-        null = torch.full_like(labels, guidance.null_label)
-        of_branches |= {NULL: null, BOTH: torch.cat([labels, null])}
+def solver(
+    cfg_scale: float = 1.0, step_noise: Iterable[Tensor] | None = None, **settings: Any
+) -> Callable[..., Tensor]:
+    """`sample` with these settings as a family's own `sample` calls it, once for each part of an image:
+    solve(model, noise, condition, scale=1.0), where `scale` multiplies cfg_scale − 1."""
+    rest = None if step_noise is None else iter(step_noise)
 
-    def velocity(x: Tensor, t: Tensor, calls: list[Branches]) -> Tensor:
-        rounded, outputs = x.to(dtype), []
-        for branches in calls:
-            batch = rounded if len(branches) == 1 else torch.cat([rounded] * len(branches))
-            v = model(batch, times_at(t.item(), len(batch), dtype, x.device), of_branches[branches])
-            outputs += (v if isinstance(v, Tensor) else v[0]).double().chunk(len(branches))
-        if len(outputs) == 1:
-            return outputs[0]
-        v_label, v_null = outputs
-        return guidance.combine(v_label, v_null)
+    def solve(model: Callable, noise: Tensor, condition: Tensor, scale: float = 1.0) -> Tensor:
+        guided = cfg_scale if scale == 1 else 1 + scale * (cfg_scale - 1)
+        return sample(model, noise, condition, cfg_scale=guided, step_noise=rest, **settings)
 
-    return velocity
+    return solve
+
+
+def _step_noise(given: Iterable[Tensor] | None, generator: Generators, like: Tensor) -> Iterator[Tensor]:
+    if given is None:
+        while True:
+            yield initial_noise(like.shape, generator, dtype=like.dtype, device=like.device)
+    for noise in given:
+        if noise.shape != like.shape:
+            raise ValueError(f"step_noise has shape {tuple(noise.shape)}; it must be {tuple(like.shape)}, as noise")
+        yield noise.to(like)
+    raise ValueError("step_noise ended before the steps; it must have noise for each but the last")
 
 
 def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
@@ -270,19 +333,11 @@ def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
         )
 
 
-def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
-    """v − g·s/2 with g = 2t.
-
-    For given x it is affine in v, so the drift of a guided velocity is the guided drift.
-    """
-    return velocity - t * score_from_velocity(velocity, x, t, path)
-
-
-def _check(model: Callable, noise: Tensor, labels: Tensor, num_steps: int, sampler: str) -> None:
+def _check(model: Callable, noise: Tensor, condition: Tensor, num_steps: int, sampler: str) -> None:
     if sampler not in SAMPLERS:
         raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     check_number("num_steps", num_steps, shown="num_steps")
-    if labels.shape != noise.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({noise.shape[0]},), as noise")
+    if condition.shape[:1] != noise.shape[:1]:
+        raise ValueError(f"condition has shape {tuple(condition.shape)}; it must have {noise.shape[0]} rows, as noise")
     if getattr(model, "training", False):
         raise ValueError("model is in training mode, where it drops labels at random; call model.eval() first")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from haste.alignment.losses import AlignmentLosses, LayerMap, alignment_losses
-from haste.models.sit import SiTOutput
+from haste.models import ModelOutput
 from haste.teachers.encoder import GridRule, TeacherOutput, VisionTeacher
 
 
@@ -90,7 +90,7 @@ class Aligner(nn.Module):
         """What every teacher says about the images (B, C, H, W) in [-1, 1]."""
         return [teacher(images) for teacher in self.teachers]
 
-    def losses(self, output: SiTOutput, lessons: Sequence[TeacherOutput]) -> AlignmentLosses:
+    def losses(self, output: ModelOutput, lessons: Sequence[TeacherOutput]) -> AlignmentLosses:
         """The losses for which the student was asked what they need, without their weights."""
         return alignment_losses(output, lessons)
 
@@ -103,7 +103,7 @@ class Aligner(nn.Module):
             terms.append(self.attn_coeff * losses.attention)
         return sum(terms)
 
-    def forward(self, output: SiTOutput, images: Tensor) -> tuple[Tensor, AlignmentLosses]:
+    def forward(self, output: ModelOutput, images: Tensor) -> tuple[Tensor, AlignmentLosses]:
         """Returns (proj_coeff·L_R + attn_coeff·L_A, the two losses), for the images (B, C, H, W) in [-1, 1]."""
         losses = self.losses(output, self.ask(images))
         return self.weigh(losses), losses

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import haste_ext
 from haste.errors import UserError
-from haste.models.sit import SiTOutput
+from haste.models import ModelOutput
 from haste.teachers.encoder import TeacherOutput
 
 
@@ -91,7 +91,7 @@ class AlignmentLosses(NamedTuple):
     feature: Tensor | None
 
 
-def alignment_losses(student: SiTOutput, teachers: Sequence[TeacherOutput]) -> AlignmentLosses:
+def alignment_losses(student: ModelOutput, teachers: Sequence[TeacherOutput]) -> AlignmentLosses:
     """Both losses of one batch, from what the student and its teachers gave out.
 
     A loss is off when the student was not asked for what it needs: no aligned layers, no projections. Where there are
@@ -102,7 +102,7 @@ def alignment_losses(student: SiTOutput, teachers: Sequence[TeacherOutput]) -> A
     return AlignmentLosses(attention, feature)
 
 
-def attention_loss(student: SiTOutput, teacher: TeacherOutput) -> Tensor:
+def attention_loss(student: ModelOutput, teacher: TeacherOutput) -> Tensor:
     """L_A: cross-entropy of the student's attention against the teacher's.
 
     The mean over batch, heads and queries, then over the layer pairs. The first min(H_s, H_t) heads are aligned,
@@ -110,13 +110,15 @@ def attention_loss(student: SiTOutput, teacher: TeacherOutput) -> Tensor:
     """
     pairs = zip(student.queries_keys, teacher.queries_keys, strict=True)
     losses = [
-        haste_ext.attn_align_loss(student_q, student_k, teacher_q, teacher_k, teacher_prefix=teacher.prefix)
+        haste_ext.attn_align_loss(
+            student_q, student_k, teacher_q, teacher_k, student_prefix=student.prefix, teacher_prefix=teacher.prefix
+        )
         for (student_q, student_k), (teacher_q, teacher_k) in pairs
     ]
     return torch.stack(losses).mean()
 
 
-def feature_loss(student: SiTOutput, teachers: Sequence[TeacherOutput]) -> Tensor:
+def feature_loss(student: ModelOutput, teachers: Sequence[TeacherOutput]) -> Tensor:
     """L_R, the loss of REPA (arXiv 2410.06940): −cosine per token of projected hidden state and teacher feature.
 
     The mean over batch and tokens, then over the teachers.

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from haste.alignment.aligner import Aligner
 from haste.alignment.losses import choose_layer_map
 from haste.errors import UserError
-from haste.models.sit import SiT
+from haste.models import get_family
 from haste.training.resume import resolve
-from haste.transport import interpolate, velocity_loss
+from haste.transport import velocity_loss
 
 ProbeBatch = tuple[Tensor, Tensor, Tensor]
 """What is diffused (B, C, S, S), the images that the teachers look at (B, C, R, R), the labels (B,)."""
@@ -45,7 +45,7 @@ def alone(tensor: Tensor) -> Tensor:
 
 
 def gradient_cosine(
-    model: SiT,
+    model: nn.Module,
     aligner: Aligner,
     batches: Iterable[ProbeBatch],
     block: int,
@@ -63,15 +63,16 @@ def gradient_cosine(
     model: the plain module, not a wrapper that shards or synchronises it.
     block: counted from 0, not beyond the last that a loss of the aligner looks at: it would have no gradient.
     """
-    parameters = [p for p in model.blocks[block].parameters() if p.requires_grad]
+    family = get_family(model)
+    parameters = [p for p in family.blocks(model)[block].parameters() if p.requires_grad]
     totals = [torch.zeros((), device=parameters[0].device)] * len(times)  # become (2, number of parameters)
     with _probing(model, parameters[0].device):
         for student, images, labels, noise in _with_noise(batches):
             lessons = aligner.ask(images)
             for index, time in enumerate(times):
-                t = torch.full(labels.shape, time, device=student.device)
-                x_t, target = interpolate(student, noise, t, path_type)
-                output = model(x_t, t, labels, aligner.student_layers, aligner.project)
+                t = torch.full((len(student),), time, device=student.device)
+                x_t, target = family.interpolate(model, student, noise, t, path_type)
+                output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
                 alignment = _gradient(aligner.weigh(aligner.losses(output, lessons)), parameters)
                 velocity = _gradient(velocity_loss(output.velocity, target), parameters)
                 totals[index] = totals[index] + len(student) * torch.stack([alignment, velocity])
@@ -81,7 +82,7 @@ def gradient_cosine(
 
 @torch.no_grad()
 def mean_alignment_loss(
-    model: SiT,
+    model: nn.Module,
     aligner: Aligner,
     batches: Iterable[ProbeBatch],
     times: Sequence[float],
@@ -90,14 +91,15 @@ def mean_alignment_loss(
 ) -> float:
     """The mean over images and times of proj_coeff·L_R + attn_coeff·L_A. Of several processes, each brings its own
     images."""
+    family = get_family(model)
     total = torch.zeros(2)  # the sum of the losses and their number
     with _probing(model, next(model.parameters()).device):
         for student, images, labels, noise in _with_noise(batches):
             lessons = aligner.ask(images)
             for time in times:
-                t = torch.full(labels.shape, time, device=student.device)
-                x_t, _ = interpolate(student, noise, t, path_type)
-                output = model(x_t, t, labels, aligner.student_layers, aligner.project)
+                t = torch.full((len(student),), time, device=student.device)
+                x_t, _ = family.interpolate(model, student, noise, t, path_type)
+                output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
                 loss = aligner.weigh(aligner.losses(output, lessons))
                 total = total.to(loss.device) + len(student) * torch.stack([loss, torch.ones_like(loss)])
     loss, number = reduce(total).tolist()
@@ -133,7 +135,6 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 if TYPE_CHECKING:
     from haste.alignment import Aligner
-    from haste.models import SiT
     from haste.training.config import TrainConfig
 
 NEVER = -1
@@ -164,7 +165,9 @@ class Termination:
         """Whether something must be measured, and told by observe(), before this step."""
         return False
 
-    def measure(self, model: SiT, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone) -> float:
+    def measure(
+        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone
+    ) -> float:
         """What observe() is to be told, from images that are the same at every probe.
 
         It draws none of the run's random numbers. reduce: the sum over processes, each of which brings its own
@@ -270,7 +273,9 @@ class GradientCosine(ProbedTermination):
         self.block = block
         self.threshold = threshold
 
-    def measure(self, model: SiT, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone) -> float:
+    def measure(
+        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone
+    ) -> float:
         return gradient_cosine(model, aligner, batches, self.block, self.TIMES, self.path_type, reduce)
 
     def triggered(self) -> bool:
@@ -298,7 +303,9 @@ class Plateau(ProbedTermination):
         self.patience = patience
         self.min_delta = min_delta
 
-    def measure(self, model: SiT, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone) -> float:
+    def measure(
+        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone
+    ) -> float:
         return mean_alignment_loss(model, aligner, batches, self.TIMES, self.path_type, reduce)
 
     def triggered(self) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import haste_ext
 from haste.errors import UserError, in_one_line
-from haste.models import SiT, SiTOutput
+from haste.models import ModelOutput, SiT
 from haste.models.sit import Modulation, modulate
 
 
@@ -109,8 +109,8 @@ class OwnTransformer:
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
         return _times_embedded(self.model, t) + self.model.y_embedder(y)
 
-    def output(self, tokens: Tensor, c: Tensor) -> SiTOutput:
-        return SiTOutput(self.model.finish(tokens, c), [], [])
+    def output(self, tokens: Tensor, c: Tensor) -> ModelOutput:
+        return ModelOutput(self.model.finish(tokens, c), [], [])
 
 
 MODEL_PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")

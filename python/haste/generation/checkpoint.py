@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from haste.errors import UserError
-from haste.models.sit import SiT
-from haste.training.checkpoint import Checkpoint, build_model, list_checkpoints, read_student, sampling_config
+from haste.models import Family, Layout, get_family
+from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_student, sampling_config
 from haste.training.config import TrainConfig
 from haste.training.conventions import Convention, guided_channels
 from haste.training.weight_files import BrokenCheckpoint
@@ -37,7 +38,7 @@ def latent_format(student: LoadedCheckpoint, vae: str | None = None) -> LatentFo
     published one, unless the run was told another. So it is the same before and after a run of REPA's is gone on with.
     Raises UserError for a VAE that does not exist or does not fit.
     """
-    channels = student.model.in_channels
+    channels = student.layout.input_shape[0]
     if "latents" not in student.recorded:
         if vae is None and channels in IMAGE_CHANNELS:
             return None
@@ -79,10 +80,19 @@ class LoadedCheckpoint:
     `class_names`, by label, where the data had names.
     """
 
-    model: SiT
+    model: nn.Module
+    model_config: Mapping[str, Any]
     config: TrainConfig
     checkpoint: Path
     recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        return get_family(self.model_config)
+
+    @property
+    def layout(self) -> Layout:
+        return self.family.layout(self.model_config)
 
     @property
     def run(self) -> Path:
@@ -98,7 +108,7 @@ class LoadedCheckpoint:
     @property
     def guided_channels(self) -> int | None:
         """How many channels, the first ones, its authors' sampler guides; None for all."""
-        return guided_channels(self.recorded.get("convention", "repa"), self.model.in_channels)
+        return guided_channels(self.recorded.get("convention", "repa"), self.layout.input_shape[0])
 
     @property
     def rounded(self) -> bool:
@@ -132,8 +142,10 @@ def load_checkpoint(
 
     def load(file: Path) -> LoadedCheckpoint:
         content = read_student(file, assume, convention)
-        model = build_model(content, ema, fused_attn).to(device)
-        return LoadedCheckpoint(model, sampling_config(content, file), file, what_is_recorded(content))
+        model = loaded_model(content, ema, fused_attn).to(device)
+        return LoadedCheckpoint(
+            model, content["model_config"], sampling_config(content, file), file, what_is_recorded(content)
+        )
 
     if not path.is_dir():
         return load(path)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
 
 if TYPE_CHECKING:  # flags are checked without torch
-    from haste.models.sit import SiT
+    from haste.generation.checkpoint import LoadedCheckpoint
 
 # What a bare file of weights does not tell.
 ASSUMED = ("num_classes", "encoder_depth", "path_type")
@@ -51,18 +51,18 @@ class PublishedFlags:
         """The settings to go by where a checkpoint has none."""
         return {name: getattr(self, name) for name in ASSUMED if getattr(self, name) is not None}
 
-    def refuse_other(self, model: SiT, recorded: dict[str, Any], factor: int) -> None:
+    def refuse_other(self, loaded: LoadedCheckpoint, factor: int) -> None:
         """UserError, naming the flag, if one says what the checkpoint is not. What it does not tell is not compared.
 
-        recorded: of the student. factor: pixels per value of what it draws.
+        factor: pixels per value of what the model samples.
         """
-        settings = recorded.get("args", {})
-        dims = ",".join(map(str, recorded.get("z_dims", ()))) or None
+        settings, layout = loaded.recorded.get("args", {}), loaded.layout
+        dims = ",".join(map(str, loaded.recorded.get("z_dims", ()))) or None
         found = {
-            "model": name_of(model),
-            "num_classes": model.num_classes,
+            "model": loaded.family.size_name(loaded.model_config),
+            "num_classes": layout.num_classes,
             "encoder_depth": settings.get("encoder_depth"),
-            "resolution": model.input_size * factor,
+            "resolution": layout.input_shape[1] * factor,
             "projector_embed_dims": dims,
             "path_type": settings.get("path_type"),
         }
@@ -71,22 +71,8 @@ class PublishedFlags:
             given = given.replace(" ", "") if name == "projector_embed_dims" and given else given
             if None not in (given, value) and given != value:
                 raise UserError(f"--{name.replace('_', '-')} is {given}; it must be {value}, as the checkpoint has it")
-        if self.qk_norm and "blocks.0.attn.q_norm.weight" not in model.state_dict():
+        if self.qk_norm and not loaded.model_config.get("qk_norm"):
             raise UserError("--qk-norm is given, and the checkpoint's attention has no such norm; leave it out")
-
-
-def name_of(model: SiT) -> str:
-    """SiT-XL/2 and the like; a description of a model that has no name."""
-    from haste.training.config import STUDENTS
-
-    shape = {
-        "depth": len(model.blocks),
-        "hidden_size": model.pos_embed.shape[-1],
-        "num_heads": model.blocks[0].attn.num_heads,
-        "patch_size": model.patch_size,
-    }
-    names = [name for name, known in STUDENTS.items() if known == shape]
-    return names[0] if names else f"a SiT of {', '.join(f'{key} {value}' for key, value in shape.items())}"
 
 
 Settings = TypeVar("Settings", bound="SamplingConfig")

@@ -23,7 +23,7 @@ from haste.data.images import to_uint8
 from haste.errors import UserError, shorten
 from haste.generation.checkpoint import LoadedCheckpoint, latent_format
 from haste.generation.config import SamplingConfig
-from haste.samplers import Guidance, initial_noise, model_calls, sample, times_at
+from haste.samplers import Guidance, initial_noise, model_calls, solver, times_at
 from haste.vae import VAE
 
 
@@ -78,7 +78,8 @@ class Sampler:
     def __init__(self, student: LoadedCheckpoint, settings: SamplingConfig) -> None:
         settings.check()
         model = student.model
-        if settings.cfg_scale > 1 and model.null_label is None:
+        self.null = student.family.null(model)
+        if settings.cfg_scale > 1 and self.null is None:
             raise UserError(
                 f"--cfg-scale is {settings.cfg_scale:g}; it must be 1 for a model trained with --cfg-prob 0"
             )
@@ -98,9 +99,7 @@ class Sampler:
         if self.cache is not None:
             return self.cache.num_full + self.cache.num_forecast, self.cache.num_full
         s = self.settings
-        guidance = Guidance(
-            s.cfg_scale, s.guidance_low, s.guidance_high, self.student.model.null_label, s.guidance_mode
-        )
+        guidance = Guidance(s.cfg_scale, s.guidance_low, s.guidance_high, s.guidance_mode)
         count = len(model_calls(s.sampler, s.num_steps, guidance))
         return count, count
 
@@ -133,7 +132,7 @@ class Sampler:
         if compile and self.cache is not None:
             self.cache.compile()
         elif compile:
-            for block in self.student.model.blocks:  # all share one compilation
+            for block in self.student.family.blocks(self.student.model):  # all share one compilation
                 block.compile(fullgraph=True)
         if cuda_graphs and self.cache is None:
             raise UserError("--cuda-graphs is given without a cache; it needs --fast or --cache")
@@ -147,8 +146,8 @@ class Sampler:
         model = self.student.model
         rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())
-        x = like.new_zeros(rows, model.in_channels, model.input_size, model.input_size)
-        y = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        x = like.new_zeros(rows, *self.student.layout.input_shape)
+        y = self.student.family.condition(torch.zeros(rows, dtype=torch.int64, device=like.device))
         if self.cache is None:
             model(x, like.new_ones(rows), y)
         else:
@@ -178,20 +177,17 @@ class Sampler:
 
     def start_of(self, indices: Sequence[int]) -> Start:
         """Where the images with these numbers begin, as one batch."""
-        settings, model = self.settings, self.student.model
-        labels = choose_labels(settings.labels, settings.global_seed, indices, model.num_classes)
+        settings, layout = self.settings, self.student.layout
+        labels = choose_labels(settings.labels, settings.global_seed, indices, layout.num_classes)
         generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
-        shape = (len(indices), model.in_channels, model.input_size, model.input_size)
-        noise = initial_noise(shape, generators, dtype=model.dtype, device=self.device)
+        shape = (len(indices), *layout.input_shape)
+        noise = initial_noise(shape, generators, dtype=self.student.model.dtype, device=self.device)
         return Start(noise, torch.from_numpy(labels).to(self.device), generators)
 
     def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:
         """What the model and the sampler alone make of a start: (n, C, S, S), on the model's device."""
-        settings, model = self.settings, self.student.model
-        return sample(
-            self.cache or model,
-            start.noise,
-            start.labels,
+        settings, family = self.settings, self.student.family
+        solve = solver(
             num_steps=settings.num_steps,
             sampler=settings.sampler,
             path=self.student.config.path_type,
@@ -200,11 +196,12 @@ class Sampler:
             guidance_high=settings.guidance_high,
             guidance=settings.guidance_mode,
             guided_channels=self.student.guided_channels,
-            null_label=model.null_label,
+            null=self.null,
             generator=start.generators,
             progress=progress,
             observe=observe,
         )
+        return family.sample(self.cache or self.student.model, start.noise, family.condition(start.labels), solve)
 
     def _to_images(self, drawn: Tensor) -> Tensor:
         """What the student draws, as images (n, 1 or 3, H, W) in [-1, 1]."""

@@ -306,9 +306,9 @@ def sample_to_folder(args: SampleConfig) -> Samples:
         convention=args.convention,
     )
     sampler = Sampler(student, args)
-    args.refuse_other(student.model, student.recorded, 1 if sampler.latents is None else sampler.latents.factor)
+    args.refuse_other(student, 1 if sampler.latents is None else sampler.latents.factor)
     count = args.num_fid_samples
-    labels = choose_labels(args.labels, args.global_seed, range(count), student.model.num_classes)
+    labels = choose_labels(args.labels, args.global_seed, range(count), student.layout.num_classes)
     with ExitStack() as stack:
 
         def open_folder() -> SampleDir:

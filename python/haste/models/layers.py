@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,22 @@ def check_backend(name: str) -> None:
         raise UserError(f"--attention is {name}, and the package {package} is not installed; {instead}")
 
 
+class Modulation(NamedTuple):
+    """The six (B, width) vectors with which the conditioning steers one block (adaLN-Zero, arXiv 2212.09748)."""
+
+    shift_attn: Tensor
+    scale_attn: Tensor
+    gate_attn: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """tokens · (1 + scale) + shift; tokens (B, N, width), shift and scale (B, width)."""
+    return tokens * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
 class PatchEmbedder(nn.Module):
     """Images (B, C, S, S) to tokens (B, (S/P)², width), row by row: one linear map per patch."""
 
@@ -67,7 +84,7 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Times (B,) to (B, width): cosines, then sines, of t·10000^(-i/128), and a two-layer perceptron.
+    """Times (...) to (..., width): cosines, then sines, of t·10000^(-i/128), and a two-layer perceptron.
 
     t in [0, 1] is fed as it is (DDPM-style models multiply it by 1000).
     """
@@ -78,12 +95,12 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def frequencies(self, t: Tensor) -> Tensor:
-        """(B,) to (B, num_frequencies), float32 whatever the type of t (float64 for float64)."""
+        """(...) to (..., num_frequencies), float32 whatever the type of t (float64 for float64)."""
         dtype = torch.promote_types(t.dtype, torch.float32)
         half = self.num_frequencies // 2
         exponent = torch.arange(half, dtype=dtype, device=t.device) / half
-        angles = t[:, None].to(dtype) * torch.exp(-math.log(10000.0) * exponent)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        angles = t[..., None].to(dtype) * torch.exp(-math.log(10000.0) * exponent)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(self.frequencies(t).to(self.mlp[0].weight.dtype))

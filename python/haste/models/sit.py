@@ -9,46 +9,29 @@ projection. No attention map is formed, and where nothing is asked nothing is ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError
-from haste.models.layers import BACKENDS, LabelEmbedder, PatchEmbedder, TimestepEmbedder, sincos_positions
+from haste.models.family import Family, Layout, ModelOutput, PublishedAlignment, register
+from haste.models.layers import (
+    BACKENDS,
+    LabelEmbedder,
+    Modulation,
+    PatchEmbedder,
+    TimestepEmbedder,
+    modulate,
+    sincos_positions,
+)
+from haste.validation import build, check
 
 QueriesKeys = tuple[Tensor, Tensor]
-
-
-class SiTOutput(NamedTuple):
-    """What a SiT returns.
-
-    velocity: (B, C, S, S).
-    queries_keys: per aligned layer, in the order in which they were asked for, (q, k), each (B, H, N, D), strided.
-    projections: per encoder (B, N, z_dim), the projected hidden state; empty unless asked for.
-    """
-
-    velocity: Tensor
-    queries_keys: list[QueriesKeys]
-    projections: list[Tensor]
-
-
-class Modulation(NamedTuple):
-    """The six (B, width) vectors with which the conditioning steers one block (adaLN-Zero, arXiv 2212.09748)."""
-
-    shift_attn: Tensor
-    scale_attn: Tensor
-    gate_attn: Tensor
-    shift_mlp: Tensor
-    scale_mlp: Tensor
-    gate_mlp: Tensor
-
-
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """tokens · (1 + scale) + shift; tokens (B, N, width), shift and scale (B, width)."""
-    return tokens * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -175,6 +158,8 @@ class SiT(nn.Module):
         UserError: sizes that do not fit together.
     """
 
+    family = "sit"
+
     def __init__(
         self,
         input_size: int = 32,
@@ -241,6 +226,11 @@ class SiT(nn.Module):
         return self.x_embedder.proj.weight.dtype
 
     @property
+    def tokens_shape(self) -> tuple[int, int]:
+        """(N, width) of one image."""
+        return tuple(self.pos_embed.shape[1:])
+
+    @property
     def null_label(self) -> int | None:
         """The class that stands for none, for guidance; None if the model was built without one."""
         return self.num_classes if self.y_embedder.dropout > 0 else None
@@ -260,8 +250,12 @@ class SiT(nn.Module):
         return self.x_embedder(x) + self.pos_embed
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        """t (B,) and y (B,) to what steers every block, (B, width)."""
+        """t (B,) and y (B,) to what steers every block, (B, width); t (S, 1) and y (B,) to (S, B, width)."""
         return self.t_embedder(t) + self.y_embedder(y)
+
+    def output(self, tokens: Tensor, c: Tensor) -> ModelOutput:
+        """What the model returns when nothing is aligned, made of the last tokens and the conditioning."""
+        return ModelOutput(self.finish(tokens, c), [], [])
 
     def finish(self, tokens: Tensor, c: Tensor) -> Tensor:
         """The last tokens (B, N, width) and the conditioning to the velocity (B, C, S, S)."""
@@ -272,7 +266,7 @@ class SiT(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, aligned_layers: Sequence[int] = (), project: bool = False
-    ) -> SiTOutput:
+    ) -> ModelOutput:
         """The velocity, and on request what alignment with a teacher reads.
 
         Args:
@@ -300,7 +294,7 @@ class SiT(nn.Module):
                 kept[index] = queries_keys
             if project and index + 1 == self.encoder_depth:
                 projections = [projector(tokens) for projector in self.projectors]
-        return SiTOutput(self.finish(tokens, c), [kept[layer] for layer in aligned_layers], projections)
+        return ModelOutput(self.finish(tokens, c), [kept[layer] for layer in aligned_layers], projections)
 
 
 def _check_sizes(
@@ -337,12 +331,141 @@ SIT_MODELS = {
 """The published models, "SiT-S/1" to "SiT-XL/8", by the arguments that make them."""
 
 
-def build_sit(name: str, **overrides) -> SiT:
-    """A published model by its name; `overrides` are further arguments of SiT.
+@dataclass(frozen=True)
+class _Config:
+    """The arguments of SiT that a checkpoint holds: all but z_dims. Raises UserError for sizes that no SiT has."""
 
-    Raises:
-        UserError: a name that is not in SIT_MODELS, or sizes that do not fit together.
-    """
-    if name not in SIT_MODELS:
-        raise UserError(f"model is {name!r}; it must be one of {', '.join(SIT_MODELS)}")
-    return SiT(**{**SIT_MODELS[name], **overrides})
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    input_size: int
+    in_channels: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    qk_norm: bool = False
+    fused_attn: bool = True
+    attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
+    encoder_depth: int = 8
+    projector_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if not 1 <= value <= largest:
+                raise UserError(f"{name} of its model must be 1 to {largest}, and is {value}")
+        if (self.input_size // self.patch_size) ** 2 > MOST_TOKENS:
+            raise UserError(f"its model must have {MOST_TOKENS} tokens at most, and has {self.input_size} / "
+                            f"{self.patch_size} along a side")  # fmt: skip
+        if not 1 / 64 <= self.mlp_ratio <= 64:
+            raise UserError(f"mlp_ratio of its model must be 1/64 to 64, and is {self.mlp_ratio}")
+
+
+# Far above what anybody trains, and far below what no machine can hold.
+LARGEST = {
+    "input_size": 8192, "patch_size": 1024, "in_channels": 4096, "hidden_size": 16_384, "depth": 200,
+    "num_heads": 1024, "num_classes": 10_000_000, "encoder_depth": 200, "projector_dim": 65_536,
+}  # fmt: skip
+MOST_TOKENS = 2**18
+
+# HASTE (arXiv 2505.16792), for DINOv2-B: the same layers at 256 and 512 pixels. S is not in the paper; it is as deep
+# as B.
+DEEP = PublishedAlignment("4:8,5:9,6:10,7:11", encoder_depth=8)
+PUBLISHED_ALIGNMENT = {
+    "SiT-S": PublishedAlignment("", encoder_depth=5),
+    "SiT-B": PublishedAlignment("2:7,3:9,4:11", encoder_depth=5),
+    "SiT-L": DEEP,
+    "SiT-XL": DEEP,
+}
+
+NAMES = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")  # that tell a SiT's sizes
+
+
+class SiTFamily(Family):
+    """SiT, conditioned on a class."""
+
+    name = "sit"
+    title = "SiT"
+    published_alignment = PUBLISHED_ALIGNMENT
+    sizes = {
+        **SIT_MODELS,
+        # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
+        "SiT-Digits/2": {"depth": 6, "hidden_size": 96, "num_heads": 4, "patch_size": 2},
+    }
+
+    def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> SiT:
+        return SiT(**config, z_dims=z_dims)
+
+    def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
+        return {
+            **size,
+            "input_size": data.input_size,
+            "in_channels": data.channels,
+            "num_classes": data.num_classes,
+            "class_dropout_prob": settings.cfg_prob,
+            "qk_norm": settings.qk_norm,
+            "fused_attn": settings.fused_attn,
+            "attention": settings.attention,
+            "encoder_depth": settings.encoder_depth,
+            "projector_dim": settings.projector_dim,
+        }
+
+    def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+        given = asdict(build(_Config, config, f"model_config of {source}"))
+        return {field.name: given[field.name] for field in fields(_Config) if field.name in config}
+
+    def layout(self, config: Mapping[str, Any]) -> Layout:
+        side, channels = config["input_size"], config["in_channels"]
+        grid = side // config["patch_size"]
+        return Layout((channels, side, side), grid, config["depth"], config["num_heads"], config["num_classes"])
+
+    def training_flops(self, config: Mapping[str, Any]) -> int:
+        """Those of the matrix products: forward, and twice that for backward."""
+        width, patch = config["hidden_size"], config["patch_size"]
+        tokens = (config["input_size"] // patch) ** 2
+        block = tokens * 12 * width * width + 2 * tokens * tokens * width + 6 * width * width
+        ends = 2 * tokens * patch * patch * config["in_channels"] * width
+        return 3 * 2 * (config["depth"] * block + ends)
+
+    def null(self, model: nn.Module) -> Tensor | None:
+        return None if model.null_label is None else torch.tensor(model.null_label)
+
+    def cached(self, model: nn.Module) -> SiT:
+        return model
+
+    def infer_config(self, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any] | None:
+        if not all(name in weights for name in NAMES):
+            return None
+        for name, dims in zip(NAMES, (3, 4, 2), strict=True):
+            if weights[name].dim() != dims:
+                raise UserError(f"the weights are not those of a SiT: {name} has shape {tuple(weights[name].shape)}")
+        (_, tokens, width), (_, channels, patch, _), (rows, _) = (weights[name].shape for name in NAMES)
+        numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+        depth = sum(number.isdecimal() for number in numbers)
+        heads = {s["num_heads"] for s in self.sizes.values() if (s["depth"], s["hidden_size"]) == (depth, width)}
+        if not heads:
+            raise UserError(
+                f"the weights are a SiT of depth {depth} and width {width}, which none of the known sizes has"
+            )
+        projector = weights.get("projectors.0.0.weight")
+        num_classes = check(args.get("num_classes"), int | None, "num_classes of its settings") or rows - 1
+        if rows - num_classes not in (0, 1):
+            raise UserError(f"its table of labels has {rows} rows, which fits no model of {num_classes} classes")
+        encoder_depth = check(args.get("encoder_depth"), int | None, "encoder_depth of its settings") or 8
+        return {
+            "depth": depth,
+            "hidden_size": width,
+            "num_heads": heads.pop(),
+            "patch_size": patch,
+            "input_size": math.isqrt(tokens) * patch,
+            "in_channels": channels,
+            "num_classes": num_classes,
+            "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+            "encoder_depth": min(encoder_depth, depth),
+            "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
+        }
+
+
+register(SiTFamily())

@@ -2,8 +2,6 @@
 
 Copies have the same digest, and so has a file that was only touched; one that was trained again has another.
 
-The arguments of SiT as a checkpoint keeps them, held against what any SiT can have.
-
 What a run goes on from besides weights, held against what the trainer can take up.
 
 Checkpoints: written whole or not at all, read without executing anything.
@@ -22,24 +20,23 @@ import os
 import random
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
 from haste.io import save_tensors
-from haste.models.sit import SiT
+from haste.models import build_model, check_config, infer_config
 from haste.training.config import TrainConfig
 from haste.training.conventions import (
     Convention,
     Weights,
     both_weights,
     first_not_finite,
-    infer_model_config,
     is_empty,
     is_projector,
     our_settings,
@@ -114,55 +111,10 @@ def _pieces(path: Path) -> bytes:
     return f"{size} {digest.hexdigest()}".encode()
 
 
-# Far above what anybody trains, and far below what no machine can hold.
-LARGEST = {
-    "input_size": 8192, "patch_size": 1024, "in_channels": 4096, "hidden_size": 16_384, "depth": 200,
-    "num_heads": 1024, "num_classes": 10_000_000, "encoder_depth": 200, "projector_dim": 65_536,
-}  # fmt: skip
-MOST_TOKENS = 2**18
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """As `SiT` has them, without z_dims. Raises UserError for sizes that no SiT has."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int
-    input_size: int
-    in_channels: int
-    num_classes: int
-    mlp_ratio: float = 4.0
-    class_dropout_prob: float = 0.1
-    qk_norm: bool = False
-    fused_attn: bool = True
-    attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
-    encoder_depth: int = 8
-    projector_dim: int = 2048
-
-    def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            if not 1 <= value <= largest:
-                raise UserError(f"{name} of its model must be 1 to {largest}, and is {value}")
-        if (self.input_size // self.patch_size) ** 2 > MOST_TOKENS:
-            raise UserError(f"its model must have {MOST_TOKENS} tokens at most, and has {self.input_size} / "
-                            f"{self.patch_size} along a side")  # fmt: skip
-        if not 1 / 64 <= self.mlp_ratio <= 64:
-            raise UserError(f"mlp_ratio of its model must be 1/64 to 64, and is {self.mlp_ratio}")
-
-
-def checked(values: Any, source: str) -> dict[str, Any]:
-    """The arguments of SiT among `values`; UserError, naming `source`, if one is missing or none that SiT can have."""
-    given = asdict(build(ModelConfig, values, f"model_config of {source}"))
-    return {name: given[name] for name in (field.name for field in fields(ModelConfig)) if name in values}
-
-
-def on_meta(model_config: dict[str, Any]) -> SiT:
+def on_meta(model_config: dict[str, Any]) -> nn.Module:
     """The model without memory for its weights. UserError for sizes that do not fit together."""
     with torch.device("meta"):
-        return SiT(**model_config, z_dims=())
+        return build_model(model_config)
 
 
 LATEST = 2**53  # steps
@@ -414,7 +366,7 @@ def read_student(
     parts = read_parts(content, path)
     try:
         given = content.get("model_config")
-        model_config = checked(infer_model_config(parts["model"], args) if given is None else given, str(path))
+        model_config = check_config(infer_config(parts["model"], args) if given is None else given, str(path))
         model = on_meta(model_config)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
@@ -432,7 +384,9 @@ def read_student(
     return {**weights, "model_config": model_config, "args": our_settings(args, found), "convention": found, **known}
 
 
-def load_model(path: str | Path, ema: bool = True, convention: Convention | None = None) -> tuple[SiT, TrainConfig]:
+def load_model(
+    path: str | Path, ema: bool = True, convention: Convention | None = None
+) -> tuple[nn.Module, TrainConfig]:
     """The student of a checkpoint, in eval mode on the CPU and without its projectors, and the run's settings.
 
     ema: the averaged weights, which samples are drawn with, or the trained ones.
@@ -440,7 +394,7 @@ def load_model(path: str | Path, ema: bool = True, convention: Convention | None
     Raises UserError if the file is missing or no checkpoint of this trainer, HASTE's, REPA's or SiT's.
     """
     student = read_student(Path(path), convention=convention)
-    return build_model(student, ema), sampling_config(student, path)
+    return loaded_model(student, ema), sampling_config(student, path)
 
 
 def sampling_config(student: Checkpoint, path: str | Path) -> TrainConfig:
@@ -453,7 +407,7 @@ def sampling_config(student: Checkpoint, path: str | Path) -> TrainConfig:
     return TrainConfig.from_dict(read, f"args of {path}")
 
 
-def build_model(student: Checkpoint, ema: bool = True, fused_attn: bool = True) -> SiT:
+def loaded_model(student: Checkpoint, ema: bool = True, fused_attn: bool = True) -> nn.Module:
     """The model of what `read_student` returns, as `load_model` gives it."""
     config = {**student["model_config"], "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
     model = on_meta(config)

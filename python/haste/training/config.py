@@ -1,6 +1,4 @@
-"""The students that can be trained: the published sizes of SiT, and those of the presets.
-
-Every setting of a training run. The names are those of HASTE's and REPA's train.py.
+"""Every setting of a training run. The names are those of HASTE's and REPA's train.py.
 
 Named sets of settings. A preset is a dictionary of defaults; every flag that is typed overrides its value.
 """
@@ -12,21 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from haste.errors import UserError, shorten
-from haste.models.sit import SIT_MODELS
 from haste.validation import build, check_numbers
-
-STUDENTS: dict[str, dict[str, Any]] = {
-    **SIT_MODELS,
-    # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
-    "SiT-Digits/2": {"depth": 6, "hidden_size": 96, "num_heads": 4, "patch_size": 2},
-}
-
-
-def student_shape(name: str) -> dict[str, Any]:
-    """The arguments of SiT that make the student of this name; UserError, with the known names, if there is none."""
-    if name not in STUDENTS:
-        raise UserError(f"--model must be one of {', '.join(STUDENTS)}, got {name[:60]!r}")
-    return STUDENTS[name]
 
 
 @dataclass

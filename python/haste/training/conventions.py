@@ -13,7 +13,6 @@ Ours have the same keys in the same order, so those trainers read them as well.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +23,7 @@ from torch import Tensor
 from haste.errors import UserError
 from haste.models.layers import TimestepEmbedder
 from haste.models.sit import SiT
-from haste.training.config import STUDENTS
-from haste.validation import check, shown
+from haste.validation import shown
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +141,6 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-SIT_NAMES = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-
 
 def both_weights(
     content: Mapping[str, Any], args: Mapping[str, Any], file: Path, convention: Convention | None = None
@@ -211,44 +207,6 @@ def why_unusable(value: Tensor) -> str:
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         return f"of shape {tuple(value.shape)}, for which the file has too few values"
     return ""
-
-
-def infer_model_config(weights: Weights, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of SiT that fit these weights, which is to say all but z_dims.
-
-    args: the settings of the run that wrote them, for what the weights do not show; may be empty.
-    Raises UserError if they are not those of a SiT of a known size.
-    """
-    missing = [name for name in SIT_NAMES if name not in weights]
-    if missing:
-        first = next(iter(weights), "none")
-        raise UserError(f"the weights are not those of a SiT: {missing[0]} is missing, and the first one is {first}")
-    positions, embedder, table = (weights[name] for name in SIT_NAMES)
-    for name, value, dims in zip(SIT_NAMES, (positions, embedder, table), (3, 4, 2), strict=True):
-        if value.dim() != dims:
-            raise UserError(f"the weights are not those of a SiT: {name} has shape {tuple(value.shape)}")
-    (_, tokens, width), (_, channels, patch, _), rows = positions.shape, embedder.shape, len(table)
-    depth = _depth(weights, "blocks.")
-    heads = {s["num_heads"] for s in STUDENTS.values() if (s["depth"], s["hidden_size"]) == (depth, width)}
-    if not heads:
-        raise UserError(f"the weights are a SiT of depth {depth} and width {width}, which none of the known sizes has")
-    projector = weights.get("projectors.0.0.weight")
-    num_classes = check(args.get("num_classes"), int | None, "num_classes of its settings") or rows - 1
-    if rows - num_classes not in (0, 1):
-        raise UserError(f"its table of labels has {rows} rows, which fits no model of {num_classes} classes")
-    return {
-        "depth": depth,
-        "hidden_size": width,
-        "num_heads": heads.pop(),
-        "patch_size": patch,
-        "input_size": math.isqrt(tokens) * patch,
-        "in_channels": channels,
-        "num_classes": num_classes,
-        "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-        "encoder_depth": min(check(args.get("encoder_depth"), int | None, "encoder_depth of its settings") or 8, depth),
-        "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
-    }
 
 
 def require_names(model: SiT, weights: Weights, source: str) -> None:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from haste.errors import UserError, in_one_line
-from haste.models import SiT
+from haste.models import get_family
 from haste.training.config import TrainConfig
 from haste.training.logging import check_trackers
 
@@ -82,7 +82,7 @@ def sharding() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def shard(model: SiT, accelerator: Accelerator) -> None:
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
     """FSDP2: block by block each process keeps its share of the weights, in place.
 
     The shares stay in fp32 and autocast rounds what a matrix product reads, as in one process.
@@ -90,12 +90,12 @@ def shard(model: SiT, accelerator: Accelerator) -> None:
     # What it warns of, changing an output in place, nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in model.blocks:
+    for block in get_family(model).blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model: SiT, accelerator: Accelerator) -> nn.Module:
+def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """DDP. Every buffer and every weight starts out the same, as all processes draw from the same seed."""
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from haste.errors import UserError, in_one_line
 from haste.io import read_bytes
+from haste.models import get_family
 from haste.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -42,19 +43,6 @@ logger = logging.getLogger(__name__)
 PEAK_TERAFLOPS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165,
 }  # fmt: skip
-
-
-def training_flops(model_config: Mapping[str, Any]) -> int:
-    """Operations of the student's matrix products per image: forward, and twice that for backward.
-
-    The teacher's and the alignment's are not counted, so that a step's utilisation means the same before and after τ.
-    """
-    width, patch = model_config["hidden_size"], model_config["patch_size"]
-    tokens = (model_config["input_size"] // patch) ** 2
-    patch_values = patch * patch * model_config["in_channels"]
-    block = tokens * 12 * width * width + 2 * tokens * tokens * width + 6 * width * width
-    ends = 2 * tokens * patch_values * width
-    return 3 * 2 * (model_config["depth"] * block + ends)
 
 
 def peak_teraflops(device: torch.device, precision: str) -> float | None:
@@ -215,7 +203,7 @@ class Metrics:
         # Under fp16 an infinite gradient is no error: the scaler skips that step.
         watched = ("total_loss", "grad_norm") if accelerator.scaler is None else ("total_loss",)
         self.watched = [METRICS.index(name) for name in watched]
-        self.flops = training_flops(model_config)
+        self.flops = get_family(model_config).training_flops(model_config)
         peak = peak_teraflops(accelerator.device, config.mixed_precision)
         self.peak = None if peak is None else peak * accelerator.num_processes
         self._passes: list[Tensor] = []
@@ -256,13 +244,13 @@ class Metrics:
         speed = len(rows) * self.batch_size / seconds
         self._rows = []
         self.start_clock()
-        teraflops = speed * self.flops / 1e12
+        teraflops = None if self.flops is None else speed * self.flops / 1e12
         return {
             **means,
             "skipped_steps": len(bad),
             "images_per_second": speed,
             "teraflops": teraflops,
-            "mfu": None if self.peak is None else teraflops / self.peak,
+            "mfu": None if None in (teraflops, self.peak) else teraflops / self.peak,
             "peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
 

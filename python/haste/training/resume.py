@@ -22,6 +22,7 @@ from typing import Any
 from haste.alignment.losses import choose_encoder_depth, choose_layer_map
 from haste.errors import UserError
 from haste.io import read_json
+from haste.models import model_depth
 from haste.teachers.loading import own_resolution, same_teacher
 from haste.training.config import (
     CHANGEABLE,
@@ -30,7 +31,6 @@ from haste.training.config import (
     TrainConfig,
     check_folder_name,
     preset_config,
-    student_shape,
 )
 from haste.validation import build
 
@@ -59,7 +59,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
     num_classes: of the data, if they are known.
     Raises UserError for a model or a layer map that there is not.
     """
-    depth = student_shape(config.model)["depth"]
+    depth = model_depth(config.model)
     encoder_depth, layer_map = config.encoder_depth, config.layer_map
     if encoder_depth is None:
         encoder_depth = choose_encoder_depth(config.model, depth, config.aligns_attention)

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from haste.data import TrainingData
 from haste.data.images import to_uint8, write_image
 from haste.errors import UserError
 from haste.io import write_text
-from haste.models import SiT
-from haste.samplers import initial_noise, sample
+from haste.models import get_family
+from haste.samplers import initial_noise, solver
 from haste.training.config import TrainConfig
 from haste.training.logging import Backlog
 from haste.vae import VAE
@@ -46,7 +46,7 @@ class TrainingSamples:
         self._failed = False
         self._files = Backlog(str(folder))
 
-    def draw(self, model: SiT, step: int) -> np.ndarray | None:
+    def draw(self, model: nn.Module, step: int) -> np.ndarray | None:
         """The grid (H, W, 3) uint8, which is written as well; None where it cannot be had, and in other processes than
         the first. Every process takes part, as each may hold a share of the model. Draws none of the run's chance.
 
@@ -58,15 +58,11 @@ class TrainingSamples:
         noise = initial_noise(shape, torch.Generator().manual_seed(self.config.seed), device=device)
         labels = torch.arange(COUNT, device=device) * max(classes, COUNT) // COUNT % classes
         try:
-            drawn = sample(
-                model,
-                noise,
-                labels,
-                num_steps=NUM_STEPS,
-                path=self.config.path_type,
-                cfg_scale=CFG_SCALE if self.config.cfg_prob else 1.0,
-                null_label=classes if self.config.cfg_prob else None,
-            )
+            family = get_family(model)
+            null = family.null(model)
+            scale = 1.0 if null is None else CFG_SCALE
+            solve = solver(num_steps=NUM_STEPS, path=self.config.path_type, cfg_scale=scale, null=null)
+            drawn = family.sample(model, noise, family.condition(labels), solve)
             if self._failed or not self.accelerator.is_main_process:
                 return None
             grid = as_grid(to_uint8(self._to_images(drawn)), self._titles(labels.tolist()))

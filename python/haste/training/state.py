@@ -1,6 +1,6 @@
 """The exponential moving average of the weights, which is what samples are drawn with.
 
-What is trained: a SiT, its average, its optimizer; in one process, or spread over several.
+What is trained: a model, its average, its optimizer; in one process, or spread over several.
 
 What a run feeds on: its batches from any step on, and the images that a rule of termination looks at.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from haste.data import Batch, BatchOrder, TrainingData, batches
 from haste.errors import UserError, in_one_line
-from haste.models import SiT, SiTOutput
+from haste.models import ModelOutput, build_model, get_family
 from haste.training.config import TrainConfig
 from haste.training.conventions import Weights, reorder_state, require_names, require_shapes, with_projectors
 from haste.training.launch import own, replicate, shard, sharding, share_like, synchronising, whole
@@ -44,7 +44,7 @@ class EMA:
 class TrainState:
     """One step: forward and backward passes inside `passes`, then `update`.
 
-    model_config: the arguments of SiT, without z_dims.
+    model_config: of the model, as its family has it.
     z_dims: widths of the teachers that teach features; empty when none does (any more).
     saved: model, ema, opt and scaler to go on from. Without opt a new run begins with these weights and with new
         projectors; None draws all weights from the global random state.
@@ -62,10 +62,10 @@ class TrainState:
         self.scaler = accelerator.scaler
         goes_on = saved is not None and saved.get("opt") is not None
         if not goes_on:
-            self.model = SiT(**model_config, z_dims=z_dims).to(accelerator.device)
+            self.model = build_model(model_config, z_dims).to(accelerator.device)
         else:  # no time is spent on weights that are replaced at once, and no random number drawn
             with torch.device("meta"):
-                self.model = SiT(**model_config, z_dims=z_dims)
+                self.model = build_model(model_config, z_dims)
             self.model.to_empty(device=accelerator.device)
         # The trainer drops labels for all processes together, which is all that training mode would do.
         self.model.eval()
@@ -75,7 +75,7 @@ class TrainState:
             self._load_weights(saved, new_projectors=not goes_on)
 
         if config.compile:  # a block at a time: all share one compilation
-            for block in self.model.blocks:
+            for block in get_family(self.model).blocks(self.model):
                 block.compile(fullgraph=True)
         if sharding():
             shard(self.model, accelerator)
@@ -100,8 +100,8 @@ class TrainState:
         """Around one forward and backward pass; `last` of this step's, whose gradients are exchanged."""
         return synchronising(self.forward, last)
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor, layers: Sequence[int], project: bool) -> SiTOutput:
-        return self.forward(x_t, t, labels, layers, project)
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int], project: bool) -> ModelOutput:
+        return self.forward(x_t, t, condition, layers, project)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one pass's loss, as a share of the step's."""

@@ -33,6 +33,7 @@ from haste.digits.teacher import DIGITS_TEACHER, ensure_digits_teacher
 from haste.distributed import StopRequest, progress_bar
 from haste.errors import UserError, in_one_line
 from haste.io import require_space
+from haste.models import get_family, model_depth, new_config
 from haste.models.layers import check_backend
 from haste.training.checkpoint import (
     Checkpoint,
@@ -44,14 +45,14 @@ from haste.training.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from haste.training.config import TrainConfig, student_shape
+from haste.training.config import TrainConfig
 from haste.training.launch import in_first, make_accelerator, sharding
 from haste.training.logging import Metrics, Trackers
 from haste.training.resume import resolve
 from haste.training.run_dir import RunDir
 from haste.training.samples import TrainingSamples
 from haste.training.state import Feed, TrainState
-from haste.transport import interpolate, sample_time, velocity_loss
+from haste.transport import velocity_loss
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def check_fit(config: TrainConfig) -> None:
     """UserError if the student, the layer map and the rule of termination do not fit together."""
-    depth = student_shape(config.model)["depth"]
+    depth = model_depth(config.model)
     aligned_depth = resolve(config).encoder_depth
     if config.termination == "gradient-cosine" and sharding():
         raise UserError(
@@ -133,7 +134,7 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
     return Aligner.from_pretrained(
         names,
         layer_map=choose_layer_map(config.layer_map, config.model) if config.aligns_attention else None,
-        grid=model_config["input_size"] // model_config["patch_size"],
+        grid=get_family(model_config).layout(model_config).grid,
         proj_coeff=config.proj_coeff,
         attn_coeff=config.attn_coeff,
         image_size=config.teacher_resolution,
@@ -142,7 +143,7 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
 
 
 class Draws(NamedTuple):
-    """What chance decides in a step: noise (B, C, S, S), times (B,), and whose label is dropped, (B,) bool."""
+    """What chance decides in a step: noise (B, C, S, S), times (B, ...), and whose label is dropped, (B,) bool."""
 
     noise: Tensor
     t: Tensor
@@ -188,18 +189,9 @@ class Trainer:
         elif self.termination.due(self.step):
             self.termination.stopped_at = self.step
 
-        self.model_config = {
-            **student_shape(config.model),
-            "input_size": dataset.input_size,
-            "in_channels": dataset.channels,
-            "num_classes": dataset.num_classes,
-            "class_dropout_prob": config.cfg_prob,
-            "qk_norm": config.qk_norm,
-            "fused_attn": config.fused_attn,
-            "attention": config.attention,
-            "encoder_depth": config.encoder_depth,
-            "projector_dim": config.projector_dim,
-        }
+        self.model_config = new_config(config, dataset)
+        self.family = get_family(self.model_config)
+        self.layout = self.family.layout(self.model_config)
         self.aligner: Aligner | None = None
         if self.termination.stopped_at is None:
             with accelerator.main_process_first():  # which downloads or trains what is not there yet
@@ -297,10 +289,11 @@ class Trainer:
         """What chance decides in this step, for all of its images."""
         config = self.config
         count = config.batch_size * config.gradient_accumulation_steps
-        size, channels = self.model_config["input_size"], self.model_config["in_channels"]
-        noise = torch.randn(count, channels, size, size, device=self.device)
-        t = sample_time(count, config.weighting, config.path_type, device=self.device)
-        dropped = torch.zeros_like(t, dtype=torch.bool)
+        noise = torch.randn(count, *self.layout.input_shape, device=self.device)
+        t = self.family.sample_times(
+            self.student.model, count, config.weighting, config.path_type, device=self.device
+        )
+        dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:
             dropped = torch.rand(count, device=self.device) < config.label_dropout
         return Draws(noise, t, dropped)
@@ -308,11 +301,12 @@ class Trainer:
     def _pass(self, batch: Batch, draws: Draws) -> None:
         """Forward and backward of one share of the images."""
         aligner = self.aligner
-        labels = torch.where(draws.dropped, self.model_config["num_classes"], batch.labels)
-        x_t, target = interpolate(batch.student, draws.noise, draws.t, self.config.path_type)
+        family, model = self.family, self.student.model
+        condition = family.drop(model, family.condition(batch.labels), draws.dropped)
+        x_t, target = family.interpolate(model, batch.student, draws.noise, draws.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
-            output = self.student(x_t, draws.t, labels, layers, project)
+            output = self.student(x_t, draws.t, condition, layers, project)
         loss = velocity = velocity_loss(output.velocity, target)
         feature = attention = None
         if aligner is not None:
@@ -361,7 +355,7 @@ class Trainer:
         if self.aligner is None:
             alignment = "no alignment"
         else:
-            teachers = self.aligner.describe(self.model_config["num_heads"])
+            teachers = self.aligner.describe(self.layout.num_heads)
             alignment = f"taught {self.termination.plan} by {teachers}"
         processes = self.accelerator.num_processes
         where = f"{processes} processes on {self.device.type}" if processes > 1 else self.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from haste.alignment import alignment_losses
-from haste.models.sit import SiTOutput
+from haste.models import ModelOutput
 from haste.teachers import TeacherOutput
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ def test_attention_loss_is_the_mean_over_pairs_of_the_cross_entropy_of_the_leadi
     torch.manual_seed(0)
     student = [random_pair(4, TOKENS, 6, requires_grad=True) for _ in range(2)]
     teacher = [random_pair(2, PREFIX + TOKENS, 8) for _ in range(2)]
-    losses = alignment_losses(SiTOutput(torch.empty(0), student, []), [TeacherOutput(teacher, PREFIX, None)])
+    losses = alignment_losses(ModelOutput(torch.empty(0), student, []), [TeacherOutput(teacher, PREFIX, None)])
     expected = torch.stack([cross_entropy_of_maps(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
     torch.testing.assert_close(losses.attention.double(), expected, rtol=1e-5, atol=1e-6)
     assert losses.feature is None
@@ -43,7 +43,7 @@ def test_feature_loss_is_the_mean_over_teachers_of_minus_the_cosine():
     torch.manual_seed(0)
     projections = [torch.randn(BATCH, TOKENS, width, requires_grad=True) for width in (5, 7)]
     teachers = [TeacherOutput([], PREFIX, torch.randn(BATCH, TOKENS, width)) for width in (5, 7)]
-    losses = alignment_losses(SiTOutput(torch.empty(0), [], projections), teachers)
+    losses = alignment_losses(ModelOutput(torch.empty(0), [], projections), teachers)
     cosines = [
         F.cosine_similarity(z.double(), t.patch_tokens.double(), dim=-1).mean()
         for z, t in zip(projections, teachers, strict=True)
@@ -53,5 +53,5 @@ def test_feature_loss_is_the_mean_over_teachers_of_minus_the_cosine():
 
 
 def test_nothing_asked_nothing_computed():
-    losses = alignment_losses(SiTOutput(torch.empty(0), [], []), [TeacherOutput([], 0, None)])
+    losses = alignment_losses(ModelOutput(torch.empty(0), [], []), [TeacherOutput([], 0, None)])
     assert losses == (None, None)

@@ -82,7 +82,7 @@ def test_interval_one_is_the_model(sampler, granularity, tolerance):
     model = small_sit()
     noise, labels = small_noise()
     images = [
-        sample(m, noise, labels, num_steps=6, sampler=sampler, cfg_scale=2.0, guidance_low=0.5, null_label=10,
+        sample(m, noise, labels, num_steps=6, sampler=sampler, cfg_scale=2.0, guidance_low=0.5, null=10,
                generator=torch.Generator().manual_seed(2))
         for m in (model, cache(model, interval=1, order=2, granularity=granularity))
     ]  # fmt: skip
@@ -145,7 +145,7 @@ def test_where_guidance_ends_the_labelled_half_keeps_its_history():
     noise, labels = small_noise()
     cached = cache(small_sit(), interval=4, order=1)
     seen = watched(cached)
-    sample(cached, noise, labels, num_steps=11, cfg_scale=2.0, guidance_low=0.5, null_label=10)
+    sample(cached, noise, labels, num_steps=11, cfg_scale=2.0, guidance_low=0.5, null=10)
     assert seen == list(zip([4] * 6 + [2] * 5, [step in (0, 1, 5, 9) for step in range(11)], strict=True))
 
 
@@ -155,7 +155,7 @@ def test_where_guidance_begins_the_null_half_needs_a_full_step(guidance, calls):
     noise, labels = small_noise()
     cached = cache(small_sit(), interval=4, order=1)
     seen = watched(cached)
-    sample(cached, noise, labels, num_steps=11, cfg_scale=2.0, guidance_high=0.5, null_label=10, guidance=guidance)
+    sample(cached, noise, labels, num_steps=11, cfg_scale=2.0, guidance_high=0.5, null=10, guidance=guidance)
     assert cached.full_steps == [0, 1, 5, 6, 10]
     expected = [[(2, step in cached.full_steps)] for step in range(6)]
     expected += [[(rows, step in cached.full_steps) for rows, _ in calls] for step in range(6, 11)]
@@ -172,7 +172,7 @@ def test_batched_and_separate_guidance_draw_the_same(sampler, granularity):
         cached = cache(model, interval=3, order=2, granularity=granularity)
         images.append(
             sample(cached, noise, labels, num_steps=14, sampler=sampler, cfg_scale=2.0, guidance_low=0.2,
-                   guidance_high=0.7, null_label=10, guidance=guidance, generator=torch.Generator().manual_seed(2))
+                   guidance_high=0.7, null=10, guidance=guidance, generator=torch.Generator().manual_seed(2))
         )  # fmt: skip
     torch.testing.assert_close(images[0], images[1], rtol=1e-9, atol=1e-9)
 
@@ -325,7 +325,7 @@ def test_calls_outside_a_run():
 def test_compiled_without_a_graph_break_it_draws_the_same(granularity):
     model = small_sit()
     noise, labels = small_noise()
-    settings = {"cfg_scale": 2.0, "guidance_low": 0.5, "null_label": 10, "num_steps": 10}
+    settings = {"cfg_scale": 2.0, "guidance_low": 0.5, "null": 10, "num_steps": 10}
     eager = sample(cache(model, interval=3, order=1, granularity=granularity), noise, labels, **settings)
     torch._dynamo.reset()
     compiled = cache(model, interval=3, order=1, granularity=granularity).compile(backend="aot_eager")
@@ -342,7 +342,7 @@ MANY_GAPS = {"full_steps": "0,2,5,9,14,20,27,35,44,46", "order": 1}  # 1 to 8 sk
 def test_compiled_any_number_of_skipped_steps_in_a_row_is_served(settings, lengths, batches):
     torch._dynamo.reset()
     compiled = cache(small_sit(), **settings).compile(backend="aot_eager")
-    guided = {"cfg_scale": 2.0, "guidance_low": 0.5, "null_label": 10} if len(batches) == 1 else {}
+    guided = {"cfg_scale": 2.0, "guidance_low": 0.5, "null": 10} if len(batches) == 1 else {}
     for num_steps in lengths:
         for batch in batches:
             noise, labels = small_noise(batch)

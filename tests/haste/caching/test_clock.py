@@ -17,7 +17,7 @@ from haste.samplers import Guidance, ModelCall, model_calls, times_at
 MODEL = small_sit().double()
 STEPS = 10
 SHIFTED = [3 * s / (1 + 2 * s) for s in (1 - step / STEPS for step in range(STEPS))]  # as flow-matching pipelines shift
-HALVES = model_calls("euler", STEPS, Guidance(2.0, null_label=10, mode="separate"))
+HALVES = model_calls("euler", STEPS, Guidance(2.0, mode="separate"))
 PLANS = {"number": {"num_steps": STEPS}, "times": {"times": SHIFTED}}
 
 
@@ -175,7 +175,7 @@ def test_one_time_for_the_whole_batch():
 @torch.no_grad()
 def test_a_batch_without_two_halves_is_refused():
     x, y = small_noise(3, torch.float64)
-    plan = model_calls("euler", STEPS, Guidance(2.0, null_label=10))
+    plan = model_calls("euler", STEPS, Guidance(2.0))
     with pytest.raises(UserError, match="x must have as many rows for label as for null, got 3 rows"):
         fast(evaluations=plan)(x, torch.ones(3).double(), y)
 

@@ -39,7 +39,7 @@ def one_by_one(cached: CachedModel) -> CachedModel:
     return cached
 
 
-GUIDED = {"cfg_scale": 2.0, "null_label": 10}
+GUIDED = {"cfg_scale": 2.0, "null": 10}
 LATE = {**GUIDED, "guidance_high": 0.7, "guidance_low": 0.2}
 
 

@@ -9,7 +9,7 @@ from haste.caching import cuda_graphs, enable_cache
 from haste.errors import UserError
 from haste.samplers import sample
 
-GUIDED = {"num_steps": 12, "cfg_scale": 2.0, "guidance_low": 0.3, "guidance_high": 0.8, "null_label": 10}
+GUIDED = {"num_steps": 12, "cfg_scale": 2.0, "guidance_low": 0.3, "guidance_high": 0.8, "null": 10}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -15,7 +15,7 @@ def test_the_estimate_is_what_a_run_takes(granularity, cfg_scale):
     noise, labels = small_noise(3)
     settings = CacheConfig(cache="taylor", granularity=granularity, interval=3, order=2)
     cached = make_cache(model, settings)
-    sample(cached, noise, labels, num_steps=10, cfg_scale=cfg_scale, null_label=10)
+    sample(cached, noise, labels, num_steps=10, cfg_scale=cfg_scale, null=10)
     assert cached.cache_bytes == cache_bytes(model, settings, 3 if cfg_scale == 1 else 6)
     cached.release()
     assert cached.cache_bytes == 0

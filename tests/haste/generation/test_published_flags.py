@@ -10,7 +10,6 @@ import pytest
 import torch
 from drawn_images import read_npz
 from haste.cli.main import main
-from haste.generation.config import name_of
 from haste.generation.pipeline import image_generator
 from haste.models import SiT
 from haste.samplers import initial_noise
@@ -149,10 +148,3 @@ def test_a_bare_file_without_projectors_asks_whose_it_is(tmp_path, vae, capsys):
     assert "--convention must be sit, as" in refusal(
         capsys, tmp_path, write_sits(tmp_path / "sit.pt"), vae, "--convention", "repa"
     )
-
-
-def test_models_have_their_published_names():
-    assert name_of(SiT(**SHAPE, **REST)) == "SiT-XL/2"
-    with torch.device("meta"):
-        assert name_of(SiT(hidden_size=768, depth=12, num_heads=12)) == "SiT-B/2"
-        assert name_of(SiT(hidden_size=8, depth=1, num_heads=1)).startswith("a SiT of depth 1, hidden_size 8")

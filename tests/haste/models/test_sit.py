@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from haste.errors import UserError
-from haste.models import SIT_MODELS, SiT, build_sit
+from haste.models import SIT_MODELS, SiT, build_model, find_size, get_family
 from haste.models.layers import sincos_positions
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +73,7 @@ def public_shapes(depth: int, width: int, tokens: int, patch: int, channels: int
 )
 def test_names_and_shapes_are_the_public_ones(name, z_dims, expected):
     with torch.device("meta"):
-        model = build_sit(name, z_dims=z_dims)
+        model = build_model({**SIT_MODELS[name]}, z_dims=z_dims)
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == expected
 
 
@@ -327,9 +327,17 @@ def test_sizes_that_do_not_fit(sizes, sentence):
         SiT(**{**SMALL, **sizes})
 
 
+def test_sizes_have_their_published_names():
+    name = get_family("sit").size_name
+    assert name({**SIT_MODELS["SiT-XL/2"], "input_size": 32}) == "SiT-XL/2"
+    assert name({"depth": 1, "hidden_size": 8, "num_heads": 1, "patch_size": 2}) == (
+        "a SiT of depth 1, hidden_size 8, num_heads 1, patch_size 2"
+    )
+
+
 def test_unknown_model():
-    with pytest.raises(UserError, match="model is 'SiT-M/2'; it must be one of SiT-S/1, SiT-S/2, "):
-        build_sit("SiT-M/2")
+    with pytest.raises(UserError, match="--model must be one of SiT-S/1, SiT-S/2, .*, got 'SiT-M/2'"):
+        find_size("SiT-M/2")
 
 
 @pytest.mark.parametrize(

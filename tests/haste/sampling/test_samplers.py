@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from haste.errors import UserError
-from haste.models import SiTOutput
+from haste.models import ModelOutput
 from haste.samplers import SAMPLERS, ModelCall, initial_noise, model_calls, sample
 from haste.transport import get_path
 
@@ -36,7 +36,7 @@ class Recorder:
     def __call__(self, x, t, y):
         self.calls.append((x, t, y))
         velocity = y.clamp(min=0).to(x.dtype)[:, None, None, None].expand_as(x)
-        return SiTOutput(velocity, [], [])
+        return ModelOutput(velocity, [], [])
 
 
 def noise_like(batch: int, dtype=torch.float64) -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_guidance_doubles_the_batch_inside_its_interval_only():
     model = Recorder()
     noise, labels = noise_like(2), labels_for(2)
     images = sample(
-        model, noise, labels, num_steps=4, cfg_scale=3.0, guidance_low=0.5, guidance_high=0.75, null_label=-1
+        model, noise, labels, num_steps=4, cfg_scale=3.0, guidance_low=0.5, guidance_high=0.75, null=-1
     )
     assert [len(x) for x, _, _ in model.calls] == [2, 4, 4, 2]
     x, _, y = model.calls[1]
@@ -170,7 +170,7 @@ def test_of_the_first_channels_alone_the_others_are_those_of_the_label(sampler, 
     common = {"num_steps": 4, "sampler": sampler}
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     wanted = sample(of_sit, noise.double(), labels, generator=generators[0], **common)
-    drawn = sample(velocity, noise.double(), labels, generator=generators[1], **common, cfg_scale=2.5, null_label=3,
+    drawn = sample(velocity, noise.double(), labels, generator=generators[1], **common, cfg_scale=2.5, null=3,
                    guidance=mode, guided_channels=3)  # fmt: skip
     torch.testing.assert_close(drawn, wanted, rtol=1e-12, atol=1e-12)
 
@@ -178,7 +178,7 @@ def test_of_the_first_channels_alone_the_others_are_those_of_the_label(sampler, 
 def test_both_evaluations_of_a_heun_step_are_guided_alike():
     model = Recorder()
     sample(
-        model, noise_like(1), labels_for(1), num_steps=4, sampler="heun", cfg_scale=2.0, guidance_low=0.6, null_label=-1
+        model, noise_like(1), labels_for(1), num_steps=4, sampler="heun", cfg_scale=2.0, guidance_low=0.6, null=-1
     )
     assert [len(x) for x, _, _ in model.calls] == [2, 2, 2, 2, 1, 1, 1]
 
@@ -189,7 +189,7 @@ def test_guiding_the_velocity_guides_the_drift():
     drifts = []
     for y in (labels, torch.zeros_like(labels)):
         drifts.append(noise - sample(Recorder(), noise, y, num_steps=1, sampler="euler-maruyama"))
-    guided = sample(Recorder(), noise, labels, num_steps=1, sampler="euler-maruyama", cfg_scale=2.5, null_label=-1)
+    guided = sample(Recorder(), noise, labels, num_steps=1, sampler="euler-maruyama", cfg_scale=2.5, null=-1)
     torch.testing.assert_close(noise - guided, 2.5 * drifts[0] - 1.5 * drifts[1])
 
 
@@ -235,7 +235,7 @@ def test_an_empty_batch_gives_an_empty_batch(sampler):
         ({"path": "vp"}, "path is 'vp'"),
         ({"cfg_scale": 0.5}, "cfg_scale must be a number from 1 to 1,000, got 0.5"),
         ({"cfg_scale": float("inf")}, "cfg_scale must be a number from 1 to 1,000, got inf"),
-        ({"cfg_scale": 2.0}, "null_label must be given"),
+        ({"cfg_scale": 2.0}, "null must be given"),
         ({"guidance_high": float("nan")}, "guidance_high must be a number from 0 to 1, got nan"),
         ({"guidance_low": 0.8, "guidance_high": 0.3}, "guidance_low is 0.8; it must not be above guidance_high, 0.3"),
     ],
@@ -257,7 +257,7 @@ def test_a_step_that_gives_nan_is_named(sampler):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"labels has shape \(3,\); it must be \(2,\), as noise"):
+    with pytest.raises(ValueError, match=r"condition has shape \(3,\); it must have 2 rows, as noise"):
         sample(Recorder(), noise_like(2), labels_for(3))
     with pytest.raises(ValueError, match="model is in training mode"):
         sample(torch.nn.Identity(), noise_like(1), labels_for(1))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from haste.training.config import STUDENTS, TrainConfig, preset_config
+from haste.models import get_family
+from haste.training.config import TrainConfig, preset_config
 from transformers import Dinov2Config, Dinov2Model
 
 
@@ -27,7 +28,8 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _tiny_student(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STUDENTS, "SiT-Tiny/2", {"depth": 3, "hidden_size": 16, "num_heads": 2, "patch_size": 2})
+    sizes = get_family("sit").sizes
+    monkeypatch.setitem(sizes, "SiT-Tiny/2", {"depth": 3, "hidden_size": 16, "num_heads": 2, "patch_size": 2})
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from haste.errors import UserError
-from haste.models import SiT
+from haste.models import SiT, infer_config
 from haste.training.checkpoint import load_model
 from haste.training.conventions import (
     both_weights,
     from_sit,
-    infer_model_config,
     plain_weights,
     rename_legacy,
     reorder_state,
@@ -82,21 +81,21 @@ PROJECTED = {"z_dims": (6,), "projector_dim": 8}
 def test_the_shape_is_read_from_the_weights(changes):
     model = random_sit(**changes)
     args = {"encoder_depth": 2, "num_classes": 10}
-    config = infer_model_config(model.state_dict(), args)
+    config = infer_config(model.state_dict(), args)
     again = SiT(**config, z_dims=changes.get("z_dims", ()))
     again.load_state_dict(model.state_dict(), strict=True)
     assert again.encoder_depth == 2 and again.null_label == model.null_label
 
 
 def test_without_settings_a_null_class_is_assumed():
-    assert infer_model_config(random_sit().state_dict(), {})["num_classes"] == 10
+    assert infer_config(random_sit().state_dict(), {})["num_classes"] == 10
 
 
 def test_what_is_no_sit_of_a_known_size_is_refused():
-    with pytest.raises(UserError, match="pos_embed is missing, and the first one is w"):
-        infer_model_config({"w": torch.ones(2)}, {})
+    with pytest.raises(UserError, match="not those of a SiT, and the first one is w"):
+        infer_config({"w": torch.ones(2)}, {})
     with pytest.raises(UserError, match="depth 2 and width 16, which none of the known sizes has"):
-        infer_model_config(random_sit(depth=2).state_dict(), {})
+        infer_config(random_sit(depth=2).state_dict(), {})
 
 
 def test_a_bare_file_of_sits_weights_can_be_sampled_from(tmp_path):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from haste.models import SiT
+from haste.models import SiT, get_family
 from haste.training import logging
-from haste.training.logging import peak_teraflops, training_flops
+from haste.training.logging import peak_teraflops
 from torch.utils.flop_counter import FlopCounterMode
 
 SHAPE = {"input_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 64, "depth": 3, "num_heads": 4}
@@ -13,7 +13,7 @@ def test_operations_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([1, 2])).velocity.sum().backward()
     # The time embedding and the last adaLN are left out, and images need no gradient.
-    assert training_flops(SHAPE) == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
+    assert get_family("sit").training_flops(SHAPE) == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
 
 
 def test_the_peak_is_known_by_the_devices_name(monkeypatch):

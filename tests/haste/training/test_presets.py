@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 from haste.alignment.losses import PAPER_LAYER_MAPS, LayerMap
 from haste.errors import UserError
-from haste.training.config import PRESETS, TrainConfig, describe_preset, describe_run, preset_config, student_shape
+from haste.models import model_depth
+from haste.training.config import PRESETS, TrainConfig, describe_preset, describe_run, preset_config
 
 
 def test_no_preset_is_the_trainers_own_values():
@@ -15,7 +16,7 @@ def test_a_preset_is_a_whole_run(name):
     config = preset_config(name)
     config.check()
     assert config.preset == name
-    assert student_shape(config.model)["depth"] > 0
+    assert model_depth(config.model) > 0
     assert config.early_stop_point < config.max_train_steps
     assert describe_preset(name).startswith(f"--exp-name {name} ")
 
@@ -52,4 +53,4 @@ def test_an_unknown_preset_is_refused():
 
 def test_an_unknown_student_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="--model must be one of SiT-S/1, .*SiT-Digits/2.*, got 'SiT-M/2'"):
-        student_shape("SiT-M/2")
+        model_depth("SiT-M/2")

@@ -1,0 +1,366 @@
+"""What a model family is, and the registry of them.
+
+A family is one file: a module with the public parameter names, and a `Family` object that is registered by name.
+Trainer, samplers, checkpoints, caches and reports ask that object; they know no family. A family of one's own needs no
+change of haste: `haste.models.register(MyFamily())`, and `--model` knows its sizes.
+
+Shapes: x is an image or latent (B, C, H, W); t is (B,), or whatever shape `sample_times` gives it, batch first; the
+condition is any tensor with the batch first, such as classes (B,) int64 or text features (B, tokens, width).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from haste import transport
+from haste.errors import UserError
+from haste.validation import shown
+
+DEFAULT = "sit"  # of a config without "family", as all had before there were several
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns.
+
+    velocity: shaped as x. Or what else the model predicts, if its family's `interpolate` has that as the target and
+        its `sample` makes a velocity of it.
+    queries_keys: for each layer that was asked for, in that order, (q, k) as attention used them, each (B, H, N, D),
+        strided. The image's tokens are the last ones, row by row.
+    projections: per projector (B, tokens of the image, z_dim); empty unless asked for.
+    prefix: rows of q and k in front of the image's, as of a text.
+    """
+
+    velocity: Tensor
+    queries_keys: list[tuple[Tensor, Tensor]]
+    projections: list[Tensor]
+    prefix: int = 0
+
+
+class Layout(NamedTuple):
+    """The sizes that training, alignment and sampling go by.
+
+    input_shape: (C, H, W) of one x. grid: tokens along a side of the image. depth: layers with attention, from 0.
+    num_heads: of each. num_classes: without the null class; None where the condition is not a class.
+    """
+
+    input_shape: tuple[int, int, int]
+    grid: int
+    depth: int
+    num_heads: int
+    num_classes: int | None
+
+
+@dataclass(frozen=True)
+class PublishedAlignment:
+    """HASTE's layers for one size. layer_map: "student:teacher" pairs from 0, "" if none is published. encoder_depth:
+    the block, counted from 1, whose features are aligned."""
+
+    layer_map: str
+    encoder_depth: int
+
+
+class CachedBlock(Protocol):
+    """One block as x + gate ⊙ attention(x), then x + gate ⊙ mlp(x), steered by c (B, D)."""
+
+    adaLN_modulation: nn.Sequential
+    """What makes the modulation: an activation, then one linear layer of 6·D outputs."""
+
+    def __call__(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Any]:
+        """The next tokens first."""
+
+    def modulation(self, c: Tensor) -> Any:
+        """shift, scale and gate of attention, then those of the MLP, each (B, D): a `layers.Modulation`."""
+
+    def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
+        """The attention output before its gate first."""
+
+    def mlp_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The MLP output before its gate."""
+
+
+class CachedTransformer(Protocol):
+    """A model as a cache takes it apart: output(blocks(tokens(x), c), c) with c = conditioning(t, condition).
+
+    tokens_shape: (N, D) of one image. dtype: of the weights.
+    """
+
+    blocks: Sequence[CachedBlock]
+    tokens_shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x as tokens (B, N, D)."""
+
+    def conditioning(self, t: Tensor, condition: Tensor) -> Tensor:
+        """c (B, D); of t (S, 1), at S times of which each holds for the whole batch, (S, B, D)."""
+
+    def output(self, tokens: Tensor, c: Tensor) -> Any:
+        """What the model returns, made of the last tokens."""
+
+
+Solve = Callable[..., Tensor]
+"""solve(model, noise, condition, scale=1.0) -> x: a sampler with its settings. scale: of the guidance, cfg − 1."""
+
+
+class Family(ABC):
+    """A kind of model.
+
+    name: the key "family" of a config. title: how sentences call a model of it, such as "SiT".
+    sizes: the arguments behind each published name, which `--model` takes.
+    published_alignment: HASTE's layers, by the part of those names before the slash.
+
+    A config is a dictionary of plain values, which checkpoints hold.
+    """
+
+    name: str
+    title: str
+    sizes: Mapping[str, dict[str, Any]]
+    published_alignment: Mapping[str, PublishedAlignment] = {}
+
+    # ---- the model ----
+
+    @abstractmethod
+    def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> nn.Module:
+        """A new model.
+
+        It is called model(x, t, condition, aligned_layers=(), project=False) and returns a ModelOutput. In eval mode it
+        drops no condition. Its projectors, one per z_dim, are the ModuleList `projectors`, and no other parameter
+        depends on whether there are any.
+
+        Args:
+            config: as `config_for` makes it.
+            z_dims: the width of each teacher's features; empty without projectors.
+        """
+
+    @abstractmethod
+    def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
+        """The config of a new run's model.
+
+        Args:
+            size: the arguments of a published name, or others.
+            settings: a TrainConfig.
+            data: what is trained on; it has `channels`, `input_size` and `num_classes`.
+        """
+
+    def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """The config that a file holds, without "family" and what else is not this family's.
+
+        Raises:
+            UserError: values that no model can have; names `source`.
+        """
+        return {name: value for name, value in config.items() if name != "family"}
+
+    def depth(self, size: Mapping[str, Any]) -> int:
+        """Layers with attention, of a size's arguments or of a config."""
+        return size["depth"]
+
+    @abstractmethod
+    def layout(self, config: Mapping[str, Any]) -> Layout: ...
+
+    def training_flops(self, config: Mapping[str, Any]) -> int | None:
+        """Floating-point operations of forward and backward for one image; None if nobody has counted them."""
+        return None
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The blocks in the order in which they run: what is compiled, sharded and probed one by one."""
+        return model.blocks
+
+    def size_name(self, config: Mapping[str, Any]) -> str:
+        """The published name of a config's size, or a description of it."""
+        for name, size in self.sizes.items():
+            if size.items() <= config.items():
+                return name
+        size = next(iter(self.sizes.values()))
+        return f"a {self.title} of {', '.join(f'{key} {config.get(key)}' for key in sorted(size))}"
+
+    # ---- a training step ----
+
+    def condition(self, labels: Tensor) -> Tensor:
+        """What the model is given, of the labels (B,) int64, or of what the data has in their place."""
+        return labels
+
+    def null(self, model: nn.Module) -> Tensor | None:
+        """The condition of one image that stands for none; None if the model has been built without."""
+        return None
+
+    def drop(self, model: nn.Module, condition: Tensor, dropped: Tensor) -> Tensor:
+        """The condition with the null in the rows that are dropped, (B,) bool."""
+        null = self.null(model)
+        if null is None:
+            return condition
+        rows = dropped.view(-1, *[1] * (condition.dim() - 1))
+        return torch.where(rows, null.to(condition), condition)
+
+    def sample_times(
+        self,
+        model: nn.Module,
+        batch: int,
+        weighting: str,
+        path: str,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Times to train at, (batch, ...), float32."""
+        return transport.sample_time(batch, weighting, path, device=device, generator=generator)
+
+    def interpolate(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        """x at time t, and what the model is to predict, both shaped as x; t (B,) or as `sample_times` gives it."""
+        return transport.interpolate(x, noise, t, path)
+
+    # ---- sampling and caching ----
+
+    def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solve) -> Tensor:
+        """x (B, C, H, W) of noise of that shape.
+
+        A family that makes an image in parts calls `solve` for each part, with the model as that part sees it.
+        """
+        return solve(model, noise, condition)
+
+    def cached(self, model: nn.Module) -> CachedTransformer | None:
+        """The model as caches take it apart; None: they know its output alone."""
+        return None
+
+    # ---- files of others ----
+
+    def infer_config(self, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The config of weights that another trainer saved without one; None if they are not of this family.
+
+        Args:
+            weights: by name.
+            args: the settings of the run that wrote them; may be empty.
+
+        Raises:
+            UserError: they are of this family, and of no size that can be.
+        """
+        return None
+
+
+# ---- the registry ----
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known; one of the same name is replaced.
+
+    Raises:
+        ValueError: another family has a size of the same name.
+    """
+    for other in _FAMILIES.values():
+        common = set(other.sizes) & set(family.sizes)
+        if common and other.name != family.name:
+            raise ValueError(f"the families {other.name} and {family.name} both have the size {min(common)}")
+    _FAMILIES[family.name] = family
+    return family
+
+
+def get_family(of: str | Mapping[str, Any] | nn.Module) -> Family:
+    """A family by its name, by a config, or by a model of it.
+
+    Raises:
+        UserError: no family has that name.
+    """
+    if isinstance(of, nn.Module):
+        name = getattr(of, "family", None)
+    else:
+        name = of if isinstance(of, str) else of.get("family", DEFAULT)
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise UserError(f"family must be one of {', '.join(_FAMILIES)}, got {str(name)[:60]!r}")
+    return _FAMILIES[name]
+
+
+def families() -> list[Family]:
+    """All that are known."""
+    return list(_FAMILIES.values())
+
+
+def find_size(name: str) -> tuple[Family, dict[str, Any]]:
+    """The family that has a size of this name, and its arguments.
+
+    Raises:
+        UserError: none has; names --model and all sizes that there are.
+    """
+    for family in _FAMILIES.values():
+        if name in family.sizes:
+            return family, dict(family.sizes[name])
+    known = [size for family in _FAMILIES.values() for size in family.sizes]
+    raise UserError(f"--model must be one of {', '.join(known)}, got {name[:60]!r}")
+
+
+def new_config(settings: Any, data: Any) -> dict[str, Any]:
+    """The config of a new run's model.
+
+    Args:
+        settings: a TrainConfig; its `model` is a published size.
+        data: what is trained on; it has `channels`, `input_size` and `num_classes`.
+
+    Raises:
+        UserError: --model names no size.
+    """
+    family, size = find_size(settings.model)
+    return _named(family, family.config_for(size, settings, data))
+
+
+def _named(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    return config if family.name == DEFAULT else {"family": family.name, **config}
+
+
+def model_depth(name: str) -> int:
+    """Layers with attention of a published size; UserError, naming --model, if there is none of the name."""
+    family, size = find_size(name)
+    return family.depth(size)
+
+
+def infer_config(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of weights that another trainer saved without one.
+
+    Args:
+        weights: by name.
+        args: the settings of the run that wrote them; may be empty.
+
+    Raises:
+        UserError: no family knows them, or the one that does has no such size.
+    """
+    for family in _FAMILIES.values():
+        config = family.infer_config(weights, args)
+        if config is not None:
+            return _named(family, config)
+    titles, first = " or ".join(family.title for family in _FAMILIES.values()), next(iter(weights), "none")
+    raise UserError(f"the weights are not those of a {titles}, and the first one is {first}")
+
+
+def check_config(config: Any, source: str) -> dict[str, Any]:
+    """The config that a file holds, held against what its family can have.
+
+    Raises:
+        UserError: it is none, or no model of the family can have it; names `source`.
+    """
+    if not isinstance(config, Mapping):
+        raise UserError(f"model_config of {source} must hold named values, and is {shown(config)}")
+    family = get_family(config)
+    checked = family.checked(config, source)
+    return _named(family, checked)
+
+
+def build_model(config: Mapping[str, Any], z_dims: Sequence[int] = ()) -> nn.Module:
+    """A new model of any family.
+
+    Args:
+        config: the dictionary that a checkpoint holds as `model_config`. Its key "family" names the family; without
+            it the model is a SiT.
+        z_dims: one projector per entry, onto that many features.
+
+    Raises:
+        UserError: an unknown family, sizes that do not fit together.
+    """
+    family = get_family(config)
+    model = family.build({name: value for name, value in config.items() if name != "family"}, z_dims)
+    model.family = family.name
+    return model
