@@ -242,6 +242,21 @@ class Family(ABC):
         return None
 
 
+class _Unregistered(Family):
+    """What a model of no family gets where training, probes and caches take any model: the defaults."""
+
+    name, title, sizes = "none", "model", {}
+
+    def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> nn.Module:
+        raise UserError("the model is of no registered family; see haste.models.register")
+
+    def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
+        raise UserError("the model is of no registered family; see haste.models.register")
+
+    def layout(self, config: Mapping[str, Any]) -> Layout:
+        raise UserError("the model is of no registered family; see haste.models.register")
+
+
 # ---- the registry ----
 
 _FAMILIES: dict[str, Family] = {}
@@ -262,13 +277,15 @@ def register(family: Family) -> Family:
 
 
 def get_family(of: str | Mapping[str, Any] | nn.Module) -> Family:
-    """A family by its name, by a config, or by a model of it.
+    """A family by its name, by a config, or by a model of it; for a model of none, one with all defaults.
 
     Raises:
         UserError: no family has that name.
     """
     if isinstance(of, nn.Module):
-        name = getattr(of, "family", None)
+        if not hasattr(of, "family"):
+            return _Unregistered()
+        name = of.family
     else:
         name = of if isinstance(of, str) else of.get("family", DEFAULT)
     if not isinstance(name, str) or name not in _FAMILIES:
