@@ -6,7 +6,6 @@ import os
 
 import pytest
 from haste.errors import UserError
-from haste.generation import pipeline
 from haste.generation.config import list_labels
 from haste.generation.pipeline import choose_labels
 from hypothesis import HealthCheck, given, settings

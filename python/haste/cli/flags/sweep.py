@@ -13,8 +13,7 @@ from typing import Literal
 from tyro.conf import Fixed, Suppress
 
 from haste.errors import UserError
-from haste.generation.config import SamplingConfig
-from haste.generation.config import list_labels
+from haste.generation.config import SamplingConfig, list_labels
 from haste.sweep.points import Grid, plan
 from haste.validation import check_numbers
 
