@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from haste.evaluation.evaluate import evaluate_checkpoints, load_yardstick
+from haste.evaluation.evaluate import Evaluator
+from haste.evaluation.runs import CLASSIFIED_AT_ONCE, evaluate_checkpoints
 from haste.generation.checkpoint import run_checkpoints
 from haste.generation.config import SamplingConfig
 from haste.io import write_text
@@ -94,8 +95,8 @@ def do_run(args: Args, method: str, seed: int) -> None:
     if result.interrupted is not None:
         raise SystemExit(128 + result.interrupted)
     trained = perf_counter()
-    yardstick = load_yardstick(args.output_dir / "classifier")
-    records = evaluate_checkpoints(result.folder, run_checkpoints(result.folder), SETTINGS, SAMPLES, yardstick)
+    evaluator = Evaluator.load("digits", "digits", args.output_dir / "classifier", CLASSIFIED_AT_ONCE)
+    records = evaluate_checkpoints(result.folder, run_checkpoints(result.folder), SETTINGS, SAMPLES, evaluator)
     run = {
         "method": method,
         "seed": seed,
@@ -110,11 +111,11 @@ def do_run(args: Args, method: str, seed: int) -> None:
     results["runs"] = sorted([*others, run], key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
     results["sampling"] = SETTINGS.sampling_fields()
     results["classifier"] = {
-        "held_out_accuracy": yardstick.classifier.held_out_accuracy,
-        "features": yardstick.real.dimension,
-        "real_digits": yardstick.real.count,
-        "split_half_fd": yardstick.halves,
-        "settings": asdict(yardstick.classifier.settings),
+        "held_out_accuracy": evaluator.extractor.held_out_accuracy,
+        "features": evaluator.reference.dimension,
+        "real_digits": evaluator.reference.count,
+        "split_half_fd": evaluator.split_half_fd,
+        "settings": asdict(evaluator.extractor.settings),
     }
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
 

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from haste.evaluation.features import load_extractor
-from haste.evaluation.reference import load_reference
+from haste.evaluation.evaluate import Evaluator
 from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
 from haste.io import write_text
-from haste.sweep.advice import LEGEND, describe, good_enough, markdown, recommend
-from haste.sweep.measure import Quality, Sweep
+from haste.sweep.advice import LEGEND, describe, good_enough, recommend, table
+from haste.sweep.measure import Sweep
 from haste.sweep.plot import plot_sweep
 from haste.sweep.points import Grid, RecordBook, Row, average, make_rows, plan
+from haste.tables import markdown_table
 from haste.training.config import preset_config
 from haste.training.trainer import train
 from tqdm import tqdm
@@ -103,11 +103,10 @@ def main(args: Args) -> None:
 def measure(args: Args, seed: int) -> list[dict[str, Any]]:
     """The records of one seed's sweep, which are kept beside the runs."""
     run = trained_run(args.runs, seed)
-    extractor = load_extractor("digits", args.runs / "classifier")
-    quality = Quality(extractor, load_reference("digits", extractor))
+    evaluator = Evaluator.load("digits", "digits", args.runs / "classifier", batch_size=64)
     book = RecordBook(args.runs / f"sampling-seed{seed}.jsonl")
     points = plan(replace(BASE, cfg_scale=args.cfg_scale), GRIDS, PLAIN_STEPS)
-    sweep = Sweep(load_checkpoint(run), points, quality, book, args.samples, args.batch, args.repeats)
+    sweep = Sweep(load_checkpoint(run), points, evaluator, book, args.samples, args.batch, args.repeats)
     with tqdm(total=sweep.images, unit="image", desc=f"seed {seed}") as bar:
         sweep.run(lambda name, images: bar.update(images))
     if sweep.skipped:
@@ -140,7 +139,7 @@ def write_up(document: dict[str, Any], rows: list[Row]) -> str:
         f"{shared['batch']}, each point timed {len(first['seconds'])} times a seed.\n\n"
         f"Commit {commit}; torch {machine['torch']}; {machine['processor']}, {machine['threads']} thread(s); no GPU."
     )
-    numbers = ["![](results.png)", markdown(rows).rstrip(), LEGEND]
+    numbers = ["![](results.png)", markdown_table(table(rows)).rstrip(), LEGEND]
     advice = ["## Recommendation", RULE, verdict(rows)]
     return "\n\n".join(["# Digits: cached sampling and fewer steps", described, *numbers, *advice]) + "\n"
 

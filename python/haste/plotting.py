@@ -1,7 +1,4 @@
-"""One look for all images: two themes, the colours of the methods, and how a figure is saved.
-
-Images beside numbers: sample grids, losses, scores over training, errors over steps.
-"""
+"""Plots: two themes, grids of samples, losses, scores over training, errors over sampling steps."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
 
 @contextmanager
 def styled(theme: Theme) -> Iterator[None]:
-    """Draw inside this block in the given theme."""
+    """Plot inside this block in the given theme."""
     settings = {
         "figure.facecolor": theme.background, "axes.facecolor": theme.background, "savefig.facecolor": theme.background,
         "text.color": theme.text, "axes.labelcolor": theme.text, "axes.titlecolor": theme.text,
@@ -65,15 +62,15 @@ def styled(theme: Theme) -> Iterator[None]:
         yield
 
 
-def legible(text: object) -> str:
+def _legible(text: object) -> str:
     """Text that matplotlib can set: of file names with odd bytes, question marks."""
     return str(text).encode("utf-8", "replace").decode()
 
 
-def thousands(axes: Axes) -> None:
+def _thousands(axes: Axes) -> None:
     """Write the steps of the x axis as 2,000."""
-    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -125,7 +122,7 @@ def plot_grid(
             axes.axis("off")
         for axes, image, label in zip(grid.flat, images, labels, strict=False):
             axes.imshow(image, interpolation="nearest" if side <= LARGEST_TILE else "auto")
-            text = legible(label)[: int(tile * LETTERS_PER_INCH)]
+            text = _legible(label)[: int(tile * LETTERS_PER_INCH)]
             axes.set_title(text, fontsize=8, color=theme.muted, fontweight="normal", loc="center", pad=2)
         heading(figure, title, gap=0.28)
         save(figure, path)
@@ -148,9 +145,9 @@ def plot_losses(
             axes.plot(steps, smooth(values), color=colour)
             axes.set(title=LOSSES[name], xlabel="Training step", xlim=(0, max(record["step"] for record in log)))
             axes.set_ylim(*robust_limits(values))
-            thousands(axes)
+            _thousands(axes)
             if stop is not None:
-                mark_step(axes, stop, "alignment ends", theme)
+                _mark_step(axes, stop, "alignment ends", theme)
         heading(figure, title)
         figure.subplots_adjust(wspace=0.28)
         save(figure, path)
@@ -165,18 +162,16 @@ def plot_scores(path: Path, scores: Scores, *, title: str, stop: int | None = No
 
     With several seeds the band spans the lowest to the highest seed.
     """
-    with styled(theme):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
+    with _score_panels(path, title, stop, theme) as (left, right):
         for place, (method, seeds) in enumerate(scores.items()):
-            draw_series(left, place, method, steps_of(seeds), values_of(seeds, "fd"), theme)
-            draw_series(right, place, method, steps_of(seeds), 100.0 * values_of(seeds, "label_accuracy"), theme)
+            steps = _steps_of(seeds)
+            _plot_series(left, place, method, steps, _values_of(seeds, "fd"), theme)
+            _plot_series(right, place, method, steps, 100.0 * _values_of(seeds, "label_accuracy"), theme)
         left.set(title="FD to real digits (lower is better)", yscale="log")
         right.set(title="Samples that show the requested digit (%)")
         left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         left.yaxis.set_minor_locator(NullLocator())
-        finish_scores(figure, title, stop, theme)
-        save(figure, path)
 
 
 def plot_advantage(
@@ -184,20 +179,36 @@ def plot_advantage(
 ) -> None:
     """The same scores relative to one method's at the same step and seed, where these differ little on their range.
 
-    Only seeds that the baseline has are drawn. Bands as in plot_scores.
+    Only seeds that the baseline has are shown. Bands as in plot_scores.
     """
-    with styled(theme):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
+    with _score_panels(path, title, stop, theme) as (left, right):
         for place, (method, seeds) in enumerate(scores.items()):
             shared = [seed for seed in seeds if seed in scores[baseline]]
             own, other = ({seed: side[seed] for seed in shared} for side in (seeds, scores[baseline]))
-            ratio = 100.0 * (values_of(own, "fd") / values_of(other, "fd") - 1.0)
-            gain = 100.0 * (values_of(own, "label_accuracy") - values_of(other, "label_accuracy"))
-            draw_series(left, place, method, steps_of(own), ratio, theme)
-            draw_series(right, place, method, steps_of(own), gain, theme)
+            ratio = 100.0 * (_values_of(own, "fd") / _values_of(other, "fd") - 1.0)
+            gain = 100.0 * (_values_of(own, "label_accuracy") - _values_of(other, "label_accuracy"))
+            _plot_series(left, place, method, _steps_of(own), ratio, theme)
+            _plot_series(right, place, method, _steps_of(own), gain, theme)
         left.set(title=f"FD relative to {baseline}, same seed (%)")
         right.set(title=f"Label accuracy relative to {baseline} (points)")
-        finish_scores(figure, title, stop, theme)
+
+
+@contextmanager
+def _score_panels(path: Path, title: str, stop: int | None, theme: Theme) -> Iterator[tuple[Axes, Axes]]:
+    """Two panels over training steps; afterwards the axes of steps, the end of alignment, one legend, the heading."""
+    with styled(theme):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
+        yield left, right
+        for axes, height in ((left, 0.94), (right, 0.03)):  # where the curves are not
+            _thousands(axes)
+            axes.set(xlabel="Training step", xlim=(0, None))
+            if stop is not None:
+                _mark_step(axes, stop, "alignment ends", theme, height)
+        handles, names = left.get_legend_handles_labels()
+        if len(handles) > 1:
+            figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(names))
+        heading(figure, title)
+        figure.subplots_adjust(wspace=0.2)
         save(figure, path)
 
 
@@ -232,40 +243,25 @@ def plot_step_errors(
         save(figure, path)
 
 
-def steps_of(seeds: Mapping[int, Sequence[Mapping]]) -> list[int]:
+def _steps_of(seeds: Mapping[int, Sequence[Mapping]]) -> list[int]:
     """The steps at which a method was evaluated."""
     return [record["step"] for record in next(iter(seeds.values()))]
 
 
-def values_of(seeds: Mapping[int, Sequence[Mapping]], key: str) -> np.ndarray:
+def _values_of(seeds: Mapping[int, Sequence[Mapping]], key: str) -> np.ndarray:
     """One score of a method, (seeds, points)."""
     return np.array([[record[key] for record in records] for records in seeds.values()])
 
 
-def draw_series(axes: Axes, place: int, method: str, steps: Sequence[int], values: np.ndarray, theme: Theme) -> None:
+def _plot_series(axes: Axes, place: int, method: str, steps: Sequence[int], values: np.ndarray, theme: Theme) -> None:
     """One method's values (seeds, points): their mean and, with several seeds, the band from lowest to highest.
 
     From the fourth method on lines are dashed: methods that agree for a while would hide each other.
     """
     colour, line = theme.series[place % len(theme.series)], "-" if place < 3 else "--"
-    axes.plot(steps, values.mean(axis=0), line, color=colour, marker="o", markersize=4.5, label=legible(method))
+    axes.plot(steps, values.mean(axis=0), line, color=colour, marker="o", markersize=4.5, label=_legible(method))
     if len(values) > 1:
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
-
-
-def finish_scores(figure: plt.Figure, title: str, stop: int | None, theme: Theme) -> None:
-    """What both images of scores share: the axis of steps, the end of alignment, one legend, the heading."""
-    left, right = figure.axes
-    for axes, height in ((left, 0.94), (right, 0.03)):  # where the curves are not
-        thousands(axes)
-        axes.set(xlabel="Training step", xlim=(0, None))
-        if stop is not None:
-            mark_step(axes, stop, "alignment ends", theme, height)
-    handles, names = left.get_legend_handles_labels()
-    if len(handles) > 1:
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(names))
-    heading(figure, title)
-    figure.subplots_adjust(wspace=0.2)
 
 
 def smooth(values: np.ndarray, windows: int = SMOOTHING_WINDOWS) -> np.ndarray:
@@ -284,7 +280,7 @@ def robust_limits(values: np.ndarray) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def mark_step(axes: Axes, step: int, text: str, theme: Theme, height: float = 0.94) -> None:
+def _mark_step(axes: Axes, step: int, text: str, theme: Theme, height: float = 0.94) -> None:
     """A dashed vertical line at a training step, named at this share of the panel's height."""
     axes.axvline(step, color=theme.muted, linestyle="--", linewidth=1.0)
     axes.annotate(text, (step, height), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
@@ -296,4 +292,4 @@ def heading(figure: plt.Figure, title: str, gap: float = 0.42) -> None:
     top = max(axes.get_position().y1 for axes in figure.axes)
     offset = gap / figure.get_figheight()
     left = min(axes.get_position().x0 for axes in figure.axes)
-    figure.text(left, top + offset, legible(title), fontsize=12, fontweight="bold", va="bottom", ha="left")
+    figure.text(left, top + offset, _legible(title), fontsize=12, fontweight="bold", va="bottom", ha="left")

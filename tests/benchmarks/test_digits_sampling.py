@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from digits_run import write_run
+from haste.digits import classifier
 from haste.digits.classifier import ClassifierConfig
-from haste.evaluation import features
 from haste.sweep.points import Grid, plan
 from haste.training.config import preset_config
 from PIL import Image
@@ -39,7 +39,7 @@ def test_the_grid_has_every_setting_that_is_asked_for(benchmark):
 
 
 def test_models_are_measured_and_written_up(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
     monkeypatch.setattr(benchmark, "BASE", replace(benchmark.BASE, num_steps=6))
     monkeypatch.setattr(benchmark, "GRIDS", [Grid(caches=("taylor",), intervals=(2,), orders=(1,), steps=(6,))])
     monkeypatch.setattr(benchmark, "PLAIN_STEPS", (3,))

@@ -34,5 +34,5 @@ def write_log(folder, name, stop, steps=40, **settings):
 def digits_record(step, **changes):
     """A line of evaluation.jsonl."""
     sampling = {"num_steps": 25, "mode": "ode", "cfg_scale": 1.0, "labels": "balanced", "cache": "none"}
-    return {"step": step, "checkpoint": f"{step:07d}.pt", "samples": 700, **sampling, "classifier": "abc", "fd": 3.0,
+    return {"step": step, "checkpoint": f"{step:07d}.pt", "samples": 700, **sampling, "evaluated_by": "abc", "fd": 3.0,
             "label_accuracy": 0.9, "seconds": 1.0, **changes}  # fmt: skip

@@ -12,8 +12,10 @@ from time import perf_counter
 from typing import Any
 
 from haste.caching.config import FAST
-from haste.cli import evaluate, sample, train
+from haste.cli import sample, train
 from haste.cli.flags.demo import POINTS, Args
+from haste.evaluation import runs
+from haste.evaluation.config import EvaluateConfig
 from haste.generation import sample_dir
 from haste.generation.config import SampleConfig
 from haste.io import read_json, write_json
@@ -45,13 +47,13 @@ def main(args: Args) -> None:
         cached_samples = sample_dir.sample_to_folder(cached)
         sample.report(cached_samples)
     with clock.stage("evaluate five checkpoints of HASTE", commands[4]):
-        records, yardstick = evaluate.evaluate(evaluated)
-        evaluate.print_records(records, yardstick)
+        records, evaluator = runs.evaluate_by_classifier(evaluated)
+        print(f"\n{runs.records_text(records, evaluator)}")
     with clock.stage("evaluate five checkpoints of the baseline", commands[5]):
-        baseline_records, _ = evaluate.evaluate(baseline_evaluation)
-        evaluate.print_records(baseline_records, yardstick)
+        baseline_records, _ = runs.evaluate_by_classifier(baseline_evaluation)
+        print(f"\n{runs.records_text(baseline_records, evaluator)}")
     results = DemoResults(config, baseline, full, full_samples, cached, cached_samples, evaluated, records,
-                          baseline_records, yardstick)  # fmt: skip
+                          baseline_records, evaluator)  # fmt: skip
     page = write_demo_page(args.output_dir, results, commands, clock.seconds())
 
     width = max(map(len, clock.seconds()))
@@ -90,10 +92,10 @@ def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> Sample
     )
 
 
-def evaluate_args(args: Args, config: TrainConfig) -> evaluate.Args:
+def evaluate_args(args: Args, config: TrainConfig) -> EvaluateConfig:
     """Every checkpoint of the run."""
     run = Path(config.output_dir) / config.exp_name
-    return evaluate.Args(run=run, num_fid_samples=args.num_fid_samples, num_steps=EVALUATION_STEPS)
+    return EvaluateConfig(run=run, num_fid_samples=args.num_fid_samples, num_steps=EVALUATION_STEPS)
 
 
 def command_lines(
@@ -101,15 +103,15 @@ def command_lines(
     baseline: TrainConfig,
     full: SampleConfig,
     cached: SampleConfig,
-    evaluated: evaluate.Args,
-    baseline_evaluation: evaluate.Args,
+    evaluated: EvaluateConfig,
+    baseline_evaluation: EvaluateConfig,
 ) -> list[str]:
     """The commands that do what the demo does, to be typed by hand."""
     preset, usual = preset_config("digits"), SampleConfig(ckpt=full.ckpt)
     return [
         *("haste train --preset digits " + flags(run, preset) for run in (config, baseline)),
         *(f"haste sample --ckpt {shlex.quote(str(one.ckpt))} " + flags(one, usual) for one in (full, cached)),
-        *("haste evaluate " + flags(one, evaluate.Args()) for one in (evaluated, baseline_evaluation)),
+        *("haste evaluate " + flags(one, EvaluateConfig()) for one in (evaluated, baseline_evaluation)),
     ]
 
 

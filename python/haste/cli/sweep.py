@@ -10,16 +10,17 @@ from typing import Any
 from haste.cli.flags.sweep import Args
 from haste.distributed import progress_bar
 from haste.errors import UserError
-from haste.evaluation.evaluate import real_side
-from haste.evaluation.features import load_extractor
-from haste.evaluation.metrics import check_sample_size
-from haste.evaluation.reference import STORED
+from haste.evaluation.config import STORED
+from haste.evaluation.evaluate import Evaluator
+from haste.evaluation.runs import choose_features
 from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
 from haste.io import writing
+from haste.registry import EXTRACTORS
 from haste.resumable import hold
-from haste.sweep.advice import LEGEND, advise, markdown, plain_text, recommend
-from haste.sweep.measure import Quality, Sweep
+from haste.sweep.advice import LEGEND, advise, recommend, table
+from haste.sweep.measure import Sweep
 from haste.sweep.points import RecordBook, Row, make_rows
+from haste.tables import markdown_table, text_table
 from haste.validation import build
 
 RECORDS, TABLE, PLOT = "sweep.jsonl", "sweep.md", "sweep.png"
@@ -65,9 +66,9 @@ class Shared:
 
 def measure(args: Args, student: LoadedCheckpoint, book: RecordBook) -> dict:
     """Measure under a progress bar; what the records of this sweep share."""
-    quality = open_quality(args, student)
+    evaluator = open_evaluator(args, student)
     counts = (args.num_fid_samples, args.per_proc_batch_size, args.repeats)
-    sweep = Sweep(student, args.points, quality, book, *counts, args.cuda_graphs)
+    sweep = Sweep(student, args.points, evaluator, book, *counts, args.cuda_graphs)
     with progress_bar(total=sweep.images, unit="image", desc="sweep") as bar:
 
         def progress(name: str, images: int) -> None:
@@ -80,25 +81,20 @@ def measure(args: Args, student: LoadedCheckpoint, book: RecordBook) -> dict:
     return sweep.shared
 
 
-def open_quality(args: Args, student: LoadedCheckpoint) -> Quality:
-    """The network and the real side that the flags name, or what follows from the run; prints a caution.
+def open_evaluator(args: Args, student: LoadedCheckpoint) -> Evaluator:
+    """The network and the reference that the flags name, or what follows from the run; prints a caution.
 
-    Raises UserError for too few samples before it reads the real side, which may take hours.
+    Raises UserError for too few samples before it reads the reference, which may take hours.
     """
-    features = args.features or ("digits" if student.config.data_dir == "digits" else None)
-    if features in (None, STORED):
-        raise UserError(f"--features is {features or 'not given'}; for other images than the digits it must be "
-                        "inception:PATH, or a teacher's name or folder such as dinov2-vit-l")  # fmt: skip
-    reference = args.reference or ("digits" if features == "digits" else None)
-    if reference is None:
-        raise UserError(f"--reference is not given; --features {features} needs a folder of real images, or an .npz "
-                        "of images or statistics")  # fmt: skip
-    classifier_dir = args.classifier_dir or student.run.resolve().parent / "classifier"
-    extractor = load_extractor(features, classifier_dir)
-    caution = check_sample_size(args.num_fid_samples, extractor.dimension)
-    if caution:
-        print(caution)
-    return Quality(extractor, real_side(reference, extractor, args.per_proc_batch_size))
+    data = student.config.data_dir
+    if args.features == STORED:
+        raise UserError("--features is stored, and images are sampled; it must be a network")
+    features, reference = choose_features(args.features or (data if data in EXTRACTORS else None), args.reference)
+    folder = args.classifier_dir or student.run.resolve().parent / "classifier"
+    count = args.num_fid_samples
+    evaluator = Evaluator.load(features, reference, folder, args.per_proc_batch_size, samples=count)
+    evaluator.reference.gaussian  # noqa: B018 - UserError for too few real images, before anything is sampled
+    return evaluator
 
 
 def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
@@ -110,7 +106,7 @@ def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
     title = f"{shared['student']}, beside {rows[0].settings.describe()}: {shared['samples']:,} images a point"
     plot_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))
     write_table(folder / TABLE, rows, title, shared, advice)
-    print(f"\n{plain_text(rows)}\n\n{advice}\n\ntable  {folder / TABLE}\nplot   {folder / PLOT}")
+    print(f"\n{text_table(table(rows))}\n\n{advice}\n\ntable  {folder / TABLE}\nplot   {folder / PLOT}")
 
 
 def write_table(path: Path, rows: list[Row], title: str, shared: dict, advice: str) -> None:
@@ -120,5 +116,7 @@ def write_table(path: Path, rows: list[Row], title: str, shared: dict, advice: s
     machine = shared["machine"]
     where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} thread(s)"
     made = f"Batches of {shared['batch']}; torch {machine['torch']}, {where}. FD by {shared['evaluated_by']}."
-    text = "\n\n".join([f"# {title}", f"![]({PLOT})", markdown(rows).rstrip(), LEGEND, made, advice]) + "\n"
+    text = (
+        "\n\n".join([f"# {title}", f"![]({PLOT})", markdown_table(table(rows)).rstrip(), LEGEND, made, advice]) + "\n"
+    )
     write_text(path, text)

@@ -22,9 +22,9 @@ from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
 from haste.data.images import BadFile, OnBadFile, is_image, refusal
 from haste.data.sources import LABEL_FILE, LATENTS, choose_labels, listed_labels, open_images
-from haste.digits import load_digits
 from haste.errors import UserError
 from haste.io import parse_json
+from haste.registry import DATASETS, plugin
 from haste.vae import SD_LATENTS, VAE, LatentFormat
 
 logger = logging.getLogger(__name__)
@@ -136,9 +136,6 @@ def recorded_names(root: Archive) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-IN_MEMORY = {"digits": load_digits}
-
-
 def load_dataset(
     data_dir: str,
     resolution: int,
@@ -160,11 +157,11 @@ def load_dataset(
 
     Raises UserError for data that does not exist or does not fit these settings.
     """
-    if data_dir in IN_MEMORY:
+    if data_dir in DATASETS:
         return _load_in_memory(data_dir, resolution, num_classes)
     path = Path(data_dir).expanduser()
     if not data_dir or not os.path.exists(path):
-        known = ", ".join(IN_MEMORY)
+        known = ", ".join(DATASETS)
         raise UserError(f"--data-dir is {data_dir!r}; it must be a folder, a zip, or one of: {known}")
     archive = open_archive(path, "--data-dir")
     if archive.child(LATENTS) is not None:
@@ -176,7 +173,7 @@ def load_dataset(
 
 
 def _load_in_memory(name: str, resolution: int, num_classes: int | None) -> InMemoryData:
-    images, labels = IN_MEMORY[name]()
+    images, labels = plugin(DATASETS, name)()
     if resolution != images.shape[-1]:
         raise UserError(f"--resolution is {resolution}; it must be {images.shape[-1]}, like the {name} images")
     return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))

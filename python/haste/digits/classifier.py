@@ -1,8 +1,8 @@
 """The classifier of the digits: a small convolutional network that no training run ever sees.
 
-It plays the part that Inception plays for photographs. Its penultimate layer gives the features for the Fréchet
-distance, its answers tell whether a sample shows the digit that was asked for. It is trained once in a few seconds,
-on a fixed four fifths of the real digits; the last fifth tells how far its answers can be trusted."""
+It plays the part that Inception plays for photographs. Its penultimate layer gives the features for FD, its predictions
+the label accuracy of samples. It is trained once in a few seconds, on a fixed four fifths of the real digits; the last
+fifth tells how far its predictions can be trusted."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from haste.data.images import to_uint8
 from haste.digits import load_digits
 from haste.errors import UserError, in_one_line
+from haste.evaluation.features import Features
 from haste.io import remove_abandoned, save_tensors, writing
 from haste.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
 NUM_CLASSES = 10
-BATCH = 512  # images per forward pass when classifying
+BATCH = 512  # images per forward pass
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,14 @@ class ClassifierConfig:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Classification:
-    """Of N images: features (N, D) float64, standardised; class probabilities (N, 10) float32."""
-
-    features: np.ndarray
-    probabilities: np.ndarray
-
-    @property
-    def predictions(self) -> np.ndarray:
-        """The most probable digits (N,), int64."""
-        return self.probabilities.argmax(axis=1)
-
-    def accuracy(self, labels: np.ndarray) -> float:
-        """The share of images, 0 to 1, in which the classifier reads the requested label."""
-        return float(np.mean(self.predictions == np.asarray(labels)))
-
-
 class Classifier:
-    """A trained classifier with the scale of its features and its accuracy on digits it has not seen.
+    """A trained classifier as an extractor of features, with its accuracy on digits it has not seen.
 
-    Features are divided by the real digits' standard deviation per dimension, so that distances do not depend on the
-    scale that training happened to give a layer: the real digits have total variance D.
+    Features are divided by the real digits' standard deviation per dimension, so that FDs do not depend on the scale
+    that training happened to give a layer: the real digits have total variance D.
     """
+
+    classes = NUM_CLASSES
 
     def __init__(
         self, network: nn.Sequential, feature_scale: Tensor, held_out_accuracy: float, settings: ClassifierConfig
@@ -81,21 +67,26 @@ class Classifier:
         self.feature_scale = feature_scale
         self.held_out_accuracy = held_out_accuracy
         self.settings = settings
+        self.key = f"digits-{settings.digest()}"
+        self.dimension = settings.features
+
+    def describe(self) -> str:
+        return "the classifier of the digits"
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Classification:
-        """Judge images (N, 8, 8, 3) uint8, as `haste sample` writes them. Raises UserError on another shape."""
+    def __call__(self, images: np.ndarray) -> Features:
+        """Features (N, D) float64 and class probabilities (N, 10) float32 of images (N, 8, 8, 3) uint8."""
         if images.ndim != 4 or images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8:
             raise UserError(
-                f"images have shape {images.shape} and type {images.dtype}; "
-                "the classifier of the digits reads uint8 images of shape (count, 8, 8, 3)"
+                f"images for the classifier of the digits must be uint8 (count, 8, 8, 3), got {images.dtype} "
+                f"{images.shape}"
             )
         features, probabilities = [], []
         for batch in np.split(images, range(BATCH, len(images), BATCH)):
             hidden = self.network[:-1](to_network_input(batch))
             features.append((hidden / self.feature_scale).double())
             probabilities.append(self.network[-1](hidden).softmax(dim=1))
-        return Classification(torch.cat(features).numpy(), torch.cat(probabilities).numpy())
+        return Features(torch.cat(features).numpy(), torch.cat(probabilities).numpy())
 
 
 def to_network_input(images: np.ndarray) -> Tensor:
@@ -122,8 +113,9 @@ def real_digits() -> tuple[np.ndarray, np.ndarray]:
     return to_uint8(images), labels.numpy()
 
 
-def load_classifier(cache: Path, settings: ClassifierConfig = ClassifierConfig()) -> Classifier:
+def load_extractor(cache: Path, settings: ClassifierConfig | None = None) -> Classifier:
     """The classifier with these settings: from the folder `cache` if it is there, else trained and saved there."""
+    settings = settings or ClassifierConfig()
     path = cache / f"digits-classifier-{settings.digest()}.pt"
     if path.exists():
         return read_classifier(path, settings)

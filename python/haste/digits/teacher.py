@@ -1,7 +1,7 @@
 """The teacher of the digits preset: a small DINOv2-shaped ViT that learns to read the same digits first.
 
 It is saved by save_pretrained() and loaded by the path that loads any other teacher. Its training does not count as
-the student's: it happens once, in seconds, and is kept beside the runs."""
+the model's: it happens once, in seconds, and is kept beside the runs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ from haste.io import remove_abandoned, temporary_path, writing
 
 logger = logging.getLogger(__name__)
 
-DIGITS_TEACHER = "digits-vit"
-
 
 @dataclass(frozen=True)
-class DigitsTeacherSettings:
-    """The shape of the ViT and how it is trained. 4 x 4 tokens of 2 x 2 pixels, as its student has."""
+class TeacherConfig:
+    """The shape of the ViT and how it is trained. 4 x 4 tokens of 2 x 2 pixels, as the model of the preset has."""
 
     patch_size: int = 2
     hidden_size: int = 64
@@ -49,18 +47,24 @@ class DigitsTeacherSettings:
     seed: int = 0
 
 
-def ensure_digits_teacher(folder: Path, settings: DigitsTeacherSettings | None = None) -> Path:
+def prepare(folder: Path, settings: TeacherConfig | None = None) -> Path:
     """The teacher's folder inside `folder`, trained first if it is not there. Its name tells its settings."""
-    settings = settings or DigitsTeacherSettings()
+    settings = settings or TeacherConfig()
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:8]
-    target = folder / f"{DIGITS_TEACHER}-{digest}"
+    target = folder / f"digits-vit-{digest}"
     if not (target / "config.json").is_file():
         logger.info("training the teacher, a ViT that reads the digits, for %d steps", settings.steps)
-        _save(train_digits_teacher(settings), target)
+        _save(train_teacher(settings), target)
     return target
 
 
-def train_digits_teacher(settings: DigitsTeacherSettings) -> Dinov2ForImageClassification:
+def shape() -> tuple[str, int, int, int, int]:
+    """Model type, width, depth, pixels per patch and per image."""
+    settings = TeacherConfig()
+    return ("dinov2", settings.hidden_size, settings.num_hidden_layers, settings.patch_size, 8)
+
+
+def train_teacher(settings: TeacherConfig) -> Dinov2ForImageClassification:
     """Train the classifier on shifted, noisy digits. Leaves the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -89,7 +93,7 @@ def train_digits_teacher(settings: DigitsTeacherSettings) -> Dinov2ForImageClass
     return model.eval()
 
 
-def _build(settings: DigitsTeacherSettings) -> Dinov2ForImageClassification:
+def _build(settings: TeacherConfig) -> Dinov2ForImageClassification:
     config = Dinov2Config(
         image_size=8,
         patch_size=settings.patch_size,

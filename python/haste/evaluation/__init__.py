@@ -1,1 +1,4 @@
-"""Judging samples: distances and scores in the features of a network, fidelity with a baseline, and images of both."""
+"""Evaluation of samples: FD, KID, PRDC and Inception score in the features of a network, and fidelity to a baseline.
+
+Reading order: evaluate, features, reference, metrics; fidelity; runs, which is `haste evaluate`.
+"""

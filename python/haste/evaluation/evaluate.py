@@ -1,59 +1,46 @@
-"""All metrics of one set of samples against one reference; one that cannot be had is listed with its reason.
+"""The one path from images to scores: features of one network, one reference, and every metric or why it has no value.
 
-From sets of images on disk to all metrics: one network and one reference, for any number of sets.
-
-What was measured of a set of samples, kept beside it as JSON with everything that it depends on.
-
-    <samples>-evaluation.json   one entry for each combination of images, network, reference and settings
-    <samples>-features/         features of the images, by network
-
-Nothing is lost by measuring again: an entry is replaced by one of the same images and settings alone.
-
-Scores of images and of runs: Fréchet distance to the real digits, and accuracy on the requested label.
+`evaluate` is the whole of it; an `Evaluator` scores any number of sets against one reference.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from haste.digits.classifier import NUM_CLASSES, Classifier, ClassifierConfig, load_classifier, real_digits
 from haste.distributed import progress_bar
 from haste.errors import UserError
-from haste.evaluation.features import DigitsExtractor, Extractor, Features, extract, load_extractor
-from haste.evaluation.image_readers import ImageFiles, NpzImages, open_images
+from haste.evaluation.features import Extractor, Features, extract, load_extractor
+from haste.evaluation.image_readers import ImageArray, ImageFiles, ImageSet, NpzImages, open_images
 from haste.evaluation.metrics import (
     DENSITY_NEIGHBOURS,
     PRECISION_NEIGHBOURS,
-    Gaussian,
     check_sample_size,
     fit_gaussian,
     frechet_distance,
     inception_score,
     kid,
     prdc,
+    split_half_fd,
 )
 from haste.evaluation.reference import STORED, Reference, load_reference, stored_features, stored_reference
-from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
+from haste.generation.checkpoint import LoadedCheckpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler, choose_labels
 from haste.generation.sample_dir import RECORD, measure_full_steps, read_record
-from haste.io import read_json, write_json, write_text, writing
-from haste.resumable import updating
-from haste.training.checkpoint import as_before, checkpoint_identity
-from haste.training.logging import finite, is_step, read_lines
+from haste.tables import NONE, format_number, known_columns, text_table
 
 logger = logging.getLogger(__name__)
 
-ADVISED_FOR_MANIFOLDS = 1000
+ADVISED_FOR_PRDC = 1000
 ADVISED_FOR_INCEPTION_SCORE = 5000
 
 NAMES = {
@@ -66,220 +53,296 @@ NAMES = {
     "inception_score": "Inception score",
     "label_accuracy": "label accuracy",
 }
+DIGITS_SHOWN = {"kid": 5}  # behind the point; of others 3
 
 
 @dataclass(frozen=True)
 class Result:
-    """One metric. spread: standard deviation over subsets or parts. note: a caution, or why there is no value."""
+    """One metric of one set of samples.
+
+    key: of NAMES.
+    value: None where it cannot be had.
+    spread: standard deviation over subsets or parts.
+    note: a caution, or why there is no value.
+    """
 
     key: str
     value: float | None
     spread: float | None = None
     note: str | None = None
 
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return NAMES[self.key]
+    def __str__(self) -> str:
+        """'12.340', '0.01230 ± 0.00210' or '81.2%'; a dash for what cannot be had."""
+        if self.key == "label_accuracy" and self.value is not None:
+            return f"{self.value:.1%}"
+        return format_number(self.value, DIGITS_SHOWN.get(self.key, 3), spread=self.spread)
 
 
 @dataclass(frozen=True)
 class MetricConfig:
-    """What decides numbers beside the images: the subsets of the kernel distance, and the seed of all subsets."""
+    """What decides numbers beside the images: the subsets of KID, and the seed of all subsets."""
 
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     seed: int = 0
 
 
-def measure(
-    samples: Features,
-    reference: Reference,
-    settings: MetricConfig = MetricConfig(),
-    labels: np.ndarray | None = None,
-) -> list[Result]:
-    """Every metric, in the order of NAMES.
-
-    labels: (N,), what each sample should show, if the network's classes are the same; else None, and there is no label
-    accuracy. Raises UserError if the two sides have features of other dimensions.
-    """
-    if samples.dimension != reference.dimension:
-        raise UserError(f"samples have {samples.dimension} features and the reference {reference.name} has "
-                        f"{reference.dimension}; both sides need the same network")  # fmt: skip
-    return [
-        *attempt(["fd"], lambda: frechet_results(samples, reference)),
-        *attempt(["kid"], lambda: kernel_results(samples, reference, settings)),
-        *attempt(["precision", "recall", "density", "coverage"], lambda: manifold_results(samples, reference)),
-        *attempt(["inception_score"], lambda: inception_results(samples, settings)),
-        *([] if labels is None else [Result("label_accuracy", accuracy(samples, labels))]),
-    ]
-
-
-def attempt(keys: list[str], compute: Callable[[], list[Result]]) -> list[Result]:
-    """What `compute` returns, or the sentence with which it refused, for each of its metrics."""
-    try:
-        return compute()
-    except (UserError, ArithmeticError) as error:
-        return [Result(key, None, note=str(error)) for key in keys]
-
-
-def frechet_results(samples: Features, reference: Reference) -> list[Result]:
-    distance = frechet_distance(fit_gaussian(samples.values), reference.gaussian)
-    cautions = [check_sample_size(*samples.values.shape)]
-    if reference.count is not None:
-        cautions.append(check_sample_size(reference.count, samples.dimension, "real images"))
-    return [Result("fd", distance, note=" ".join(filter(None, cautions)) or None)]
-
-
-def kernel_results(samples: Features, reference: Reference, settings: MetricConfig) -> list[Result]:
-    mean, deviation = kid(
-        samples.values,
-        features_of(reference),
-        subsets=settings.kid_subsets,
-        subset_size=settings.kid_subset_size,
-        seed=settings.seed,
-    )
-    return [Result("kid", mean, deviation)]
-
-
-def manifold_results(samples: Features, reference: Reference) -> list[Result]:
-    scores = prdc(samples.values, features_of(reference))
-    fewest = min(len(samples), len(reference.features))
-    note = None
-    if fewest < ADVISED_FOR_MANIFOLDS:
-        note = (
-            f"Precision, recall, density and coverage rest on {fewest:,} images, whose neighbours are far apart; "
-            f"use at least {ADVISED_FOR_MANIFOLDS:,} on either side."
-        )
-    return [Result(key, getattr(scores, key), note=note) for key in ("precision", "recall", "density", "coverage")]
-
-
-def inception_results(samples: Features, settings: MetricConfig) -> list[Result]:
-    if samples.probabilities is None:
-        raise UserError("these features come without class probabilities")
-    mean, deviation = inception_score(samples.probabilities, seed=settings.seed)
-    note = None
-    if len(samples) < ADVISED_FOR_INCEPTION_SCORE:
-        note = (
-            f"The Inception score rests on {len(samples):,} samples and is biased downwards; "
-            f"use at least {ADVISED_FOR_INCEPTION_SCORE:,}."
-        )
-    return [Result("inception_score", mean, deviation, note)]
-
-
-def accuracy(samples: Features, labels: np.ndarray) -> float:
-    """The share of samples, 0 to 1, whose most probable class is their label."""
-    return float(np.mean(samples.probabilities.argmax(axis=1) == labels))
-
-
-def features_of(reference: Reference) -> np.ndarray:
-    """(N, D); UserError if only statistics were stored."""
-    if reference.features is None:
-        raise UserError("of the reference only mean and covariance are stored, which allow the Fréchet distance alone")
-    return reference.features
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of one set of samples, and everything that they depend on, as plain values."""
+    """The results of one set of samples, and everything that they depend on, as plain values."""
 
     results: list[Result]
     settings: dict[str, Any]
 
+    def __getitem__(self, key: str) -> Result:
+        return next(result for result in self.results if result.key == key)
+
+    def record(self) -> dict[str, Any]:
+        """The results by their keys, for JSON: value, and spread and note where there are any."""
+        return {
+            result.key: {
+                name: value
+                for name, value in asdict(result).items()
+                if name == "value" or (name != "key" and value is not None)
+            }
+            for result in self.results
+        }
+
+    def heading(self) -> str:
+        """What was compared with what, in which features."""
+        settings = self.settings
+        count = settings["reference_count"]
+        real = "statistics of real images" if count is None else f"{count:,} real images"
+        return (
+            f"{settings['samples']}: {settings['count']:,} samples against {real} ({settings['reference']}), "
+            f"{settings['dimension']:,} features of {settings['network']}"
+        )
+
+    def __str__(self) -> str:
+        """A row for each metric, then each caution and each reason once."""
+        table = text_table([(NAMES[result.key], str(result)) for result in self.results], "<<")
+        return "\n".join([table, *remarks(self.results)])
+
+
+def evaluate(
+    samples: np.ndarray | Path | str | LoadedCheckpoint,
+    features: str,
+    reference: str,
+    *,
+    labels: np.ndarray | None = None,
+    sampling: SamplingConfig | None = None,
+    metrics: Collection[str] = tuple(NAMES),
+    count: int | None = None,
+    config: MetricConfig = MetricConfig(),
+    batch_size: int = 128,
+    classifier_dir: Path | str = "classifier",
+) -> Evaluation:
+    """Score images, or those that a model samples, against a reference.
+
+    Args:
+        samples: images (N, H, W, 3) uint8; or a folder, .zip or .npz of images; or a checkpoint, of which images are
+            sampled; with features "stored", a file or folder of features.
+        features: "inception:PATH", the name or folder of a vision encoder, "digits", or "stored".
+        reference: a folder, .zip or .npz of images or of statistics, or the name of a data set ("digits").
+        labels: (N,), what each image should show; of a sample folder, an .npz and a checkpoint they are known.
+        sampling: how a checkpoint samples; None for 50 Euler steps with labels in turn.
+        metrics: keys of NAMES. FD and Inception score, KID, precision, recall, density and coverage: see `metrics`.
+        count: of a folder or file, the first so many images, all by default; of a checkpoint 1,000 by default.
+        config: the subsets of KID and all seeds.
+        batch_size: images in the network at once.
+        classifier_dir: where the classifier of the digits is kept.
+
+    Returns:
+        A result for each metric; one that cannot be had has no value, and the reason as its note.
+
+    Raises:
+        UserError: what is given does not exist, or does not go together.
+    """
+    evaluator = Evaluator.load(features, reference, Path(classifier_dir), batch_size, config)
+    if isinstance(samples, LoadedCheckpoint):
+        sampler = open_sampler(samples, sampling or SamplingConfig(labels="balanced"))
+        images, labels = sample_images(sampler, count or 1000, batch_size)
+        return evaluator.of_images(ImageArray(images), samples.checkpoint.name, labels, metrics)
+    if isinstance(samples, np.ndarray):
+        return evaluator.of_images(ImageArray(samples), "images", labels, metrics)
+    return evaluator.of_samples(Path(samples), count, metrics, labels)
+
 
 class Evaluator:
-    """Measures samples in the features of one network against one reference.
+    """Scores samples in the features of one network against one reference.
 
-    features, reference: as --features and --reference name them. classifier_dir: where the digits' is kept.
-    Raises UserError for what does not exist or does not go together.
+    extractor: None where features are stored.
     """
 
     def __init__(
-        self, features: str, reference: str, classifier_dir: Path, batch_size: int, settings: MetricConfig
+        self,
+        extractor: Extractor | None,
+        reference: Reference,
+        config: MetricConfig = MetricConfig(),
+        batch_size: int = 128,
     ) -> None:
+        self.extractor = extractor
+        self.reference = reference
+        self.config = config
         self.batch_size = batch_size
-        self.settings = settings
-        self.extractor = None if features == STORED else load_extractor(features, classifier_dir)
-        if self.extractor is None:
-            self.reference = stored_reference(reference)
-        else:
-            self.reference = real_side(reference, self.extractor, batch_size)
+
+    @classmethod
+    def load(
+        cls,
+        features: str,
+        reference: str,
+        classifier_dir: Path,
+        batch_size: int = 128,
+        config: MetricConfig = MetricConfig(),
+        samples: int | None = None,
+    ) -> Evaluator:
+        """By names, as --features and --reference take them; the reference is read under a progress bar.
+
+        samples: how many will be scored. Too few for an FD are refused before the reference, which may take hours.
+        Raises UserError for what does not exist or does not go together.
+        """
+        if features == STORED:
+            return cls(None, stored_reference(reference), config, batch_size)
+        extractor = load_extractor(features, classifier_dir)
+        if samples is not None and (caution := check_sample_size(samples, extractor.dimension)):
+            print(caution)
+        with image_bar("reference") as advance:
+            return cls(extractor, load_reference(reference, extractor, batch_size, advance), config, batch_size)
 
     @property
-    def on_digits(self) -> bool:
-        """Whether the classifier of the digits compares with the real digits."""
-        return isinstance(self.extractor, DigitsExtractor) and self.reference.name == "digits"
+    def key(self) -> str:
+        """What must be equal for two scores to be compared."""
+        return f"{self.extractor.key if self.extractor else STORED} against {self.reference.name}"
 
-    def measure(self, samples: Path, count: int | None = None) -> Evaluation:
-        """Every metric of a folder or a file of images, all or the first `count`, or of features that are stored."""
+    @property
+    def knows_labels(self) -> bool:
+        """Whether the network's classes are those of the data, so that there is a label accuracy."""
+        return self.extractor is not None and self.extractor.classes is not None
+
+    @cached_property
+    def split_half_fd(self) -> float:
+        """FD between two random halves of the reference, for scale. It is not a lower bound: halves are smaller sets
+        than those that are scored, and the FD of small sets is biased upwards."""
+        return split_half_fd(self.reference.features)
+
+    def score(
+        self, features: Features, labels: np.ndarray | None = None, metrics: Collection[str] = tuple(NAMES)
+    ) -> list[Result]:
+        """Every metric asked for, in the order of NAMES; the label accuracy only where there are labels to read.
+
+        Raises UserError if the two sides have features of other dimensions.
+        """
+        reference, config = self.reference, self.config
+        if features.dimension != reference.dimension:
+            raise UserError(
+                f"samples have {features.dimension} features and the reference {reference.name} has "
+                f"{reference.dimension}; both sides need the same network"
+            )
+        results = [
+            *_attempt(["fd"], metrics, lambda: _fd(features, reference)),
+            *_attempt(["kid"], metrics, lambda: _kid(features, reference, config)),
+            *_attempt(["precision", "recall", "density", "coverage"], metrics, lambda: _prdc(features, reference)),
+            *_attempt(["inception_score"], metrics, lambda: _inception_score(features, config)),
+        ]
+        if labels is not None and self.knows_labels and "label_accuracy" in metrics:
+            results.append(Result("label_accuracy", float(np.mean(features.predictions == labels))))
+        return results
+
+    def values(self, features: Features, labels: np.ndarray, metrics: Sequence[str]) -> dict[str, float | None]:
+        """The same as numbers by key, None for a label accuracy that this network does not give.
+
+        Raises UserError for another one that cannot be had.
+        """
+        results = self.score(features, labels, metrics)
+        for result in results:
+            if result.value is None:
+                raise UserError(result.note)
+        return {**dict.fromkeys(metrics), **{result.key: result.value for result in results}}
+
+    def of_samples(
+        self,
+        samples: Path,
+        count: int | None = None,
+        metrics: Collection[str] = tuple(NAMES),
+        labels: np.ndarray | None = None,
+    ) -> Evaluation:
+        """Score a folder or a file of images, all or the first `count`, or of features that are stored."""
         if self.extractor is None:
-            features, labels = stored_features(samples, "--samples"), None
+            features = stored_features(samples, "--samples")
             identity = {"samples": samples.name, "features": STORED, "network": "stored features"}
-        else:
-            images = open_images(samples, "--samples", count)
-            if getattr(images, "are_jpeg", False) and not self.reference.of_jpeg:
-                logger.warning("%s holds JPEG files, and the reference is of none: what JPEG loses counts as a "
-                               "difference between them; samples must be PNG to be compared", samples)  # fmt: skip
-            labels = known_labels(samples, images) if isinstance(self.extractor, DigitsExtractor) else None
-            features = self.extract(samples, images)
-            identity = {
-                "samples": samples.name,
-                "digest": images.digest(),
-                "features": self.extractor.key,
-                "network": self.extractor.describe(),
-            }
+            return self._evaluation(features, labels, metrics, identity)
+        images = open_images(samples, "--samples", count)
+        if images.are_jpeg and not self.reference.of_jpeg:
+            logger.warning(
+                "%s holds JPEG files, and the reference is of none: what JPEG loses counts as a difference between "
+                "them; samples must be PNG to be compared", samples
+            )  # fmt: skip
+        if labels is None and self.knows_labels:
+            labels = known_labels(samples, images, self.extractor.classes)
+        cache = beside(samples, "features")
+        return self.of_images(
+            images, samples.name, labels, metrics, cache if os.access(cache.parent, os.W_OK) else None
+        )
+
+    def of_images(
+        self,
+        images: ImageSet,
+        name: str,
+        labels: np.ndarray | None = None,
+        metrics: Collection[str] = tuple(NAMES),
+        cache: Path | None = None,
+    ) -> Evaluation:
+        """Score a set of images under a progress bar. cache: the folder that keeps their features."""
+        if self.extractor is None:
+            raise UserError("--features is stored, so features must be given as --samples, not images")
+        with image_bar("samples") as advance:
+            features = extract(self.extractor, images, self.batch_size, lambda done: advance(done, len(images)), cache)
+        extractor = self.extractor
+        identity = {"digest": images.digest(), "features": extractor.key, "network": extractor.describe()}
+        return self._evaluation(features, labels, metrics, {"samples": name, **identity})
+
+    def _evaluation(
+        self, features: Features, labels: np.ndarray | None, metrics: Collection[str], identity: dict[str, Any]
+    ) -> Evaluation:
         settings = {
             **identity,
             "count": len(features),
             "dimension": features.dimension,
             "reference": self.reference.name,
             "reference_count": self.reference.count,
-            **asdict(self.settings),
+            **asdict(self.config),
         }
-        return Evaluation(measure(features, self.reference, self.settings, labels), settings)
+        return Evaluation(self.score(features, labels, metrics), settings)
 
-    def extract(self, samples: Path, images: ImageFiles | NpzImages) -> Features:
-        """The images' features under a progress bar, kept beside the samples if that folder can be written."""
-        cache = beside(samples, "features")
-        with Bar("samples") as bar:
-            return extract(
-                self.extractor,
-                images,
-                self.batch_size,
-                lambda done: bar.advance(done, len(images)),
-                cache if os.access(cache.parent, os.W_OK) else None,
-            )
+    def describe_reference(self) -> str:
+        """What to make of scores by a classifier of the data."""
+        return (
+            f"FD to {self.reference.count:,} real {self.reference.name} in {self.reference.dimension} features of "
+            f"{self.extractor.describe()}; two halves of these are {self.split_half_fd:.2f} apart.\n"
+            f"It reads {self.extractor.held_out_accuracy:.1%} of the real ones that it has not seen."
+        )
 
 
-def real_side(reference: str, extractor: Extractor, batch_size: int) -> Reference:
-    """`load_reference` under a progress bar."""
-    with Bar("reference") as bar:
-        return load_reference(reference, extractor, batch_size, bar.advance)
+def open_sampler(loaded: LoadedCheckpoint, sampling: SamplingConfig) -> Sampler:
+    """A sampler whose full steps are, as those of `haste sample`, the same for all images."""
+    sampler = Sampler(loaded, sampling)
+    return sampler.with_full_steps(measure_full_steps(sampler)) if sampling.error_threshold else sampler
 
 
-class Bar:
-    """A progress bar that appears with the first images."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.bar = None
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def advance(self, images: int, of: int) -> None:
-        """So many images more are done, of so many in all."""
-        if self.bar is None:
-            self.bar = progress_bar(total=of, unit="image", desc=self.name)
-        self.bar.update(images)
+def sample_images(
+    sampler: Sampler, count: int, batch_size: int, progress: Callable[[int], None] = lambda count: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images (count, H, W, 3) uint8 and labels (count,) of the numbers below `count`, in batches."""
+    batches = []
+    for start in range(0, count, batch_size):
+        batches.append(sampler.draw(range(start, min(start + batch_size, count))))
+        progress(len(batches[-1][1]))
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return images, labels
 
 
-def known_labels(samples: Path, images: ImageFiles | NpzImages) -> np.ndarray | None:
-    """What each digit should show (N,): from the .npz, or from the sample folder's record. None if nobody knows."""
+def known_labels(samples: Path, images: ImageFiles | NpzImages, classes: int) -> np.ndarray | None:
+    """What each image should show (N,): from the .npz, or from the sample folder's record. None if nobody knows."""
     if isinstance(images, NpzImages):
         labels = images.labels
         if labels is not None and labels.shape != (len(images),):
@@ -289,7 +352,7 @@ def known_labels(samples: Path, images: ImageFiles | NpzImages) -> np.ndarray | 
     if numbers is None or not (samples / RECORD).is_file():
         return None
     settings = read_record(samples).settings
-    return choose_labels(settings["labels"], settings["global_seed"], numbers, NUM_CLASSES)
+    return choose_labels(settings["labels"], settings["global_seed"], numbers, classes)
 
 
 def beside(samples: Path, ending: str) -> Path:
@@ -299,174 +362,100 @@ def beside(samples: Path, ending: str) -> Path:
     return samples.with_name(f"{name}-{ending}")
 
 
-def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The entries of an evaluation.json, oldest first; none if there is no file. UserError if it is something else."""
-    if not path.exists():
+@contextmanager
+def image_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears with the first images; it is advanced by images that are done, of a total."""
+    bars: list[Any] = []
+
+    def advance(images: int, of: int) -> None:
+        if not bars:
+            bars.append(progress_bar(total=of, unit="image", desc=name))
+        bars[0].update(images)
+
+    try:
+        yield advance
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+# ---- the metrics, with their cautions ----
+
+
+def _attempt(keys: list[str], metrics: Collection[str], compute: Callable[[], list[Result]]) -> list[Result]:
+    """What `compute` returns, or the sentence with which it refused, for each of its metrics that is asked for."""
+    wanted = [key for key in keys if key in metrics]
+    if not wanted:
         return []
-    entries = read_json(path, "the evaluations of samples", needs=["evaluations"])["evaluations"]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "settings" in entry for entry in entries):
-        raise UserError(f"{path} must be the evaluations of samples, a list of entries with settings; move it away")
-    return entries
+    try:
+        return [result for result in compute() if result.key in wanted]
+    except (UserError, ArithmeticError) as error:
+        return [Result(key, None, note=str(error)) for key in wanted]
 
 
-def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Add an entry, in place of one with the same settings; the file is replaced whole, or stays as it was.
-
-    Another command that does the same waits. UserError if it cannot be written.
-    """
-    settings = json.loads(json.dumps(settings))  # as it will be read: tuples become lists
-    with writing(str(path), "what was measured before is kept"), updating(path):
-        others = [entry for entry in read_evaluations(path) if entry["settings"] != settings]
-        write_json(path, {"evaluations": [*others, {"settings": settings, **measured}]}, indent=1)
+def _fd(samples: Features, reference: Reference) -> list[Result]:
+    distance = frechet_distance(fit_gaussian(samples.values), reference.gaussian)
+    cautions = [check_sample_size(*samples.values.shape)]
+    if reference.count is not None:
+        cautions.append(check_sample_size(reference.count, samples.dimension, "real images"))
+    return [Result("fd", distance, note=" ".join(filter(None, cautions)) or None)]
 
 
-def metrics_record(results: Sequence[Result]) -> dict[str, Any]:
-    """Results by their keys: value, and spread and note where there are any."""
-    return {
-        result.key: {
-            "value": result.value,
-            **({"spread": result.spread} if result.spread is not None else {}),
-            **({"note": result.note} if result.note else {}),
-        }
-        for result in results
-    }
+def _kid(samples: Features, reference: Reference, config: MetricConfig) -> list[Result]:
+    subsets = {"subsets": config.kid_subsets, "subset_size": config.kid_subset_size, "seed": config.seed}
+    return [Result("kid", *kid(samples.values, _features_of(reference), **subsets))]
 
 
-RECORDS = "evaluation.jsonl"
-BATCH = 250  # images drawn at once when a checkpoint is scored
-
-
-@dataclass(frozen=True)
-class Scores:
-    """distance: Fréchet distance to all real digits. accuracy: 0 to 1, None if the labels are not known."""
-
-    fd: float
-    label_accuracy: float | None
-    samples: int
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What images are held against: the classifier, the real digits in its features, and how far apart those are.
-
-    halves: the Fréchet distance between two random halves of the real digits, for scale. It is not a lower bound:
-    halves are smaller sets than those that are scored, and the distance of small sets is biased upwards.
-    """
-
-    classifier: Classifier
-    real: Gaussian
-    halves: float
-
-    def score(self, images: np.ndarray, labels: np.ndarray | None) -> Scores:
-        """Score images (N, 8, 8, 3) uint8 with the labels (N,) that were asked for, or None."""
-        evaluated = self.classifier(images)
-        distance = frechet_distance(fit_gaussian(evaluated.features), self.real)
-        return Scores(distance, None if labels is None else evaluated.accuracy(labels), len(images))
-
-
-def load_yardstick(cache: Path, settings: ClassifierConfig | None = None) -> Yardstick:
-    """The classifier from the folder `cache`, trained first if missing, with the statistics of the real digits."""
-    classifier = load_classifier(cache, settings or ClassifierConfig())
-    features = classifier(real_digits()[0]).features
-    order = np.random.default_rng(classifier.settings.seed).permutation(len(features))
-    first, second = np.array_split(features[order], 2)
-    return Yardstick(classifier, fit_gaussian(features), frechet_distance(fit_gaussian(first), fit_gaussian(second)))
-
-
-def evaluate_checkpoints(
-    run: Path,
-    checkpoints: list[Path],
-    settings: SamplingConfig,
-    count: int,
-    yardstick: Yardstick,
-    progress: Callable[[Path, int], None] = lambda checkpoint, images: None,
-) -> list[dict[str, Any]]:
-    """Score checkpoints of one run with `count` images each; their records, in the order given.
-
-    Every record is appended to evaluation.jsonl in the run's folder as soon as it is known. A record that is there
-    already, of the same content and the same settings, is taken from there. `progress` hears of every batch drawn.
-    """
-    known = {fingerprint(record): record for record in read_records(run / RECORDS)}
-    records = []
-    for checkpoint in checkpoints:
-        identity = {
-            **checkpoint_identity(checkpoint),
-            "samples": count,
-            **settings.sampling_fields(),
-            "classifier": yardstick.classifier.settings.digest(),
-        }
-        record = known.get(fingerprint(identity)) or known.get(fingerprint(as_before(identity, checkpoint)))
-        if record is None:
-            record = evaluate_checkpoint(checkpoint, settings, count, yardstick, progress, identity)
-            known[fingerprint(record)] = record
-            append_record(run / RECORDS, record)
-        else:
-            progress(checkpoint, count)
-        records.append(record)
-    return records
-
-
-def evaluate_checkpoint(
-    checkpoint: Path,
-    settings: SamplingConfig,
-    count: int,
-    yardstick: Yardstick,
-    progress: Callable[[Path, int], None],
-    identity: dict[str, Any],
-) -> dict[str, Any]:
-    """Draw `count` images from one checkpoint and score them. Raises UserError if it does not draw digits."""
-    student = load_checkpoint(checkpoint, settings.ema, convention=settings.convention)
-    check_on_digits(student)
-    sampler = Sampler(student, settings)
-    if settings.error_threshold:  # as haste sample: the same full steps for all images
-        sampler = sampler.with_full_steps(measure_full_steps(sampler))
-    begin = perf_counter()
-    batches = []
-    for start in range(0, count, BATCH):
-        batches.append(sampler.draw(range(start, min(start + BATCH, count))))
-        progress(checkpoint, len(batches[-1][1]))
-    seconds = perf_counter() - begin
-    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    scores = asdict(yardstick.score(images, labels))
-    return {"step": student.step, **identity, **scores, "seconds": round(seconds, 2)}
-
-
-def check_on_digits(student: LoadedCheckpoint) -> None:
-    """UserError for a model that was not trained on the digits, or whose file does not tell on what it was."""
-    data = student.config.data_dir
-    if data != "digits":
-        known = f"was trained on {data!r}" if data else "does not tell what it was trained on"
-        raise UserError(
-            f"{student.checkpoint} {known}; the classifier knows digits only; give --features and --reference"
+def _prdc(samples: Features, reference: Reference) -> list[Result]:
+    scores = prdc(samples.values, _features_of(reference))
+    fewest = min(len(samples), len(reference.features))
+    note = None
+    if fewest < ADVISED_FOR_PRDC:
+        note = (
+            f"Precision, recall, density and coverage rest on {fewest:,} images, whose neighbours are far apart; "
+            f"use at least {ADVISED_FOR_PRDC:,} on either side."
         )
+    return [Result(key, value, note=note) for key, value in scores._asdict().items()]
 
 
-def fingerprint(record: dict[str, Any]) -> str:
-    """What makes two records answers to the same question, as text."""
-    measured = ("step", "fd", "label_accuracy", "seconds")
-    return json.dumps({name: value for name, value in record.items() if name not in measured}, sort_keys=True)
+def _inception_score(samples: Features, config: MetricConfig) -> list[Result]:
+    if samples.probabilities is None:
+        raise UserError("these features come without class probabilities")
+    note = None
+    if len(samples) < ADVISED_FOR_INCEPTION_SCORE:
+        note = (
+            f"The Inception score rests on {len(samples):,} samples and is biased downwards; "
+            f"use at least {ADVISED_FOR_INCEPTION_SCORE:,}."
+        )
+    return [Result("inception_score", *inception_score(samples.probabilities, seed=config.seed), note)]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of an evaluation.jsonl; lines that are none, such as a last one that a kill cut short, are passed
-    over."""
-    return [record for record in read_lines(path)[0] if is_score(record)]
+def _features_of(reference: Reference) -> np.ndarray:
+    if reference.features is None:
+        raise UserError("of the reference only mean and covariance are stored, which allow the FD alone")
+    return reference.features
 
 
-def is_score(record: dict[str, Any]) -> bool:
-    """Whether a record holds what `evaluate_checkpoints` returns."""
-    step = record.get("step")
-    return (
-        isinstance(record.get("checkpoint"), str)
-        and (step is None or is_step(step))
-        and all(finite(record.get(name)) is not None for name in ("fd", "label_accuracy"))
-    )
+# ---- results as text ----
 
 
-def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line; the file is replaced whole, so that a kill leaves the old lines or the new.
+def remarks(results: Sequence[Result]) -> list[str]:
+    """Sentences below a table; metrics that share one have it once."""
+    lines: dict[str, list[str]] = {}
+    for result in results:
+        if result.note:
+            lines.setdefault(result.note, []).append(
+                "" if result.value is not None else NAMES[result.key].split(" (")[0]
+            )
+    return [f"No {', '.join(names)}: {note}." if any(names) else note for note, names in lines.items()]
 
-    Another command that does the same waits. UserError if it cannot be written.
-    """
-    with writing(str(path), "the scores that are there are kept, and the same command goes on"), updating(path):
-        write_text(path, "".join(json.dumps(line) + "\n" for line in [*read_lines(path)[0], record]))
+
+def checkpoints_text(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    """One row per checkpoint, one column per metric that any of them has, then the remarks."""
+    keys = [result.key for result in rows[0][1]]
+    cells = []
+    for name, results in rows:
+        by_key = {result.key: str(result) for result in results}
+        cells.append([name, *(by_key.get(key, NONE) for key in keys)])
+    table = text_table(known_columns(["step", *(NAMES[key] for key in keys)], cells), ">")
+    return "\n".join([table, *dict.fromkeys(line for _, results in rows for line in remarks(results))])

@@ -1,7 +1,7 @@
-"""Networks that turn images into features: FID's Inception, any vision teacher, and the classifier of the digits.
+"""Networks that turn images into features: FID's Inception, any vision teacher, and what plug-ins bring.
 
-    inception:PATH      Inception v3 from weights on disk, 2,048 features and class probabilities (see inception.py)
-    digits              the classifier of the digits, 64 features and class probabilities (see classifier.py)
+    inception:PATH      Inception v3 from weights on disk, 2,048 features and class probabilities
+    digits              the classifier of the digits, 64 features and class probabilities
     anything else       a teacher by name or folder, as --enc-type of haste train takes it: its class token after the
                         last layer (with DINOv2 and DINOv3 after the final norm, which is FD-DINOv2's feature; Stein et
                         al., arXiv 2306.04675), or the mean of its patch tokens where it has no class token
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from haste.data.archive import read_npz
 from haste.data.images import BadFile, write_arrays
-from haste.digits.classifier import Classifier, ClassifierConfig, load_classifier
 from haste.errors import UserError
 from haste.evaluation.image_readers import ImageArray, ImageSet
 from haste.evaluation.inception import FEATURES, load_inception
+from haste.registry import EXTRACTORS, plugin
 
 INCEPTION = "inception:"
 TEACHER_PIXELS = 224  # per side, as FD-DINOv2; less where an encoder was made for less
@@ -38,7 +38,7 @@ SHARD = 1024  # images whose features are kept in one file
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of N images.
+    """What a network returns for N images.
 
     values: (N, D), float32 or float64, finite.
     probabilities: (N, classes) where the network is a classifier.
@@ -53,6 +53,11 @@ class Features:
     @property
     def dimension(self) -> int:
         return self.values.shape[1]
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """The most probable classes (N,), int64."""
+        return self.probabilities.argmax(axis=1)
 
 
 @contextmanager
@@ -70,11 +75,15 @@ def single_precision() -> Iterator[None]:
 class Extractor(Protocol):
     """A network with its own preparation of images.
 
-    key: fit for a file's name, changes with the weights. dimension: features of an image.
+    key: fit for a file's name, changes with the weights.
+    dimension: features of an image.
+    classes: how many, where they are those of the data that models are trained on; else None. Such a classifier has
+        `held_out_accuracy`, from 0 to 1, too.
     """
 
     key: str
     dimension: int
+    classes: int | None
 
     def describe(self) -> str: ...
 
@@ -82,24 +91,10 @@ class Extractor(Protocol):
         """Features of one batch (n, H, W, 3) uint8."""
 
 
-class DigitsExtractor:
-    """The classifier of the digits; 8 × 8 images."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        self.classifier = classifier
-        self.key = f"digits-{classifier.settings.digest()}"
-        self.dimension = classifier.settings.features
-
-    def describe(self) -> str:
-        return "the classifier of the digits"
-
-    def __call__(self, images: np.ndarray) -> Features:
-        evaluated = self.classifier(images)
-        return Features(evaluated.features, evaluated.probabilities)
-
-
 class InceptionExtractor:
     """FID's Inception, from either of its files."""
+
+    classes = None  # ImageNet's in another order
 
     def __init__(self, path: Path) -> None:
         self.device = choose_device()
@@ -120,6 +115,8 @@ class InceptionExtractor:
 
 class TeacherExtractor:
     """A vision transformer by its class token, or else the mean of its patch tokens."""
+
+    classes = None
 
     def __init__(self, name: str) -> None:
         # transformers takes a second to import.
@@ -157,12 +154,13 @@ class TeacherExtractor:
 
 
 def load_extractor(name: str, classifier_dir: Path) -> Extractor:
-    """The network that --features names. classifier_dir: where the classifier of the digits is kept.
+    """The network that --features names.
 
-    Raises UserError for a name, a file or a folder that is none.
+    classifier_dir: the folder in which a plug-in keeps its network. Raises UserError for what is no name, file or
+    folder of one.
     """
-    if name == "digits":
-        return DigitsExtractor(load_classifier(classifier_dir, ClassifierConfig()))
+    if name in EXTRACTORS:
+        return plugin(EXTRACTORS, name)(classifier_dir)
     if name.startswith(INCEPTION):
         return InceptionExtractor(Path(name.removeprefix(INCEPTION)).expanduser())
     if name == "inception" or Path(name).suffix in (".pt", ".pth"):
@@ -172,8 +170,9 @@ def load_extractor(name: str, classifier_dir: Path) -> Extractor:
     except UserError as error:
         if str(error).startswith("--features"):
             raise
-        raise UserError(f"--features is {name}, which is not digits, stored or inception:PATH; as a teacher: {error}"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"--features must be inception:PATH, stored, {', '.join(EXTRACTORS)} or a teacher, got {name}: {error}"
+        ) from error
 
 
 def extract(
@@ -185,8 +184,14 @@ def extract(
 ) -> Features:
     """Features of all images, batch by batch.
 
-    `progress` hears of the images done. In the folder `cache`, features are kept by SHARD images, so that a killed
-    command goes on and a second one reads them. Raises UserError for features that are not finite.
+    Args:
+        images: (N, H, W, 3) uint8, or a set of them.
+        progress: called with the number of images of each batch.
+        cache: the folder that keeps features, by SHARD images, so that a killed command resumes and a second one reads
+            them.
+
+    Raises:
+        UserError: features are not finite, or images cannot be read.
     """
     images = ImageArray(images) if isinstance(images, np.ndarray) else images
     parts = []

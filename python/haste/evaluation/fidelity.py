@@ -1,7 +1,8 @@
-"""How far a cached run is from its uncached baseline: the same numbers drawn with every step in full.
+"""How close a cached run comes to its uncached baseline: the same numbers sampled with every step in full.
 
 Images: PSNR, 10·log₁₀(255² / mean squared error), and SSIM (Wang et al., 2004), both as scikit-image computes them.
-States: the relative error ‖x_cached − x_full‖ / ‖x_full‖ of each image's state after every step."""
+States: the relative error ‖x_cached − x_full‖ / ‖x_full‖ of each image's state after every step.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from haste.errors import UserError
+from haste.errors import UserError, require
 from haste.evaluation.image_readers import ImageArray, ImageFiles, ImageSet, NpzImages, open_images
 from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import RECORD, read_record
@@ -40,57 +40,68 @@ class Fidelity:
             "images": len(self.psnr),
             "identical": int(len(self.psnr) - len(differ)),
             "psnr": float(differ.mean()) if len(differ) else None,
-            "psnr_worst": mean_of_worst(differ) if len(differ) else None,
+            "psnr_worst": _mean_of_worst(differ) if len(differ) else None,
             "ssim": float(self.ssim.mean()),
-            "ssim_worst": mean_of_worst(self.ssim),
+            "ssim_worst": _mean_of_worst(self.ssim),
         }
 
+    def pooled(self) -> dict[str, float | None]:
+        """psnr of the mean squared error over all images, None if all are identical, and the mean ssim."""
+        error = np.mean(10.0 ** (-self.psnr / 10.0))  # mean squared error over 255²
+        return {"psnr": float(-10.0 * np.log10(error)) if error > 0 else None, "ssim": float(self.ssim.mean())}
 
-def mean_of_worst(values: np.ndarray) -> float:
-    """The mean over the lowest 5 %, one value at least."""
+
+def _mean_of_worst(values: np.ndarray) -> float:
     return float(np.sort(values)[: max(round(WORST * len(values)), 1)].mean())
 
 
 def compare_images(
     images: np.ndarray | ImageSet,
-    baselines: np.ndarray | ImageSet,
+    baseline: np.ndarray | ImageSet,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Fidelity:
-    """Each image with its baseline, both sets (N, H, W, 3) uint8. `progress` hears of the images done.
+    """Compare images one by one.
 
-    Raises UserError for sets of other number or size, and for images that are too small for SSIM.
+    Args:
+        images, baseline: (N, H, W, 3) uint8 each, or sets of them.
+        progress: called with the number of images of each batch.
+
+    Raises:
+        UserError: the sets are of other number or size, or the images too small for SSIM.
     """
-    images, baselines = (ImageArray(side) if isinstance(side, np.ndarray) else side for side in (images, baselines))
-    if (len(images), images.shape) != (len(baselines), baselines.shape):
-        (height, width, _), (baseline_height, baseline_width, _) = images.shape, baselines.shape
+    images, baseline = (ImageArray(side) if isinstance(side, np.ndarray) else side for side in (images, baseline))
+    (height, width, _), (other_height, other_width, _) = images.shape, baseline.shape
+    if (len(images), height, width) != (len(baseline), other_height, other_width):
         raise UserError(
-            f"{len(images)} images of {width} x {height} cannot be compared with {len(baselines)} of "
-            f"{baseline_width} x {baseline_height}; a baseline has the same images"
+            f"{len(images)} images of {width} x {height} cannot be compared with {len(baseline)} of "
+            f"{other_width} x {other_height}; a baseline has the same images"
         )
-    if min(images.shape[:2]) < SMALL_WINDOW:
-        raise UserError(f"images of {images.shape[1]} x {images.shape[0]} are too small for SSIM, "
-                        f"which looks at {SMALL_WINDOW} x {SMALL_WINDOW} pixels")  # fmt: skip
+    if min(height, width) < SMALL_WINDOW:
+        raise UserError(
+            f"images must have at least {SMALL_WINDOW} x {SMALL_WINDOW} pixels for SSIM, got {width} x {height}"
+        )
     psnr, ssim = [], []
-    for batch, baseline_batch in zip(images.batches(BATCH), baselines.batches(BATCH), strict=True):
-        psnr += [signal_to_noise(*pair) for pair in zip(batch, baseline_batch, strict=True)]
-        ssim += [similarity(*pair) for pair in zip(batch, baseline_batch, strict=True)]
-        progress(len(batch))
+    for own, other in zip(images.batches(BATCH), baseline.batches(BATCH), strict=True):
+        psnr += [_psnr(*pair) for pair in zip(own, other, strict=True)]
+        ssim += [_ssim(*pair) for pair in zip(own, other, strict=True)]
+        progress(len(own))
     return Fidelity(np.array(psnr), np.array(ssim))
 
 
-def signal_to_noise(image: np.ndarray, baseline: np.ndarray) -> float:
-    """PSNR of one image (H, W, 3) uint8, in dB."""
+def _psnr(image: np.ndarray, baseline: np.ndarray) -> float:
+    """Of one image (H, W, 3) uint8, in dB."""
     with np.errstate(divide="ignore"):  # identical images
-        return float(peak_signal_noise_ratio(baseline, image, data_range=255))
+        return float(require("skimage.metrics").peak_signal_noise_ratio(baseline, image, data_range=255))
 
 
-def similarity(image: np.ndarray, baseline: np.ndarray) -> float:
-    """SSIM of one image (H, W, 3) uint8: Gaussian windows of 11 × 11 as published, 7 × 7 in smaller images."""
+def _ssim(image: np.ndarray, baseline: np.ndarray) -> float:
+    """Of one image (H, W, 3) uint8: Gaussian windows of 11 × 11 as published, 7 × 7 in smaller images."""
     if min(image.shape[:2]) >= GAUSSIAN_WINDOW:
         window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     else:
         window = {"win_size": SMALL_WINDOW}
-    return float(structural_similarity(baseline, image, data_range=255, channel_axis=-1, **window))
+    similarity = require("skimage.metrics").structural_similarity
+    return float(similarity(baseline, image, data_range=255, channel_axis=-1, **window))
 
 
 def compare_sets(
@@ -99,49 +110,57 @@ def compare_sets(
     progress: Callable[[int, int], None] = lambda done, of: None,
     count: int | None = None,
 ) -> Fidelity:
-    """The images of two folders or .npz files, number by number: all, or the first `count`.
+    """Compare the images of two folders or .npz files, number by number: all, or the first `count`.
 
-    `progress` hears of the images done and of their number. Raises UserError for sets that are no baselines.
+    `progress` is called with the images of each batch and of all. Raises UserError for sets that are not of the same
+    images.
     """
-    images, baselines = (
+    images, others = (
         open_images(path, flag, count) for path, flag in ((samples, "--samples"), (baseline, "--baseline"))
     )
-    check_same_images(samples, images, baseline, baselines)
-    return compare_images(images, baselines, lambda done: progress(done, len(images)))
+    _check_same_images(samples, images, baseline, others)
+    return compare_images(images, others, lambda done: progress(done, len(images)))
 
 
-def check_same_images(samples: Path, images: ImageSet, baseline: Path, baselines: ImageSet) -> None:
-    """UserError unless two sets of images on disk show the same numbers of the same command but for its speed."""
-    if isinstance(images, ImageFiles) and isinstance(baselines, ImageFiles):
-        numbers, baseline_numbers = images.numbers() or images.names, baselines.numbers() or baselines.names
-        differing = sorted(set(map(str, numbers)) ^ set(map(str, baseline_numbers)))
+def _check_same_images(samples: Path, images: ImageSet, baseline: Path, others: ImageSet) -> None:
+    """UserError unless both sets show the same numbers of the same command but for its speed."""
+    if isinstance(images, ImageFiles) and isinstance(others, ImageFiles):
+        numbers, other_numbers = images.numbers() or images.names, others.numbers() or others.names
+        differing = sorted(set(map(str, numbers)) ^ set(map(str, other_numbers)))
         if differing:
             raise UserError(
                 f"{samples} and {baseline} hold different images: {len(differing)} are in one alone, such as "
                 f"{differing[0]}; a baseline has the same ones"
             )
         if (samples / RECORD).is_file() and (baseline / RECORD).is_file():
-            check_records(samples, baseline)
-    labels = [side.labels for side in (images, baselines) if isinstance(side, NpzImages) and side.labels is not None]
+            own, other = (read_record(folder).settings for folder in (samples, baseline))
+            for name in ("global_seed", "labels", "checkpoint"):
+                if own.get(name) != other.get(name):
+                    raise UserError(
+                        f"{samples} was sampled with {name} {own.get(name)} and {baseline} with {other.get(name)}; a "
+                        "baseline differs in the caching alone"
+                    )
+    labels = [side.labels for side in (images, others) if isinstance(side, NpzImages) and side.labels is not None]
     if len(labels) == 2 and not np.array_equal(*labels):
         raise UserError(f"{samples} and {baseline} hold images of different labels; a baseline has the same ones")
 
 
-def check_records(samples: Path, baseline: Path) -> None:
-    """UserError if two sample folders have other noise, labels or weights."""
-    own, other = (read_record(folder).settings for folder in (samples, baseline))
-    for name in ("global_seed", "labels", "checkpoint"):
-        if own.get(name) != other.get(name):
-            raise UserError(
-                f"{samples} was sampled with {name} {own.get(name)} and {baseline} with {other.get(name)}; a baseline "
-                "differs in the caching alone"
-            )
+def fidelity_text(summary: dict[str, Any]) -> str:
+    """PSNR and SSIM of a summary as text."""
+    psnr = "-" if summary["psnr"] is None else f"{summary['psnr']:.2f} dB, worst 5 %: {summary['psnr_worst']:.2f} dB"
+    lines = [f"PSNR  {psnr}", f"SSIM  {summary['ssim']:.4f}, worst 5 %: {summary['ssim_worst']:.4f}"]
+    if summary["identical"]:
+        lines.append(f"{summary['identical']:,} of {summary['images']:,} images are identical; PSNR is of the others.")
+    return "\n".join(lines)
+
+
+# ---- states after every step ----
 
 
 def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.ndarray:
     """‖x_cached − x_full‖ / ‖x_full‖ of the images with these numbers after every step: (steps, n), float64.
 
-    Each batch is drawn twice; the states of one are held, float64, on the CPU.
+    Each batch is sampled twice; the states of one are held on the CPU.
     """
     parts = []
     for start in range(0, len(indices), BATCH):
@@ -160,5 +179,12 @@ def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.nd
 
 
 def summarise_steps(errors: np.ndarray) -> list[dict[str, float]]:
-    """Of errors (steps, n): step, mean and largest over the images, for records."""
+    """Of errors (steps, images): step, mean and largest over the images, for records."""
     return [{"step": step, "mean": float(row.mean()), "largest": float(row.max())} for step, row in enumerate(errors)]
+
+
+def steps_text(errors: np.ndarray) -> str:
+    """The relative error of the state, (steps, images), after each quarter of the steps."""
+    places = sorted({max(round(share * len(errors)), 1) for share in (0.25, 0.5, 0.75, 1.0)})
+    parts = [f"{errors[place - 1].mean():.2e} after step {place}" for place in places]
+    return f"Relative error of the state, mean of {errors.shape[1]} images: {', '.join(parts)}."

@@ -20,9 +20,10 @@ from haste.io import MOST_PIXELS
 
 
 class ImageSet(Protocol):
-    """Images of one size, uint8, in a fixed order. shape: (height, width, 3)."""
+    """Images of one size, uint8, in a fixed order. shape: (height, width, 3). are_jpeg: whether any was a JPEG."""
 
     shape: tuple[int, ...]
+    are_jpeg: bool
 
     def __len__(self) -> int: ...
 
@@ -36,6 +37,8 @@ class ImageSet(Protocol):
 class ImageArray:
     """Images in memory, (N, H, W, 3) uint8."""
 
+    are_jpeg = False
+
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
         self.shape = images.shape[1:]
@@ -44,7 +47,7 @@ class ImageArray:
         return len(self.images)
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        for first, last in steps(size, start, len(self) if stop is None else stop):
+        for first, last in _bounds(size, start, len(self) if stop is None else stop):
             yield self.images[first:last]
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
@@ -61,26 +64,20 @@ class ImageFiles:
         if not self.names:
             raise UserError(f"{flag} is {path}, which holds no images ({', '.join(IMAGE_FORMATS)})")
         self.shape = self._read(self.names[0]).shape
+        self.are_jpeg = any(map(is_jpeg, self.names))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-            for first, last in steps(size, start, len(self) if stop is None else stop):
+            for first, last in _bounds(size, start, len(self) if stop is None else stop):
                 yield np.stack(list(pool.map(self._read_alike, self.names[first:last])))
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
-        if isinstance(self.archive, Folder):
-            stamps = [(name, stamp(self.path / name)) for name in self.names[start:stop]]
-        else:
-            stamps = [(name, stamp(self.path)) for name in self.names[start:stop]]
+        in_folder = isinstance(self.archive, Folder)
+        stamps = [(name, _stamp(self.path / name if in_folder else self.path)) for name in self.names[start:stop]]
         return hashlib.sha256(repr(stamps).encode()).hexdigest()
-
-    @property
-    def are_jpeg(self) -> bool:
-        """Whether any of the files is a JPEG."""
-        return any(map(is_jpeg, self.names))
 
     def numbers(self) -> list[int] | None:
         """The numbers that the files are named by, as `haste sample` names them; None if they have other names."""
@@ -107,8 +104,10 @@ class ImageFiles:
 class NpzImages:
     """arr_0 of an .npz as the ADM evaluator reads it, (N, H, W, 3) uint8, read from the file as it is needed.
 
-    labels: (N,), where the file has them. count: only so many, from the first.
+    labels: (N,), where the file has them. count: only the first so many.
     """
+
+    are_jpeg = False
 
     def __init__(self, path: Path, count: int | None = None) -> None:
         self.path = path
@@ -116,7 +115,7 @@ class NpzImages:
             with zipfile.ZipFile(path) as archive, open_entry(archive, "arr_0") as file:
                 header = read_header(file)
                 cut_short = header.size > archive.getinfo("arr_0.npy").file_size
-            self.labels = read_npz(path, ["labels"]).get("labels")
+            labels = read_npz(path, ["labels"]).get("labels")
         except Exception as error:  # a damaged file leads its decoder to raise anything
             raise UserError(f"{path} is not an .npz with images under arr_0 ({in_one_line(error)})") from error
         shape = header.shape
@@ -127,12 +126,12 @@ class NpzImages:
         if shape[1] * shape[2] > MOST_PIXELS:
             raise UserError(f"arr_0 in {path} is {shape}; images must have at most {MOST_PIXELS:,} pixels")
         if cut_short:
-            raise UserError(f"{path} is cut short: arr_0 has less than the {shape[0]:,} images that it tells of")
-        if self.labels is not None and self.labels.ndim != 1:
-            raise UserError(f"labels in {path} have shape {self.labels.shape}; they must be (count,)")
+            raise UserError(f"{path} is cut short: arr_0 has less than the {shape[0]:,} images of its header")
+        if labels is not None and labels.ndim != 1:
+            raise UserError(f"labels in {path} have shape {labels.shape}; they must be (count,)")
         self.count = shape[0] if count is None else min(count, shape[0])
         self.shape = shape[1:]
-        self.labels = None if self.labels is None else self.labels[: self.count]
+        self.labels = None if labels is None else labels[: self.count]
 
     def __len__(self) -> int:
         return self.count
@@ -142,7 +141,7 @@ class NpzImages:
         with zipfile.ZipFile(self.path) as archive, open_entry(archive, "arr_0") as file:
             read_header(file)
             file.seek(start * image, os.SEEK_CUR)
-            for first, last in steps(size, start, len(self) if stop is None else stop):
+            for first, last in _bounds(size, start, len(self) if stop is None else stop):
                 data = self._read(file, (last - first) * image)
                 if len(data) < (last - first) * image:
                     raise UserError(f"{self.path} is cut short: arr_0 ends before image {last}")
@@ -155,7 +154,7 @@ class NpzImages:
             raise UserError(f"{self.path} cannot be read ({in_one_line(error)})") from error
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
-        return hashlib.sha256(repr((start, stop, stamp(self.path))).encode()).hexdigest()
+        return hashlib.sha256(repr((start, stop, _stamp(self.path))).encode()).hexdigest()
 
 
 def open_images(path: Path, flag: str, count: int | None = None) -> ImageFiles | NpzImages:
@@ -169,13 +168,13 @@ def open_images(path: Path, flag: str, count: int | None = None) -> ImageFiles |
     return NpzImages(path, count) if path.suffix == ".npz" else ImageFiles(path, flag, count)
 
 
-def steps(size: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """start, start + size, …: where each batch begins and ends."""
+def _bounds(size: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Where each batch begins and ends."""
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of writing of a file: what changes with its content."""
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of writing: what changes with a file's content."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

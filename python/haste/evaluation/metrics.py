@@ -1,30 +1,4 @@
-"""Fréchet distance between two sets of features, in double precision (Heusel et al., arXiv 1706.08500, eq. 6).
-
-Each set is summarised by the Gaussian with its mean and covariance; the distance between the two Gaussians is
-
-    d² = |μ_a − μ_b|² + tr(A) + tr(B) − 2·tr((A^½ B A^½)^½)
-
-The usual form takes the root of the product A·B, which is not symmetric, with a general Schur method whose answer has
-been silently wrong in some library versions. A^½ B A^½ is symmetric positive semi-definite and has the same
-eigenvalues, so two symmetric eigen-decompositions suffice, and the residual of each root is checked.
-
-Kernel distance between two sets of features (KID; Bińkowski et al., arXiv 1801.01401, section 4).
-
-The squared maximum mean discrepancy under the cubic kernel k(x, y) = (x·y / D + 1)³, by its unbiased estimator: for
-equal distributions it is 0 on average, at any number of samples, and may come out below 0. As in the paper it is
-averaged over random subsets, whose standard deviation is given beside the mean.
-
-Precision, recall, density and coverage: how samples lie among real images, by balls around their neighbours.
-
-A set of features stands for the union of balls around its points, each as large as the distance to the point's k-th
-nearest neighbour in the set. Improved precision and recall: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2,
-k = 3. Density and coverage: Naeem et al., arXiv 2002.09797, equations 3 and 4, k = 5.
-
-Inception score (Salimans et al., arXiv 1606.03498, section 4): are images clear of class, and of many classes?
-
-exp(E_x KL(p(y|x) ‖ p(y))), p(y) being the mean of p(y|x); between 1 and the number of classes. It is taken over ten
-equal parts of the samples, whose standard deviation is given beside the mean.
-"""
+"""FD, KID, PRDC and Inception score of features and class probabilities, in double precision."""
 
 from __future__ import annotations
 
@@ -45,9 +19,48 @@ ROOT_TOLERANCE = 1e-8
 ROUNDING = 1e-5
 
 BLOCK = 4096  # feature vectors that are converted to double precision at once
+BLOCK_ENTRIES = 2**24  # distances that are held at once: 128 MiB in double precision
 
-# Below this many samples per feature dimension the estimated covariance is too noisy to compare small distances.
+# Below this many samples per feature dimension the estimated covariance is too noisy to compare small FDs.
 ADVISED_SAMPLES_PER_DIMENSION = 10
+
+PRECISION_NEIGHBOURS = 3
+DENSITY_NEIGHBOURS = 5
+SPLITS = 10  # of the Inception score
+SUM_ROUNDING = 1e-2  # by which probabilities may miss a sum of 1: those of bfloat16
+HALVES_SEED = 271828
+
+
+class MeanAndDeviation(NamedTuple):
+    """A score's mean and standard deviation over random subsets or parts."""
+
+    mean: float
+    deviation: float
+
+
+def _check_matrix(matrix: np.ndarray, what: str, columns: str) -> np.ndarray:
+    """As an array, if it is a matrix (samples, columns) of finite real numbers; UserError if not."""
+    matrix = np.asarray(matrix)
+    if matrix.ndim != 2 or matrix.shape[1] == 0 or matrix.dtype.kind not in "iuf":
+        raise UserError(f"{what} must be a matrix of numbers (samples, {columns}), got {matrix.dtype} {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise UserError(f"{what} hold values that are not finite; the samples or the network are broken")
+    return matrix
+
+
+def _check_pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features of both sides; UserError if they are none, or of other dimensions."""
+    a, b = (_check_matrix(features, "features", "dimension") for features in (a, b))
+    _check_dimensions(a.shape[1], b.shape[1])
+    return a, b
+
+
+def _check_dimensions(a: int, b: int) -> None:
+    if a != b:
+        raise UserError(f"features have {a} and {b} dimensions; both sides need the same network")
+
+
+# ---- FD ----
 
 
 @dataclass(frozen=True)
@@ -63,17 +76,50 @@ class Gaussian:
         return self.mean.shape[0]
 
 
-def check_features(features: np.ndarray) -> np.ndarray:
-    """The features as an array, if they are a matrix (samples, dimension) of finite real numbers; UserError if not."""
-    features = np.asarray(features)
-    if features.ndim != 2 or features.shape[1] == 0 or features.dtype.kind not in "iuf":
+def fit_gaussian(features: np.ndarray, what: str = "samples") -> Gaussian:
+    """Mean and unbiased covariance of features.
+
+    Args:
+        features: (N, D), any real dtype; computed in float64.
+        what: what they are of, for messages.
+
+    Raises:
+        UserError: the features are no matrix, not finite, too few, or so large that their squares are beyond double
+            precision.
+    """
+    features = _check_matrix(features, "features", "dimension")
+    count, dimension = features.shape
+    check_sample_size(count, dimension, what)
+    mean = features.mean(axis=0, dtype=np.float64)
+    scatter = np.zeros((dimension, dimension))
+    for start in range(0, count, BLOCK):
+        centred = features[start : start + BLOCK] - mean
+        with np.errstate(over="ignore", invalid="ignore"):
+            scatter += centred.T @ centred
+    if not np.isfinite(scatter).all():
+        largest = np.abs(features).max()
+        raise UserError(f"features are as large as {largest:.1e}, whose squares are beyond double precision")
+    return Gaussian(mean, scatter / (count - 1), count)
+
+
+def check_sample_size(count: int, dimension: int, what: str = "samples") -> str | None:
+    """One sentence of caution if `count` samples make the FD noisy in `dimension` dimensions, else None.
+
+    Raises UserError if they are no more than the dimensions: the covariance is then singular, and the FD would measure
+    the sample size.
+    """
+    advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
+    if count <= dimension:
         raise UserError(
-            f"features are {features.dtype} of shape {features.shape}; they must be a matrix of numbers "
-            "(samples, dimension)"
+            f"{count} {what} are too few for an FD in {dimension} feature dimensions; it needs more than {dimension}, "
+            f"and {advised} are advised"
         )
-    if not np.isfinite(features).all():
-        raise UserError("features hold values that are not finite; the samples or the network are broken")
-    return features
+    if count >= advised:
+        return None
+    return (
+        f"The FD rests on {count} {what} in {dimension} feature dimensions and is biased upwards; "
+        f"compare it only with FDs of as many {what}, or use at least {advised}."
+    )
 
 
 def fault_of_moments(mean: np.ndarray, covariance: np.ndarray) -> str | None:
@@ -105,55 +151,23 @@ def fault_of_moments(mean: np.ndarray, covariance: np.ndarray) -> str | None:
     return None
 
 
-def fit_gaussian(features: np.ndarray, what: str = "samples") -> Gaussian:
-    """Mean and unbiased covariance of features (N, D), any real dtype, computed in float64. what: for messages.
-
-    Raises UserError if the features are not a matrix, are not finite, are too few, or so large that their squares are
-    beyond double precision.
-    """
-    features = check_features(features)
-    count, dimension = features.shape
-    check_sample_size(count, dimension, what)
-    mean = features.mean(axis=0, dtype=np.float64)
-    scatter = np.zeros((dimension, dimension))
-    for start in range(0, count, BLOCK):
-        centred = features[start : start + BLOCK] - mean
-        with np.errstate(over="ignore", invalid="ignore"):
-            scatter += centred.T @ centred
-    if not np.isfinite(scatter).all():
-        largest = np.abs(features).max()
-        raise UserError(f"features are as large as {largest:.1e}, whose squares are beyond double precision")
-    return Gaussian(mean, scatter / (count - 1), count)
-
-
-def check_sample_size(count: int, dimension: int, what: str = "samples") -> str | None:
-    """One sentence of caution if `count` samples make the distance noisy in `dimension` dimensions, else None.
-
-    Raises UserError if they are no more than the dimensions: the covariance is then singular, and the distance would
-    measure the sample size.
-    """
-    advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
-    if count <= dimension:
-        raise UserError(
-            f"{count} {what} are too few for an FD in {dimension} feature dimensions; it needs more "
-            f"than {dimension}, and {advised} are advised"
-        )
-    if count >= advised:
-        return None
-    return (
-        f"The distance rests on {count} {what} in {dimension} feature dimensions and is biased upwards; "
-        f"compare it only with distances of as many {what}, or use at least {advised}."
-    )
-
-
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """The squared Fréchet (2-Wasserstein) distance of two Gaussians, the number published as FID; never negative.
+    """FD, the squared Fréchet (2-Wasserstein) distance of two Gaussians (Heusel et al., arXiv 1706.08500, eq. 6):
 
-    Raises UserError if the dimensions differ, and ArithmeticError if a matrix root fails its residual check or the
-    distance is beyond double precision.
+        d² = |μ_a − μ_b|² + tr(A) + tr(B) − 2·tr((A^½ B A^½)^½)
+
+    FID in the features of FID's Inception, FD-DINOv2 in DINOv2's. The usual form takes the root of A·B, which is not
+    symmetric, with a general Schur method whose answer has been silently wrong in some library versions. A^½ B A^½ is
+    symmetric positive semi-definite and has the same eigenvalues, so two symmetric eigen-decompositions suffice.
+
+    Returns:
+        Never below 0.
+
+    Raises:
+        UserError: the dimensions differ.
+        ArithmeticError: a matrix root fails its residual check, or the distance is beyond double precision.
     """
-    if a.dimension != b.dimension:
-        raise UserError(f"features have {a.dimension} and {b.dimension} dimensions; both sides need the same network")
+    _check_dimensions(a.dimension, b.dimension)
     root_a = symmetric_root(a.covariance)
     cross = symmetric_root(root_a @ b.covariance @ root_a)
     with np.errstate(over="ignore"):
@@ -161,7 +175,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     covariance_part = float(np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * np.trace(cross))
     distance = mean_part + covariance_part
     if not np.isfinite(distance):
-        raise ArithmeticError(f"the distance is {distance}; the features are too large for double precision")
+        raise ArithmeticError(f"the FD is {distance}; the features are too large for double precision")
     return max(distance, 0.0)  # equal Gaussians may come out at minus one rounding error
 
 
@@ -185,29 +199,38 @@ def symmetric_root(matrix: np.ndarray) -> np.ndarray:
     return root
 
 
-class MeanAndDeviation(NamedTuple):
-    """A score's mean and standard deviation over random subsets or parts."""
+def split_half_fd(features: np.ndarray) -> float:
+    """FD between two random halves of features (N, D)."""
+    order = np.random.default_rng(HALVES_SEED).permutation(len(features))
+    first, second = np.array_split(features[order], 2)
+    return frechet_distance(fit_gaussian(first), fit_gaussian(second))
 
-    mean: float
-    deviation: float
+
+# ---- KID ----
 
 
 def kid(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> MeanAndDeviation:
-    """MMD² of features a (N, D) and b (M, D), any real dtype, computed in float64.
+    """Kernel Inception distance: MMD² under the kernel (x·y / D + 1)³ (Bińkowski et al., arXiv 1801.01401, section 4).
 
-    Every subset is drawn without replacement from either side. Three matrices (subset_size, subset_size) are held at a
-    time. Raises UserError for features that are no finite matrix, sets of other dimensions, or smaller than a subset,
-    and ArithmeticError where the kernel is beyond double precision.
+    For equal distributions it is 0 on average, at any number of samples, and may come out below 0. As in the paper it
+    is averaged over random subsets, each without replacement.
+
+    Args:
+        a, b: features (N, D) and (M, D), any real dtype; computed in float64.
+        subsets, subset_size: three matrices (subset_size, subset_size) are held at a time.
+        seed: of the subsets.
+
+    Raises:
+        UserError: the features are no finite matrices, of other dimensions, or fewer than a subset.
+        ArithmeticError: the kernel is beyond double precision.
     """
-    a, b = check_features(a), check_features(b)
-    if a.shape[1] != b.shape[1]:
-        raise UserError(f"features have {a.shape[1]} and {b.shape[1]} dimensions; both sides need the same network")
-    if not 2 <= subset_size <= min(len(a), len(b)):
+    a, b = _check_pair(a, b)
+    most = min(len(a), len(b))
+    if not 2 <= subset_size <= most:
         raise UserError(
-            f"--kid-subset-size is {subset_size:,}; it must be at least 2, and at most {min(len(a), len(b)):,}, the "
-            "smaller number of images"
+            f"--kid-subset-size must be from 2 to {most:,}, the smaller number of images, got {subset_size:,}"
         )
     rng = np.random.default_rng(seed)
 
@@ -224,24 +247,20 @@ def kid(
 def unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
     """The unbiased estimator of MMD² (equation 4 of the paper) of x (m, D) and y (n, D), float64."""
     m, n = len(x), len(y)
-    within_x, within_y, across = cubic_kernel(x, x), cubic_kernel(y, y), cubic_kernel(x, y)
+    within_x, within_y, across = _cubic_kernel(x, x), _cubic_kernel(y, y), _cubic_kernel(x, y)
     sum_x = (within_x.sum() - np.trace(within_x)) / (m * (m - 1))
     sum_y = (within_y.sum() - np.trace(within_y)) / (n * (n - 1))
     return float(sum_x + sum_y - 2.0 * across.mean())
 
 
-def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(x·y / D + 1)³ for every pair of x (m, D) and y (n, D): (m, n)."""
+def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
-PRECISION_NEIGHBOURS = 3
-DENSITY_NEIGHBOURS = 5
-BLOCK_ENTRIES = 2**24  # distances that are held at once: 128 MiB in double precision
+# ---- PRDC ----
 
 
-@dataclass(frozen=True)
-class PRDC:
+class PRDC(NamedTuple):
     """All from 0 to 1, but density, which exceeds 1 where samples gather in the densest places of the real set."""
 
     precision: float  # share of the samples that lie in a ball around a real image
@@ -251,17 +270,21 @@ class PRDC:
 
 
 def prdc(samples: np.ndarray, reference: np.ndarray) -> PRDC:
-    """The four scores of samples (N, D) against reference (M, D), any real dtype, computed in float64.
+    """Precision, recall, density, coverage: how samples lie among real images, by balls around nearest neighbours.
 
-    A point on the surface of a ball is inside, but for rounding. Distances are computed and forgotten block by block.
-    Raises UserError for features that are no finite matrix, sets of other dimensions, or with no more points than
-    neighbours, and ArithmeticError where distances are beyond double precision.
+    A set stands for the union of balls around its points, each as large as the distance to the point's k-th nearest
+    neighbour in the set. Improved precision and recall: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2,
+    k = 3. Density and coverage: Naeem et al., arXiv 2002.09797, equations 3 and 4, k = 5.
+
+    Args:
+        samples, reference: features (N, D) and (M, D), any real dtype; computed in float64, block by block. A point on
+            the surface of a ball is inside, but for rounding.
+
+    Raises:
+        UserError: the features are no finite matrices, of other dimensions, or no more than k.
+        ArithmeticError: distances are beyond double precision.
     """
-    samples, reference = check_features(samples), check_features(reference)
-    if samples.shape[1] != reference.shape[1]:
-        raise UserError(
-            f"features have {samples.shape[1]} and {reference.shape[1]} dimensions; both sides need the same network"
-        )
+    samples, reference = _check_pair(samples, reference)
     fewest = min(len(samples), len(reference))
     if fewest <= DENSITY_NEIGHBOURS:
         raise UserError(f"{fewest} images are too few; it takes more than {DENSITY_NEIGHBOURS} on either side")
@@ -313,36 +336,29 @@ def distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.nd
         yield rows, np.maximum(distances, 0.0, out=distances)
 
 
-SPLITS = 10
-SUM_ROUNDING = 1e-2  # by which probabilities may miss a sum of 1: those of bfloat16
+# ---- Inception score ----
 
 
-def check_probabilities(probabilities: np.ndarray) -> np.ndarray:
-    """The probabilities as an array, if they are (samples, classes), from 0 to 1, with a sum of 1; UserError if not."""
-    probabilities = np.asarray(probabilities)
-    if probabilities.ndim != 2 or probabilities.shape[1] == 0 or probabilities.dtype.kind not in "iuf":
-        raise UserError(
-            f"class probabilities are {probabilities.dtype} of shape {probabilities.shape}; they must be numbers "
-            "(samples, classes)"
-        )
-    if not np.isfinite(probabilities).all():
-        raise UserError("class probabilities hold values that are not finite; the samples or the network are broken")
+def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> MeanAndDeviation:
+    """exp(E_x KL(p(y|x) ‖ p(y))), p(y) being the mean of p(y|x) (Salimans et al., arXiv 1606.03498, section 4).
+
+    Between 1 and the number of classes: are images clear of class, and of many classes? It is taken over ten equal
+    parts. These are random: samples of class after class would otherwise fall into parts of few classes each.
+
+    Args:
+        probabilities: p(y|x) (N, classes), any real dtype; computed in float64.
+        seed: of the parts.
+
+    Raises:
+        UserError: these are no probabilities, or fewer than parts.
+    """
+    probabilities = _check_matrix(probabilities, "class probabilities", "classes")
     lowest, sums = probabilities.min(initial=0.0), probabilities.sum(axis=1, dtype=np.float64)
     if lowest < 0 or (np.abs(sums - 1) > SUM_ROUNDING).any():
         raise UserError(
             f"class probabilities reach down to {lowest:.3g}, with sums from {sums.min():.3g} to {sums.max():.3g}; "
             "they must be from 0 to 1 with sums of 1, which logits become by a softmax"
         )
-    return probabilities
-
-
-def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> MeanAndDeviation:
-    """The score of class probabilities p(y|x) (N, classes), any real dtype, computed in float64.
-
-    The parts are random: samples drawn class after class would otherwise fall into parts of few classes each. Raises
-    UserError for fewer samples than parts, and for what are no probabilities.
-    """
-    probabilities = check_probabilities(probabilities)
     if len(probabilities) < SPLITS:
         raise UserError(f"{len(probabilities)} samples are too few; it is taken over {SPLITS} parts of them")
     order = np.random.default_rng(seed).permutation(len(probabilities))

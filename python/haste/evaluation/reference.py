@@ -1,12 +1,12 @@
-"""The real side of an evaluation: images, or what was stored of their features.
+"""The reference of an evaluation: features of real images, or their mean and covariance, by what --reference names.
 
-    digits              scikit-learn's handwritten digits
     a folder, a zip     image files of one size
     .npz                arr_0 (N, H, W, 3) uint8, images; or mu (D,) and sigma (D, D), the mean and covariance of
                         features; or both: ADM's two layouts. ADM's mu_s and sigma_s, of another layer, are not used.
     .npz, .npy          what --save-reference wrote, or features (N, D) with --features stored
+    digits              scikit-learn's handwritten digits
 
-Stored features and statistics belong to the network that gave them.
+Stored features and statistics belong to the network that they came from.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from pathlib import Path
 import numpy as np
 
 from haste.data.archive import list_npz, read_npy, read_npz
-from haste.data.images import BadFile, write_arrays
-from haste.digits.classifier import real_digits
+from haste.data.images import BadFile, to_uint8, write_arrays
 from haste.errors import UserError
-from haste.evaluation.features import Extractor, Features, extract
+from haste.evaluation.config import STORED
+from haste.evaluation.features import Extractor, Features, concatenate, extract
 from haste.evaluation.image_readers import ImageArray, ImageSet, open_images
 from haste.evaluation.metrics import Gaussian, fault_of_moments, fit_gaussian
 from haste.io import writing
+from haste.registry import DATASETS, plugin
 
 logger = logging.getLogger(__name__)
 
-STORED = "stored"
+Progress = Callable[[int, int], None]  # of the images of a batch, and of all
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are held against, in the features of one network.
+    """What samples are compared with, in the features of one network.
 
     name: for messages and records.
     extractor: the network's key; "stored" for features that came from a file.
@@ -58,7 +59,6 @@ class Reference:
 
     @property
     def dimension(self) -> int:
-        """Features of an image."""
         return self.gaussian.dimension if self.features is None else self.features.shape[1]
 
     @property
@@ -68,29 +68,32 @@ class Reference:
 
 
 def load_reference(
-    source: str,
-    extractor: Extractor,
-    batch_size: int = 64,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    source: str, extractor: Extractor, batch_size: int = 64, progress: Progress = lambda done, of: None
 ) -> Reference:
-    """The reference that --reference names, in the features of `extractor`.
+    """The reference of a name, in the features of `extractor`.
 
-    `progress` hears of the images done and of their number. Raises UserError for what does not exist, holds no
-    reference, or belongs to another network.
+    Raises UserError for what does not exist, holds no reference, or belongs to another network.
     """
-    if source == "digits":
-        return from_images("digits", ImageArray(real_digits()[0]), extractor, batch_size, progress)
+
+    def from_images(images: ImageSet) -> Reference:
+        features = extract(extractor, images, batch_size, lambda done: progress(done, len(images)))
+        return Reference(source, extractor.key, features.values, of_jpeg=images.are_jpeg)
+
+    if source in DATASETS:
+        return from_images(ImageArray(to_uint8(plugin(DATASETS, source)()[0])))  # rounded as samples are
     path = Path(source).expanduser()
     if not path.exists():
-        raise UserError(f"--reference is {source}, which does not exist; it must be digits, a folder of images, or "
-                        "an .npz with images or statistics")  # fmt: skip
-    arrays = list_arrays(path) if path.suffix == ".npz" else []
+        raise UserError(
+            f"--reference must be a folder of images, an .npz of images or statistics, or {', '.join(DATASETS)}, got "
+            f"{source}, which does not exist"
+        )
+    arrays = _list_arrays(path) if path.suffix == ".npz" else []
     if "mu" in arrays or "features" in arrays:
-        reference = read_statistics(path, extractor.key)
+        reference = _read_statistics(path, extractor.key)
         if reference.dimension == extractor.dimension:
             if reference.features is not None or "arr_0" not in arrays:
                 return reference
-            images = from_images(source, open_images(path, "--reference"), extractor, batch_size, progress)
+            images = from_images(open_images(path, "--reference"))
             return Reference(source, extractor.key, images.features, reference.stored)
         mismatch = (
             f"--reference is {source}, whose statistics have {reference.dimension} dimensions; "
@@ -99,22 +102,14 @@ def load_reference(
         if "arr_0" not in arrays:
             raise UserError(f"{mismatch}; both sides need the same network")
         logger.info("%s, so its images are used alone", mismatch)
-    return from_images(source, open_images(path, "--reference"), extractor, batch_size, progress)
-
-
-def from_images(
-    name: str, images: ImageSet, extractor: Extractor, batch_size: int, progress: Callable[[int, int], None]
-) -> Reference:
-    """Features of all images."""
-    features = extract(extractor, images, batch_size, lambda done: progress(done, len(images)))
-    return Reference(name, extractor.key, features.values, of_jpeg=getattr(images, "are_jpeg", False))
+    return from_images(open_images(path, "--reference"))
 
 
 def stored_reference(source: str) -> Reference:
     """Features or statistics from a file or a folder, whatever network they come from."""
     path = Path(source).expanduser()
-    if path.suffix == ".npz" and path.is_file() and "mu" in list_arrays(path):
-        return read_statistics(path, None)
+    if path.suffix == ".npz" and path.is_file() and "mu" in _list_arrays(path):
+        return _read_statistics(path, None)
     return Reference(source, STORED, stored_features(path, "--reference").values)
 
 
@@ -128,20 +123,17 @@ def stored_features(path: Path, flag: str) -> Features:
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".npy", ".npz"))
     if not files:
         raise UserError(f"{flag} is {path}, which holds no .npy or .npz files of features")
-    parts = [read_features(file, flag) for file in files]
+    parts = [_read_features(file, flag) for file in files]
     widths = {part.dimension for part in parts}
     if len(widths) > 1:
         listed = " and ".join(map(str, sorted(widths)))
         raise UserError(f"{flag} is {path}, whose files hold features of {listed} dimensions; they must be alike")
-    known = all(part.probabilities is not None for part in parts)
-    return Features(
-        np.concatenate([part.values for part in parts]),
-        np.concatenate([part.probabilities for part in parts]) if known else None,
-    )
+    if not all(part.probabilities is not None for part in parts):
+        parts = [Features(part.values) for part in parts]
+    return concatenate(parts)
 
 
-def read_features(path: Path, flag: str) -> Features:
-    """One file of features."""
+def _read_features(path: Path, flag: str) -> Features:
     try:
         if path.suffix == ".npz":
             arrays = read_npz(path, ("features", "probabilities"))
@@ -172,7 +164,7 @@ def read_features(path: Path, flag: str) -> Features:
     return Features(values, probabilities)
 
 
-def read_statistics(path: Path, key: str | None) -> Reference:
+def _read_statistics(path: Path, key: str | None) -> Reference:
     """mu and sigma of an .npz, and features if it has them. key: the network that is asked for, None if any will do."""
     try:
         arrays = read_npz(path, ("mu", "sigma", "features", "extractor"))
@@ -238,8 +230,7 @@ def check_replaceable(path: Path, reference: Reference | None = None) -> None:
         )
 
 
-def list_arrays(path: Path) -> list[str]:
-    """The names of the arrays in an .npz."""
+def _list_arrays(path: Path) -> list[str]:
     try:
         return list_npz(path)
     except BadFile as fault:

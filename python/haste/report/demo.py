@@ -16,7 +16,7 @@ import torch
 import haste
 import haste_ext
 from haste.errors import UserError
-from haste.evaluation.evaluate import Yardstick
+from haste.evaluation.evaluate import Evaluator
 from haste.generation.config import SamplingConfig
 from haste.generation.sample_dir import Samples
 from haste.io import read_json
@@ -117,7 +117,7 @@ class DemoResults:
     evaluation_settings: SamplingConfig
     records: Sequence[Mapping]
     baseline_records: Sequence[Mapping]
-    yardstick: Yardstick
+    evaluator: Evaluator
 
     @property
     def folders(self) -> list[Path]:
@@ -189,10 +189,10 @@ def samples_section(results: DemoResults) -> str:
     """Every sample in the order of its label."""
     order = np.argsort(results.full.labels, kind="stable")
     images, labels = results.full.images[order], results.full.labels[order]
-    read = results.yardstick.classifier(images).predictions
+    read = results.evaluator.extractor(images).predictions
     wrong = (read != labels).tolist()
     titles = [f"{label}" if label == other else f"{label} → {other}" for label, other in zip(labels, read, strict=True)]
-    classifier = results.yardstick.classifier
+    classifier = results.evaluator.extractor
     return section(
         "What it samples",
         tiles(images, titles, wrong),
@@ -224,12 +224,12 @@ def what_is_seen(results: DemoResults) -> str:
 
 def how_measured(results: DemoResults) -> str:
     """Which samples the quality below is of: others than those above, so that the shares of either differ."""
-    yardstick = results.yardstick
+    evaluator = results.evaluator
     return (
         f"Quality is measured of {results.records[-1]['samples']:,} samples for each checkpoint, "
         f"{results.evaluation_settings.describe()}, others than those shown above: the two accuracies on this "
-        f"page differ by that. The Fréchet distance is taken in {yardstick.real.dimension} features of the same "
-        f"classifier; two halves of the real digits are {yardstick.halves:.2f} apart."
+        f"page differ by that. The Fréchet distance is taken in {evaluator.reference.dimension} features of the same "
+        f"classifier; two halves of the real digits are {evaluator.split_half_fd:.2f} apart."
     )
 
 
@@ -243,7 +243,7 @@ def forecast_section(results: DemoResults) -> str:
 
     def row(name: str, samples: Samples) -> tuple[str, ...]:
         drawn = samples.drawn
-        accuracy = results.yardstick.classifier(samples.images).accuracy(samples.labels)
+        accuracy = np.mean(results.evaluator.extractor(samples.images).predictions == samples.labels)
         return (name, f"{drawn.full_per_image} of {drawn.evaluations_per_image}", f"{drawn.seconds:.2f} s",
                 f"{drawn.images_per_second:.1f}", f"{accuracy:.0%}")  # fmt: skip
 

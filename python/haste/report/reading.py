@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from haste.errors import UserError, in_one_line
-from haste.evaluation.evaluate import NAMES, RECORDS, read_evaluations
+from haste.evaluation.evaluate import NAMES
+from haste.evaluation.runs import RECORDS, read_evaluations
 from haste.io import read_json
 from haste.training.checkpoint import DIGEST, WRITTEN
 from haste.training.logging import alignment_end, finite, is_step, read_lines, read_log
@@ -25,7 +26,7 @@ from haste.training.samples import MISSING
 PREVIEW_SIDE = 520  # pixels on the page; larger previews are made smaller
 LARGEST_PREVIEW = 64 * 2**20  # pixels
 LONGEST = 200  # characters of a setting that are shown
-_MEASURED = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", "samples", "seconds", "classifier"}
+_MEASURED = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", "samples", "seconds", "evaluated_by"}
 _PREVIEW_NAME = re.compile(r"[0-9]{1,15}")
 
 
@@ -33,7 +34,7 @@ _PREVIEW_NAME = re.compile(r"[0-9]{1,15}")
 class Quality:
     """Metrics of one checkpoint. how: what they were measured of and against; only those of one `how` compare.
 
-    values: by the keys of `evaluation.metrics.NAMES`.
+    values: by the keys of `evaluation.evaluate.NAMES`.
     """
 
     how: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from haste.sweep.points import Row, long_name
+from haste.tables import format_number, known_columns
 
 ACCURACY_MARGIN = 0.01  # so much below the reference's the share of rightly read images may be
 AS_FAST = 0.05  # settings whose seconds differ by no more than this are told apart by their fidelity
@@ -84,7 +85,6 @@ def describe(row: Row) -> str:
 
 
 MIB = 2**20
-NONE = "–"
 
 LEGEND = """\
 Times are the model's and the sampler's alone, the median of the turns; FLOPs are those of matrix products and
@@ -97,27 +97,9 @@ HEAD = ("setting", "full", "ms/image", "speed-up", "GFLOPs", "FLOPs speed-up", "
         "FD", "accuracy %", "PSNR dB", "SSIM")  # fmt: skip
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """A table with a row per point; columns of which nothing is known are left out."""
-    head, *lines = cells(rows)
-    ruler = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ruler, *lines]) + "\n"
-
-
-def plain_text(rows: Sequence[Row]) -> str:
-    """The same in columns of equal width."""
-    lines = cells(rows)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
-
-
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    table = [list(HEAD), *(row_cells(row) for row in rows)]
-    known = [column for column in range(len(HEAD)) if any(line[column] != NONE for line in table[1:])]
-    return [[line[column] for column in known] for line in table]
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """The header and a row per point; columns of which nothing is known are left out."""
+    return known_columns(HEAD, [row_cells(row) for row in rows])
 
 
 def row_cells(row: Row) -> list[str]:
@@ -130,16 +112,9 @@ def row_cells(row: Row) -> list[str]:
         f"{row.flops_speedup:.2f}×",
         f"{row.kept:.2f}",
         f"{row.cache_bytes / MIB:,.1f}",
-        number(row.peak_bytes, 0, 1 / MIB),
-        number(row.fd, 3, spread=row.fd_spread),
-        number(row.label_accuracy, 1, 100.0, spread=row.label_accuracy_spread),
-        number(row.psnr, 1),
-        number(row.ssim, 3),
+        format_number(row.peak_bytes, 0, 1 / MIB),
+        format_number(row.fd, 3, spread=row.fd_spread),
+        format_number(row.label_accuracy, 1, 100.0, spread=row.label_accuracy_spread),
+        format_number(row.psnr, 1),
+        format_number(row.ssim, 3),
     ]
-
-
-def number(value: float | None, digits: int, scale: float = 1.0, spread: float | None = None) -> str:
-    if value is None:
-        return NONE
-    text = f"{scale * value:,.{digits}f}"
-    return text if spread is None else f"{text} ± {scale * spread:,.{digits}f}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
@@ -23,11 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from haste.caching import check_memory
 from haste.errors import UserError
-from haste.evaluation.evaluate import accuracy
-from haste.evaluation.features import DigitsExtractor, Extractor, Features, concatenate
+from haste.evaluation.evaluate import Evaluator
+from haste.evaluation.features import concatenate
 from haste.evaluation.fidelity import compare_images
-from haste.evaluation.metrics import fit_gaussian, frechet_distance
-from haste.evaluation.reference import Reference
 from haste.generation.checkpoint import LoadedCheckpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
@@ -106,44 +104,6 @@ def time_run(sampler: Sampler, batch: int) -> float:
             gc.enable()
 
 
-class Quality:
-    """The features of a network, and the real side in them. UserError if that has too few images for an FD."""
-
-    def __init__(self, extractor: Extractor, reference: Reference) -> None:
-        self.extractor = extractor
-        self.reference = reference
-        self.real = reference.gaussian
-
-    @property
-    def key(self) -> str:
-        """What must be equal for two FDs to be compared."""
-        return f"{self.extractor.key} against {self.reference.name}"
-
-    def features(self, images: np.ndarray) -> Features:
-        """Of one batch (n, H, W, 3) uint8."""
-        return self.extractor(images)
-
-    def score(self, parts: Sequence[Features], labels: np.ndarray) -> dict[str, Any]:
-        """fd: the Fréchet distance to the reference. label_accuracy: the share, 0 to 1, in which the classifier
-        of the digits reads the requested label; None for other networks, whose classes need not be the model's."""
-        features = concatenate(parts)
-        known = isinstance(self.extractor, DigitsExtractor)
-        return {
-            "fd": frechet_distance(fit_gaussian(features.values), self.real),
-            "label_accuracy": accuracy(features, labels) if known else None,
-        }
-
-
-def fidelity(images: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
-    """Of images (N, H, W, 3) uint8 with those that the same noise gives otherwise.
-
-    psnr: in dB, of the mean squared error over all images; None if all are identical. ssim: its mean.
-    """
-    compared = compare_images(images, baseline)
-    error = np.mean(10.0 ** (-compared.psnr / 10.0))  # mean squared error over 255²
-    return {"psnr": float(-10.0 * np.log10(error)) if error > 0 else None, "ssim": float(compared.ssim.mean())}
-
-
 COMPARED = 256  # images that are held beside the reference's
 
 Progress = Callable[[str, int], None]
@@ -162,7 +122,7 @@ class Sweep:
 
     student: LoadedCheckpoint
     points: list[SamplingConfig]
-    quality: Quality
+    evaluator: Evaluator
     book: RecordBook
     samples: int
     batch: int
@@ -183,7 +143,7 @@ class Sweep:
             "samples": self.samples,
             "batch": min(self.batch, self.samples),
             "cuda_graphs": self.cuda_graphs,
-            "evaluated_by": self.quality.key,
+            "evaluated_by": self.evaluator.key,
             "machine": {name: machine[name] for name in ("device", "processor", "threads", "gpu", "torch")},
         }
 
@@ -241,11 +201,11 @@ class Sweep:
         for start in range(0, self.samples, self.batch):
             indices = range(start, min(start + self.batch, self.samples))
             images, asked = sampler.draw(indices)
-            parts.append(self.quality.features(images))
+            parts.append(self.evaluator.extractor(images))
             labels.append(asked)
             first.append(images[: max(COMPARED - start, 0)])
             progress(long_name(settings), len(indices))
-        scores = self.quality.score(parts, np.concatenate(labels))
+        scores = self.evaluator.values(concatenate(parts), np.concatenate(labels), ("fd", "label_accuracy"))
         return {**scores, **self._fidelity(settings, np.concatenate(first))}
 
     def _fidelity(self, settings: SamplingConfig, images: np.ndarray) -> dict[str, Any]:
@@ -253,7 +213,7 @@ class Sweep:
         reference = self.points[0]
         if settings is reference or (settings.mode == "sde" and settings.num_steps != reference.num_steps):
             return {"psnr": None, "ssim": None}
-        return fidelity(images, self._baseline)
+        return compare_images(images, self._baseline).pooled()
 
     @cached_property
     def _baseline(self) -> np.ndarray:

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
-from haste.digits.teacher import DIGITS_TEACHER, DigitsTeacherSettings
 from haste.errors import UserError, in_one_line
 from haste.io import in_bytes, read_json
+from haste.registry import TEACHERS, plugin
 from haste.teachers.families import (
     HALF,
     PUBLISHED_NAMES,
@@ -334,9 +334,8 @@ def own_resolution(name: str) -> int | None:
 
 def shape_of(name: str) -> Shape | None:
     """Of a published name or a folder; None for another hub name and for a folder that is missing or no encoder's."""
-    if name == DIGITS_TEACHER:
-        settings = DigitsTeacherSettings()
-        return Shape("dinov2", settings.hidden_size, settings.num_hidden_layers, settings.patch_size, 8)
+    if name in TEACHERS:
+        return Shape(*plugin(TEACHERS, name).shape())
     published = {PUBLISHED_NAMES[short]: shape for short, shape in PUBLISHED_SHAPES.items()}
     source = _source(name)
     if source in published:

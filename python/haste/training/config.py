@@ -9,7 +9,9 @@ import argparse
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from haste import registry
 from haste.errors import UserError, shorten
+from haste.registry import plugin
 from haste.validation import build, check_numbers
 
 
@@ -249,28 +251,6 @@ CHANGEABLE = {
 }  # fmt: skip
 
 
-# Real images, a student and a teacher that two processor cores train in minutes.
-DIGITS: dict[str, Any] = {
-    "exp_name": "digits",
-    "data_dir": "digits",
-    "resolution": 8,
-    "model": "SiT-Digits/2",
-    "enc_type": "digits-vit",
-    "layer_map": "0:0,1:1,2:2,3:3",
-    "encoder_depth": 4,
-    "projector_dim": 256,
-    "attn_coeff": 0.5,
-    "early_stop_point": 500,
-    "batch_size": 64,
-    "max_train_steps": 1000,
-    "learning_rate": 4e-3,
-    "ema_decay": 0.99,
-    "mixed_precision": "no",
-    "logging_steps": 10,
-    "checkpointing_steps": 200,
-    "sampling_steps": 200,
-}
-
 # HASTE (arXiv 2505.16792): layer pairs and feature depth per size, for DINOv2-B. S is not in the paper; it has the
 # depth of B and takes its values.
 DEEP = {"layer_map": "4:8,5:9,6:10,7:11", "encoder_depth": 8}
@@ -304,7 +284,10 @@ def _published_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-PRESETS: dict[str, dict[str, Any]] = {"digits": DIGITS, **_published_presets()}
+PRESETS: dict[str, dict[str, Any]] = {
+    **{name: plugin(registry.PRESETS, name) for name in registry.PRESETS},
+    **_published_presets(),
+}
 
 
 def preset_config(name: str) -> TrainConfig:

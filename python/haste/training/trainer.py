@@ -29,12 +29,12 @@ from haste.alignment import Aligner, choose_layer_map
 from haste.alignment.termination import make_termination
 from haste.data import Batch, TrainingData, load_dataset
 from haste.data.dataset import describe_change, other_latents
-from haste.digits.teacher import DIGITS_TEACHER, ensure_digits_teacher
 from haste.distributed import StopRequest, progress_bar
 from haste.errors import UserError, in_one_line
 from haste.io import require_space
 from haste.models import get_family, model_depth, new_config
 from haste.models.layers import check_backend
+from haste.registry import TEACHERS, plugin
 from haste.training.checkpoint import (
     Checkpoint,
     Retention,
@@ -127,10 +127,8 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
     """The teachers and what they teach; None if nothing is to be aligned."""
     if not config.teachers:
         return None
-    names = config.teachers
-    if DIGITS_TEACHER in names:
-        folder = ensure_digits_teacher(Path(config.output_dir).expanduser() / "teachers")
-        names = [str(folder) if name == DIGITS_TEACHER else name for name in names]
+    folder = Path(config.output_dir).expanduser() / "teachers"
+    names = [str(plugin(TEACHERS, name).prepare(folder)) if name in TEACHERS else name for name in config.teachers]
     return Aligner.from_pretrained(
         names,
         layer_map=choose_layer_map(config.layer_map, config.model) if config.aligns_attention else None,

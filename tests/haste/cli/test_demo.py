@@ -9,10 +9,10 @@ import pytest
 import tyro
 from haste.cli import demo
 from haste.cli.main import main
+from haste.digits import classifier
 from haste.digits import teacher as digits_teacher
 from haste.digits.classifier import ClassifierConfig
 from haste.errors import UserError
-from haste.evaluation import evaluate
 
 FLAGS = (
     "--max-train-steps", "10", "--num-steps", "8", "--interval", "3", "--order", "1", "--num-images", "16",
@@ -22,9 +22,9 @@ FLAGS = (
 
 @pytest.fixture(autouse=True)
 def quick_classifier_and_teacher(monkeypatch):
-    settings = digits_teacher.DigitsTeacherSettings
-    monkeypatch.setattr(digits_teacher, "DigitsTeacherSettings", lambda: settings(steps=3))
-    monkeypatch.setattr(evaluate, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    settings = digits_teacher.TeacherConfig
+    monkeypatch.setattr(digits_teacher, "TeacherConfig", lambda: settings(steps=3))
+    monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 def times(folder: Path, pattern: str) -> dict[str, int]:

@@ -6,8 +6,9 @@ import re
 import pytest
 from digits_run import write_run
 from haste.cli.main import main
+from haste.digits import classifier
 from haste.digits.classifier import ClassifierConfig
-from haste.evaluation import evaluate, features
+from haste.evaluation import evaluate
 from haste.resumable import hold
 from PIL import Image
 
@@ -17,7 +18,7 @@ GRID = ("--caches", "taylor", "reuse", "--granularities", "model", "--intervals"
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
-    monkeypatch.setattr(features, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, m
         (("--error-thresholds", "0", "nan"), "--error-thresholds must be a number from 0 to 1,000,000, got nan"),
         (("--tolerance", "-1"), "--tolerance must be a number from 0 to 1,000,000, got -1.0"),
         (("--reference", "nowhere"), "nowhere, which does not exist"),
-        (("--features", "stored"), "--features is stored; for other images than the digits"),
+        (("--features", "stored"), "--features is stored, and images are sampled"),
         (("--features", "inception:weights.pth"), "--reference is not given; --features inception:weights.pth needs"),
         (("--draw-only",), "hold no full run"),
     ],

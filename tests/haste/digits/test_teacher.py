@@ -6,17 +6,17 @@ import pytest
 import torch
 from haste.digits import load_digits
 from haste.digits import teacher as digits_module
-from haste.digits.teacher import DigitsTeacherSettings, augment, ensure_digits_teacher, train_digits_teacher
+from haste.digits.teacher import TeacherConfig, augment, prepare, train_teacher
 from haste.teachers import VisionTeacher
 
-QUICK = DigitsTeacherSettings(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=2, steps=2)
+QUICK = TeacherConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=2, steps=2)
 
 
 def test_the_teacher_is_trained_once_and_loads_like_any_other(tmp_path, monkeypatch):
-    folder = ensure_digits_teacher(tmp_path, QUICK)
+    folder = prepare(tmp_path, QUICK)
     assert folder.parent == tmp_path and folder.name.startswith("digits-vit-")
-    monkeypatch.setattr(digits_module, "train_digits_teacher", lambda settings: pytest.fail("trained a second time"))
-    assert ensure_digits_teacher(tmp_path, QUICK) == folder
+    monkeypatch.setattr(digits_module, "train_teacher", lambda settings: pytest.fail("trained a second time"))
+    assert prepare(tmp_path, QUICK) == folder
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
     teacher = VisionTeacher.from_pretrained(str(folder), layers=[0, 1], grid=4)
@@ -28,23 +28,23 @@ def test_the_teacher_is_trained_once_and_loads_like_any_other(tmp_path, monkeypa
 
 
 def test_other_settings_are_another_teacher(tmp_path):
-    first = ensure_digits_teacher(tmp_path, QUICK)
-    second = ensure_digits_teacher(tmp_path, replace(QUICK, seed=1))
+    first = prepare(tmp_path, QUICK)
+    second = prepare(tmp_path, replace(QUICK, seed=1))
     assert first != second and second.is_dir()
 
 
 def test_training_is_reproducible_and_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    first = train_digits_teacher(QUICK).state_dict()
+    first = train_teacher(QUICK).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(12345)
-    second = train_digits_teacher(QUICK).state_dict()
+    second = train_teacher(QUICK).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_teacher_learns_to_read():
     settings = replace(QUICK, hidden_size=32, steps=120)
-    model = train_digits_teacher(settings)
+    model = train_teacher(settings)
     images, labels = load_digits()
     with torch.no_grad():
         accuracy = (model(images).logits.argmax(-1) == labels).float().mean().item()

@@ -12,6 +12,7 @@ class MeanColours:
 
     key = "mean-colours"
     dimension = 3
+    classes = None
 
     def __init__(self) -> None:
         self.seen = 0

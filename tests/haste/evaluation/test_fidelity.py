@@ -7,8 +7,15 @@ import pytest
 from digits_run import write_run
 from haste.data.images import write_image, write_npz
 from haste.errors import UserError
-from haste.evaluation.fidelity import Fidelity, compare_images, compare_sets, step_errors, summarise_steps
-from haste.evaluation.tables import fidelity_text, steps_text
+from haste.evaluation.fidelity import (
+    Fidelity,
+    compare_images,
+    compare_sets,
+    fidelity_text,
+    step_errors,
+    steps_text,
+    summarise_steps,
+)
 from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
@@ -75,7 +82,7 @@ def test_sets_of_other_number_or_size_are_no_baseline():
         compare_images(random_images(3), random_images(4))
     with pytest.raises(UserError, match="3 images of 16 x 16 cannot be compared with 3 of 8 x 8"):
         compare_images(random_images(3), random_images(3, 8))
-    with pytest.raises(UserError, match="6 x 6 are too small for SSIM, which looks at 7 x 7"):
+    with pytest.raises(UserError, match="at least 7 x 7 pixels for SSIM, got 6 x 6"):
         compare_images(random_images(3, 6), random_images(3, 6))
 
 

@@ -143,7 +143,7 @@ def test_references_that_are_none_are_refused(tmp_path, network):
         with pytest.raises(UserError, match=message):
             load_reference(str(path), network)
 
-    refused("does not exist; it must be digits, a folder of images, or an .npz")
+    refused("--reference must be a folder of images, an .npz of images or statistics, or digits, got .*x.npz")
     refused(r"mu has shape \(3,\) and sigma \(2, 2\); they must be", mu=np.zeros(3), sigma=np.eye(2))
     refused("x.npz, whose mu holds values that are not finite", mu=np.full(3, np.nan), sigma=np.eye(3))
     refused("x.npz, whose sigma holds values that are not", mu=np.zeros(3), sigma=np.diag([1, np.inf, 1]))

@@ -6,13 +6,13 @@ import pytest
 from digits_run import write_run
 from haste.digits.classifier import ClassifierConfig, train_classifier
 from haste.errors import UserError
-from haste.evaluation.features import DigitsExtractor
+from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.reference import load_reference
 from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
 from haste.sweep import measure
-from haste.sweep.measure import Quality, Sweep
+from haste.sweep.measure import Sweep
 from haste.sweep.points import Grid, RecordBook, plan, point_fields
 from haste.training.checkpoint import as_before
 
@@ -24,9 +24,9 @@ MEASURED = ("flops", "cache_bytes", "calls", "full_calls", "fd", "label_accuracy
 
 
 @pytest.fixture(scope="module")
-def quality():
-    extractor = DigitsExtractor(train_classifier(ClassifierConfig(epochs=1)))
-    return Quality(extractor, load_reference("digits", extractor))
+def evaluator():
+    extractor = train_classifier(ClassifierConfig(epochs=1))
+    return Evaluator(extractor, load_reference("digits", extractor))
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +35,19 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(student, quality, tmp_path_factory):
+def whole(student, evaluator, tmp_path_factory):
     """A sweep that ran from beginning to end, and what it said on the way."""
     book = RecordBook(tmp_path_factory.mktemp("whole") / "sweep.jsonl")
-    sweep = Sweep(student, POINTS, quality, book, **QUICK)
+    sweep = Sweep(student, POINTS, evaluator, book, **QUICK)
     sweep.seen = []
     sweep.run(lambda name, images: sweep.seen.append(images))
     return sweep
 
 
 @pytest.fixture
-def make_sweep(student, quality, tmp_path):
+def make_sweep(student, evaluator, tmp_path):
     def make(points=POINTS, **settings) -> Sweep:
-        return Sweep(student, points, quality, RecordBook(tmp_path / "sweep.jsonl"), **{**QUICK, **settings})
+        return Sweep(student, points, evaluator, RecordBook(tmp_path / "sweep.jsonl"), **{**QUICK, **settings})
 
     return make
 
@@ -157,13 +157,13 @@ def test_all_take_turns_and_each_turn_has_a_reference_of_its_own(make_sweep, mon
     assert all(record["reference_seconds"] == [1.0, 5.0] for record in records_of(sweep))
 
 
-def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, student, quality, tmp_path):
+def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, student, evaluator, tmp_path):
     os.utime(student.checkpoint, ns=(1, 1))
     before = make_sweep().shared
     student.checkpoint.touch()
     assert make_sweep().shared == before
     again = load_checkpoint(write_run(tmp_path, steps=(4,), seed=1))
-    assert Sweep(again, POINTS, quality, RecordBook(tmp_path / "sweep.jsonl"), **QUICK).shared != before
+    assert Sweep(again, POINTS, evaluator, RecordBook(tmp_path / "sweep.jsonl"), **QUICK).shared != before
 
 
 def test_a_sweep_of_an_earlier_version_knows_its_checkpoint_by_its_time(make_sweep, whole, student, monkeypatch):

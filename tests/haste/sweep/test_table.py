@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from haste.sweep.advice import markdown, plain_text
+from haste.sweep.advice import table
+from haste.tables import markdown_table, text_table
 from sweep_rows import cached_row, plain_row
 
 ROWS = [
@@ -10,7 +11,7 @@ ROWS = [
 
 
 def test_markdown_has_a_row_per_point_and_every_number():
-    head, ruler, full, cached = markdown(ROWS).splitlines()
+    head, ruler, full, cached = markdown_table(table(ROWS)).splitlines()
     assert head.count("|") == ruler.count("|") == full.count("|") == cached.count("|")
     cells = dict(zip(head.split("|"), cached.split("|"), strict=True))
     assert {name.strip(): value.strip() for name, value in cells.items() if name} == {
@@ -32,13 +33,13 @@ def test_markdown_has_a_row_per_point_and_every_number():
 
 
 def test_columns_of_which_nothing_is_known_are_left_out():
-    text = markdown([plain_row(50, 2.0, peak_bytes=None)])
+    text = markdown_table(table([plain_row(50, 2.0, peak_bytes=None)]))
     for name in ("label_accuracy", "PSNR", "SSIM", "peak"):
         assert name not in text
 
 
 def test_the_terminals_columns_are_aligned():
-    lines = plain_text(ROWS).splitlines()
+    lines = text_table(table(ROWS)).splitlines()
     assert len({len(line) for line in lines}) == 1
     end = lines[0].index("ms/image") + len("ms/image")
     assert all(line[end : end + 2] == "  " for line in lines)
