@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -32,12 +32,11 @@ from haste.caching import check_memory
 from haste.caching.schedule import describe_steps
 from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
-from haste.errors import UserError, shorten
 from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
 from haste.generation.config import SampleConfig
 from haste.generation.pipeline import Sampler, choose_labels
-from haste.io import is_free, read_json, remove_abandoned, remove_leftovers, write_json, writing
-from haste.resumable import hold
+from haste.io import read_json, remove_abandoned, writing
+from haste.resumable import ResumableDir, differences
 from haste.training.checkpoint import DIGEST, WRITTEN, as_before, checkpoint_identity
 from haste.validation import build
 
@@ -65,54 +64,44 @@ class Drawn:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-@dataclass
-class SampleDir:
-    """A folder of samples that belongs to `settings`, a dictionary of plain values.
+class SampleDir(ResumableDir):
+    """A folder of samples that belong to `settings`.
 
-    full_steps: those that --error-threshold has found, which hold for all images of the folder.
-    before: the settings as earlier versions recorded them (`as_before`), so that their folders are gone on with.
+    Args:
+        before: the settings as earlier versions recorded them (`as_before`), so that their folders are resumed.
 
-    Nothing is written before the first image. Raises UserError if the folder holds anything but samples with exactly
-    these settings.
+    Attributes:
+        full_steps: those that --error-threshold has found, which hold for all images of the folder.
     """
 
-    path: Path
-    settings: dict[str, Any]
-    drawn: Drawn = field(default_factory=Drawn)
-    full_steps: list[int] | None = None
-    before: dict[str, Any] | None = None
+    flag, content, record_name = "--sample-dir", "samples", RECORD
 
-    def __post_init__(self) -> None:
-        record = self.path / RECORD
-        if record.is_file():
-            saved = read_record(self.path)
-            self._refuse_other(saved.settings)
-            self.drawn, self.full_steps = saved.drawn, saved.full_steps
-        elif not is_free(self.path):
-            raise UserError(f"{self.path} holds something else than samples; give another --sample-dir")
+    def __init__(self, path: Path, settings: dict[str, Any], before: dict[str, Any] | None = None) -> None:
+        self.before = before
+        self.drawn = Drawn()
+        self.full_steps: list[int] | None = None
+        super().__init__(path, settings)
+
+    def reopen(self) -> None:
+        super().reopen()
+        if self.saved is not None:
+            record = build(Record, self.saved, str(self.record))
+            self.drawn, self.full_steps = record.drawn, record.full_steps
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        found = build(Record, saved, str(self.record)).settings
+        own = self.before if self.before is not None and WRITTEN in found else self.settings
+        shown = {WRITTEN: "the checkpoint's time", DIGEST: "the checkpoint's content"}
+        return differences(*({shown.get(name, name): each[name] for name in each} for each in (found, own)))
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """While this context is open no other command fills the folder; what a kill has left of a write is gone.
-
-        UserError if another command does.
-        """
-        with hold(self.path, f"{self.path} is being filled", "give another --sample-dir, or wait until it has ended"):
-            self.__post_init__()  # another command may have ended here a moment ago
-            remove_leftovers(self.path)
+        """Keep other commands out of the folder, and remove what a kill has left of a write."""
+        with super().hold():
+            self.remove_leftovers()
             for path in (self.npz, self.grid):
                 remove_abandoned(path, held=True)
             yield
-
-    def _refuse_other(self, saved: dict[str, Any]) -> None:
-        own = self.before if self.before is not None and WRITTEN in saved else self.settings
-        names = dict.fromkeys([*saved, *own])
-        differences = [_difference(name, saved, own) for name in names if saved.get(name) != own.get(name)]
-        if differences:
-            raise UserError(
-                f"{self.path} holds the samples of another command ({'; '.join(differences[:3])}); "
-                "give another --sample-dir, or remove it"
-            )
 
     def missing(self, count: int) -> list[int]:
         """The numbers below `count` whose image is not there yet."""
@@ -120,10 +109,10 @@ class SampleDir:
 
     def write(self, indices: Sequence[int], images: np.ndarray) -> None:
         """Write images (n, H, W, 3) uint8 under these numbers; any process may."""
-        if not (self.path / RECORD).is_file():
-            self._save()  # claims the folder before the first image is in it
+        if not self.record.is_file():
+            self._save()  # the folder is this command's before the first image is in it
         paths = [image_path(self.path, index) for index in indices]
-        with self._told(), ThreadPoolExecutor(THREADS) as pool:
+        with self.writing(), ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(write_image, paths, images))
 
     def count(self, images: int, seconds: float, evaluations: int, full: int) -> None:
@@ -152,21 +141,8 @@ class SampleDir:
         return self.path.with_name(self.path.name + "-grid.png")
 
     def _save(self) -> None:
-        record = {"settings": self.settings, "drawn": asdict(self.drawn)}
-        if self.full_steps is not None:
-            record["full_steps"] = self.full_steps
-        with self._told():
-            write_json(self.path / RECORD, record)
-
-    def _told(self) -> AbstractContextManager[None]:
-        return writing(f"the sample folder {self.path}", "what is there is kept, and the same command goes on")
-
-
-def _difference(name: str, saved: dict[str, Any], own: dict[str, Any]) -> str:
-    if name == WRITTEN:
-        return "the checkpoint was written again"
-    shown = "the checkpoint's content" if name == DIGEST else name
-    return f"{shown} {shorten(saved.get(name, 'unset'))}, now {shorten(own.get(name, 'unset'))}"
+        found = {} if self.full_steps is None else {"full_steps": self.full_steps}
+        self.write_record({"settings": self.settings, "drawn": asdict(self.drawn), **found})
 
 
 @dataclass(frozen=True)
