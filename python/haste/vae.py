@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
+from haste.hub import loading_arguments, require_source
 from haste.io import in_bytes, read_json
 from haste.validation import build
-from haste.weights import load_weights, loading_arguments, reason, refuse_unreachable, weights_size
+from haste.weights import load_weights, reason, weights_size
 
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
@@ -217,7 +218,7 @@ class _Config:
 
 
 def _load_config(name: str, source: str) -> _Config:
-    refuse_unreachable(name, source, "--vae")
+    require_source(name, source, "--vae")
     what = "the config of a VAE"
     if Path(source).is_dir():
         config = read_json(Path(source) / "config.json", what)

@@ -1,118 +1,240 @@
-"""The Hugging Face hub: whether it answers, found out once and quickly. Its own library tries for half a minute.
+"""Files of weights, read without running anything that is in them.
 
-Files of tensors, of every kind that weights go about in. Nothing in them is executed.
-
-The tensors of a TorchScript archive, read without running what is in it.
-
-Such an archive is a zip: code/ holds a program, data.pkl a pickle of the module's attributes, data/N the bytes of the
-tensors. Loading it as torch does runs the program's set-up code, which can write files. Here the program is not looked
-at, and the pickle is not unpickled: a machine of its own follows the few instructions that build plain values. Classes
-and functions are only names to it.
+What torch.save writes, now and before 1.6, safetensors, and the tensors of TorchScript. A file may name any class; of
+those that torch does not admit itself none is looked up: a `Foreign` stands in its place, and keeps what the object was
+made of.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import os
-import pickletools
-import threading
+import argparse
+import json
+import re
+import warnings
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from haste.errors import UserError, in_one_line
+from haste.torchscript import read_torchscript
+from haste.validation import shown
 
-PATIENCE = 2.0  # seconds
+ZIP = b"PK\x03\x04"
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number with which torch.save began before 1.6
 
+# Modules that torch blocks, whatever else is admitted under their names.
+BLOCKED = {"sys", "os", "posix", "nt"}
 
-@functools.cache
-def is_reachable() -> bool:
-    """Whether the hub answers, through whatever proxy or mirror its library was told of, within `PATIENCE`."""
-    answered = []
-
-    def ask() -> None:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import get_session
-
-        try:
-            get_session().head(constants.ENDPOINT, timeout=PATIENCE)  # refuses where HF_HUB_OFFLINE is set
-        except Exception:  # of which library depends on the version
-            return
-        answered.append(True)
-
-    # In a thread, since no time-out ends the look-up of a name.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return bool(answered)
+PATHS = {f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
+SCALARS = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
+FILLED = {"collections.defaultdict": dict, "collections.Counter": dict, "collections.deque": list}  # item by item
+DEEPEST = 50  # levels of settings within settings
 
 
-def loading_arguments(source: str) -> dict[str, Any]:
-    """What from_pretrained() is told of where to look: a folder and what was downloaded before need no hub."""
-    return {"local_files_only": Path(source).is_dir() or not is_reachable()}
+class BrokenCheckpoint(UserError):
+    """The file is cut short, damaged or no checkpoint at all."""
 
 
-def refuse_unreachable(name: str, source: str, flag: str) -> None:
-    """UserError if `source` is no folder, was not downloaded before, and the hub does not answer."""
-    from huggingface_hub import try_to_load_from_cache
+class _Damaged(ValueError):
+    """Why a file is not whole."""
 
-    if Path(source).is_dir() or is_reachable() or isinstance(try_to_load_from_cache(source, "config.json"), str):
-        return
-    raise UserError(
-        f"{flag} is {name}, which is no folder, and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
-        "it must be a folder written by save_pretrained(), or a name that was downloaded before"
-    )
+
+class Foreign:
+    """Stands for an object of the class, or for the result of the function, `of`, and runs nothing of it.
+
+    made_of: the arguments it was to be made from. state: what it was to be given after that.
+    """
+
+    of = ""
+    made_of: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any) -> Foreign:
+        self = object.__new__(cls)
+        self.made_of, self.state = arguments, None
+        return self
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"a {self.of}"
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, on the CPU.
+
+    Returns:
+        Tensors and plain values, argparse.Namespace, and `Foreign` for the rest. Paths, numpy's scalars and OmegaConf's
+        configs become plain values. Of safetensors the weights are `ema`, and the metadata are the settings, `args`.
+
+    Raises:
+        BrokenCheckpoint: it is damaged or of another kind.
+        UserError: it is whole and cannot be used; says why.
+    """
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise _Damaged("it is no file")
+        content, metadata = _read(path)
+    except _Damaged as error:
+        raise BrokenCheckpoint(f"{path} is no whole checkpoint: {error}") from error
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error.strerror or in_one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if isinstance(content, Foreign):
+        raise UserError(f"{path} holds {content!r} as a whole; it must hold weights, as state_dict() gives them")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a dictionary of weights, and holds {type(content).__name__}")
+    if metadata is not None:
+        settings = {name: _from_text(text) for name, text in metadata.items() if name != "format"}
+        return {"ema": content, **({"args": argparse.Namespace(**settings)} if settings else {})}
+    return {name: value if name in ("model", "ema", "opt") else to_plain(value) for name, value in content.items()}
 
 
 def load_weights(path: Path, flag: str) -> Any:
-    """What a file holds, on the CPU: what torch.save has written, the tensors of safetensors or of TorchScript.
+    """Read a file of tensors and plain values alone, on the CPU.
 
-    flag: what gave the path, for the sentence.
-    Raises UserError if it holds none, or anything but tensors and plain values.
+    Args:
+        flag: what gave the path, for the message.
+
+    Raises:
+        UserError: it holds none, or anything else.
     """
-    if not os.path.isfile(path):
-        what = "is no regular file" if os.path.exists(path) else "does not exist"
-        raise UserError(f"{flag} is {path}, which {what}; it must be a file of weights")
+    if not path.is_file():
+        what = "is no regular file" if path.exists() else "does not exist"
+        raise UserError(f"{flag} must be a file of weights, got {path}, which {what}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        return _read(path, foreign=False)[0]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} must be a file of weights, got {path}, which cannot be read: {error}") from error
 
-            return load_file(path)
-        if is_torchscript(path):
+
+def _read(path: Path, foreign: bool = True) -> tuple[Any, dict[str, str] | None]:
+    """What a file holds, and the metadata of safetensors.
+
+    Raises _Damaged, OSError, and ValueError for a file that is whole and cannot be used.
+    """
+    with open(path, "rb") as file:
+        head = file.read(len(LEGACY))
+    if head.startswith(ZIP):
+        return _read_zip(path, foreign), None
+    if head == LEGACY:
+        return _read_legacy(path), None
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    raise _Damaged("neither torch.save nor safetensors has written it")
+
+
+def _read_zip(path: Path, foreign: bool) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            refused = _inflation(archive, path)
+            # torch.load does not look at the checksums that torch.save wrote.
+            damaged = None if refused else archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive leads zipfile to raise anything
+        raise _Damaged(in_one_line(error)) from error
+    if refused:
+        raise ValueError(refused)
+    if damaged is not None:
+        raise _Damaged("it is damaged")
+    if not any(name.endswith("data.pkl") for name in names):
+        raise ValueError("it is a zip file that torch.save has not written")
+    try:
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
             return read_torchscript(path)
-        refuse_inflation(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        named = [name for name in named if name != "argparse.Namespace"]
+        blocked = [name for name in named if name.split(".")[0] in BLOCKED]
+        if blocked:
+            raise ValueError(f"it wants to call {blocked[0]}, which no checkpoint needs")
+        if named and not foreign:
+            raise ValueError(f"it holds more than tensors and plain values: {named[0]}")
+        return _load(path, [(_stand_in(name), name) for name in named])
+    except Exception as error:  # the file is whole, and its content is anybody's
+        raise ValueError(reason(error)) from error
+
+
+def _inflation(archive: zipfile.ZipFile, path: Path) -> str | None:
+    """Why an archive would fill more memory than it takes on the disk, if it would; torch.save packs nothing."""
+    entries = archive.infolist()
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        return f"its {packed[0]} is compressed, which torch.save does not do"
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        return "its entries claim to hold more than its size"
+    return None
+
+
+def _read_legacy(path: Path) -> Any:
+    """There are no checksums in such a file. torch admits its own classes and Namespace, and there are no stand-ins."""
+    try:
+        return _load(path, [])
+    except Exception as error:  # a damaged or foreign file leads torch to raise anything
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is not None:
+            raise ValueError(
+                f"it holds a {named[1]}, which is not read from files of torch before 1.6; load it there, and save "
+                "its state_dict() with a newer torch"
+            ) from error
+        raise _Damaged(reason(error)) from error
+
+
+def _load(path: Path, stand_ins: list[tuple[Callable, str]]) -> Any:
+    with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle's protocols and torch's older storages
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file leads its reader to raise anything
-        raise UserError(f"{flag} is {path}, which cannot be read as weights: {reason(error)}") from error
+
+
+def _stand_in(name: str) -> Callable:
+    """What is called in place of a class or function of this name."""
+    if name in FILLED:
+        return lambda *arguments: FILLED[name]()
+    return type("Foreign", (Foreign,), {"of": name, "__qualname__": f"Foreign {name}"})  # the name for torch's errors
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+            return weights, file.metadata() or {}
+    except (SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise _Damaged(in_one_line(error)) from error
+
+
+def _from_text(text: str) -> Any:
+    """A value of safetensors' metadata, where all is text: a number where it reads as one."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def reason(error: Exception) -> str:
-    """What a loader's error says, fit for a sentence, without torch's advice to let the file do as it likes."""
+    """A loader's error in one line, without torch's advice to read the file unsafely."""
     text = str(error)
+    foreign = re.search(r"Foreign (\S+)'>", text)
+    if foreign:
+        return f"it holds a {foreign[1]}; it must hold tensors and plain values"
     if "weights_only" not in text and "Weights only" not in text:
         return in_one_line(error)
     _, found, detail = text.rpartition("WeightsUnpickler error: ")
     detail = detail.split("Please")[0].split("Check the documentation")[0]
     return "it holds more than tensors and plain values" + (f": {in_one_line(ValueError(detail))}" if found else "")
-
-
-def refuse_inflation(path: Path) -> None:
-    """ValueError for a file that would fill more memory than it takes on the disk; torch.save packs nothing."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise ValueError(f"its {packed[0]} is compressed, which torch.save does not do")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("its entries claim to hold more than its size")
 
 
 def weights_size(folder: Path, what: str) -> int:
@@ -123,176 +245,71 @@ def weights_size(folder: Path, what: str) -> int:
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file()]
     for path in files:
         try:
-            refuse_inflation(path)
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    refused = _inflation(archive, path)
+                if refused:
+                    raise ValueError(refused)
         except Exception as error:  # a damaged file leads zipfile to raise anything
             raise UserError(f"{what} cannot be loaded: {path.name}: {in_one_line(error)}") from error
     return sum(path.stat().st_size for path in files)
 
 
-LARGEST_PICKLE = 2**24  # bytes; that of Inception has some 50,000
-
-_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
-_REBUILD = "torch._utils _rebuild_tensor_v2"
-_MARK = object()
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive with a program in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
-    except Exception:  # a damaged file leads zipfile to raise anything
-        return False
+def to_plain(value: Any, level: int = 0) -> Any:
+    """The same with each Foreign that is known to stand for a plain value replaced by that value."""
+    if level > DEEPEST:
+        raise UserError(f"settings are nested in a checkpoint more than {DEEPEST} levels deep")
+    if isinstance(value, Foreign):
+        return _plain_foreign(value, level)
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_named(to_plain(vars(value), level + 1)))
+    if type(value) in (dict, OrderedDict):
+        return {key: to_plain(item, level + 1) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(to_plain(item, level + 1) for item in value)
+    return value
 
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The tensors among a module's attributes, by their names in its state dict, on the CPU.
+def settings_in(value: Any, source: str) -> dict[str, Any]:
+    """Named values as a dictionary: of a Namespace, a dictionary, an object of any class, or None for none.
 
-    Raises ValueError, KeyError and the like, or what zipfile raises, for an archive that is none or is damaged.
+    source: names the file and the part of it. Raises UserError for what holds no names.
     """
-    with zipfile.ZipFile(path) as archive:
-        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-        if archive.getinfo(f"{root}data.pkl").file_size > LARGEST_PICKLE:
-            raise ValueError(f"its data.pkl has more than {LARGEST_PICKLE >> 20} MiB")
-        if f"{root}byteorder" in archive.namelist() and _stored(archive, f"{root}byteorder") != b"little":
-            raise ValueError("its numbers are not in little-endian order")
-        storages: dict[str, Tensor] = {}
-        found = {}
-        for name, pieces in _tensors(_run(_stored(archive, f"{root}data.pkl"))):
-            key, dtype = pieces.storage.key, pieces.storage.dtype
-            if key not in storages:
-                data = bytearray(_stored(archive, f"{root}data/{key}"))
-                storages[key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-            found[name] = pieces.view(storages[key].view(dtype))
-        if not found:
-            raise ValueError("it holds no tensors")
-        return found
+    if isinstance(value, Foreign) and isinstance(value.state, Mapping):
+        value = to_plain(value.state)
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{source} must hold named settings, and is {shown(value)}")
+    return _named(value)
 
 
-def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch packs nothing; what inflates has no bound
-        raise ValueError(f"its {name} is compressed")
-    return archive.read(name)
+def _named(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {name: item for name, item in values.items() if isinstance(name, str)}
 
 
-@dataclass
-class _Storage:
-    key: str
-    dtype: torch.dtype
+def _plain_foreign(value: Foreign, level: int) -> Any:
+    module = value.of.split(".")[0]
+    if (value.of in PATHS or value.of.startswith("pathlib._local.")) and all(type(p) is str for p in value.made_of):
+        return str(PurePosixPath(*value.made_of))
+    if value.of in SCALARS:
+        return _plain_scalar(value)
+    if module == "omegaconf" and isinstance(value.state, Mapping):
+        for part in ("_content", "_val"):  # of a container, of a node
+            if part in value.state:
+                return to_plain(value.state[part], level + 1)
+    return value
 
 
-@dataclass
-class _Pieces:
-    """What a tensor is to be made of."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view(self, storage: Tensor) -> Tensor:
-        numbers = (self.offset, *self.size, *self.stride)
-        if not all(type(number) is int and number >= 0 for number in numbers) or len(self.size) != len(self.stride):
-            raise ValueError("a tensor has no plain shape")
-        last = self.offset + sum((side - 1) * step for side, step in zip(self.size, self.stride, strict=True))
-        if math.prod(self.size) > len(storage) or (0 not in self.size and last >= len(storage)):
-            raise ValueError("a tensor is larger than its storage")
-        return storage.as_strided(self.size, self.stride, self.offset)
-
-
-@dataclass
-class _Object:
-    """An instance of some class, or the result of some function: a name, and the attributes that it was given."""
-
-    name: str
-    state: Any = None
-
-
-def _tensors(root: Any) -> Iterator[tuple[str, _Pieces]]:
-    """Names and pieces of the tensors below the attributes of an object, each object once."""
-    seen, pending = set(), [("", root)]
-    while pending:
-        prefix, item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        state = item.state if isinstance(item, _Object) else None
-        for name, value in (state if isinstance(state, dict) else {}).items():
-            if isinstance(value, _Pieces):
-                yield f"{prefix}{name}", value
-            elif isinstance(value, _Object):
-                pending.append((f"{prefix}{name}.", value))
-
-
-def _run(pickle: bytes) -> Any:
-    """What a pickle leaves, with `_Object`s for instances and strings for classes. ValueError for an instruction that
-    TorchScript does not write."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-
-    def above_mark() -> list[Any]:
-        start = max(index for index, item in enumerate(stack) if item is _MARK)
-        items = stack[start + 1 :]
-        del stack[start:]
-        return items
-
-    for opcode, argument, _ in pickletools.genops(pickle):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                stack.append(_MARK)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(argument)
-            case "GLOBAL":
-                stack.append(_Object(argument))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append({"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}[opcode.name])
-            case "TUPLE":
-                stack.append(tuple(above_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS":
-                items = above_mark()
-                stack[-1].extend(items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                stack[-1][_text(key)] = value
-            case "SETITEMS":
-                items = above_mark()
-                stack[-1].update(zip(map(_text, items[::2]), items[1::2], strict=True))
-            case "BINPERSID":
-                _, kind, key, *_ = stack.pop()
-                stack.append(_Storage(_text(key), _DTYPES[kind.name.removeprefix("torch ")]))
-            case "NEWOBJ" | "REDUCE":
-                arguments, made = stack.pop(), stack.pop()
-                stack.append(_Pieces(*arguments[:4]) if made.name == _REBUILD else _Object(made.name))
-            case "BUILD":
-                state = stack.pop()
-                stack[-1].state = state
-            case _:
-                raise ValueError(f"its data.pkl has the instruction {opcode.name}")
-    raise ValueError("its data.pkl has no end")
-
-
-def _text(key: Any) -> str:
-    """A key, which must be text: to hash tuples in tuples in tuples without end would be a crash."""
-    if type(key) is not str:
-        raise ValueError(f"its data.pkl has a {type(key).__name__} where text must be")
-    return key
+def _plain_scalar(value: Foreign) -> Any:
+    """A numpy scalar is made from its dtype, itself a Foreign with its letters and byte order, and bytes."""
+    try:
+        kind, data = value.made_of
+        letters, order = kind.made_of[0], kind.state[1]
+        if not re.fullmatch(r"[fiubU]\d{1,3}", letters) or order not in ("<", ">", "|"):
+            return value
+        return np.frombuffer(data, np.dtype(order.replace("|", "") + letters))[0].item()
+    except (ValueError, TypeError, AttributeError, IndexError):
+        return value

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from haste.errors import UserError
-from haste.weights import is_torchscript, load_weights, read_torchscript
+from haste.torchscript import read_torchscript
+from haste.weights import load_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -59,8 +60,7 @@ class Overwriting(nn.Module):
 def test_the_tensors_are_those_of_the_state_dict(tmp_path):
     network = Network()
     torch.jit.script(network).save(tmp_path / "a.pt")
-    assert is_torchscript(tmp_path / "a.pt")
-    read, expected = read_torchscript(tmp_path / "a.pt"), network.state_dict()
+    read, expected = load_weights(tmp_path / "a.pt", "--features"), network.state_dict()
     assert read.keys() == expected.keys()
     for name, value in expected.items():
         assert read[name].dtype == value.dtype and read[name].equal(value), name
@@ -117,7 +117,7 @@ def test_a_tensor_that_is_larger_than_its_bytes_is_refused(tmp_path, size, strid
     whole = read_torchscript(archive(tmp_path / "a.pt", tensor((2, 2), (2, 1))))
     assert whole["a"].equal(torch.zeros(2, 2))
     path = archive(tmp_path / "b.pt", tensor(size, stride, offset))
-    with pytest.raises(UserError, match=f"b.pt, which cannot be read as weights: a tensor .*{reason}|{reason}"):
+    with pytest.raises(UserError, match=f"b.pt, which cannot be read: a tensor .*{reason}|{reason}"):
         load_weights(path, "--features")
 
 
@@ -129,7 +129,7 @@ def test_what_torch_does_not_write_is_refused(tmp_path):
     nested = b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"Ns."
     files = {"act": pickle.dumps(Act(), 2), "nested": nested, "none": b"", "old": pickle.dumps([1], 0)}
     for name, data in files.items():
-        with pytest.raises(UserError, match="cannot be read as weights: .*(tensors|text|exhausted|instruction)"):
+        with pytest.raises(UserError, match="cannot be read: .*(tensors|text|exhausted|instruction)"):
             load_weights(archive(tmp_path / f"{name}.pt", data), "--features")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(UserError, match="is compressed"):
@@ -145,4 +145,4 @@ def test_any_bytes_in_the_pickle_are_tensors_or_a_refusal(tmp_path_factory, data
     try:
         load_weights(path, "--features")
     except UserError as error:
-        assert "any.pt, which cannot be read as weights" in str(error)
+        assert "any.pt, which cannot be read" in str(error)

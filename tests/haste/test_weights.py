@@ -38,13 +38,13 @@ def test_files_that_are_no_weights_are_refused_by_flag_and_path(tmp_path):
     reasons = {
         "pipe.pt": "is no regular file",
         "nothing.pt": "does not exist",
-        "text.pt": "cannot be read as weights",
-        "short.safetensors": "cannot be read as weights",
+        "text.pt": "cannot be read",
+        "short.safetensors": "cannot be read",
         "packed.pt": "its m/data.pkl is compressed",
         "overlapping.pt": "its entries claim to hold more than its size",
     }
     for name, reason in reasons.items():
-        with pytest.raises(UserError, match=f"--weights is .*{name}, which .*{reason}"):
+        with pytest.raises(UserError, match=f"--weights must be a file of weights, got .*{name}, which .*{reason}"):
             load_weights(tmp_path / name, "--weights")
 
 

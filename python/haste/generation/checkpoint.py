@@ -20,8 +20,8 @@ from haste.models import Family, Layout, get_family
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_student, sampling_config
 from haste.training.config import TrainConfig
 from haste.training.conventions import Convention, guided_channels
-from haste.training.weight_files import BrokenCheckpoint
 from haste.vae import PUBLISHED_VAES, LatentFormat
+from haste.weights import BrokenCheckpoint
 
 logger = logging.getLogger(__name__)
 

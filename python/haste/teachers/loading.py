@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
 from haste.errors import UserError, in_one_line
+from haste.hub import loading_arguments, require_source
 from haste.io import in_bytes, read_json
 from haste.registry import TEACHERS, plugin
 from haste.teachers.families import (
@@ -36,7 +37,7 @@ from haste.teachers.families import (
     resolve_teacher,
 )
 from haste.validation import build
-from haste.weights import loading_arguments, refuse_unreachable, weights_size
+from haste.weights import weights_size
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def load_config(name: str, source: str, flag: str = "--enc-type") -> PretrainedC
     flag: what gave the name, for the sentence. Raises UserError if there is none, it is of a family that is not known,
     or asks for what the weights beside it cannot hold. No program that comes with a checkpoint is run.
     """
-    refuse_unreachable(name, source, flag)
+    require_source(name, source, flag)
     values = read_checkpoint_json(name, source, "config.json", "the config of a teacher")
     if values is None:
         raise UserError(f"the teacher {name} cannot be loaded: it has no config.json")

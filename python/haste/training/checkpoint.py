@@ -47,9 +47,9 @@ from haste.training.conventions import (
     why_unusable,
 )
 from haste.training.resume import is_ours
-from haste.training.weight_files import BrokenCheckpoint, read_file, settings_in
 from haste.vae import LatentFormat
 from haste.validation import build, check, shown
+from haste.weights import BrokenCheckpoint, read_file, settings_in
 
 logger = logging.getLogger(__name__)
 

@@ -252,7 +252,7 @@ def _recorded(folder: Path, step: int) -> dict[str, Any] | None:
         return None
     # Brings torch, which is not needed elsewhere here.
     from haste.training.checkpoint import list_checkpoints, read_checkpoint, settings_of
-    from haste.training.weight_files import BrokenCheckpoint
+    from haste.weights import BrokenCheckpoint
 
     for path in reversed(list_checkpoints(checkpoints)):
         if step in (0, int(path.stem)):

@@ -15,7 +15,7 @@ from haste.generation.checkpoint import latent_format, load_checkpoint
 from haste.models import SiT
 from haste.training.checkpoint import capture_rng, read_newest_checkpoint, save_checkpoint
 from haste.training.config import TrainConfig
-from haste.training.weight_files import read_file
+from haste.weights import read_file
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from haste.errors import UserError
-from haste.training.weight_files import LEGACY, BrokenCheckpoint, read_file, settings_in
+from haste.weights import LEGACY, BrokenCheckpoint, read_file, settings_in
 from overlapping_zip import write_overlapping
 from safetensors.torch import save_file
 
@@ -173,7 +173,7 @@ def test_what_is_no_checkpoint_is_told_from_what_is_damaged(path, tmp_path):
         with pytest.raises(BrokenCheckpoint, match=r"0000004\.pt is no whole checkpoint"):
             read_file(path)
     np.savez(tmp_path / "arrays.npz", a=np.ones(2))
-    with pytest.raises(UserError, match=r"arrays\.npz is a zip file that torch\.save has not written") as refusal:
+    with pytest.raises(UserError, match=r"arrays\.npz .* is a zip file that torch\.save has not written") as refusal:
         read_file(tmp_path / "arrays.npz")
     assert not isinstance(refusal.value, BrokenCheckpoint)
     os.mkfifo(tmp_path / "pipe.pt")
