@@ -139,9 +139,10 @@ def _read_zip(path: Path, foreign: bool) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            refused = _inflation(archive, path)
-            # torch.load does not look at the checksums that torch.save wrote.
-            damaged = None if refused else archive.testzip()
+            script = any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
+            refused = None if script else _inflation(archive, path)  # a program may be compressed
+            # torch.load does not check the sums that torch.save wrote; those of a script are checked when it is read.
+            damaged = None if script or refused else archive.testzip()
     except OSError:
         raise
     except Exception as error:  # a damaged archive leads zipfile to raise anything
@@ -153,7 +154,7 @@ def _read_zip(path: Path, foreign: bool) -> Any:
     if not any(name.endswith("data.pkl") for name in names):
         raise ValueError("it is a zip file that torch.save has not written")
     try:
-        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        if script:
             return read_torchscript(path)
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         named = [name for name in named if name != "argparse.Namespace"]

@@ -119,10 +119,10 @@ def test_files_that_are_no_statistics_are_refused(folder, tmp_path):
         ({"mean": Path}, "which cannot be read"),  # a class: nothing of it is executed
     ]:
         torch.save(content, path)
-        with pytest.raises(UserError, match=f"--vae-stats is .*stats.pt.*{sentence}"):
+        with pytest.raises(UserError, match=f"--vae-stats .*stats.pt.*{sentence}"):
             LatentFormat.of(str(folder), str(path))
     cut_short(path)
-    with pytest.raises(UserError, match="--vae-stats is .*, which cannot be read"):
+    with pytest.raises(UserError, match="--vae-stats must be .*, which cannot be read"):
         LatentFormat.of(str(folder), str(path))
 
 

@@ -1,10 +1,10 @@
-"""A folder of files and a zip of files, read alike: a list of names, and bytes by name.
+"""Folders and zips, read alike, and the arrays of .npy and .npz files.
 
-Names are relative and have forward slashes; hidden files, such as those that macOS leaves, are passed over. Links to
+Names are relative and have forward slashes; hidden files, such as those that macOS leaves, are skipped. Links to
 folders are followed, since a subset of a large data set is often a folder of links to its classes, but each folder is
-read once: folders themselves go before links to them, and links to a folder that they lie in are passed over.
+read once: folders themselves go before links to them, and links to a folder that they lie in are skipped.
 
-Arrays of .npy and .npz files. What a header asks for is held against what is there before memory is taken for it.
+What the header of an array asks for is checked against the file before memory is taken for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Archive(Protocol):
-    """What a folder and a zip have in common."""
+    """A folder or a zip."""
 
     def names(self) -> list[str]:
         """All files in it, at any depth, sorted."""
@@ -42,7 +42,7 @@ class Archive(Protocol):
         """The bytes of one file; BadFile if it cannot be read."""
 
     def child(self, name: str) -> Archive | None:
-        """The folder of this name inside, or the zip that stands for it; None if there is neither."""
+        """The folder of this name inside, or the zip in its place; None if there is neither."""
 
     def locate(self, name: str) -> str:
         """Where a file is, for messages."""
@@ -58,8 +58,8 @@ class Folder:
             names = sorted(walk.files())
         except OSError as error:
             raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
-        if walk.passed_over:
-            _tell_of_links(self.locate(walk.passed_over[0]), len(walk.passed_over) - 1)
+        if walk.skipped:
+            _log_links(self.locate(walk.skipped[0]), len(walk.skipped) - 1)
         return names
 
     def has(self, name: str) -> bool:
@@ -84,29 +84,29 @@ class Folder:
 
 
 @functools.cache
-def _tell_of_links(first: str, more: int) -> None:
-    """A line in the log, once."""
+def _log_links(first: str, more: int) -> None:
+    """Log them once."""
     others = f" and {more} more" if more else ""
-    logger.warning("passed over the link %s%s: what it leads to is read already", first, others)
+    logger.warning("skipped the link %s%s: what it leads to is read already", first, others)
 
 
 class _Walk:
-    """The files below a folder, each folder once. passed_over: the links that were not followed."""
+    """The files below a folder, each folder once. skipped: the links that were not followed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.passed_over: list[str] = []
+        self.skipped: list[str] = []
         self._real_root = os.path.realpath(root)
         self._seen: set[tuple[int, int]] = set()
 
     def files(self) -> Iterator[str]:
-        """Names relative to the root. Raises OSError for a folder that cannot be read."""
+        """Names relative to the root."""
         links: list[str] = []
         yield from self._below("", links)
         while links:
             link = heapq.heappop(links)
             if self._leads_up(link) or self._identity(link) in self._seen:
-                self.passed_over.append(link)
+                self.skipped.append(link)
             else:
                 yield from self._below(f"{link}/", links)
 
@@ -198,21 +198,21 @@ class Zip:
 
 
 def open_archive(path: Path, flag: str) -> Archive:
-    """The folder or zip at `path`; UserError, naming the flag that it was given by, if it is neither."""
+    """Open the folder or zip at `path`; UserError, which names the flag that gave it, if it is neither."""
     if os.path.isdir(path):
         return Folder(path)
-    if os.path.isfile(path):
-        if _is_zip(path):
-            return Zip(path)
-        raise UserError(f"{flag} is {path}, which is no zip; it must be a folder or a zip (unpack other archives)")
-    reason = "is no regular file" if os.path.exists(path) else "does not exist"
-    raise UserError(f"{flag} is {path}, which {reason}; it must be a folder or a zip")
+    if _is_zip(path):
+        return Zip(path)
+    reason = "is no zip (unpack other archives)" if os.path.isfile(path) else "is no regular file"
+    raise UserError(
+        f"{flag} must be a folder or a zip, got {path}, which {reason if os.path.exists(path) else 'does not exist'}"
+    )
 
 
 def _is_zip(path: Path) -> bool:
     try:
-        return zipfile.is_zipfile(path)
-    except Exception:  # a damaged one leads it to raise anything
+        return os.path.isfile(path) and zipfile.is_zipfile(path)
+    except Exception:  # a damaged file leads it to raise anything
         return False
 
 
@@ -225,7 +225,7 @@ CHUNK = 2**24  # bytes read at a time
 
 
 class Header(NamedTuple):
-    """What an .npy file says of its array; the stream is then at the first value."""
+    """The header of an .npy file."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -238,7 +238,7 @@ class Header(NamedTuple):
 
 
 def read_header(stream: BinaryIO) -> Header:
-    """The header of the .npy file that a stream begins with. Raises ValueError if it has none, or that of objects."""
+    """Read a header, up to the first value. Raises ValueError if there is none, or that of objects."""
     start = stream.read(8)
     if start[:6] != b"\x93NUMPY" or len(start) < 8:
         raise ValueError("it does not begin as an .npy file")
@@ -258,10 +258,14 @@ def read_header(stream: BinaryIO) -> Header:
 
 
 def read_array(stream: BinaryIO, available: int, packed: int | None = None) -> np.ndarray:
-    """The array of the .npy file that a stream holds.
+    """Read the array of an .npy file.
 
-    available: bytes of the stream, header included; packed: those that it is inflated from.
-    Raises ValueError, or whatever else a damaged stream leads to, if there is none or it is beyond the limits.
+    Args:
+        available: bytes of the stream, header included.
+        packed: the bytes that it is inflated from.
+
+    Raises:
+        ValueError: there is none, or it is beyond the limits; a damaged stream may raise anything else.
     """
     header = read_header(stream)
     if header.size > available - stream.tell():
@@ -281,7 +285,7 @@ def read_array(stream: BinaryIO, available: int, packed: int | None = None) -> n
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of an .npy file. BadFile, with the path as its name, if it holds none that can be read."""
+    """Read the array of an .npy file; BadFile if it holds none that can be read."""
     try:
         _require_file(path)
         with open(path, "rb") as file:
@@ -291,7 +295,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def list_npz(path: Path) -> list[str]:
-    """The names of the arrays of an .npz file. BadFile, with the path as its name, if it is none."""
+    """The names of the arrays of an .npz file; BadFile if it is none."""
     try:
         _require_file(path)
         with zipfile.ZipFile(path) as archive:
@@ -301,7 +305,7 @@ def list_npz(path: Path) -> list[str]:
 
 
 def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Those of these arrays that an .npz file has. BadFile, with the path as its name, if they cannot be read."""
+    """Read those of these arrays that an .npz file has; BadFile if one cannot be read."""
     there = set(list_npz(path))
     arrays = {}
     with zipfile.ZipFile(path) as archive:
@@ -316,7 +320,7 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def open_entry(archive: zipfile.ZipFile, name: str) -> BinaryIO:
-    """The stream of an array. Raises KeyError if there is none, and ValueError for one that inflates unbounded."""
+    """Open an array; KeyError if there is none, ValueError if it could inflate without a bound."""
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("it is packed by another method than deflate")

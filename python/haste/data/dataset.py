@@ -1,17 +1,11 @@
-"""What the trainer asks of a data set, whatever it is made of.
+"""Training data: images cropped as they are read, images with latents made beforehand, images in memory.
 
-By what a run knows its data again, wherever it lies: cheap, so that it can be looked at with every start.
+A run knows its data again, wherever it lies, by a fingerprint that is cheap enough for every start:
 
-    images   how many samples there are
+    images   the number of samples
     names    a checksum of the files' names in their folder or zip, in order; of a Hugging Face data set its fingerprint
     labels   a checksum of all labels
     files    checksums of a few files, spread over all: latents that were made anew keep their names and sizes
-
-Images cropped as they are read: the student sees pixels, or latents that a VAE makes on the training device.
-
-Images with latents that were made beforehand: what `haste prepare` writes, and REPA's own folders.
-
-Images that fit into memory: they stay on the training device, and a sample is no more than its number.
 """
 
 from __future__ import annotations
@@ -37,24 +31,30 @@ from haste.vae import VAE, LatentFormat
 
 
 class Batch(NamedTuple):
-    """student: (B, C, S, S), float32, what is diffused: pixels in [-1, 1], or latents drawn anew, shifted and scaled.
-    images: (B, 3 or 1, R, R), float32 in [-1, 1], what the teacher looks at; the same tensor as `student` for pixels.
-        None after `without_images` where the student does not need them either.
-    labels: (B,), int64.
+    """One batch on the training device.
+
+    Attributes:
+        inputs: (B, C, S, S), float32, what is diffused: pixels in [-1, 1], or latents sampled anew, shifted and scaled.
+        images: (B, 3 or 1, R, R), float32 in [-1, 1], for the teacher; of pixels the same tensor as `inputs`. None
+            after `without_images` where the model does not need them either.
+        labels: (B,), int64.
     """
 
-    student: Tensor
+    inputs: Tensor
     images: Tensor | None
     labels: Tensor
 
 
 class TrainingData(ABC):
-    """A sample is read in a worker process and is the same each time; what is random happens in `to_batch`.
+    """Samples by number. One is read in a worker process and is the same each time; what is random is in `to_batch`.
 
-    resolution: pixels per side of the images. channels, input_size: of what the student sees.
-    latents: how the student's latents come from their VAE; None for pixels.
-    on_bad_file: what the loader does about a file that cannot be used. skipped: those it has passed over, and why.
-    reads_files: whether samples are worth worker processes.
+    Attributes:
+        resolution: pixels per side of the images.
+        channels, input_size: of the model's inputs.
+        latents: the format of the latents; None for pixels.
+        on_bad_file: what the loader does about a file that cannot be used.
+        skipped: the reasons why files were skipped, by name.
+        reads_files: whether samples are worth worker processes.
     """
 
     reads_files = True
@@ -83,32 +83,32 @@ class TrainingData(ABC):
     def __getitem__(self, index: int) -> Any:
         """One sample, as stored. Raises BadFile."""
 
-    @abstractmethod
     def collate(self, samples: list) -> Any:
-        """The samples of a batch, as tensors on the CPU."""
+        """Stack the samples of a batch, on the CPU."""
+        return type(samples[0])(*map(torch.stack, zip(*samples, strict=True)))
 
     @abstractmethod
     def to_batch(self, raw: Any, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        """A collated batch on the training device, with all random draws from `generator`, or from torch's own."""
+        """Move a collated batch to the training device, with random numbers of `generator`, or torch's own."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values by which the same data is known again; see `haste.data.dataset`."""
+        """Plain values by which the same data is known again; see the module."""
         return {"images": len(self)}
 
     def without_images(self) -> TrainingData:
-        """The same data for when no teacher looks any more; where that saves reading, `Batch.images` is None."""
+        """The same data for a run without a teacher; where that saves reading, `Batch.images` is None."""
         return self
 
 
 def count_classes(num_classes: int | None, found: int) -> int:
-    """How many classes the student gets: as asked for, which must do for those found, or as many as were found."""
+    """The number of classes of the model: --num-classes, or as many as were found."""
     if num_classes is not None and num_classes < found:
-        raise UserError(f"--num-classes is {num_classes}; it must be at least {found}, as in the data")
+        raise UserError(f"--num-classes must be at least {found}, as in the data, got {num_classes}")
     return found if num_classes is None else num_classes
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
+    """Convert uint8 to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
@@ -116,7 +116,7 @@ LOOKED_AT = 16  # files
 
 
 def fingerprint(count: int, names: bytes, labels: np.ndarray | None, read: Callable[[int], bytes]) -> dict[str, Any]:
-    """names: what tells them all apart. labels: (count,) int64. read: the bytes of a sample's file."""
+    """The fingerprint of `count` samples; see the module. read: the bytes of a sample's file."""
     chosen = sorted({index * (count - 1) // max(LOOKED_AT - 1, 1) for index in range(LOOKED_AT)})
     return {
         "images": count,
@@ -131,7 +131,7 @@ def checksum(data: bytes) -> str:
 
 
 def _checksum_of_file(read: Callable[[int], bytes], index: int) -> int | None:
-    """None for a file that cannot be read, which --on-bad-file judges when its turn comes."""
+    """None for a file that cannot be read, for which there is --on-bad-file when its turn comes."""
     try:
         return zlib.crc32(read(index))
     except BadFile:
@@ -139,8 +139,9 @@ def _checksum_of_file(read: Callable[[int], bytes], index: int) -> int | None:
 
 
 def describe_change(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In a few words, what is other now than in the fingerprint of the run's data when it began; nothing if it is the
-    same, as far as that one tells. A file may have been restored: fewer than half of those looked at may be other ones.
+    """The differences between the fingerprints of the run's data when it began and now, as far as both have them.
+
+    A file may have been restored: fewer than half of those looked at may be other ones.
     """
     if began.get("images", now["images"]) != now["images"]:
         return [f"{now['images']} images, which were {began['images']}"]
@@ -157,20 +158,20 @@ def describe_change(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def other_latents(began: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two formats of latents, as plain values, give other numbers. The VAE itself may have moved."""
+    """Whether two formats of latents, as plain values, give other numbers; the VAE itself may have moved."""
     names = ("channels", "factor", "shift", "scale")
     return not all(np.array_equal(began.get(name, now[name]), now[name]) for name in names)
 
 
 class Images(NamedTuple):
-    """pixels: uint8, (3, R, R) or a batch of them; label: int64, () or (B,)."""
+    """pixels: uint8, (3, R, R); label: int64, (). Or batches of them."""
 
     pixels: Tensor
     label: Tensor
 
 
 class ImageData(TrainingData):
-    """The images of a source at one resolution. vae: what turns them into latents; None for pixels."""
+    """The images of a source at one resolution. vae: encodes them on the training device; None for pixels."""
 
     def __init__(
         self,
@@ -199,9 +200,6 @@ class ImageData(TrainingData):
         label = 0 if self.source.labels is None else int(self.source.labels[index])
         return Images(torch.from_numpy(center_crop(image, self.resolution)), torch.tensor(label))
 
-    def collate(self, samples: list[Images]) -> Images:
-        return Images(*map(torch.stack, zip(*samples, strict=True)))
-
     def to_batch(self, raw: Images, device: torch.device, generator: torch.Generator | None = None) -> Batch:
         images = to_unit(raw.pixels.to(device, non_blocking=True))
         labels = raw.label.to(device, non_blocking=True)
@@ -212,8 +210,7 @@ class ImageData(TrainingData):
 
 
 class Latents(NamedTuple):
-    """pixels: uint8, (3, R, R), or empty where nobody looks; moments: float32, (2C, S, S); label: int64, ().
-    Or batches of them."""
+    """pixels: uint8, (3, R, R), or empty without a teacher; moments: float32, (2C, S, S); label: int64, ()."""
 
     pixels: Tensor
     moments: Tensor
@@ -263,7 +260,7 @@ class LatentData(TrainingData):
         image = decode_image(self._images.read(name), where)
         if image.size != (size, size):
             found = f"{image.width} x {image.height}"
-            raise BadFile(where, f"is {found} pixels, not {size} x {size} as --resolution says")
+            raise BadFile(where, f"has {found} pixels, not {size} x {size} as --resolution says")
         return to_pixels(image)
 
     def _read_moments(self, index: int) -> np.ndarray:
@@ -275,13 +272,10 @@ class LatentData(TrainingData):
             raise BadFile(where, f"holds {_times(moments.shape)} numbers, {wanted}")
         return moments
 
-    def collate(self, samples: list[Latents]) -> Latents:
-        return Latents(*map(torch.stack, zip(*samples, strict=True)))
-
     def to_batch(self, raw: Latents, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        student = self.latents.draw(raw.moments.to(device, non_blocking=True), generator)
+        inputs = self.latents.draw(raw.moments.to(device, non_blocking=True), generator)
         images = to_unit(raw.pixels.to(device, non_blocking=True)) if self._with_images else None
-        return Batch(student, images, raw.label.to(device, non_blocking=True))
+        return Batch(inputs, images, raw.label.to(device, non_blocking=True))
 
     def without_images(self) -> LatentData:
         data = copy.copy(self)
@@ -290,12 +284,12 @@ class LatentData(TrainingData):
 
 
 def decode_moments(data: bytes, name: str) -> np.ndarray:
-    """The array of an .npy file as float32, without a leading 1; BadFile if it is cut short or not finite."""
+    """Read an .npy file as float32, without a leading 1; BadFile if it is cut short or not finite."""
     try:
         moments = read_array(io.BytesIO(data), len(data))
         if moments.dtype.kind not in "biuf":
             raise ValueError(f"it holds {moments.dtype}, not numbers")
-        with np.errstate(over="ignore"):  # numpy's own warning; the sentence is below
+        with np.errstate(over="ignore"):  # numpy's own warning; the error is below
             single = np.asarray(moments, dtype=np.float32)
     except Exception as error:  # a damaged file leads numpy to raise anything
         raise BadFile(name, f"is no whole .npy file ({in_one_line(error)})") from error
@@ -310,7 +304,12 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 class InMemoryData(TrainingData):
-    """images: (M, C, R, R), float32 in [-1, 1]; labels: (M,), int64, 0 to num_classes - 1."""
+    """Images on the training device, of which a sample is no more than its number.
+
+    Args:
+        images: (M, C, R, R), float32 in [-1, 1].
+        labels: (M,), int64, 0 to num_classes - 1.
+    """
 
     reads_files = False
 

@@ -1,9 +1,4 @@
-"""Files that cannot be used, and what becomes of them.
-
-From the bytes of an image file to pixels of one size.
-
-Images as bytes and files: the 8-bit conversion of the public samplers, PNG folders and the ADM `.npz`.
-"""
+"""Images as files: decoding and cropping, the 8-bit conversion of the public samplers, PNG and the ADM `.npz`."""
 
 from __future__ import annotations
 
@@ -37,10 +32,9 @@ class BadFile(Exception):
     def __str__(self) -> str:
         return f"{self.name} {self.reason}"
 
-
-def refusal(fault: BadFile) -> str:
-    """The sentence with which a command ends that may not skip."""
-    return f"{fault}; replace it, or pass over such files with --on-bad-file skip"
+    def as_user_error(self) -> UserError:
+        """The error of a command that may not skip it."""
+        return UserError(f"{self}; replace it, or skip such files with --on-bad-file skip")
 
 
 # Pillow reads many more, some by starting a program (EPS: Ghostscript), and looks at content rather than at names.
@@ -54,8 +48,8 @@ OTHER_ENDINGS = frozenset(_FORMAT_OF) - IMAGE_ENDINGS
 
 
 def silence_pillow() -> None:
-    """What it warns of, such as odd EXIF entries, is either of no consequence for the pixels or refused below. For
-    good: a filter that is set for a while would be set for other threads too."""
+    """Ignore its warnings, such as of odd EXIF entries: they do not change the pixels, or are errors below. For good: a
+    filter that is set for a while would be set for other threads too."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -63,17 +57,17 @@ silence_pillow()
 
 
 def is_image(name: str) -> bool:
-    """Whether the ending of a file's name is that of an image format that is read."""
+    """Whether a file is called as an image of a format that is read."""
     return _ending(name) in IMAGE_ENDINGS
 
 
 def is_other_image(name: str) -> bool:
-    """Whether the ending of a file's name is that of an image format that is not read."""
+    """Whether a file is called as an image of a format that is not read."""
     return _ending(name) in OTHER_ENDINGS
 
 
 def is_jpeg(name: str) -> bool:
-    """Whether the ending of a file's name is JPEG's, which loses something of every image."""
+    """Whether a file is called as a JPEG, which loses something of every image."""
     return _FORMAT_OF.get(_ending(name)) == "JPEG"
 
 
@@ -83,7 +77,7 @@ def _ending(name: str) -> str:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """The image in RGB, whole; BadFile if it is not all there, no 8-bit image, or larger than the limits."""
+    """Decode an image to RGB; BadFile if it is not all there, no 8-bit image, or larger than the limits."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_size(*image.size, name)
@@ -93,7 +87,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except BadFile:
         raise
     except UnidentifiedImageError as error:
-        raise BadFile(name, _what_else(data)) from error
+        formats = ", ".join(IMAGE_FORMATS)
+        raise BadFile(name, f"is no image, or of another format than {formats}" if data else "is empty") from error
     except Image.DecompressionBombError as error:  # tells the number of pixels, before there is an image to ask
         count = int(re.search(r"\d+", str(error)).group())
         raise BadFile(name, f"has {count:,} pixels; at most {MOST_PIXELS:,} are read") from error
@@ -109,17 +104,14 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise BadFile(name, f"has {width} x {height} pixels; {limit}")
 
 
-def _what_else(data: bytes) -> str:
-    if not data:
-        return "is empty"
-    return f"is no image, or of another format than {', '.join(IMAGE_FORMATS)}"
-
-
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square of an image as (3, size, size) uint8, by ADM's rule, which REPA, SiT and DiT follow.
+    """Crop the middle square of an image by ADM's rule, which REPA, SiT and DiT follow.
 
-    Halved by box averages while the shorter side is at least twice `size`, then resized (bicubic) until the shorter
-    side is `size`, then cropped.
+    It is halved by box averages while the shorter side is at least twice `size`, then resized (bicubic) until the
+    shorter side is `size`, then cropped.
+
+    Returns:
+        (3, size, size) uint8.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -130,15 +122,20 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """(3, H, W) uint8."""
+    """An RGB image as (3, H, W) uint8."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
-    """Images (N, C, H, W) in [−1, 1], C = 1 or 3, to (N, H, W, 3) uint8: clip(255·x, 0, 255) truncated, x in [0, 1].
+    """Convert images to 8 bits as the public samplers do. One grey channel is repeated three times.
 
-    Truncated, not rounded, as HASTE's and REPA's samplers do. One grey channel is repeated three times.
-    rounded: clip(127.5·x + 128, 0, 255) truncated, x in [−1, 1] and float32, which rounds: SiT and DiT.
+    Args:
+        images: (N, C, H, W) in [−1, 1], C = 1 or 3.
+        rounded: clip(127.5·x + 128, 0, 255) in float32, as SiT and DiT; otherwise clip(255·(x + 1)/2, 0, 255), as HASTE
+            and REPA. Both are then truncated, which rounds the first.
+
+    Returns:
+        (N, H, W, 3) uint8.
     """
     x = images.detach().cpu().permute(0, 2, 3, 1)
     scaled = (127.5 * x.float() + 128.0 if rounded else 255.0 * ((x.double() + 1.0) / 2.0)).numpy()
@@ -147,22 +144,23 @@ def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
 
 
 def image_path(folder: Path, index: int) -> Path:
-    """Where image number `index` of a sample folder lies: six digits, as the public samplers name them."""
+    """The file of image number `index` of a sample folder: six digits, as the public samplers name them."""
     return folder / f"{index:06d}.png"
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write one image (H, W, 3) uint8 as PNG, so that a kill leaves the whole file or none."""
-    from PIL import Image  # what samples without writing images does without it
-
+    """Write one image (H, W, 3) uint8 as PNG, whole or not at all."""
     write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
     """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, with the labels (N,) beside it, whole or not at all.
 
-    images: (H, W, 3) uint8 each, as many as labels. They are written as they come, so that 50,000 of 256 pixels, which
-    are 10 GB, need never be in memory together. Raises UserError if they differ in size.
+    Args:
+        images: (H, W, 3) uint8 each, as many as labels. They are written as they come: 50,000 of 256 pixels are 10 GB.
+
+    Raises:
+        UserError: they differ in size.
     """
 
     def write(temporary: Path) -> None:
@@ -184,7 +182,7 @@ def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> N
 
 
 def read_image(path: Path) -> np.ndarray:
-    """One image, (H, W, 3) uint8. Raises UserError if there is none."""
+    """Read one image, (H, W, 3) uint8; UserError if it cannot be read."""
     try:
         return np.asarray(decode_image(read_bytes(path), str(path)))
     except (OSError, BadFile) as error:

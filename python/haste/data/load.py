@@ -1,13 +1,11 @@
-"""REPA's layout: images that are cropped already, and beside them the moments of their latents.
+"""From --data-dir to training data, REPA's layout among it: images that are cropped, and the moments of their latents.
 
     images/00000/img00000000.png               or images.zip with the same inside
     vae-sd/00000/img-mean-std-00000000.npy     or vae-sd.zip; (2C, S, S): means, then standard deviations
     vae-sd/dataset.json                        {"labels": [["00000/img-mean-std-00000000.npy", 6], ...]}
 
-or one zip with all of it. Where `haste prepare` wrote it, prepare.json tells the VAE; otherwise Stable Diffusion's is
-meant.
-
-From --data-dir to training data.
+or one zip with all of it. prepare.json, which `haste prepare` writes, names the VAE; without it, it is Stable
+Diffusion's.
 """
 
 from __future__ import annotations
@@ -15,12 +13,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
-from haste.data.images import BadFile, OnBadFile, is_image, refusal
+from haste.data.images import BadFile, OnBadFile, is_image
 from haste.data.sources import LABEL_FILE, LATENTS, choose_labels, listed_labels, open_images
 from haste.errors import UserError
 from haste.io import parse_json
@@ -42,6 +41,93 @@ def latent_name(number: int) -> str:
     return f"{number // 1000:05d}/img-mean-std-{number:08d}.npy"
 
 
+def load_dataset(
+    data_dir: str,
+    resolution: int,
+    *,
+    vae: str | None = None,
+    vae_stats: str | None = None,
+    on_bad_file: OnBadFile = "refuse",
+    num_classes: int | None = None,
+) -> TrainingData:
+    """Open the training data that --data-dir names.
+
+    Args:
+        data_dir: the name of a small set that is kept in memory; a folder or zip in REPA's layout, whose latents are
+            used; or a folder, zip or Hugging Face data set of images, which are cropped as ADM does.
+        vae: mse, ema, a hub name or a folder. Images without latents are encoded on the training device, or, where it
+            is None, learned as pixels. With REPA's layout it gives scale and shift, which are Stable Diffusion's by
+            default.
+        vae_stats: a file with the mean and standard deviation of each latent channel, in place of the VAE's own scale.
+        on_bad_file: "refuse" files that cannot be used, or "skip" them: another image stands in.
+        num_classes: of the model; None counts the data's.
+
+    Raises:
+        UserError: the data does not exist or does not fit these settings.
+    """
+    if data_dir in DATASETS:
+        return _load_in_memory(data_dir, resolution, num_classes)
+    path = Path(data_dir).expanduser()
+    if not data_dir or not os.path.exists(path):
+        raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
+    archive = open_archive(path, "--data-dir")
+    if archive.child(LATENTS) is not None:
+        data = open_repa_layout(archive, resolution, vae, vae_stats, on_bad_file, num_classes)
+    else:
+        data = _open_images(archive, path, resolution, vae, vae_stats, on_bad_file, num_classes)
+    try:
+        data[0]  # a wrong --resolution spoils every file: an error before teachers and models are made
+    except BadFile as fault:
+        if on_bad_file == "refuse":
+            raise fault.as_user_error() from fault
+    return data
+
+
+def _load_in_memory(name: str, resolution: int, num_classes: int | None) -> InMemoryData:
+    images, labels = plugin(DATASETS, name)()
+    if resolution != images.shape[-1]:
+        raise UserError(f"--resolution must be {images.shape[-1]}, like the {name} images, got {resolution}")
+    return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
+
+
+def _open_images(
+    archive: Archive,
+    path: Path,
+    resolution: int,
+    vae: str | None,
+    vae_stats: str | None,
+    on_bad_file: OnBadFile,
+    num_classes: int | None,
+) -> ImageData:
+    if vae is None and vae_stats is not None:
+        raise UserError(f"--vae-stats must come with --vae, as there are no latents, got {vae_stats}")
+    if archive.child(IMAGES) is not None:
+        _check_no_other_latents(archive, path)
+    source = open_images(path, "--data-dir")
+    if source.labels is None:
+        logger.info("%s has no labels: all its images are one class", path)
+    encoder = VAE(LatentFormat.of(vae, vae_stats)) if vae is not None else None
+    return ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
+
+
+def _check_no_other_latents(archive: Archive, path: Path) -> None:
+    """Refuse latents under another name than that of REPA's layout: a run would learn the pixels beside them."""
+    names = archive.names()
+    folders = [name.split("/", 1)[0] for name in names if name.endswith(".npy") and "/" in name]
+    zips = [name for name in names if name.endswith(".zip") and "/" not in name]
+    for packed in zips if isinstance(archive, Folder) else ():
+        if any(name.endswith(".npy") for name in open_archive(path / packed, "--data-dir").names()):
+            folders.append(packed)
+    if folders:
+        raise UserError(
+            f"--data-dir must have latents in {LATENTS} beside {IMAGES}, or be a folder of images alone to learn from "
+            f"pixels, got {path}, where {min(folders)} holds .npy files that would not be read"
+        )
+
+
+# ---- REPA's layout ----
+
+
 def open_repa_layout(
     root: Archive,
     resolution: int,
@@ -50,18 +136,18 @@ def open_repa_layout(
     on_bad_file: OnBadFile,
     num_classes: int | None,
 ) -> LatentData:
-    """The images and latents under `root`, which has a vae-sd; arguments as for load_dataset.
+    """Open the images and latents under `root`, which has a vae-sd; arguments as for load_dataset.
 
     Labels are those of vae-sd/dataset.json, or else of images/dataset.json; where they are null there is one class.
     """
     image_root, latents = root.child(IMAGES), root.child(LATENTS)
     if image_root is None:
-        raise UserError(f"{root.locate(LATENTS)} lies there without {root.locate(IMAGES)}; it must be there too")
+        raise UserError(f"--data-dir must hold {root.locate(IMAGES)} beside {root.locate(LATENTS)}")
     image_names = [name for name in image_root.names() if is_image(name)]
     moment_names = [name for name in latents.names() if name.endswith(".npy")]
     pairs = pair_files(image_names, moment_names)
     if not pairs:
-        raise UserError(f"{root.locate(LATENTS)} and {root.locate(IMAGES)} hold no image with its latents")
+        raise UserError(f"--data-dir must hold images with their latents: {root.locate(LATENTS)} has none")
     paired = set(pairs.values())
     lone = [image_root.locate(name) for name in image_names if name not in paired]
     lone += [latents.locate(name) for name in moment_names if name not in pairs]
@@ -69,22 +155,25 @@ def open_repa_layout(
     labelled, found = (image_root, image_names) if by_image else (latents, moment_names)
     listed = listed_labels(labelled)
     lone += [labelled.locate(name) for name in (listed or {}).keys() - set(found)]
-    _judge_missing(lone, on_bad_file)
+    _check_counterparts(lone, on_bad_file)
     images, moments = list(pairs.values()), list(pairs)
     labels = choose_labels(listed, images if by_image else moments, labelled.locate(LABEL_FILE))
     if labels is None:
         logger.info("%s has no labels: all its images are one class", root.locate(LATENTS))
         labels = np.zeros(len(pairs), dtype=np.int64)
     classes = count_classes(num_classes, int(labels.max()) + 1)
-    vae_latents = _format(root, vae, vae_stats)
-    data = LatentData((image_root, images), (latents, moments), labels, resolution, classes, vae_latents, on_bad_file)
-    data.class_names = recorded_names(root)
+    record = _read_record(root)
+    form = _latent_format(record, root.locate(RECORD), vae, vae_stats)
+    data = LatentData((image_root, images), (latents, moments), labels, resolution, classes, form, on_bad_file)
+    names = record.get("class_names")
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        data.class_names = names
     return data
 
 
 def pair_files(image_names: list[str], moment_names: list[str]) -> dict[str, str]:
-    """From each moments file, in order, to its image: by name, or, where no two names agree, by position, as REPA's
-    own loader does throughout."""
+    """Map each moments file, in order, to its image: by name, or, where no two names agree, by position, as REPA's own
+    loader does throughout."""
     images = {_key(name): name for name in image_names}
     pairs = {name: images[_key(name)] for name in moment_names if _key(name) in images}
     if not pairs and len(image_names) == len(moment_names):
@@ -96,128 +185,32 @@ def _key(name: str) -> str:
     return name.rsplit(".", 1)[0].replace("-mean-std-", "")
 
 
-def _judge_missing(lone: list[str], on_bad_file: OnBadFile) -> None:
-    """Refuse, or name and count, files without which another one is of no use."""
+def _check_counterparts(lone: list[str], on_bad_file: OnBadFile) -> None:
+    """Refuse, or log, files without which another one is of no use."""
     if not lone:
         return
     what = f"{len(lone)} files have no counterpart in {IMAGES}, {LATENTS} or {LABEL_FILE}, the first being {min(lone)}"
     if on_bad_file == "refuse":
-        raise UserError(f"{what}; restore them, or pass over such files with --on-bad-file skip")
+        raise UserError(f"{what}; restore them, or skip such files with --on-bad-file skip")
     logger.warning("skipped: %s", what)
 
 
-def _format(root: Archive, vae: str | None, vae_stats: str | None) -> LatentFormat:
-    """The VAE that was asked for, or the recorded one, or Stable Diffusion's."""
-    recorded = recorded_format(root)
+def _latent_format(record: dict[str, Any], where: str, vae: str | None, vae_stats: str | None) -> LatentFormat:
+    """The format of the VAE that was asked for, or the recorded one, or Stable Diffusion's."""
+    values = record.get("latents")
+    recorded = None if values is None else LatentFormat.from_dict(values, f"latents in {where}")
     latents = LatentFormat.of(vae) if vae is not None else recorded or SD_LATENTS
     if recorded is not None and (recorded.channels, recorded.factor) != (latents.channels, latents.factor):
-        raise UserError(f"--vae is {vae}; it must be one like {recorded.vae}, which has made {root.locate(LATENTS)}")
+        raise UserError(f"--vae must be one like {recorded.vae}, with which {where} was made, got {vae}")
     return latents if vae_stats is None else latents.with_statistics(vae_stats)
 
 
-def recorded_format(root: Archive) -> LatentFormat | None:
-    """What prepare.json says of the latents; None without one."""
+def _read_record(root: Archive) -> dict[str, Any]:
+    """The content of prepare.json; empty without one."""
     if not root.has(RECORD):
-        return None
-    where = root.locate(RECORD)
+        return {}
     try:
         data = root.read(RECORD)
     except BadFile as fault:
         raise UserError(f"{fault}; it must be the record of haste prepare") from fault
-    latents = parse_json(data, where, "the record of haste prepare", needs=["latents"])["latents"]
-    return None if latents is None else LatentFormat.from_dict(latents, f"latents in {where}")
-
-
-def recorded_names(root: Archive) -> list[str] | None:
-    """The names of the classes that prepare.json has; None without them."""
-    if not root.has(RECORD):
-        return None
-    names = parse_json(root.read(RECORD), root.locate(RECORD), "the record of haste prepare").get("class_names")
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def load_dataset(
-    data_dir: str,
-    resolution: int,
-    *,
-    vae: str | None = None,
-    vae_stats: str | None = None,
-    on_bad_file: OnBadFile = "refuse",
-    num_classes: int | None = None,
-) -> TrainingData:
-    """The training data that --data-dir names.
-
-    data_dir: the name of a small set that is kept in memory; a folder or zip in REPA's layout, whose latents are used;
-        or a folder, zip or Hugging Face data set of images, which are cropped as ADM does.
-    vae: mse, ema, a hub name or a folder. Images without latents are encoded on the training device, or, where it is
-        None, learned as pixels. For REPA's layout it tells scale and shift, which are Stable Diffusion's by default.
-    vae_stats: a file with the mean and standard deviation of each latent channel, in place of the VAE's own scale.
-    on_bad_file: "refuse" files that cannot be used, or "skip" them: another image stands in.
-    num_classes: of the student; None counts the data's.
-
-    Raises UserError for data that does not exist or does not fit these settings.
-    """
-    if data_dir in DATASETS:
-        return _load_in_memory(data_dir, resolution, num_classes)
-    path = Path(data_dir).expanduser()
-    if not data_dir or not os.path.exists(path):
-        known = ", ".join(DATASETS)
-        raise UserError(f"--data-dir is {data_dir!r}; it must be a folder, a zip, or one of: {known}")
-    archive = open_archive(path, "--data-dir")
-    if archive.child(LATENTS) is not None:
-        data = open_repa_layout(archive, resolution, vae, vae_stats, on_bad_file, num_classes)
-    else:
-        data = _open_plain(archive, path, resolution, vae, vae_stats, on_bad_file, num_classes)
-    _try_first(data)
-    return data
-
-
-def _load_in_memory(name: str, resolution: int, num_classes: int | None) -> InMemoryData:
-    images, labels = plugin(DATASETS, name)()
-    if resolution != images.shape[-1]:
-        raise UserError(f"--resolution is {resolution}; it must be {images.shape[-1]}, like the {name} images")
-    return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
-
-
-def _open_plain(
-    archive: Archive,
-    path: Path,
-    resolution: int,
-    vae: str | None,
-    vae_stats: str | None,
-    on_bad_file: OnBadFile,
-    num_classes: int | None,
-) -> ImageData:
-    if vae is None and vae_stats is not None:
-        raise UserError(f"--vae-stats is {vae_stats}, but there are no latents; give --vae as well")
-    if archive.child(IMAGES) is not None:
-        _refuse_unread_arrays(archive, path)
-    source = open_images(path, "--data-dir")
-    if source.labels is None:
-        logger.info("%s has no labels: all its images are one class", path)
-    encoder = VAE(LatentFormat.of(vae, vae_stats)) if vae is not None else None
-    return ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
-
-
-def _refuse_unread_arrays(archive: Archive, path: Path) -> None:
-    """UserError for latents under another name than that of REPA's layout: a run would learn the pixels beside them."""
-    names = archive.names()
-    folders = [name.split("/", 1)[0] for name in names if name.endswith(".npy") and "/" in name]
-    zips = [name for name in names if name.endswith(".zip") and "/" not in name]
-    for packed in zips if isinstance(archive, Folder) else ():
-        if any(name.endswith(".npy") for name in open_archive(path / packed, "--data-dir").names()):
-            folders.append(packed)
-    if folders:
-        raise UserError(
-            f"--data-dir is {path}, where {min(folders)} holds .npy files that would not be read; latents must lie in "
-            f"{LATENTS} beside {IMAGES}, and to learn from pixels, --data-dir must be a folder of images alone"
-        )
-
-
-def _try_first(data: TrainingData) -> None:
-    """A wrong --resolution spoils every file: it is told now, before teachers and student are made."""
-    try:
-        data[0]
-    except BadFile as fault:
-        if data.on_bad_file == "refuse":
-            raise UserError(refusal(fault)) from fault
+    return parse_json(data, root.locate(RECORD), "the record of haste prepare", needs=["latents"])

@@ -1,7 +1,4 @@
-"""The order of the training images, as a function of the step alone.
-
-Batches in the order of BatchOrder, read ahead by worker processes, from any step on at no cost.
-"""
+"""The order of the training images, a function of the step alone, and batches in it, prefetched by worker processes."""
 
 from __future__ import annotations
 
@@ -13,13 +10,14 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from haste.data.dataset import Batch, TrainingData
-from haste.data.images import BadFile, refusal
+from haste.data.images import BadFile
 from haste.errors import UserError, in_one_line
 
 logger = logging.getLogger(__name__)
@@ -31,6 +29,9 @@ class BatchOrder:
     Batch number s holds positions s·B to (s+1)·B of the stream; epoch e of the stream is a permutation that depends on
     the seed and e only. So a resumed run continues at any step without replaying the steps before it, every image
     comes once per epoch, and a batch may span two epochs.
+
+    Raises:
+        ValueError: num_samples or batch_size is below 1.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
@@ -54,8 +55,8 @@ class BatchOrder:
             position += len(part)
         return torch.cat(parts)
 
-    def share(self, step: int, process_index: int, num_processes: int) -> torch.Tensor:
-        """The contiguous part of batch number `step` that one of several processes works on."""
+    def local_batch(self, step: int, process_index: int, num_processes: int) -> torch.Tensor:
+        """The contiguous part of batch number `step` of one of several processes."""
         return self.batch(step).chunk(num_processes)[process_index]
 
     def _epoch_order(self, epoch: int) -> torch.Tensor:
@@ -66,7 +67,7 @@ class BatchOrder:
         return self._permutation
 
 
-# torch says it of every loader, and again when it begins to read; `useful_workers` says it once.
+# torch warns of every loader, and again when it begins to read; `useful_workers` warns once.
 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 # So many files in a row that cannot be used are no accident.
@@ -83,17 +84,18 @@ def batches(
     num_processes: int = 1,
     generator: torch.Generator | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end, from that of `start_step` on; of several processes each gets its contiguous share.
+    """Yield batches without end, from that of `start_step` on; each process gets its contiguous local batch.
 
-    Reading runs ahead in `num_workers` processes. Random draws do not: those of a batch are made when it is asked
-    for, from `generator` or else from torch's own, so that a resumed run draws what an unbroken one would have drawn.
+    `num_workers` processes prefetch. Random numbers are not drawn ahead: those of a batch are drawn when it is asked
+    for, from `generator` or else from torch's own, so that a resumed run has those of an unbroken one.
 
-    Raises UserError, in one line, for a file that cannot be used, unless data.on_bad_file is "skip": then the next
-    one that can stands in for it, always the same, and data.skipped has its name.
+    Raises:
+        UserError: a file cannot be used, unless data.on_bad_file is "skip": then the next one that can stands in for
+            it, always the same, and data.skipped has its name.
     """
     if order.batch_size % num_processes:
         raise UserError(
-            f"--batch-size is {order.batch_size}; it must be a multiple of {num_processes}, the number of processes"
+            f"--batch-size must be a multiple of {num_processes}, the number of processes, got {order.batch_size}"
         )
     device = torch.device(device)
     reader = _Reader(data)
@@ -101,7 +103,7 @@ def batches(
     workers = useful_workers(num_workers, len(data)) if data.reads_files else 0
     loader = DataLoader(
         reader,
-        batch_sampler=_Shares(order, start_step, process_index, num_processes),
+        batch_sampler=_LocalBatches(order, start_step, process_index, num_processes),
         collate_fn=reader.collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -112,15 +114,15 @@ def batches(
 
 
 def useful_workers(num_workers: int, most: int) -> int:
-    """So many of --num-workers as have something to do, `most` at most; tells if these are more than the cores."""
+    """As many of --num-workers as have something to do; warns if these are more than the cores."""
     workers = min(num_workers, most)
-    tell_of_cores(workers)
+    warn_of_cores(workers)
     return workers
 
 
 @functools.cache
-def tell_of_cores(num_workers: int) -> None:
-    """A line in the log, once, if there are more workers than cores for them."""
+def warn_of_cores(num_workers: int) -> None:
+    """Log once that there are more workers than cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > cores:
         logger.warning("%d workers read, and there are %d cores; fewer --num-workers may be faster", num_workers, cores)
@@ -129,26 +131,20 @@ def tell_of_cores(num_workers: int) -> None:
 def _deliver(
     data: TrainingData, loader: DataLoader, device: torch.device, generator: torch.Generator | None
 ) -> Iterator[Batch]:
-    for raw, faults in read_ahead(loader):
-        _judge(data, faults)
+    for raw, faults in prefetch(loader):
+        if faults and data.on_bad_file == "refuse":
+            raise faults[0].as_user_error()
+        for fault in faults:
+            if fault.name not in data.skipped:
+                data.skipped[fault.name] = fault.reason
+                logger.warning("skipped: %s (%d so far)", fault, len(data.skipped))
         if raw is None:
             raise UserError(f"no file can stand in for a bad one, up to the last tried: {faults[-1]}")
         yield data.to_batch(raw, device, generator)
 
 
-def _judge(data: TrainingData, faults: list[BadFile]) -> None:
-    """Refuse, or name and count, the files that this batch could not use."""
-    if faults and data.on_bad_file == "refuse":
-        raise UserError(refusal(faults[0]))
-    for fault in faults:
-        if fault.name not in data.skipped:
-            data.skipped[fault.name] = fault.reason
-            logger.warning("skipped: %s (%d so far)", fault, len(data.skipped))
-
-
 class _Reader:
-    """What worker processes run: a sample, or what stood in its way, as values, since DataLoader would wrap an
-    exception into a page of traceback."""
+    """Runs in worker processes. Errors are values: DataLoader would wrap an exception into a page of traceback."""
 
     def __init__(self, data: TrainingData) -> None:
         self.data = data
@@ -173,35 +169,35 @@ class _Reader:
         return self.data.collate(samples) if whole else None, faults
 
 
-class _Shares:
-    """The indices of one process's share of every batch, without end."""
+@dataclass
+class _LocalBatches:
+    """The indices of one process's part of every batch, without end."""
 
-    def __init__(self, order: BatchOrder, start_step: int, process_index: int, num_processes: int) -> None:
-        self.order = order
-        self.start_step = start_step
-        self.process_index = process_index
-        self.num_processes = num_processes
+    order: BatchOrder
+    start_step: int
+    process_index: int
+    num_processes: int
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in itertools.count(self.start_step):
-            yield self.order.share(step, self.process_index, self.num_processes).tolist()
+            yield self.order.local_batch(step, self.process_index, self.num_processes).tolist()
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach every process of a job. The parent saves and then ends its workers; if
     these went first, it would wait in vain in the middle of its step. So only the parent's own SIGTERM counts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_at_the_parents_word, daemon=True).start()
+    threading.Thread(target=_end_at_sigterm_of_the_parent, daemon=True).start()
 
 
-def _end_at_the_parents_word() -> None:
+def _end_at_sigterm_of_the_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-def read_ahead(loader: DataLoader) -> Iterator[Any]:
-    """What the loader yields. UserError, here and nowhere else, if a worker was killed, mostly for want of memory."""
+def prefetch(loader: DataLoader) -> Iterator[Any]:
+    """Yield from a loader; UserError, here and nowhere else, if a worker was killed, mostly for want of memory."""
     on_child = signal.getsignal(signal.SIGCHLD)
     # The workers are born with these blocked: libraries start threads in them before leave_signals_to_the_parent runs,
     # and one thread that takes SIGTERM is the end of its process.

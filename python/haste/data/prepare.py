@@ -1,10 +1,8 @@
-"""The folder that `haste prepare` fills, in REPA's layout: what is there, what is missing, what belongs to whom.
+"""From any images to REPA's layout: cropped PNGs, the moments of their latents, and their labels.
 
-From any images to REPA's layout: cropped PNGs, the moments of their latents, and their labels.
-
-Image number i of the source becomes file number i, so that a command that was killed goes on with the numbers that
-are missing, and a file that cannot be used leaves a gap. Worker processes read, crop and write PNGs; the process
-itself encodes.
+Image number i of the source becomes file number i, so that a command that was killed resumes with the numbers that are
+missing, and a file that cannot be used leaves a gap. Worker processes read, crop and write PNGs; the process itself
+encodes.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from haste.data.dataset import to_unit
-from haste.data.images import BadFile, OnBadFile, center_crop, decode_image, refusal
+from haste.data.images import BadFile, OnBadFile, center_crop, decode_image
 from haste.data.load import IMAGES, LATENTS, RECORD, image_name, latent_name
-from haste.data.loader import leave_signals_to_the_parent, read_ahead, useful_workers
+from haste.data.loader import leave_signals_to_the_parent, prefetch, useful_workers
 from haste.data.sources import LABEL_FILE, ImageSource
 from haste.errors import UserError
 from haste.io import require_space, write_atomically, write_json
@@ -40,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """A PNG without compression, as REPA's, which every step of training decodes. pixels: (3, R, R) uint8."""
+    """Encode (3, R, R) uint8 as a PNG without compression, as REPA's, since every step of training decodes it."""
     file = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(file, format="PNG", compress_level=0)
     return file.getvalue()
@@ -54,7 +52,7 @@ def encode_npy(moments: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two folders: the name of each file in it, and the size of them all, by which a whole one is known."""
+    """One of the two folders: the name of each file, and the size of every whole one."""
 
     folder: str
     file_name: Callable[[int], str]
@@ -108,14 +106,14 @@ class Destination(ResumableDir):
                 sizes |= {f"{folder.name}/{entry.name}": entry.stat().st_size for entry in entries}
         return {number for number in range(self.count) if sizes.get(kind.file_name(number)) == kind.file_size}
 
-    def missing(self, share: Iterable[int]) -> list[int]:
+    def missing(self, numbers: Iterable[int]) -> list[int]:
         """Those of these numbers of which a file is missing."""
         whole = set.intersection(*map(self.present, self.kinds))
-        return [number for number in share if number not in whole]
+        return [number for number in numbers if number not in whole]
 
     def write(self, kind: Kind, number: int, data: bytes) -> None:
-        """One file, whole or not at all after a kill. It is not pushed to the disk, which would take longer than all
-        the rest: after a power failure its size tells."""
+        """Write one file, whole or not at all after a kill. It is not pushed to the disk, which would take longer than
+        all the rest: after a power failure its size shows."""
         path = self.path / kind.folder / kind.file_name(number)
         write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
 
@@ -132,7 +130,7 @@ class Destination(ResumableDir):
         self._write(finished=True)
 
     def check_space(self, pack: bool) -> None:
-        """UserError if the disk has no room for what is missing and, to pack, for the larger folder once more."""
+        """Raise UserError if the disk has no room for what is missing and, to pack, for the larger folder once more."""
         block = 4096  # a file takes whole blocks
         sizes = [-(-kind.file_size // block) * block for kind in self.kinds]
         needed = len(self.missing(range(self.count))) * sum(sizes) + (self.count * max(sizes) if pack else 0)
@@ -168,7 +166,7 @@ class Cropped(NamedTuple):
 
 
 class _CropAndWrite:
-    """What worker processes run. Problems are values: DataLoader would wrap an exception into a page of traceback."""
+    """Runs in worker processes. Errors are values: DataLoader would wrap an exception into a page of traceback."""
 
     def __init__(self, source: ImageSource, destination: Destination, resolution: int) -> None:
         self.source = source
@@ -188,7 +186,7 @@ class _CropAndWrite:
 
 @dataclass
 class Preparation:
-    """One process's part of a command. vae: None for images alone; faults: the files that were passed over."""
+    """One process's part of a command. vae: None for images alone; faults: the files that were skipped."""
 
     source: ImageSource
     destination: Destination
@@ -202,24 +200,21 @@ class Preparation:
         self.faults: list[BadFile] = []
 
     def run(self, numbers: list[int]) -> Iterator[int]:
-        """Write the files of these numbers; yields after each batch how many it had.
+        """Write the files of these numbers, and yield the size of each batch that is done.
 
-        Raises UserError for the first bad file that may not be skipped, and when the disk cannot be written.
+        Raises:
+            UserError: a bad file may not be skipped, or the disk cannot be written.
         """
         for batch in self._cropped(numbers):
-            for cropped in batch:
-                if cropped.problem is not None:
-                    self._judge(cropped.problem)
+            for problem in (cropped.problem for cropped in batch if cropped.problem is not None):
+                if isinstance(problem, UserError):
+                    raise problem
+                if self.on_bad_file == "refuse":
+                    raise problem.as_user_error() from problem
+                self.faults.append(problem)
+                logger.warning("skipped: %s (%d so far)", problem, len(self.faults))
             self._encode([cropped for cropped in batch if cropped.problem is None])
             yield len(batch)
-
-    def _judge(self, problem: BadFile | UserError) -> None:
-        if isinstance(problem, UserError):
-            raise problem
-        if self.on_bad_file == "refuse":
-            raise UserError(refusal(problem)) from problem
-        self.faults.append(problem)
-        logger.warning("skipped: %s (%d so far)", problem, len(self.faults))
 
     def _cropped(self, numbers: list[int]) -> Iterator[list[Cropped]]:
         loader = DataLoader(
@@ -230,7 +225,7 @@ class Preparation:
             collate_fn=list,
             worker_init_fn=leave_signals_to_the_parent,
         )
-        return read_ahead(loader)
+        return prefetch(loader)
 
     def _encode(self, images: list[Cropped]) -> None:
         if self.vae is None or not images:

@@ -1,7 +1,4 @@
-"""Where images come from, before anything is done to them: their bytes and labels by number.
-
-A folder or a zip of image files, or a Hugging Face data set on disk.
-"""
+"""Images by number, as bytes with labels: of a folder or a zip of files, or of a Hugging Face data set on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.images import IMAGE_FORMATS, BadFile, is_image, is_other_image
-from haste.errors import UserError, in_one_line
+from haste.errors import UserError, in_one_line, require
 from haste.io import MOST_CLASSES, parse_json, read_json
 from haste.validation import check
 
@@ -28,8 +25,13 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class ImageSource(Protocol):
-    """labels: (count,), int64, or None where there are none; num_classes: how many there are, 1 without labels.
-    class_names: by label, or None where classes have none."""
+    """Images by number.
+
+    Attributes:
+        labels: (count,), int64, or None where there are none.
+        num_classes: 1 without labels.
+        class_names: by label, or None where classes have none.
+    """
 
     labels: np.ndarray | None
     num_classes: int
@@ -44,7 +46,7 @@ class ImageSource(Protocol):
         """The bytes of an image's file; BadFile if there are none."""
 
     def listing(self) -> bytes:
-        """What tells the names of these images, in their order, from any others."""
+        """Bytes that are the same for the same names of images in the same order."""
 
     def digest(self) -> str:
         """A checksum of which images these are, in which order, with which labels."""
@@ -84,13 +86,13 @@ class FileImages:
 
 
 def pack_names(names: list[str]) -> np.ndarray:
-    """One block of bytes. A list of a million strings would be copied into every worker process, page by page, as
-    Python counts the references to them."""
+    """Put names into one block of bytes: a list of a million strings would be copied into every worker process, page by
+    page, as Python counts the references to them."""
     return np.array([os.fsencode(name) for name in names])
 
 
 def open_images(path: Path, flag: str) -> ImageSource:
-    """The images at `path`, which `flag` gave; UserError if there are none or if they cannot be told apart."""
+    """Open the images at `path`, which `flag` gave; UserError if there are none, or their classes are not clear."""
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         return HuggingFaceImages(path, flag)
     archive = open_archive(path, flag)
@@ -101,9 +103,13 @@ def open_images(path: Path, flag: str) -> ImageSource:
 
 
 def open_files(archive: Archive, what: str) -> FileImages:
-    """Every image file of the archive. Labels: dataset.json, or the folders at the top; `what` begins messages.
+    """Open every image file of an archive; their labels are those of dataset.json, or else the folders at the top.
 
-    Raises UserError if there are none, if they cannot be told apart, or for REPA's layout one folder further down.
+    Args:
+        what: begins the messages.
+
+    Raises:
+        UserError: there are none, their classes are not clear, or it is REPA's layout one folder further down.
     """
     everything = archive.names()
     _refuse_layout_below(everything, what)
@@ -113,14 +119,14 @@ def open_files(archive: Archive, what: str) -> FileImages:
         raise UserError(f"{what} holds no images; it must hold files of {kinds}, or a folder of them for each class")
     others = [name for name in everything if is_other_image(name)]
     if others:
-        logger.warning("passed over %d files of formats that are not read, such as %s", len(others), others[0])
+        logger.warning("skipped %d files of formats that are not read, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
         return FileImages(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
     return FileImages(archive, names, *_labels_of_folders(names, what))
 
 
 def _refuse_layout_below(names: list[str], what: str) -> None:
-    """A folder that holds REPA's layout, or a zip of it with that folder in it: its latents would be passed over."""
+    """Refuse a folder that holds REPA's layout, or a zip with that folder in it: its latents would not be read."""
     below = next((name for name in names if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
     if below is not None:
         folder = below.partition(f"/{LATENTS}/")[0]
@@ -128,8 +134,7 @@ def _refuse_layout_below(names: list[str], what: str) -> None:
 
 
 def _labels_of_folders(names: list[str], what: str) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and the names of classes, which are the folders at the top, sorted; None where all images lie at the
-    top, as one class."""
+    """Labels, and the classes: the folders at the top, sorted. None where all images lie at the top, as one class."""
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     classes = sorted(set(tops))
     if classes == [""]:
@@ -148,7 +153,7 @@ def _labels_of_folders(names: list[str], what: str) -> tuple[np.ndarray | None, 
 
 
 def listed_labels(archive: Archive) -> dict[str, Any] | None:
-    """dataset.json, {"labels": [[name, label], ...]}, as a dictionary; None where "labels" is null."""
+    """The labels of dataset.json by name; None where they are null."""
     where = archive.locate(LABEL_FILE)
     try:
         data = archive.read(LABEL_FILE)
@@ -166,7 +171,7 @@ def listed_labels(archive: Archive) -> dict[str, Any] | None:
 
 
 def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -> np.ndarray | None:
-    """Those of these files; UserError where one has none, or one that is no class. where: the path of dataset.json."""
+    """The labels of these files; UserError where one has none, or one that is no class. where: of dataset.json."""
     if listed is None:
         return None
     missing = [name for name in names if name not in listed]
@@ -228,12 +233,7 @@ class HuggingFaceImages:
 
 
 def _load_from_disk(path: Path, flag: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"{flag} is {path}, a Hugging Face data set, which takes the package datasets: pip install datasets"
-        ) from error
+    datasets = require("datasets")
     _check_files(path)
     try:
         dataset = datasets.load_from_disk(str(path))
@@ -249,8 +249,7 @@ def _load_from_disk(path: Path, flag: str) -> Any:
 
 
 def _check_files(path: Path) -> None:
-    """UserError for records of a data set that are none, and for tables that are not files beside them: a pipe would
-    be waited for."""
+    """Refuse records of a data set that are none, and tables that are not files beside them, such as pipes."""
     record, folders = path / "dataset_dict.json", [path]
     if record.is_file():
         splits = read_json(record, "the record of a Hugging Face data set", needs=["splits"])["splits"]
@@ -267,8 +266,7 @@ def _check_files(path: Path) -> None:
 def _labels_of_column(
     dataset: Any, kinds: dict[str, str], what: str
 ) -> tuple[np.ndarray | None, int, list[str] | None]:
-    """The one ClassLabel column, or the column named label; the number of classes it tells, or that there are; their
-    names."""
+    """The one ClassLabel column, or the column named label; the number of classes and their names."""
     classes = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     column = classes[0] if len(classes) == 1 else "label"
     if column not in kinds:
@@ -282,6 +280,6 @@ def _labels_of_column(
     whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
     if not whole or labels.min() < 0 or labels.max() >= MOST_CLASSES:
         raise UserError(f"{what} column {column} holds other values than classes, counted from 0")
-    told = getattr(dataset.features[column], "num_classes", None)
-    names = getattr(dataset.features[column], "names", None)
-    return labels.astype(np.int64), told or int(labels.max()) + 1, names
+    feature = dataset.features[column]
+    num_classes = getattr(feature, "num_classes", None) or int(labels.max()) + 1
+    return labels.astype(np.int64), num_classes, getattr(feature, "names", None)

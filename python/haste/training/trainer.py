@@ -301,7 +301,7 @@ class Trainer:
         aligner = self.aligner
         family, model = self.family, self.student.model
         condition = family.drop(model, family.condition(batch.labels), draws.dropped)
-        x_t, target = family.interpolate(model, batch.student, draws.noise, draws.t, self.config.path_type)
+        x_t, target = family.interpolate(model, batch.inputs, draws.noise, draws.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
             output = self.student(x_t, draws.t, condition, layers, project)

@@ -96,7 +96,7 @@ def test_training_reads_back_what_was_prepared(source, tmp_path, vae):
     data = load_dataset(str(tmp_path / "out"), 8)
     assert data.latents == LatentFormat.of(str(vae))  # as prepare.json tells
     batch = next(batches(data, BatchOrder(12, 12, seed=0), num_workers=2))
-    assert batch.student.shape == (12, 4, 2, 2) and batch.images.shape == (12, 3, 8, 8)
+    assert batch.inputs.shape == (12, 4, 2, 2) and batch.images.shape == (12, 3, 8, 8)
     assert sorted(batch.labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
 
 
@@ -127,7 +127,7 @@ def test_without_a_vae_the_images_alone(source, tmp_path):
 @pytest.mark.parametrize(("asked", "started"), [(1024, 3), (2, 2)])
 def test_there_are_no_more_workers_than_batches(asked, started, monkeypatch):
     loaders = []
-    monkeypatch.setattr("haste.data.prepare.read_ahead", lambda loader: loaders.append(loader) or iter(()))
+    monkeypatch.setattr("haste.data.prepare.prefetch", lambda loader: loaders.append(loader) or iter(()))
     preparation = Preparation(None, None, 8, None, batch_size=5, num_workers=asked, on_bad_file="refuse")
     assert list(preparation.run(list(range(12)))) == []
     assert [loader.num_workers for loader in loaders] == [started]
@@ -237,7 +237,7 @@ def test_each_of_several_processes_takes_its_share(source, tmp_path):
 def test_bad_images_are_refused_or_left_out(source, tmp_path, vae, capsys):
     cut_short(source / "bee" / "04.png")
     (source / "cat" / "02.png").write_bytes(b"")
-    assert "bee/04.png is no whole image (image file is truncated); replace it, or pass over such files" in refusal(
+    assert "bee/04.png is no whole image (image file is truncated); replace it, or skip such files" in refusal(
         capsys, source, tmp_path / "out", vae
     )
     prepare(source, tmp_path / "out", vae, "--on-bad-file", "skip")
@@ -287,7 +287,7 @@ def test_flags_that_make_no_sense(source, tmp_path, vae, capsys):
         (("--resolution", "0"), "--resolution must be an integer from 1 to 16,384, got 0"),
         (("--resolution", "10"), "--resolution is 10; it must be a multiple of 4"),
         (("--num-workers", "-1"), "--num-workers must be an integer from 0 to 1,024, got -1"),
-        (("--source", str(tmp_path / "nothing")), "--source is .*nothing, which does not exist"),
+        (("--source", str(tmp_path / "nothing")), "--source must be .*nothing, which does not exist"),
         (("--dest", str(source / "out")), "--dest is .*, inside --source; it must be a folder elsewhere"),
     ]:
         assert re.search(sentence, refusal(capsys, source, tmp_path / "out", vae, *flags))

@@ -226,7 +226,7 @@ def test_labels_from_a_file(run, tmp_path, capsys):
     main(["sample", "--ckpt", str(run), *QUICK, "--labels", str(path)])
     assert read_npz(next((run / "samples").glob("*.npz")))[1].tolist() == [7, 0, 3, 7, 0, 3]
     path.write_text("7\n0\n5\n")  # another content is another command
-    assert "(labels 7,0,3, now 7,0,5)" in refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))
+    assert "labels 7,0,3, now 7,0,5" in refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))
     for content, message in (("7\nsix\n", "whose line 2 is six; it must be a class"), ("\n", "which is empty")):
         path.write_text(content)
         assert f"--labels is {path}, {message}" in refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 from haste.data import BatchOrder, batches, load_dataset
-from haste.data.loader import tell_of_cores
+from haste.data.loader import warn_of_cores
 from haste.errors import UserError
 from image_files import cut_short
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -41,8 +41,8 @@ def test_batches_hold_the_images_of_the_order(data, num_workers):
         samples = [data[index] for index in order.batch(step).tolist()]
         assert torch.equal(batch.labels, torch.stack([sample.label for sample in samples]))
         pixels = torch.stack([sample.pixels for sample in samples])
-        assert torch.equal(((batch.student + 1) * 127.5).round().to(torch.uint8), pixels)
-        assert batch.images is batch.student
+        assert torch.equal(((batch.inputs + 1) * 127.5).round().to(torch.uint8), pixels)
+        assert batch.images is batch.inputs
 
 
 def test_any_step_can_be_the_first_and_draws_what_it_would_have_drawn(latents):
@@ -76,12 +76,12 @@ def test_the_shares_of_several_processes_make_up_the_batch(data):
     whole = take(batches(data, order), 4)
     shares = [take(batches(data, order, process_index=index, num_processes=3), 4) for index in range(3)]
     for step, batch in enumerate(whole):
-        assert torch.equal(torch.cat([share[step].student for share in shares]), batch.student)
+        assert torch.equal(torch.cat([share[step].inputs for share in shares]), batch.inputs)
         assert all(len(share[step].labels) == 2 for share in shares)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(data):
-    with pytest.raises(UserError, match="--batch-size is 6; it must be a multiple of 4, the number of processes"):
+    with pytest.raises(UserError, match="--batch-size must be a multiple of 4, the number of processes, got 6"):
         batches(data, BatchOrder(12, 6, seed=0), num_processes=4)
 
 
@@ -95,7 +95,7 @@ def test_a_bad_file_ends_the_run_with_one_line(class_folder, data, num_workers):
         take(batches(data, BatchOrder(12, 4, seed=0), num_workers=num_workers), 3)
     message = str(error.value)
     assert message.startswith(f"{class_folder}/bee/04.png is no whole image (")
-    assert message.endswith("; replace it, or pass over such files with --on-bad-file skip") and "\n" not in message
+    assert message.endswith("; replace it, or skip such files with --on-bad-file skip") and "\n" not in message
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -107,7 +107,7 @@ def test_skipped_files_are_named_and_counted_once_and_the_next_stands_in(class_f
     (batch, _) = take(batches(data, order, num_workers=num_workers), 2)
     place = order.batch(0).tolist()
     for bad in (5, 6):  # bee/04 and bee/07; bee/10 is the next
-        assert torch.equal(batch.student[place.index(bad)], batch.student[place.index(7)])
+        assert torch.equal(batch.inputs[place.index(bad)], batch.inputs[place.index(7)])
     assert sorted(data.skipped) == [f"{class_folder}/bee/04.png", f"{class_folder}/bee/07.png"]
     first, second = (record.message for record in caplog.records)
     assert first.endswith("(1 so far)") and second.endswith("(2 so far)")
@@ -161,7 +161,7 @@ def test_data_in_memory_needs_no_workers():
     batch = next(stream)
     assert multiprocessing.active_children() == []
     indices = BatchOrder(len(data), 32, seed=0).batch(0)
-    assert torch.equal(batch.labels, data._labels[indices]) and torch.equal(batch.student, data._images[indices])
+    assert torch.equal(batch.labels, data._labels[indices]) and torch.equal(batch.inputs, data._images[indices])
 
 
 def test_there_are_no_more_workers_than_images(class_folder, monkeypatch):
@@ -175,9 +175,9 @@ def test_there_are_no_more_workers_than_images(class_folder, monkeypatch):
 
 def test_more_workers_than_cores_are_told_once(class_folder, monkeypatch, caplog):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    tell_of_cores.cache_clear()
+    warn_of_cores.cache_clear()
     data = load_dataset(str(class_folder), 8)
     for _ in range(2):
         batches(data, BatchOrder(len(data), 4, seed=0), num_workers=3)
     assert caplog.text.count("3 workers read, and there are 1 cores") == 1
-    tell_of_cores.cache_clear()
+    warn_of_cores.cache_clear()

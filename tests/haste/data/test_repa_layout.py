@@ -32,12 +32,12 @@ def test_images_moments_and_labels_belong_together(repa_folder):
 def test_latents_are_drawn_anew_with_stable_diffusions_scale(repa_folder):
     data = load_dataset(str(repa_folder), 16)
     raw = everything(data)
-    draws = torch.stack([data.to_batch(raw, CPU).student for _ in range(400)])
+    draws = torch.stack([data.to_batch(raw, CPU).inputs for _ in range(400)])
     means = torch.arange(6).view(6, 1, 1, 1) * 0.18215
     torch.testing.assert_close(draws.mean(0), means.expand(6, 4, 2, 2), rtol=0, atol=0.03)
     assert draws.std(0).mean().item() == pytest.approx(0.5 * 0.18215, rel=0.03)
     batch = data.to_batch(raw, CPU)
-    assert batch.images.shape == (6, 3, 16, 16) and batch.student.dtype == torch.float32
+    assert batch.images.shape == (6, 3, 16, 16) and batch.inputs.dtype == torch.float32
 
 
 def test_without_images_none_is_read(repa_folder):
@@ -45,7 +45,7 @@ def test_without_images_none_is_read(repa_folder):
     silent = data.without_images()
     shutil.rmtree(repa_folder / "images")
     batch = next(batches(silent, BatchOrder(6, 6, seed=0), num_workers=1))
-    assert batch.images is None and batch.student.shape == (6, 4, 2, 2)
+    assert batch.images is None and batch.inputs.shape == (6, 4, 2, 2)
     with pytest.raises(BadFile, match="is missing"):
         data[0]
 
@@ -103,7 +103,7 @@ def test_the_vae_may_have_another_shape_and_scale(repa_folder, vae_folder):
     data = load_dataset(str(repa_folder), 16, vae=str(vae_folder))
     assert data.input_size == 4
     batch = data.to_batch(everything(data), CPU)
-    assert batch.student.unique().tolist() == [-0.125]  # (0 − 0.25)·0.5
+    assert batch.inputs.unique().tolist() == [-0.125]  # (0 − 0.25)·0.5
 
 
 def test_statistics_replace_the_scale(repa_folder, tmp_path):
@@ -116,7 +116,7 @@ def test_statistics_replace_the_scale(repa_folder, tmp_path):
 
 
 def test_another_resolution_than_the_files_have_is_refused_at_once(repa_folder, vae_folder):
-    with pytest.raises(UserError, match="img00000000.png is 16 x 16 pixels, not 32 x 32 as --resolution says"):
+    with pytest.raises(UserError, match="img00000000.png has 16 x 16 pixels, not 32 x 32 as --resolution says"):
         load_dataset(str(repa_folder), 32)
     with pytest.raises(UserError, match="--resolution is 20; it must be a multiple of 8"):
         load_dataset(str(repa_folder), 20)
@@ -163,16 +163,16 @@ def test_an_array_of_objects_is_not_unpickled(repa_folder):
 
 
 def test_missing_parts_are_refused(repa_folder, tmp_path):
-    with pytest.raises(UserError, match="--num-classes is 3; it must be at least 4, as in the data"):
+    with pytest.raises(UserError, match="--num-classes must be at least 4, as in the data, got 3"):
         load_dataset(str(repa_folder), 16, num_classes=3)
     assert load_dataset(str(repa_folder), 16, num_classes=1000).num_classes == 1000
     (repa_folder / "vae-sd" / "dataset.json").unlink()
     with pytest.raises(UserError, match="vae-sd/dataset.json is missing; it must list the labels"):
         load_dataset(str(repa_folder), 16)
     shutil.rmtree(repa_folder / "images")
-    with pytest.raises(UserError, match="vae-sd lies there without .*images; it must be there too"):
+    with pytest.raises(UserError, match="--data-dir must hold .*images beside .*vae-sd"):
         load_dataset(str(repa_folder), 16)
     (tmp_path / "empty" / "vae-sd").mkdir(parents=True)
     (tmp_path / "empty" / "images").mkdir()
-    with pytest.raises(UserError, match="hold no image with its latents"):
+    with pytest.raises(UserError, match="--data-dir must hold images with their latents"):
         load_dataset(str(tmp_path / "empty"), 16)

@@ -166,7 +166,7 @@ def test_hugging_face_columns_that_do_not_fit(tmp_path):
 def test_without_the_package_datasets_one_sentence_says_so(tmp_path, monkeypatch):
     hugging_face().save_to_disk(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="a Hugging Face data set, which takes the package datasets: pip install"):
+    with pytest.raises(UserError, match="pip install 'haste.datasets.'"):
         open_images(tmp_path, "--data-dir")
 
 
@@ -226,4 +226,4 @@ def test_any_bytes_in_dataset_json_are_labels_or_a_refusal(tmp_path, content):
 def test_images_of_formats_that_are_not_read_are_counted(class_folder, caplog):
     photographs(1)[0].save(class_folder / "ant" / "x.tga")
     assert len(open_images(class_folder, "--data-dir")) == 12
-    assert "passed over 1 files of formats that are not read, such as ant/x.tga" in caplog.text
+    assert "skipped 1 files of formats that are not read, such as ant/x.tga" in caplog.text

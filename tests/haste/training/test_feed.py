@@ -50,10 +50,10 @@ def test_a_feed_that_begins_later_gives_the_same(make_feed):
 
 def test_a_probe_sees_the_same_images_every_time_and_leaves_the_run_alone(make_feed):
     feed, other = make_feed(probe_images=5), make_feed()
-    first = [batch.student for batch in feed.probe()]
+    first = [batch.inputs for batch in feed.probe()]
     assert [len(student) for student in first] == [2, 2]
     assert torch.equal(feed.next(0, 0).student, other.next(0, 0).student)
-    again = [batch.student for batch in feed.probe()]
+    again = [batch.inputs for batch in feed.probe()]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(feed.next(0, 1).student, other.next(0, 1).student)
 

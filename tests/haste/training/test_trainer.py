@@ -218,8 +218,8 @@ def test_two_teachers_each_get_a_projector(make_config, teacher_folder):
     ("change", "sentence"),
     [
         ({"model": "SiT-Huge/2"}, "--model must be one of .* got 'SiT-Huge/2'"),
-        ({"data_dir": "cats"}, "--data-dir is 'cats'"),
-        ({"resolution": 16}, "--resolution is 16; it must be 8"),
+        ({"data_dir": "cats"}, "--data-dir must be .* got 'cats'"),
+        ({"resolution": 16}, "--resolution must be 8"),
         ({"encoder_depth": 4}, "--encoder-depth must be 1 to 3, .* got 4"),
         ({"layer_map": "0:1,3:2"}, "asks for layer 3 of the student, which has 3 layers"),
         ({"layer_map": "0:1,1:3"}, "asks for layer 3 of the teacher .* which has 3 layers"),
