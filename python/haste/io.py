@@ -1,20 +1,10 @@
-"""What a file may ask for. Each is held against the file before memory is taken for it, and said with the refusal.
-
-Files: written whole or not at all, and JSON that somebody else may have written.
-
-One command at a time in a folder: a lock that dies with its owner, whatever ends it, also on network disks.
-
-POSIX record locks (fcntl.lockf), which NFS passes on to its server. The system lets go of one when its process ends; a
-worker process that outlives it does not hold it. They belong to a process and a file: closing any handle of the file
-gives the lock up, so a process that holds one never opens the file again.
-"""
+"""Files: written whole or not at all, read within limits, and JSON that somebody else may have written."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import json
-import logging
 import os
 import re
 import shutil
@@ -27,8 +17,7 @@ from typing import Any, TypeVar
 
 from haste.errors import UserError, in_one_line
 
-logger = logging.getLogger(__name__)
-
+# What a file may ask for, checked before memory is taken for it.
 LARGEST_JSON = 256 * 2**20  # bytes; the labels of ImageNet take 60 MB
 LARGEST_FILE = 2**30  # bytes of an image, or of the latents of one, also inside a zip
 MOST_PIXELS = 100_000_000  # of one image: 400 MB in memory, 10,000 x 10,000
@@ -41,7 +30,7 @@ LARGEST_HEADER = 2**16  # bytes in front of an array
 
 
 def in_bytes(size: int) -> str:
-    """A number of bytes, for a sentence."""
+    """A number of bytes with its unit, for messages."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
@@ -50,7 +39,7 @@ def in_bytes(size: int) -> str:
 
 Json = TypeVar("Json", dict, list)
 
-LOCK = ".lock"  # haste.io keeps it in a folder while a command works there
+LOCK = ".lock"  # haste.resumable keeps it in a folder while a command works there
 
 ABANDONED = 3600  # seconds: a writer on another machine, whose process cannot be looked up here, would have gone on
 
@@ -66,8 +55,11 @@ def temporary_path(path: Path) -> Path:
 def write_atomically(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
     """Call write(temporary path), push it to the disk, then give it its name: a kill leaves the old file or the new.
 
-    durable: whether it is pushed to the disk, so that a power failure, too, leaves one of the two.
-    Raises OSError where the file system does, and whatever `write` raises; the old file is then as it was.
+    Args:
+        durable: push it to the disk, so that a power failure, too, leaves one of the two.
+
+    Raises:
+        OSError: it cannot be written, or whatever `write` raises; the old file is then as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
@@ -89,19 +81,19 @@ def write_atomically(path: Path, write: Callable[[Path], Any], durable: bool = T
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_atomically` for UTF-8 text; what killed writers of the same file have left is removed."""
+    """Write UTF-8 text, whole or not at all, and remove what killed writers of the same file have left."""
     remove_abandoned(path)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """`write_atomically` for JSON."""
+    """Write JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """`write_atomically` for what torch.save can save."""
-    import torch  # io is imported where nobody needs it
+    """Write what torch.save can save, whole or not at all."""
+    import torch  # which most commands with io do not need at once
 
     def write(temporary: Path) -> None:
         try:
@@ -114,8 +106,12 @@ def save_tensors(path: Path, content: Any) -> None:
 
 @contextmanager
 def writing(what: str, kept: str = "") -> Iterator[None]:
-    """UserError where the disk is full or cannot be written. what: begins the sentence; kept: ends it, such as "what is
-    there is kept, and the same command goes on"."""
+    """Turn the OSError of a full disk, or of one that cannot be written, into a UserError.
+
+    Args:
+        what: begins the message.
+        kept: ends it, such as "what is there is kept, and the same command resumes".
+    """
     try:
         yield
     except OSError as error:
@@ -131,7 +127,7 @@ def is_leftover(path: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Delete what kills in the middle of a write have left in a folder and those below it.
 
-    To be called by the command that holds the folder (haste.io), so that nobody else is writing there.
+    To be called by the command that holds the folder, so that nobody else is writing there.
     """
     for path in folder.rglob(".*.tmp"):
         if is_leftover(path):
@@ -141,8 +137,9 @@ def remove_leftovers(folder: Path) -> None:
 def remove_abandoned(path: Path, held: bool = False) -> None:
     """Delete what killed writers of this one file or folder have left beside it.
 
-    held: whether no other command may write it now. Else only what no process of this machine is writing, and what is
-    too old for one of another machine.
+    Args:
+        held: no other command can be writing it. Else only what no process of this machine is writing, and what is too
+            old for one of another machine.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_leftover(leftover) and (held or not _is_being_written(leftover) and _age(leftover) > ABANDONED):
@@ -186,7 +183,7 @@ def is_free(folder: Path) -> bool:
 
 
 def require_space(folder: Path, size: int, what: str = "a checkpoint") -> None:
-    """OSError if there are not so many bytes free on the disk of `folder`, or of the parent that exists."""
+    """Raise OSError if fewer than `size` bytes are free on the disk of `folder`, or of the parent that exists."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < size:
@@ -194,7 +191,7 @@ def require_space(folder: Path, size: int, what: str = "a checkpoint") -> None:
 
 
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
-    """The content of a regular file. OSError, as for any that cannot be read, if it is none or larger than `limit`."""
+    """Read a regular file; OSError, as for any that cannot be read, if it is none or larger than `limit` bytes."""
     try:
         status = os.stat(path)
     except ValueError as error:  # a name with a zero byte
@@ -215,12 +212,15 @@ def _kind(mode: int) -> str:
 
 
 def read_json(path: Path, what: str, kind: type[Json] = dict, needs: Iterable[str] = ()) -> Json:
-    """The content of a JSON file.
+    """Read a JSON file.
 
-    what: what the file should be, for the sentence, such as "the settings of a run".
-    kind: dict or list.
-    needs: keys that must be there.
-    Raises UserError, naming the file, if it cannot be read or is not that.
+    Args:
+        what: what the file should be, for messages, such as "the settings of a run".
+        kind: dict or list.
+        needs: keys that must be there.
+
+    Raises:
+        UserError: it cannot be read or is not that; names the file.
     """
     try:
         data = read_bytes(path, LARGEST_JSON)
@@ -230,7 +230,7 @@ def read_json(path: Path, what: str, kind: type[Json] = dict, needs: Iterable[st
 
 
 def parse_json(data: bytes | str, source: str, what: str, kind: type[Json] = dict, needs: Iterable[str] = ()) -> Json:
-    """`read_json` for what has been read already; `source` names it."""
+    """Parse what has been read already, as `read_json`; `source` names it."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

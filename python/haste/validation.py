@@ -1,7 +1,4 @@
-"""Values that come from a file, held against the types that they must have.
-
-Between which bounds the numbers lie that commands, caches and samplers are given: one table for all.
-"""
+"""Checks of values: a dataclass from what a file holds, and one table of the bounds of all numbers."""
 
 from __future__ import annotations
 
@@ -20,13 +17,16 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], values: Any, source: str) -> T:
-    """A dataclass from plain values, such as JSON or a checkpoint hold them; unknown names are left out.
+    """Build a dataclass from plain values, such as JSON or a checkpoint hold them; unknown names are left out.
 
     Fields may be int, float, str, bool, None, Literal, lists, tuples and dicts of these, unions, and dataclasses of
-    the same kind. An int serves where a float is asked for, and a list where a tuple is.
-    source: names the file and the part of it, for the sentence.
-    Raises UserError naming source and field, what it must be and what it was, also for a field that is missing and for
-    values that the dataclass itself refuses.
+    the same kind. An int serves where a float is wanted, and a list where a tuple is.
+
+    Args:
+        source: names the file and the part of it, for messages.
+
+    Raises:
+        UserError: a field is missing or of another type, or the dataclass refuses its value; names source and field.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source} must hold named values, and is {shown(values)}")
@@ -46,7 +46,7 @@ def build(cls: type[T], values: Any, source: str) -> T:
 
 
 def check(value: Any, wanted: Any, name: str) -> Any:
-    """The value, if it is of the wanted type, else UserError; see `build`."""
+    """Return a value of the wanted type; UserError for another. See `build`."""
     if wanted is Any:
         return value
     origin, arguments = get_origin(wanted), get_args(wanted)
@@ -115,15 +115,17 @@ def shown(value: Any) -> str:
     """The value in a few words; its type where it is long."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # whose repr fails is still to be named
+    except Exception:  # a value whose repr fails is named by its type
         return type(value).__name__
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:40]}..."
 
 
 class Bounds(NamedTuple):
-    """Of one number: `low` and `high` are allowed, unless they are open; NaN never is.
+    """The bounds of a number. NaN is outside of all.
 
-    kind: Integral for whole numbers, Real for all.
+    Attributes:
+        low, high: allowed themselves, unless they are open.
+        kind: Integral for whole numbers, Real for all.
     """
 
     low: float
@@ -132,7 +134,7 @@ class Bounds(NamedTuple):
     open_low: bool = False
     open_high: bool = False
 
-    def hold(self, value: Any) -> bool:
+    def __contains__(self, value: Any) -> bool:
         """Whether a value is such a number. A bool, which Python counts among the integers, is none."""
         if not isinstance(value, self.kind) or isinstance(value, bool):
             return False
@@ -231,22 +233,23 @@ BOUNDS: dict[str, Bounds] = {
     "repeats": Bounds(1, 10_000),
     "tolerance": Bounds(0, 1_000_000, Real),
 }
-"""Of every flag that takes a number. Beyond them something overflows, or nobody has the memory."""
+"""The bounds of every flag that takes a number. Beyond them something overflows, or there is not the memory."""
 
 
 def check_number(name: str, value: Any, shown: str | None = None) -> None:
-    """UserError if a value is no number within the bounds that `name` has; of a tuple, if one of its values is none.
+    """Raise UserError if a value, or one of a tuple, is no number within the bounds of `name`.
 
-    shown: what the sentence calls it; by default the flag.
+    Args:
+        shown: what the message calls it; by default the flag.
     """
     for each in value if isinstance(value, tuple) else (value,):
-        if not BOUNDS[name].hold(each):
+        if each not in BOUNDS[name]:
             flag = shown or "--" + name.replace("_", "-")
             raise UserError(f"{flag} must be {BOUNDS[name]}, got {shorten(each)}")
 
 
 def check_numbers(settings: Any) -> None:
-    """`check_number` for every field of a dataclass that has bounds; None, where a field's default is that, passes."""
+    """`check_number` for every field of a dataclass that has bounds; a default of None is allowed."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name in BOUNDS and not (value is None and field.default is None):

@@ -1,3 +1,5 @@
+"""The fingerprint by which a run knows its data again."""
+
 import json
 import shutil
 
