@@ -41,7 +41,7 @@ Json = TypeVar("Json", dict, list)
 
 LOCK = ".lock"  # haste.resumable keeps it in a folder while a command works there
 
-ABANDONED = 3600  # seconds: a writer on another machine, whose process cannot be looked up here, would have gone on
+ABANDONED = 3600  # seconds: a writer on another machine, whose process cannot be found here, would have written by then
 
 # What a file or a folder is called before it is whole.
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")

@@ -88,8 +88,8 @@ class LatentFormat:
             )
         return resolution // self.factor
 
-    def draw(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What is diffused, (B, C, S, S), drawn from moments (B, 2C, S, S): means, then standard deviations."""
+    def sample_posterior(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Sample latents (B, C, S, S), shifted and scaled, from moments (B, 2C, S, S): means, standard deviations."""
         mean, std = moments.chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return (mean + std * noise - _by_channel(self.shift, mean)) * _by_channel(self.scale, mean)

@@ -61,18 +61,18 @@ def test_the_mean_and_deviation_of_a_config_go_channel_by_channel(folder, tmp_pa
 
 def test_what_is_diffused_is_drawn_from_the_moments_shifted_and_scaled():
     latents = LatentFormat("", 2, 8, shift=(1.0, -1.0), scale=(0.5, 4.0))
-    drawn = latents.draw(moments_of([3.0, 0.0], [2.0, 0.25]), torch.Generator().manual_seed(0))
+    drawn = latents.sample_posterior(moments_of([3.0, 0.0], [2.0, 0.25]), torch.Generator().manual_seed(0))
     assert drawn.shape == (2, 2, 50, 50)
     for channel, (mean, std) in enumerate([(1.0, 1.0), (4.0, 1.0)]):
         assert drawn[:, channel].mean().item() == pytest.approx(mean, abs=0.05)
         assert drawn[:, channel].std().item() == pytest.approx(std, abs=0.05)
     certain = moments_of([3.0, 0.0], [0.0, 0.0])
-    torch.testing.assert_close(latents.restore(latents.draw(certain)), certain[:, :2])
+    torch.testing.assert_close(latents.restore(latents.sample_posterior(certain)), certain[:, :2])
 
 
 def test_draws_differ_and_repeat_with_their_generator():
     moments = moments_of([0.0] * 4, [1.0] * 4)
-    draws = [SD_LATENTS.draw(moments, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    draws = [SD_LATENTS.sample_posterior(moments, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 

@@ -17,7 +17,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -53,14 +53,13 @@ class Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        walk = _Walk(self.path)
         try:
-            names = sorted(walk.files())
+            files, skipped = _walk(self.path)
         except OSError as error:
             raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
-        if walk.skipped:
-            _log_links(self.locate(walk.skipped[0]), len(walk.skipped) - 1)
-        return names
+        if skipped:
+            _log_links(self.locate(skipped[0]), len(skipped) - 1)
+        return sorted(files)
 
     def has(self, name: str) -> bool:
         return os.path.lexists(self.path / name)
@@ -90,54 +89,38 @@ def _log_links(first: str, more: int) -> None:
     logger.warning("skipped the link %s%s: what it leads to is read already", first, others)
 
 
-class _Walk:
-    """The files below a folder, each folder once. skipped: the links that were not followed."""
+def _walk(root: Path) -> tuple[list[str], list[str]]:
+    """The files below a folder, each folder read once, and the links that were not followed. Raises OSError."""
+    files: list[str] = []
+    links: list[str] = []
+    skipped: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending or links:
+        prefix = pending.pop() if pending else f"{heapq.heappop(links)}/"
+        status = os.stat(root / prefix)
+        identity = (status.st_dev, status.st_ino)
+        is_link = (root / prefix).is_symlink() and prefix != ""
+        if identity in seen or (is_link and _leads_up(root, prefix)):
+            skipped += [prefix.rstrip("/")] * is_link  # what is no link is a folder mounted twice
+            continue
+        seen.add(identity)
+        with os.scandir(root / prefix) as entries:
+            for entry in filter(lambda entry: _is_visible(entry.name), entries):
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{prefix}{entry.name}/")
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    heapq.heappush(links, prefix + entry.name)
+                else:
+                    files.append(prefix + entry.name)
+    return files, skipped
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.skipped: list[str] = []
-        self._real_root = os.path.realpath(root)
-        self._seen: set[tuple[int, int]] = set()
 
-    def files(self) -> Iterator[str]:
-        """Names relative to the root."""
-        links: list[str] = []
-        yield from self._below("", links)
-        while links:
-            link = heapq.heappop(links)
-            if self._leads_up(link) or self._identity(link) in self._seen:
-                self.skipped.append(link)
-            else:
-                yield from self._below(f"{link}/", links)
-
-    def _below(self, prefix: str, links: list[str]) -> Iterator[str]:
-        pending = [prefix]
-        while pending:
-            prefix = pending.pop()
-            identity = self._identity(prefix)
-            if identity in self._seen:  # a folder mounted twice
-                continue
-            self._seen.add(identity)
-            with os.scandir(self.root / prefix) as entries:
-                for entry in entries:
-                    if not _is_visible(entry.name):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(f"{prefix}{entry.name}/")
-                    elif entry.is_symlink() and os.path.isdir(entry.path):
-                        heapq.heappush(links, prefix + entry.name)
-                    else:
-                        yield prefix + entry.name
-
-    def _leads_up(self, link: str) -> bool:
-        """Whether a link leads to a folder around it, or around the root: then what is beside it would come in too."""
-        target = os.path.join(os.path.realpath(self.root / link), "")
-        around = (self._real_root, os.path.realpath((self.root / link).parent))
-        return any(os.path.join(folder, "").startswith(target) for folder in around)
-
-    def _identity(self, name: str) -> tuple[int, int]:
-        status = os.stat(self.root / name)
-        return status.st_dev, status.st_ino
+def _leads_up(root: Path, link: str) -> bool:
+    """Whether a link leads to a folder around it, or around the root: then what is beside it would come in too."""
+    target = os.path.join(os.path.realpath(root / link), "")
+    around = (os.path.realpath(root), os.path.realpath((root / link).parent))
+    return any(os.path.join(folder, "").startswith(target) for folder in around)
 
 
 class Zip:
@@ -269,7 +252,7 @@ def read_array(stream: BinaryIO, available: int, packed: int | None = None) -> n
     """
     header = read_header(stream)
     if header.size > available - stream.tell():
-        raise ValueError(f"it is cut short: its header tells of {in_bytes(header.size)}")
+        raise ValueError(f"it is cut short: its header claims {in_bytes(header.size)}")
     if header.size > LARGEST_ARRAY:
         raise ValueError(f"it has {in_bytes(header.size)}; at most {in_bytes(LARGEST_ARRAY)} are read")
     if packed is not None and header.size > max(SMALL_ARRAY, MOST_INFLATION * packed):

@@ -112,12 +112,12 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-LOOKED_AT = 16  # files
+COMPARED = 16  # files
 
 
 def fingerprint(count: int, names: bytes, labels: np.ndarray | None, read: Callable[[int], bytes]) -> dict[str, Any]:
     """The fingerprint of `count` samples; see the module. read: the bytes of a sample's file."""
-    chosen = sorted({index * (count - 1) // max(LOOKED_AT - 1, 1) for index in range(LOOKED_AT)})
+    chosen = sorted({index * (count - 1) // max(COMPARED - 1, 1) for index in range(COMPARED)})
     return {
         "images": count,
         "names": checksum(names),
@@ -141,7 +141,7 @@ def _checksum_of_file(read: Callable[[int], bytes], index: int) -> int | None:
 def describe_change(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between the fingerprints of the run's data when it began and now, as far as both have them.
 
-    A file may have been restored: fewer than half of those looked at may be other ones.
+    A file may have been restored: fewer than half of those compared may be other ones.
     """
     if began.get("images", now["images"]) != now["images"]:
         return [f"{now['images']} images, which were {began['images']}"]
@@ -153,7 +153,7 @@ def describe_change(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     before, after = began.get("files") or [], now.get("files") or []
     other = sum(a != b for a, b in zip(before, after, strict=False) if None not in (a, b))
     if not changes and 2 * other >= len(after) > 0:
-        changes.append(f"other files ({other} of the {len(after)} that are looked at)")
+        changes.append(f"other files ({other} of the {len(after)} that are compared)")
     return changes
 
 
@@ -206,7 +206,7 @@ class ImageData(TrainingData):
         if self._vae is None:
             return Batch(images, images, labels)
         moments = self._vae.to(device).encode(images)
-        return Batch(self._vae.latents.draw(moments, generator), images, labels)
+        return Batch(self._vae.latents.sample_posterior(moments, generator), images, labels)
 
 
 class Latents(NamedTuple):
@@ -273,7 +273,7 @@ class LatentData(TrainingData):
         return moments
 
     def to_batch(self, raw: Latents, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        inputs = self.latents.draw(raw.moments.to(device, non_blocking=True), generator)
+        inputs = self.latents.sample_posterior(raw.moments.to(device, non_blocking=True), generator)
         images = to_unit(raw.pixels.to(device, non_blocking=True)) if self._with_images else None
         return Batch(inputs, images, raw.label.to(device, non_blocking=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
 import warnings
 import zipfile
@@ -43,8 +44,6 @@ _KNOWN_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"
 IMAGE_FORMATS = tuple(kind for kind in _KNOWN_FORMATS if kind in Image.OPEN)  # AVIF is not in every Pillow
 
 _FORMAT_OF = Image.registered_extensions()
-IMAGE_ENDINGS = frozenset(ending for ending, kind in _FORMAT_OF.items() if kind in IMAGE_FORMATS)
-OTHER_ENDINGS = frozenset(_FORMAT_OF) - IMAGE_ENDINGS
 
 
 def silence_pillow() -> None:
@@ -56,24 +55,14 @@ def silence_pillow() -> None:
 silence_pillow()
 
 
+def image_format(name: str) -> str | None:
+    """Pillow's name of the format that the ending of a file's name stands for, such as JPEG."""
+    return _FORMAT_OF.get(os.path.splitext(name)[1].lower())
+
+
 def is_image(name: str) -> bool:
     """Whether a file is called as an image of a format that is read."""
-    return _ending(name) in IMAGE_ENDINGS
-
-
-def is_other_image(name: str) -> bool:
-    """Whether a file is called as an image of a format that is not read."""
-    return _ending(name) in OTHER_ENDINGS
-
-
-def is_jpeg(name: str) -> bool:
-    """Whether a file is called as a JPEG, which loses something of every image."""
-    return _FORMAT_OF.get(_ending(name)) == "JPEG"
-
-
-def _ending(name: str) -> str:
-    dot = name.rfind(".")
-    return name[dot:].lower() if dot >= 0 else ""
+    return image_format(name) in IMAGE_FORMATS
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -89,7 +78,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError as error:
         formats = ", ".join(IMAGE_FORMATS)
         raise BadFile(name, f"is no image, or of another format than {formats}" if data else "is empty") from error
-    except Image.DecompressionBombError as error:  # tells the number of pixels, before there is an image to ask
+    except Image.DecompressionBombError as error:  # its message has the number of pixels
         count = int(re.search(r"\d+", str(error)).group())
         raise BadFile(name, f"has {count:,} pixels; at most {MOST_PIXELS:,} are read") from error
     except Exception as error:  # a damaged file leads its decoder to raise anything

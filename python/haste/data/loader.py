@@ -86,8 +86,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield batches without end, from that of `start_step` on; each process gets its contiguous local batch.
 
-    `num_workers` processes prefetch. Random numbers are not drawn ahead: those of a batch are drawn when it is asked
-    for, from `generator` or else from torch's own, so that a resumed run has those of an unbroken one.
+    `num_workers` processes prefetch. Random numbers are not drawn ahead: those of a batch are drawn when it is
+    yielded, from `generator` or else from torch's own, so that a resumed run has those of an unbroken one.
 
     Raises:
         UserError: a file cannot be used, unless data.on_bad_file is "skip": then the next one that can stands in for
@@ -108,7 +108,7 @@ def batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
-        generator=torch.Generator(),  # DataLoader seeds its workers, who draw nothing; not from the trainer's numbers
+        generator=torch.Generator(),  # which seeds the workers, not from the trainer's numbers
     )
     return _deliver(data, loader, device, generator)
 

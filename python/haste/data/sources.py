@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
-from haste.data.images import IMAGE_FORMATS, BadFile, is_image, is_other_image
+from haste.data.images import IMAGE_FORMATS, BadFile, image_format, is_image
 from haste.errors import UserError, in_one_line, require
 from haste.io import MOST_CLASSES, parse_json, read_json
 from haste.validation import check
@@ -112,12 +112,12 @@ def open_files(archive: Archive, what: str) -> FileImages:
         UserError: there are none, their classes are not clear, or it is REPA's layout one folder further down.
     """
     everything = archive.names()
-    _refuse_layout_below(everything, what)
+    _check_no_layout_below(everything, what)
     names = [name for name in everything if is_image(name)]
     if not names:
         kinds = ", ".join(IMAGE_FORMATS)
         raise UserError(f"{what} holds no images; it must hold files of {kinds}, or a folder of them for each class")
-    others = [name for name in everything if is_other_image(name)]
+    others = [name for name in everything if image_format(name) not in (None, *IMAGE_FORMATS)]
     if others:
         logger.warning("skipped %d files of formats that are not read, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
@@ -125,7 +125,7 @@ def open_files(archive: Archive, what: str) -> FileImages:
     return FileImages(archive, names, *_labels_of_folders(names, what))
 
 
-def _refuse_layout_below(names: list[str], what: str) -> None:
+def _check_no_layout_below(names: list[str], what: str) -> None:
     """Refuse a folder that holds REPA's layout, or a zip with that folder in it: its latents would not be read."""
     below = next((name for name in names if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
     if below is not None:
@@ -260,7 +260,7 @@ def _check_files(path: Path) -> None:
         for table in tables:
             name = table.get("filename")
             if not isinstance(name, str) or "/" in name or not os.path.isfile(folder / name):
-                raise UserError(f"{folder / 'state.json'} tells of {str(name)[:60]}, which is no file beside it")
+                raise UserError(f"{folder / 'state.json'} lists {str(name)[:60]}, which is no file beside it")
 
 
 def _labels_of_column(

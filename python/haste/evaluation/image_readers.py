@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from haste.data.archive import Folder, open_archive, open_entry, read_header, read_npz
-from haste.data.images import IMAGE_FORMATS, BadFile, decode_image, is_image, is_jpeg
+from haste.data.images import IMAGE_FORMATS, BadFile, decode_image, image_format, is_image
 from haste.errors import UserError, in_one_line
 from haste.io import MOST_PIXELS
 
@@ -64,7 +64,7 @@ class ImageFiles:
         if not self.names:
             raise UserError(f"{flag} is {path}, which holds no images ({', '.join(IMAGE_FORMATS)})")
         self.shape = self._read(self.names[0]).shape
-        self.are_jpeg = any(map(is_jpeg, self.names))
+        self.are_jpeg = any(image_format(name) == "JPEG" for name in self.names)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -109,7 +109,7 @@ def test_an_entry_of_a_zip_is_read_no_further_than_the_limit(tmp_path, monkeypat
     assert len(open_archive(tmp_path / "a.zip", "--data-dir").read("1")) == 100_000
     with pytest.raises(BadFile, match="b.zip/1 is packed by another method than deflate"):
         open_archive(tmp_path / "b.zip", "--data-dir").read("1")
-    with pytest.raises(BadFile, match="c.zip/1 cannot be read .Bad CRC"):  # tells of 50 bytes, inflates to more
+    with pytest.raises(BadFile, match="c.zip/1 cannot be read .Bad CRC"):  # claims 50 bytes, inflates to more
         open_archive(tmp_path / "c.zip", "--data-dir").read("1")
     monkeypatch.setattr(archive_module, "LARGEST_FILE", 99_999)
     with pytest.raises(BadFile, match="a.zip/1 has 97.7 KiB; at most 97.7 KiB are read"):
@@ -179,8 +179,8 @@ def test_of_an_npz_those_are_read_that_are_asked_for_and_there(tmp_path, save):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (npy(np.zeros(3), shape=(2**40,)), "its header tells of 8 TiB"),
-        (npy(np.zeros(3), shape=(4,)), "it is cut short: its header tells of 32 bytes"),
+        (npy(np.zeros(3), shape=(2**40,)), "its header claims 8 TiB"),
+        (npy(np.zeros(3), shape=(4,)), "it is cut short: its header claims 32 bytes"),
         (npy(np.zeros(3), shape=(-1, -3)), "no array of numbers or text"),
         (npy(np.zeros(3), descr="|O"), "no array of numbers or text"),
         (npy(np.zeros(3), descr="|S0", shape=(2**60,)), "no array of numbers or text"),

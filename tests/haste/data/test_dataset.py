@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from haste.data import load_dataset
-from haste.data.dataset import LOOKED_AT, describe_change, fingerprint, other_latents
+from haste.data.dataset import COMPARED, describe_change, fingerprint, other_latents
 from PIL import Image
 
 
@@ -72,7 +72,7 @@ def test_latents_that_were_made_anew_are_told_and_a_file_that_was_restored_is_no
     assert describe_change(began, look(tmp_path)) == []
     for number in range(40):
         np.save(tmp_path / f"vae-sd/img-mean-std-{number}.npy", np.full((8, 1, 1), 99, dtype=np.float32))
-    assert describe_change(began, look(tmp_path)) == ["other files (16 of the 16 that are looked at)"]
+    assert describe_change(began, look(tmp_path)) == ["other files (16 of the 16 that are compared)"]
 
 
 def test_what_a_checkpoint_does_not_tell_is_not_compared(tmp_path):
@@ -80,7 +80,7 @@ def test_what_a_checkpoint_does_not_tell_is_not_compared(tmp_path):
     assert describe_change({}, now) == describe_change({"images": 40}, now) == []
 
 
-@pytest.mark.parametrize("count", [1, 2, LOOKED_AT, 1_281_167])
+@pytest.mark.parametrize("count", [1, 2, COMPARED, 1_281_167])
 def test_the_files_that_are_looked_at_are_spread(count):
     seen = []
 
@@ -88,7 +88,7 @@ def test_the_files_that_are_looked_at_are_spread(count):
         seen.append(index)
         return b""
 
-    assert len(fingerprint(count, b"", None, read)["files"]) == min(count, LOOKED_AT)
+    assert len(fingerprint(count, b"", None, read)["files"]) == min(count, COMPARED)
     assert seen[0] == 0 and seen[-1] == count - 1 and seen == sorted(set(seen))
 
 

@@ -39,7 +39,7 @@ def test_images_of_a_folder_as_latents_made_on_the_fly(class_folder, vae_folder)
     batch = next(batches(data, order, num_workers=2, generator=torch.Generator().manual_seed(0)))
     assert batch.images.shape == (12, 3, 8, 8)
     moments = VAE(data.latents).encode(batch.images)
-    expected = data.latents.draw(moments, torch.Generator().manual_seed(0))
+    expected = data.latents.sample_posterior(moments, torch.Generator().manual_seed(0))
     torch.testing.assert_close(batch.inputs, expected)
 
 

@@ -183,7 +183,7 @@ def test_a_damaged_hugging_face_data_set_is_refused(tmp_path):
         ("state.json", "[]", "state.json must be the state of a Hugging Face data set"),
         ("state.json", '{"_data_files": 3}', "_data_files of .*state.json must be"),
         ("state.json", '{"_data_files": [{"filename": "../../x.arrow"}]}', "which is no file beside it"),
-        ("state.json", '{"_data_files": [{"filename": "pipe"}]}', "tells of pipe, which is no file beside it"),
+        ("state.json", '{"_data_files": [{"filename": "pipe"}]}', "lists pipe, which is no file beside it"),
         ("dataset_info.json", '{"features": {"image": {"_type": "None"}}}', "cannot be loaded by datasets"),
         ("dataset_dict.json", '{"splits": "train"}', "splits of .*dataset_dict.json must be"),
         ("dataset_dict.json", '{"splits": ["nowhere"]}', "nowhere/state.json must be the state"),
