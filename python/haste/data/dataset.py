@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste.data.archive import Archive, read_array
+from haste.data.archive import read_array
 from haste.data.images import BadFile, OnBadFile, center_crop, decode_image, to_pixels
-from haste.data.sources import ImageSource, pack_names
+from haste.data.sources import FileImages, ImageSource
 from haste.errors import UserError, in_one_line
 from haste.vae import VAE, LatentFormat
 
@@ -222,8 +221,8 @@ class LatentData(TrainingData):
 
     def __init__(
         self,
-        images: tuple[Archive, list[str]],
-        moments: tuple[Archive, list[str]],
+        images: FileImages,
+        moments: FileImages,
         labels: np.ndarray,
         resolution: int,
         num_classes: int,
@@ -231,23 +230,18 @@ class LatentData(TrainingData):
         on_bad_file: OnBadFile = "refuse",
     ) -> None:
         super().__init__(resolution, num_classes, latents, on_bad_file=on_bad_file)
-        self._images, image_names = images
-        self._moments, moment_names = moments
-        self._image_names, self._moment_names = pack_names(image_names), pack_names(moment_names)
-        self._labels = labels
+        self._images, self._moments, self._labels = images, moments, labels
         self._with_images = True
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def fingerprint(self) -> dict[str, Any]:
-        names = b"\n".join([*self._image_names.tolist(), *self._moment_names.tolist()])
-        return fingerprint(len(self), names, self._labels, self._read_both)
+        def read_both(index: int) -> bytes:
+            return self._images.read(index) + self._moments.read(index)
 
-    def _read_both(self, index: int) -> bytes:
-        """The files of an image and of its moments, one after the other."""
-        image, moments = os.fsdecode(self._image_names[index]), os.fsdecode(self._moment_names[index])
-        return self._images.read(image) + self._moments.read(moments)
+        names = self._images.listing() + b"\n" + self._moments.listing()
+        return fingerprint(len(self), names, self._labels, read_both)
 
     def __getitem__(self, index: int) -> Latents:
         pixels = self._read_image(index) if self._with_images else np.empty(0, dtype=np.uint8)
@@ -255,18 +249,16 @@ class LatentData(TrainingData):
         return Latents(torch.from_numpy(pixels), torch.from_numpy(moments), torch.tensor(self._labels[index]))
 
     def _read_image(self, index: int) -> np.ndarray:
-        name = os.fsdecode(self._image_names[index])
-        where, size = self._images.locate(name), self.resolution
-        image = decode_image(self._images.read(name), where)
+        where, size = self._images.name(index), self.resolution
+        image = decode_image(self._images.read(index), where)
         if image.size != (size, size):
             found = f"{image.width} x {image.height}"
             raise BadFile(where, f"has {found} pixels, not {size} x {size} as --resolution says")
         return to_pixels(image)
 
     def _read_moments(self, index: int) -> np.ndarray:
-        name = os.fsdecode(self._moment_names[index])
-        where, shape = self._moments.locate(name), (2 * self.channels, self.input_size, self.input_size)
-        moments = decode_moments(self._moments.read(name), where)
+        where, shape = self._moments.name(index), (2 * self.channels, self.input_size, self.input_size)
+        moments = decode_moments(self._moments.read(index), where)
         if moments.shape != shape:
             wanted = f"not {_times(shape)} as --resolution {self.resolution} and the VAE say"
             raise BadFile(where, f"holds {_times(moments.shape)} numbers, {wanted}")

@@ -20,7 +20,7 @@ import numpy as np
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
 from haste.data.images import BadFile, OnBadFile, is_image
-from haste.data.sources import LABEL_FILE, LATENTS, choose_labels, listed_labels, open_images
+from haste.data.sources import LABEL_FILE, LATENTS, FileImages, choose_labels, listed_labels, open_images
 from haste.errors import UserError
 from haste.io import parse_json
 from haste.registry import DATASETS, plugin
@@ -164,7 +164,8 @@ def open_repa_layout(
     classes = count_classes(num_classes, int(labels.max()) + 1)
     record = _read_record(root)
     form = _latent_format(record, root.locate(RECORD), vae, vae_stats)
-    data = LatentData((image_root, images), (latents, moments), labels, resolution, classes, form, on_bad_file)
+    pair = FileImages(image_root, images), FileImages(latents, moments)
+    data = LatentData(*pair, labels, resolution, classes, form, on_bad_file)
     names = record.get("class_names")
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         data.class_names = names

@@ -53,17 +53,19 @@ class ImageSource(Protocol):
 
 
 class FileImages:
-    """The named image files of a folder or a zip."""
+    """Named files of a folder or a zip."""
 
     def __init__(
         self,
         archive: Archive,
         names: list[str],
-        labels: np.ndarray | None,
+        labels: np.ndarray | None = None,
         class_names: list[str] | None = None,
     ) -> None:
         self.archive = archive
-        self._names = pack_names(names)
+        # One block of bytes: a list of a million strings would be copied into every worker process, page by page, as
+        # Python counts the references to them.
+        self._names = np.array([os.fsencode(name) for name in names])
         self.labels = labels
         self.num_classes = 1 if labels is None else int(labels.max()) + 1
         self.class_names = class_names
@@ -83,12 +85,6 @@ class FileImages:
     def digest(self) -> str:
         labels = b"" if self.labels is None else self.labels.tobytes()
         return hashlib.sha256(self.listing() + labels).hexdigest()
-
-
-def pack_names(names: list[str]) -> np.ndarray:
-    """Put names into one block of bytes: a list of a million strings would be copied into every worker process, page by
-    page, as Python counts the references to them."""
-    return np.array([os.fsencode(name) for name in names])
 
 
 def open_images(path: Path, flag: str) -> ImageSource:
