@@ -23,7 +23,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from haste.errors import UserError
-from haste.hub import loading_arguments
 from haste.teachers.families import Family, Normalisation, find_family, find_layers, resolve_teacher
 from haste.teachers.loading import (
     NaFlexPatches,
@@ -34,7 +33,7 @@ from haste.teachers.loading import (
     resample_positions,
     resample_tokens,
 )
-from haste.weights import reason
+from haste.weights import loading_arguments, reason
 
 ATTENTION_NAME = "haste_recording_sdpa"
 

@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
 from haste.errors import UserError, in_one_line
-from haste.hub import loading_arguments, require_source
 from haste.io import in_bytes, read_json
 from haste.registry import TEACHERS, plugin
 from haste.teachers.families import (
@@ -37,7 +36,7 @@ from haste.teachers.families import (
     resolve_teacher,
 )
 from haste.validation import build
-from haste.weights import weights_size
+from haste.weights import loading_arguments, require_source, weights_size
 
 logger = logging.getLogger(__name__)
 

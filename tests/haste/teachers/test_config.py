@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from haste import hub
+from haste import weights
 from haste.errors import UserError
 from haste.teachers.encoder import VisionTeacher
 from haste.teachers.families import FAMILIES
@@ -104,7 +104,7 @@ def test_a_pickle_in_the_weights_does_not_run(folder, tmp_path):
 
 
 def test_a_hub_name_without_a_hub_is_told_at_once_by_its_flag(monkeypatch):
-    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    monkeypatch.setattr(weights, "is_reachable", lambda: False)
     with pytest.raises(UserError, match="--enc-type must be .* got somebody/none; the hub cannot be"):
         VisionTeacher.from_pretrained("somebody/none")
 
