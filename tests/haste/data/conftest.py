@@ -16,7 +16,7 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def class_folder(tmp_path: Path) -> Path:
     """12 images of 20 x 16 pixels in 3 classes."""
-    return write_classes(tmp_path / "images")
+    return write_classes(tmp_path / "photos")
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_folders_that_are_no_class_folders_are_refused(tmp_path):
 def test_a_zip_with_the_folder_itself_in_it_is_one_class_and_says_so(class_folder, caplog):
     packed = shutil.make_archive(str(class_folder), "zip", class_folder.parent, class_folder.name)
     assert open_images(Path(packed), "--data-dir").num_classes == 1
-    assert f"--data-dir is {packed}, which holds all its images in images, as one class; if" in caplog.text
+    assert f"--data-dir is {packed}, which holds all its images in photos, as one class; if" in caplog.text
     caplog.clear()
     assert open_images(class_folder, "--data-dir").num_classes == 3
     shutil.rmtree(class_folder / "bee")

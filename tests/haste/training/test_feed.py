@@ -45,17 +45,17 @@ def test_a_feed_that_begins_later_gives_the_same(make_feed):
         for a, b in zip(batch, batches[place], strict=True):
             assert torch.equal(a, b)
     first, again = batches[0, 0], make_feed(seed=1).next(0, 0)
-    assert not torch.equal(first.student, again.student)
+    assert not torch.equal(first.inputs, again.inputs)
 
 
 def test_a_probe_sees_the_same_images_every_time_and_leaves_the_run_alone(make_feed):
     feed, other = make_feed(probe_images=5), make_feed()
     first = [batch.inputs for batch in feed.probe()]
-    assert [len(student) for student in first] == [2, 2]
-    assert torch.equal(feed.next(0, 0).student, other.next(0, 0).student)
+    assert [len(inputs) for inputs in first] == [2, 2]
+    assert torch.equal(feed.next(0, 0).inputs, other.next(0, 0).inputs)
     again = [batch.inputs for batch in feed.probe()]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert torch.equal(feed.next(0, 1).student, other.next(0, 1).student)
+    assert torch.equal(feed.next(0, 1).inputs, other.next(0, 1).inputs)
 
 
 @pytest.fixture(scope="module")
