@@ -23,9 +23,10 @@ from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
 from haste.io import write_text
 from haste.sweep.advice import LEGEND, describe, good_enough, recommend, table
+from haste.sweep.config import Grid, plan
 from haste.sweep.measure import Sweep
 from haste.sweep.plot import plot_sweep
-from haste.sweep.points import Grid, RecordBook, Row, average, make_rows, plan
+from haste.sweep.records import RecordBook, Row, average, make_rows
 from haste.tables import markdown_table
 from haste.training.config import preset_config
 from haste.training.trainer import train

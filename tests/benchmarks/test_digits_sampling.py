@@ -12,7 +12,7 @@ import pytest
 from digits_run import write_run
 from haste.digits import classifier
 from haste.digits.classifier import ClassifierConfig
-from haste.sweep.points import Grid, plan
+from haste.sweep.config import Grid, plan
 from haste.training.config import preset_config
 from PIL import Image
 

@@ -8,8 +8,13 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
-from haste.cli.flags import demo, evaluate, prepare, sample, sweep, train
+from haste.cli.demo import DemoConfig
+from haste.cli.prepare import PrepareConfig
 from haste.errors import UserError
+from haste.evaluation.config import EvaluateConfig
+from haste.generation.config import SampleConfig
+from haste.sweep.config import SweepConfig
+from haste.training.config import TrainConfig
 from haste.validation import BOUNDS, build, check_number, check_numbers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,34 +81,34 @@ def test_whatever_the_values_the_answer_is_a_dataclass_or_a_sentence(values):
         assert "file" in str(error)
 
 
-COMMANDS = [demo, evaluate, prepare, sample, sweep, train]
+COMMANDS = [DemoConfig, EvaluateConfig, PrepareConfig, SampleConfig, SweepConfig, TrainConfig]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_numeric_flag_has_finite_bounds(command):
-    hints = get_type_hints(command.Args)
+    hints = get_type_hints(command)
 
     def takes_numbers(hint) -> bool:
         return hint in (int, float) or any(map(takes_numbers, get_args(hint)))
 
-    numeric = [field.name for field in fields(command.Args) if takes_numbers(hints[field.name])]
+    numeric = [field.name for field in fields(command) if takes_numbers(hints[field.name])]
     assert len(numeric) > 2 and set(numeric) <= set(BOUNDS)
     assert all(math.isfinite(bounds.low) and math.isfinite(bounds.high) for bounds in BOUNDS.values())
 
 
-@pytest.mark.parametrize("command", [sample, evaluate])
+@pytest.mark.parametrize("command", [SampleConfig, EvaluateConfig])
 def test_the_number_of_steps_has_one_default(command):
-    assert command.Args.__dataclass_fields__["num_steps"].default == 50
+    assert command.__dataclass_fields__["num_steps"].default == 50
 
 
 def test_there_are_no_other_bounds():
-    flags = {field.name for command in COMMANDS for field in fields(command.Args)}
+    flags = {field.name for command in COMMANDS for field in fields(command)}
     assert set(BOUNDS) <= flags
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_default_lies_within(command):
-    for setting in fields(command.Args):
+    for setting in fields(command):
         if setting.name in BOUNDS and isinstance(setting.default, (int, float, tuple)):
             check_number(setting.name, setting.default)
 
@@ -130,6 +135,6 @@ def test_whole_numbers_are_whole_and_may_be_numpys():
 
 
 def test_none_passes_where_it_is_the_default_alone():
-    check_numbers(sample.Args(ckpt="a"))
+    check_numbers(SampleConfig(ckpt="a"))
     with pytest.raises(UserError, match="--num-steps must be an integer from 1 to 10,000, got None"):
-        check_numbers(sample.Args(ckpt="a", num_steps=None))
+        check_numbers(SampleConfig(ckpt="a", num_steps=None))

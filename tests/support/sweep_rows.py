@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from haste.generation.config import SamplingConfig
-from haste.sweep.points import Row
+from haste.sweep.records import Row
 
 
 def plain_row(steps: int, fd: float, psnr: float | None = None, **values) -> Row:

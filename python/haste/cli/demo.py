@@ -1,4 +1,10 @@
-"""Carries out `haste demo`: the commands of the other modules, one after another, each printed before it runs."""
+"""See HASTE at work on real handwritten digits, on one page: train, sample, evaluate, and look.
+
+A small vision transformer learns to read scikit-learn's digits. A diffusion transformer learns to make them, once
+aligned with it and once, the baseline, without. The page shows samples, the same noise with most steps forecast, and
+both runs beside each other. Every step is a `haste` command that is printed before it runs. Started again, the demo
+goes on where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +19,56 @@ from typing import Any
 
 from haste.caching.config import FAST
 from haste.cli import sample, train
-from haste.cli.flags.demo import POINTS, Args
+from haste.errors import UserError
 from haste.evaluation import runs
 from haste.evaluation.config import EvaluateConfig
-from haste.generation import sample_dir
 from haste.generation.config import SampleConfig
 from haste.io import read_json, write_json
 from haste.training.config import TrainConfig, preset_config
-from haste.validation import check
+from haste.validation import DEFAULT_STEPS, check, check_numbers
 
 EVALUATION_STEPS = 25  # of the samples that are evaluated; more would take the longest of all stages
+POINTS = 5  # checkpoints of the run, each of which is evaluated
 
 
-def main(args: Args) -> None:
+@dataclass(kw_only=True)
+class DemoConfig:
+    """The settings of `haste demo`, which are its flags."""
+
+    output_dir: Path = Path("demo")
+    """Where both runs, the teacher, the classifier and the page go."""
+    max_train_steps: int = preset_config("digits").max_train_steps
+    """Training steps of either run."""
+    seed: int = 0
+    """Seed of the training and of the samples."""
+    num_steps: int = DEFAULT_STEPS
+    """Sampling steps of the images that are compared."""
+    interval: int = FAST.resolved_interval
+    """Where steps are forecast: one full step every so many."""
+    order: int = FAST.resolved_order
+    """Where steps are forecast: the order; 0 repeats the last full step."""
+    num_images: int = 100
+    """Images that are drawn twice, in full and with most steps forecast."""
+    num_fid_samples: int = 700
+    """Images per checkpoint that is evaluated."""
+
+    def check(self) -> None:
+        """UserError for numbers beyond their bounds, and for a run too short to be evaluated at every point."""
+        check_numbers(self)
+        if self.max_train_steps < POINTS:
+            raise UserError(f"--max-train-steps must be at least {POINTS}, got {self.max_train_steps}")
+
+
+def main(demo: DemoConfig) -> None:
     """Run every stage, and print the path of the page as the last line."""
+    from haste.generation.sample_dir import sample_to_folder
     from haste.report.demo import DemoResults, write_demo_page
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    clock = StageClock(args.output_dir / "demo.json")
-    config, baseline = train_config(args), baseline_config(args)
-    full, cached = sample_args(args, config), sample_args(args, config, cached=True)
-    evaluated, baseline_evaluation = evaluate_args(args, config), evaluate_args(args, baseline)
+    clock = StageClock(demo.output_dir / "demo.json")
+    config, baseline = train_config(demo), baseline_config(demo)
+    full, cached = sample_args(demo, config), sample_args(demo, config, cached=True)
+    evaluated, baseline_evaluation = evaluate_args(demo, config), evaluate_args(demo, baseline)
     commands = command_lines(config, baseline, full, cached, evaluated, baseline_evaluation)
 
     with clock.stage("train the teacher, and the model with HASTE", commands[0]):
@@ -41,10 +76,10 @@ def main(args: Args) -> None:
     with clock.stage("train the baseline, without alignment", commands[1]):
         train.main(baseline)
     with clock.stage("sample in full", commands[2]):
-        full_samples = sample_dir.sample_to_folder(full)
+        full_samples = sample_to_folder(full)
         sample.report(full_samples)
     with clock.stage("sample with forecasts", commands[3]):
-        cached_samples = sample_dir.sample_to_folder(cached)
+        cached_samples = sample_to_folder(cached)
         sample.report(cached_samples)
     with clock.stage("evaluate five checkpoints of HASTE", commands[4]):
         records, evaluator = runs.evaluate_by_classifier(evaluated)
@@ -54,48 +89,48 @@ def main(args: Args) -> None:
         print(f"\n{runs.records_text(baseline_records, evaluator)}")
     results = DemoResults(config, baseline, full, full_samples, cached, cached_samples, evaluated, records,
                           baseline_records, evaluator)  # fmt: skip
-    page = write_demo_page(args.output_dir, results, commands, clock.seconds())
+    page = write_demo_page(demo.output_dir, results, commands, clock.seconds())
 
     width = max(map(len, clock.seconds()))
     print("\n" + "\n".join(f"{title:<{width}}  {seconds:6.1f} s" for title, seconds in clock.seconds().items()))
     print(page.resolve())
 
 
-def train_config(args: Args) -> TrainConfig:
+def train_config(demo: DemoConfig) -> TrainConfig:
     """The digits preset, shortened or lengthened as a whole: its end of alignment and its checkpoints move along."""
     preset = preset_config("digits")
-    steps = args.max_train_steps
+    steps = demo.max_train_steps
     return replace(
         preset,
-        output_dir=str(args.output_dir),
+        output_dir=str(demo.output_dir),
         max_train_steps=steps,
         early_stop_point=round(preset.early_stop_point * steps / preset.max_train_steps),
         checkpointing_steps=max(steps // POINTS, 1),
-        seed=args.seed,
+        seed=demo.seed,
     )
 
 
-def baseline_config(args: Args) -> TrainConfig:
+def baseline_config(demo: DemoConfig) -> TrainConfig:
     """The same run without alignment, which is vanilla SiT."""
-    return replace(train_config(args), exp_name="baseline", attn_coeff=0.0, proj_coeff=0.0)
+    return replace(train_config(demo), exp_name="baseline", attn_coeff=0.0, proj_coeff=0.0)
 
 
-def sample_args(args: Args, config: TrainConfig, cached: bool = False) -> SampleConfig:
+def sample_args(demo: DemoConfig, config: TrainConfig, cached: bool = False) -> SampleConfig:
     """The images of the demo, the same seeds in full and cached."""
     return SampleConfig(
         ckpt=Path(config.output_dir) / config.exp_name,
-        num_fid_samples=args.num_images,
-        num_steps=args.num_steps,
+        num_fid_samples=demo.num_images,
+        num_steps=demo.num_steps,
         labels="balanced",
-        global_seed=args.seed,
-        **(replace(FAST, interval=args.interval, order=args.order).cache_fields() if cached else {}),
+        global_seed=demo.seed,
+        **(replace(FAST, interval=demo.interval, order=demo.order).cache_fields() if cached else {}),
     )
 
 
-def evaluate_args(args: Args, config: TrainConfig) -> EvaluateConfig:
+def evaluate_args(demo: DemoConfig, config: TrainConfig) -> EvaluateConfig:
     """Every checkpoint of the run."""
     run = Path(config.output_dir) / config.exp_name
-    return EvaluateConfig(run=run, num_fid_samples=args.num_fid_samples, num_steps=EVALUATION_STEPS)
+    return EvaluateConfig(run=run, num_fid_samples=demo.num_fid_samples, num_steps=EVALUATION_STEPS)
 
 
 def command_lines(

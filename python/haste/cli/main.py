@@ -1,8 +1,8 @@
 """The entry point of `haste`: finds the subcommand, reads its flags, and carries it out.
 
-A subcommand is two modules of the same name. The one in `haste.cli.flags` has a dataclass `Args`, whose fields are its
-flags; where its defaults depend on what was typed, `default_args(arguments)` as well. The one in `haste.cli` has
-`main(args)`, brings torch and is imported only once the flags are right, so that help and refusals are instant.
+A command is a dataclass of settings, whose fields are its flags, and the module of its name here: its docstring is the
+help, `main(config)` carries it out, and `default_config(arguments)`, if it is there, makes the defaults from what was
+typed. None of these imports torch before `main` is called, so help and refusals are instant.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ from haste import __version__
 from haste.cli.failures import answered
 from haste.cli.terminal import accept_any_text, check_docstrings, check_processes, patient_stderr, widen
 
-SUBCOMMANDS = {
-    "prepare": "make training data from images: crop, resize, encode to latents",
-    "train": "train a SiT: with HASTE, with REPA, or plain",
-    "sample": "draw images from a checkpoint, every step in full or most of them forecast",
-    "evaluate": "measure how far drawn images are from real ones",
-    "sweep": "draw the trade-off of caching: quality against seconds, FLOPs and memory",
-    "report": "show one run, or several side by side, on one page",
-    "demo": "train on handwritten digits, sample, and show it all on one page",
+# What each command does, and the dataclass whose fields are its flags, as module:class.
+COMMANDS = {
+    "prepare": ("make training data from images: crop, resize, encode to latents", "haste.cli.prepare:PrepareConfig"),
+    "train": (
+        "train a diffusion transformer: with HASTE, with REPA, or the baseline",
+        "haste.training.config:TrainConfig",
+    ),
+    "sample": (
+        "sample images from a checkpoint, every step in full or most of them forecast",
+        "haste.generation.config:SampleConfig",
+    ),
+    "evaluate": ("measure how far samples are from real images", "haste.evaluation.config:EvaluateConfig"),
+    "sweep": (
+        "plot the trade-off of caching: quality against seconds, FLOPs and memory",
+        "haste.sweep.config:SweepConfig",
+    ),
+    "report": ("show one run, or several side by side, on one page", "haste.cli.report:ReportConfig"),
+    "demo": ("train on handwritten digits, sample, and show it all on one page", "haste.cli.demo:DemoConfig"),
 }
 
 
@@ -38,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Read when torch is imported, below. Threads that spin while they wait for each other are no faster on idle cores,
     # and several times slower where another program wants one of these.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with answered(" ".join(["haste", *(word for word in words[:1] if word in SUBCOMMANDS)]), words):
+    with answered(" ".join(["haste", *(word for word in words[:1] if word in COMMANDS)]), words):
         subcommand = split_command(words)
         with patient_stderr():
             run(*subcommand)
@@ -46,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
     """The subcommand and what follows it; argparse answers --help, --version and unknown subcommands."""
-    width = max(map(len, SUBCOMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {what}" for name, what in SUBCOMMANDS.items())
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {what}" for name, (what, _) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="haste",
         description="Train diffusion transformers faster, and sample from them faster.",
@@ -55,7 +65,7 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"haste {__version__}")
-    parser.add_argument("command", choices=SUBCOMMANDS, metavar="COMMAND")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="flags of the command")
     if not words:
         parser.print_help()
@@ -65,25 +75,27 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Read the flags of one subcommand and carry it out."""
-    args = read_flags(command, arguments)
+    """Read the flags of one command and carry it out."""
+    config = read_flags(command, arguments)
     check_docstrings(sys.flags.optimize)
     check_processes(os.environ)
-    importlib.import_module(f"haste.cli.{command}").main(args)
+    importlib.import_module(f"haste.cli.{command}").main(config)
 
 
 def read_flags(command: str, arguments: Sequence[str]) -> Any:
-    """The checked flags of a subcommand. Raises UserError for values that cannot work."""
+    """The checked settings of a command. Raises UserError for values that cannot work."""
     import tyro
 
-    flags = importlib.import_module(f"haste.cli.flags.{command}")
-    arguments = spell_out(arguments, flags.Args)
-    defaults = {"default": flags.default_args(arguments)} if hasattr(flags, "default_args") else {}
-    args = tyro.cli(flags.Args, prog=f"haste {command}", description=flags.__doc__, args=arguments, **defaults)
-    if hasattr(args, "resolved"):
-        args = args.resolved()
-    args.check()
-    return args
+    module = importlib.import_module(f"haste.cli.{command}")
+    home, _, name = COMMANDS[command][1].partition(":")
+    config_class = getattr(importlib.import_module(home), name)
+    arguments = spell_out(arguments, config_class)
+    defaults = {"default": module.default_config(arguments)} if hasattr(module, "default_config") else {}
+    config = tyro.cli(config_class, prog=f"haste {command}", description=module.__doc__, args=arguments, **defaults)
+    if hasattr(config, "resolved"):
+        config = config.resolved()
+    config.check()
+    return config
 
 
 def spell_out(arguments: Sequence[str], flags: type) -> list[str]:

@@ -1,20 +1,32 @@
-"""Carries out `haste sample`."""
+"""Draw images from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
+
+The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
+`haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A command that
+was stopped goes on with the images that are missing.
+
+On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
+"""
 
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from haste.distributed import Processes
 from haste.generation.config import SampleConfig
-from haste.generation.sample_dir import Samples, sample_to_folder
+
+if TYPE_CHECKING:
+    from haste.generation.sample_dir import Samples
 
 
-def main(args: SampleConfig) -> None:
+def main(config: SampleConfig) -> None:
     """Draw, and say what came out."""
+    from haste.distributed import Processes
+    from haste.generation.sample_dir import sample_to_folder
+
     processes = Processes()
     # Of several processes one tells what happens, all tell what is wrong.
     logging.basicConfig(level=logging.INFO if processes.first else logging.WARNING, format="%(message)s")
-    samples = sample_to_folder(args)
+    samples = sample_to_folder(config)
     if processes.first:
         report(samples)
     processes.leave()

@@ -1,122 +1,19 @@
-"""Carries out `haste sweep`: measures what is not known yet, then writes the table and the plot."""
+"""Draw the trade-off of feature caching: quality against seconds, FLOPs and memory, beside plain runs of fewer steps.
+
+Every combination of the lists is drawn from one checkpoint, judged and timed; the table and the plot say which of them
+are worth it. What a setting cannot do is passed over with a line. A sweep that was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from haste.cli.flags.sweep import Args
-from haste.distributed import progress_bar
-from haste.errors import UserError
-from haste.evaluation.config import STORED
-from haste.evaluation.evaluate import Evaluator
-from haste.evaluation.runs import choose_features
-from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
-from haste.io import writing
-from haste.registry import EXTRACTORS
-from haste.resumable import hold
-from haste.sweep.advice import LEGEND, advise, recommend, table
-from haste.sweep.measure import Sweep
-from haste.sweep.points import RecordBook, Row, make_rows
-from haste.tables import markdown_table, text_table
-from haste.validation import build
-
-RECORDS, TABLE, PLOT = "sweep.jsonl", "sweep.md", "sweep.png"
+from haste.sweep.config import SweepConfig
 
 
-def main(args: Args) -> None:
-    """Measure what is not known yet, then draw, from the records alone."""
+def main(config: SweepConfig) -> None:
+    """Measure what is not known yet, then plot, from the records alone."""
+    from haste.sweep.run import run_sweep
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    known = args.draw_only and args.output
-    student = None if known else load_checkpoint(args.ckpt, args.ema, convention=args.convention)
-    folder = args.output or student.run / "sweep"
-    for name in (TABLE, PLOT):
-        if (folder / name).exists() and not (folder / RECORDS).exists():
-            raise UserError(f"--output is {folder}, which holds a {name} but no {RECORDS}; it must be another folder")
-    with hold(folder, f"{folder} is being filled", "give another --output, or wait until it has ended"):
-        book = RecordBook(folder / RECORDS)
-        shared = None if args.draw_only else measure(args, student, book)
-        records = book.of(shared)
-        with writing(f"a plot or a table in {folder}", "what was measured is kept, and --draw-only writes them"):
-            draw(folder, make_rows(records), records[0]["sweep"], args.tolerance)
-
-
-@dataclass
-class Machine:
-    """Of the machine what the table tells."""
-
-    gpu: dict[str, Any] | None
-    processor: Any
-    threads: Any
-    torch: Any
-
-
-@dataclass
-class Shared:
-    """Of what the records of a sweep share what is drawn; with --draw-only it comes from a file."""
-
-    student: str
-    samples: int
-    batch: int
-    evaluated_by: Any
-    machine: Machine
-
-
-def measure(args: Args, student: LoadedCheckpoint, book: RecordBook) -> dict:
-    """Measure under a progress bar; what the records of this sweep share."""
-    evaluator = open_evaluator(args, student)
-    counts = (args.num_fid_samples, args.per_proc_batch_size, args.repeats)
-    sweep = Sweep(student, args.points, evaluator, book, *counts, args.cuda_graphs)
-    with progress_bar(total=sweep.images, unit="image", desc="sweep") as bar:
-
-        def progress(name: str, images: int) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(images)
-
-        sweep.run(progress)
-    for sentence in sweep.skipped:
-        print(f"passed over: {sentence}")
-    return sweep.shared
-
-
-def open_evaluator(args: Args, student: LoadedCheckpoint) -> Evaluator:
-    """The network and the reference that the flags name, or what follows from the run; prints a caution.
-
-    Raises UserError for too few samples before it reads the reference, which may take hours.
-    """
-    data = student.config.data_dir
-    if args.features == STORED:
-        raise UserError("--features is stored, and images are sampled; it must be a network")
-    features, reference = choose_features(args.features or (data if data in EXTRACTORS else None), args.reference)
-    folder = args.classifier_dir or student.run.resolve().parent / "classifier"
-    count = args.num_fid_samples
-    evaluator = Evaluator.load(features, reference, folder, args.per_proc_batch_size, samples=count)
-    evaluator.reference.gaussian  # noqa: B018 - UserError for too few real images, before anything is sampled
-    return evaluator
-
-
-def draw(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
-    """Print the table and the advice; write them and the plot."""
-    from haste.sweep.plot import plot_sweep
-
-    build(Shared, shared, "the sweep of a record")
-    advice = advise(rows, tolerance)
-    title = f"{shared['student']}, beside {rows[0].settings.describe()}: {shared['samples']:,} images a point"
-    plot_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))
-    write_table(folder / TABLE, rows, title, shared, advice)
-    print(f"\n{text_table(table(rows))}\n\n{advice}\n\ntable  {folder / TABLE}\nplot   {folder / PLOT}")
-
-
-def write_table(path: Path, rows: list[Row], title: str, shared: dict, advice: str) -> None:
-    """The table with what it takes to read it."""
-    from haste.io import write_text
-
-    machine = shared["machine"]
-    where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} thread(s)"
-    made = f"Batches of {shared['batch']}; torch {machine['torch']}, {where}. FD by {shared['evaluated_by']}."
-    text = (
-        "\n\n".join([f"# {title}", f"![]({PLOT})", markdown_table(table(rows)).rstrip(), LEGEND, made, advice]) + "\n"
-    )
-    write_text(path, text)
+    run_sweep(config)

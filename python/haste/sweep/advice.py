@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from haste.sweep.points import Row, long_name
+from haste.sweep.config import long_name
+from haste.sweep.records import Row
 from haste.tables import format_number, known_columns
 
 ACCURACY_MARGIN = 0.01  # so much below the reference's the share of rightly read images may be

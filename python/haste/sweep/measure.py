@@ -30,7 +30,8 @@ from haste.generation.checkpoint import LoadedCheckpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import measure_full_steps
-from haste.sweep.points import RecordBook, long_name, point_fields, shared_fields
+from haste.sweep.config import long_name, point_fields, shared_fields
+from haste.sweep.records import RecordBook
 from haste.training.checkpoint import as_before, checkpoint_identity
 from haste_ext.bench.machine import describe_machine
 from haste_ext.bench.measure import peak_extra_bytes

@@ -15,7 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from haste.plotting import LIGHT, Theme, heading, save, styled
-from haste.sweep.points import Row, series_name, short_name
+from haste.sweep.config import series_name, short_name
+from haste.sweep.records import Row
 
 MARKERS = {"module": "o", "block": "s", "model": "^"}
 FORECASTERS = ("taylor", "newton", "hermite", "reuse", "delta-dit")  # in the order of the theme's colours

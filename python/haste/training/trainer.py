@@ -288,9 +288,7 @@ class Trainer:
         config = self.config
         count = config.batch_size * config.gradient_accumulation_steps
         noise = torch.randn(count, *self.layout.input_shape, device=self.device)
-        t = self.family.sample_times(
-            self.student.model, count, config.weighting, config.path_type, device=self.device
-        )
+        t = self.family.sample_times(self.student.model, count, config.weighting, config.path_type, device=self.device)
         dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:
             dropped = torch.rand(count, device=self.device) < config.label_dropout

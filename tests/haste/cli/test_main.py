@@ -8,13 +8,15 @@ import sys
 
 import pytest
 from haste import __version__
-from haste.cli.flags import sample, sweep, train
-from haste.cli.main import SUBCOMMANDS, main, spell_out
+from haste.cli.main import COMMANDS, main, spell_out
+from haste.generation.config import SampleConfig
+from haste.sweep.config import SweepConfig
+from haste.training.config import TrainConfig
 
 HEAVY = ("torch", "accelerate", "diffusers", "transformers", "matplotlib", "scipy", "sklearn", "skimage", "PIL")
 
 
-@pytest.mark.parametrize("command", SUBCOMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_refusals_bring_nothing_that_takes_long(command):
     code = f"""
 import sys
@@ -33,18 +35,18 @@ print("heavy", [name for name in {HEAVY} if name in sys.modules])
 @pytest.mark.parametrize(
     ("flags", "typed", "spelled"),
     [
-        (sample, "--num-fid 5", "--num-fid-samples 5"),
-        (sample, "--num_fid=5", "--num-fid-samples=5"),
-        (sample, "--no-he --hel", "--no-heun --help"),
-        (sample, "--cache taylor", "--cache taylor"),  # whole, though --cached-blocks begins so
-        (sample, "--num 5", "--num 5"),  # two flags begin so
-        (sample, "--nothing 5 -- x --", "--nothing 5 -- x --"),
-        (sweep, "--cach x", "--caches x"),  # --cache is none of its own
-        (train, "--rec digits", "--preset digits"),
+        (SampleConfig, "--num-fid 5", "--num-fid-samples 5"),
+        (SampleConfig, "--num_fid=5", "--num-fid-samples=5"),
+        (SampleConfig, "--no-he --hel", "--no-heun --help"),
+        (SampleConfig, "--cache taylor", "--cache taylor"),  # whole, though --cached-blocks begins so
+        (SampleConfig, "--num 5", "--num 5"),  # two flags begin so
+        (SampleConfig, "--nothing 5 -- x --", "--nothing 5 -- x --"),
+        (SweepConfig, "--cach x", "--caches x"),  # --cache is none of its own
+        (TrainConfig, "--pres digits", "--preset digits"),
     ],
 )
 def test_flags_are_known_by_their_beginning(flags, typed, spelled):
-    assert spell_out(typed.split(), flags.Args) == spelled.split()
+    assert spell_out(typed.split(), flags) == spelled.split()
 
 
 def haste(*arguments, **options):

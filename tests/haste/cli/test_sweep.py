@@ -79,7 +79,7 @@ def test_a_second_start_measures_nothing_and_the_records_alone_draw_the_same(run
     assert (run / "elsewhere" / "sweep.jsonl").read_text() == records
 
     (run / "elsewhere" / "sweep.md").unlink()
-    monkeypatch.setattr("haste.cli.sweep.load_checkpoint", None)
+    monkeypatch.setattr("haste.sweep.run.load_checkpoint", None)
     main(["sweep", "--ckpt", "gone", "--output", str(run / "elsewhere"), "--draw-only"])
     assert (run / "elsewhere" / "sweep.md").read_text() == table
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 from haste.cli import main as main_module
-from haste.cli.flags.train import default_args
 from haste.cli.main import main
+from haste.cli.train import default_config
 from haste.errors import UserError
 from haste.training.config import TrainConfig
 
@@ -65,7 +65,7 @@ def test_a_preset_sets_defaults_and_flags_override_it(monkeypatch):
     main(["train", "--preset=digits"])
     (changed, plain) = seen
     assert (changed.seed, changed.batch_size, changed.attn_coeff) == (5, 32, 0.0)
-    assert plain == default_args(["--preset", "digits"])
+    assert plain == default_config(["--preset", "digits"])
     assert plain.data_dir == "digits" and changed.model == plain.model
 
 

@@ -142,9 +142,7 @@ def test_times_and_the_plan_a_model_is_told(sampler, times):
 def test_guidance_doubles_the_batch_inside_its_interval_only():
     model = Recorder()
     noise, labels = noise_like(2), labels_for(2)
-    images = sample(
-        model, noise, labels, num_steps=4, cfg_scale=3.0, guidance_low=0.5, guidance_high=0.75, null=-1
-    )
+    images = sample(model, noise, labels, num_steps=4, cfg_scale=3.0, guidance_low=0.5, guidance_high=0.75, null=-1)
     assert [len(x) for x, _, _ in model.calls] == [2, 4, 4, 2]
     x, _, y = model.calls[1]
     assert y.tolist() == [1, 2, -1, -1] and torch.equal(x[:2], x[2:])
@@ -177,9 +175,7 @@ def test_of_the_first_channels_alone_the_others_are_those_of_the_label(sampler, 
 
 def test_both_evaluations_of_a_heun_step_are_guided_alike():
     model = Recorder()
-    sample(
-        model, noise_like(1), labels_for(1), num_steps=4, sampler="heun", cfg_scale=2.0, guidance_low=0.6, null=-1
-    )
+    sample(model, noise_like(1), labels_for(1), num_steps=4, sampler="heun", cfg_scale=2.0, guidance_low=0.6, null=-1)
     assert [len(x) for x, _, _ in model.calls] == [2, 2, 2, 2, 1, 1, 1]
 
 

@@ -12,8 +12,9 @@ from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
 from haste.sweep import measure
+from haste.sweep.config import Grid, plan, point_fields
 from haste.sweep.measure import Sweep
-from haste.sweep.points import Grid, RecordBook, plan, point_fields
+from haste.sweep.records import RecordBook
 from haste.training.checkpoint import as_before
 
 BASE = SamplingConfig(labels="balanced")

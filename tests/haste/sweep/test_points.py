@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from haste.generation.config import SamplingConfig
-from haste.sweep.points import Grid, long_name, plan, point_fields, point_key, series_name, shared_fields, short_name
+from haste.sweep.config import Grid, long_name, plan, point_fields, point_key, series_name, shared_fields, short_name
 
 BASE = SamplingConfig(labels="balanced", cfg_scale=1.5, guidance_high=0.7)
 EVERYTHING = Grid(

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 from haste.errors import UserError
-from haste.sweep import points
-from haste.sweep.points import RecordBook
+from haste.sweep import records as points
+from haste.sweep.records import RecordBook
 
 SWEEP, OTHER = {"checkpoint": "0000004.pt", "samples": 70}, {"checkpoint": "0000004.pt", "samples": 80}
 A, B = {"num_steps": 50, "cache": "none"}, {"num_steps": 50, "cache": "taylor", "interval": 4}

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig
-from haste.sweep.points import average, make_rows, point_fields, shared_fields
+from haste.sweep.config import point_fields, shared_fields
+from haste.sweep.records import average, make_rows
 from sweep_rows import cached_row, plain_row
 
 

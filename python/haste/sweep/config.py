@@ -1,26 +1,103 @@
-"""Draw the trade-off of feature caching: quality against seconds, FLOPs and memory, beside plain runs of fewer steps.
-
-Every combination of the lists is drawn from one checkpoint, judged and timed; the table and the plot say which of them
-are worth it. What a setting cannot do is passed over with a line. A sweep that was stopped goes on where it was.
-"""
+"""What a sweep measures: every combination of the settings it is asked for, and uncached sampling beside them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Fixed, Suppress
 
+from haste.caching.config import CacheConfig
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig, list_labels
-from haste.sweep.points import Grid, plan
 from haste.validation import check_numbers
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The values of each setting; a point takes one of each. None stands for the setting's own default."""
+
+    caches: Sequence[str]
+    granularities: Sequence[str] = ("module",)
+    intervals: Sequence[int | None] = (None,)
+    orders: Sequence[int | None] = (None,)
+    error_thresholds: Sequence[float] = (0.0,)
+    gates: Sequence[int | None] = (None,)
+    steps: Sequence[int] = (50,)
+
+    def settings(self, base: SamplingConfig) -> Iterator[SamplingConfig]:
+        """Every combination that means something, each once, upon `base`: reuse has no order, delta-dit gates alone."""
+        for steps, cache, interval in product(self.steps, self.caches, self.intervals):
+            own: dict[str, Sequence[Any]]
+            if cache == "delta-dit":
+                own = {"gate": self.gates}
+            else:
+                orders = self.orders if cache != "reuse" else (None,)
+                own = {"granularity": self.granularities, "error_threshold": self.error_thresholds, "order": orders}
+            for values in product(*own.values()):
+                chosen = dict(zip(own, values, strict=True))
+                yield replace(base, num_steps=steps, cache=cache, interval=interval, **chosen)
+
+
+def plan(base: SamplingConfig, grids: Sequence[Grid], plain_steps: Sequence[int]) -> list[SamplingConfig]:
+    """The points of a sweep, each once: the full runs from the longest on, then the cached ones in their order.
+
+    A grid's own number of steps is run in full as well: it is what its cached runs are compared with.
+    """
+    counts = sorted({*plain_steps, *(steps for grid in grids for steps in grid.steps)}, reverse=True)
+    plain = [replace(base, num_steps=count) for count in counts]
+    cached = [settings for grid in grids for settings in grid.settings(base)]
+    return list({point_key(settings): settings for settings in [*plain, *cached]}.values())
+
+
+def point_fields(settings: SamplingConfig) -> dict[str, Any]:
+    """What tells the points of one sweep apart, as plain values."""
+    return {"num_steps": settings.num_steps, **settings.cache_fields()}
+
+
+def shared_fields(settings: SamplingConfig) -> dict[str, Any]:
+    """What the points of one sweep have in common, as plain values: guidance, seed, labels and the like."""
+    return {name: value for name, value in settings.sampling_fields().items() if name not in point_fields(settings)}
+
+
+def point_key(settings: SamplingConfig) -> str:
+    return json.dumps(point_fields(settings), sort_keys=True)
+
+
+def series_name(settings: CacheConfig) -> str:
+    """'Taylor per module': the points that one colour and marker stand for."""
+    if settings.cache == "none":
+        return "plain"
+    return "Δ-DiT" if settings.cache == "delta-dit" else f"{settings.cache.capitalize()} per {settings.granularity}"
+
+
+def short_name(settings: SamplingConfig) -> str:
+    """What is written beside a point of a series: its interval and order, '4/2'; of plain sampling its steps."""
+    if settings.cache == "none":
+        return str(settings.num_steps)
+    words = str(settings.resolved_interval)
+    if settings.cache == "delta-dit":
+        return words if settings.gate is None else f"{words}, b {settings.gate}"
+    if settings.cache != "reuse":
+        words += f"/{settings.resolved_order}"
+    return f"{words} ≤{settings.error_threshold:g}" if settings.error_threshold else words
+
+
+def long_name(settings: SamplingConfig) -> str:
+    """'Taylor per module, interval 4, order 2, 50 steps', for tables and sentences."""
+    if settings.cache == "none":
+        return f"{settings.num_steps} plain steps"
+    gate = f", gate {settings.gate}" if settings.gate is not None else ""
+    return f"{settings.describe_cache()}{gate}, {settings.num_steps} steps"
+
+
 @dataclass(kw_only=True)
-class Args(SamplingConfig):
-    """The flags of `haste sweep`."""
+class SweepConfig(SamplingConfig):
+    """The settings of `haste sweep`, which are its flags."""
 
     ckpt: Path
     """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
@@ -84,7 +161,7 @@ class Args(SamplingConfig):
         if not self.steps:
             raise UserError("--steps is empty; it must be one number of steps or more")
 
-    def resolved(self) -> Args:
+    def resolved(self) -> SweepConfig:
         """The same without what has no effect."""
         return self.effective()
 
