@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 # The packages that haste does without until they are needed: the extra that brings each, by the name it is imported as.
 EXTRAS = {
@@ -22,6 +22,25 @@ class UserError(ValueError):
 
     The command line prints the sentence alone, without a traceback. For a caller from Python it is a ValueError.
     """
+
+
+OnBadFile = Literal["refuse", "skip"]
+
+
+class BadFile(Exception):
+    """One file that is missing, cut short or of the wrong kind. It travels from worker processes, so it pickles."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
+
+    def as_user_error(self) -> UserError:
+        """The error of a command that may not skip it."""
+        return UserError(f"{self}; replace it, or skip such files with --on-bad-file skip")
 
 
 def in_one_line(error: Exception) -> str:

@@ -16,8 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from haste.data.images import OnBadFile
-from haste.errors import UserError
+from haste.errors import OnBadFile, UserError
 from haste.validation import check_numbers
 
 if TYPE_CHECKING:

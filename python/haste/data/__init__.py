@@ -1,7 +1,6 @@
 """Training data: images with labels, from memory or from disk, and the order in which they come."""
 
-from haste.data.images import BadFile
-from haste.errors import lazily
+from haste.errors import BadFile, lazily
 
 __all__ = ["BadFile", "Batch", "BatchOrder", "TrainingData", "batches", "load_dataset"]
 # All that brings torch.

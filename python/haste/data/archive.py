@@ -23,8 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from haste.data.images import BadFile
-from haste.errors import UserError, in_one_line
+from haste.errors import BadFile, UserError, in_one_line
 from haste.io import LARGEST_ARRAY, LARGEST_FILE, LARGEST_HEADER, MOST_INFLATION, SMALL_ARRAY, in_bytes, read_bytes
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from haste.data.archive import read_array
-from haste.data.images import BadFile, OnBadFile, center_crop, decode_image, to_pixels
+from haste.data.images import center_crop, decode_image, to_pixels
 from haste.data.sources import FileImages, ImageSource
-from haste.errors import UserError, in_one_line
+from haste.errors import BadFile, OnBadFile, UserError, in_one_line
 from haste.vae import VAE, LatentFormat
 
 

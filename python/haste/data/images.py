@@ -10,33 +10,13 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from haste.errors import UserError, in_one_line
+from haste.errors import BadFile, UserError, in_one_line
 from haste.io import MOST_ELONGATED, MOST_PIXELS, read_bytes, remove_abandoned, write_atomically
-
-OnBadFile = Literal["refuse", "skip"]
-
-
-class BadFile(Exception):
-    """One file that is missing, cut short or of the wrong kind. It travels from worker processes, so it pickles."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name = name
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.reason}"
-
-    def as_user_error(self) -> UserError:
-        """The error of a command that may not skip it."""
-        return UserError(f"{self}; replace it, or skip such files with --on-bad-file skip")
-
 
 # Pillow reads many more, some by starting a program (EPS: Ghostscript), and looks at content rather than at names.
 Image.init()

@@ -19,9 +19,9 @@ import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
-from haste.data.images import BadFile, OnBadFile, is_image
+from haste.data.images import is_image
 from haste.data.sources import LABEL_FILE, LATENTS, FileImages, choose_labels, listed_labels, open_images
-from haste.errors import UserError
+from haste.errors import BadFile, OnBadFile, UserError
 from haste.io import parse_json
 from haste.registry import DATASETS, plugin
 from haste.vae import SD_LATENTS, VAE, LatentFormat

@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from haste.data.dataset import Batch, TrainingData
-from haste.data.images import BadFile
-from haste.errors import UserError, in_one_line
+from haste.errors import BadFile, UserError, in_one_line
 
 logger = logging.getLogger(__name__)
 

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from haste.data.dataset import to_unit
-from haste.data.images import BadFile, OnBadFile, center_crop, decode_image
+from haste.data.images import center_crop, decode_image
 from haste.data.load import IMAGES, LATENTS, RECORD, image_name, latent_name
 from haste.data.loader import leave_signals_to_the_parent, prefetch, useful_workers
 from haste.data.sources import LABEL_FILE, ImageSource
-from haste.errors import UserError
+from haste.errors import BadFile, OnBadFile, UserError
 from haste.io import require_space, write_atomically, write_json
 from haste.resumable import ResumableDir
 from haste.vae import VAE, LatentFormat

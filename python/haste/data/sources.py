@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
-from haste.data.images import IMAGE_FORMATS, BadFile, image_format, is_image
-from haste.errors import UserError, in_one_line, require
+from haste.data.images import IMAGE_FORMATS, image_format, is_image
+from haste.errors import BadFile, UserError, in_one_line, require
 from haste.io import MOST_CLASSES, parse_json, read_json
 from haste.validation import check
 

@@ -14,8 +14,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from haste.data.archive import Folder, open_archive, open_entry, read_header, read_npz
-from haste.data.images import IMAGE_FORMATS, BadFile, decode_image, image_format, is_image
-from haste.errors import UserError, in_one_line
+from haste.data.images import IMAGE_FORMATS, decode_image, image_format, is_image
+from haste.errors import BadFile, UserError, in_one_line
 from haste.io import MOST_PIXELS
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from haste.data.archive import list_npz, read_npy, read_npz
-from haste.data.images import BadFile, to_uint8, write_arrays
-from haste.errors import UserError
+from haste.data.images import to_uint8, write_arrays
+from haste.errors import BadFile, UserError
 from haste.evaluation.config import STORED
 from haste.evaluation.features import Extractor, Features, concatenate, extract
 from haste.evaluation.image_readers import ImageArray, ImageSet, open_images

@@ -13,8 +13,7 @@ import haste.data.archive as archive_module
 import numpy as np
 import pytest
 from haste.data.archive import list_npz, open_archive, read_array, read_npy, read_npz
-from haste.data.images import BadFile
-from haste.errors import UserError
+from haste.errors import BadFile, UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,7 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from haste.data.images import BadFile, center_crop, decode_image, is_image, silence_pillow
+from haste.data.images import center_crop, decode_image, is_image, silence_pillow
+from haste.errors import BadFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import photographs, pixels_of

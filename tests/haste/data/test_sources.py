@@ -7,9 +7,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from haste.data.images import BadFile
 from haste.data.sources import open_images
-from haste.errors import UserError
+from haste.errors import BadFile, UserError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import photographs, write_classes
