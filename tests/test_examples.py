@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
     "loss_in_your_trainer.py": ("--steps", "5"),
+    "align_your_own_model.py": ("--steps", "2"),
     "cache_your_own_model.py": ("--num-steps", "12"),
 }
 
