@@ -39,9 +39,9 @@ def load_panel(emulator, operand, rows, column=0, token=0, head=0, sample=0, see
 
 
 def expected_panel(operand, rows, column=0, token=0, head=0, sample=0):
-    piece = operand[sample, head, token : token + rows, column : column + COLUMNS]
+    part = operand[sample, head, token : token + rows, column : column + COLUMNS]
     panel = torch.zeros(rows, COLUMNS, dtype=operand.dtype)
-    panel[: piece.shape[0], : piece.shape[1]] = piece
+    panel[: part.shape[0], : part.shape[1]] = part
     return swizzled(panel)
 
 

@@ -17,5 +17,5 @@ def device(request) -> str:
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time() -> None:
-    """The accuracy rule compares two largest errors: a rare draw on which eager code is lucky must not fail a build."""
+    """The accuracy rule compares two largest errors: a rare sample on which eager is lucky must not fail a build."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every kernel at small and odd shapes, all layouts and types, inputs and yardstick made on the CPU.
+"""Every kernel at small and odd shapes, all layouts and types, inputs and eager results made on the CPU.
 
 On a GPU nothing but the operations themselves runs here, so that a sanitizer gets through in a minute.
 """
@@ -32,9 +32,9 @@ def check(operation, operands, device, **kwargs):
     eager = operation.results(call(operation.definition), [x.to(working) for x in operands])
     ours = operation.results(call(operation.ours), [x if device == "cpu" else moved(x, device) for x in operands])
     largest = max((x.abs().max().item() for x in operands if x.numel()), default=0.0)
-    for i, (mine, yardstick, value) in enumerate(zip(ours, eager, exact, strict=True)):
+    for i, (mine, theirs, value) in enumerate(zip(ours, eager, exact, strict=True)):
         what = f"{operation} {'value' if i == 0 else f'gradient {i}'}"
-        assert_as_accurate_as_eager(mine.cpu(), yardstick, value, what, terms=max(largest, 1.0))
+        assert_as_accurate_as_eager(mine.cpu(), theirs, value, what, terms=max(largest, 1.0))
 
 
 def moved(x: torch.Tensor, device: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
     python tools/gpu/smoke.py [cuda | cpu] [--groups shared portable hopper] [--sanitized]
 
 Values and gradients must be near those in float64 and the same bits twice. Near is a few times what the rule of
-accuracy allows: the rule itself is for the tests, and a rare draw on which eager code is lucky must not cost a whole
+accuracy allows: the rule itself is for the tests, and a rare sample on which eager code is lucky must not cost a whole
 run. HASTE_CUDA_KERNELS chooses between the portable kernels and Hopper's. --sanitized: a few problems, unchecked, for
 a run under compute-sanitizer.
 """
@@ -77,13 +77,13 @@ def check(problem: Problem, device: str) -> tuple[str, str]:
     largest = max(1.0, *(x.abs().max().item() for x in operands))
     names = ["value", *("dq" if i == 0 else "dk" for i in problem.differentiable)]
     wrong, errors = [], []
-    for name, out, twice, yardstick, value in zip(names, first, again, eager, exact, strict=True):
-        judged = measure_accuracy(out, yardstick, value, largest)
-        errors.append(f"{name} {judged.error / max(judged.allowed, 1e-300):.2f}")
+    for name, out, twice, eager_out, value in zip(names, first, again, eager, exact, strict=True):
+        accuracy = measure_accuracy(out, eager_out, value, largest)
+        errors.append(f"{name} {accuracy.error / max(accuracy.allowed, 1e-300):.2f}")
         if out.shape != value.shape:
             wrong.append(f"{name} has shape {tuple(out.shape)}, must be {tuple(value.shape)}")
-        elif not judged.error <= LENIENCE * judged.allowed:
-            wrong.append(f"{name} is off by {judged.error:.2e}, allowed {judged.allowed:.2e}")
+        elif not accuracy.error <= LENIENCE * accuracy.allowed:
+            wrong.append(f"{name} is off by {accuracy.error:.2e}, allowed {accuracy.allowed:.2e}")
         if not torch.equal(out, twice):
             wrong.append(f"{name} differs from run to run")
     return "; ".join(wrong), ", ".join(errors)

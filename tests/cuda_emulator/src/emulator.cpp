@@ -1,8 +1,8 @@
-// Blocks run one after the other, the threads of a block as fibers in an order drawn from a seed. A fiber gives way
+// Blocks run one after the other, the threads of a block as fibers in an order that a seed sets. A fiber gives way
 // only at barriers and at warp-wide operations. What this sees: wrong indices and bounds (with the sanitizers),
 // missing barriers and waits (stale or NaN data, in some order of the threads), warps that part ways, shared memory
 // that was never written. What it cannot see: two threads that race within one stretch between barriers.
-// What is asynchronous on the device happens between the stretches, also in an order drawn from the seed.
+// What is asynchronous on the device happens between the stretches, also in an order that the seed sets.
 #include "emulator.h"
 
 #include <sanitizer/asan_interface.h>
@@ -152,7 +152,7 @@ void fail(const std::string& reason) {
 int thread() { return current; }
 int lane() { return current % kWarp; }
 
-unsigned draw(unsigned count) { return random_order() % count; }
+unsigned random_below(unsigned count) { return random_order() % count; }
 
 void start_event(std::function<void()> event) { events.push_back(std::move(event)); }
 

@@ -25,7 +25,7 @@ void set_seed(unsigned seed);
 [[noreturn]] void fail(const std::string& reason);
 
 // A number below `count`, from the seed.
-unsigned draw(unsigned count);
+unsigned random_below(unsigned count);
 
 // Waits for all 32 lanes of the warp; the last to arrive runs `perform` on the arguments of all of them.
 using Perform = void (*)(void* const* arguments);

@@ -90,7 +90,7 @@ void barrier_init(Barrier* barrier, unsigned arrivals) {
   if (arrivals < 1 || arrivals >= 1u << 20) fail("an mbarrier expects from 1 to 2^20 - 1 arrivals");
   State& state = barriers[barrier] = State{};
   state.arrivals = state.missing = arrivals;
-  *barrier = state.content = draw(1u << 31);
+  *barrier = state.content = random_below(1u << 31);
 }
 
 void barrier_init_fence() {

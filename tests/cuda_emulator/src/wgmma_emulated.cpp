@@ -222,7 +222,7 @@ void wgmma_commit() {
         warp.groups.push_back(std::move(warp.open));
         warp.open.clear();
         warp.fenced = false;
-        if (draw(2) == 0) return;
+        if (random_below(2) == 0) return;
         while (!warp.groups.empty()) execute_oldest_group(thread() / 32);
       },
       nullptr);
@@ -254,7 +254,8 @@ void wgmma(float (&c)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool
 #define FOR_TYPE(T, n) FOR_BOTH_B(T, n, false) FOR_BOTH_B(T, n, true)
 #define FOR_WIDTH(n) FOR_TYPE(__half, n) FOR_TYPE(__nv_bfloat16, n)
 FOR_WIDTH(8)
-FOR_WIDTH(16) FOR_WIDTH(24) FOR_WIDTH(32) FOR_WIDTH(40) FOR_WIDTH(48) FOR_WIDTH(56) FOR_WIDTH(64) FOR_WIDTH(72)
-    FOR_WIDTH(80) FOR_WIDTH(88) FOR_WIDTH(96) FOR_WIDTH(104) FOR_WIDTH(112) FOR_WIDTH(120) FOR_WIDTH(128)
+FOR_WIDTH(16)
+FOR_WIDTH(24) FOR_WIDTH(32) FOR_WIDTH(40) FOR_WIDTH(48) FOR_WIDTH(56) FOR_WIDTH(64) FOR_WIDTH(72) FOR_WIDTH(80)
+    FOR_WIDTH(88) FOR_WIDTH(96) FOR_WIDTH(104) FOR_WIDTH(112) FOR_WIDTH(120) FOR_WIDTH(128)
 
 }  // namespace haste::cuda

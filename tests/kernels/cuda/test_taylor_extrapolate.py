@@ -37,7 +37,7 @@ def check(emulator, snapshots, weights, gates=None, residual=None):
     assert_as_accurate_as_eager(ours, eager, exact, f"emulated taylor, {snapshots.dtype} into {ours.dtype}")
 
 
-def draw(shape, dtype=torch.float32, seed=0):
+def randn(shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -45,34 +45,35 @@ def draw(shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("out_type", TYPES)
 def test_every_pair_of_types(emulator, snapshot_type, out_type):
     """Several layers, more slots than are fetched at once, gates and a residual."""
-    snapshots = draw((3, 6, 2, 5, 40), snapshot_type)
-    check(emulator, snapshots, draw((3, 6), seed=1), draw((3, 2, 40), snapshot_type, 2), draw((2, 5, 40), out_type, 3))
+    snapshots = randn((3, 6, 2, 5, 40), snapshot_type)
+    gates, residual = randn((3, 2, 40), snapshot_type, 2), randn((2, 5, 40), out_type, 3)
+    check(emulator, snapshots, randn((3, 6), seed=1), gates, residual)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("dim", (1, 7, 8, 24, 1152))
 def test_one_layer_of_any_dim(emulator, dtype, dim):
-    check(emulator, draw((1, 3, 2, 4, dim), dtype), draw((3,), seed=1))
+    check(emulator, randn((1, 3, 2, 4, dim), dtype), randn((3,), seed=1))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_operands_where_they_lie(emulator, dtype):
     """Slots of a ring buffer, rows of odd stride, and one element off the 16-byte boundary."""
-    snapshots = draw((2, 4, 2, 5, 25), dtype).transpose(0, 1)[1:, :, :, 1:, 1:]
-    gates, residual = draw((2, 3, 25), dtype, 1).transpose(0, 1)[..., :24], draw((2, 5, 25), dtype, 2)[:, 1:, :24]
-    check(emulator, snapshots, draw((2,), seed=3), gates, residual)
+    snapshots = randn((2, 4, 2, 5, 25), dtype).transpose(0, 1)[1:, :, :, 1:, 1:]
+    gates, residual = randn((2, 3, 25), dtype, 1).transpose(0, 1)[..., :24], randn((2, 5, 25), dtype, 2)[:, 1:, :24]
+    check(emulator, snapshots, randn((2,), seed=3), gates, residual)
 
 
 def test_a_slot_of_weight_zero_is_not_read(emulator):
-    snapshots = draw((1, 6, 1, 3, 16))
+    snapshots = randn((1, 6, 1, 3, 16))
     snapshots[:, (1, 5)] = float("nan")
-    weights = draw((6,), seed=1)
+    weights = randn((6,), seed=1)
     weights[[1, 5]] = 0
     check(emulator, snapshots, weights)
 
 
 def test_more_than_one_block(emulator):
-    check(emulator, draw((1, 1, 2, 300, 16), torch.bfloat16), torch.tensor([0.5]))
+    check(emulator, randn((1, 1, 2, 300, 16), torch.bfloat16), torch.tensor([0.5]))
 
 
 @pytest.mark.parametrize("shape", ((1, 2, 0, 3, 8), (1, 2, 2, 0, 8)))
@@ -84,30 +85,31 @@ def test_nothing_to_do(emulator, shape):
 @pytest.mark.parametrize("steps", (1, 2, 3, 4, 5, 8, 9, 17))
 def test_any_number_of_steps(emulator, dtype, steps):
     """Of one, two and three passes over the snapshots."""
-    snapshots, gates = draw((3, 5, 2, 5, 40), dtype), draw((steps, 3, 2, 40), dtype, 2)
-    check(emulator, snapshots, draw((steps, 3, 5), seed=1), gates)
+    snapshots, gates = randn((3, 5, 2, 5, 40), dtype), randn((steps, 3, 2, 40), dtype, 2)
+    check(emulator, snapshots, randn((steps, 3, 5), seed=1), gates)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("slots", range(1, 12))
 def test_any_number_of_slots(emulator, dtype, slots):
     for dim, steps in ((40, 3), (40, 1), (41, 2)):
-        snapshots, gates = draw((4, slots, 2, 3, dim), dtype), draw((steps, 4, 2, dim), dtype, 2)
-        check(emulator, snapshots, draw((steps, 4, slots), seed=1), gates)
-        check(emulator, snapshots, draw((steps, 4, slots), seed=1))
+        snapshots, gates = randn((4, slots, 2, 3, dim), dtype), randn((steps, 4, 2, dim), dtype, 2)
+        check(emulator, snapshots, randn((steps, 4, slots), seed=1), gates)
+        check(emulator, snapshots, randn((steps, 4, slots), seed=1))
 
 
 @pytest.mark.parametrize(("layers", "slots"), ((200, 5), (700, 1), (3, 800)))
 def test_more_weights_than_shared_memory_holds(emulator, layers, slots):
     """For several batch entries, each of which must get all of them."""
-    weights = draw((3, layers, slots), seed=1) / slots
-    check(emulator, draw((layers, slots, 2, 3, 8), torch.bfloat16), weights, draw((3, layers, 2, 8), torch.bfloat16, 2))
+    weights = randn((3, layers, slots), seed=1) / slots
+    snapshots, gates = randn((layers, slots, 2, 3, 8), torch.bfloat16), randn((3, layers, 2, 8), torch.bfloat16, 2)
+    check(emulator, snapshots, weights, gates)
 
 
 @pytest.mark.parametrize("dim", (16, 17))
 def test_a_slot_adds_nothing_at_a_step_where_it_has_no_weight(emulator, dim):
-    snapshots = draw((2, 3, 1, 3, dim))
-    weights = draw((3, 2, 3), seed=1)
+    snapshots = randn((2, 3, 1, 3, dim))
+    weights = randn((3, 2, 3), seed=1)
     weights[:, :, 0], weights[1:, :, 2] = 0, 0
     clean = run(emulator, snapshots, weights)
     snapshots[:, 0], snapshots[:, 2] = float("nan"), float("inf")
@@ -117,14 +119,14 @@ def test_a_slot_adds_nothing_at_a_step_where_it_has_no_weight(emulator, dim):
 
 def test_operands_of_several_steps_where_they_lie(emulator):
     """Gates of a larger tensor with the steps last, weights with the slots first."""
-    snapshots = draw((2, 5, 2, 3, 26), torch.bfloat16)[..., 1:25]
-    gates = draw((2, 2, 3, 32), torch.bfloat16, 1).permute(2, 0, 1, 3)[..., :24]
-    check(emulator, snapshots, draw((5, 2, 3), seed=2).permute(2, 1, 0), gates)
+    snapshots = randn((2, 5, 2, 3, 26), torch.bfloat16)[..., 1:25]
+    gates = randn((2, 2, 3, 32), torch.bfloat16, 1).permute(2, 0, 1, 3)[..., :24]
+    check(emulator, snapshots, randn((5, 2, 3), seed=2).permute(2, 1, 0), gates)
 
 
 def test_several_steps_take_no_residual(emulator):
     with pytest.raises(emulator.Refused, match="without a residual"):
-        run(emulator, draw((1, 1, 1, 1, 8)), torch.ones(2, 1, 1), residual=draw((1, 1, 8)))
+        run(emulator, randn((1, 1, 1, 1, 8)), torch.ones(2, 1, 1), residual=randn((1, 1, 8)))
 
 
 def test_refuses_float64(emulator):
