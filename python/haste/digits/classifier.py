@@ -1,8 +1,8 @@
 """The classifier of the digits: a small convolutional network that no training run ever sees.
 
 It plays the part that Inception plays for photographs. Its penultimate layer gives the features for FD, its predictions
-the label accuracy of samples. It is trained once in a few seconds, on a fixed four fifths of the real digits; the last
-fifth tells how far its predictions can be trusted."""
+the label accuracy of samples. It is trained once in a few seconds, on a fixed four fifths of the digits; the accuracy
+on the last fifth is how far its predictions can be trusted."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class TeacherConfig:
 
 
 def prepare(folder: Path, settings: TeacherConfig | None = None) -> Path:
-    """The teacher's folder inside `folder`, trained first if it is not there. Its name tells its settings."""
+    """The teacher's folder inside `folder`, trained first if missing; a digest of the settings is in its name."""
     settings = settings or TeacherConfig()
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:8]
     target = folder / f"digits-vit-{digest}"

@@ -98,9 +98,10 @@ def evaluate_run(config: EvaluateConfig) -> str:
 
 def open_evaluator(config: EvaluateConfig) -> Evaluator | None:
     """The network and the reference that the settings name; None if a comparison with a baseline alone is asked for."""
-    if (config.features, config.reference) == (None, None) and config.baseline and not _own_features(config):
+    features = config.features or _own_features(config)
+    if features is None and config.reference is None and config.baseline is not None:
         return None
-    features, reference = choose_features(config.features or _own_features(config), config.reference)
+    features, reference = choose_features(features, config.reference)
     if config.save_reference is not None:
         check_replaceable(config.save_reference)
     metrics = MetricConfig(kid_subset_size=config.kid_subset_size)
@@ -131,8 +132,6 @@ def _own_features(config: EvaluateConfig) -> str | None:
     if config.samples is None:
         data = load_checkpoint(config.run or config.ckpt, config.ema, convention=config.convention).config.data_dir
         return data if data in EXTRACTORS else None
-    if config.features == STORED:
-        return None
     shape = open_images(config.samples, "--samples").shape
     return next((name for name, side in IMAGE_SIZES.items() if shape == (side, side, 3)), None)
 
