@@ -230,9 +230,12 @@ class Evaluator:
     ) -> list[Result]:
         """Every metric asked for, in the order of NAMES; the label accuracy only where there are labels to read.
 
-        Raises UserError if the two sides have features of other dimensions.
+        Raises UserError for a metric of no such name, and if the two sides have features of other dimensions.
         """
         reference, config = self.reference, self.config
+        unknown = set(metrics) - set(NAMES)
+        if unknown:
+            raise UserError(f"metrics must be some of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
         if features.dimension != reference.dimension:
             raise UserError(
                 f"samples have {features.dimension} features and the reference {reference.name} has "

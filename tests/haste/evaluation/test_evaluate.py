@@ -127,6 +127,11 @@ def test_images_in_memory_and_a_part_of_the_metrics(network, monkeypatch, tmp_pa
     assert "30 samples against 20 real images" in found.heading()
 
 
+def test_metrics_of_no_such_name_are_refused():
+    with pytest.raises(UserError, match="metrics must be some of fd, kid, .*, got fid, swd"):
+        Evaluator(None, reference(features(50))).score(Features(features(60)), metrics=["swd", "fd", "fid"])
+
+
 def test_as_plain_numbers_what_cannot_be_had_is_an_error():
     evaluator = Evaluator(Classes(), reference(features(50)))
     probabilities = np.eye(4)[np.zeros(60, int)]

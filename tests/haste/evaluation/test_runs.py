@@ -8,19 +8,22 @@ import pytest
 from digits_run import write_run
 from haste.digits.classifier import ClassifierConfig, real_digits, train_classifier
 from haste.errors import UserError
+from haste.evaluation import evaluate as evaluate_module
 from haste.evaluation import runs
-from haste.evaluation.evaluate import Evaluator
+from haste.evaluation.evaluate import Evaluator, evaluate, sample_images
 from haste.evaluation.reference import load_reference
 from haste.evaluation.runs import (
     OF_CHECKPOINTS,
     append_record,
+    evaluate_checkpoint,
     evaluate_checkpoints,
     keep_evaluation,
     read_evaluations,
     read_records,
 )
-from haste.generation.checkpoint import run_checkpoints
+from haste.generation.checkpoint import load_checkpoint, run_checkpoints
 from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler
 
 SETTINGS = SamplingConfig(num_steps=2, labels="balanced")
 COUNT = 70
@@ -40,6 +43,17 @@ def test_the_real_digits_are_at_no_distance_and_noise_is_far(evaluator):
     assert evaluator.values(classifier(noise), labels[:200], ("fd",))["fd"] > 10 * evaluator.split_half_fd > 0
     wrong = (labels[:200] + 1) % 10
     assert evaluator.values(classifier(images[:200]), wrong, OF_CHECKPOINTS)["label_accuracy"] < 0.2
+
+
+def test_a_checkpoint_scores_as_its_images_do(tmp_path, evaluator, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "load_extractor", lambda name, folder: evaluator.extractor)
+    loaded = load_checkpoint(write_run(tmp_path) / "checkpoints" / "0000002.pt")
+    found = evaluate(loaded, "digits", "digits", sampling=SETTINGS, count=COUNT, batch_size=250)
+    expected = evaluate_checkpoint(loaded.checkpoint, SETTINGS, COUNT, evaluator)
+    assert found["fd"].value == pytest.approx(expected["fd"], rel=1e-4)
+    assert found["label_accuracy"].value == expected["label_accuracy"]
+    images, labels = sample_images(Sampler(loaded, SETTINGS), COUNT, 250)
+    assert evaluate(images, "digits", "digits", labels=labels, batch_size=250).record() == found.record()
 
 
 def test_every_checkpoint_is_judged_once(tmp_path, evaluator, monkeypatch):
