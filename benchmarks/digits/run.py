@@ -28,6 +28,7 @@ from haste.generation.checkpoint import run_checkpoints
 from haste.generation.config import SamplingConfig
 from haste.io import write_text
 from haste.plotting import plot_advantage, plot_scores
+from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig, preset_config
 from haste.training.trainer import train
 
@@ -158,20 +159,19 @@ def write_table(results: dict[str, Any]) -> None:
     """results.md: mean ± standard deviation over seeds (n − 1) of both numbers at every point."""
     scores = by_method(results)
     steps = [point["step"] for point in next(iter(next(iter(scores.values())).values()))]
-    head = "| | " + " | ".join(f"step {step:,}" for step in steps) + " |\n|---|" + "---:|" * len(steps)
+    head = ["", *(f"step {step:,}" for step in steps)]
     lines = ["# Digits: plain SiT, REPA, HASTE\n", describe(results)]
     for title, key, scale, digits in (
         ("FD", "fd", 1.0, 2),
         ("Read as requested, %", "label_accuracy", 100.0, 1),
     ):
-        lines.append(f"\n## {title}\n\n{head}")
+        rows = []
         for method, seeds in scores.items():
             values = scale * np.array([[point[key] for point in points] for points in seeds.values()])
             means, spreads = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
-            cells = [f"{mean:.{digits}f}" for mean in means]
-            if spreads is not None:
-                cells = [f"{cell} ± {spread:.{digits}f}" for cell, spread in zip(cells, spreads, strict=True)]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            pairs = zip(means, [None] * len(means) if spreads is None else spreads, strict=True)
+            rows.append([method, *(format_number(mean, digits, spread=spread) for mean, spread in pairs)])
+        lines.append(f"\n## {title}\n\n{markdown_table([head, *rows])}".rstrip())
     write_text(HERE / "results.md", "\n".join(lines) + "\n")
 
 

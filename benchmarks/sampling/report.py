@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import median
 
+from haste.tables import markdown_table
+
 from haste_ext.bench.measure import spread
 from haste_ext.bench.report import revision, where
 
@@ -52,11 +54,11 @@ def title(result: Mapping) -> str:
 
 
 def table(result: Mapping) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|---{'|---:' * (len(COLUMNS) - 1)}|"]
+    lines = []
     for row in result["rows"]:
         cells = [row["absent"], *[""] * (len(COLUMNS) - 2)] if "absent" in row else row_cells(result, row)
-        lines.append(f"| {' | '.join([row['name'], *cells])} |")
-    return "\n".join(lines)
+        lines.append([row["name"], *cells])
+    return markdown_table([COLUMNS, *lines]).rstrip()
 
 
 def row_cells(result: Mapping, row: Mapping) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from haste.tables import markdown_table
+
 from haste_ext.bench.measure import spread
 from haste_ext.bench.report import revision, where
 
@@ -46,10 +48,10 @@ def title(result: Mapping) -> str:
 
 def step_table(result: Mapping) -> str:
     rows = {row["name"]: row for row in result["rows"]}
-    lines = ["| step | ms | p20 – p80 | × plain | p20 – p80 | held MiB | peak MiB | × plain |", f"|---{'|---:' * 7}|"]
+    lines = [["step", "ms", "p20 – p80", "× plain", "p20 – p80", "held MiB", "peak MiB", "× plain"]]
     for name, row in rows.items():
         if "absent" in row:
-            lines.append(f"| {name} | {row['absent']} |" + " |" * 6)
+            lines.append([name, row["absent"], *[""] * 6])
             continue
         time, ratio = spread(row["seconds"]), spread(ratios(result, row))
         cells = [
@@ -60,8 +62,8 @@ def step_table(result: Mapping) -> str:
             f"{row['held_bytes'] / 2**20:,.0f}",
             *peak_cells(row, rows[PLAIN]),
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown_table(lines).rstrip()
 
 
 def peak_cells(row: Mapping, plain: Mapping) -> tuple[str, str]:
@@ -71,14 +73,12 @@ def peak_cells(row: Mapping, plain: Mapping) -> tuple[str, str]:
 
 
 def part_table(result: Mapping) -> str:
-    lines = ["| part of alignment | ms | share of a plain step | p20 – p80 |", "|---|---:|---:|---:|"]
+    lines = [["part of alignment", "ms", "share of a plain step", "p20 – p80"]]
     for part in result["parts"]:
         time, share = spread(part["seconds"]), spread(ratios(result, part))
-        lines.append(
-            f"| {part['name']} | {1e3 * time['median']:,.2f} | {share['median']:.2%} "
-            f"| {share['p20']:.2%} – {share['p80']:.2%} |"
-        )
-    return "\n".join(lines)
+        spans = f"{share['p20']:.2%} – {share['p80']:.2%}"
+        lines.append([part["name"], f"{1e3 * time['median']:,.2f}", f"{share['median']:.2%}", spans])
+    return markdown_table(lines).rstrip()
 
 
 def verdicts(result: Mapping) -> str:

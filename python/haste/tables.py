@@ -24,8 +24,8 @@ def text_table(rows: Sequence[Sequence[str]], align: str = "<>") -> str:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of which the first is the header; the first column to the left, the others to the right."""
-    ruler = ["---", *("---:" for _ in rows[0][1:])]
-    return "".join("| " + " | ".join(line) + " |\n" for line in [rows[0], ruler, *rows[1:]])
+    head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines]) + "\n"
 
 
 def known_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:

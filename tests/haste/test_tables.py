@@ -14,7 +14,7 @@ def test_columns_of_text_have_equal_width_and_their_sides():
 def test_markdown_has_a_ruler_below_its_header():
     assert markdown_table(ROWS).splitlines()[:3] == [
         "| step | FD | KID |",
-        "| --- | ---: | ---: |",
+        "|---|---:|---:|",
         "| 2 | 10.000 | – |",
     ]
 

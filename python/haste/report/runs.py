@@ -11,6 +11,7 @@ import numpy as np
 
 from haste.errors import UserError
 from haste.evaluation.evaluate import NAMES
+from haste.plotting import LOSSES
 from haste.report.page import (
     Curve,
     Panel,
@@ -33,11 +34,6 @@ from haste.report.page import (
 from haste.report.reading import Quality, Run, read_preview, settings_measured, shown
 from haste.training.config import TrainConfig
 
-LOSSES = {
-    "loss": "Velocity loss (mean squared error)",
-    "proj_loss": "Feature loss (−cosine)",
-    "attn_loss": "Attention loss (cross-entropy, nats)",
-}
 CURVES = {**LOSSES, "grad_norm": "Length of the gradient", "images_per_second": "Images per second"}
 DIFFERENCES = {"loss": "Velocity loss", "proj_loss": "Feature loss", "attn_loss": "Attention loss"}
 SHOWN_PREVIEWS = 4  # of each run, spread over its length
