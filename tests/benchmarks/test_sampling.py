@@ -148,7 +148,7 @@ def test_plain_sampling_in_a_graph_draws_what_it_draws_without(monkeypatch):
         output = function(*inputs)
         return lambda: output.velocity.copy_(function(*inputs).velocity), output
 
-    monkeypatch.setattr(variants.graphs, "capture", capture)
+    monkeypatch.setattr(variants.cuda_graphs, "capture", capture)
     case = tiny()
     graphed = variants.Run(variants.PLAIN, variants.GRAPHS, case, variants.make_model(case))
     assert torch.equal(graphed(), make_run(variants.PLAIN, case)())
@@ -222,7 +222,7 @@ def test_images_that_differ_are_not_timed():
         ({"model": ["tiny"], "batch_size": [0]}, "--batch-size is 0; it must be at least 1"),
         ({"model": ["tiny"], "num_steps": 0}, "--num-steps is 0; it must be at least 1"),
         ({"model": ["tiny"], "num_steps": 8, "interval": 2, "order": 5}, "--order must be at most 4, as 5 of 8 "),
-        ({"model": ["tiny"], "num_steps": 8, "interval": 9}, "--interval must not be above the number of steps"),
+        ({"model": ["tiny"], "num_steps": 8, "interval": 9}, "--interval must be at most the number of steps"),
         ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
         ({"device": "tpu"}, "--device is 'tpu'; it must be one of cpu, cuda"),
         ({"model": ["tiny"], "batch_size": [10**9]}, "tiny at --resolution 64 and --batch-size 1000000000 cannot be"),

@@ -1,4 +1,7 @@
-"""The settings of feature caching, as plain values that a command line takes and a record keeps."""
+"""The settings of feature caching, as plain values that a command line takes and a record keeps, and all their checks.
+
+`check_cache` holds them against each other, `check_depth` against a model, `check_run` against a number of steps.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,21 @@ from typing import Any, Literal, get_args, get_type_hints
 from haste.errors import UserError, shorten
 from haste.validation import check_numbers
 
+# Of Δ-DiT, as published for PixArt-α: 12 of 20 steps, 21 of 28 blocks.
+GATE_SHARE = 0.6
+CACHED_SHARE = 0.75
+
 
 @dataclass(kw_only=True)
 class CacheConfig:
     """Which steps are computed in full, and what stands in for the others.
 
-    `--cache taylor` alone is TaylorSeer as published for DiT (arXiv 2503.06923): every module's output, one full step
-    in four, order 4.
+    `CacheConfig(cache="taylor")` alone is TaylorSeer as published for DiT (arXiv 2503.06923): every module's output,
+    one full step in four, order 4.
+
+    Raises:
+        UserError: from the methods that check, for values out of bounds and such as contradict each other; names the
+            flag of the command line.
     """
 
     cache: Literal["none", "reuse", "taylor", "newton", "hermite", "delta-dit"] = "none"
@@ -39,9 +50,11 @@ class CacheConfig:
     cached_blocks: int | None = None
     """delta-dit: so many blocks are skipped. [default: three in four]"""
 
+    # ---- what the settings mean ----
+
     @property
     def full_step_list(self) -> list[int]:
-        """--full-steps as numbers; UserError if it is no list of them."""
+        """--full-steps as numbers; empty if it is not given."""
         if not self.full_steps:
             return []
         if not (isinstance(self.full_steps, str) and re.fullmatch(r"[0-9]{1,5}(,[0-9]{1,5})*", self.full_steps)):
@@ -67,6 +80,25 @@ class CacheConfig:
             return self.order
         return 0 if self.cache in ("reuse", "delta-dit") else 4
 
+    def resolved_gate(self, num_steps: int) -> int:
+        return round(GATE_SHARE * num_steps) if self.gate is None else self.gate
+
+    def resolved_cached_blocks(self, depth: int) -> int:
+        return round(CACHED_SHARE * depth) if self.cached_blocks is None else self.cached_blocks
+
+    def planned_full_steps(self, num_steps: int) -> list[int] | None:
+        """The full steps of an undisturbed run, from 0; None if they depend on measured errors.
+
+        TaylorSeer's schedule: the first steps, and from the last of them on one every `interval`. Of 50 steps intervals
+        3, 4, 5 and 6 leave 18, 14, 11 and 10 full ones, as published.
+        """
+        if self.full_steps:
+            return self.full_step_list
+        if self.error_threshold:
+            return None
+        first, interval = self.resolved_first_enhance, self.resolved_interval
+        return [*range(min(first, num_steps)), *range(first - 1 + interval, num_steps, interval)]
+
     def cache_fields(self) -> dict[str, Any]:
         """Exactly the settings that decide the images, resolved, for records and names."""
         fields: dict[str, Any] = {"cache": self.cache}
@@ -91,31 +123,29 @@ class CacheConfig:
             return f"Δ-DiT, {when}"
         if self.error_threshold:
             when = f"error {self.error_threshold:g}, {when}"
-        name = self.cache.capitalize()
-        if self.cache == "reuse":
-            return f"{name} per {self.granularity}, {when}"
-        return f"{name} per {self.granularity}, {when}, order {self.resolved_order}"
+        described = f"{self.cache.capitalize()} per {self.granularity}, {when}"
+        return described if self.cache == "reuse" else f"{described}, order {self.resolved_order}"
+
+    # ---- checks ----
 
     def check_cache(self) -> None:
-        """UserError for values out of bounds, also a subclass's, and for flags that contradict each other.
-
-        What the number of steps allows is checked with each run.
-        """
+        """Refuse values out of bounds, also a subclass's, and flags that contradict each other."""
         for name in ("cache", "granularity"):
             value, known = getattr(self, name), get_args(get_type_hints(CacheConfig)[name])
             if value not in known:
                 raise UserError(f"--{name} must be {', '.join(known[:-1])} or {known[-1]}, got {shorten(value)}")
         check_numbers(self)
-        _ = self.full_step_list  # raises for what is no list
-        defaults = CacheConfig()
-        unused = [name for name in asdict(defaults) if name not in (*self.cache_fields(), "cache")]
-        for name in unused:
+        steps = self.full_step_list
+        if steps and (sorted(set(steps)) != steps or steps[0] != 0):
+            raise UserError(f"--full-steps must be increasing step numbers that begin with 0, got {self.full_steps}")
+        used = self.cache_fields()
+        for name, default in asdict(CacheConfig()).items():
             value = getattr(self, name)
-            if value != getattr(defaults, name):
-                flag, why = name.replace("_", "-"), self._why_unused(name)
-                raise UserError(f"--{flag} is {value}, which nothing uses {why}")
+            if name not in used and value != default:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {value}, which nothing uses {self._why_unused(name)}")
         if self.cache == "reuse" and self.resolved_order != 0:
-            raise UserError(f"--order is {self.order}; it must be 0 for --cache reuse")
+            raise UserError(f"--order must be 0 for --cache reuse, got {self.order}")
 
     def _why_unused(self, name: str) -> str:
         if self.cache == "none":
@@ -124,19 +154,50 @@ class CacheConfig:
             return "beside --full-steps"
         return f"with --cache {self.cache}"
 
+    def check_depth(self, depth: int) -> None:
+        """Refuse what a model of so many blocks does not allow."""
+        count = self.resolved_cached_blocks(depth)
+        if self.cache == "delta-dit" and not 1 <= count <= depth:
+            raise UserError(f"--cached-blocks must be from 1 to the model's {depth} blocks, got {count}")
 
-# What wrap(model) means, and `haste sample --fast` for the ODE.
+    def check_run(self, num_steps: int) -> None:
+        """Refuse what a run of so many steps does not allow."""
+        steps = self.full_step_list
+        if steps and steps[-1] >= num_steps:
+            raise UserError(f"--full-steps must be numbers from 0 to {num_steps - 1} for {num_steps} steps, "
+                            f"got {steps[-1]}")  # fmt: skip
+        counts = {} if steps else {"interval": self.resolved_interval, "first-enhance": self.resolved_first_enhance}
+        if self.error_threshold:
+            del counts["interval"]  # the most that it may become
+        for flag, count in counts.items():
+            if count > num_steps:
+                raise UserError(f"--{flag} must be at most the number of steps, {num_steps}, got {count}")
+        gate = self.resolved_gate(num_steps)
+        if self.cache == "delta-dit" and not 0 <= gate <= num_steps:
+            raise UserError(f"--gate must be from 0 to the number of steps, {num_steps}, got {gate}")
+        full = self.planned_full_steps(num_steps)
+        if full is not None and self.resolved_order >= max(1, len(full)):
+            raise UserError(f"--order must be at most {len(full) - 1}, as {len(full)} of {num_steps} steps are full, "
+                            f"got {self.resolved_order}")  # fmt: skip
+
+
+# What enable_cache(model) means, and `haste sample --fast` for the ODE.
 FAST = CacheConfig(cache="newton", granularity="model", interval=6, order=2)
 
 LEAST_STEPS = 8  # below, most steps of FAST would be full
 
 
 def fast_config(num_steps: int, noisy: bool) -> CacheConfig:
-    """What `haste sample --fast` means; UserError for a run too short to leave anything out.
+    """What `haste sample --fast` means.
 
-    noisy: the sampler adds noise at every step, as the SDE's does. A high order would multiply it.
+    Args:
+        num_steps: of the sampler.
+        noisy: the sampler adds noise at every step, as the SDE's does. A high order would multiply it.
+
+    Raises:
+        UserError: a run too short to forecast any of it.
     """
     if num_steps < LEAST_STEPS:
-        raise UserError(f"--fast leaves out most of many steps, and --num-steps is {num_steps}; it must be at least "
-                        f"{LEAST_STEPS}, or go without --fast")  # fmt: skip
+        raise UserError(f"--num-steps must be at least {LEAST_STEPS} for --fast, which forecasts most of many steps, "
+                        f"got {num_steps}; or go without --fast")  # fmt: skip
     return replace(FAST, order=1) if noisy else FAST

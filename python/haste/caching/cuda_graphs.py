@@ -1,13 +1,15 @@
-"""Both kinds of evaluation as CUDA graphs: captured at the first call, replayed for the rest of the run and the next.
+"""Calls of a cached model as CUDA graphs: captured when first made, replayed for the rest of the run and the next.
 
 A replay reads and writes the memory that was there at capture. Images, times, labels and weights are therefore copied
-into tensors that stay; the snapshots stay by themselves, and a full evaluation writes its features into a tensor of its
-own, which is copied to the ring's slot of the moment. So one graph of each kind serves all steps and slots. Where
-guidance changes the batch, or the snapshots move, others are captured."""
+into tensors that stay; the cached features stay by themselves, and a full call writes its own into another tensor,
+which is copied to the slot of the moment. So one graph of each kind serves all steps and slots. Where guidance changes
+the batch, or the cached features move, others are captured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,57 +34,41 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Rep
     return graph.replay, output
 
 
-class _Graphed:
-    """One graph for every combination of shapes, types and places in memory that `_key` tells apart."""
+class Graphed:
+    """A function of tensors, replayed; one graph for every combination of shapes, types and places in memory.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    kept: the number of the argument that is used where it is; all others are copied.
+    """
+
+    def __init__(self, function: Callable[..., Any], kept: int | None = None) -> None:
         self.function = function
+        self.kept = kept
         self._captured: dict[tuple, tuple[list[Tensor], Replay, Any]] = {}
 
     def release(self) -> None:
-        """Lets go of the graphs and of what they read and write; the next call captures anew."""
+        """Free the graphs and what they read and write; the next call captures anew."""
         self._captured.clear()
 
-    def _run(self, copied: Sequence[Tensor], kept: Sequence[Tensor], arrange: Callable[..., tuple]) -> tuple:
-        key = (*map(_shape, copied), *((*_shape(tensor), tensor.stride(), tensor.data_ptr()) for tensor in kept))
+    def __call__(self, *inputs: Tensor) -> Any:
+        key = tuple(map(_shape, inputs))
+        if self.kept is not None:
+            key += (inputs[self.kept].stride(), inputs[self.kept].data_ptr())
         if key not in self._captured:
-            static = [tensor.clone() for tensor in copied]
-            self._captured[key] = (static, *capture(self.function, arrange(*static, *kept)))
+            static = [tensor if number == self.kept else tensor.clone() for number, tensor in enumerate(inputs)]
+            self._captured[key] = (static, *capture(self.function, static))
         static, replay, output = self._captured[key]
-        for tensor, new in zip(static, copied, strict=True):
-            tensor.copy_(new, non_blocking=True)
+        for number, tensor in enumerate(inputs):
+            if number != self.kept:
+                static[number].copy_(tensor, non_blocking=True)
         replay()
-        return output
-
-
-class GraphedSkipped(_Graphed):
-    """skipped(x, t, y, snapshots, weights), replayed; the snapshots are read where they are."""
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> Any:
-        output = self._run((x, t, y, weights), (snapshots,), lambda x, t, y, weights, kept: (x, t, y, kept, weights))
         return _copy(output)
 
 
-class GraphedCorrections(_Graphed):
-    """corrections(t, y, snapshots, weights) of one evaluation, replayed; the snapshots are read where they are."""
-
-    def __call__(self, t: Tensor, y: Tensor, snapshots: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        output = self._run((t, y, weights), (snapshots,), lambda t, y, weights, kept: (t, y, kept, weights))
-        return tuple(tensor.clone() for tensor in output)
-
-
-class GraphedCorrected(_Graphed):
-    """corrected(x, added, c), replayed."""
-
-    def __call__(self, x: Tensor, added: Tensor, c: Tensor) -> Any:
-        return _copy(self._run((x, added, c), (), lambda *inputs: inputs))
-
-
-class GraphedFull(_Graphed):
-    """full(x, t, y, out), replayed; `out` is filled from the tensor that the graph writes to."""
+class GraphedFull(Graphed):
+    """full(x, t, y, out); `out` is filled from the tensor that the graph writes to."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
+        super().__init__(function, kept=3)
         self._features: dict[tuple, Tensor] = {}
 
     def release(self) -> None:
@@ -93,16 +79,17 @@ class GraphedFull(_Graphed):
         if _shape(out) not in self._features:
             self._features[_shape(out)] = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         features = self._features[_shape(out)]
-        output = self._run((x, t, y), (features,), lambda *inputs: inputs)
+        output = super().__call__(x, t, y, features)
         out.copy_(features)
-        return _copy(output)
+        return output
 
 
-GRAPHED = {
+# By the names of a granularity's functions; cached features are read where they are.
+GRAPHED: dict[str, Callable[[Callable[..., Any]], Graphed]] = {
     "full": GraphedFull,
-    "skipped": GraphedSkipped,
-    "corrections": GraphedCorrections,
-    "corrected": GraphedCorrected,
+    "forecast": partial(Graphed, kept=3),
+    "corrections": partial(Graphed, kept=2),
+    "corrected": Graphed,
 }
 
 
@@ -114,5 +101,5 @@ def _copy(output: Any) -> Any:
     """The output as its caller may keep it: the next replay writes over the original."""
     if isinstance(output, Tensor):
         return output.clone()
-    first, *rest = output
-    return type(output)(first.clone(), *rest) if hasattr(output, "_fields") else (first.clone(), *rest)
+    parts = [part.clone() if isinstance(part, Tensor) else part for part in output]
+    return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)

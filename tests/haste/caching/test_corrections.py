@@ -1,4 +1,4 @@
-"""The corrections of several skipped evaluations made in one pass: the same images as one by one, in fewer passes."""
+"""The corrections of several forecast calls made in one pass: the same images as one by one, in fewer passes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from caching_models import small_noise, small_sit
 from haste.caching import CachedModel, enable_cache
-from haste.caching.cached_model import MOST_AHEAD, Correction, Corrections, Labels
-from haste.caching.forecaster import Place
+from haste.caching.cached_model import MOST_AHEAD, Corrections
+from haste.caching.forecaster import Timestep
 from haste.errors import UserError
 from haste.samplers import ModelCall, model_calls, sample
 
@@ -16,13 +16,13 @@ import haste_ext
 
 @pytest.fixture
 def passes(monkeypatch) -> list[tuple[int, int]]:
-    """Steps and rows of every pass over the snapshots."""
+    """Steps and rows of every pass over the cached features."""
     made = []
     original = haste_ext.taylor_extrapolate_steps
 
-    def counting(snapshots, weights, gates=None):
-        made.append((len(weights), snapshots.shape[2]))
-        return original(snapshots, weights, gates)
+    def counting(features, weights, gates=None):
+        made.append((len(weights), features.shape[2]))
+        return original(features, weights, gates)
 
     monkeypatch.setattr(haste_ext, "taylor_extrapolate_steps", counting)
     return made
@@ -34,8 +34,8 @@ def cache(**settings) -> CachedModel:
 
 
 def one_by_one(cached: CachedModel) -> CachedModel:
-    """Every skipped evaluation makes its own correction."""
-    cached._coming_places = lambda evaluation: [Place(evaluation.position, evaluation.time)]
+    """Every forecast call makes its own correction."""
+    cached._coming_timesteps = lambda call: [Timestep(call.position, call.time)]
     return cached
 
 
@@ -66,7 +66,7 @@ def test_one_pass_per_full_step(passes):
     assert cached.full_steps == [0, 1, 5, 9] and passes == [(3, 2), (3, 2), (2, 2)]
 
 
-def test_heun_looks_at_each_place_once(passes):
+def test_heun_looks_at_each_timestep_once(passes):
     """After the full step 1, steps 2 to 4 look at positions 2, 3 / 3, 4 / 4, 5."""
     noise, labels = small_noise(dtype=torch.float64)
     sample(cache(), noise, labels, num_steps=6, sampler="heun")
@@ -108,9 +108,9 @@ def test_in_a_loop_of_ones_own_each_call_has_its_own_time(forecaster, passes):
 
 
 @torch.no_grad()
-def test_a_list_of_evaluations_does_not_fix_the_labels_that_the_loop_calls_with():
+def test_a_list_of_calls_does_not_fix_the_labels_that_the_loop_calls_with():
     noise, labels = small_noise(dtype=torch.float64)
-    by_number, by_list, unchanged = cache(num_steps=6), cache(evaluations=model_calls("euler", 6)), cache(num_steps=6)
+    by_number, by_list, unchanged = cache(num_steps=6), cache(model_calls=model_calls("euler", 6)), cache(num_steps=6)
     for step in range(6):
         t = torch.full((2,), 1 - step / 6, dtype=torch.float64)
         y = labels + 5 if step > 2 else labels
@@ -139,7 +139,7 @@ OTHER_LABELS = {
 OTHER_TIMES = {
     "other times": lambda t, y, call: (t - 0.01 * call, y),
     "times written to": lambda t, y, call: (t.sub_(0.01 * call), y),
-    "other times from the second skipped step on": lambda t, y, call: (t - 0.01 if call > 3 else t, y),
+    "other times from the second forecast step on": lambda t, y, call: (t - 0.01 if call > 3 else t, y),
     "another unit": lambda t, y, call: (1000 * t, y),
 }
 
@@ -178,16 +178,16 @@ def test_the_models_own_rounding_of_a_time_is_known(dtype, passes):
 
 def test_what_is_held_is_counted_and_forgotten():
     held = Corrections()
-    places = [Place(1, 0.5), Place(2, 0.25)]
+    timesteps = [Timestep(1, 0.5), Timestep(2, 0.25)]
     y = torch.arange(3)
-    made = Correction(torch.zeros(3, 4, 8), torch.zeros(3, 8))
-    held.keep(("label",), Labels.of(y), dict.fromkeys(places, made))
+    made = (torch.zeros(3, 4, 8), torch.zeros(3, 8))
+    held.keep(("label",), y, dict.fromkeys(timesteps, made))
     assert held.most_bytes == 2 * 3 * 5 * 8 * 4
-    assert held.get(("label",), Labels.of(y), places[1]).added.shape == (3, 4, 8)
-    assert held.get(("null",), Labels.of(y), places[1]) is None
-    assert held.get(("label",), Labels.of(y.clone()), places[1]) is None
+    assert held.get(("label",), y, timesteps[1])[0].shape == (3, 4, 8)
+    assert held.get(("null",), y, timesteps[1]) is None
+    assert held.get(("label",), y.clone(), timesteps[1]) is None
     held.clear()
-    assert held.get(("label",), Labels.of(y), places[1]) is None and held.most_bytes > 0
+    assert held.get(("label",), y, timesteps[1]) is None and held.most_bytes > 0
     held.start()
     assert held.most_bytes == 0
 

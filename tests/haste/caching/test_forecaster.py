@@ -1,16 +1,28 @@
-"""The forecasters' weights against the published recurrences, run on numbers, and on polynomials."""
+"""Weights against the published recurrences, run on numbers, and on polynomials; and what is kept of which steps."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 from caching_models import small_sit
 from haste.caching import CacheConfig, make_cache
-from haste.caching.forecaster import HermiteForecaster, NewtonForecaster, TaylorForecaster, make_forecaster
-from haste.errors import UserError
+from haste.caching.forecaster import CachedFeatures, Forecaster, Timestep
 from hypothesis import given
 from hypothesis import strategies as st
+
+
+def at_positions(positions) -> list[Timestep]:
+    return [Timestep(position, math.nan) for position in positions]
+
+
+def taylor(order: int, positions, at: float) -> list[float]:
+    return Forecaster("taylor", order).weights(at_positions(positions), Timestep(at, math.nan))
+
+
+def newton(order: int, times, at: float) -> list[float]:
+    return Forecaster("newton", order).weights([Timestep(math.nan, time) for time in times], Timestep(math.nan, at))
 
 
 def differences(features: list[float], positions: list[float], order: int) -> list[float]:
@@ -32,9 +44,9 @@ def recurrence(features: list[float], positions: list[float], order: int, at: fl
 
 
 def forecast(features: list[float], positions: list[float], order: int, at: float) -> float:
-    """What a ring of order + 1 snapshots gives: the newest ones alone, newest first."""
+    """What a ring of order + 1 cached features gives: the newest ones alone, newest first."""
     kept = slice(None, -order - 2, -1)
-    weights = TaylorForecaster(order).weights(positions[kept], at)
+    weights = taylor(order, positions[kept], at)
     return sum(weight * feature for weight, feature in zip(weights, features[kept], strict=True))
 
 
@@ -44,7 +56,7 @@ def forecast(features: list[float], positions: list[float], order: int, at: floa
     order=st.integers(0, 4),
     ahead=st.integers(0, 6),
 )
-def test_the_last_snapshots_carry_the_whole_recurrence(features, gaps, order, ahead):
+def test_the_last_cached_features_carry_the_whole_recurrence(features, gaps, order, ahead):
     positions = [float(sum(gaps[:index])) for index in range(len(features))]
     at = positions[-1] + ahead
     expected = recurrence(features, positions, order, at)
@@ -63,7 +75,6 @@ def test_the_published_code_with_any_first_enhance(interval, order, first_enhanc
     last, taken = None, []
     for step, feature in enumerate(features):
         full = step < first_enhance or step - last == interval
-        assert full == cached.schedule.is_full(step, last)
         if full:
             new = [feature]
             for i in range(order):
@@ -72,7 +83,7 @@ def test_the_published_code_with_any_first_enhance(interval, order, first_enhanc
             terms, last, taken = new, step, [step, *taken][: order + 1]
             continue
         expected = sum(term * (step - last) ** i / math.factorial(i) for i, term in enumerate(terms))
-        weights = cached.forecaster.weights(taken, step)
+        weights = cached.forecaster.weights(at_positions(taken), Timestep(step, 0))
         got = sum(weight * features[place] for weight, place in zip(weights, taken, strict=True))
         assert got == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
@@ -80,33 +91,28 @@ def test_the_published_code_with_any_first_enhance(interval, order, first_enhanc
 def test_counting_down_gives_the_same():
     """The published coordinate is the number of steps that remain."""
     up, down = [9, 5, 1, 0], [40, 44, 48, 49]
-    assert TaylorForecaster(3).weights(up, 11) == pytest.approx(TaylorForecaster(3).weights(down, 38))
+    assert taylor(3, up, 11) == pytest.approx(taylor(3, down, 38))
 
 
 def test_first_order_by_hand():
     """F + (F − F_old)/4 · 3."""
-    assert TaylorForecaster(1).weights([9, 5], 12) == pytest.approx([1.75, -0.75])
+    assert taylor(1, [9, 5], 12) == pytest.approx([1.75, -0.75])
 
 
 def test_what_it_predicts_of_a_line_and_of_a_parabola():
     """A line is exact from order 1 on. Of s² at equal distance d order 2 gives s² + (2s − d)x + x², where the true
     value is s² + 2sx + x²: backward differences, as published, are late by d·x."""
     positions, at = [12, 8, 4], 14
-    line = TaylorForecaster(2).weights(positions, at)
+    line = taylor(2, positions, at)
     assert sum(w * (3 * p + 1) for w, p in zip(line, positions, strict=True)) == pytest.approx(3 * at + 1)
     parabola = sum(w * p**2 for w, p in zip(line, positions, strict=True))
     assert parabola == pytest.approx(at**2 - 4 * 2)
 
 
-def test_early_snapshots_give_a_lower_order_and_late_ones_are_not_looked_at():
-    assert TaylorForecaster(4).weights([0], 3) == [1.0]
-    assert TaylorForecaster(4).weights([5, 1], 7) == TaylorForecaster(1).weights([5, 1], 7)
-    assert TaylorForecaster(0).weights([5, 1], 7) == [1.0, 0.0]
-
-
-def test_negative_order():
-    with pytest.raises(UserError, match="--order must be at least 0, got -1"):
-        TaylorForecaster(-1)
+def test_early_cached_features_give_a_lower_order_and_late_ones_are_not_looked_at():
+    assert taylor(4, [0], 3) == [1.0]
+    assert taylor(4, [5, 1], 7) == taylor(1, [5, 1], 7)
+    assert taylor(0, [5, 1], 7) == [1.0, 0.0]
 
 
 @given(
@@ -122,14 +128,14 @@ def test_newton_is_exact_on_polynomials_however_the_full_steps_are_spaced(coeffi
     def polynomial(t):
         return sum(c * t**i for i, c in enumerate(coefficients))
 
-    weights = NewtonForecaster(order).weights(times, times[0] - ahead)
+    weights = newton(order, times, times[0] - ahead)
     forecast = sum(w * polynomial(t) for w, t in zip(weights, times, strict=True))
     scale = sum(abs(w) for w in weights) * 20
     assert forecast == pytest.approx(polynomial(times[0] - ahead), abs=1e-12 * scale)
 
 
 def test_newton_uses_the_newest_and_says_so_by_zeros():
-    weights = NewtonForecaster(1).weights([0.4, 0.5, 0.9], 0.3)
+    weights = newton(1, [0.4, 0.5, 0.9], 0.3)
     assert weights == pytest.approx([2.0, -1.0, 0.0])
 
 
@@ -150,14 +156,104 @@ def test_hermite_against_its_explicit_polynomials(order):
         term * sigma**i * explicit[i](sigma * x) / math.factorial(i) for i, term in enumerate(terms[: order + 1])
     )
     kept = slice(None, -order - 2, -1)
-    weights = HermiteForecaster(order).weights(positions[kept], at)
+    weights = Forecaster("hermite", order).weights(at_positions(positions[kept]), Timestep(at, 0))
     assert sum(w * f for w, f in zip(weights, features[kept], strict=True)) == pytest.approx(expected)
 
 
-def test_names():
-    assert make_forecaster("reuse", 0).weights([7, 3], 9) == [1.0, 0.0]
-    kinds = [type(make_forecaster(name, 2)) for name in ("taylor", "newton", "hermite")]
-    assert kinds == [TaylorForecaster, NewtonForecaster, HermiteForecaster]
-    assert [make_forecaster(name, 1).coordinate for name in ("taylor", "newton", "hermite")] == [
-        "position", "time", "position"
+def test_what_each_cache_forecasts_with():
+    caches = ("reuse", "taylor", "newton", "hermite", "delta-dit")
+    made = [make_cache(small_sit(), CacheConfig(cache=cache)).forecaster for cache in caches]
+    assert [(forecaster.kind, forecaster.order) for forecaster in made] == [
+        ("taylor", 0), ("taylor", 4), ("newton", 4), ("hermite", 4), ("taylor", 0)
     ]  # fmt: skip
+    assert taylor(0, [7, 3], 9) == [1.0, 0.0]
+
+
+# ---- the cached features ----
+
+BOTH = ("label", "null")
+
+
+def filled(positions: list[int], slots: int = 3) -> CachedFeatures:
+    """Two modules, one row per branch; the feature at position p is p for "label" and p + 0.5 for "null"."""
+    ring = CachedFeatures(modules=2, slots=slots)
+    ring.reserve(2, 3, 4, torch.float32, torch.device("cpu"))
+    for position in positions:
+        write(ring, position, BOTH)
+    return ring
+
+
+def write(ring: CachedFeatures, position: int, branches: tuple[str, ...], offset: float = 0.0) -> None:
+    slot = ring.slot_for(Timestep(position, 1 - position / 100), branches)
+    for row, branch in enumerate(BOTH):
+        if branch in branches:
+            ring.storage[:, slot, row] = position + row / 2 + offset
+
+
+def kept(ring: CachedFeatures, branch: str) -> list[float]:
+    """The features behind a branch's places, newest first, found by weights of 1."""
+    unit = torch.eye(len(ring.timesteps(branch))).tolist()
+    slots = [ring.by_slot(weights, branch).index(1.0) for weights in unit]
+    return [ring.storage[1, slot, BOTH.index(branch), 0, 0].item() for slot in slots]
+
+
+def positions(ring: CachedFeatures, branch: str) -> list[float]:
+    return [place.position for place in ring.timesteps(branch)]
+
+
+def test_it_keeps_the_newest_and_overwrites_the_oldest_in_place():
+    ring = filled([0, 1, 5])
+    storage = ring.storage.data_ptr()
+    assert positions(ring, "label") == [5, 1, 0] and kept(ring, "label") == [5, 1, 0]
+    for position in (9, 13):
+        write(ring, position, BOTH)
+    assert positions(ring, "label") == [13, 9, 5] and kept(ring, "label") == [13, 9, 5]
+    assert ring.storage.data_ptr() == storage and ring.storage.shape == (2, 3, 2, 3, 4)
+    assert ring.bytes == 2 * 3 * 2 * 3 * 4 * 4
+
+
+def test_a_second_snapshot_at_one_position_takes_the_place_of_the_first():
+    ring = filled([0, 1])
+    write(ring, 1, BOTH, offset=6.0)
+    assert positions(ring, "null") == [1, 0] and kept(ring, "null") == [7.5, 0.5]
+
+
+def test_branches_that_come_one_after_the_other_share_a_slot():
+    ring = filled([])
+    for position in (0, 1, 5, 9):
+        write(ring, position, ("label",))
+        write(ring, position, ("null",))
+    assert kept(ring, "label") == [9, 5, 1] and kept(ring, "null") == [9.5, 5.5, 1.5]
+
+
+def test_a_branch_that_sits_out_keeps_its_own_until_they_are_overwritten():
+    ring = filled([0, 1])
+    write(ring, 5, ("label",))
+    assert kept(ring, "label") == [5, 1, 0] and kept(ring, "null") == [1.5, 0.5]
+    write(ring, 9, ("label",))
+    write(ring, 13, ("label",))
+    assert kept(ring, "label") == [13, 9, 5] and ring.timesteps("null") == []
+
+
+def test_slots_that_do_not_hold_a_branch_have_weight_zero():
+    ring = filled([0, 1], slots=5)
+    write(ring, 5, ("label",))
+    assert ring.by_slot([2.0, -1.0, 4.0], "label") == [4, -1, 2, 0, 0]
+    assert ring.by_slot([2.0, -1.0], "null") == [-1, 2, 0, 0, 0]
+
+
+def test_other_rows_or_another_type_begin_anew_and_a_run_keeps_the_memory():
+    ring = filled([0])
+    cpu, storage = torch.device("cpu"), ring.storage.data_ptr()
+    ring.reserve(2, 3, 4, torch.float32, cpu)
+    assert positions(ring, "label") == [0]
+    ring.clear()
+    assert ring.timesteps("label") == [] and ring.storage.data_ptr() == storage
+    write(ring, 3, BOTH)
+    ring.reserve(4, 3, 4, torch.float32, cpu)
+    assert ring.timesteps("label") == [] and ring.storage.shape[2] == 4
+    write(ring, 4, BOTH)
+    ring.reserve(4, 3, 4, torch.bfloat16, cpu)
+    assert ring.timesteps("label") == [] and ring.storage.dtype == torch.bfloat16
+    ring.release()
+    assert ring.storage is None and ring.bytes == 0

@@ -141,7 +141,7 @@ def test_fast_is_the_recommended_cache(run, capsys):
     for flags in (("--cache", "taylor"), ("--interval", "3"), ("--first-enhance", "2")):
         message = f"{flags[0]} is {flags[1]} beside --fast, which chooses it; give one or the other"
         assert message in refusal(capsys, "--ckpt", str(run), "--fast", *flags)
-    message = "--fast leaves out most of many steps, and --num-steps is 4; it must be at least 8, or go without --fast"
+    message = "--num-steps must be at least 8 for --fast, which forecasts most of many steps, got 4"
     assert message in refusal(capsys, "--ckpt", str(run), "--fast", "--num-steps", "4")
 
 
@@ -154,7 +154,8 @@ def test_fast_forecasts_less_boldly_where_every_step_adds_noise(run):
 def test_cuda_graphs_want_a_gpu_and_a_cache(run, capsys):
     assert "--cuda-graphs is given without a cache" in refusal(capsys, "--ckpt", str(run), "--cuda-graphs")
     if not torch.cuda.is_available():
-        assert "the model is on cpu" in refusal(capsys, "--ckpt", str(run), "--cuda-graphs", "--fast")
+        message = "the model must be on a GPU for CUDA graphs, got cpu"
+        assert message in refusal(capsys, "--ckpt", str(run), "--cuda-graphs", "--fast")
 
 
 def test_full_steps_that_were_measured_hold_for_all_images_and_are_kept(run, caplog):

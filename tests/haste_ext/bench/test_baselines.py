@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from haste.caching.forecaster import TaylorForecaster
+from haste.caching.forecaster import Forecaster, Timestep
 
 from haste_ext.bench import baselines
 from haste_ext.bench.compare import bound
@@ -83,7 +84,8 @@ def test_near_convergence_the_gradient_is_small():
 @pytest.mark.parametrize(("interval", "ahead"), [(baselines.INTERVAL, baselines.AHEAD), (6, 5)])
 def test_the_weights_are_those_of_the_forecaster(order, interval, ahead):
     full_steps = [interval * count for count in reversed(range(order + 1))]
-    expected = TaylorForecaster(order).weights(full_steps, full_steps[0] + ahead)
+    taken = [Timestep(step, math.nan) for step in full_steps]
+    expected = Forecaster("taylor", order).weights(taken, Timestep(full_steps[0] + ahead, math.nan))
     assert baselines.taylor_weights(order, ahead, interval) == pytest.approx(expected)
 
 

@@ -1,4 +1,4 @@
-"""Models of the public repositories, stood in for by small ones with their parts, names and forms of answer."""
+"""What a forecast call puts in place of a part of the model, against the definitions written out; public models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,134 @@ import pytest
 import torch
 from caching_models import small_noise, small_sit
 from haste.caching import disable_cache, enable_cache
-from haste.caching.adapters import adapt
+from haste.caching.adapters import BlockGroup, PerModule, WholeModel, find_transformer
 from haste.errors import UserError
+from haste.samplers import sample
 from torch import nn
+
+STEPS = 6
+
+
+@torch.no_grad()
+def features(model, inputs) -> tuple[list, torch.Tensor]:
+    """Of one full call: what every block adds, and the tokens after the last one."""
+    x, t, y = inputs
+    tokens, c = model.embed(x, t, y)
+    added = []
+    for block in model.blocks:
+        before, tokens = tokens, block(tokens, c)[0]
+        added.append(tokens - before)
+    return added, tokens
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@torch.no_grad()
+def test_what_is_forecast_of_blocks_one_by_one_and_of_the_whole_model(order):
+    """Full at steps 0, 1 and 5; at 3, two steps after the last full one, F + order·2·(F − F_old)."""
+    model = small_sit(3).double()
+    noise, labels = small_noise(dtype=torch.float64)
+    inputs = [(noise * (1 - 0.1 * s), torch.full((2,), 1 - s / STEPS).double(), labels) for s in range(STEPS)]
+    (old_added, old_last), (new_added, new_last) = features(model, inputs[0]), features(model, inputs[1])
+    tokens, c = model.embed(*inputs[3])
+
+    by_block = tokens
+    for old, new in zip(old_added, new_added, strict=True):
+        by_block = by_block + new + order * 2 * (new - old)
+    last = new_last + order * 2 * (new_last - old_last)
+    for granularity, expected in (("block", by_block), ("model", last)):
+        cached = enable_cache(model, num_steps=STEPS, cache="taylor", granularity=granularity, interval=4, order=order)
+        answers = [cached(*each).velocity for each in inputs[:4]]
+        assert cached.full_steps == [0, 1]
+        torch.testing.assert_close(answers[3], model.finish(expected, c), rtol=1e-6, atol=1e-7)
+
+
+def test_what_each_granularity_keeps():
+    model = small_sit(3)
+    made = [enable_cache(model, cache="reuse", granularity=g).granularities[0] for g in ("module", "block", "model")]
+    assert [type(granularity) for granularity in made] == [PerModule, BlockGroup, WholeModel]
+    assert [granularity.modules for granularity in made] == [6, 1, 1]
+
+
+# ---- Δ-DiT ----
+
+DEPTH = 4
+
+
+def delta(model, num_steps=None, **settings):
+    return enable_cache(model, num_steps=num_steps, cache="delta-dit", **settings)
+
+
+def delta_dit(model, x, y, num_steps: int, interval: int, gate: int, count: int) -> tuple[torch.Tensor, list[int]]:
+    """Written out: Euler steps, Δ of the group in use, a full step every `interval` and where the group changes."""
+    full, kept, group_before = [], None, None
+    for step in range(num_steps):
+        rear = num_steps - step > gate
+        group = range(DEPTH - count, DEPTH) if rear else range(count)
+        t = torch.full((len(x),), 1 - step / num_steps, dtype=x.dtype)
+        tokens, c = model.embed(x, t, y)
+        is_full = not full or rear != group_before or step - full[-1] == interval
+        if is_full:
+            full.append(step)
+        for index, block in enumerate(model.blocks):
+            if index not in group or is_full:
+                if index == group[0]:
+                    entering = tokens
+                tokens = block(tokens, c)[0]
+                if index == group[-1]:
+                    kept = tokens - entering
+            elif index == group[0]:
+                tokens = tokens + kept
+        group_before = rear
+        x = x - model.finish(tokens, c) / num_steps
+    return x, full
+
+
+@pytest.mark.parametrize("interval, gate, count", [(2, 12, 3), (3, 13, 2), (4, 10, 1), (3, 0, 4), (2, 20, 3)])
+@torch.no_grad()
+def test_delta_dit_is_the_published_method(interval, gate, count):
+    model = small_sit(DEPTH).double()
+    noise, labels = small_noise(dtype=torch.float64)
+    expected, full = delta_dit(model, noise, labels, 20, interval, gate, count)
+    cached = delta(model, interval=interval, gate=gate, cached_blocks=count)
+    torch.testing.assert_close(sample(cached, noise, labels, num_steps=20), expected, rtol=1e-6, atol=1e-6)
+    assert cached.full_steps == full
+
+
+def test_the_full_steps_of_the_published_setting_and_of_one_whose_group_changes_between_them():
+    model = small_sit(DEPTH)
+    noise, labels = small_noise()
+    for settings, full in (
+        ({}, list(range(0, 20, 2))),  # 20 steps, interval 2, gate 12: the change is where a full step is due anyway
+        ({"interval": 3, "gate": 12}, [0, 3, 6, 8, 11, 14, 17]),
+    ):
+        cached = delta(model, **settings)
+        sample(cached, noise, labels, num_steps=20)
+        assert cached.full_steps == full
+
+
+@torch.no_grad()
+def test_a_forecast_step_runs_the_other_blocks_alone():
+    model = small_sit(DEPTH)
+    noise, labels = small_noise()
+    ran: list[int] = []
+    for index, block in enumerate(model.blocks):
+        block.attn.register_forward_hook(lambda *_, index=index: ran.append(index))
+    cached = delta(model, num_steps=4, interval=2, gate=2, cached_blocks=3)
+    # the rear three are skipped first, then the front three
+    for step, expected in enumerate(([0, 1, 2, 3], [0], [0, 1, 2, 3], [3])):
+        ran.clear()
+        cached(noise, torch.full((2,), 1 - step / 4), labels)
+        assert ran == expected
+
+
+def test_by_default_three_blocks_in_four_are_skipped():
+    cached = delta(small_sit(DEPTH), num_steps=4)
+    assert [(len(group.before), len(group.group), len(group.after)) for group in cached.granularities] == [
+        (1, 3, 0), (0, 3, 1)
+    ]  # fmt: skip
+
+
+# ---- models of the public repositories, stood in for by small ones with their parts, names and forms of answer ----
 
 
 class Block(nn.Module):
@@ -170,17 +295,19 @@ def test_a_model_that_computes_something_else_is_refused():
 
 
 def test_a_compiled_model_is_refused_with_the_way_to_do_it():
-    with pytest.raises(UserError, match="the model is compiled; wrap the model itself, and compile the result by its"):
+    with pytest.raises(
+        UserError, match="the model is compiled; give enable_cache the model itself, and compile the result by its"
+    ):
         enable_cache(torch.compile(small_sit()))
 
 
 def test_models_without_the_parts_are_refused_by_the_part():
-    with pytest.raises(UserError, match="the model is a Linear without x_embedder; a cache can be wrapped around"):
-        adapt(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="the model is a Linear without x_embedder; a cache takes"):
+        find_transformer(nn.Linear(2, 2))
     model = PublicModel("dit")
     del model.blocks[0].mlp
     with pytest.raises(UserError, match="without blocks.mlp"):
-        adapt(model)
+        find_transformer(model)
 
 
 def changed(part: str, value) -> PublicModel:
@@ -250,7 +377,7 @@ def answering(answer) -> PublicModel:
 def test_foreign_models_get_a_sentence(foreign, granularity):
     x, y = small_noise()
     model = foreign()
-    with pytest.raises(UserError, match="the model.* a cache can be wrapped around"):
+    with pytest.raises(UserError, match="the model.* a cache takes"):
         enable_cache(model, num_steps=4, cache="reuse", interval=2, granularity=granularity)(x, torch.ones(2), y)
 
 

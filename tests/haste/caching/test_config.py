@@ -1,4 +1,4 @@
-"""The settings as flags and as a record, and the way from them to a model and back."""
+"""The settings as flags and as a record, what they mean, and every check of them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,18 @@ import re
 from dataclasses import fields
 
 import pytest
-import torch
-from caching_models import small_noise, small_sit
-from haste.caching import FAST, CacheConfig, disable_cache, enable_cache, make_cache
-from haste.caching.adapters import BlockGroup, PerModule, WholeModel
-from haste.caching.forecaster import NewtonForecaster
-from haste.caching.schedule import AdaptiveSchedule, IntervalSchedule, ListedSchedule, describe_steps
+from caching_models import small_sit
+from haste.caching import CacheConfig, enable_cache
+from haste.caching.schedule import describe_steps
 from haste.errors import UserError
-from haste.samplers import model_calls, sample
 from hypothesis import given
 from hypothesis import strategies as st
 
 
 def test_taylor_alone_is_taylorseer_as_published():
-    settings = CacheConfig(cache="taylor")
-    assert settings.cache_fields() == {
+    assert CacheConfig(cache="taylor").cache_fields() == {
         "cache": "taylor", "interval": 4, "first_enhance": 2, "order": 4, "granularity": "module"
     }  # fmt: skip
-    cached = make_cache(small_sit(), settings)
-    assert cached.schedule == IntervalSchedule(4, 2) and isinstance(cached.regions[0], PerModule)
 
 
 def test_records_hold_what_decides_the_images_and_no_more():
@@ -39,16 +32,25 @@ def test_records_hold_what_decides_the_images_and_no_more():
     assert CacheConfig(cache="newton", error_threshold=0.1).cache_fields()["interval"] == 10
 
 
+@pytest.mark.parametrize("interval, count", [(1, 50), (3, 18), (4, 14), (5, 11), (6, 10)])
+def test_fifty_steps_have_the_published_number_of_full_ones(interval, count):
+    """With two full steps at the beginning, and the interval counted from the second of them."""
+    assert len(CacheConfig(cache="taylor", interval=interval).planned_full_steps(50)) == count
+
+
 @pytest.mark.parametrize(
-    "settings, schedule",
+    "settings, full",
     [
-        ({"interval": 3, "first_enhance": 1}, IntervalSchedule(3, 1)),
-        ({"full_steps": "0,1,5"}, ListedSchedule((0, 1, 5))),
-        ({"error_threshold": 0.1}, AdaptiveSchedule(0.1, 10, 2)),
+        ({"interval": 4, "first_enhance": 2}, [0, 1, 5, 9]),
+        ({"interval": 4, "first_enhance": 1}, [0, 4, 8]),
+        ({"interval": 3, "first_enhance": 3}, [0, 1, 2, 5, 8]),
+        ({"interval": 2, "first_enhance": 1}, [0, 2, 4, 6, 8]),
+        ({"full_steps": "0,1,4"}, [0, 1, 4]),
+        ({"error_threshold": 0.1}, None),
     ],
 )
-def test_schedules(settings, schedule):
-    assert make_cache(small_sit(), CacheConfig(cache="newton", **settings)).schedule == schedule
+def test_full_steps_of_ten(settings, full):
+    assert CacheConfig(cache="taylor", **settings).planned_full_steps(10) == full
 
 
 @pytest.mark.parametrize(
@@ -61,8 +63,11 @@ def test_schedules(settings, schedule):
         ({"cache": "delta-dit", "granularity": "model"}, "--granularity is model, which nothing uses with"),
         ({"cache": "taylor", "full_steps": "0,3", "interval": 3}, "--interval is 3, which nothing uses beside --full"),
         ({"cache": "taylor", "full_steps": "0;3"}, "--full-steps must be step numbers such as .0,1,2,5,9., got .0;3"),
-        ({"cache": "taylor", "full_steps": "1,3"}, "--full-steps must be increasing step numbers that begin with 0"),
-        ({"cache": "reuse", "order": 2}, "--order is 2; it must be 0 for --cache reuse"),
+        *(
+            ({"cache": "taylor", "full_steps": steps}, "--full-steps must be increasing step numbers that begin with 0")
+            for steps in ("1,3", "0,3,2", "0,2,2")
+        ),
+        ({"cache": "reuse", "order": 2}, "--order must be 0 for --cache reuse, got 2"),
         (
             {"cache": "taylor", "error_threshold": -0.1},
             "--error-threshold must be a number from 0 to 1,000,000, got -0.1",
@@ -73,42 +78,7 @@ def test_schedules(settings, schedule):
 )
 def test_settings_that_make_no_sense_get_a_sentence(settings, message):
     with pytest.raises(UserError, match=message):
-        make_cache(small_sit(), CacheConfig(**settings))
-
-
-def test_three_lines_around_a_loop_of_ones_own():
-    model = small_sit()
-    x, y = small_noise()
-    fast = enable_cache(model, num_steps=10)
-    for step in range(10):
-        x = x - fast(x, torch.full((2,), 1 - step / 10), y).velocity / 10
-    assert disable_cache(fast) is model and fast.cache_bytes == 0
-    assert disable_cache(model) is model
-    noise, labels = small_noise()
-    torch.testing.assert_close(x, sample(make_cache(model, FAST), noise, labels, num_steps=10), rtol=1e-4, atol=1e-5)
-
-
-def test_a_loop_that_calls_more_than_once_a_step_hands_over_its_plan():
-    model = small_sit()
-    x, y = small_noise()
-    fast = enable_cache(model, evaluations=model_calls("heun", 4), cache="newton", order=1, interval=2)
-    for time in (1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25):  # Heun's second look at a time is the next step's first
-        fast(x, torch.full((2,), time), y)
-    assert fast.full_steps == [0, 1, 3] and fast.num_full == 5
-
-
-def test_what_wrap_takes():
-    regions = [
-        type(enable_cache(small_sit(), cache="reuse", granularity=g).regions[0]) for g in ("module", "block", "model")
-    ]
-    assert regions == [PerModule, BlockGroup, WholeModel]
-    assert isinstance(enable_cache(small_sit(), cache="newton", order=2).forecaster, NewtonForecaster)
-    changed = enable_cache(small_sit(), interval=6)
-    assert changed.schedule == IntervalSchedule(6, 2) and type(changed.regions[0]) is WholeModel
-    with pytest.raises(UserError, match='cache is "none"; it must name a forecaster'):
-        enable_cache(small_sit(), cache="none")
-    with pytest.raises(UserError, match="the model has a cache already; unwrap it"):
-        enable_cache(enable_cache(small_sit()))
+        CacheConfig(**settings).check_cache()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +96,33 @@ def test_what_wrap_takes():
 )
 def test_values_that_no_command_line_would_pass_on(settings, sentence):
     with pytest.raises(UserError, match=sentence):
-        enable_cache(small_sit(), **settings)
+        CacheConfig(**settings).check_cache()
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"interval": 9}, "--interval must be at most the number of steps, 8, got 9"),
+        ({"first_enhance": 9}, "--first-enhance must be at most the number of steps, 8, got 9"),
+        ({"first_enhance": 9, "error_threshold": 0.1}, "--first-enhance must be at most the number of steps, 8, got 9"),
+        ({"full_steps": "0,9"}, "--full-steps must be numbers from 0 to 7 for 8 steps, got 9"),
+        ({"interval": 4}, "--order must be at most 2, as 3 of 8 steps are full, got 4"),
+        ({"cache": "delta-dit", "gate": 9}, "--gate must be from 0 to the number of steps, 8, got 9"),
+    ],
+)
+def test_what_a_number_of_steps_does_not_allow(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        CacheConfig(**{"cache": "taylor", **settings}).check_run(8)
+
+
+def test_an_interval_that_bounds_a_measured_one_may_be_longer_than_the_run():
+    CacheConfig(cache="taylor", error_threshold=0.1, interval=50).check_run(8)
+
+
+def test_more_blocks_than_the_model_has():
+    with pytest.raises(UserError, match="--cached-blocks must be from 1 to the model's 4 blocks, got 5"):
+        CacheConfig(cache="delta-dit", cached_blocks=5).check_depth(4)
+    assert CacheConfig(cache="delta-dit").resolved_cached_blocks(28) == 21  # as published
 
 
 ODD = st.one_of(
@@ -147,7 +143,7 @@ def test_any_settings_make_a_run_or_a_sentence(cache, others, num_steps):
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 300
     else:
-        assert cached.schedule is not None
+        assert cached.config.cache == cache
 
 
 @given(st.one_of(st.text(), st.text("0123456789,", max_size=20), st.lists(st.integers(0, 40)).map(describe_steps)))

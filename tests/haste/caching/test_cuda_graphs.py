@@ -50,10 +50,10 @@ def test_replayed_it_draws_the_same(granularity, captures):
     cached = graphed(model, **settings)
     for _ in range(2):  # the second run has nothing left to capture
         assert torch.equal(sample(cached, noise, labels, num_steps=11), expected)
-        assert captures == ["full", "corrected" if granularity == "module" else "skipped"]
+        assert captures == ["full", "corrected" if granularity == "module" else "forecast"]
 
 
-def test_one_graph_of_each_kind_serves_any_number_of_skipped_steps_in_a_row(captures):
+def test_one_graph_of_each_kind_serves_any_number_of_forecast_steps_in_a_row(captures):
     settings = {"cache": "taylor", "full_steps": "0,1,3,6,10,15", "order": 1, "granularity": "module"}
     model = small_sit()
     noise, labels = small_noise()
@@ -80,8 +80,8 @@ def test_released_graphs_are_captured_anew(captures):
         sample(cached, noise, labels, num_steps=4)
         cached.release()
         (functions,) = cached._functions
-        assert not (functions["full"]._captured or functions["full"]._features or functions["skipped"]._captured)
-    assert captures == ["full", "skipped"] * 2
+        assert not (functions["full"]._captured or functions["full"]._features or functions["forecast"]._captured)
+    assert captures == ["full", "forecast"] * 2
 
 
 def test_an_answer_survives_the_next_replay(captures):
@@ -95,7 +95,7 @@ def test_an_answer_survives_the_next_replay(captures):
 
 
 def test_on_the_cpu_there_are_no_graphs():
-    with pytest.raises(UserError, match="the model is on cpu; it must be on a GPU for CUDA graphs"):
+    with pytest.raises(UserError, match="the model must be on a GPU for CUDA graphs, got cpu"):
         enable_cache(small_sit()).capture()
 
 
@@ -120,4 +120,4 @@ def test_on_a_gpu_one_graph_of_each_kind_serves_a_whole_run():
     cached = enable_cache(model, cache="taylor", interval=3, order=2, granularity="module").capture()
     sample(cached, noise, labels, num_steps=20)
     captured = {name: len(function._captured) for name, function in cached._functions[0].items()}
-    assert captured == {"full": 1, "corrections": 0, "corrected": 1}  # two skipped steps in a row: made at once
+    assert captured == {"full": 1, "corrections": 0, "corrected": 1}  # two forecast steps in a row: made at once

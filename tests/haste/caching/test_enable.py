@@ -1,11 +1,53 @@
+"""The way from settings to a cached model and back, and how much memory it takes."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 from caching_models import small_noise, small_sit
-from haste.caching import CacheConfig, cache_bytes, check_memory, make_cache
+from haste.caching import FAST, CacheConfig, cache_bytes, check_memory, disable_cache, enable_cache, make_cache
 from haste.errors import UserError
-from haste.samplers import sample
+from haste.samplers import model_calls, sample
+
+
+def test_three_lines_around_a_loop_of_ones_own():
+    model = small_sit()
+    x, y = small_noise()
+    fast = enable_cache(model, num_steps=10)
+    for step in range(10):
+        x = x - fast(x, torch.full((2,), 1 - step / 10), y).velocity / 10
+    assert disable_cache(fast) is model and fast.cache_bytes == 0
+    assert disable_cache(model) is model
+    noise, labels = small_noise()
+    torch.testing.assert_close(x, sample(make_cache(model, FAST), noise, labels, num_steps=10), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_that_calls_more_than_once_a_step_hands_over_its_plan():
+    model = small_sit()
+    x, y = small_noise()
+    fast = enable_cache(model, model_calls=model_calls("heun", 4), cache="newton", order=1, interval=2)
+    for time in (1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25):  # Heun's second look at a time is the next step's first
+        fast(x, torch.full((2,), time), y)
+    assert fast.full_steps == [0, 1, 3] and fast.num_full == 5
+
+
+def test_what_enable_cache_takes():
+    model, config = small_sit(), CacheConfig(cache="hermite", order=1)
+    given = [
+        (enable_cache(model), FAST),
+        (enable_cache(model, interval=4), CacheConfig(cache="newton", granularity="model", interval=4, order=2)),
+        (enable_cache(model, cache="newton", order=3), CacheConfig(cache="newton", order=3)),
+        (enable_cache(model, config), config),
+        (enable_cache(model, config, interval=5), CacheConfig(cache="hermite", order=1, interval=5)),
+    ]
+    for cached, expected in given:
+        assert cached.config == expected
+    with pytest.raises(UserError, match='cache is "none"; it must name a forecaster'):
+        enable_cache(model, CacheConfig())
+    with pytest.raises(UserError, match="the model has a cache already; disable_cache it"):
+        enable_cache(enable_cache(model))
+    with pytest.raises(UserError, match="a run must have one of num_steps, times and model_calls, got several"):
+        enable_cache(model, num_steps=3, times=[3, 2, 1])
 
 
 @pytest.mark.parametrize("granularity", ["module", "block", "model"])
