@@ -68,12 +68,13 @@ def gradient_cosine(
     totals = [torch.zeros((), device=parameters[0].device)] * len(times)  # become (2, number of parameters)
     with _probing(model, parameters[0].device):
         for student, images, labels, noise in _with_noise(batches):
-            lessons = aligner.ask(images)
+            targets = aligner.teacher_outputs(images)
             for index, time in enumerate(times):
                 t = torch.full((len(student),), time, device=student.device)
                 x_t, target = family.interpolate(model, student, noise, t, path_type)
                 output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
-                alignment = _gradient(aligner.weigh(aligner.losses(output, lessons)), parameters)
+                losses = aligner.losses(output.queries_keys, output.projections, targets, output.prefix)
+                alignment = _gradient(aligner.weigh(losses), parameters)
                 velocity = _gradient(velocity_loss(output.velocity, target), parameters)
                 totals[index] = totals[index] + len(student) * torch.stack([alignment, velocity])
     cosines = [torch.cosine_similarity(*reduce(total).double(), dim=0) for total in totals]
@@ -95,12 +96,13 @@ def mean_alignment_loss(
     total = torch.zeros(2)  # the sum of the losses and their number
     with _probing(model, next(model.parameters()).device):
         for student, images, labels, noise in _with_noise(batches):
-            lessons = aligner.ask(images)
+            targets = aligner.teacher_outputs(images)
             for time in times:
                 t = torch.full((len(student),), time, device=student.device)
                 x_t, _ = family.interpolate(model, student, noise, t, path_type)
                 output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
-                loss = aligner.weigh(aligner.losses(output, lessons))
+                losses = aligner.losses(output.queries_keys, output.projections, targets, output.prefix)
+                loss = aligner.weigh(losses)
                 total = total.to(loss.device) + len(student) * torch.stack([loss, torch.ones_like(loss)])
     loss, number = reduce(total).tolist()
     return loss / number

@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from haste.alignment import Aligner, LayerMap
+from haste.alignment.losses import attention_loss
 from haste.errors import UserError
 from haste.models import SiT
+from haste.teachers import TeacherOutput
+from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 
@@ -45,7 +48,7 @@ def test_haste_is_the_weighted_sum_and_reaches_the_student_alone(folders):
     assert all(parameter.grad is None for parameter in aligner.parameters())
 
 
-def test_repa_asks_for_no_queries_and_keys(folders):
+def test_repa_needs_no_queries_and_keys(folders):
     aligner = Aligner.from_pretrained(folders, None, grid=4, proj_coeff=0.5, attn_coeff=0.0)
     assert aligner.student_layers == ()
     assert aligner.z_dims == (16, 24)
@@ -94,8 +97,65 @@ def test_a_teacher_on_another_grid_is_interpolated_to_the_students(folders):
     assert "12 x 12 pixels, 6 x 6 tokens interpolated to 4 x 4" in aligner.describe(2)
     model, (total, losses) = run(aligner)
     images = torch.rand(2, 1, 8, 8)
-    assert [lesson.patch_tokens.shape[1] for lesson in aligner.ask(images)] == [16, 16]
+    assert [output.patch_tokens.shape[1] for output in aligner.teacher_outputs(images)] == [16, 16]
     total.backward()
     assert model.blocks[0].attn.qkv.weight.grad[:32].abs().sum() > 0
     with pytest.raises(UserError, match="6 x 6 tokens and the student has 4 x 4"):
         Aligner.from_pretrained(folders, LayerMap((0,), (1,)), **settings)
+
+
+class Foreign(nn.Module):
+    """A model that haste knows nothing of: a token of text in front, and heads of another width."""
+
+    def __init__(self, z_dims) -> None:
+        super().__init__()
+        self.patches = nn.Linear(4, 12)
+        self.text = nn.Parameter(torch.randn(1, 1, 12))
+        self.layers = nn.ModuleList(nn.Linear(12, 2 * 3 * 4) for _ in range(2))
+        self.projectors = nn.ModuleList(nn.Linear(12, width) for width in z_dims)
+
+    def forward(self, images):
+        patches = images.unflatten(3, (4, 2)).unflatten(2, (4, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        tokens = torch.cat([self.text.expand(len(images), -1, -1), self.patches(patches)], dim=1)
+        pairs = [layer(tokens).unflatten(2, (2, 3, 4)).permute(2, 0, 3, 1, 4).unbind(0) for layer in self.layers]
+        return pairs, [projector(tokens[:, 1:]) for projector in self.projectors]
+
+
+def test_a_trainer_of_ones_own_aligns_a_model_that_haste_does_not_know(folders):
+    torch.manual_seed(0)
+    aligner = Aligner.from_pretrained(folders, layer_map="0:1,1:2", grid=4)
+    model, images = Foreign(aligner.z_dims), torch.rand(6, 1, 8, 8) * 2 - 1
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    outputs, totals = aligner.teacher_outputs(images), []
+    for _ in range(30):
+        pairs, features = model(images)
+        losses = aligner.losses(pairs, features, outputs, prefix=1)
+        totals.append((losses.attention.item(), losses.feature.item()))
+        optimizer.zero_grad()
+        aligner.weigh(losses).backward()
+        optimizer.step()
+    assert totals[-1][0] < totals[0][0] and totals[-1][1] < totals[0][1] - 0.3
+    (q, k), output = pairs[0], outputs[0]
+    teacher_q, teacher_k = (x[:, :, output.prefix :] for x in output.queries_keys[0])
+    student_map, teacher_map = (
+        (a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) for a, b in ((q[:, :2, 1:], k[:, :2, 1:]), (teacher_q, teacher_k))
+    )
+    first = aligner.losses(pairs, features, outputs, prefix=1).attention
+    second = attention_loss(pairs[1:], TeacherOutput(output.queries_keys[1:], output.prefix, None), prefix=1)
+    torch.testing.assert_close(2 * first - second, -(teacher_map * student_map.log()).sum(-1).mean())
+
+
+def test_other_numbers_of_layers_or_features_than_the_aligner_needs(folders):
+    aligner = Aligner.from_pretrained(folders[0], "0:1", 4)
+    outputs = aligner.teacher_outputs(torch.rand(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="queries_keys must have a pair for each of the layers .0,., got 0 pairs"):
+        aligner.losses([], [torch.rand(2, 16, 16)], outputs)
+    with pytest.raises(ValueError, match="features must have an entry for each of 1 teachers, got 0"):
+        aligner.losses(outputs[0].queries_keys, [], outputs)
+
+
+def test_a_loss_of_weight_0_needs_nothing(folders):
+    aligner = Aligner.from_pretrained(folders[0], "0:1", 4, attn_coeff=0.0)
+    assert aligner.student_layers == () and aligner.teachers[0].layers == ()
+    with pytest.raises(ValueError, match="nothing to do"):
+        Aligner.from_pretrained(folders[0], None, 4, proj_coeff=0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from haste.alignment import Aligner, LayerMap
 from haste.alignment.termination import NOISE_SEED, gradient_cosine, mean_alignment_loss
-from haste.models import SiT
+from haste.models import ModelOutput, SiT
 from haste.transport import interpolate, velocity_loss
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
@@ -57,13 +57,13 @@ def exact_losses(model, aligner, images, labels, time):
     t = torch.full((len(images),), time, dtype=torch.float64)
     noise = noise_of(images).double()
     output = model((1 - time) * images.double() + time * noise, t, labels, (0,), True)
-    (lessons,) = aligner.ask(images)
-    (q, k), (teacher_q, teacher_k) = output.queries_keys[0], lessons.queries_keys[0]
-    teacher_q, teacher_k = (x[:, :, lessons.prefix :].double() for x in (teacher_q, teacher_k))
+    (target,) = aligner.teacher_outputs(images)
+    (q, k), (teacher_q, teacher_k) = output.queries_keys[0], target.queries_keys[0]
+    teacher_q, teacher_k = (x[:, :, target.prefix :].double() for x in (teacher_q, teacher_k))
     log_student = (q @ k.mT / q.shape[-1] ** 0.5).log_softmax(-1)
     teacher = (teacher_q @ teacher_k.mT / teacher_q.shape[-1] ** 0.5).softmax(-1)
     attention = -(teacher * log_student).sum(-1).mean()
-    feature = -torch.cosine_similarity(output.projections[0], lessons.patch_tokens.double(), dim=-1).mean()
+    feature = -torch.cosine_similarity(output.projections[0], target.patch_tokens.double(), dim=-1).mean()
     return (output.velocity - (noise - images.double())).square().mean(), feature, attention
 
 
@@ -118,7 +118,7 @@ class OneNumber(nn.Module):
     def forward(self, x, t, y, aligned_layers=(), project=False):
         w = self.blocks[0][0]
         assert (aligned_layers, project) == (Follow.student_layers, Follow.project)
-        return type("Output", (), {"velocity": w.expand(x.shape), "projections": self.slope * w})
+        return ModelOutput(w.expand(x.shape), [], self.slope * w)
 
 
 class Follow:
@@ -126,11 +126,11 @@ class Follow:
 
     student_layers, project = (0,), True
 
-    def ask(self, images):
+    def teacher_outputs(self, images):
         return []
 
-    def losses(self, output, lessons):
-        return output.projections
+    def losses(self, queries_keys, features, outputs, prefix):
+        return features
 
     def weigh(self, losses):
         return losses

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from haste.alignment.losses import PAPER_LAYER_MAPS, LayerMap
+from haste.alignment import LayerMap, choose_layer_map
 from haste.errors import UserError
 from haste.models import model_depth
 from haste.training.config import PRESETS, TrainConfig, describe_preset, describe_run, preset_config
@@ -30,9 +30,9 @@ def test_every_size_has_every_method_at_both_resolutions():
 def test_the_papers_settings():
     xl = preset_config("haste-xl-512")
     assert (xl.model, xl.resolution, xl.encoder_depth, xl.early_stop_point) == ("SiT-XL/2", 512, 8, 300_000)
-    assert LayerMap.parse(xl.layer_map) == PAPER_LAYER_MAPS["SiT-XL"]
+    assert LayerMap.parse(xl.layer_map) == choose_layer_map("", "SiT-XL/2")
     b = preset_config("haste-b-256")
-    assert LayerMap.parse(b.layer_map) == PAPER_LAYER_MAPS["SiT-B"]
+    assert LayerMap.parse(b.layer_map) == choose_layer_map("", "SiT-B/2")
     assert (b.encoder_depth, b.early_stop_point, b.attn_coeff, b.proj_coeff) == (5, 100_000, 0.5, 0.5)
     repa = preset_config("repa-l-256")
     assert (repa.attn_coeff, repa.proj_coeff, repa.encoder_depth, repa.early_stop_point) == (0.0, 0.5, 8, -1)
