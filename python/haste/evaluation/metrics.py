@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import rel_entr
 
-from haste.errors import UserError
+from haste.errors import UserError, require
 
 # ‖root·root − matrix‖ / ‖matrix‖ of a healthy decomposition is about 1e-15 times the dimension.
 ROOT_TOLERANCE = 1e-8
@@ -365,6 +364,6 @@ def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> MeanAndDevia
     scores = []
     for part in np.array_split(order, SPLITS):
         conditional = probabilities[part].astype(np.float64)
-        divergences = rel_entr(conditional, conditional.mean(axis=0)).sum(axis=1)
+        divergences = require("scipy.special").rel_entr(conditional, conditional.mean(axis=0)).sum(axis=1)
         scores.append(np.exp(divergences.mean()))
     return MeanAndDeviation(float(np.mean(scores)), float(np.std(scores)))
