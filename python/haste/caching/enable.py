@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -143,4 +142,6 @@ def free_bytes(device: torch.device) -> int:
     """What is left of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    with open("/proc/meminfo") as file:
+        (available,) = (line for line in file if line.startswith("MemAvailable:"))
+    return 1024 * int(available.split()[1])
