@@ -3,7 +3,7 @@
 A small vision transformer learns to read scikit-learn's digits. A diffusion transformer learns to make them, once
 aligned with it and once, the baseline, without. The page shows samples, the same noise with most steps forecast, and
 both runs beside each other. Every step is a `haste` command that is printed before it runs. Started again, the demo
-goes on where it was stopped.
+resumes where it stopped stopped.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class DemoConfig:
     num_steps: int = DEFAULT_STEPS
     """Sampling steps of the images that are compared."""
     interval: int = FAST.resolved_interval
-    """Where steps are forecast: one full step every so many."""
+    """Where steps are forecast: one full step every n."""
     order: int = FAST.resolved_order
     """Where steps are forecast: the order; 0 repeats the last full step."""
     num_images: int = 100
-    """Images that are drawn twice, in full and with most steps forecast."""
+    """Images that are sampled twice, in full and with most steps forecast."""
     num_fid_samples: int = 700
     """Images per checkpoint that is evaluated."""
 

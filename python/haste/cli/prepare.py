@@ -1,7 +1,7 @@
 """Make training data in REPA's layout from any images: cropped as ADM does, with their latents.
 
 `--source` is a folder with a folder of images for each class, a zip of one, or a Hugging Face data set on disk. A
-command that was stopped goes on with the images that are missing. `accelerate launch -m haste prepare ...` shares the
+command that was stopped resumes with the images that are missing. `accelerate launch -m haste prepare ...` shares the
 work among several GPUs.
 """
 
@@ -106,7 +106,7 @@ def fill(
             if stop.received is not None:
                 break
     if stop.received is not None:
-        print(f"haste prepare: stopped by {stop.received.name}; the same command goes on from there", file=sys.stderr)
+        print(f"haste prepare: stopped by {stop.received.name}; the same command resumes from there", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     if preparation.faults:
         print(f"{len(preparation.faults)} of {len(part)} images cannot be read and are left out")

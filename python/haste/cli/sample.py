@@ -1,8 +1,8 @@
-"""Draw images from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
+"""Sample images from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
 
 The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
 `haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A command that
-was stopped goes on with the images that are missing.
+was stopped resumes with the images that are missing.
 
 On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(config: SampleConfig) -> None:
-    """Draw, and say what came out."""
+    """Sample, and print what came out."""
     from haste.distributed import Processes
     from haste.generation.sample_dir import sample_to_folder
 
@@ -40,5 +40,5 @@ def report(samples: Samples) -> None:
         came = f"{count} images at {speed}"
     else:
         came = f"{count} images were there already"
-    print(f"{came}; {drawn.full_per_image} of {drawn.evaluations_per_image} model evaluations were full")
+    print(f"{came}; {drawn.full_per_image} of {drawn.evaluations_per_image} model calls were full")
     print(f"images  {folder.path}\nnpz       {folder.npz}\ngrid      {folder.grid}")

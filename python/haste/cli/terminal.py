@@ -78,17 +78,17 @@ class Patient:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._judge(error)
+            self._measure_quality(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._judge(error)
+            self._measure_quality(error)
 
     @staticmethod
-    def _judge(error: OSError) -> None:
+    def _measure_quality(error: OSError) -> None:
         if error.errno not in PASSED_OVER:
             raise error
 

@@ -1,7 +1,7 @@
-"""Train a diffusion transformer (SiT) with HASTE, with REPA, or plain.
+"""Train a diffusion transformer (SiT) with HASTE, with REPA, or as the baseline.
 
 The quickest look: `haste train --preset digits` trains on real handwritten digits, in minutes without a GPU.
-`haste train --preset` lists all presets with what they set. Started again, the same command goes on from the last
+`haste train --preset` lists all presets with what they set. Started again, the same command resumes from the last
 checkpoint; what it does not say is as the run was begun. On several GPUs: `accelerate launch -m haste train ...`.
 """
 
@@ -50,7 +50,7 @@ def main(config: TrainConfig) -> None:
         if first:
             print(
                 f"haste train: stopped by {result.interrupted.name} after step {result.step}, which is saved; "
-                "the same command goes on from there",
+                "the same command resumes from there",
                 file=sys.stderr,
             )
         raise SystemExit(128 + result.interrupted)

@@ -34,10 +34,10 @@ def good_enough(row: Row, reference: Row, tolerance: float) -> bool:
 
 
 def worth_its_cache(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether every plain run that is as fast is further from the reference's images, where fidelity is known."""
+    """Whether every uncached run that is as fast is further from the reference's images, where fidelity is known."""
     if row.psnr is None:
         return True
-    rivals = [other for other in rows if other.plain and other.psnr is not None and other.seconds <= row.seconds]
+    rivals = [other for other in rows if other.uncached and other.psnr is not None and other.seconds <= row.seconds]
     return all(other.psnr < row.psnr for other in rivals)
 
 
@@ -46,7 +46,9 @@ def recommend(rows: Sequence[Row], tolerance: float) -> Row | None:
 
     The first row is the reference. None if no row is.
     """
-    fit = [row for row in rows if not row.plain and good_enough(row, rows[0], tolerance) and worth_its_cache(row, rows)]
+    fit = [
+        row for row in rows if not row.uncached and good_enough(row, rows[0], tolerance) and worth_its_cache(row, rows)
+    ]
     if not fit:
         return None
     limit = (1 + AS_FAST) * min(row.seconds for row in fit)
@@ -61,20 +63,22 @@ def advise(rows: Sequence[Row], tolerance: float) -> str:
     if compared:
         sentences.append(front_sentence("fidelity to the full run", front(compared, lambda row: -row.psnr)))
     bar = f"an FD within {tolerance:.0%} of {reference.fd:.3g}, that of {long_name(reference.settings)}"
-    plain = min((row for row in rows if row.plain and good_enough(row, reference, tolerance)), key=lambda r: r.seconds)
+    uncached = min(
+        (row for row in rows if row.uncached and good_enough(row, reference, tolerance)), key=lambda r: r.seconds
+    )
     chosen = recommend(rows, tolerance)
     if chosen is None:
-        sentences.append(f"No cached setting has {bar}, and has a higher fidelity than plain runs that are as fast.")
+        sentences.append(f"No cached setting has {bar}, and has a higher fidelity than uncached runs that are as fast.")
     else:
         sentences.append(
-            f"Recommended, the fastest cached setting with {bar}, that has a higher fidelity than plain runs as fast: "
-            f"{describe(chosen)}."
+            f"Recommended, the fastest cached setting with {bar}, that has a higher fidelity than uncached runs as "
+            f"fast: {describe(chosen)}."
         )
-    return " ".join([*sentences, f"The fastest plain run with such an FD: {describe(plain)}."])
+    return " ".join([*sentences, f"The fastest uncached run with such an FD: {describe(uncached)}."])
 
 
 def front_sentence(what: str, rows: Sequence[Row]) -> str:
-    cached = [long_name(row.settings) for row in rows if not row.plain]
+    cached = [long_name(row.settings) for row in rows if not row.uncached]
     if not cached:
         return f"No cached setting is on the Pareto front of seconds and {what}."
     return f"On the Pareto front of seconds and {what}, fastest first: {'; '.join(cached)}."
@@ -90,9 +94,9 @@ MIB = 2**20
 LEGEND = """\
 Times are the model's and the sampler's alone, the median of the turns; FLOPs are those of matrix products and
 convolutions (torch.utils.flop_counter; elementwise work and the operations of haste_ext count nothing). The two
-speed-ups are over the first row, and "kept" is the first over the second. Memory is a batch's: the snapshots, and the
-peak beyond the weights, which on the CPU is Linux's count and scatters by some MiB. PSNR and SSIM are with the images
-that the first row draws from the same noise."""
+speed-ups are over the first row, and "kept" is the first over the second. Memory is a batch's: the cached features, and
+the peak beyond the weights, which on the CPU is Linux's count and scatters by some MiB. PSNR and SSIM are with the images
+that the first row samples from the same noise."""
 
 HEAD = ("setting", "full", "ms/image", "speed-up", "GFLOPs", "FLOPs speed-up", "kept", "cache MiB", "peak MiB",
         "FD", "accuracy %", "PSNR dB", "SSIM")  # fmt: skip

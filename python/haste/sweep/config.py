@@ -43,15 +43,15 @@ class Grid:
                 yield replace(base, num_steps=steps, cache=cache, interval=interval, **chosen)
 
 
-def plan(base: SamplingConfig, grids: Sequence[Grid], plain_steps: Sequence[int]) -> list[SamplingConfig]:
+def plan(base: SamplingConfig, grids: Sequence[Grid], uncached_steps: Sequence[int]) -> list[SamplingConfig]:
     """The points of a sweep, each once: the full runs from the longest on, then the cached ones in their order.
 
     A grid's own number of steps is run in full as well: it is what its cached runs are compared with.
     """
-    counts = sorted({*plain_steps, *(steps for grid in grids for steps in grid.steps)}, reverse=True)
-    plain = [replace(base, num_steps=count) for count in counts]
+    counts = sorted({*uncached_steps, *(steps for grid in grids for steps in grid.steps)}, reverse=True)
+    uncached = [replace(base, num_steps=count) for count in counts]
     cached = [settings for grid in grids for settings in grid.settings(base)]
-    return list({point_key(settings): settings for settings in [*plain, *cached]}.values())
+    return list({point_key(settings): settings for settings in [*uncached, *cached]}.values())
 
 
 def point_fields(settings: SamplingConfig) -> dict[str, Any]:
@@ -71,12 +71,12 @@ def point_key(settings: SamplingConfig) -> str:
 def series_name(settings: CacheConfig) -> str:
     """'Taylor per module': the points that one colour and marker stand for."""
     if settings.cache == "none":
-        return "plain"
+        return "uncached"
     return "Δ-DiT" if settings.cache == "delta-dit" else f"{settings.cache.capitalize()} per {settings.granularity}"
 
 
 def short_name(settings: SamplingConfig) -> str:
-    """What is written beside a point of a series: its interval and order, '4/2'; of plain sampling its steps."""
+    """What is written beside a point of a series: its interval and order, '4/2'; of uncached sampling its steps."""
     if settings.cache == "none":
         return str(settings.num_steps)
     words = str(settings.resolved_interval)
@@ -90,7 +90,7 @@ def short_name(settings: SamplingConfig) -> str:
 def long_name(settings: SamplingConfig) -> str:
     """'Taylor per module, interval 4, order 2, 50 steps', for tables and sentences."""
     if settings.cache == "none":
-        return f"{settings.num_steps} plain steps"
+        return f"{settings.num_steps} uncached steps"
     gate = f", gate {settings.gate}" if settings.gate is not None else ""
     return f"{settings.describe_cache()}{gate}, {settings.num_steps} steps"
 
@@ -113,33 +113,33 @@ class SweepConfig(SamplingConfig):
     gate: Suppress[Fixed[None]] = None
     cached_blocks: Suppress[Fixed[None]] = None
     caches: tuple[Literal["reuse", "taylor", "newton", "hermite", "delta-dit"], ...] = ("taylor", "newton")
-    """What stands in for a skipped step, as --cache of haste sample."""
+    """What stands in for a forecast step, as --cache of haste sample."""
     granularities: tuple[Literal["module", "block", "model"], ...] = ("module", "model")
     """What is forecast, as --granularity."""
     intervals: tuple[int, ...] = (3, 4, 5, 6)
-    """One full step in so many, as --interval."""
+    """One full step in n, as --interval."""
     orders: tuple[int, ...] = (2, 4)
     """Orders of the forecast, as --order."""
     error_thresholds: tuple[float, ...] = (0.0,)
     """Bounds on the error of a forecast, as --error-threshold; 0: evenly spaced full steps."""
     gates: tuple[int, ...] = ()
-    """delta-dit: where the skipped blocks change, as --gate. [default: 0.6 of the steps]"""
+    """delta-dit: where the cached blocks change, as --gate. [default: 0.6 of the steps]"""
     steps: tuple[int, ...] = (50,)
     """Steps of the cached runs, each of which is run in full as well."""
     num_steps: tuple[int, ...] = (10, 12, 14, 17, 20, 25)  # type: ignore[assignment]
-    """Steps of the plain runs that caching has to beat."""
+    """Steps of the uncached runs that caching has to beat."""
 
     num_fid_samples: int = 1000
-    """How many images to draw of each point."""
+    """Images to sample of each point."""
     per_proc_batch_size: int = 128
     """Images per batch, in which they are also timed."""
     labels: str = "balanced"
-    """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn: such as 3,1,4, or a text file
-    with one on each line."""
+    """Classes to sample: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4, or a text
+    file with one on each line."""
     repeats: int = 3
     """How often each point is timed; all take turns."""
     cuda_graphs: bool = False
-    """On a GPU: cached runs replay CUDA graphs, as with haste sample. Plain runs never do. Not yet tried on a GPU."""
+    """On a GPU: cached runs replay CUDA graphs, as with haste sample; uncached runs never do. Not tried on a GPU."""
     features: str | None = None
     """Whose features, as for haste evaluate: inception:PATH, a teacher's name or folder, or digits. [default: digits,
     for a run on digits]"""
@@ -152,7 +152,7 @@ class SweepConfig(SamplingConfig):
     """A setting is good enough if its FD is so much above the full run's at most, as a share of it."""
     output: Path | None = None
     """Where sweep.jsonl, sweep.md and sweep.png go; by default sweep/ in the run's folder."""
-    draw_only: bool = False
+    plot_only: bool = False
     """Measure nothing: the table and the plot of the sweep that was measured last."""
 
     def check(self) -> None:

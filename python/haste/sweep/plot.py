@@ -1,4 +1,4 @@
-"""The image of a sweep: FD and fidelity against seconds, FLOPs and memory, beside the line of plain runs."""
+"""The image of a sweep: FD and fidelity against seconds, FLOPs and memory, beside the line of uncached runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def plot_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | Non
         )  # fmt: skip
         for panels, quality in zip(grid, qualities, strict=True):
             for axes, cost in zip(panels, costs, strict=True):
-                draw_panel(axes, rows, cost, quality, theme)
+                plot_panel(axes, rows, cost, quality, theme)
                 if chosen is not None:
                     axes.plot(*positions([chosen], cost, quality), "o", color=theme.text, markersize=RING_POINTS,
                               fillstyle="none", markeredgewidth=1.2, label="Recommended", zorder=4)  # fmt: skip
@@ -69,7 +69,7 @@ def plot_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | Non
         columns = min(len(names), 6)
         figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.045), ncols=columns)
         heading(figure, title, gap=0.42)
-        subtitle(figure, "Numbers: interval/order; along the line the steps of plain sampling. "
+        subtitle(figure, "Numbers: interval/order; along the line the steps of uncached sampling. "
                          "On the left of the line caching is worth it.", theme)  # fmt: skip
         figure.canvas.draw()  # places are known from here on
         for panels, quality in zip(grid, qualities, strict=True):
@@ -78,13 +78,13 @@ def plot_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | Non
         save(figure, path)
 
 
-def draw_panel(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure, theme: Theme) -> None:
-    """The line of the plain runs, then each series of cached points in its colour and marker."""
-    x, y = positions([row for row in rows if row.plain], cost, quality)
+def plot_panel(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure, theme: Theme) -> None:
+    """The line of the uncached runs, then each series of cached points in its colour and marker."""
+    x, y = positions([row for row in rows if row.uncached], cost, quality)
     line = "none" if cost is MEMORY else "-"  # memory does not follow from the number of steps
     axes.plot(x, y, color=theme.text, linestyle=line, linewidth=1.6, marker="D", markersize=4.5,
-              label="Plain, fewer steps", zorder=2)  # fmt: skip
-    for name in dict.fromkeys(series_name(row.settings) for row in rows if not row.plain):
+              label="Uncached, fewer steps", zorder=2)  # fmt: skip
+    for name in dict.fromkeys(series_name(row.settings) for row in rows if not row.uncached):
         own = [row for row in rows if series_name(row.settings) == name]
         colour, marker = look(own[0], theme)
         x, y = positions(own, cost, quality)
@@ -128,10 +128,10 @@ def write_labels(
 ) -> None:
     """Each point's short name where it hides no marker, no other name and no line; where there is no room, none.
 
-    The plain runs come first, then the points from the cheapest on.
+    The uncached runs come first, then the points from the cheapest on.
     """
     shown = [row for row in rows if quality.value(row) is not None]
-    shown.sort(key=lambda row: (not row.plain, cost.value(row)))
+    shown.sort(key=lambda row: (not row.uncached, cost.value(row)))
     points = [(cost.value(row), quality.value(row)) for row in shown]
     sizes = [RING_POINTS if row is chosen else 7.0 for row in shown]
     taken = [square(*place, size * axes.figure.dpi / 72)
@@ -140,7 +140,7 @@ def write_labels(
     taken += [square(*place, 1.0) for line in lines for place in along(axes, line)]
     inside = axes.get_window_extent()
     for row, point, size in zip(shown, points, sizes, strict=True):
-        colour = theme.text if row.plain else look(row, theme)[0]
+        colour = theme.text if row.uncached else look(row, theme)[0]
         for reach, (dx, dy) in product(REACHES, SIDES):
             offset = reach + (size - 7.0) / 2
             text = axes.annotate(

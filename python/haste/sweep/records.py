@@ -46,7 +46,7 @@ class Row:
     label_accuracy_spread: float | None = None
 
     @property
-    def plain(self) -> bool:
+    def uncached(self) -> bool:
         """Whether every step is full: the baseline."""
         return self.settings.cache == "none"
 
@@ -62,13 +62,13 @@ def make_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
     Raises UserError if no full run is among the records, or if one is not what a sweep has kept.
     """
     settings = [_checked_settings(record) for record in records]
-    plain = [index for index, own in enumerate(settings) if own.cache == "none"]
-    if not plain:
+    uncached = [index for index, own in enumerate(settings) if own.cache == "none"]
+    if not uncached:
         raise UserError("the records hold no full run to compare with; let haste sweep measure one")
-    plain.sort(key=lambda index: -settings[index].num_steps)
+    uncached.sort(key=lambda index: -settings[index].num_steps)
     cached = [index for index, own in enumerate(settings) if own.cache != "none"]
-    reference = records[plain[0]]
-    return [make_row(settings[index], records[index], reference) for index in plain + cached]
+    reference = records[uncached[0]]
+    return [make_row(settings[index], records[index], reference) for index in uncached + cached]
 
 
 @dataclass
@@ -150,7 +150,7 @@ class RecordBook:
 
     A record is {"sweep": what its points share, "point": what tells it apart, and what was measured}. `sweep` holds
     the checkpoint's name and digest, the settings that all points share, the number of images, the batch, what they
-    were judged by and the machine: points are compared only where all of that is equal.
+    were evaluated by and the machine: points are compared only where all of that is equal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -177,7 +177,7 @@ class RecordBook:
         """Add what was measured of a point to its record, on the disk as well."""
         self._records[key(sweep, point)] = {**self.find(sweep, point), **measured}
         text = "".join(json.dumps(record) + "\n" for record in self._records.values())
-        with writing(str(self.path), "what was measured before is kept, and the same command goes on"):
+        with writing(str(self.path), "what was measured before is kept, and the same command resumes"):
             write_text(self.path, text)
 
     def of(self, sweep: Record | None = None) -> list[Record]:

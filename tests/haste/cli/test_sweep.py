@@ -50,9 +50,9 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys):
     for record in records:
         fd = f"{record['fd']:.3f}"
         assert fd in out and fd in table
-    assert re.search(r"^8 plain steps +8/8 +[\d.,]+ +1\.00× ", out, re.MULTILINE)
+    assert re.search(r"^8 uncached steps +8/8 +[\d.,]+ +1\.00× ", out, re.MULTILINE)
     assert re.search(r"^Taylor per model, interval 3, order 1, 8 steps +4/8 ", out, re.MULTILINE)
-    assert "The fastest plain run with such an FD" in out and "The fastest plain run with such an FD" in table
+    assert "The fastest uncached run with such an FD" in out and "The fastest uncached run with such an FD" in table
     Image.open(folder / "sweep.png").verify()
     assert len(list((tmp_path / "exps" / "classifier").iterdir())) == 1  # beside the runs
 
@@ -79,8 +79,8 @@ def test_a_second_start_measures_nothing_and_the_records_alone_draw_the_same(run
     assert (run / "elsewhere" / "sweep.jsonl").read_text() == records
 
     (run / "elsewhere" / "sweep.md").unlink()
-    monkeypatch.setattr("haste.sweep.run.load_checkpoint", None)
-    main(["sweep", "--ckpt", "gone", "--output", str(run / "elsewhere"), "--draw-only"])
+    monkeypatch.setattr("haste.sweep.measure.load_checkpoint", None)
+    main(["sweep", "--ckpt", "gone", "--output", str(run / "elsewhere"), "--plot-only"])
     assert (run / "elsewhere" / "sweep.md").read_text() == table
 
 
@@ -116,7 +116,7 @@ def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, m
         (("--reference", "nowhere"), "nowhere, which does not exist"),
         (("--features", "stored"), "--features is stored, and images are sampled"),
         (("--features", "inception:weights.pth"), "--reference is not given; --features inception:weights.pth needs"),
-        (("--draw-only",), "hold no full run"),
+        (("--plot-only",), "hold no full run"),
     ],
 )
 def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):

@@ -32,7 +32,7 @@ def test_good_enough_means_distance_and_accuracy():
 def test_a_cache_is_worth_it_if_plain_runs_that_are_as_fast_agree_less():
     assert worth_its_cache(cached_row(4, 0.025, 2.0, 41.0), PLAIN)
     assert not worth_its_cache(cached_row(4, 0.025, 2.0, 39.0), PLAIN)
-    assert worth_its_cache(cached_row(4, 0.024, 2.0, 39.0), PLAIN)  # the 25 plain steps are slower
+    assert worth_its_cache(cached_row(4, 0.024, 2.0, 39.0), PLAIN)  # the 25 uncached steps are slower
     assert not worth_its_cache(cached_row(4, 0.012, 2.0, 29.0), PLAIN)
     assert worth_its_cache(cached_row(4, 0.025, 2.0, None), PLAIN)
 
@@ -54,7 +54,7 @@ def test_the_advice_says_what_plain_sampling_does_as_well():
     words = advise([*PLAIN, good], 0.05)
     assert "Pareto front of seconds and FD, fastest first: Taylor per module, interval 4, order 1" in words
     assert "Recommended" in words and "(3.33× as fast, FD 2, 45.0 dB)" in words
-    assert "The fastest plain run with such an FD: 25 plain steps (2.00× as fast, FD 2.05, 40.0 dB)" in words
+    assert "The fastest uncached run with such an FD: 25 uncached steps (2.00× as fast, FD 2.05, 40.0 dB)" in words
 
     words = advise([*PLAIN, cached_row(4, 0.030, 2.2, 20.0)], 0.05)
     assert "No cached setting is on the Pareto front of seconds and FD." in words

@@ -9,7 +9,7 @@ from haste.sweep.measure import count_cost, count_flops, time_run
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
+def loaded(tmp_path_factory):
     return load_checkpoint(write_run(tmp_path_factory.mktemp("exps"), steps=(4,)))
 
 
@@ -25,18 +25,18 @@ def products_of_a_full_evaluation() -> tuple[int, int]:
     return 2 * (embedding + final), 2 * depth * (modulation + attention + mlp)
 
 
-def test_flops_are_those_of_every_matrix_product_attentions_included(student):
+def test_flops_are_those_of_every_matrix_product_attentions_included(loaded):
     outside, inside = products_of_a_full_evaluation()
     for settings, evaluations in ((SamplingConfig(num_steps=3), 3), (SamplingConfig(num_steps=3, heun=True), 5)):
-        assert count_flops(Sampler(student, settings)) == evaluations * (outside + inside)
+        assert count_flops(Sampler(loaded, settings)) == evaluations * (outside + inside)
     guided = SamplingConfig(num_steps=3, cfg_scale=2.0)
-    assert count_flops(Sampler(student, guided)) == 2 * 3 * (outside + inside)
+    assert count_flops(Sampler(loaded, guided)) == 2 * 3 * (outside + inside)
 
 
-def test_a_cached_run_costs_its_full_steps_and_little_else(student):
+def test_a_cached_run_costs_its_full_steps_and_little_else(loaded):
     outside, inside = products_of_a_full_evaluation()
     settings = SamplingConfig(num_steps=10, cache="taylor", granularity="model", interval=4, order=1)
-    cost = count_cost(Sampler(student, settings), batch=3)
+    cost = count_cost(Sampler(loaded, settings), batch=3)
     assert (cost["calls"], cost["full_calls"]) == (10, 4)  # 0, 1, 5, 9
     assert 4 * (outside + inside) < cost["flops"] <= 10 * outside + 4 * inside
     tokens = 3 * 16 * SHAPE["hidden_size"]
@@ -44,14 +44,14 @@ def test_a_cached_run_costs_its_full_steps_and_little_else(student):
     assert cost["peak_bytes"] is None or cost["peak_bytes"] >= 0
 
 
-def test_a_full_run_has_no_cache(student):
-    cost = count_cost(Sampler(student, SamplingConfig(num_steps=3)), batch=3)
+def test_a_full_run_has_no_cache(loaded):
+    cost = count_cost(Sampler(loaded, SamplingConfig(num_steps=3)), batch=3)
     assert (cost["calls"], cost["full_calls"], cost["cache_bytes"]) == (3, 3, 0)
 
 
-def test_only_the_model_and_the_sampler_are_timed(student, monkeypatch):
+def test_only_the_model_and_the_sampler_are_timed(loaded, monkeypatch):
     timed = []
     monkeypatch.setattr(Sampler, "run", lambda self, start: timed.append(len(start.labels)))
     monkeypatch.setattr(Sampler, "draw", None)
-    assert time_run(Sampler(student, SamplingConfig(num_steps=3)), batch=5) > 0
+    assert time_run(Sampler(loaded, SamplingConfig(num_steps=3)), batch=5) > 0
     assert timed == [5]

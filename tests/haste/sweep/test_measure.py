@@ -31,24 +31,24 @@ def evaluator():
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
+def loaded(tmp_path_factory):
     return load_checkpoint(write_run(tmp_path_factory.mktemp("exps"), steps=(4,)))
 
 
 @pytest.fixture(scope="module")
-def whole(student, evaluator, tmp_path_factory):
+def whole(loaded, evaluator, tmp_path_factory):
     """A sweep that ran from beginning to end, and what it said on the way."""
     book = RecordBook(tmp_path_factory.mktemp("whole") / "sweep.jsonl")
-    sweep = Sweep(student, POINTS, evaluator, book, **QUICK)
+    sweep = Sweep(loaded, POINTS, evaluator, book, **QUICK)
     sweep.seen = []
     sweep.run(lambda name, images: sweep.seen.append(images))
     return sweep
 
 
 @pytest.fixture
-def make_sweep(student, evaluator, tmp_path):
+def make_sweep(loaded, evaluator, tmp_path):
     def make(points=POINTS, **settings) -> Sweep:
-        return Sweep(student, points, evaluator, RecordBook(tmp_path / "sweep.jsonl"), **{**QUICK, **settings})
+        return Sweep(loaded, points, evaluator, RecordBook(tmp_path / "sweep.jsonl"), **{**QUICK, **settings})
 
     return make
 
@@ -97,7 +97,7 @@ def test_a_sweep_that_was_killed_goes_on_and_comes_to_the_same(make_sweep, whole
     resumed.run()
     assert not [
         record for record in known[1:] if record["point"] in drawn
-    ]  # the reference is drawn again, as baselines
+    ]  # the reference is sampled again, as baselines
     for before, after in zip(records_of(whole), records_of(resumed), strict=True):
         assert {name: after[name] for name in MEASURED} == {name: before[name] for name in MEASURED}
         assert len(after["seconds"]) == len(after["reference_seconds"]) == 2
@@ -158,18 +158,18 @@ def test_all_take_turns_and_each_turn_has_a_reference_of_its_own(make_sweep, mon
     assert all(record["reference_seconds"] == [1.0, 5.0] for record in records_of(sweep))
 
 
-def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, student, evaluator, tmp_path):
-    os.utime(student.checkpoint, ns=(1, 1))
+def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, loaded, evaluator, tmp_path):
+    os.utime(loaded.checkpoint, ns=(1, 1))
     before = make_sweep().shared
-    student.checkpoint.touch()
+    loaded.checkpoint.touch()
     assert make_sweep().shared == before
     again = load_checkpoint(write_run(tmp_path, steps=(4,), seed=1))
     assert Sweep(again, POINTS, evaluator, RecordBook(tmp_path / "sweep.jsonl"), **QUICK).shared != before
 
 
-def test_a_sweep_of_an_earlier_version_knows_its_checkpoint_by_its_time(make_sweep, whole, student, monkeypatch):
+def test_a_sweep_of_an_earlier_version_knows_its_checkpoint_by_its_time(make_sweep, whole, loaded, monkeypatch):
     monkeypatch.setattr(Sampler, "run", None)  # nothing is left to draw
-    before = as_before(whole.shared, student.checkpoint)
+    before = as_before(whole.shared, loaded.checkpoint)
     sweep = make_sweep()
     for settings, record in zip(whole.points, records_of(whole), strict=True):
         measured = {name: value for name, value in record.items() if name not in ("sweep", "point")}

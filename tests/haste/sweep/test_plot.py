@@ -5,7 +5,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pytest
 from haste.plotting import LIGHT, styled
-from haste.sweep.plot import FD, FIDELITY, SECONDS, draw_panel, plot_sweep, write_labels
+from haste.sweep.plot import FD, FIDELITY, SECONDS, plot_panel, plot_sweep, write_labels
 from PIL import Image
 from sweep_rows import cached_row, plain_row
 
@@ -31,7 +31,7 @@ def test_labels_hide_neither_each_other_nor_a_point(quality):
     rows = [*PLAIN, *CROWD]
     with styled(LIGHT):
         figure, axes = plt.subplots(figsize=(6, 4))
-        draw_panel(axes, rows, SECONDS, quality, LIGHT)
+        plot_panel(axes, rows, SECONDS, quality, LIGHT)
         figure.canvas.draw()
         write_labels(axes, rows, SECONDS, quality, LIGHT)
         boxes = [text.get_window_extent() for text in axes.texts]

@@ -50,7 +50,7 @@ def test_no_two_points_have_one_name():
 @pytest.mark.parametrize(
     ("settings", "series", "short"),
     [
-        ({"num_steps": 20}, "plain", "20"),
+        ({"num_steps": 20}, "uncached", "20"),
         ({"cache": "taylor", "interval": 3, "order": 2}, "Taylor per module", "3/2"),
         (
             {"cache": "newton", "granularity": "model", "error_threshold": 0.1, "interval": 8},
