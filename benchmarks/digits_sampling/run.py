@@ -1,4 +1,4 @@
-"""Cached sampling on the digits beside plain sampling with fewer steps: quality, seconds, FLOPs, on three seeds.
+"""Cached sampling on the digits beside uncached sampling with fewer steps: quality, seconds, FLOPs, on three seeds.
 
     python benchmarks/digits_sampling/run.py                 all that is not done yet, then the table and the plot
     python benchmarks/digits_sampling/run.py --seeds 0       of that, one seed
@@ -57,7 +57,7 @@ GRIDS = (
 RULE = f"""\
 Recommended is the fastest cached setting, by the median of the measured seconds, that is good enough and worth its
 cache. Good enough: a mean FD at most {TOLERANCE:.0%} above that of 50 full steps, and at most one percentage
-point fewer digits read as requested. Worth its cache: every plain run that is as fast is further, by PSNR, from the
+point fewer digits read as requested. Worth its cache: every uncached run that is as fast is further, by PSNR, from the
 images of the 50 full steps. Settings within 5% of the fastest one's seconds count as equally fast; of those the
 highest PSNR wins."""
 
@@ -150,11 +150,13 @@ def guidance(scale: float) -> str:
 
 
 def verdict(rows: list[Row]) -> str:
-    """What the rule says, and what plain sampling says to that."""
+    """What the rule says, and what uncached sampling says to that."""
     chosen = recommend(rows, TOLERANCE)
-    plain = min((row for row in rows if row.plain and good_enough(row, rows[0], TOLERANCE)), key=lambda r: r.seconds)
+    uncached = min(
+        (row for row in rows if row.uncached and good_enough(row, rows[0], TOLERANCE)), key=lambda r: r.seconds
+    )
     said = "No setting passes" if chosen is None else f"By this rule: {describe(chosen)}"
-    return f"**{said}.** The fastest plain run that is good enough: {describe(plain)}."
+    return f"**{said}.** The fastest uncached run that is good enough: {describe(uncached)}."
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ MIB = 2**20
 LEGEND = """\
 Times are the model's and the sampler's alone, the median of the turns; FLOPs are those of matrix products and
 convolutions (torch.utils.flop_counter; elementwise work and the operations of haste_ext count nothing). The two
-speed-ups are over the first row, and "kept" is the first over the second. Memory is a batch's: the cached features, and
-the peak beyond the weights, which on the CPU is Linux's count and scatters by some MiB. PSNR and SSIM are with the images
-that the first row samples from the same noise."""
+speed-ups are over the first row, and "kept" is the first over the second. Memory is a batch's: the cached features,
+and the peak beyond the weights, which on the CPU is Linux's count and scatters by some MiB. PSNR and SSIM are with the
+images that the first row samples from the same noise."""
 
 HEAD = ("setting", "full", "ms/image", "speed-up", "GFLOPs", "FLOPs speed-up", "kept", "cache MiB", "peak MiB",
         "FD", "accuracy %", "PSNR dB", "SSIM")  # fmt: skip
