@@ -40,9 +40,9 @@ from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint, run_c
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import read_record, sample_to_folder
-from haste.io import read_json, write_json, write_text, writing
+from haste.io import read_json, write_json, writing
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES
-from haste.resumable import read_lines, updating
+from haste.resumable import append_line, read_lines, updating
 from haste.tables import text_table
 from haste.training.checkpoint import checkpoint_identity
 from haste.training.logging import alignment_end, finite, is_step, read_log
@@ -318,12 +318,9 @@ def _is_record(record: dict[str, Any]) -> bool:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line; the file is replaced whole, so that a kill leaves the old lines or the new.
-
-    Another command that does the same waits. UserError if it cannot be written.
-    """
+    """Add one line; another command that does the same waits. UserError if it cannot be written."""
     with writing(str(path), "the scores that are there are kept, and the same command resumes"), updating(path):
-        write_text(path, "".join(json.dumps(line) + "\n" for line in [*read_lines(path)[0], record]))
+        append_line(path, record, durable=True)
 
 
 def plot_run(config: EvaluateConfig, records: Sequence[dict[str, Any]]) -> None:
