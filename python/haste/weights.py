@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
+import pickletools
 import re
 import threading
 import warnings
@@ -24,7 +26,6 @@ import torch
 from torch import Tensor
 
 from haste.errors import UserError, in_one_line
-from haste.torchscript import read_torchscript
 from haste.validation import shown
 
 ZIP = b"PK\x03\x04"
@@ -36,6 +37,8 @@ BLOCKED = {"sys", "os", "posix", "nt"}
 PATHS = {f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
 SCALARS = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
 FILLED = {"collections.defaultdict": dict, "collections.Counter": dict, "collections.deque": list}  # item by item
+TUPLES = (b"t", b"\x85", b"\x86", b"\x87")  # the instructions of a pickle that make one
+MOST_TUPLES = 100_000  # a tensor takes four
 DEEPEST = 50  # levels of settings within settings
 
 
@@ -140,11 +143,12 @@ def _read(path: Path, foreign: bool = True) -> tuple[Any, dict[str, str] | None]
 def _read_zip(path: Path, foreign: bool) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            script = any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
-            refused = None if script else _inflation(archive, path)  # a program may be compressed
-            # torch.load does not check the sums that torch.save wrote; those of a script are checked when it is read.
-            damaged = None if script or refused else archive.testzip()
+            entries = archive.infolist()
+            script = any(entry.filename.endswith("/constants.pkl") or "/code/" in entry.filename for entry in entries)
+            kept = [entry for entry in entries if not script or _is_of_tensors(entry.filename)]
+            refused = _inflation(kept, path)
+            # torch.load does not look at the checksums that torch.save wrote.
+            damaged = None if refused or script else archive.testzip()
     except OSError:
         raise
     except Exception as error:  # a damaged archive leads zipfile to raise anything
@@ -153,32 +157,84 @@ def _read_zip(path: Path, foreign: bool) -> Any:
         raise ValueError(refused)
     if damaged is not None:
         raise _Damaged("it is damaged")
-    if not any(name.endswith("data.pkl") for name in names):
+    pickled = next((entry for entry in entries if entry.filename.endswith("data.pkl")), None)
+    if pickled is None:
         raise ValueError("it is a zip file that torch.save has not written")
     try:
+        _check_tuples(path, pickled)
+        source = _without_program(path, kept) if script else path
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(source)
         if script:
-            return read_torchscript(path)
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            source.seek(0)  # the line above has read it
         named = [name for name in named if name != "argparse.Namespace"]
         blocked = [name for name in named if name.split(".")[0] in BLOCKED]
         if blocked:
             raise ValueError(f"it wants to call {blocked[0]}, which no checkpoint needs")
-        if named and not foreign:
+        if named and not (foreign or script):
             raise ValueError(f"it holds more than tensors and plain values: {named[0]}")
-        return _load(path, [(_stand_in(name), name) for name in named])
+        content = _load(source, [(_stand_in(name), name) for name in named])
+        return _state_dict(content) if script else content
     except Exception as error:  # the file is whole, and its content is anybody's
         raise ValueError(reason(error)) from error
 
 
-def _inflation(archive: zipfile.ZipFile, path: Path) -> str | None:
+def _inflation(entries: list[zipfile.ZipInfo], path: Path) -> str | None:
     """Why an archive would fill more memory than it takes on the disk, if it would; torch.save packs nothing."""
-    entries = archive.infolist()
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         return f"its {packed[0]} is compressed, which torch.save does not do"
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         return "its entries claim to hold more than its size"
     return None
+
+
+def _check_tuples(path: Path, pickled: zipfile.ZipInfo) -> None:
+    """Refuse a pickle that could nest tuples so deeply that hashing them overflows the stack of the process."""
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read(pickled)
+    if sum(map(data.count, TUPLES)) <= MOST_TUPLES:  # bytes of text are counted as well
+        return
+    if sum(code.name.startswith("TUPLE") for code, _, _ in pickletools.genops(data)) > MOST_TUPLES:
+        raise ValueError(f"it holds more than {MOST_TUPLES:,} tuples")
+
+
+def _is_of_tensors(name: str) -> bool:
+    inside = name.partition("/")[2]
+    return inside in ("data.pkl", "byteorder") or inside.startswith("data/")
+
+
+def _without_program(path: Path, entries: list[zipfile.ZipInfo]) -> io.BytesIO:
+    """A TorchScript archive without its program, as torch.save would have written it.
+
+    Loading it as it is runs the program's set-up code, which can write files.
+    """
+    target = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w") as kept:
+        for entry in entries:
+            kept.writestr(entry.filename, archive.read(entry))
+        kept.writestr(f"{entries[0].filename.partition('/')[0]}/version", "3\n")
+    target.seek(0)
+    return target
+
+
+def _state_dict(module: Any) -> dict[str, Tensor]:
+    """The tensors among the attributes of a module and of those inside it, by their names in its state dict."""
+    found, seen, pending = {}, set(), [("", module)]
+    while pending:
+        prefix, item = pending.pop()
+        if id(item) in seen or not isinstance(item, Foreign) or not isinstance(item.state, dict):
+            continue
+        seen.add(id(item))
+        for name, value in item.state.items():
+            if not isinstance(value, Tensor):
+                pending.append((f"{prefix}{name}.", value))
+            elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"the tensor {prefix}{name} is larger than its storage")
+            else:
+                found[f"{prefix}{name}"] = value
+    if not found:
+        raise ValueError("it holds no tensors")
+    return found
 
 
 def _read_legacy(path: Path) -> Any:
@@ -195,10 +251,10 @@ def _read_legacy(path: Path) -> Any:
         raise _Damaged(reason(error)) from error
 
 
-def _load(path: Path, stand_ins: list[tuple[Callable, str]]) -> Any:
+def _load(source: Path | io.BytesIO, stand_ins: list[tuple[Callable, str]]) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle's protocols and torch's older storages
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def _stand_in(name: str) -> Callable:
@@ -250,7 +306,7 @@ def weights_size(folder: Path, what: str) -> int:
         try:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    refused = _inflation(archive, path)
+                    refused = _inflation(archive.infolist(), path)
                 if refused:
                     raise ValueError(refused)
         except Exception as error:  # a damaged file leads zipfile to raise anything

@@ -253,6 +253,14 @@ def test_an_archive_that_fills_more_memory_than_its_size_is_refused(path, tmp_pa
         read_file(overlapping)
 
 
+def test_a_key_that_is_nested_beyond_the_stack_is_refused(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("m/data.pkl", b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.")
+        file.writestr("m/version", "3\n")
+    with pytest.raises(UserError, match="it holds more than 100,000 tuples"):
+        read_file(path)
+
+
 def test_what_is_no_checkpoint_is_told_from_what_is_damaged(path, tmp_path):
     for content in (b"", b"hello", pickle.dumps({"model": {}}), b"PK\x03\x04half", bytes(200)):
         path.write_bytes(content)
