@@ -50,10 +50,12 @@ def forward(emulator, tensors, scales=None, seed=0, **loss):
     return [result[name] for name in names]
 
 
-def backward(emulator, tensors, grad_out, scales=None, seed=0, destinations=None, wanted=("grad_q", "grad_k"), **loss):
-    """The wanted gradients, in `destinations` or in contiguous tensors of NaN."""
+def backward(
+    emulator, tensors, grad_out, scales=None, seed=0, destinations=None, wanted=("grad_q", "grad_k"), saved=None, **loss
+):
+    """The wanted gradients, in `destinations` or in contiguous tensors of NaN. `saved`: what forward() has returned."""
     values = problem(tensors, scales, **loss)
-    _, student_softmax, teacher_softmax = forward(emulator, tensors, scales, **loss)
+    _, student_softmax, teacher_softmax = saved or forward(emulator, tensors, scales, **loss)
     shape = (values["batch"], values["heads"], values["tokens"], values["student_dim"])
     fresh = {name: torch.full(shape, float("nan"), dtype=tensors[0].dtype) for name in wanted}
     buffers = dict(zip(NAMES, tensors, strict=True)) | (destinations or fresh)
@@ -72,12 +74,17 @@ def definition(tensors, grad_out, scales=None, **loss):
     return rows.detach(), q.grad, k.grad
 
 
-def check_infinite_operand(emulator, tensors, operand, token, value, **loss):
+def check_infinite_operand(emulator, tensors, operand, places, **loss):
     """Rows whose definition in float64 is no finite number are none, nor are their gradients; those that do not read
-    `value`, put into one head's `token`, stay what they were. For "kl" the definition is that of the cross-entropy, in
-    which a key that is infinitely far below has no part: 0 · log 0 is 0."""
-    tokens = tensors[0].shape[2]
+    what is put into one head, a value of `places` into its token, stay what they were. For "kl" the definition is that
+    of the cross-entropy, in which a key that is infinitely far below has no part: 0 · log 0 is 0."""
     clean = forward(emulator, tensors, **loss)[0]
+    for token, value in places.items():
+        check_one_infinity(emulator, tensors, operand, token, value, clean, **loss)
+
+
+def check_one_infinity(emulator, tensors, operand, token, value, clean, **loss):
+    tokens = tensors[0].shape[2]
     tensors = [x.clone() for x in tensors]
     tensors[operand][0, 1, token, 5] = value
     grad_out = torch.ones(1, 2, tokens)
@@ -86,11 +93,11 @@ def check_infinite_operand(emulator, tensors, operand, token, value, **loss):
     assert lost[0, 1].any() and not lost[0, 0].any()
     queries, block = torch.arange(tokens), loss.get("causal") or tokens
     reads = queries == token if operand % 2 == 0 else queries // block >= token // block
-    rows = forward(emulator, tensors, **loss)[0]
+    rows, *statistics = forward(emulator, tensors, **loss)
     assert rows[lost].isnan().all()
     torch.testing.assert_close(rows[0, 1, ~reads], clean[0, 1, ~reads])
     assert torch.equal(rows[0, 0], clean[0, 0])
-    gradients = backward(emulator, tensors, grad_out, **loss)
+    gradients = backward(emulator, tensors, grad_out, saved=(rows, *statistics), **loss)
     seen = queries // block <= (token if operand % 2 == 0 else tokens) // block  # eager's 0 · ∞ goes further
     for ours, of_definition in ((gradients["grad_q"], dq), (gradients["grad_k"], dk)):
         lost = ~of_definition[0, 1].isfinite() & seen[:, None]
@@ -104,8 +111,8 @@ def check(emulator, tensors, grad_out=None, scales=None, seed=0, **loss):
         grad_out = torch.tensor(1 / (batch * heads * tokens)).expand(batch, heads, tokens)
     exact = definition([x.double() for x in tensors], grad_out, scales, **loss)
     eager = definition(tensors, grad_out, scales, **loss)
-    rows = forward(emulator, tensors, scales, seed, **loss)[0]
-    gradients = backward(emulator, tensors, grad_out, scales, seed, **loss)
+    rows, *statistics = forward(emulator, tensors, scales, seed, **loss)
+    gradients = backward(emulator, tensors, grad_out, scales, seed, saved=(rows, *statistics), **loss)
     term = (grad_out.abs().max() * max(x.abs().max() for x in tensors[:2])).item()
     results = (rows, gradients["grad_q"], gradients["grad_k"])
     for name, ours, theirs, ref in zip(("loss", "dq", "dk"), results, eager, exact, strict=True):

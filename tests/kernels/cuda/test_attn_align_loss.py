@@ -95,8 +95,7 @@ def test_logits_beyond_float_give_no_nan(emulator, dtype, size):
 def test_an_infinite_operand_shows(emulator, operand, kind, dtype):
     """In the first, a middle and the last token, of either sign."""
     tensors = operands(dtype, tokens=70, dims=(24, 16))
-    for token, value in ((0, torch.inf), (33, -torch.inf), (69, torch.inf)):
-        check_infinite_operand(emulator, tensors, operand, token, value, divergence=kind)
+    check_infinite_operand(emulator, tensors, operand, {0: torch.inf, 33: -torch.inf, 69: torch.inf}, divergence=kind)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -104,7 +103,7 @@ def test_an_infinite_operand_shows(emulator, operand, kind, dtype):
 def test_an_infinite_operand_shows_under_a_causal_mask(emulator, operand, dtype):
     """To the queries that see it, and to no other."""
     tensors = operands(dtype, tokens=70, dims=(24, 16))
-    check_infinite_operand(emulator, tensors, operand, 30, torch.inf, causal=16)
+    check_infinite_operand(emulator, tensors, operand, {30: torch.inf}, causal=16)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

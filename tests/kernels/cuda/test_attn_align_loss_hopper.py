@@ -33,7 +33,7 @@ def test_more_tokens_than_a_block_holds(hopper, tokens):
 
 
 @pytest.mark.parametrize("tokens", (20, 130))
-def test_blocks_that_take_several_pieces_of_work(hopper, tokens):
+def test_blocks_that_take_several_work_tiles(hopper, tokens):
     """More (batch, head)s than multiprocessors: rings and barriers go on where the work tile before left them."""
     check(hopper, operands(torch.float16, batch=2, heads=(2, 2), tokens=tokens, dims=(40, 16)), seed=tokens)
 
@@ -121,8 +121,7 @@ def test_products_of_minus_infinity(hopper, kind):
 def test_an_infinite_operand_shows(hopper, operand, kind, dtype):
     """In the first, a middle and the last token, of either sign."""
     tensors = operands(dtype, tokens=70, dims=(24, 16))
-    for token, value in ((0, torch.inf), (33, -torch.inf), (69, torch.inf)):
-        check_infinite_operand(hopper, tensors, operand, token, value, divergence=kind)
+    check_infinite_operand(hopper, tensors, operand, {0: torch.inf, 33: -torch.inf, 69: torch.inf}, divergence=kind)
 
 
 def test_beside_an_infinite_query_products_beyond_float_stay_finite(hopper):
