@@ -4,7 +4,7 @@ The parts of a plug-in, as "module" or "module:attribute":
 
     DATASETS    a function without arguments: images (N, C, S, S) float32 in [-1, 1], labels (N,) int64
     TEACHERS    a module with prepare(folder), which returns the folder of the encoder, and shape(), the values of
-                `haste.teachers.loading.Shape`
+                `haste.teachers.families.Shape`
     EXTRACTORS  a function (folder) -> Extractor, as `haste.evaluation.features` has it
     IMAGE_SIZES pixels per side of a data set's images, by which samples without a record are known
     PRESETS     a dictionary of settings of `haste train`

@@ -1,86 +1,24 @@
-"""Reads q and k out of any transformers model, without touching its source.
-
-transformers dispatches every attention layer through a table of functions. One entry of that table is ours: it hands
-the queries and keys, after rotary embedding and before softmax, to whoever is recording, and then calls SDPA.
-
-A frozen vision transformer that shows its attention and its features.
-"""
+"""A frozen vision transformer that shows its attention and its features."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModel, PretrainedConfig
 
 from haste.errors import UserError
+from haste.teachers.attention_hook import ATTENTION_NAME, QueriesKeys, record
 from haste.teachers.families import Family, Normalisation, find_family, find_layers, resolve_teacher
-from haste.teachers.loading import (
-    NaFlexPatches,
-    load_config,
-    load_normalisation,
-    own_image_size,
-    patch_size_of,
-    resample_positions,
-    resample_tokens,
-)
+from haste.teachers.grids import NaFlexPatches, resample_positions, resample_tokens
+from haste.teachers.loading import load_config, load_normalisation, own_image_size, patch_size_of
 from haste.weights import loading_arguments, reason
-
-ATTENTION_NAME = "haste_recording_sdpa"
-
-QueriesKeys = tuple[torch.Tensor, torch.Tensor]
-
-
-class Recording:
-    """The q and k that the wanted attention modules used, by layer index."""
-
-    def __init__(self, layer_of_module: dict[nn.Module, int]) -> None:
-        self._layer_of_module = layer_of_module
-        self.queries_keys: dict[int, QueriesKeys] = {}
-
-    def see(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
-        layer = self._layer_of_module.get(module)
-        if layer is not None:
-            self.queries_keys[layer] = (query, key)
-
-
-# A context variable and not an attribute of the modules: several teachers, threads and other users of the same
-# transformers model never see each other's recordings.
-_active: ContextVar[Recording | None] = ContextVar("haste_active_recording", default=None)
-
-
-@contextmanager
-def record(layer_of_module: dict[nn.Module, int]) -> Iterator[Recording]:
-    """Record the listed attention modules while the context is open."""
-    recording = Recording(layer_of_module)
-    token = _active.set(recording)
-    try:
-        yield recording
-    finally:
-        _active.reset(token)
-
-
-def _recording_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
-) -> tuple[torch.Tensor, None]:
-    recording = _active.get()
-    if recording is not None:
-        recording.see(module, query, key)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-
-AttentionInterface.register(ATTENTION_NAME, _recording_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-
 
 GridRule = Literal["match", "interpolate"]
 """Where the teacher's own grid of tokens is not the student's. match: the images are resized until it is, and the
@@ -90,12 +28,12 @@ or of the size asked for, and its queries, keys and features are interpolated ov
 
 @dataclass
 class TeacherOutput:
-    """What one teacher says about one batch, on the student's grid of N tokens.
+    """What one teacher returns for one batch, on the student's grid of N tokens.
 
-    queries_keys: for each wanted layer, in the order asked for, (q, k), each (B, H, prefix + N, D).
+    queries_keys: for each of its `layers`, in that order, (q, k), each (B, H, prefix + N, D).
     prefix: number of leading class and register tokens in q and k.
-    patch_tokens: (B, N, C), the last layer's patch tokens after the final norm, without the prefix; None if features
-        were not asked for. CLIP and MAE give them before the norm, as in REPA.
+    patch_tokens: (B, N, C), the last layer's patch tokens after the final norm, without the prefix; None without
+        `features`. CLIP and MAE give them before the norm, as in REPA.
     """
 
     queries_keys: list[QueriesKeys]
@@ -157,24 +95,28 @@ class VisionTeacher(nn.Module):
         features: bool = True,
         grid_rule: GridRule = "match",
     ) -> VisionTeacher:
-        """Load a teacher from a local folder, a hub name, or one of HASTE's and REPA's short names.
+        """Load a teacher.
 
-        layers: 0-based layers whose q and k are wanted.
-        grid: tokens per side that the student has. None: as many as the teacher has.
-        image_size: pixels per side that the teacher sees. Default: grid x patch size, or the encoder's own size when
-            no grid is given or when tokens are interpolated.
-        features: whether the final patch tokens are wanted; without them, later layers are dropped.
-        grid_rule: what to do where the two grids differ.
+        Args:
+            name: a local folder, a hub name, or one of HASTE's and REPA's short names.
+            layers: whose q and k are returned, from 0.
+            grid: tokens per side that the student has. None: as many as the teacher has.
+            image_size: pixels per side that the teacher sees. Default: grid x patch size, or the encoder's own size
+                when no grid is given or when tokens are interpolated.
+            features: return the final patch tokens; without them, later layers are dropped.
+            grid_rule: what to do where the two grids differ.
 
-        Raises UserError for a folder that is missing or no model, an unknown family, a layer that the encoder does
-        not have, and an image_size that does not fit.
+        Raises:
+            UserError: a folder that is missing or no model, an unknown family, a layer that the encoder does not have,
+                an image_size that does not fit.
+            ValueError: neither layers nor features.
         """
         source = resolve_teacher(name)
         config = load_config(name, source)
         family = find_family(name, config)
         _check_layers(name, layers, config.num_hidden_layers)
         if not layers and not features:
-            raise ValueError("a teacher of which neither layers nor features are wanted has nothing to do")
+            raise ValueError("a teacher without layers and without features has nothing to do")
         image_size = _choose_image_size(name, config, grid, image_size, grid_rule)
         own = image_size // patch_size_of(name, config)
         return cls(
@@ -209,7 +151,7 @@ class VisionTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
-        """images: (B, C, H, W), float, in [-1, 1], of any size."""
+        """q, k and features of images (B, C, H, W), float, in [-1, 1], of any size."""
         pixels = self.preprocess(images)
         arguments = self._family.forward_arguments(pixels, self.grid**2)
         with record(self._layer_of_module) as recording:

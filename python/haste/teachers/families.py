@@ -1,8 +1,6 @@
-"""What differs between the families of vision transformers in transformers.
+"""What differs between the families of vision transformers in transformers, and the teachers that have short names.
 
-A family is known by its config's `model_type`. Adding one is one line here and one case in the tests.
-
-From what a user types as --enc-type to what from_pretrained() takes.
+A family is known by its config's `model_type`. Adding one is one line here and one case in the tests; so is a name.
 """
 
 from __future__ import annotations
@@ -134,42 +132,65 @@ def find_layers(model: nn.Module, depth: int) -> nn.ModuleList:
     return lists[0]
 
 
-# Short names and the same weights on the Hugging Face hub. REPA's and HASTE's commands use the first group.
-PUBLISHED_NAMES = {
-    "dinov2-vit-s": "facebook/dinov2-small",
-    "dinov2-vit-b": "facebook/dinov2-base",
-    "dinov2-vit-l": "facebook/dinov2-large",
-    "dinov2-vit-g": "facebook/dinov2-giant",
-    "dinov2reg-vit-s": "facebook/dinov2-with-registers-small",
-    "dinov2reg-vit-b": "facebook/dinov2-with-registers-base",
-    "dinov2reg-vit-l": "facebook/dinov2-with-registers-large",
-    "dinov2reg-vit-g": "facebook/dinov2-with-registers-giant",
-    "dinov1-vit-b": "facebook/dino-vitb16",
-    "clip-vit-L": "openai/clip-vit-large-patch14",
-    "mae-vit-l": "facebook/vit-mae-large",
-    "jepa-vit-h": "facebook/ijepa_vith14_1k",
+class Shape(NamedTuple):
+    """What a config says of an encoder. image_size: pixels per side that it was configured for."""
+
+    model_type: str
+    width: int
+    depth: int
+    patch: int
+    image_size: int
+
+
+class Published(NamedTuple):
+    """The weights' name on the hub, and their shape."""
+
+    hub_name: str
+    shape: Shape
+
+
+# Short names, the same weights on the Hugging Face hub, and what their configs say. REPA's and HASTE's commands use the
+# first group.
+_PUBLISHED = {
+    "dinov2-vit-s": ("facebook/dinov2-small", "dinov2", 384, 12, 14, 518),
+    "dinov2-vit-b": ("facebook/dinov2-base", "dinov2", 768, 12, 14, 518),
+    "dinov2-vit-l": ("facebook/dinov2-large", "dinov2", 1024, 24, 14, 518),
+    "dinov2-vit-g": ("facebook/dinov2-giant", "dinov2", 1536, 40, 14, 518),
+    "dinov2reg-vit-s": ("facebook/dinov2-with-registers-small", "dinov2_with_registers", 384, 12, 14, 518),
+    "dinov2reg-vit-b": ("facebook/dinov2-with-registers-base", "dinov2_with_registers", 768, 12, 14, 518),
+    "dinov2reg-vit-l": ("facebook/dinov2-with-registers-large", "dinov2_with_registers", 1024, 24, 14, 518),
+    "dinov2reg-vit-g": ("facebook/dinov2-with-registers-giant", "dinov2_with_registers", 1536, 40, 14, 518),
+    "dinov1-vit-b": ("facebook/dino-vitb16", "vit", 768, 12, 16, 224),
+    "clip-vit-L": ("openai/clip-vit-large-patch14", "clip_vision_model", 1024, 24, 14, 224),
+    "mae-vit-l": ("facebook/vit-mae-large", "vit_mae", 1024, 24, 16, 224),
+    "jepa-vit-h": ("facebook/ijepa_vith14_1k", "ijepa", 1280, 32, 14, 224),
     # newer teachers
-    "dinov3-vit-s": "facebook/dinov3-vits16-pretrain-lvd1689m",
-    "dinov3-vit-b": "facebook/dinov3-vitb16-pretrain-lvd1689m",
-    "dinov3-vit-l": "facebook/dinov3-vitl16-pretrain-lvd1689m",
-    "dinov3-vit-h": "facebook/dinov3-vith16plus-pretrain-lvd1689m",
-    "siglip2-vit-b": "google/siglip2-base-patch16-256",
-    "siglip2-vit-l": "google/siglip2-large-patch16-256",
-    "siglip2-vit-so": "google/siglip2-so400m-patch16-256",
-    "siglip2naflex-vit-b": "google/siglip2-base-patch16-naflex",
-    "siglip2naflex-vit-so": "google/siglip2-so400m-patch16-naflex",
+    "dinov3-vit-s": ("facebook/dinov3-vits16-pretrain-lvd1689m", "dinov3_vit", 384, 12, 16, 224),
+    "dinov3-vit-b": ("facebook/dinov3-vitb16-pretrain-lvd1689m", "dinov3_vit", 768, 12, 16, 224),
+    "dinov3-vit-l": ("facebook/dinov3-vitl16-pretrain-lvd1689m", "dinov3_vit", 1024, 24, 16, 224),
+    "dinov3-vit-h": ("facebook/dinov3-vith16plus-pretrain-lvd1689m", "dinov3_vit", 1280, 32, 16, 224),
+    "siglip2-vit-b": ("google/siglip2-base-patch16-256", "siglip_vision_model", 768, 12, 16, 256),
+    "siglip2-vit-l": ("google/siglip2-large-patch16-256", "siglip_vision_model", 1024, 24, 16, 256),
+    "siglip2-vit-so": ("google/siglip2-so400m-patch16-256", "siglip_vision_model", 1152, 27, 16, 256),
+    "siglip2naflex-vit-b": ("google/siglip2-base-patch16-naflex", "siglip2_vision_model", 768, 12, 16, 256),
+    "siglip2naflex-vit-so": ("google/siglip2-so400m-patch16-naflex", "siglip2_vision_model", 1152, 27, 16, 256),
 }
+PUBLISHED = {name: Published(hub_name, Shape(*shape)) for name, (hub_name, *shape) in _PUBLISHED.items()}
 
 UNAVAILABLE = ("mocov3-vit-s", "mocov3-vit-b", "mocov3-vit-l")
 
 
 def resolve_teacher(name: str) -> str:
-    """A published short name becomes its hub name; a folder must exist and hold a config; a hub name stays.
+    """What from_pretrained() takes for the name of a teacher.
 
-    Raises UserError if a folder is missing or holds no config.json, or if the name is none of the three.
+    Args:
+        name: a published short name, a folder, or a hub name.
+
+    Raises:
+        UserError: a folder is missing or holds no config.json; the name is none of the three.
     """
-    if name in PUBLISHED_NAMES:
-        return PUBLISHED_NAMES[name]
+    if name in PUBLISHED:
+        return PUBLISHED[name].hub_name
     if name in UNAVAILABLE:
         raise UserError(
             f"the teacher {name} cannot be had: MoCo v3 is not among the models of transformers; take another, or give "
@@ -182,7 +203,7 @@ def resolve_teacher(name: str) -> str:
         return str(folder)
     if _looks_like_hub_name(name):
         return name
-    known = ", ".join(PUBLISHED_NAMES)
+    known = ", ".join(PUBLISHED)
     raise UserError(
         f"the teacher {name!r} does not exist; it must be a folder written by save_pretrained(), "
         f"a hub name such as facebook/dinov2-base, or one of {known}"

@@ -1,10 +1,6 @@
-"""Grids of tokens: how many an encoder has, and how positions and tokens go from one grid to another.
+"""What a teacher's files say of it: its config, held against what can be run before anything is built, and its mean.
 
-The config of a teacher, held against what this package can run before anything is built from it.
-
-The mean and standard deviation that an encoder's images were normalised with.
-
-Whether two names mean the same teacher, told by their configs: no weights are loaded and no hub is asked.
+And whether two names mean the same teacher, told by their configs: no weights are loaded and no hub is asked.
 """
 
 from __future__ import annotations
@@ -15,11 +11,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -28,10 +22,11 @@ from haste.io import in_bytes, read_json
 from haste.registry import TEACHERS, plugin
 from haste.teachers.families import (
     HALF,
-    PUBLISHED_NAMES,
+    PUBLISHED,
     VISION_TOWERS,
     Family,
     Normalisation,
+    Shape,
     require_known,
     resolve_teacher,
 )
@@ -63,75 +58,6 @@ def _side(name: str, key: str, value: int | list[int] | tuple[int, ...]) -> int:
     return sides[0]
 
 
-# ---- positions ----
-
-
-def resample_positions(embeddings: nn.Module, own_grid: int, grid: int) -> None:
-    """Give an encoder's `embeddings` the learned positions of another grid, once and for all.
-
-    Bicubic with antialiasing, as timm does it and with it REPA and HASTE; transformers would do it in each forward
-    pass, without. Rotary positions (DINOv3) are computed for any grid and need nothing.
-    """
-    if own_grid == grid:
-        return
-    if isinstance(getattr(embeddings, "position_embeddings", None), nn.Parameter):
-        table = resample_table(embeddings.position_embeddings[0], own_grid, grid, "bicubic")
-        embeddings.position_embeddings = nn.Parameter(table[None], requires_grad=False)
-    elif isinstance(getattr(embeddings, "position_embedding", None), nn.Embedding):
-        table = resample_table(embeddings.position_embedding.weight, own_grid, grid, "bicubic")
-        embeddings.position_embedding = nn.Embedding.from_pretrained(table)
-        embeddings.position_ids = torch.arange(len(table), device=table.device)[None]
-
-
-@torch.no_grad()
-def resample_table(table: Tensor, own_grid: int, grid: int, mode: str) -> Tensor:
-    """(P + own_grid², C) to (P + grid², C): the positions of class and register tokens stay in front."""
-    prefix, patches = table[: -(own_grid**2)], table[-(own_grid**2) :]
-    return torch.cat([prefix, _resize(patches[None], own_grid, grid, mode)[0]])
-
-
-class NaFlexPatches(nn.Module):
-    """SigLIP 2 NaFlex's embeddings for square images of one size, whose positions are resampled only once.
-
-    It takes images (B, C, H, W) where the original takes their patches, a mask and shapes.
-    """
-
-    def __init__(self, embeddings: nn.Module, grid: int) -> None:
-        super().__init__()
-        self.patch_size = embeddings.patch_size
-        self.patch_embedding = embeddings.patch_embedding
-        table = embeddings.position_embedding.weight
-        positions = resample_table(table, round(len(table) ** 0.5), grid, "bilinear")  # as SigLIP 2 does it
-        self.register_buffer("positions", positions, persistent=False)
-
-    def forward(self, images: Tensor, spatial_shapes: None = None) -> Tensor:
-        return self.patch_embedding(cut_patches(images, self.patch_size)) + self.positions
-
-
-def cut_patches(images: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) to (B, N, p·p·C), row by row, channels last in each patch."""
-    patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, rows, p, columns, p)
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-# ---- tokens ----
-
-
-def resample_tokens(tokens: Tensor, own_grid: int, grid: int) -> Tensor:
-    """(..., own_grid², C) to (..., grid², C), bilinear over the grid, with antialiasing when it gets smaller."""
-    if own_grid == grid:
-        return tokens
-    flat = tokens.reshape(-1, own_grid**2, tokens.shape[-1])
-    return _resize(flat, own_grid, grid, "bilinear").reshape(*tokens.shape[:-2], grid**2, -1)
-
-
-def _resize(tokens: Tensor, own_grid: int, grid: int, mode: str) -> Tensor:
-    """(B, own_grid², C) to (B, grid², C), contiguous, computed in float32."""
-    maps = tokens.float().mT.unflatten(2, (own_grid, own_grid))
-    maps = F.interpolate(maps, (grid, grid), mode=mode, antialias=True)
-    return maps.flatten(2).mT.contiguous().to(tokens.dtype)
-
-
 # The least and the most of what a config may ask for. The largest encoders have 80 layers of 3,200.
 SIZES = {
     "hidden_size": (1, 2**16),
@@ -150,10 +76,14 @@ MOST_NUMBERS_PER_BYTE = 4
 
 
 def load_config(name: str, source: str, flag: str = "--enc-type") -> PretrainedConfig:
-    """The config of the image side of the checkpoint, its sizes within bounds.
+    """The config of the image side of the checkpoint, its sizes within bounds. No program that comes with it is run.
 
-    flag: what gave the name, for the sentence. Raises UserError if there is none, it is of a family that is not known,
-    or asks for what the weights beside it cannot hold. No program that comes with a checkpoint is run.
+    Args:
+        flag: what gave the name, for the sentence.
+
+    Raises:
+        UserError: there is none, it is of a family that is not known, or asks for what the weights beside it cannot
+            hold.
     """
     require_source(name, source, flag)
     values = read_checkpoint_json(name, source, "config.json", "the config of a teacher")
@@ -276,42 +206,6 @@ def _per_channel(mean: float | Sequence[float], std: float | Sequence[float], nu
     return Normalisation(spread(mean), spread(std))
 
 
-class Shape(NamedTuple):
-    """What a config says of an encoder. image_size: pixels per side that it was configured for."""
-
-    model_type: str
-    width: int
-    depth: int
-    patch: int
-    image_size: int
-
-
-# As the configs on the hub have it.
-PUBLISHED_SHAPES = {
-    "dinov2-vit-s": Shape("dinov2", 384, 12, 14, 518),
-    "dinov2-vit-b": Shape("dinov2", 768, 12, 14, 518),
-    "dinov2-vit-l": Shape("dinov2", 1024, 24, 14, 518),
-    "dinov2-vit-g": Shape("dinov2", 1536, 40, 14, 518),
-    "dinov2reg-vit-s": Shape("dinov2_with_registers", 384, 12, 14, 518),
-    "dinov2reg-vit-b": Shape("dinov2_with_registers", 768, 12, 14, 518),
-    "dinov2reg-vit-l": Shape("dinov2_with_registers", 1024, 24, 14, 518),
-    "dinov2reg-vit-g": Shape("dinov2_with_registers", 1536, 40, 14, 518),
-    "dinov1-vit-b": Shape("vit", 768, 12, 16, 224),
-    "clip-vit-L": Shape("clip_vision_model", 1024, 24, 14, 224),
-    "mae-vit-l": Shape("vit_mae", 1024, 24, 16, 224),
-    "jepa-vit-h": Shape("ijepa", 1280, 32, 14, 224),
-    "dinov3-vit-s": Shape("dinov3_vit", 384, 12, 16, 224),
-    "dinov3-vit-b": Shape("dinov3_vit", 768, 12, 16, 224),
-    "dinov3-vit-l": Shape("dinov3_vit", 1024, 24, 16, 224),
-    "dinov3-vit-h": Shape("dinov3_vit", 1280, 32, 16, 224),
-    "siglip2-vit-b": Shape("siglip_vision_model", 768, 12, 16, 256),
-    "siglip2-vit-l": Shape("siglip_vision_model", 1024, 24, 16, 256),
-    "siglip2-vit-so": Shape("siglip_vision_model", 1152, 27, 16, 256),
-    "siglip2naflex-vit-b": Shape("siglip2_vision_model", 768, 12, 16, 256),
-    "siglip2naflex-vit-so": Shape("siglip2_vision_model", 1152, 27, 16, 256),
-}
-
-
 def same_teacher(one: str, other: str) -> bool | None:
     """Whether two names of --enc-type load the same teacher: the same name, or encoders of the same shape.
 
@@ -336,7 +230,7 @@ def shape_of(name: str) -> Shape | None:
     """Of a published name or a folder; None for another hub name and for a folder that is missing or no encoder's."""
     if name in TEACHERS:
         return Shape(*plugin(TEACHERS, name).shape())
-    published = {PUBLISHED_NAMES[short]: shape for short, shape in PUBLISHED_SHAPES.items()}
+    published = {known.hub_name: known.shape for known in PUBLISHED.values()}
     source = _source(name)
     if source in published:
         return published[source]

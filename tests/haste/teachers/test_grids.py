@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from haste.teachers.loading import cut_patches, resample_table, resample_tokens
+from haste.teachers.grids import cut_patches, resample_table, resample_tokens
 from PIL import Image
 
 

@@ -1,22 +1,29 @@
-"""Folders of teachers that are none, or that act or ask for too much."""
+"""Folders of teachers that are none, or that act or ask for too much; their pixels; names of the same teacher."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers as tf
 from haste import weights
 from haste.errors import UserError
+from haste.teachers import VisionTeacher
 from haste.teachers.encoder import VisionTeacher
-from haste.teachers.families import FAMILIES
-from haste.teachers.loading import load_config, load_normalisation
+from haste.teachers.families import FAMILIES, PUBLISHED
+from haste.teachers.grids import cut_patches
+from haste.teachers.loading import load_config, load_normalisation, own_resolution, same_teacher, shape_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import CLIPConfig, Dinov2Config
 
 
 @pytest.fixture
@@ -163,3 +170,148 @@ def test_any_values_of_a_processor_are_a_normalisation_or_a_refusal(tmp_path, va
             mean, std = load_normalisation("x", str(tmp_path), FAMILIES["vit"], 3)
             assert len(mean) == len(std) == 3
         (tmp_path / name).unlink()
+
+
+# ---- pixels ----
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SIZE = {"size": {"height": 16, "width": 16}}
+
+# Those that need no torchvision, with the settings of the published checkpoints, but without cropping. DINOv3's own
+# needs it; at the encoder's size it does what ViT's does.
+PROCESSORS = {
+    "vit": lambda: tf.ViTImageProcessorPil(**SIZE),
+    "deit": lambda: tf.DeiTImageProcessorPil(**SIZE, do_center_crop=False, **IMAGENET),
+    "dinov2": lambda: tf.BitImageProcessorPil(size={"shortest_edge": 16}, do_center_crop=False, **IMAGENET),
+    "dinov3": lambda: tf.ViTImageProcessorPil(**SIZE, **IMAGENET),
+    "clip": lambda: tf.CLIPImageProcessorPil(size={"shortest_edge": 16}, do_center_crop=False),
+    "siglip": lambda: tf.SiglipImageProcessorPil(**SIZE),
+    "siglip2_naflex": lambda: tf.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=16),
+    "mae": lambda: tf.ViTImageProcessorPil(**SIZE, **IMAGENET),
+    "ijepa": lambda: tf.ViTImageProcessorPil(**SIZE, **IMAGENET),
+}
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def as_the_student_sees_it(image):
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_pixels_are_those_of_the_familys_own_processor(saved, tmp_path, image, with_file):
+    family = {"clip_vision": "clip", "dinov2_with_registers": "dinov2"}.get(saved.name, saved.name)
+    processor = PROCESSORS[family]()
+    folder = shutil.copytree(saved.folder, tmp_path / "teacher")
+    if with_file:  # else the family's own numbers are used
+        processor.save_pretrained(folder)
+    pixels = VisionTeacher.from_pretrained(str(folder)).preprocess(as_the_student_sees_it(image))
+    if family == "siglip2_naflex":
+        pixels = cut_patches(pixels, 4)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
+
+
+def teacher_with(folder, tmp_path, settings, file_name="preprocessor_config.json"):
+    folder = shutil.copytree(folder, tmp_path / "teacher")
+    (folder / file_name).write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    return VisionTeacher.from_pretrained(str(folder))
+
+
+def test_images_are_resized_bicubically_without_antialiasing_as_repa_does(dinov2_folder, tmp_path):
+    teacher = teacher_with(dinov2_folder, tmp_path, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]})
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    resized = F.interpolate((images + 1) / 2, (16, 16), mode="bicubic")
+    torch.testing.assert_close(teacher.preprocess(images), (resized - mean) / std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "file_name", "mean"),
+    [
+        ({"image_processor": {"image_mean": [0.1, 0.2, 0.3]}}, "processor_config.json", [0.1, 0.2, 0.3]),
+        ({"image_mean": 0.25}, "preprocessor_config.json", [0.25] * 3),
+        ({"image_mean": [0.1, 0.2, 0.3], "do_normalize": False}, "preprocessor_config.json", [0.0] * 3),
+        ({"image_mean": None}, "preprocessor_config.json", IMAGENET["image_mean"]),
+        ({"image_processor": {}}, "processor_config.json", IMAGENET["image_mean"]),
+    ],
+)
+def test_the_mean_is_read_as_transformers_writes_it(dinov2_folder, tmp_path, settings, file_name, mean):
+    teacher = teacher_with(dinov2_folder, tmp_path, settings, file_name)
+    torch.testing.assert_close(teacher.mean.flatten(), torch.tensor(mean))
+
+
+def test_a_missing_file_is_mentioned(dinov2_folder, caplog):
+    with caplog.at_level(logging.INFO):
+        VisionTeacher.from_pretrained(str(dinov2_folder))
+    assert "has no preprocessor_config.json" in caplog.text
+
+
+def test_the_default_mean_that_the_hub_gives_for_ijepa_is_not_believed(tmp_path, caplog):
+    """The published weights were trained with ImageNet's (facebookresearch/ijepa); their file says 0.5."""
+    folder = tmp_path / "ijepa"
+    config = tf.IJepaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16)
+    tf.IJepaModel(config).save_pretrained(folder)
+    tf.ViTImageProcessorPil().save_pretrained(folder)
+    with caplog.at_level(logging.INFO):
+        teacher = VisionTeacher.from_pretrained(str(folder))
+    torch.testing.assert_close(teacher.mean.flatten(), torch.tensor(IMAGENET["image_mean"]))
+    assert "the one it was trained with is used" in caplog.text
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.5] * 3}))
+    teacher = VisionTeacher.from_pretrained(str(folder))
+    torch.testing.assert_close(teacher.mean.flatten(), torch.tensor([0.4] * 3))
+
+
+def test_grey_images_are_shown_to_a_colour_teacher(dinov2_folder):
+    teacher = VisionTeacher.from_pretrained(str(dinov2_folder))
+    grey = torch.rand(1, 1, 16, 16)
+    torch.testing.assert_close(teacher(grey).patch_tokens, teacher(grey.expand(1, 3, 16, 16)).patch_tokens)
+
+
+def test_a_broken_file_is_refused(dinov2_folder, tmp_path):
+    with pytest.raises(UserError, match="preprocessor_config.json must be the settings of .*, and is no JSON"):
+        teacher_with(dinov2_folder, tmp_path, "{")
+
+
+# ---- the same teacher ----
+
+
+def save_config(config, folder):
+    """A teacher's folder, with weights that nobody reads."""
+    config.save_pretrained(folder)
+    with open(folder / "model.safetensors", "wb") as weights:
+        weights.truncate(2**30)
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_config(Dinov2Config(image_size=518, patch_size=14), tmp_path / "base")  # the other sizes are B's
+
+
+def test_a_folder_is_told_by_its_config(base, tmp_path):
+    assert shape_of(str(base)) == PUBLISHED["dinov2-vit-b"].shape == shape_of("facebook/dinov2-base")
+    assert same_teacher("dinov2-vit-b", str(base)) and same_teacher(str(base), "facebook/dinov2-base")
+    assert same_teacher("dinov2-vit-l", str(base)) is False
+    clip = save_config(CLIPConfig(), tmp_path / "clip")
+    assert shape_of(str(clip)).model_type == "clip_vision_model"
+
+
+def test_one_folder_may_be_written_in_two_ways(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (base / "config.json").write_text("{}")  # of which no shape could be told
+    assert same_teacher("base", str(base)) and same_teacher(f".{os.sep}base", "base")
+
+
+def test_names_that_nothing_is_known_of_are_their_own(tmp_path):
+    assert same_teacher("somebody/vit", "somebody/vit") is True
+    assert same_teacher("somebody/vit", "dinov2-vit-b") is False
+    assert same_teacher(str(tmp_path / "gone" / "vit"), "dinov2-vit-b") is None
+
+
+def test_the_size_that_a_teacher_was_made_for(base):
+    assert own_resolution("dinov2-vit-b") == own_resolution(str(base)) == 518
+    assert own_resolution("somebody/vit") is None
