@@ -16,7 +16,6 @@ import transformers as tf
 from haste import weights
 from haste.errors import UserError
 from haste.teachers import VisionTeacher
-from haste.teachers.encoder import VisionTeacher
 from haste.teachers.families import FAMILIES, PUBLISHED
 from haste.teachers.grids import cut_patches
 from haste.teachers.loading import load_config, load_normalisation, own_resolution, same_teacher, shape_of
