@@ -8,6 +8,7 @@ from caching_models import small_noise, small_sit
 from haste.caching import disable_cache, enable_cache
 from haste.caching.adapters import BlockGroup, PerModule, WholeModel, find_transformer
 from haste.errors import UserError
+from haste.models import Family, build_model, family
 from haste.samplers import sample
 from torch import nn
 
@@ -292,6 +293,37 @@ def test_a_model_that_computes_something_else_is_refused():
     x, y = small_noise()
     with pytest.raises(UserError, match="a PublicModel, computes something else than its blocks and layers"):
         enable_cache(PublicModel("odd").eval(), num_steps=4, cache="reuse", interval=2)(x, torch.ones(2), y)
+
+
+class OwnFamily(Family):
+    """A family of somebody's own, whose models are a SiT inside of something else."""
+
+    name, title, sizes = "own", "Own", {}
+
+    def build(self, config, z_dims=()):
+        return nn.ModuleDict({"inner": small_sit(config["depth"])})
+
+    def config_for(self, size, settings, data):
+        return dict(size)
+
+    def layout(self, config):
+        raise NotImplementedError
+
+    def cached(self, model):
+        return model["inner"] if len(model["inner"].blocks) > 1 else None
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+@torch.no_grad()
+def test_a_registered_family_brings_its_own_parts(granularity, monkeypatch):
+    monkeypatch.setitem(family._FAMILIES, "own", OwnFamily())
+    settings = {"cache": "newton", "order": 1, "interval": 3, "granularity": granularity}
+    noise, labels = small_noise()
+    model = build_model({"family": "own", "depth": 3}).eval()
+    expected = sample(enable_cache(small_sit(3), **settings), noise, labels, num_steps=8)
+    assert torch.equal(sample(enable_cache(model, **settings), noise, labels, num_steps=8), expected)
+    with pytest.raises(UserError, match="a ModuleDict, whose family own has no blocks for a cache"):
+        enable_cache(build_model({"family": "own", "depth": 1}))
 
 
 def test_a_compiled_model_is_refused_with_the_way_to_do_it():
