@@ -224,7 +224,7 @@ class Family(ABC):
         return solve(model, noise, condition)
 
     def cached(self, model: nn.Module) -> CachedTransformer | None:
-        """The model as caches take it apart; None: they know its output alone."""
+        """The model as caches take it apart; None: they refuse it."""
         return None
 
     # ---- files of others ----
