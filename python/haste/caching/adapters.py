@@ -28,32 +28,49 @@ from torch import Tensor, nn
 import haste_ext
 from haste.caching.config import CacheConfig
 from haste.errors import UserError, in_one_line
-from haste.models import CachedBlock, CachedTransformer, families, get_family
+from haste.models import CachedBlock, CachedTransformer, ModelOutput, families, get_family
 from haste.models.layers import Modulation, modulate
 
 # ---- models ----
 
 
-def find_transformer(model: nn.Module) -> CachedTransformer:
-    """The model as a cache sees it.
+def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTransformer:
+    """The model as a cache of this granularity sees it.
 
     Raises:
-        UserError: a model that no cache knows.
+        UserError: a model that no such cache knows.
     """
     if hasattr(model, "_orig_mod"):
         raise UserError("the model is compiled; give enable_cache the model itself, and compile the result by its "
                         "compile()")  # fmt: skip
+    if granularity == "output":
+        return OpaqueModel(model)
     if getattr(model, "family", None) in [family.name for family in families()]:
         transformer = get_family(model).cached(model)
         if transformer is None:
             raise UserError(f"the model is a {type(model).__name__}, whose family {model.family} has no blocks for a "
-                            "cache; its Family must have a method cached() that gives them")  # fmt: skip
+                            "cache; --granularity must be output, or its Family have a method cached()")  # fmt: skip
         return transformer
     lacking = _what_is_lacking(model)
     if lacking:
         raise UserError(f"the model is a {type(model).__name__} {lacking}; a cache takes models of haste's families "
                         "and such as have the parts of the public SiT and DiT")  # fmt: skip
     return PublicTransformer(model)
+
+
+class OpaqueModel:
+    """Any model that is called model(x, t, y), known by its output alone."""
+
+    blocks = ()
+    tokens_shape = (0, 0)  # not known before the first call
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        own = getattr(self.model, "dtype", None)
+        return own if own is not None else next(self.model.parameters()).dtype
 
 
 MODEL_PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
@@ -230,6 +247,10 @@ class CacheGranularity:
         names = ("full", "corrections", "corrected") if self.looks_ahead else ("full", "forecast")
         return {name: getattr(self, name) for name in names}
 
+    def features_shape(self, x: Tensor) -> tuple[int, int]:
+        """(N, D) of one image of x."""
+        return self.transformer.tokens_shape
+
     def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
         c = self.transformer.conditioning(t, y)
         return self.transformer.output(self._run(self.transformer.tokens(x), c, out), c)
@@ -315,6 +336,36 @@ class WholeModel(CacheGranularity):
         return self.transformer.output(haste_ext.taylor_extrapolate(features[0], weights), c)
 
 
+class WholeOutput(CacheGranularity):
+    """What the model returns: a forecast call runs no part of it. For any model; where the last layer is modulated by
+    time, as SiT's, `WholeModel` is as cheap and closer."""
+
+    def __init__(self, transformer: OpaqueModel) -> None:
+        super().__init__(transformer)
+        self._form = ModelOutput if hasattr(transformer.model, "family") else None
+
+    def features_shape(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[1], x[0, 0].numel()
+
+    def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
+        answer = self.transformer.model(x, t, y)
+        if self._form is None:
+            self._form = tuple if isinstance(answer, tuple) else Tensor
+        image = answer if isinstance(answer, Tensor) else answer[0]
+        if image.shape != x.shape:
+            name = type(self.transformer.model).__name__
+            raise UserError(f"--granularity must be module, block or model for {name}, which makes "
+                            f"{tuple(image.shape)} of {tuple(x.shape)}, got output")  # fmt: skip
+        out[0].copy_(image.flatten(2))
+        return answer
+
+    def forecast(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor, weights: Tensor) -> Any:
+        image = haste_ext.taylor_extrapolate(features[0], weights).view(x.shape)
+        if self._form is ModelOutput:
+            return ModelOutput(image, [], [])
+        return (image, []) if self._form is tuple else image
+
+
 def _run_blocks(blocks: Iterable[CachedBlock], tokens: Tensor, c: Tensor) -> Tensor:
     for block in blocks:
         tokens = block(tokens, c)[0]
@@ -331,6 +382,8 @@ def make_granularities(transformer: CachedTransformer, config: CacheConfig) -> l
     Raises:
         UserError: more blocks than there are.
     """
+    if isinstance(transformer, OpaqueModel):
+        return [WholeOutput(transformer)]
     depth = len(transformer.blocks)
     config.check_depth(depth)
     if config.cache == "delta-dit":

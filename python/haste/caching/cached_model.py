@@ -98,7 +98,7 @@ class CachedModel(nn.Module):
         config.check_cache()
         self.model = model
         self.config = config
-        self.transformer = find_transformer(model)
+        self.transformer = find_transformer(model, "" if config.cache == "delta-dit" else config.granularity)
         self.granularities = make_granularities(self.transformer, config)
         kind = config.cache if config.cache in ("newton", "hermite") else "taylor"  # of order 0 it is reuse
         counted = not (config.full_steps or config.error_threshold)
@@ -252,7 +252,7 @@ class CachedModel(nn.Module):
 
     def _reserve(self, x: Tensor, call: ModelCall) -> None:
         """Memory for the features of every branch of the run, in the type that they have."""
-        tokens, dim = self.transformer.tokens_shape
+        tokens, dim = self.granularities[0].features_shape(x)
         rows = len(x) // len(call.branches) * len(self._branches)
         dtype = self.transformer.dtype
         if self.granularities[0].branch_outputs and torch.is_autocast_enabled(x.device.type):

@@ -32,8 +32,9 @@ class CacheConfig:
     cache: Literal["none", "reuse", "taylor", "newton", "hermite", "delta-dit"] = "none"
     """none: every step in full. Others forecast most steps from the last full ones: reuse repeats the last, taylor is
     TaylorSeer, newton interpolates over the true times, hermite is HiCache. delta-dit skips one part of the blocks."""
-    granularity: Literal["module", "block", "model"] = "module"
-    """What is forecast: the output of every attention and MLP, what every block adds, or the tokens after the last."""
+    granularity: Literal["module", "block", "model", "output"] = "module"
+    """What is forecast: the output of every attention and MLP, what every block adds, the tokens after the last, or
+    what the model returns, which is all that is known of some families."""
     interval: int | None = None
     """One full step every so many. [default: 4; with --error-threshold at most every 10; delta-dit: 2]"""
     order: int | None = None

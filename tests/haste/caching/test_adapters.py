@@ -432,3 +432,28 @@ def test_what_the_model_itself_raises_is_its_own():
             torch.zeros(2, 1, 7, 7), torch.ones(2), torch.zeros(2, dtype=torch.int64)
         )
     assert not isinstance(caught.value, UserError)
+
+
+def test_of_any_model_the_output_is_forecast():
+    """A model that is a straight line in time is forecast exactly, and not run in between."""
+
+    class Line(torch.nn.Linear):
+        def forward(self, x, t, y):
+            calls.append(t[0].item())
+            return torch.ones_like(x) * (self.weight.sum() * t + y).view(-1, 1, 1, 1)
+
+    calls, model = [], Line(2, 1).eval()
+    x, y = small_noise()
+    times = [1 - step / 8 for step in range(8)]
+    fast = enable_cache(model, times=times, cache="newton", granularity="output", full_steps="0,1,5", order=1)
+    for time in times:
+        t = torch.full((2,), time)
+        torch.testing.assert_close(
+            fast(x, t, y.float()), torch.ones_like(x) * (model.weight.sum() * t + y).view(-1, 1, 1, 1)
+        )
+    assert calls == [times[step] for step in (0, 1, 5)] and fast.num_forecast == 5
+
+
+def test_an_output_of_another_shape_is_refused():
+    with pytest.raises(UserError, match="--granularity must be module, block or model for PublicModel"):
+        run(PublicModel("dit").eval(), "dit", cache="taylor", granularity="output")

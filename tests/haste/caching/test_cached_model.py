@@ -162,7 +162,7 @@ def test_where_guidance_begins_the_null_half_needs_a_full_step(guidance, calls):
     assert seen == [call for step in expected for call in step]
 
 
-@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+@pytest.mark.parametrize("granularity", ["module", "block", "model", "output"])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
 def test_batched_and_separate_guidance_draw_the_same(sampler, granularity):
     """Also where guidance begins late, so that the halves have different histories, and ends early."""
@@ -313,7 +313,7 @@ def test_calls_outside_a_run():
         cached(noise, torch.zeros(2), labels)
 
 
-@pytest.mark.parametrize("granularity", ["module", "block", "model"])
+@pytest.mark.parametrize("granularity", ["module", "block", "model", "output"])
 def test_compiled_without_a_graph_break_it_draws_the_same(granularity):
     model = small_sit()
     noise, labels = small_noise()

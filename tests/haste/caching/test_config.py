@@ -85,7 +85,7 @@ def test_settings_that_make_no_sense_get_a_sentence(settings, message):
     "settings, sentence",
     [
         ({"cache": "tayler"}, "--cache must be none, reuse, taylor, .* or delta-dit, got tayler"),
-        ({"cache": "taylor", "granularity": "modules"}, "--granularity must be module, block or model, got modules"),
+        ({"cache": "taylor", "granularity": "modules"}, "--granularity must be module, .* or output, got modules"),
         ({"cache": "taylor", "full_steps": [0, 1, 4]}, "--full-steps must be step numbers such as .*, got .0, 1, 4"),
         ({"cache": "taylor", "interval": "4"}, "--interval must be an integer from 1 to 10,000, got 4"),
         (
