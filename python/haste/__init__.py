@@ -1,21 +1,80 @@
 """haste: diffusion transformers that train faster (HASTE, REPA) and sample faster (feature caching).
 
-    haste.models      SiT, the diffusion transformer
-    haste.transport   the paths between noise and data, the velocity loss
-    haste.teachers    frozen image encoders, with the attention and the features that a student learns from
-    haste.alignment   the losses that hold a student to its teacher
-    haste.data        training data from memory, folders, zips and latents, and what prepares it
-    haste.vae         the autoencoder between images and latents
-    haste.training    the trainer, its presets and its checkpoints
-    haste.sampling    Euler, Heun and Euler-Maruyama samplers with guidance
-    haste.caching     feature caching: most steps of a sampler at a fraction of their cost
-    haste.generation  from a checkpoint to a folder of images
-    haste.evaluation  distances between real and generated images, and between two sets of generated ones
-    haste.sweep       quality against seconds, over many settings of caching
-    haste.cli         the command `haste`
+    haste.train(haste.TrainConfig(...))               train, or resume a run
+    haste.load_checkpoint(path)                       the model behind a checkpoint, with what it records
+    haste.sample(path, labels=[1, 7])                 images (N, H, W, 3) uint8
+    haste.evaluate(images, "digits", "digits")        FD, KID, PRDC and others of images against a reference
+    haste.enable_cache(model, num_steps=50)           skip most of a sampler's work; haste.disable_cache undoes it
 
-The fused operations underneath are a package of their own, `haste_ext`.
-Importing `haste` alone imports nothing heavy.
+and the pieces, for a trainer or a sampler of one's own:
+
+    haste.Aligner      the teachers by name, and REPA's and HASTE's losses on any queries, keys and features
+    haste.alignment.termination   when alignment ends
+    haste.transport    the paths between data and noise, the velocity loss
+    haste.samplers     Euler, Heun and Euler–Maruyama samplers with guidance
+    haste.caching      schedules, forecasts and what of a model they cache
+    haste.models       the model families, and the registry for more
+    haste.teachers     frozen image encoders
+    haste.data         training data from memory, folders, zips and latents
+
+Importing `haste` imports nothing heavy: each name is imported when it is first used. The fused operations underneath
+are a package of their own, `haste_ext`.
 """
 
+from typing import TYPE_CHECKING
+
+from haste.errors import UserError, lazily
+
+if TYPE_CHECKING:
+    from haste.alignment.aligner import Aligner
+    from haste.alignment.losses import LayerMap
+    from haste.caching.config import CacheConfig
+    from haste.caching.enable import disable_cache, enable_cache
+    from haste.evaluation.evaluate import evaluate
+    from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
+    from haste.generation.config import SamplingConfig
+    from haste.generation.sample_dir import sample
+    from haste.training.config import TrainConfig
+    from haste.training.trainer import TrainResult, train
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Aligner",
+    "CacheConfig",
+    "LayerMap",
+    "LoadedCheckpoint",
+    "SamplingConfig",
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "disable_cache",
+    "enable_cache",
+    "evaluate",
+    "load_checkpoint",
+    "sample",
+    "train",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Aligner": "alignment.aligner",
+        "CacheConfig": "caching.config",
+        "LayerMap": "alignment.losses",
+        "LoadedCheckpoint": "generation.checkpoint",
+        "SamplingConfig": "generation.config",
+        "TrainConfig": "training.config",
+        "TrainResult": "training.trainer",
+        "disable_cache": "caching.enable",
+        "enable_cache": "caching.enable",
+        "evaluate": "evaluation.evaluate",
+        "load_checkpoint": "generation.checkpoint",
+        "sample": "generation.sample_dir",
+        "train": "training.trainer",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from haste._compat import version
 from haste.errors import UserError
 from haste.transport import get_path, score_from_velocity
 from haste.validation import DEFAULT_STEPS, check_number
@@ -195,11 +196,6 @@ def time_of(times: Tensor) -> float | None:
     """The time that `times_at` was given; None for a tensor made otherwise, or written to since."""
     time, made = getattr(times, "_time_on_host", (None, None))
     return time if version(times) == made else None
-
-
-def version(tensor: Tensor) -> int | None:
-    """It changes when the tensor is written to. None in inference mode, where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 # ---- a whole run ----

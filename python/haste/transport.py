@@ -7,7 +7,8 @@ v = dx_t/dt = α'(t)·x + σ'(t)·ε is what the model predicts.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,40 +25,30 @@ class Coefficients(NamedTuple):
     d_sigma: Tensor
 
 
-class Path(Protocol):
-    """What the trainer and the samplers ask of a path."""
+class Path(NamedTuple):
+    """coefficients: of t. time_of_noise_level: the t at which σ(t)/α(t) has a value."""
 
-    def coefficients(self, t: Tensor) -> Coefficients: ...
-
-    def time_of_noise_level(self, level: Tensor) -> Tensor:
-        """The t at which σ(t)/α(t) is `level`."""
-        ...
+    coefficients: Callable[[Tensor], Coefficients]
+    time_of_noise_level: Callable[[Tensor], Tensor]
 
 
-class LinearPath:
+def _linear(t: Tensor) -> Coefficients:
     """α = 1 − t, σ = t; so v = ε − x."""
-
-    def coefficients(self, t: Tensor) -> Coefficients:
-        one = torch.ones_like(t)
-        return Coefficients(1 - t, t, -one, one)
-
-    def time_of_noise_level(self, level: Tensor) -> Tensor:
-        return level / (1 + level)
+    one = torch.ones_like(t)
+    return Coefficients(1 - t, t, -one, one)
 
 
-class CosinePath:
+def _cosine(t: Tensor) -> Coefficients:
     """α = cos(πt/2), σ = sin(πt/2)."""
-
-    def coefficients(self, t: Tensor) -> Coefficients:
-        half_pi = math.pi / 2
-        cos, sin = torch.cos(half_pi * t), torch.sin(half_pi * t)
-        return Coefficients(cos, sin, -half_pi * sin, half_pi * cos)
-
-    def time_of_noise_level(self, level: Tensor) -> Tensor:
-        return torch.atan(level) * (2 / math.pi)
+    half_pi = math.pi / 2
+    cos, sin = torch.cos(half_pi * t), torch.sin(half_pi * t)
+    return Coefficients(cos, sin, -half_pi * sin, half_pi * cos)
 
 
-PATHS: dict[str, Path] = {"linear": LinearPath(), "cosine": CosinePath()}
+PATHS = {
+    "linear": Path(_linear, lambda level: level / (1 + level)),
+    "cosine": Path(_cosine, lambda level: torch.atan(level) * (2 / math.pi)),
+}
 WEIGHTINGS = ("uniform", "lognormal")
 
 
@@ -73,8 +64,9 @@ def get_path(name: str) -> Path:
 
 
 def _broadcast(t: Tensor, images: Tensor) -> Tensor:
-    """t (B,) beside images (B, ...), in the images' type; a scalar t is left as it is."""
-    return t.to(images.dtype).view(-1, *[1] * (images.dim() - 1)) if t.dim() else t.to(images.dtype)
+    """t beside images (B, ...), in their type; a scalar, or a t of as many dimensions, is left as it is."""
+    t = t.to(images.dtype)
+    return t.view(-1, *[1] * (images.dim() - 1)) if t.dim() == 1 else t
 
 
 def sample_time(
@@ -106,7 +98,7 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> tu
 
     Args:
         x, noise: (B, ...), one type.
-        t: (B,).
+        t: (B,), or with as many dimensions as x, such as one time for each pixel (B, 1, H, W).
 
     Returns:
         x_t and v, shaped and typed as x.

@@ -34,11 +34,11 @@ def main(config: SampleConfig) -> None:
 
 def report(samples: Samples) -> None:
     """Print how fast images came, unless all were there, and where they are."""
-    folder, drawn, count = samples.folder, samples.drawn, len(samples.labels)
+    folder, sampled, count = samples.folder, samples.sampled, len(samples.labels)
     if samples.new:
-        speed = f"{drawn.images_per_second:.1f} images/s ({drawn.seconds:.2f} s for {drawn.images})"
+        speed = f"{sampled.images_per_second:.1f} images/s ({sampled.seconds:.2f} s for {sampled.images})"
         came = f"{count} images at {speed}"
     else:
         came = f"{count} images were there already"
-    print(f"{came}; {drawn.full_per_image} of {drawn.evaluations_per_image} model calls were full")
+    print(f"{came}; {sampled.full_per_image} of {sampled.calls_per_image} model calls were full")
     print(f"images  {folder.path}\nnpz       {folder.npz}\ngrid      {folder.grid}")

@@ -123,7 +123,7 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(
-    path: Path,
+    path: Path | str,
     ema: bool = True,
     *,
     device: torch.device | None = None,
@@ -131,13 +131,20 @@ def load_checkpoint(
     assume: Mapping[str, Any] | None = None,
     convention: Convention | None = None,
 ) -> LoadedCheckpoint:
-    """The student of a checkpoint file, or of the newest whole checkpoint of a run's folder.
+    """Load the model of a checkpoint, in eval mode and without projectors, with all that its file tells.
 
-    device: where it goes; by default the GPU if there is one.
-    assume: settings of the run for which the file has none, as a bare file of weights.
-    convention: whose the file keeps, where it does not tell.
-    Raises UserError if there is none, or if the file does not hold one.
+    Args:
+        path: a checkpoint file of haste, HASTE, REPA or SiT, or the folder of a run: then its newest whole checkpoint.
+        ema: the averaged weights, which samples are made with, or the trained ones.
+        device: where the model goes; None is the GPU if there is one.
+        fused_attn: False computes attention step by step.
+        assume: settings of the run for which the file has none, as a bare file of weights.
+        convention: whose the file keeps, where it does not tell: "repa" (also HASTE's) or "sit".
+
+    Raises:
+        UserError: there is no checkpoint, or the file does not hold one.
     """
+    path = Path(path).expanduser()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(file: Path) -> LoadedCheckpoint:

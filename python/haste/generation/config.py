@@ -1,7 +1,4 @@
-"""The flags of REPA's generate.py that describe a checkpoint. Here the checkpoint knows; the flags must agree.
-
-What decides the images of a command: the flags that `haste sample`, `haste evaluate` and the sweep share.
-"""
+"""What decides sampled images: settings that `haste sample`, `haste evaluate` and the sweep share."""
 
 from __future__ import annotations
 
@@ -31,15 +28,15 @@ class PublishedFlags:
     """Not needed; accepted so that published commands run, and refused where the checkpoint is another."""
 
     model: str | None = None
-    """The student's size and patch, such as SiT-XL/2."""
+    """The model's size and patch, such as SiT-XL/2."""
     num_classes: int | None = None
-    """Classes that the student knows."""
+    """Classes that the model knows."""
     encoder_depth: int | None = None
     """The block, counted from 1, whose tokens were compared with the teacher's."""
     resolution: int | None = None
     """Pixels per side of the images."""
     qk_norm: bool = False
-    """The student normalises queries and keys."""
+    """The model normalises queries and keys."""
     projector_embed_dims: str | None = None
     """Widths of the teachers, with commas between them."""
     path_type: Literal["linear", "cosine"] | None = None
@@ -70,9 +67,9 @@ class PublishedFlags:
             given = getattr(self, name)
             given = given.replace(" ", "") if name == "projector_embed_dims" and given else given
             if None not in (given, value) and given != value:
-                raise UserError(f"--{name.replace('_', '-')} is {given}; it must be {value}, as the checkpoint has it")
+                raise UserError(f"--{name.replace('_', '-')} must be {value}, as the checkpoint has it, got {given}")
         if self.qk_norm and not loaded.model_config.get("qk_norm"):
-            raise UserError("--qk-norm is given, and the checkpoint's attention has no such norm; leave it out")
+            raise UserError("--qk-norm must be left out, as the checkpoint's attention has no such norm, got --qk-norm")
 
 
 Settings = TypeVar("Settings", bound="SamplingConfig")
@@ -80,7 +77,7 @@ Settings = TypeVar("Settings", bound="SamplingConfig")
 
 @dataclass(kw_only=True)
 class SamplingConfig(CacheConfig):
-    """How images are drawn. The names are those of SiT's and REPA's generate.py."""
+    """How images are sampled. The names are those of SiT's and REPA's generate.py."""
 
     num_steps: int = DEFAULT_STEPS
     """Steps from noise to image."""
@@ -99,10 +96,10 @@ class SamplingConfig(CacheConfig):
     global_seed: int = 0
     """Same seed, same images, whatever the batch size."""
     labels: str = "random"
-    """What to draw: random, balanced (0, 1, 2, ... in turn), or classes to take in turn: such as 3,1,4, or a text file
-    with one on each line."""
+    """What to sample: random, balanced (0, 1, 2, ... in turn), or classes to take in turn: such as 3,1,4, or a text
+    file with one on each line."""
     ema: bool = True
-    """Draw with the averaged weights; --no-ema draws with the trained ones."""
+    """Sample with the averaged weights; --no-ema samples with the trained ones."""
     vae: str | None = None
     """ema, mse, a hub name or a folder: what turns latents into images. None: ema for Stable Diffusion's latents, as
     generate.py has it, unless the run was given another; for others what has made them."""
@@ -111,7 +108,7 @@ class SamplingConfig(CacheConfig):
 
     @property
     def sampler(self) -> str:
-        """The sampler's name in `haste.sampling`."""
+        """The sampler's name in `haste.samplers`."""
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
 
     @property
@@ -200,7 +197,7 @@ class SampleConfig(SamplingConfig, PublishedFlags):
     fast: bool = False
     """The recommended cache, in place of --cache and what goes with it. Made for the ODE."""
     num_fid_samples: int = 100
-    """How many images to draw. (50,000 for a published FID.)"""
+    """How many images to sample. (50,000 for a published FID.)"""
     per_proc_batch_size: int = 128
     """Images per batch of each process. Changes the speed and the memory, not the images."""
     sample_dir: Path | None = None
@@ -212,7 +209,7 @@ class SampleConfig(SamplingConfig, PublishedFlags):
     compile: bool = False
     """Let torch.compile fuse the model. The first batch takes a minute or so longer."""
     cuda_graphs: bool = False
-    """On a GPU and with a cache: replay full and forecast evaluations as CUDA graphs. Not yet tried on a GPU."""
+    """On a GPU and with a cache: replay full and forecast calls as CUDA graphs. Not yet tried on a GPU."""
 
     def resolved(self) -> SampleConfig:
         """The same, with --fast and a file of labels replaced by what they stand for, without what has no effect."""

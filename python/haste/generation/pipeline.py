@@ -1,6 +1,4 @@
-"""Which class an image shows, and the random numbers that are its own: functions of its seed and number alone.
-
-From a student to 8-bit images, each a function of its own number alone.
+"""From a loaded checkpoint to 8-bit images, each a function of its own number alone.
 
 Image i of a seed has its own random generator for its label, its starting noise and the noise of the SDE. So it is
 the same image in any batch size and in any number of images, up to the rounding of matrix products of other sizes.
@@ -70,9 +68,9 @@ class Start(NamedTuple):
 
 
 class Sampler:
-    """Draws images of one student, batch by batch.
+    """Samples images of one model, batch by batch.
 
-    Raises UserError for settings that contradict each other or do not fit the student.
+    Raises UserError for settings that contradict each other or do not fit the model.
     """
 
     def __init__(self, student: LoadedCheckpoint, settings: SamplingConfig) -> None:
@@ -95,7 +93,7 @@ class Sampler:
 
     @property
     def calls(self) -> tuple[int, int]:
-        """Model evaluations of the last batch, and how many of them were full; the others were forecast."""
+        """Model calls of the last batch, and how many of them were full; the others were forecast."""
         if self.cache is not None:
             return self.cache.num_full + self.cache.num_forecast, self.cache.num_full
         s = self.settings
@@ -121,14 +119,14 @@ class Sampler:
         return self.with_settings(settings)
 
     def with_settings(self, settings: SamplingConfig) -> Sampler:
-        """The same student and the same VAE, sampled otherwise."""
+        """The same model and the same VAE, sampled otherwise."""
         settings.check()
         other = copy.copy(self)
         other.settings, other.cache = settings, make_cache(self.student.model, settings)
         return other
 
     def speed_up(self, compile: bool, cuda_graphs: bool) -> None:
-        """Draw the same with less overhead: through torch.compile, or with a cache on a GPU through CUDA graphs."""
+        """Sample the same with less overhead: through torch.compile, or with a cache on a GPU through CUDA graphs."""
         if compile and self.cache is not None:
             self.cache.compile()
         elif compile:
@@ -163,10 +161,10 @@ class Sampler:
     def draw(
         self, indices: Sequence[int], progress: Progress | None = None, observe: Observer | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The images with these numbers, (n, H, W, 3) uint8, and their labels (n,) int64, drawn as one batch.
+        """The images with these numbers, (n, H, W, 3) uint8, and their labels (n,) int64, sampled as one batch.
 
         `progress` is called after every step with the steps done and their number, `observe` with the step's number
-        and the state, as in `haste.sampling.sample`.
+        and the state, as in `haste.samplers.sample`.
         """
         start = self.start_of(indices)
         images = self._to_images(self.run(start, progress, observe))
@@ -203,6 +201,6 @@ class Sampler:
         )
         return family.sample(self.cache or self.student.model, start.noise, family.condition(start.labels), solve)
 
-    def _to_images(self, drawn: Tensor) -> Tensor:
-        """What the student draws, as images (n, 1 or 3, H, W) in [-1, 1]."""
-        return drawn if self.vae is None else self.vae.decode(drawn)
+    def _to_images(self, x: Tensor) -> Tensor:
+        """What the model samples, as images (n, 1 or 3, H, W) in [-1, 1]."""
+        return x if self.vae is None else self.vae.decode(x)

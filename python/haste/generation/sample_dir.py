@@ -1,14 +1,12 @@
-"""The folder that `haste sample` fills: numbered PNGs, and sample.json with the command that they belong to.
+"""Images in memory, and the folder that `haste sample` fills: numbered PNGs, and sample.json with their settings.
 
 A folder takes images of one command only. Since an image depends on its number alone, a command that was killed
-goes on with the numbers that are missing, and a larger count adds to what is there.
+resumes with the numbers that are missing, and a larger count adds to what is there.
 
     <name>/000000.png ...   the images, in their own size
-    <name>/sample.json      settings, the seconds that drawing took, and full steps that were measured
+    <name>/sample.json      settings, the seconds that sampling took, and full steps that were measured
     <name>.npz              arr_0 (N, H, W, 3) uint8 as the ADM evaluator reads it, and labels (N,)
     <name>-grid.png         some of them, enlarged, with their labels
-
-The drawing of what a sample folder lacks, batch by batch, by one process or several.
 """
 
 from __future__ import annotations
@@ -51,12 +49,12 @@ CHUNK = 256  # images in memory while the .npz is written
 
 
 @dataclass
-class Drawn:
-    """What was drawn into a folder so far, the seconds it took, and how often the model was evaluated for an image."""
+class Sampled:
+    """What was sampled into a folder so far, the seconds it took, and the model calls of an image (NFE)."""
 
     images: int = 0
     seconds: float = 0.0
-    evaluations_per_image: int = 0
+    calls_per_image: int = 0
     full_per_image: int = 0
 
     @property
@@ -64,39 +62,68 @@ class Drawn:
         return self.images / self.seconds if self.seconds else 0.0
 
 
+@dataclass(frozen=True)
+class Record:
+    """The content of a sample.json. full_steps: those that --error-threshold has found."""
+
+    settings: dict[str, Any]
+    sampled: Sampled
+    full_steps: list[int] | None = None
+
+
+# Of records that earlier versions wrote.
+OLD_NAMES = {
+    "drawn": "sampled", "pictures": "images", "evaluations_per_picture": "calls_per_image",
+    "evaluations_per_image": "calls_per_image", "full_per_picture": "full_per_image", "max_error": "error_threshold",
+}  # fmt: skip
+
+
+def read_record(folder: Path) -> Record:
+    """The content of a folder's sample.json. UserError if it is not one."""
+    path = folder / RECORD
+    return _to_record(read_json(path, "the record of a sample folder"), path)
+
+
+def _to_record(content: Any, path: Path) -> Record:
+    def renamed(value: Any) -> Any:
+        return {OLD_NAMES.get(key, key): renamed(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    return build(Record, renamed(content), str(path))
+
+
 class SampleDir(ResumableDir):
-    """A folder of samples that belong to `settings`.
+    """A folder of samples that all have the same settings.
 
     Args:
-        before: the settings as earlier versions recorded them (`as_before`), so that their folders are resumed.
+        path: the folder. Nothing is written before the first image.
+        settings: plain values, which decide the images.
+        before: the same as earlier versions recorded them (`as_before`), so that their folders are resumed.
 
     Attributes:
+        sampled: what is there.
         full_steps: those that --error-threshold has found, which hold for all images of the folder.
     """
 
     flag, content, record_name = "--sample-dir", "samples", RECORD
 
-    def __init__(self, path: Path, settings: dict[str, Any], before: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
         self.before = before
-        self.drawn = Drawn()
-        self.full_steps: list[int] | None = None
         super().__init__(path, settings)
 
     def reopen(self) -> None:
         super().reopen()
-        if self.saved is not None:
-            record = build(Record, self.saved, str(self.record))
-            self.drawn, self.full_steps = record.drawn, record.full_steps
+        found = Record({}, Sampled()) if self.saved is None else _to_record(self.saved, self.record)
+        self.sampled, self.full_steps = found.sampled, found.full_steps
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        found = build(Record, saved, str(self.record)).settings
+        shown = {DIGEST: "the checkpoint's content", WRITTEN: "the checkpoint's time"}
+        found = _to_record(saved, self.record).settings
         own = self.before if self.before is not None and WRITTEN in found else self.settings
-        shown = {WRITTEN: "the checkpoint's time", DIGEST: "the checkpoint's content"}
-        return differences(*({shown.get(name, name): each[name] for name in each} for each in (found, own)))
+        return differences(*({shown.get(name, name): value for name, value in of.items()} for of in (found, own)))
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep other commands out of the folder, and remove what a kill has left of a write."""
+        """Keep other commands out; what a kill has left of a write is gone. UserError if another command is in it."""
         with super().hold():
             self.remove_leftovers()
             for path in (self.npz, self.grid):
@@ -110,14 +137,14 @@ class SampleDir(ResumableDir):
     def write(self, indices: Sequence[int], images: np.ndarray) -> None:
         """Write images (n, H, W, 3) uint8 under these numbers; any process may."""
         if not self.record.is_file():
-            self._save()  # the folder is this command's before the first image is in it
+            self._save()  # before the first image is in it
         paths = [image_path(self.path, index) for index in indices]
         with self.writing(), ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(write_image, paths, images))
 
-    def count(self, images: int, seconds: float, evaluations: int, full: int) -> None:
-        """Keep in the record that so many images more were written, and what they took."""
-        self.drawn = Drawn(self.drawn.images + images, self.drawn.seconds + seconds, evaluations, full)
+    def count(self, images: int, seconds: float, calls: int, full: int) -> None:
+        """Keep in the record that n more images were written, and what they took."""
+        self.sampled = Sampled(self.sampled.images + images, self.sampled.seconds + seconds, calls, full)
         self._save()
 
     def read(self, count: int) -> Iterator[np.ndarray]:
@@ -141,8 +168,8 @@ class SampleDir(ResumableDir):
         return self.path.with_name(self.path.name + "-grid.png")
 
     def _save(self) -> None:
-        found = {} if self.full_steps is None else {"full_steps": self.full_steps}
-        self.write_record({"settings": self.settings, "drawn": asdict(self.drawn), **found})
+        full_steps = {} if self.full_steps is None else {"full_steps": self.full_steps}
+        self.write_record({"settings": self.settings, "sampled": asdict(self.sampled), **full_steps})
 
 
 @dataclass(frozen=True)
@@ -162,33 +189,18 @@ class Samples:
         return np.stack(list(self.folder.read(len(self.labels))))
 
     @property
-    def drawn(self) -> Drawn:
-        return self.folder.drawn
-
-
-@dataclass(frozen=True)
-class Record:
-    """The content of a sample.json. full_steps: those that --error-threshold has found."""
-
-    settings: dict[str, Any]
-    drawn: Drawn
-    full_steps: list[int] | None = None
-
-
-def read_record(folder: Path) -> Record:
-    """The content of a folder's sample.json. UserError if it is not one."""
-    path = folder / RECORD
-    return build(Record, read_json(path, "the record of a sample folder"), str(path))
+    def sampled(self) -> Sampled:
+        return self.folder.sampled
 
 
 CALIBRATION_IMAGES = 8
 
 
 def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, processes: Processes) -> int:
-    """Draw the images below `count` that the folder lacks, under a progress bar; how many those were.
+    """Sample the images below `count` that the folder lacks, under a progress bar; how many those were.
 
-    The processes draw in rounds, a batch each, and the first one keeps the record. So whatever ends them, all images
-    that were drawn are there, and counted up to the last round.
+    The processes go in rounds, a batch each, and the first one keeps the record. So whatever ends them, all images that
+    were sampled are there, and counted up to the last round.
     """
     missing = processes.agree(lambda: folder.missing(count))
     batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
@@ -264,23 +276,81 @@ def measure_full_steps(sampler: Sampler) -> list[int]:
 SMALL, MANY, FEW = 64, 100, 40
 
 
-def sample_to_folder(args: SampleConfig) -> Samples:
-    """Draw what is missing of a command's images and write the .npz and the grid; every process takes part.
+def sample(
+    checkpoint: LoadedCheckpoint | Path | str,
+    labels: int | str | Sequence[int] | np.ndarray | torch.Tensor | None = None,
+    *,
+    num_images: int | None = None,
+    batch_size: int = 128,
+    folder: Path | str | None = None,
+    **settings: Any,
+) -> np.ndarray:
+    """Sample images.
 
+    An image depends on the checkpoint, the settings, `global_seed` and its number alone: the first ten of a hundred are
+    the ten of another call, up to the rounding of matrix products of other sizes.
+
+    Args:
+        checkpoint: a checkpoint file of haste, HASTE, REPA or SiT, the folder of a run (its newest whole checkpoint),
+            or what `load_checkpoint` returned.
+        labels: classes, taken in turn; or "random" (the default), "balanced", or a text file with a class on each line.
+        num_images: how many. None: one for each label, or 16.
+        batch_size: images at a time; changes the speed and the memory.
+        folder: also write PNGs, an .npz and a grid into a folder in there, as `haste sample --sample-dir` does: images
+            that are there already are not sampled again.
+        settings: fields of SamplingConfig, such as num_steps, mode, cfg_scale, global_seed, ema and vae, and of
+            CacheConfig, such as cache and interval; fast=True for the recommended cache.
+
+    Returns:
+        (N, H, W, 3) uint8.
+
+    Raises:
+        UserError: settings or a checkpoint that cannot work, by the flag that would set them; a folder of other images.
+        TypeError: a setting that there is not.
+    """
+    loaded = checkpoint if isinstance(checkpoint, LoadedCheckpoint) else None
+    listed = None if labels is None or isinstance(labels, str) else np.atleast_1d(np.asarray(labels)).tolist()
+    count = num_images if num_images is not None else 16 if listed is None else len(listed)
+    args = SampleConfig(
+        ckpt=loaded.checkpoint if loaded is not None else Path(checkpoint).expanduser(),
+        labels=labels or "random" if listed is None else ",".join(map(str, listed)),
+        num_fid_samples=count,
+        per_proc_batch_size=batch_size,
+        sample_dir=None if folder is None else Path(folder),
+        **settings,
+    )
+    if folder is not None:
+        return sample_to_folder(args, loaded).images
+    args = args.resolved()
+    args.check()
+    sampler = Sampler(loaded or _load(args, None), args)
+    if args.error_threshold:
+        sampler = sampler.with_full_steps(measure_full_steps(sampler))
+    return np.concatenate([sampler.draw(numbers)[0] for numbers in deal(list(range(count)), batch_size)])
+
+
+def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
+    return load_checkpoint(
+        args.ckpt,
+        args.ema,
+        device=device,
+        fused_attn=args.fused_attn,
+        assume=args.assumed(),
+        convention=args.convention,
+    )
+
+
+def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None) -> Samples:
+    """Sample what is missing of a command's images and write the .npz and the grid; every process takes part.
+
+    loaded: the model behind args.ckpt, if that has been loaded.
     Raises UserError for settings or a checkpoint that cannot work, and for a folder that belongs to another command.
     """
     args = args.resolved()
     args.check()
     processes = Processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    student = load_checkpoint(
-        args.ckpt,
-        args.ema,
-        device=processes.device,
-        fused_attn=args.fused_attn,
-        assume=args.assumed(),
-        convention=args.convention,
-    )
+    student = loaded or _load(args, processes.device)
     sampler = Sampler(student, args)
     args.refuse_other(student, 1 if sampler.latents is None else sampler.latents.factor)
     count = args.num_fid_samples

@@ -127,7 +127,7 @@ class DemoResults:
     @property
     def speedup(self) -> float:
         """Seconds per sample in full over seconds per sample with forecasts."""
-        return self.cached.drawn.images_per_second / self.full.drawn.images_per_second
+        return self.cached.sampled.images_per_second / self.full.sampled.images_per_second
 
     @property
     def difference(self) -> np.ndarray:
@@ -234,7 +234,7 @@ def how_measured(results: DemoResults) -> str:
 
 
 def forecast_section(results: DemoResults) -> str:
-    full, cached = results.full.drawn, results.cached.drawn
+    full, cached = results.full.sampled, results.cached.sampled
     args, difference = results.cached_settings, results.difference
     shown = difference[:COMPARED].astype(np.uint8)
     peak = max(int(shown.max()), 1)
@@ -242,10 +242,10 @@ def forecast_section(results: DemoResults) -> str:
     stacks = np.stack([results.full.images[:COMPARED], results.cached.images[:COMPARED], stretched], axis=1)
 
     def row(name: str, samples: Samples) -> tuple[str, ...]:
-        drawn = samples.drawn
+        sampled = samples.sampled
         accuracy = np.mean(results.evaluator.extractor(samples.images).predictions == samples.labels)
-        return (name, f"{drawn.full_per_image} of {drawn.evaluations_per_image}", f"{drawn.seconds:.2f} s",
-                f"{drawn.images_per_second:.1f}", f"{accuracy:.0%}")  # fmt: skip
+        return (name, f"{sampled.full_per_image} of {sampled.calls_per_image}", f"{sampled.seconds:.2f} s",
+                f"{sampled.images_per_second:.1f}", f"{accuracy:.0%}")  # fmt: skip
 
     return section(
         "Most steps forecast instead of computed",
@@ -256,7 +256,7 @@ def forecast_section(results: DemoResults) -> str:
         tiles(stacks, [str(label) for label in results.full.labels[:COMPARED]]),
         paragraph(
             f"The same noise, below each other: {full.full_per_image} full steps; {cached.full_per_image} full and "
-            f"{cached.evaluations_per_image - cached.full_per_image} forecast; their absolute difference, where "
+            f"{cached.calls_per_image - cached.full_per_image} forecast; their absolute difference, where "
             f"white is {peak} of 255 grey levels. Over all {len(difference)} samples they differ by "
             f"{difference.mean():.1f} grey levels on average and by {difference.max():.0f} at most."
         ),

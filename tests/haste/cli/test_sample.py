@@ -67,7 +67,7 @@ def test_a_command_that_was_killed_goes_on_with_what_is_missing(run, monkeypatch
 
     def count_to_four(self, *what):
         count(self, *what)
-        if self.drawn.images == 4:
+        if self.sampled.images == 4:
             raise Killed
 
     args = SampleConfig(ckpt=run, num_steps=3, num_fid_samples=7, per_proc_batch_size=2)
@@ -81,7 +81,7 @@ def test_a_command_that_was_killed_goes_on_with_what_is_missing(run, monkeypatch
 
     resumed = sample_dir.sample_to_folder(args)
     assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
-    assert resumed.drawn.images == 7
+    assert resumed.sampled.images == 7
 
     whole = sample_dir.sample_to_folder(SampleConfig(**{**vars(args), "sample_dir": run / "elsewhere"}))
     assert (whole.images == resumed.images).all()  # byte for byte, as the batches are the same
@@ -97,7 +97,7 @@ def test_a_second_start_draws_nothing_and_a_larger_number_adds(run, capsys):
     assert capsys.readouterr().out.startswith("6 images were there already; 4 of 4 model evaluations were full\n")
     assert (folder / "sample.json").read_text() == record
     main(["sample", "--ckpt", str(run), *QUICK, "--num-fid-samples", "8"])
-    assert json.loads((folder / "sample.json").read_text())["drawn"]["images"] == 8
+    assert json.loads((folder / "sample.json").read_text())["sampled"]["images"] == 8
     assert (read_images(folder)[:6] == before).all()
 
 
@@ -134,7 +134,7 @@ def test_fast_is_the_recommended_cache(run, capsys):
     (folder,) = [path for path in (run / "samples").iterdir() if path.is_dir()]
     record = json.loads((folder / "sample.json").read_text())
     assert FAST.cache_fields().items() <= record["settings"].items()
-    assert record["drawn"]["full_per_image"] < record["drawn"]["evaluations_per_image"] == 12
+    assert record["sampled"]["full_per_image"] < record["sampled"]["calls_per_image"] == 12
     written = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.cache_fields().items()]
     main(["sample", "--ckpt", str(run), *steps, *written])  # the same command, so nothing is left to draw
     assert json.loads((folder / "sample.json").read_text()) == record
@@ -164,7 +164,7 @@ def test_full_steps_that_were_measured_hold_for_all_images_and_are_kept(run, cap
     whole = sample_dir.sample_to_folder(SampleConfig(**settings, sample_dir=run / "whole"))
     steps = whole.folder.full_steps
     assert steps[:2] == [0, 1] and 2 < len(steps) < 20
-    assert whole.drawn.full_per_image == len(steps)
+    assert whole.sampled.full_per_image == len(steps)
     record = whole.folder.path / "sample.json"
     assert json.loads(record.read_text())["full_steps"] == steps
 
@@ -174,7 +174,7 @@ def test_full_steps_that_were_measured_hold_for_all_images_and_are_kept(run, cap
     record.write_text(json.dumps({**json.loads(record.read_text()), "full_steps": kept}))
     (whole.folder.path / "000009.png").unlink()
     again = sample_dir.sample_to_folder(SampleConfig(**settings, sample_dir=run / "whole"))
-    assert again.drawn.full_per_image == len(kept)
+    assert again.sampled.full_per_image == len(kept)
 
 
 def test_full_steps_that_are_measured_depend_on_no_number_of_images(run):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from drawn_images import read_npz
@@ -19,15 +21,15 @@ def test_nothing_is_written_before_the_first_image(tmp_path):
 def test_a_second_start_draws_what_is_missing_and_adds_up_the_seconds(tmp_path):
     first = SampleDir(tmp_path / "s", SETTINGS)
     first.write([0, 1, 2], IMAGES[:3])
-    first.count(3, seconds=1.5, evaluations=4, full=2)
+    first.count(3, seconds=1.5, calls=4, full=2)
     (first.path / "000001.png").unlink()
 
     second = SampleDir(tmp_path / "s", SETTINGS)
     assert second.missing(6) == [1, 3, 4, 5]
     second.write([1, 3, 4, 5], IMAGES[[1, 3, 4, 5]])
-    second.count(4, seconds=0.5, evaluations=4, full=2)
-    assert second.drawn.images == 7 and second.drawn.seconds == 2.0 and second.drawn.images_per_second == 3.5
-    assert (second.drawn.evaluations_per_image, second.drawn.full_per_image) == (4, 2)
+    second.count(4, seconds=0.5, calls=4, full=2)
+    assert second.sampled.images == 7 and second.sampled.seconds == 2.0 and second.sampled.images_per_second == 3.5
+    assert (second.sampled.calls_per_image, second.sampled.full_per_image) == (4, 2)
 
     labels = np.arange(6)
     second.collect(labels)
@@ -95,6 +97,15 @@ def test_what_a_kill_of_the_first_write_leaves_is_no_other_folder_and_goes_away(
                 pytest.fail("held twice")
     assert sorted(path.name for path in folder.path.iterdir()) == ["000000.png", "sample.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.npz.12.tmp", "s"]
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path):
+    folder = SampleDir(tmp_path / "s", {**SETTINGS, "error_threshold": 0.1})
+    folder.write([0], IMAGES[:1])
+    drawn = {"pictures": 1, "seconds": 2.0, "evaluations_per_picture": 4, "full_per_picture": 3}
+    folder.record.write_text(json.dumps({"settings": {**SETTINGS, "max_error": 0.1}, "drawn": drawn}))
+    again = SampleDir(tmp_path / "s", {**SETTINGS, "error_threshold": 0.1})
+    assert (again.sampled.images, again.sampled.calls_per_image, again.sampled.full_per_image) == (1, 4, 3)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"settings": {}}'])

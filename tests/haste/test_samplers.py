@@ -6,7 +6,7 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.models import ModelOutput
-from haste.samplers import SAMPLERS, ModelCall, initial_noise, model_calls, sample
+from haste.samplers import SAMPLERS, ModelCall, initial_noise, model_calls, sample, time_of, times_at
 from haste.transport import get_path
 
 MEAN, STD = 0.7, 0.4
@@ -259,3 +259,20 @@ def test_wrong_arguments():
         sample(torch.nn.Identity(), noise_like(1), labels_for(1))
     with pytest.raises(ValueError, match="generator has 1 entries; it must have one per image, 2"):
         initial_noise((2, 1, 4, 4), [torch.Generator()])
+
+
+# -- times that know their value -----------------------------------------------------------------------------------
+
+
+def test_times_know_their_value_until_they_are_written_to():
+    times = times_at(0.3, 4, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(times, torch.full((4,), 0.3, dtype=torch.bfloat16)) and time_of(times) == 0.3
+    for other in (times * 1000, times.clone(), times[:2], torch.full((4,), 0.3)):
+        assert time_of(other) is None
+    times[1:].mul_(2)
+    assert time_of(times) is None
+
+
+def test_in_inference_mode_too():
+    with torch.inference_mode():
+        assert time_of(times_at(0.25, 2, torch.float32, torch.device("cpu"))) == 0.25
