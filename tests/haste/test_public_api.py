@@ -154,3 +154,53 @@ def test_a_run_from_elsewhere_is_replayed_number_by_number():
         sample(model, noise, condition, step_noise=[torch.from_numpy(kicks[0])], **settings)
     with pytest.raises(ValueError, match="step_noise has shape"):
         sample(model, noise, condition, step_noise=[torch.zeros(2)], **settings)
+
+
+def test_evaluate_compares_features_of_ones_own(tmp_path):
+    features = np.random.default_rng(0).standard_normal((400, 3))
+    np.save(tmp_path / "real.npy", features)
+    np.save(tmp_path / "far.npy", features + 1.0)
+    scores = haste.evaluate(tmp_path / "far.npy", "stored", str(tmp_path / "real.npy"), metrics=("fd", "recall"))
+    assert scores["fd"].value == pytest.approx(3.0) and 0 < scores["recall"].value < 1
+    assert haste.evaluate(tmp_path / "real.npy", "stored", str(tmp_path / "real.npy"))["fd"].value < 1e-6
+    with pytest.raises(haste.UserError, match="--samples|--features|nothing.npy"):
+        haste.evaluate(tmp_path / "nothing.npy", "stored", str(tmp_path / "real.npy"))
+
+
+class SomebodysModel(torch.nn.Module):
+    """Patches of 2 x 2 and one layer of attention, whose q and k it returns: nothing of haste's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out = torch.nn.Linear(4, 24), torch.nn.Linear(24, 72), torch.nn.Linear(24, 4)
+
+    def forward(self, x):
+        tokens = self.embed(torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).mT)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+        tokens = tokens + torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        pixels = self.out(tokens).mT.unflatten(2, (x.shape[2] // 2, x.shape[3] // 2))
+        return torch.nn.functional.pixel_shuffle(pixels, 2), (q, k), tokens
+
+
+def test_a_trainer_of_ones_own_aligns_a_model_that_haste_does_not_know(tmp_path):
+    from haste.transport import interpolate, sample_time, velocity_loss
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
+    Dinov2Model(Dinov2Config(**sizes, num_channels=1)).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = SomebodysModel()
+    aligner = haste.Aligner.from_pretrained(str(tmp_path), "0:1", grid=4)
+    projector = torch.nn.Linear(24, *aligner.z_dims)
+    optimizer = torch.optim.AdamW([*model.parameters(), *projector.parameters()], lr=1e-2)
+    images = torch.rand(8, 1, 8, 8) * 2 - 1
+    alignment = []
+    for _ in range(30):
+        x_t, target = interpolate(images, torch.randn_like(images), t := sample_time(8))
+        velocity, queries_keys, hidden = model(x_t)
+        losses = aligner.losses([queries_keys], [projector(hidden)], aligner.teacher_outputs(images))
+        alignment.append(aligner.weigh(losses))
+        (velocity_loss(velocity, target) + alignment[-1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert t.shape == (8,) and alignment[-1] < alignment[0] - 0.2

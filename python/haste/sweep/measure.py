@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from haste._compat import CPU_ATTENTION
 from haste.caching import check_memory
 from haste.distributed import progress_bar
 from haste.errors import UserError
@@ -77,8 +78,7 @@ def flop_counter() -> FlopCounterMode:
     def attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(q, k, v)
 
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+    return FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention})
 
 
 def count_flops(sampler: Sampler) -> float:
