@@ -24,8 +24,8 @@ import torch
 import tyro
 from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.runs import CLASSIFIED_AT_ONCE, evaluate_checkpoints
-from haste.generation.checkpoint import run_checkpoints
 from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import run_checkpoints
 from haste.io import write_text
 from haste.plotting import plot_advantage, plot_scores
 from haste.tables import format_number, markdown_table

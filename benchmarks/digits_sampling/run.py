@@ -19,8 +19,8 @@ from typing import Any
 
 import tyro
 from haste.evaluation.evaluate import Evaluator
-from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import load_checkpoint
 from haste.io import write_text
 from haste.sweep.advice import LEGEND, describe, good_enough, recommend, table
 from haste.sweep.config import Grid, plan

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from haste.caching.config import CacheConfig
     from haste.caching.enable import disable_cache, enable_cache
     from haste.evaluation.evaluate import evaluate
-    from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
     from haste.generation.config import SamplingConfig
+    from haste.generation.pipeline import LoadedCheckpoint, load_checkpoint
     from haste.generation.sample_dir import sample
     from haste.training.config import TrainConfig
     from haste.training.trainer import TrainResult, train
@@ -62,14 +62,14 @@ __getattr__ = lazily(
         "Aligner": "alignment.aligner",
         "CacheConfig": "caching.config",
         "LayerMap": "alignment.losses",
-        "LoadedCheckpoint": "generation.checkpoint",
+        "LoadedCheckpoint": "generation.pipeline",
         "SamplingConfig": "generation.config",
         "TrainConfig": "training.config",
         "TrainResult": "training.trainer",
         "disable_cache": "caching.enable",
         "enable_cache": "caching.enable",
         "evaluate": "evaluation.evaluate",
-        "load_checkpoint": "generation.checkpoint",
+        "load_checkpoint": "generation.pipeline",
         "sample": "generation.sample_dir",
         "train": "training.trainer",
     },

@@ -32,9 +32,8 @@ from haste.evaluation.metrics import (
     split_half_fd,
 )
 from haste.evaluation.reference import STORED, Reference, load_reference, stored_features, stored_reference
-from haste.generation.checkpoint import LoadedCheckpoint
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler, choose_labels
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels
 from haste.generation.sample_dir import RECORD, measure_full_steps, read_record
 from haste.tables import NONE, format_number, known_columns, text_table
 
@@ -338,7 +337,7 @@ def sample_images(
     """Images (count, H, W, 3) uint8 and labels (count,) of the numbers below `count`, in batches."""
     batches = []
     for start in range(0, count, batch_size):
-        batches.append(sampler.draw(range(start, min(start + batch_size, count))))
+        batches.append(sampler.sample(range(start, min(start + batch_size, count))))
         progress(len(batches[-1][1]))
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return images, labels

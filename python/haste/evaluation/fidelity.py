@@ -166,14 +166,14 @@ def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.nd
     for start in range(0, len(indices), BATCH):
         batch = list(indices[start : start + BATCH])
         states: list[Tensor] = []
-        full.draw(batch, observe=lambda step, x, states=states: states.append(x.to("cpu", copy=True)))
+        full.sample(batch, observe=lambda step, x, states=states: states.append(x.to("cpu", copy=True)))
         errors: list[Tensor] = []
 
         def compare(step: int, x: Tensor, states=states, errors=errors) -> None:
             difference = (x.cpu() - states[step]).flatten(1).norm(dim=1)
             errors.append(difference / states[step].flatten(1).norm(dim=1))
 
-        cached.draw(batch, observe=compare)
+        cached.sample(batch, observe=compare)
         parts.append(torch.stack(errors))
     return torch.cat(parts, dim=1).double().numpy()
 

@@ -36,9 +36,8 @@ from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, 
 from haste.evaluation.image_readers import open_images
 from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import check_replaceable, save_reference
-from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint, run_checkpoints
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint, run_checkpoints
 from haste.generation.sample_dir import read_record, sample_to_folder
 from haste.io import read_json, write_json, writing
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES

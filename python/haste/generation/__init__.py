@@ -7,10 +7,10 @@ __all__ = ["LoadedCheckpoint", "Sampler", "SamplingConfig", "load_checkpoint", "
 __getattr__ = lazily(
     __name__,
     {
-        "LoadedCheckpoint": "checkpoint",
+        "LoadedCheckpoint": "pipeline",
         "Sampler": "pipeline",
         "SamplingConfig": "config",
-        "load_checkpoint": "checkpoint",
+        "load_checkpoint": "pipeline",
         "sample": "sample_dir",
     },
 )

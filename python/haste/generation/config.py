@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
 
 if TYPE_CHECKING:  # flags are checked without torch
-    from haste.generation.checkpoint import LoadedCheckpoint
+    from haste.generation.pipeline import LoadedCheckpoint
 
 # What a bare file of weights does not tell.
 ASSUMED = ("num_classes", "encoder_depth", "path_type")

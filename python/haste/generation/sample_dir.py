@@ -30,9 +30,8 @@ from haste.caching import check_memory
 from haste.caching.schedule import describe_steps
 from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
-from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
 from haste.generation.config import SampleConfig
-from haste.generation.pipeline import Sampler, choose_labels
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels, load_checkpoint
 from haste.io import read_json, remove_abandoned, writing
 from haste.resumable import ResumableDir, differences
 from haste.training.checkpoint import DIGEST, WRITTEN, as_before, checkpoint_identity
@@ -206,7 +205,7 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
     batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
     if batches:
         largest = max(map(len, batches))
-        check_memory(sampler.student.model, sampler.settings, largest, guided=sampler.rows == 2)
+        check_memory(sampler.loaded.model, sampler.settings, largest, guided=sampler.rows == 2)
         sampler.warm_up(largest)
     with progress_bar(
         total=count, initial=count - len(missing), unit="image", desc="sample", disable=not processes.first
@@ -219,7 +218,7 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
             seconds = 0.0
             if own:
                 begin = perf_counter()
-                images, _ = sampler.draw(own, advance(bar, count_now))
+                images, _ = sampler.sample(own, advance(bar, count_now))
                 seconds = perf_counter() - begin
                 folder.write(own, images)
             slowest = max(processes.gather(seconds))
@@ -266,7 +265,7 @@ def settle_full_steps(sampler: Sampler, folder: SampleDir, processes: Processes)
 
 def measure_full_steps(sampler: Sampler) -> list[int]:
     """The full steps that an adaptive schedule finds: a function of the weights, the settings and the seed alone."""
-    sampler.draw(range(CALIBRATION_IMAGES))
+    sampler.sample(range(CALIBRATION_IMAGES))
     steps = sampler.cache.full_steps
     sampler.cache.release()
     return steps
@@ -326,7 +325,7 @@ def sample(
     sampler = Sampler(loaded or _load(args, None), args)
     if args.error_threshold:
         sampler = sampler.with_full_steps(measure_full_steps(sampler))
-    return np.concatenate([sampler.draw(numbers)[0] for numbers in deal(list(range(count)), batch_size)])
+    return np.concatenate([sampler.sample(numbers)[0] for numbers in deal(list(range(count)), batch_size)])
 
 
 def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
@@ -350,17 +349,17 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
     args.check()
     processes = Processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    student = loaded or _load(args, processes.device)
-    sampler = Sampler(student, args)
-    args.refuse_other(student, 1 if sampler.latents is None else sampler.latents.factor)
+    loaded = loaded or _load(args, processes.device)
+    sampler = Sampler(loaded, args)
+    args.refuse_other(loaded, 1 if sampler.latents is None else sampler.latents.factor)
     count = args.num_fid_samples
-    labels = choose_labels(args.labels, args.global_seed, range(count), student.layout.num_classes)
+    labels = choose_labels(args.labels, args.global_seed, range(count), loaded.layout.num_classes)
     with ExitStack() as stack:
 
         def open_folder() -> SampleDir:
             settings = settings_record(args, sampler)
-            before = as_before(settings, student.checkpoint)
-            folder = SampleDir(folder_path(args, student), settings, before=before)
+            before = as_before(settings, loaded.checkpoint)
+            folder = SampleDir(folder_path(args, loaded), settings, before=before)
             stack.enter_context(folder.hold())
             return folder
 
@@ -372,28 +371,28 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
         def finish() -> None:
             folder.collect(labels)
             with writing(str(folder.grid), ALL_THERE):
-                write_grid(args, student, folder, labels)
+                write_grid(args, loaded, folder, labels)
 
         processes.agree(finish)
     return Samples(labels, folder, new)
 
 
-def folder_path(args: SampleConfig, student: LoadedCheckpoint) -> Path:
+def folder_path(args: SampleConfig, loaded: LoadedCheckpoint) -> Path:
     """<sample_dir>/<checkpoint>-<sampler>-<steps>...: the settings that people vary are in the name."""
-    return (args.sample_dir or student.run / "samples") / f"{student.checkpoint.stem}-{args.short_name()}"
+    return (args.sample_dir or loaded.run / "samples") / f"{loaded.checkpoint.stem}-{args.short_name()}"
 
 
 def settings_record(args: SampleConfig, sampler: Sampler) -> dict:
     """Everything that decides the images, for sample.json."""
-    path_type = sampler.student.config.path_type
+    path_type = sampler.loaded.config.path_type
     path = {} if path_type == "linear" else {"path_type": path_type}
     vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
-    identity = checkpoint_identity(sampler.student.checkpoint)
-    convention = {"convention": "sit"} if sampler.student.rounded else {}  # how it is guided and rounded
+    identity = checkpoint_identity(sampler.loaded.checkpoint)
+    convention = {"convention": "sit"} if sampler.loaded.rounded else {}  # how it is guided and rounded
     return {**identity, **args.sampling_fields(), **vae, **path, **convention}
 
 
-def write_grid(args: SampleConfig, student: LoadedCheckpoint, folder: SampleDir, labels: np.ndarray) -> None:
+def write_grid(args: SampleConfig, loaded: LoadedCheckpoint, folder: SampleDir, labels: np.ndarray) -> None:
     """The labelled grid of the first images, in the order of their labels."""
     from haste.plotting import plot_grid
 
@@ -401,6 +400,6 @@ def write_grid(args: SampleConfig, student: LoadedCheckpoint, folder: SampleDir,
     shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
     images = np.stack(list(folder.read(shown)))
     order = np.argsort(labels[:shown], kind="stable")
-    names = dict(enumerate(student.recorded.get("class_names", ())))
+    names = dict(enumerate(loaded.recorded.get("class_names", ())))
     titles = [names.get(label, str(label)) for label in labels[order].tolist()]
-    plot_grid(folder.grid, images[order], titles, title=f"{student.label}: {args.describe()}")
+    plot_grid(folder.grid, images[order], titles, title=f"{loaded.label}: {args.describe()}")

@@ -27,9 +27,8 @@ from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.features import concatenate
 from haste.evaluation.fidelity import compare_images
 from haste.evaluation.runs import choose_features
-from haste.generation.checkpoint import LoadedCheckpoint, load_checkpoint
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint
 from haste.generation.sample_dir import measure_full_steps
 from haste.io import writing
 from haste.registry import EXTRACTORS
@@ -207,7 +206,7 @@ class Sweep:
         parts, labels, first = [], [], []
         for start in range(0, self.samples, self.batch):
             indices = range(start, min(start + self.batch, self.samples))
-            images, asked = sampler.draw(indices)
+            images, asked = sampler.sample(indices)
             parts.append(self.evaluator.extractor(images))
             labels.append(asked)
             first.append(images[: max(COMPARED - start, 0)])
@@ -227,7 +226,7 @@ class Sweep:
         """The reference's first images, sampled again: what fidelity is measured against."""
         count = min(COMPARED, self.samples)
         batches = (range(start, min(start + self.batch, count)) for start in range(0, count, self.batch))
-        return np.concatenate([self._reference.draw(indices)[0] for indices in batches])
+        return np.concatenate([self._reference.sample(indices)[0] for indices in batches])
 
     def _time(self, points: list[SamplingConfig], turn: int, progress: Progress) -> None:
         """One turn of every point that lacks it, in an order of its own, the reference first.

@@ -16,9 +16,8 @@ from haste.evaluation.fidelity import (
     steps_text,
     summarise_steps,
 )
-from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler
+from haste.generation.pipeline import Sampler, load_checkpoint
 
 
 def random_images(count: int, size: int = 16) -> np.ndarray:

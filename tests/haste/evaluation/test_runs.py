@@ -21,9 +21,8 @@ from haste.evaluation.runs import (
     read_evaluations,
     read_records,
 )
-from haste.generation.checkpoint import load_checkpoint, run_checkpoints
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler
+from haste.generation.pipeline import Sampler, load_checkpoint, run_checkpoints
 
 SETTINGS = SamplingConfig(num_steps=2, labels="balanced")
 COUNT = 70

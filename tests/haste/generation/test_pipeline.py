@@ -12,9 +12,15 @@ import torch
 from digits_run import write_run
 from haste.data.images import to_uint8
 from haste.errors import UserError
-from haste.generation.checkpoint import latent_format, load_checkpoint, run_checkpoints
 from haste.generation.config import SamplingConfig, list_labels
-from haste.generation.pipeline import Sampler, choose_labels, image_generator
+from haste.generation.pipeline import (
+    Sampler,
+    choose_labels,
+    image_generator,
+    latent_format,
+    load_checkpoint,
+    run_checkpoints,
+)
 from haste.samplers import initial_noise, sample
 from haste.vae import PUBLISHED_VAES, SD_LATENTS, VAE, LatentFormat
 from hypothesis import HealthCheck, given, settings
@@ -41,8 +47,8 @@ def run(tmp_path_factory):
 def test_a_image_is_the_same_in_any_batch(run, settings):
     student = load_checkpoint(run)
     sampler = Sampler(student, SamplingConfig(num_steps=8, global_seed=3, **settings))
-    whole, labels = sampler.draw(range(7))
-    parts = [sampler.draw(indices) for indices in ([0, 1], [5, 2], [6], [4, 3])]
+    whole, labels = sampler.sample(range(7))
+    parts = [sampler.sample(indices) for indices in ([0, 1], [5, 2], [6], [4, 3])]
     order = [0, 1, 5, 2, 6, 4, 3]
     assert (np.concatenate([part[1] for part in parts]) == labels[order]).all()
     difference = np.concatenate([part[0] for part in parts]).astype(int) - whole[order].astype(int)
@@ -52,8 +58,8 @@ def test_a_image_is_the_same_in_any_batch(run, settings):
 
 def test_another_seed_or_number_is_another_image(run):
     student = load_checkpoint(run)
-    first = Sampler(student, SamplingConfig(num_steps=2, labels="3")).draw([0, 1])[0]
-    other = Sampler(student, SamplingConfig(num_steps=2, labels="3", global_seed=1)).draw([0, 1])[0]
+    first = Sampler(student, SamplingConfig(num_steps=2, labels="3")).sample([0, 1])[0]
+    other = Sampler(student, SamplingConfig(num_steps=2, labels="3", global_seed=1)).sample([0, 1])[0]
     images = [image.tobytes() for image in (*first, *other)]
     assert len(set(images)) == 4
 
@@ -129,7 +135,7 @@ def test_the_folder_of_checkpoints_inside_a_run_names_the_run(run):
 )
 def test_calls_are_counted(run, settings, calls):
     sampler = Sampler(load_checkpoint(run), SamplingConfig(num_steps=8, **settings))
-    sampler.draw([0])
+    sampler.sample([0])
     assert sampler.calls == calls
 
 
@@ -179,7 +185,7 @@ def test_the_name_of_a_folder_tells_what_people_vary(settings, name):
 def test_a_warm_up_takes_no_more_memory_than_drawing(run, mode, rows):
     sampler = Sampler(load_checkpoint(run), SamplingConfig(cfg_scale=2.0, guidance_mode=mode))
     seen = []
-    sampler.student.model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])))
+    sampler.loaded.model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])))
     sampler.warm_up(3)
     assert seen == [rows]
 
@@ -189,7 +195,7 @@ def test_guidance_in_two_halves_draws_the_same(run):
     batched, separate = (
         Sampler(student, SamplingConfig(**settings, guidance_mode=mode)) for mode in ("batched", "separate")
     )
-    difference = batched.draw(range(5))[0].astype(int) - separate.draw(range(5))[0].astype(int)
+    difference = batched.sample(range(5))[0].astype(int) - separate.sample(range(5))[0].astype(int)
     assert np.abs(difference).max() <= 1
     assert batched.calls == (8, 8) and separate.calls == (13, 13)  # guided at 0.625, 0.5, 0.375, 0.25 and 0.125
 
@@ -252,7 +258,7 @@ def student(tmp_path):
 
 
 def test_latents_are_decoded_by_the_vae_of_the_checkpoint(student, tmp_path):
-    images, labels = Sampler(student, SamplingConfig(num_steps=3, labels="3,1")).draw(range(3))
+    images, labels = Sampler(student, SamplingConfig(num_steps=3, labels="3,1")).sample(range(3))
     generators = [image_generator(0, index, "noise") for index in range(3)]
     drawn = sample(student.model, initial_noise((3, 4, 4, 4), generators), torch.tensor([3, 1, 3]), num_steps=3)
     wanted = to_uint8(VAE(LatentFormat.of(str(tmp_path / "vae"))).decode(drawn))

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 from digits_run import SHAPE, write_run
-from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler
+from haste.generation.pipeline import Sampler, load_checkpoint
 from haste.sweep.measure import count_cost, count_flops, time_run
 
 

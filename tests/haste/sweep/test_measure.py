@@ -8,9 +8,8 @@ from haste.digits.classifier import ClassifierConfig, train_classifier
 from haste.errors import UserError
 from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.reference import load_reference
-from haste.generation.checkpoint import load_checkpoint
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler
+from haste.generation.pipeline import Sampler, load_checkpoint
 from haste.sweep import measure
 from haste.sweep.config import Grid, plan, point_fields
 from haste.sweep.measure import Sweep

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from haste.errors import UserError
-from haste.generation.checkpoint import latent_format, load_checkpoint
+from haste.generation.pipeline import latent_format, load_checkpoint
 from haste.models import SiT
 from haste.training.checkpoint import capture_rng, read_newest_checkpoint, save_checkpoint
 from haste.training.config import TrainConfig
