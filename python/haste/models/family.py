@@ -163,6 +163,13 @@ class Family(ABC):
     @abstractmethod
     def layout(self, config: Mapping[str, Any]) -> Layout: ...
 
+    def for_sampling(self, config: Mapping[str, Any], fused_attn: bool = True) -> dict[str, Any]:
+        """The config of the same model where the packages and the hardware of its training may be absent.
+
+        fused_attn: False computes attention step by step, where the family can.
+        """
+        return dict(config)
+
     def training_flops(self, config: Mapping[str, Any]) -> int | None:
         """Floating-point operations of forward and backward for one image; None if nobody has counted them."""
         return None

@@ -420,6 +420,9 @@ class SiTFamily(Family):
         grid = side // config["patch_size"]
         return Layout((channels, side, side), grid, config["depth"], config["num_heads"], config["num_classes"])
 
+    def for_sampling(self, config: Mapping[str, Any], fused_attn: bool = True) -> dict[str, Any]:
+        return {**config, "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
+
     def training_flops(self, config: Mapping[str, Any]) -> int:
         """Those of the matrix products: forward, and twice that for backward."""
         width, patch = config["hidden_size"], config["patch_size"]
