@@ -51,6 +51,6 @@ def test_a_full_run_has_no_cache(loaded):
 def test_only_the_model_and_the_sampler_are_timed(loaded, monkeypatch):
     timed = []
     monkeypatch.setattr(Sampler, "run", lambda self, start: timed.append(len(start.labels)))
-    monkeypatch.setattr(Sampler, "draw", None)
+    monkeypatch.setattr(Sampler, "sample", None)
     assert time_run(Sampler(loaded, SamplingConfig(num_steps=3)), batch=5) > 0
     assert timed == [5]

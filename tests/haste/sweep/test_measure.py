@@ -72,7 +72,7 @@ def test_every_point_is_judged_and_timed(whole):
 
 @pytest.mark.parametrize("killed_at", [9, 15, 22])  # among the evaluated points, then among the timed ones
 def test_a_sweep_that_was_killed_goes_on_and_comes_to_the_same(make_sweep, whole, monkeypatch, killed_at):
-    run, draw, runs, drawn = Sampler.run, Sampler.draw, [], []
+    run, draw, runs, drawn = Sampler.run, Sampler.sample, [], []
 
     def run_until_killed(self, *args):
         runs.append(self)
@@ -92,7 +92,7 @@ def test_a_sweep_that_was_killed_goes_on_and_comes_to_the_same(make_sweep, whole
     known = [record for record in records_of(resumed) if "fd" in record]
     timed = [record for record in known if "seconds" in record]
     assert len(known) == 4 and 0 < len(timed) < 4 if killed_at == 22 else 0 < len(known) < 4
-    monkeypatch.setattr(Sampler, "draw", draw_and_note)
+    monkeypatch.setattr(Sampler, "sample", draw_and_note)
     resumed.run()
     assert not [
         record for record in known[1:] if record["point"] in drawn
