@@ -9,7 +9,7 @@ import argparse
 import tempfile
 
 import torch
-from haste.alignment import Aligner
+from haste import Aligner
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model

@@ -12,7 +12,7 @@ import argparse
 import time
 
 import torch
-from haste.caching import disable_cache, enable_cache
+from haste import disable_cache, enable_cache
 from haste.models import SiT
 from torch import Tensor, nn
 
