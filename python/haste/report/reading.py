@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from haste.errors import UserError, in_one_line
-from haste.evaluation.evaluate import NAMES
+from haste.evaluation.results import NAMES
 from haste.evaluation.runs import RECORDS, read_evaluations
 from haste.io import read_json
 from haste.training.checkpoint import DIGEST, WRITTEN
@@ -34,7 +34,7 @@ _PREVIEW_NAME = re.compile(r"[0-9]{1,15}")
 class Quality:
     """Metrics of one checkpoint. how: what they were measured of and against; only those of one `how` compare.
 
-    values: by the keys of `evaluation.evaluate.NAMES`.
+    values: by the keys of `evaluation.results.NAMES`.
     """
 
     how: str

@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 from haste.errors import UserError
 from haste.evaluation import evaluate as evaluate_module
-from haste.evaluation.evaluate import (
-    NAMES,
-    Evaluation,
-    Evaluator,
-    MetricConfig,
-    Result,
-    beside,
-    checkpoints_text,
-    evaluate,
-)
+from haste.evaluation.evaluate import Evaluator, MetricConfig, beside, evaluate
 from haste.evaluation.features import Features
 from haste.evaluation.metrics import Gaussian, fit_gaussian, frechet_distance, inception_score, kid, prdc
 from haste.evaluation.reference import Reference
+from haste.evaluation.results import NAMES, Evaluation, Result, checkpoints_text
 from PIL import Image
 
 SETTINGS = MetricConfig(kid_subsets=5, kid_subset_size=100)
@@ -125,6 +117,14 @@ def test_images_in_memory_and_a_part_of_the_metrics(network, monkeypatch, tmp_pa
     expected = frechet_distance(fit_gaussian(network(images).values), fit_gaussian(network(images[:20]).values))
     assert found["fd"].value == pytest.approx(expected) and found.settings["count"] == 30
     assert "30 samples against 20 real images" in found.heading()
+
+
+def test_labels_and_images_of_another_shape_are_refused(network, monkeypatch):
+    with pytest.raises(UserError, match=r"labels must be \(60,\), one for each image, got \(59,\)"):
+        Evaluator(Classes(), reference(features(50))).score(Features(features(60)), np.zeros(59))
+    monkeypatch.setattr(evaluate_module, "load_extractor", lambda name, folder: network)
+    with pytest.raises(UserError, match=r"samples must be images \(N, H, W, 3\) uint8, got float64 \(2, 8, 8, 3\)"):
+        evaluate(np.zeros((2, 8, 8, 3)), "x", "digits")
 
 
 def test_metrics_of_no_such_name_are_refused():
