@@ -12,6 +12,7 @@ They run on the GPU, if there is one, in single precision.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -77,13 +78,14 @@ class Extractor(Protocol):
 
     key: fit for a file's name, changes with the weights.
     dimension: features of an image.
-    classes: how many, where they are those of the data that models are trained on; else None. Such a classifier has
-        `held_out_accuracy`, from 0 to 1, too.
+    classes: how many, where they are those of the data that models are trained on; else None.
+    held_out_accuracy: of such a classifier, from 0 to 1; else NaN.
     """
 
     key: str
     dimension: int
     classes: int | None
+    held_out_accuracy: float
 
     def describe(self) -> str: ...
 
@@ -94,7 +96,8 @@ class Extractor(Protocol):
 class InceptionExtractor:
     """FID's Inception, from either of its files."""
 
-    classes = None  # ImageNet's in another order
+    classes: int | None = None  # ImageNet's in another order
+    held_out_accuracy = math.nan
 
     def __init__(self, path: Path) -> None:
         self.device = choose_device()
@@ -116,7 +119,8 @@ class InceptionExtractor:
 class TeacherExtractor:
     """A vision transformer by its class token, or else the mean of its patch tokens."""
 
-    classes = None
+    classes: int | None = None
+    held_out_accuracy = math.nan
 
     def __init__(self, name: str) -> None:
         # transformers takes a second to import.

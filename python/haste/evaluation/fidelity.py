@@ -141,7 +141,7 @@ def _check_same_images(samples: Path, images: ImageSet, baseline: Path, others: 
                         "baseline differs in the caching alone"
                     )
     labels = [side.labels for side in (images, others) if isinstance(side, NpzImages) and side.labels is not None]
-    if len(labels) == 2 and not np.array_equal(*labels):
+    if len(labels) == 2 and not np.array_equal(labels[0], labels[1]):
         raise UserError(f"{samples} and {baseline} hold images of different labels; a baseline has the same ones")
 
 
@@ -166,7 +166,7 @@ def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.nd
     for start in range(0, len(indices), BATCH):
         batch = list(indices[start : start + BATCH])
         states: list[Tensor] = []
-        full.sample(batch, observe=lambda step, x, states=states: states.append(x.to("cpu", copy=True)))
+        full.sample(batch, observe=_keep_in(states))
         errors: list[Tensor] = []
 
         def compare(step: int, x: Tensor, states=states, errors=errors) -> None:
@@ -176,6 +176,10 @@ def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.nd
         cached.sample(batch, observe=compare)
         parts.append(torch.stack(errors))
     return torch.cat(parts, dim=1).double().numpy()
+
+
+def _keep_in(states: list[Tensor]) -> Callable[[int, Tensor], None]:
+    return lambda step, x: states.append(x.to("cpu", copy=True))
 
 
 def summarise_steps(errors: np.ndarray) -> list[dict[str, float]]:

@@ -130,7 +130,7 @@ class NpzImages:
         if labels is not None and labels.ndim != 1:
             raise UserError(f"labels in {path} have shape {labels.shape}; they must be (count,)")
         self.count = shape[0] if count is None else min(count, shape[0])
-        self.shape = shape[1:]
+        self.shape: tuple[int, ...] = shape[1:]
         self.labels = None if labels is None else labels[: self.count]
 
     def __len__(self) -> int:

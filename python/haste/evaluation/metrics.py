@@ -187,7 +187,7 @@ def symmetric_root(matrix: np.ndarray) -> np.ndarray:
     symmetric = (matrix + matrix.T) / 2.0
     values, vectors = np.linalg.eigh(symmetric)
     root = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-    scale = np.linalg.norm(symmetric)
+    scale = float(np.linalg.norm(symmetric))
     residual = np.linalg.norm(root @ root - symmetric)
     rounded = np.linalg.norm(np.clip(values, -ROUNDING * max(values[-1], 0.0), 0.0))
     if not residual <= ROOT_TOLERANCE * max(scale, np.finfo(np.float64).tiny) + rounded:  # `not <=` also catches NaN

@@ -185,8 +185,8 @@ def _read_statistics(path: Path, key: str | None) -> Reference:
     if "mu" in arrays:
         mean = arrays["mu"].astype(np.float64)
         covariance = arrays.get("sigma", np.empty(0)).astype(np.float64)
-        if fault := fault_of_moments(mean, covariance):
-            raise UserError(f"--reference is {path}, whose {fault}")
+        if wrong := fault_of_moments(mean, covariance):
+            raise UserError(f"--reference is {path}, whose {wrong}")
         if features is not None and features.shape[1] != len(mean):
             raise UserError(
                 f"--reference is {path}, whose mu has {len(mean)} dimensions and features {features.shape[1]}; "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -137,7 +138,7 @@ def compare_with_baseline(config: EvaluateConfig, samples: Path, count: int | No
     with image_bar("baseline") as advance:
         fidelity = compare_sets(samples, baseline, advance, count).summary()
     parts = [f"{samples.name} beside {baseline.name}, {fidelity['images']:,} images", fidelity_text(fidelity)]
-    measured = {"fidelity": fidelity}
+    measured: dict[str, Any] = {"fidelity": fidelity}
     if config.baseline == FULL:
         errors = compare_steps(config, samples)
         parts[-1] += f"\n{steps_text(errors)}"
@@ -238,9 +239,7 @@ def evaluate_checkpoints(
         }
         record = known.get(fingerprint(identity))
         if record is None:
-            measured = evaluate_checkpoint(
-                checkpoint, settings, count, evaluator, lambda images, name=checkpoint: progress(name, images)
-            )
+            measured = evaluate_checkpoint(checkpoint, settings, count, evaluator, partial(progress, checkpoint))
             record = {"step": measured.pop("step"), **identity, **measured}
             append_record(run / RECORDS, record)
         else:
