@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from haste.errors import UserError, in_one_line
 
@@ -36,8 +36,6 @@ def in_bytes(size: int) -> str:
             return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
     return f"{size} bytes"
 
-
-Json = TypeVar("Json", dict, list)
 
 LOCK = ".lock"  # haste.resumable keeps it in a folder while a command works there
 
@@ -211,12 +209,11 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def read_json(path: Path, what: str, kind: type[Json] = dict, needs: Iterable[str] = ()) -> Json:
-    """Read a JSON file.
+def read_json(path: Path, what: str, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
 
     Args:
         what: what the file should be, for messages, such as "the settings of a run".
-        kind: dict or list.
         needs: keys that must be there.
 
     Raises:
@@ -226,18 +223,17 @@ def read_json(path: Path, what: str, kind: type[Json] = dict, needs: Iterable[st
         data = read_bytes(path, LARGEST_JSON)
     except OSError as error:
         raise UserError(f"{path} must be {what}, and cannot be read: {error.strerror or error}") from error
-    return parse_json(data, f"{path}", what, kind, needs)
+    return parse_json(data, f"{path}", what, needs)
 
 
-def parse_json(data: bytes | str, source: str, what: str, kind: type[Json] = dict, needs: Iterable[str] = ()) -> Json:
+def parse_json(data: bytes | str, source: str, what: str, needs: Iterable[str] = ()) -> dict[str, Any]:
     """Parse what has been read already, as `read_json`; `source` names it."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} must be {what}, and is no JSON: {in_one_line(error)}") from error
-    if not isinstance(content, kind):
-        name = {dict: "object", list: "list"}[kind]
-        raise UserError(f"{source} must be {what}, a JSON {name}, and is {type(content).__name__}")
+    if not isinstance(content, dict):
+        raise UserError(f"{source} must be {what}, a JSON object, and is {type(content).__name__}")
     missing = [name for name in needs if name not in content]
     if missing:
         raise UserError(f"{source} must be {what}, and has no {missing[0]!r}")

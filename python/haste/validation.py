@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 from haste.errors import UserError, in_one_line, shorten
 from haste.io import MOST_CLASSES
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)
 
 
 def build(cls: type[T], values: Any, source: str) -> T:
@@ -130,7 +130,7 @@ class Bounds(NamedTuple):
 
     low: float
     high: float
-    kind: type = Integral
+    kind: Any = Integral
     open_low: bool = False
     open_high: bool = False
 

@@ -165,7 +165,7 @@ def _read_zip(path: Path, foreign: bool) -> Any:
         source = _without_program(path, kept) if script else path
         named = torch.serialization.get_unsafe_globals_in_checkpoint(source)
         if script:
-            source.seek(0)  # the line above has read it
+            source.seek(0)  # type: ignore[union-attr]  # the line above has read it
         named = [name for name in named if name != "argparse.Namespace"]
         blocked = [name for name in named if name.split(".")[0] in BLOCKED]
         if blocked:

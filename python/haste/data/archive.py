@@ -19,7 +19,7 @@ import struct
 import zipfile
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -219,7 +219,7 @@ class Header(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(stream: BinaryIO) -> Header:
+def read_header(stream: IO[bytes]) -> Header:
     """Read a header, up to the first value. Raises ValueError if there is none, or that of objects."""
     start = stream.read(8)
     if start[:6] != b"\x93NUMPY" or len(start) < 8:
@@ -239,7 +239,7 @@ def read_header(stream: BinaryIO) -> Header:
     return header
 
 
-def read_array(stream: BinaryIO, available: int, packed: int | None = None) -> np.ndarray:
+def read_array(stream: IO[bytes], available: int, packed: int | None = None) -> np.ndarray:
     """Read the array of an .npy file.
 
     Args:
@@ -301,7 +301,7 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def open_entry(archive: zipfile.ZipFile, name: str) -> BinaryIO:
+def open_entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     """Open an array; KeyError if there is none, ValueError if it could inflate without a bound."""
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -163,7 +163,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     remove_abandoned(path)
     write_atomically(path, write)

@@ -72,7 +72,7 @@ def load_dataset(
         raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
     archive = open_archive(path, "--data-dir")
     if archive.child(LATENTS) is not None:
-        data = open_repa_layout(archive, resolution, vae, vae_stats, on_bad_file, num_classes)
+        data: TrainingData = open_repa_layout(archive, resolution, vae, vae_stats, on_bad_file, num_classes)
     else:
         data = _open_images(archive, path, resolution, vae, vae_stats, on_bad_file, num_classes)
     try:

@@ -153,7 +153,7 @@ class _Reader:
 
     def __getitem__(self, index: int) -> tuple[Any, list[BadFile]]:
         attempts = 1 if self.data.on_bad_file == "refuse" else min(len(self.data), MOST_BAD_NEIGHBOURS)
-        faults = []
+        faults: list[BadFile] = []
         for offset in range(attempts):
             try:
                 return self.data[(index + offset) % len(self.data)], faults

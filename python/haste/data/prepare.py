@@ -7,6 +7,7 @@ encodes.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -100,7 +101,7 @@ class Destination(ResumableDir):
 
     def present(self, kind: Kind) -> set[int]:
         """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""
-        sizes = {}
+        sizes: dict[str, int] = {}
         for folder in (self.path / kind.folder).glob("[0-9]*"):
             with os.scandir(folder) as entries:
                 sizes |= {f"{folder.name}/{entry.name}": entry.stat().st_size for entry in entries}
@@ -147,7 +148,7 @@ class Destination(ResumableDir):
             if not packed.is_file():
                 logger.info("packing %s", packed)
                 with self.writing():
-                    write_atomically(packed, lambda temporary, folder=folder: _zip_folder(folder, temporary))
+                    write_atomically(packed, functools.partial(_zip_folder, folder))
             shutil.rmtree(folder, ignore_errors=True)
 
 
