@@ -1,26 +1,45 @@
-"""Ctrl-C and SIGTERM ask the loop to stop at the end of its step, so that it can save first.
+"""The processes of a command: how they share a model, how they stop together, and their progress bars.
 
-The processes that share one command, as torchrun or `accelerate launch` start them; or one alone.
+accelerate reads all of this from how the run was launched; what it launches is one of
 
-The progress bars of all commands.
+    python -m haste train ...                                                      one process
+    accelerate launch --multi_gpu -m haste train ...                               DDP: a copy each
+    accelerate launch --use_fsdp --fsdp_version 2 -m haste train ...               FSDP2: a shard each
+
+and for two machines of eight GPUs, on each with its own rank, 0 and 1,
+
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 0 \\
+        --main_process_ip 10.0.0.1 --main_process_port 29500 -m haste train ...
+
+where --output-dir is a folder that both see.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from haste.errors import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class StopRequest:
@@ -51,7 +70,7 @@ class StopRequest:
         self._restore()
 
     def poll(self) -> signal.Signals | None:
-        """The signal on account of which to stop, if any; the same in every process. To be asked once a step."""
+        """The signal on account of which to stop, if any; the same in every process. To be called once a step."""
         if self._voters is None:
             return self.received
         decided = 0
@@ -75,7 +94,7 @@ class StopRequest:
 
 Result = TypeVar("Result")
 
-# A process that has nothing left to draw waits for the others' last batch, which may take hours on a CPU.
+# A process that has nothing left to sample waits for the others' last batch, which may take hours on a CPU.
 PATIENCE = timedelta(days=1)
 
 
@@ -95,7 +114,7 @@ class Processes:
     def agree(self, function: Callable[[], Result]) -> Result:
         """What `function` returns in the first process, in all of them; the others wait and do not call it.
 
-        A UserError is raised in the first; the others leave without a word.
+        A UserError is raised in the first; the others leave silently.
         """
         if self.count == 1:
             return function()
@@ -116,13 +135,74 @@ class Processes:
         return gather_object([value]) if self.count > 1 else [value]
 
     def leave(self) -> None:
-        """Dissolve the group, once nothing is left to be said."""
+        """Dissolve the group."""
         if self.count > 1:
             self._state.destroy_process_group()
 
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+def in_first(accelerator: Accelerator, function: Callable[[], object]) -> None:
+    """Call `function` in the first process, while the others wait. After a UserError there, which the first one raises,
+    all leave."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except UserError as error:
+            problem = error
+    failed = torch.tensor(float(problem is not None), device=accelerator.device)
+    if accelerator.reduce(failed, reduction="sum") > 0:
+        raise problem or SystemExit(2)
+
+
+def sharding() -> bool:
+    """Whether FSDP was asked for."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], accelerator: Accelerator) -> None:
+    """FSDP2: block by block each process keeps its shard of the weights, in place.
+
+    The shards stay in fp32 and autocast rounds what a matrix product reads, as in one process.
+    """
+    # What it warns of, changing an output in place, nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """DDP. Every buffer and every weight starts out the same, as all processes have the same seed."""
+    devices = None if accelerator.device.type == "cpu" else [accelerator.device]
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def synchronizing(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Around forward and backward: gradients are exchanged in the last of a step's micro-batches only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, or all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, sharded as `like` is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
 
 RARELY = 10.0  # seconds between two lines of a bar in a file or a pipe, where each stays
 

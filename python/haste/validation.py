@@ -171,6 +171,10 @@ BOUNDS: dict[str, Bounds] = {
     "num_classes": Bounds(1, MOST_CLASSES),
     "num_workers": Bounds(0, 1024),
     "encoder_depth": DEPTH,
+    "depth": Bounds(1, 200),
+    "hidden_size": Bounds(4, 16_384),
+    "num_heads": Bounds(1, 1024),
+    "patch_size": Bounds(1, 1024),
     "projector_dim": Bounds(1, 65_536),
     "cfg_prob": SHARE,
     # alignment
@@ -204,7 +208,7 @@ BOUNDS: dict[str, Bounds] = {
     "logging_steps": FROM_ONE,
     "checkpointing_steps": FROM_ONE,
     "sampling_steps": TRAINING_STEPS,
-    "keep": Bounds(0, 10**9),
+    "checkpoints_total_limit": Bounds(0, 10**9),
     "resume_step": TRAINING_STEPS,
     # the sampler
     "num_steps": STEPS,

@@ -11,6 +11,7 @@ import argparse
 import functools
 import io
 import json
+import os
 import pickletools
 import re
 import threading
@@ -88,8 +89,11 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     try:
         if not path.is_file():  # a pipe would wait for ever
-            raise _Damaged("it is no file")
+            what = "is no regular file" if os.path.lexists(path) else "does not exist"
+            raise BrokenCheckpoint(f"the checkpoint {path} {what}")
         content, metadata = _read(path)
+    except BrokenCheckpoint:
+        raise
     except _Damaged as error:
         raise BrokenCheckpoint(f"{path} is no whole checkpoint: {error}") from error
     except OSError as error:

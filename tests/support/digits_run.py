@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from haste.io import save_tensors
 from haste.models.sit import SiT
-from haste.training.checkpoint import checkpoint_path, save_checkpoint
+from haste.training.checkpoint import checkpoint_path
 from haste.training.config import TrainConfig, preset_config
 
 SHAPE = {
@@ -36,7 +37,7 @@ def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), **settings) -> 
             "steps": step,
             "model_config": {**SHAPE, "class_dropout_prob": config.cfg_prob},
         }
-        save_checkpoint(checkpoint_path(run / "checkpoints", step), checkpoint)
+        save_tensors(checkpoint_path(run / "checkpoints", step), checkpoint)
     (run / "args.json").write_text(json.dumps(asdict(config)))
     losses = {"total_loss": 2.0, "loss": 1.0, "proj_loss": -0.5, "attn_loss": 2.5}
     stopped = {"total_loss": 1.0, "loss": 1.0, "proj_loss": None, "attn_loss": None}

@@ -27,7 +27,7 @@ def write_log(folder, name, stop, steps=40, **settings):
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")
     for step in (10, 20, 30, 40):
-        write_image(run / "previews" / f"{step:07d}.png", np.full((8, 8, 3), step, np.uint8))
+        write_image(run / "samples" / f"{step:07d}.png", np.full((8, 8, 3), step, np.uint8))
     return run
 
 

@@ -1,16 +1,15 @@
-"""What the termination rules measure, on images, noise and times that are the same at every probe.
+"""When alignment ends, and how strong it is until then. Once it has ended it never comes back.
 
-Nothing here touches the random state, the gradients or the mode of the run that is being probed.
-
-When alignment ends, and how strong it is until then. Once it has ended it never comes back.
-
-The trainer asks, before each step:
+The trainer calls, before each step:
 
     if rule.wants_probe(step):
         rule.observe(step, rule.measure(model, aligner, batches))
     if rule.due(step):
-        rule.stopped_at = step  # and lets go of the teachers
+        rule.stopped_at = step  # and frees the teachers
     loss = L_v + rule.weight(step) * (proj_coeff * L_R + attn_coeff * L_A)
+
+What a rule measures, it measures on images, noise and times that are the same at every probe, and without touching the
+random state, the gradients or the mode of the run that is being probed.
 """
 
 from __future__ import annotations
@@ -18,20 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from haste.alignment.aligner import Aligner
-from haste.alignment.losses import choose_layer_map
+from haste.alignment.losses import LayerMap
 from haste.errors import UserError
 from haste.models import get_family
-from haste.training.resume import resolve
 from haste.transport import velocity_loss
 
 ProbeBatch = tuple[Tensor, Tensor, Tensor]
-"""What is diffused (B, C, S, S), the images that the teachers look at (B, C, R, R), the labels (B,)."""
+"""What is diffused (B, C, S, S), the images for the teachers (B, C, R, R), the labels (B,)."""
 
 Reduce = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes."""
@@ -39,7 +37,7 @@ Reduce = Callable[[Tensor], Tensor]
 NOISE_SEED = 0
 
 
-def alone(tensor: Tensor) -> Tensor:
+def _of_one_process(tensor: Tensor) -> Tensor:
     """The sum over one process."""
     return tensor
 
@@ -51,7 +49,7 @@ def gradient_cosine(
     block: int,
     times: Sequence[float],
     path_type: str = "linear",
-    reduce: Reduce = alone,
+    reduce: Reduce = _of_one_process,
 ) -> float:
     """The cosine between the gradients of proj_coeff·L_R + attn_coeff·L_A and of L_v, in the parameters of one block.
 
@@ -67,16 +65,16 @@ def gradient_cosine(
     parameters = [p for p in family.blocks(model)[block].parameters() if p.requires_grad]
     totals = [torch.zeros((), device=parameters[0].device)] * len(times)  # become (2, number of parameters)
     with _probing(model, parameters[0].device):
-        for student, images, labels, noise in _with_noise(batches):
+        for x, images, labels, noise in _with_noise(batches):
             targets = aligner.teacher_outputs(images)
             for index, time in enumerate(times):
-                t = torch.full((len(student),), time, device=student.device)
-                x_t, target = family.interpolate(model, student, noise, t, path_type)
+                t = torch.full((len(x),), time, device=x.device)
+                x_t, target = family.interpolate(model, x, noise, t, path_type)
                 output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
                 losses = aligner.losses(output.queries_keys, output.projections, targets, output.prefix)
                 alignment = _gradient(aligner.weigh(losses), parameters)
                 velocity = _gradient(velocity_loss(output.velocity, target), parameters)
-                totals[index] = totals[index] + len(student) * torch.stack([alignment, velocity])
+                totals[index] = totals[index] + len(x) * torch.stack([alignment, velocity])
     cosines = [torch.cosine_similarity(*reduce(total).double(), dim=0) for total in totals]
     return torch.stack(cosines).mean().item()
 
@@ -88,22 +86,22 @@ def mean_alignment_loss(
     batches: Iterable[ProbeBatch],
     times: Sequence[float],
     path_type: str = "linear",
-    reduce: Reduce = alone,
+    reduce: Reduce = _of_one_process,
 ) -> float:
     """The mean over images and times of proj_coeff·L_R + attn_coeff·L_A. Of several processes, each brings its own
     images."""
     family = get_family(model)
     total = torch.zeros(2)  # the sum of the losses and their number
     with _probing(model, next(model.parameters()).device):
-        for student, images, labels, noise in _with_noise(batches):
+        for x, images, labels, noise in _with_noise(batches):
             targets = aligner.teacher_outputs(images)
             for time in times:
-                t = torch.full((len(student),), time, device=student.device)
-                x_t, _ = family.interpolate(model, student, noise, t, path_type)
+                t = torch.full((len(x),), time, device=x.device)
+                x_t, _ = family.interpolate(model, x, noise, t, path_type)
                 output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
                 losses = aligner.losses(output.queries_keys, output.projections, targets, output.prefix)
                 loss = aligner.weigh(losses)
-                total = total.to(loss.device) + len(student) * torch.stack([loss, torch.ones_like(loss)])
+                total = total.to(loss.device) + len(x) * torch.stack([loss, torch.ones_like(loss)])
     loss, number = reduce(total).tolist()
     return loss / number
 
@@ -122,10 +120,10 @@ def _probing(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _with_noise(batches: Iterable[ProbeBatch]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Each batch with noise of its own, drawn on the CPU: the same at every probe and on every device."""
+    """Each batch with noise of its own, made on the CPU: the same at every probe and on every device."""
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    for student, images, labels in batches:
-        yield student, images, labels, torch.randn(student.shape, generator=generator).to(student.device)
+    for x, images, labels in batches:
+        yield x, images, labels, torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -135,17 +133,14 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
-if TYPE_CHECKING:
-    from haste.alignment import Aligner
-    from haste.training.config import TrainConfig
-
 NEVER = -1
+RULES = ("fixed", "cosine-ramp", "gradient-cosine", "plateau")
 
 
 class Termination:
     """HASTE's default rule (arXiv 2505.16792): alignment holds with full weight while step < τ.
 
-    It is also what the other rules share: with them, τ is the step at which alignment ends at the latest.
+    It is also the base of the other rules: with them, τ is the step at which alignment ends at the latest.
 
     early_stop_point: τ, or -1 for never.
     stopped_at: the step before which alignment ended; None while it has not. The trainer sets it.
@@ -164,15 +159,15 @@ class Termination:
         return self.stopped_at is None and self.early_stop_point != NEVER and step >= self.early_stop_point
 
     def wants_probe(self, step: int) -> bool:
-        """Whether something must be measured, and told by observe(), before this step."""
+        """Whether something must be measured, and given to observe(), before this step."""
         return False
 
     def measure(
-        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone
+        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = _of_one_process
     ) -> float:
-        """What observe() is to be told, from images that are the same at every probe.
+        """What observe() is given, from images that are the same at every probe.
 
-        It draws none of the run's random numbers. reduce: the sum over processes, each of which brings its own
+        The run's random state is left alone. reduce: the sum over processes, each of which brings its own
         images. It computes in fp32, so batches should be half as large as in a half-precision step.
         """
         raise RuntimeError(f"{type(self).__name__} measures nothing")
@@ -276,7 +271,7 @@ class GradientCosine(ProbedTermination):
         self.threshold = threshold
 
     def measure(
-        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone
+        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = _of_one_process
     ) -> float:
         return gradient_cosine(model, aligner, batches, self.block, self.TIMES, self.path_type, reduce)
 
@@ -306,7 +301,7 @@ class Plateau(ProbedTermination):
         self.min_delta = min_delta
 
     def measure(
-        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = alone
+        self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = _of_one_process
     ) -> float:
         return mean_alignment_loss(model, aligner, batches, self.TIMES, self.path_type, reduce)
 
@@ -332,8 +327,12 @@ class Plateau(ProbedTermination):
         return lowest, since
 
 
-def make_termination(config: TrainConfig) -> Termination:
-    """The rule that --termination names. UserError for settings with which it cannot work."""
+def make_termination(config: Any) -> Termination:
+    """The rule that --termination names, of a TrainConfig that is resolved.
+
+    Raises:
+        UserError: settings with which it cannot work.
+    """
     if not config.teachers:
         return Termination(NEVER)
     tau = config.early_stop_point
@@ -359,15 +358,10 @@ def make_termination(config: TrainConfig) -> Termination:
         return GradientCosine(*schedule, block=block - 1, threshold=config.probe_threshold)
     if config.termination == "plateau":
         return Plateau(*schedule, patience=config.plateau_patience, min_delta=config.plateau_min_delta)
-    known = "fixed, cosine-ramp, gradient-cosine or plateau"
-    raise UserError(f"--termination must be {known}, got {config.termination!r}")
+    raise UserError(f"--termination must be {', '.join(RULES)}, got {config.termination!r}")
 
 
-def aligned_blocks(config: TrainConfig) -> list[int]:
-    """The last block, counted from 1, that each alignment loss looks at: that of features first."""
-    blocks = []
-    if config.aligns_features:
-        blocks.append(resolve(config).encoder_depth)
-    if config.aligns_attention:
-        blocks.append(1 + max(choose_layer_map(config.layer_map, config.model).student))
-    return blocks
+def aligned_blocks(config: Any) -> list[int]:
+    """The last block, counted from 1, that each alignment loss reads: that of features first."""
+    blocks = [config.encoder_depth] if config.aligns_features else []
+    return blocks + [1 + max(LayerMap.parse(config.layer_map).student)] if config.aligns_attention else blocks

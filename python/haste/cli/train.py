@@ -1,8 +1,8 @@
-"""Train a diffusion transformer (SiT) with HASTE, with REPA, or as the baseline.
+"""Train a diffusion transformer with HASTE, with REPA, or vanilla.
 
 The quickest look: `haste train --preset digits` trains on real handwritten digits, in minutes without a GPU.
 `haste train --preset` lists all presets with what they set. Started again, the same command resumes from the last
-checkpoint; what it does not say is as the run was begun. On several GPUs: `accelerate launch -m haste train ...`.
+checkpoint; what it leaves out is as the run was begun. On several GPUs: `accelerate launch -m haste train ...`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from haste.training.config import TrainConfig, describe_run, list_presets, preset_config
-from haste.training.resume import follow_run
+from haste.training.config import TrainConfig, describe_run, list_presets
+from haste.training.settings import command_config
 
 LIST = "list"  # what --preset means without a name
 
 
 def default_config(arguments: Sequence[str]) -> TrainConfig:
-    """The values of the preset, under those of the run that is resumed; the other flags then override both.
-
-    --preset without a name lists the presets instead.
-    """
+    """What the flags override; --preset without a name lists the presets instead."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", default="", const=LIST)
-    known, _ = parser.parse_known_args(arguments)
-    if known.preset == LIST:
+    if parser.parse_known_args(arguments)[0].preset == LIST:
         print(list_presets())
         raise SystemExit(0)
-    preset = known.preset if isinstance(known.preset, str) else "--"  # argparse makes [] of --preset=--
-    return follow_run(preset_config(preset), arguments)
+    return command_config(arguments)
 
 
 def main(config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ from haste.errors import UserError, shorten
 from haste.generation.config import SamplingConfig
 from haste.models import Family, Layout, get_family
 from haste.samplers import Guidance, initial_noise, model_calls, solver, times_at
-from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_student, sampling_config
+from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
 from haste.training.config import TrainConfig
 from haste.training.conventions import Convention, guided_channels
 from haste.vae import PUBLISHED_VAES, VAE, LatentFormat
@@ -117,7 +117,7 @@ def load_checkpoint(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(file: Path) -> LoadedCheckpoint:
-        content = read_student(file, assume, convention)
+        content = read_checkpoint(file, assume, convention)
         model = loaded_model(content, ema, fused_attn).to(device)
         return LoadedCheckpoint(
             model, content["model_config"], sampling_config(content, file), file, what_is_recorded(content)
@@ -135,7 +135,7 @@ def load_checkpoint(
 
 
 def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
-    """`LoadedCheckpoint.recorded` of what `read_student` returns."""
+    """`LoadedCheckpoint.recorded` of what `read_checkpoint` returns."""
     last = re.compile(r"projectors\.\d+\.4\.weight")
     z_dims = [weight.shape[0] for name, weight in content["model"].items() if last.fullmatch(name) and weight.dim()]
     known = {name: content[name] for name in ("args", "convention", "latents", "class_names") if name in content}

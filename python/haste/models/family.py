@@ -22,6 +22,7 @@ from haste import transport
 from haste.errors import UserError
 from haste.validation import shown
 
+SIZES = ("depth", "hidden_size", "num_heads", "patch_size")  # arguments that settings may have of their own
 DEFAULT = "sit"  # of a config without "family", as all had before there were several
 
 
@@ -322,13 +323,13 @@ def new_config(settings: Any, data: Any) -> dict[str, Any]:
     """The config of a new run's model.
 
     Args:
-        settings: a TrainConfig; its `model` is a published size.
+        settings: a TrainConfig.
         data: what is trained on; it has `channels`, `input_size` and `num_classes`.
 
     Raises:
         UserError: --model names no size.
     """
-    family, size = find_size(settings.model)
+    family, size = chosen_size(settings)
     return _named(family, family.config_for(size, settings, data))
 
 
@@ -336,9 +337,24 @@ def _named(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     return config if family.name == DEFAULT else {"family": family.name, **config}
 
 
-def model_depth(name: str) -> int:
-    """Layers with attention of a published size; UserError, naming --model, if there is none of the name."""
-    family, size = find_size(name)
+def chosen_size(settings: Any) -> tuple[Family, dict[str, Any]]:
+    """The family of --model and the arguments of its size, with the settings' own --depth and so on in their place.
+
+    Raises:
+        UserError: --model names no size, or its family has no such argument.
+    """
+    family, size = find_size(settings.model)
+    own = {name: getattr(settings, name) for name in SIZES if getattr(settings, name) is not None}
+    for name in own:
+        if name not in size:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be left out for {family.title}, which has none, got {own[name]}")
+    return family, {**size, **own}
+
+
+def model_depth(settings: Any) -> int:
+    """Layers with attention of the model that a TrainConfig chooses."""
+    family, size = chosen_size(settings)
     return family.depth(size)
 
 

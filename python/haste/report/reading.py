@@ -19,8 +19,9 @@ from haste.errors import UserError, in_one_line
 from haste.evaluation.results import NAMES
 from haste.evaluation.runs import RECORDS, read_evaluations
 from haste.io import read_json
+from haste.resumable import read_lines
 from haste.training.checkpoint import DIGEST, WRITTEN
-from haste.training.logging import alignment_end, finite, is_step, read_lines, read_log
+from haste.training.logging import alignment_end, finite, is_step, read_log
 from haste.training.samples import MISSING
 
 PREVIEW_SIDE = 520  # pixels on the page; larger previews are made smaller
@@ -107,13 +108,13 @@ def shown(value: object) -> str:
 
 def find_previews(folder: Path) -> dict[int, Path]:
     """Step → its preview, in the order of the steps. Whether a file is a whole PNG shows when it is read."""
-    names = {path.stem: path for path in (folder / "previews").glob("*.png") if _PREVIEW_NAME.fullmatch(path.stem)}
+    names = {path.stem: path for path in (folder / "samples").glob("*.png") if _PREVIEW_NAME.fullmatch(path.stem)}
     return {step: names[stem] for step, stem in sorted((int(stem), stem) for stem in names)}
 
 
 def why_missing(folder: Path) -> str:
     """The reason that the trainer has left, or the usual one."""
-    path = folder / "previews" / MISSING
+    path = folder / "samples" / MISSING
     if path.is_file():
         with path.open("rb") as file:
             return shown(file.read(1000).decode("utf-8", "replace").strip())

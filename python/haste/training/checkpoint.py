@@ -1,19 +1,12 @@
-"""Which checkpoint something was measured or drawn from: its name and a digest of its content.
-
-Copies have the same digest, and so has a file that was only touched; one that was trained again has another.
-
-What a run goes on from besides weights, held against what the trainer can take up.
-
-Checkpoints: written whole or not at all, read without executing anything.
+"""Checkpoints: written whole or not at all, read without executing anything, by one reader.
 
 A file holds what HASTE's and REPA's files hold (model, ema, opt, args, steps), laid out as there, and under keys of
-their own what it takes to go on as if nothing had happened: model_config, rng, termination, scaler.
+their own what it takes to resume as if nothing had happened: model_config, rng, termination, scaler.
 The position in the data needs no entry of its own: the order of the images is a function of the step.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import os
@@ -29,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
-from haste.io import save_tensors
 from haste.models import build_model, check_config, infer_config
 from haste.training.config import TrainConfig
 from haste.training.conventions import (
     Convention,
     Weights,
-    both_weights,
+    find_convention,
     first_not_finite,
+    from_sit,
     is_empty,
     is_projector,
     our_settings,
@@ -46,12 +39,305 @@ from haste.training.conventions import (
     require_shapes,
     why_unusable,
 )
-from haste.training.resume import is_ours
+from haste.training.settings import is_ours
 from haste.vae import LatentFormat
 from haste.validation import build, check, shown
 from haste.weights import BrokenCheckpoint, read_file, settings_in
 
 logger = logging.getLogger(__name__)
+
+Checkpoint = dict[str, Any]
+"""What `read_checkpoint` returns."""
+
+RESUMED = ("opt", "args", "steps")
+SAMPLED_BY = ("exp_name", "data_dir", "model", "resolution", "num_classes", "encoder_depth", "path_type", "vae")
+
+
+def read_checkpoint(
+    path: Path, assume: Mapping[str, Any] | None = None, convention: Convention | None = None
+) -> Checkpoint:
+    """Read a checkpoint of this trainer, HASTE's, REPA's or SiT's, or a bare file of weights.
+
+    Args:
+        assume: settings of the run, for those that the file does not hold.
+        convention: whose it keeps, where the file does not tell.
+
+    Returns:
+        model and ema, in our conventions and under our names; model_config; `args`, the settings of the run, as a
+        dictionary; `convention`, whose the file kept; and what else the file holds, unchecked: see `check_resumable`.
+
+    Raises:
+        BrokenCheckpoint: a damaged or missing file.
+        UserError: a file that cannot be used, or does not tell whose it is.
+    """
+    content = read_file(path)
+    own = settings_of(content, path)
+    refuse_other_predictions(own, path)
+    args = {**(assume or {}), **own}
+    parts = read_parts(content, path)
+    try:
+        given = content.get("model_config")
+        model_config = check_config(infer_config(parts["model"], args) if given is None else given, str(path))
+        model = on_meta(model_config)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    for part, values in parts.items():
+        require_names(model, values, f"{part} of {path}")
+    found = find_convention(content, parts["model"], own, path, convention)
+    for part, values in parts.items():
+        parts[part] = values = from_sit(values) if found == "sit" else values
+        require_shapes(model, values, f"{part} of {path}")
+        broken = first_not_finite(values)
+        if broken is not None:
+            logger.warning("%s of %s holds numbers that are not finite, in %s for one", part, path, broken)
+    if content.get("class_names") is not None:
+        check(content["class_names"], list[str], f"class_names of {path}")
+    is_file_of_weights = not any(name in content for name in ("model", "ema"))
+    others = {} if is_file_of_weights else content
+    return {**others, **parts, "model_config": model_config, "args": our_settings(args, found), "convention": found}
+
+
+def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a file; empty if it does not hold them. UserError for what are none.
+
+    Another trainer's None stands for what was not given.
+    """
+    settings = settings_in(content.get("args"), f"args of {path}")
+    return {name: value for name, value in settings.items() if is_ours(settings) or value is not None}
+
+
+def loaded_model(checkpoint: Checkpoint, ema: bool = True, fused_attn: bool = True) -> nn.Module:
+    """The model of what `read_checkpoint` returns, in eval mode on the CPU and without its projectors.
+
+    Args:
+        ema: the EMA weights, which images are sampled with, or the trained ones.
+    """
+    config = {**checkpoint["model_config"], "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
+    model = on_meta(config)
+    weights = checkpoint["ema" if ema else "model"]
+    weights = {name: value.float().contiguous() for name, value in weights.items() if not is_projector(name)}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def on_meta(model_config: dict[str, Any]) -> nn.Module:
+    """The model without memory for its weights. UserError for sizes that do not fit together."""
+    with torch.device("meta"):
+        return build_model(model_config)
+
+
+def sampling_config(checkpoint: Checkpoint, path: str | Path) -> TrainConfig:
+    """The settings of the run; of another trainer's those alone by which it is sampled.
+
+    So another trainer's file may hold anything where only training would look.
+    """
+    args = checkpoint["args"]
+    read = args if is_ours(args) else {name: args[name] for name in SAMPLED_BY if name in args}
+    return build(TrainConfig, read, f"args of {path}")
+
+
+# ---- resuming ----
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"{step:07d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("*.pt") if path.stem.isdecimal())
+
+
+def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
+    """The checkpoint of `step`, or for 0 the newest whole one; None if there are no files.
+
+    A damaged newest file is passed over with a warning. What REPA's and HASTE's do not hold is None.
+
+    Raises:
+        UserError: the wanted file is missing or cannot be resumed from, or none is whole.
+    """
+    paths = list_checkpoints(folder)
+    if step:
+        paths = [path for path in paths if int(path.stem) == step]
+        if not paths:
+            raise UserError(f"--resume-step is {step}, and {checkpoint_path(folder, step)} does not exist")
+    for path in reversed(paths):
+        try:
+            checkpoint = read_checkpoint(path)
+        except BrokenCheckpoint as error:
+            logger.warning("%s; looking for an earlier one", error)
+            continue
+        check_resumable(checkpoint, path)
+        if "rng" not in checkpoint:
+            logger.info("%s is another trainer's; its weights and its optimizer are resumed", path)
+        return {**dict.fromkeys(("rng", "termination", "scaler")), **checkpoint}
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start again")
+    return None
+
+
+# ---- what is held against what the trainer can resume ----
+
+LATEST = 2**53  # steps
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class _Termination:
+    stopped_at: int | None
+    observed: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class _Scaler:
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int = 0
+
+
+@dataclass
+class _Data:
+    images: int | None = None
+    names: str | None = None
+    labels: str | None = None
+    files: list[int | None] | None = None
+
+
+def check_resumable(checkpoint: Checkpoint, path: Path) -> None:
+    """UserError, naming the file and the part, if training cannot be resumed from what `read_checkpoint` returns."""
+    missing = [name for name in RESUMED if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{path} lacks {missing[0]}, so a run cannot be resumed from it; begin a new one with --init-from {path}"
+        )
+    source = str(path)
+    build(TrainConfig, checkpoint["args"], f"args of {path}")  # of another type, they could not be compared
+    steps = check(checkpoint["steps"], int, f"steps of {source}")
+    if not 0 <= steps <= LATEST:
+        raise UserError(f"steps of {source} must be a number of steps, and is {steps}")
+    _check_optimizer(checkpoint["opt"], checkpoint["model"], f"opt of {source}")
+    for name, kind in (("termination", _Termination), ("data", _Data)):
+        if checkpoint.get(name) is not None:
+            build(kind, checkpoint[name], f"{name} of {source}")
+    if checkpoint.get("latents"):  # none where pixels are learned
+        LatentFormat.from_dict(checkpoint["latents"], f"latents of {source}")
+    if not is_empty(checkpoint.get("scaler")):  # one that is off keeps nothing
+        build(_Scaler, checkpoint["scaler"], f"scaler of {source}")
+    if checkpoint.get("rng") is not None:
+        _check_rng(checkpoint["rng"], f"rng of {source}")
+
+
+def _check_optimizer(opt: Any, weights: Weights, source: str) -> None:
+    """AdamW's: for each parameter, counted as the weights are, a step and two moments of its shape, or nothing yet."""
+    state = opt.get("state") if isinstance(opt, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"{source} must be the state of AdamW, and is {shown(opt)}")
+    for number, (name, weight) in enumerate(weights.items()):
+        entry = state.get(number)
+        if entry is None:
+            continue
+        moments = [entry.get(moment) for moment in MOMENTS] if isinstance(entry, Mapping) else [None]
+        fit = all(isinstance(m, Tensor) and not why_unusable(m) and m.shape == weight.shape for m in moments)
+        if not fit or not _is_count(entry.get("step")):
+            raise UserError(f"{source} must hold a step and two moments of its shape for {name}, and does not")
+        if not all(torch.isfinite(moment).all() for moment in moments):  # they would reach the weights in one step
+            raise UserError(f"{source} must hold finite moments, and those for {name} are not")
+
+
+def _is_count(step: Any) -> bool:
+    if isinstance(step, Tensor):
+        return not why_unusable(step) and step.numel() == 1
+    return type(step) in (int, float)
+
+
+def _check_rng(state: Any, source: str) -> None:
+    """Sets generators of their own to these states."""
+    if not isinstance(state, Mapping):
+        raise UserError(f"{source} must be the states of random generators, and is {shown(state)}")
+    try:
+        torch.Generator().set_state(state["torch"])
+        cuda = state["cuda"]
+        if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8 and cuda.numel() == 16):
+            raise ValueError("its cuda is no state of a GPU's generator")
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        random.Random().setstate(state["python"])
+    except Exception as error:  # the generators' own errors are of many kinds
+        raise UserError(f"{source} must be the states of random generators: {in_one_line(error)}") from error
+
+
+# ---- the states of random generators ----
+
+
+def capture_rng() -> dict[str, Any]:
+    """The states of all random generators that training uses, which are the same in every process."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """The inverse of capture_rng, for the GPU of this process."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate(state["python"])
+
+
+# ---- --checkpoints-total-limit ----
+
+
+class Retention:
+    """--checkpoints-total-limit: delete the older whole checkpoints of a folder whenever a newer one was written.
+
+    Damaged files are neither counted nor deleted, and named once; a file is read for that once in a process, and only
+    where it would be deleted or counted otherwise. limit: how many stay; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._whole: dict[Path, bool] = {}
+
+    def written(self, newest: Path) -> None:
+        """`newest` has been written whole: delete those before it that are too many."""
+        self._whole[newest] = True
+        older = [path for path in list_checkpoints(self.folder) if int(path.stem) < int(newest.stem)]
+        if not self.limit or len(older) < self.limit:
+            return
+        for path in [path for path in reversed(older) if self._is_whole(path)][self.limit - 1 :]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s cannot be deleted, as --checkpoints-total-limit asks: %s", path, error.strerror)
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole:
+            self._whole[path] = is_whole(path)
+            if not self._whole[path]:
+                logger.warning("%s is damaged; --checkpoints-total-limit neither counts nor deletes it", path)
+        return self._whole[path]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as torch.save wrote it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive leads zipfile to raise anything
+        return False
+
+
+# ---- the identity of a checkpoint ----
 
 DIGEST = "checkpoint_digest"
 WRITTEN = "checkpoint_written"  # nanoseconds since 1970, by which earlier versions' records know a checkpoint
@@ -109,309 +395,3 @@ def _pieces(path: Path) -> bytes:
             file.seek(last * number // (PIECES - 1))
             digest.update(file.read(PIECE))
     return f"{size} {digest.hexdigest()}".encode()
-
-
-def on_meta(model_config: dict[str, Any]) -> nn.Module:
-    """The model without memory for its weights. UserError for sizes that do not fit together."""
-    with torch.device("meta"):
-        return build_model(model_config)
-
-
-LATEST = 2**53  # steps
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class _Termination:
-    stopped_at: int | None
-    observed: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass
-class _Scaler:
-    scale: float
-    growth_factor: float
-    backoff_factor: float
-    growth_interval: int
-    _growth_tracker: int = 0
-
-
-@dataclass
-class _Data:
-    images: int | None = None
-    names: str | None = None
-    labels: str | None = None
-    files: list[int | None] | None = None
-
-
-def check_resumable(checkpoint: Mapping[str, Any], source: str) -> None:
-    """UserError, naming `source` and the part, if training cannot go on from it.
-
-    checkpoint: as `read_newest_checkpoint` completes it, with weights in our conventions.
-    """
-    steps = check(checkpoint["steps"], int, f"steps of {source}")
-    if not 0 <= steps <= LATEST:
-        raise UserError(f"steps of {source} must be a number of steps, and is {steps}")
-    _check_optimizer(checkpoint["opt"], checkpoint["model"], f"opt of {source}")
-    for name, kind in (("termination", _Termination), ("data", _Data)):
-        if checkpoint.get(name) is not None:
-            build(kind, checkpoint[name], f"{name} of {source}")
-    if checkpoint.get("latents"):  # none where pixels are learned
-        LatentFormat.from_dict(checkpoint["latents"], f"latents of {source}")
-    if not is_empty(checkpoint.get("scaler")):  # one that is off keeps nothing
-        build(_Scaler, checkpoint["scaler"], f"scaler of {source}")
-    if checkpoint.get("rng") is not None:
-        _check_rng(checkpoint["rng"], f"rng of {source}")
-
-
-def _check_optimizer(opt: Any, weights: Weights, source: str) -> None:
-    """AdamW's: for each parameter, counted as the weights are, a step and two moments of its shape, or nothing yet."""
-    state = opt.get("state") if isinstance(opt, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise UserError(f"{source} must be the state of AdamW, and is {shown(opt)}")
-    for number, (name, weight) in enumerate(weights.items()):
-        entry = state.get(number)
-        if entry is None:
-            continue
-        moments = [entry.get(moment) for moment in MOMENTS] if isinstance(entry, Mapping) else [None]
-        fit = all(isinstance(m, Tensor) and not why_unusable(m) and m.shape == weight.shape for m in moments)
-        if not fit or not _is_count(entry.get("step")):
-            raise UserError(f"{source} must hold a step and two moments of its shape for {name}, and does not")
-        if not all(torch.isfinite(moment).all() for moment in moments):  # they would reach the weights in one step
-            raise UserError(f"{source} must hold finite moments, and those for {name} are not")
-
-
-def _is_count(step: Any) -> bool:
-    if isinstance(step, Tensor):
-        return not why_unusable(step) and step.numel() == 1
-    return type(step) in (int, float)
-
-
-def _check_rng(state: Any, source: str) -> None:
-    """Sets generators of their own to these states."""
-    if not isinstance(state, Mapping):
-        raise UserError(f"{source} must be the states of random generators, and is {shown(state)}")
-    try:
-        torch.Generator().set_state(state["torch"])
-        cuda = state["cuda"]
-        if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8 and cuda.numel() == 16):
-            raise ValueError("its cuda is no state of a GPU's generator")
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-        random.Random().setstate(state["python"])
-    except Exception as error:  # the generators' own errors are of many kinds
-        raise UserError(f"{source} must be the states of random generators: {in_one_line(error)}") from error
-
-
-Checkpoint = dict[str, Any]
-
-PUBLIC_KEYS = ("model", "ema", "opt", "args", "steps")
-SAMPLED_BY = ("exp_name", "data_dir", "model", "resolution", "num_classes", "encoder_depth", "path_type", "vae")
-RESUME_KEYS = ("model_config", "rng", "termination", "scaler")
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"{step:07d}.pt"
-
-
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    save_tensors(path, checkpoint)
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """One to go on from, ours or the public trainers'.
-
-    Raises BrokenCheckpoint for a damaged file, UserError for one that cannot be used or lacks a part.
-    """
-    checkpoint = read_file(path)
-    refuse_other_predictions(settings_of(checkpoint, path), path)
-    missing = [name for name in PUBLIC_KEYS if name not in checkpoint]
-    if missing:
-        raise UserError(
-            f"{path} lacks {missing[0]}, so a run cannot go on from it; begin a new one with --init-from {path}"
-        )
-    return checkpoint
-
-
-class Retention:
-    """--keep: deletes the older whole checkpoints of a folder, each time that a newer one was written.
-
-    Damaged files are neither counted nor deleted, and named once; a file is read for that once in a process, and only
-    where it would be deleted or counted otherwise. keep: how many stay; 0 keeps all.
-    """
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
-        self._whole: dict[Path, bool] = {}
-
-    def written(self, newest: Path) -> None:
-        """`newest` has been written whole: delete those before it that are too many."""
-        self._whole[newest] = True
-        older = [path for path in list_checkpoints(self.folder) if int(path.stem) < int(newest.stem)]
-        if not self.keep or len(older) < self.keep:
-            return
-        for path in [path for path in reversed(older) if self._is_whole(path)][self.keep - 1 :]:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("%s cannot be deleted, as --keep asks: %s", path, error.strerror)
-
-    def _is_whole(self, path: Path) -> bool:
-        if path not in self._whole:
-            self._whole[path] = is_whole(path)
-            if not self._whole[path]:
-                logger.warning("%s is damaged; --keep neither counts nor deletes it", path)
-        return self._whole[path]
-
-
-def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint is as torch.save wrote it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # a damaged archive leads zipfile to raise anything
-        return False
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(path for path in folder.glob("*.pt") if path.stem.isdecimal())
-
-
-def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
-    """The checkpoint of `step`, or for 0 the newest whole one; None if there are no files.
-
-    One that REPA or HASTE wrote is completed: it has no state of random generators, of a rule of termination or of a
-    scaler, so those are None. A damaged newest file is passed over with a warning. UserError if the wanted file is
-    missing or if none is whole.
-    """
-    paths = list_checkpoints(folder)
-    if step:
-        paths = [path for path in paths if int(path.stem) == step]
-        if not paths:
-            raise UserError(f"--resume-step is {step}, and {checkpoint_path(folder, step)} does not exist")
-    for path in reversed(paths):
-        try:
-            checkpoint = read_checkpoint(path)
-        except BrokenCheckpoint as error:
-            logger.warning("%s; looking for an earlier one", error)
-            continue
-        if "model_config" not in checkpoint:
-            logger.info("%s is another trainer's; training goes on from its weights and its optimizer", path)
-        return completed(checkpoint, path)
-    if paths:
-        raise UserError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start again")
-    return None
-
-
-def capture_rng() -> dict[str, Any]:
-    """The states of all random generators that training draws from, which are the same in every process."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
-        "python": random.getstate(),
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """The inverse of capture_rng, for the GPU of this process."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    random.setstate(state["python"])
-
-
-def completed(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """A checkpoint to go on from with all of its parts, each held against what it must be; UserError if it is not."""
-    args = settings_of(checkpoint, path)
-    TrainConfig.from_dict(args, f"args of {path}")  # refuses settings of another type, which could not be compared
-    weights, _ = both_weights(checkpoint, args, path)
-    whole = {**dict.fromkeys(RESUME_KEYS), **checkpoint, **weights, "args": argparse.Namespace(**args)}
-    check_resumable(whole, str(path))
-    return whole
-
-
-def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a file; empty if it does not hold them. UserError for what are none.
-
-    Another trainer's None stands for what was not said.
-    """
-    settings = settings_in(content.get("args"), f"args of {path}")
-    return {name: value for name, value in settings.items() if is_ours(settings) or value is not None}
-
-
-def read_student(
-    path: Path, assume: Mapping[str, Any] | None = None, convention: Convention | None = None
-) -> Checkpoint:
-    """model, ema and model_config of a checkpoint of any of these trainers, and the settings of its run as `args`.
-
-    Also `convention`, whose it keeps, and `latents`, the format of its latents or None for pixels, and
-    `class_names`, by label, if the file tells.
-    assume: settings of the run for which the file has none. convention: whose it keeps, where the file does not tell.
-    Raises UserError if the file is missing, holds no SiT, or does not tell whose and nothing is given; of these
-    BrokenCheckpoint if it is damaged.
-    """
-    if not path.is_file():
-        what = "is no regular file" if os.path.exists(path) else "does not exist"
-        raise UserError(f"the checkpoint {path} {what}")
-    content = read_file(path)
-    own = settings_of(content, path)
-    args = {**(assume or {}), **own}
-    parts = read_parts(content, path)
-    try:
-        given = content.get("model_config")
-        model_config = check_config(infer_config(parts["model"], args) if given is None else given, str(path))
-        model = on_meta(model_config)
-    except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}") from error
-    for part, values in parts.items():
-        require_names(model, values, f"{part} of {path}")
-    weights, found = both_weights(content, own, path, convention)
-    for part, values in weights.items():
-        require_shapes(model, values, f"{part} of {path}")
-        broken = first_not_finite(values)
-        if broken is not None:
-            logger.warning("%s of %s holds numbers that are not finite, in %s for one", part, path, broken)
-    known = {"latents": content["latents"]} if "latents" in content else {}
-    if content.get("class_names") is not None:
-        known["class_names"] = check(content["class_names"], list[str], f"class_names of {path}")
-    return {**weights, "model_config": model_config, "args": our_settings(args, found), "convention": found, **known}
-
-
-def load_model(
-    path: str | Path, ema: bool = True, convention: Convention | None = None
-) -> tuple[nn.Module, TrainConfig]:
-    """The student of a checkpoint, in eval mode on the CPU and without its projectors, and the run's settings.
-
-    ema: the averaged weights, which samples are drawn with, or the trained ones.
-    convention: whose the file keeps, where it does not tell: "repa" or "sit".
-    Raises UserError if the file is missing or no checkpoint of this trainer, HASTE's, REPA's or SiT's.
-    """
-    student = read_student(Path(path), convention=convention)
-    return loaded_model(student, ema), sampling_config(student, path)
-
-
-def sampling_config(student: Checkpoint, path: str | Path) -> TrainConfig:
-    """The settings of the run of what `read_student` returns; of another trainer's those alone by which it is sampled.
-
-    So another trainer's file may hold anything where only training would look.
-    """
-    args = student["args"]
-    read = args if is_ours(args) else {name: args[name] for name in SAMPLED_BY if name in args}
-    return TrainConfig.from_dict(read, f"args of {path}")
-
-
-def loaded_model(student: Checkpoint, ema: bool = True, fused_attn: bool = True) -> nn.Module:
-    """The model of what `read_student` returns, as `load_model` gives it."""
-    config = {**student["model_config"], "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
-    model = on_meta(config)
-    weights = student["ema" if ema else "model"]
-    weights = {name: value.float().contiguous() for name, value in weights.items() if not is_projector(name)}
-    model.load_state_dict(weights, assign=True)
-    return model.eval()

@@ -1,13 +1,10 @@
-"""Whose conventions a checkpoint keeps: which way time runs, what the model predicts, how its authors sample.
+"""Checkpoints of other trainers: whose conventions a file keeps, its weights under our names and in our conventions.
 
 - repa: HASTE, REPA and this trainer. t = 0 is data, the velocity is ε − x.
 - sit: SiT's own trainer. t = 1 is data, the velocity is x − ε. Its sampler guides three of four channels.
 
 DiT predicts noise, with weights of the same names and shapes as SiT's. What was trained otherwise is refused by name.
-
-Checkpoints of other trainers: REPA's and HASTE's as they are, SiT's with its conventions turned round.
-
-Ours have the same keys in the same order, so those trainers read them as well.
+Our files have the same keys in the same order as REPA's and HASTE's, so those trainers read them as well.
 """
 
 from __future__ import annotations
@@ -52,10 +49,10 @@ def find_convention(
     nothing is given, and where it tells something else than is given.
     """
     refuse_other_predictions(args, file)
-    told = _told(content, weights, args, file)
-    if told is not None and given not in (None, told):
-        raise UserError(f"--convention must be {told}, as {file} tells, got {given}")
-    found = told or given
+    stated = _stated(content, weights, args, file)
+    if stated is not None and given not in (None, stated):
+        raise UserError(f"--convention must be {stated}, as {file} tells, got {given}")
+    found = stated or given
     if found is None:
         raise UserError(
             f"--convention must be given for {file}, which does not tell who trained it: repa (HASTE, REPA: t = 0 is "
@@ -75,7 +72,7 @@ def refuse_other_predictions(args: Mapping[str, Any], file: Path) -> None:
         raise UserError(f"{file} was trained with --path-type {path}; it must be Linear (linear) or GVP (cosine)")
 
 
-def _told(
+def _stated(
     content: Mapping[str, Any], weights: Mapping[str, Tensor], args: Mapping[str, Any], file: Path
 ) -> Convention | None:
     if content.get("model_config") is not None or "steps" in content:  # SiT's trainer keeps no number of steps
@@ -142,19 +139,6 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def both_weights(
-    content: Mapping[str, Any], args: Mapping[str, Any], file: Path, convention: Convention | None = None
-) -> tuple[dict[str, Weights], Convention]:
-    """model and ema of a file of this trainer, of HASTE's, REPA's or SiT's, in our conventions, and whose they were.
-
-    content: what the file holds. args: the settings of its run. convention: whose it keeps, where it does not tell.
-    Raises UserError for a file that holds no weights, or those of a model that predicts something else.
-    """
-    parts = read_parts(content, file)
-    found = find_convention(content, parts["model"], args, file, convention)
-    return {part: from_sit(weights) if found == "sit" else weights for part, weights in parts.items()}, found
-
-
 def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
     """model and ema as a file has them, under our names.
 
@@ -162,9 +146,9 @@ def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
     Raises UserError for a file that holds no weights.
     """
     held = {part: content[part] for part in ("model", "ema") if not is_empty(content.get(part))}
-    parts = {part: plain_weights(values, f"{part} of {file}") for part, values in held.items()}
+    parts = {part: dense_weights(values, f"{part} of {file}") for part, values in held.items()}
     if not parts:
-        parts["model"] = plain_weights(content.get("state_dict", content), str(file))
+        parts["model"] = dense_weights(content.get("state_dict", content), str(file))
     renamed = {part: rename_legacy(weights) for part, weights in parts.items()}
     return {part: renamed.get(part, next(iter(renamed.values()))) for part in ("model", "ema")}
 
@@ -174,7 +158,7 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and not value)
 
 
-def plain_weights(values: Any, source: str) -> Weights:
+def dense_weights(values: Any, source: str) -> Weights:
     """The tensors of a state_dict under the names that they have in the model itself.
 
     source: names the file and the part of it.
@@ -219,8 +203,8 @@ def require_names(model: SiT, weights: Weights, source: str) -> None:
     foreign = next((name for name in found if name not in expected), None)
     missing = next((name for name in expected if name not in found), None)
     if foreign or missing:
-        told = [f"{foreign} does not belong"] * bool(foreign) + [f"{missing} is missing"] * bool(missing)
-        raise UserError(f"{source} does not hold the weights of a SiT of its size: {' and '.join(told)}")
+        wrong = [f"{foreign} does not belong"] * bool(foreign) + [f"{missing} is missing"] * bool(missing)
+        raise UserError(f"{source} does not hold the weights of a SiT of its size: {' and '.join(wrong)}")
 
 
 def require_shapes(model: SiT, weights: Weights, source: str) -> None:
@@ -298,7 +282,7 @@ def _velocity_half(value: Tensor, embedder: Tensor) -> Tensor:
 
 
 def with_projectors(weights: Weights, projectors: Weights) -> Weights:
-    """Weights of a model that has let go of its projectors, with these where they were."""
+    """Weights of a model whose projectors were freed, with these where they were."""
     merged: Weights = {}
     for name, value in weights.items():
         if name.startswith(FIRST_AFTER_PROJECTORS) and projectors.keys() - merged.keys():

@@ -1,20 +1,8 @@
-"""What a step costs and what of it a device could do: operations, share of the peak, memory.
-
-Writes that a running command can do without for a while, such as its log: a full disk costs no training.
-
-Reading a run's log.jsonl, whoever wrote it and whatever a kill has left of it.
-
-A line is one JSON object: step, aligned, and numbers or null.
-
-What the loop measures at every step, kept on the device until somebody wants to read it.
-
-Where the log goes besides log.jsonl: tensorboard and wandb, through accelerate.
-"""
+"""What a run logs: its metrics, to log.jsonl and to tensorboard and wandb; and its log as others read it."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -33,8 +21,8 @@ from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from haste.errors import UserError, in_one_line
-from haste.io import read_bytes
 from haste.models import get_family
+from haste.resumable import read_lines
 from haste.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -61,8 +49,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Backlog:
-    """Writes in their order. One that fails waits in memory, and so do those after it; all are tried again with the
-    next. The first failure is reported, and when all are written.
+    """Writes in their order that a run can do without for a while: a full disk costs no training.
+
+    One that fails waits in memory, and so do those after it; all are tried again with the next. The first failure is
+    logged, and when all are written.
 
     what: names what is written, for the messages. errors: what a write may raise.
     """
@@ -97,7 +87,7 @@ class Backlog:
             self._failing = False
 
     def close(self) -> None:
-        """Try a last time, and say what is lost."""
+        """Try a last time, and log what is lost."""
         self.flush()
         if self._waiting:
             logger.error("%s lacks the last %d entries, which could not be written", self.what, len(self._waiting))
@@ -127,31 +117,6 @@ def read_log(path: Path) -> Log:
         else:
             damaged += 1
     return Log([lines[step] for step in sorted(lines)], damaged)
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a .jsonl file, and how many of its other lines are something else, a cut last one excepted.
-
-    Raises UserError if the file cannot be read.
-    """
-    if not os.path.lexists(path):
-        return [], 0
-    try:
-        text = read_bytes(path).decode("utf-8", "replace")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    records, damaged = [], 0
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif line.strip() and number < len(lines):  # a whole line ends in a newline, so something follows it
-            damaged += 1
-    return records, damaged
 
 
 def alignment_end(lines: Sequence[Mapping[str, Any]]) -> int | None:
@@ -194,7 +159,7 @@ def with_present_names(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class Metrics:
-    """Collects METRICS step by step, the means over a step's passes; only `read` waits for the device."""
+    """METRICS step by step, the means over a step's micro-batches, on the device; only `read` waits for it."""
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, model_config: Mapping[str, Any]) -> None:
         self.accelerator = accelerator
@@ -206,7 +171,7 @@ class Metrics:
         self.flops = get_family(model_config).training_flops(model_config)
         peak = peak_teraflops(accelerator.device, config.mixed_precision)
         self.peak = None if peak is None else peak * accelerator.num_processes
-        self._passes: list[Tensor] = []
+        self._micro_batches: list[Tensor] = []
         self._rows: list[Tensor] = []
         self.start_clock()
 
@@ -215,23 +180,23 @@ class Metrics:
         self._start = time.perf_counter()
 
     def add(self, velocity: Tensor, feature: Tensor | None, attention: Tensor | None, total: Tensor) -> None:
-        """The scalars of one pass; None for a loss that is off."""
+        """The losses of one micro-batch; None for one that is off."""
         off = total.new_tensor(math.nan)
         values = (velocity, feature, attention, total)
-        self._passes.append(torch.stack([off if value is None else value.detach().float() for value in values]))
+        self._micro_batches.append(torch.stack([off if value is None else value.detach().float() for value in values]))
 
     def add_norm(self, grad_norm: Tensor) -> None:
-        """The length of the gradient, which ends a step."""
-        self._rows.append(torch.cat([torch.stack(self._passes).mean(dim=0), grad_norm.detach().float().view(1)]))
-        self._passes = []
+        """The norm of the gradient, which ends a step."""
+        self._rows.append(torch.cat([torch.stack(self._micro_batches).mean(dim=0), grad_norm.detach().float().view(1)]))
+        self._micro_batches = []
 
     def read(self, step: int) -> dict[str, float | None] | None:
-        """The means since the last time over all processes, and what the steps took; None if no step was made.
+        """The means since the last time over all processes, and what the steps took; None if no step was done.
 
-        teraflops: of the student, in 10^12 a second. mfu: the share of what the devices could do, None if not known.
+        teraflops: of the model, in 10^12 a second. mfu: the share of what the devices could do, None if not known.
         peak_memory_gib: of this process, since it began.
 
-        step: steps made so far. Every process must ask. Raises UserError, naming the first step whose loss or gradient
+        step: steps done. Every process must call it. Raises UserError, naming the first step whose loss or gradient
         is not finite; where such steps are skipped, only if there was no other since the last time.
         """
         if not self._rows:
@@ -321,10 +286,10 @@ class Trackers:
         if self.accelerator.trackers:
             self._backlog.add(lambda: self._write(values, step))
 
-    def show(self, image: np.ndarray, step: int) -> None:
-        """Hand one image (H, W, 3) uint8 to every tracker, as `previews`. Of several processes the first one does."""
+    def log_image(self, image: np.ndarray, step: int) -> None:
+        """Hand one image (H, W, 3) uint8 to every tracker, as `samples`. Of several processes the first one does."""
         for tracker in self.accelerator.trackers:
-            self._backlog.add(lambda tracker=tracker: show_in(tracker, image, step))
+            self._backlog.add(lambda tracker=tracker: log_image(tracker, image, step))
 
     def _write(self, values: dict[str, float], step: int) -> None:
         try:
@@ -352,11 +317,11 @@ def project(config: TrainConfig) -> str:
     return (os.environ.get("WANDB_PROJECT") if "wandb" in config.trackers else None) or PROJECT
 
 
-def show_in(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
+def log_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
     """tensorboard must be told where the channels are."""
     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
     try:
-        tracker.log_images({"previews": image[None]}, step=step, **layout)
+        tracker.log_images({"samples": image[None]}, step=step, **layout)
     except Exception:
         begin_another_file(tracker)
         raise

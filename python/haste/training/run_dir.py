@@ -1,13 +1,15 @@
-"""Branches of a run: `--resume-step` begins one, and what the old one's later steps have left moves aside.
+"""The folder of a run, and its branches.
 
-    branch.json                  the step it began from, and whether everything has moved
-    branches/1-from-0000004/     the old one, a run's folder like any other: args.json, its whole log.jsonl and
-                                 evaluation.jsonl, and of the steps after 4 checkpoints/, previews/ and samples/
+    <output_dir>/<exp_name>/
+        args.json, config.yaml       its settings: for REPA's tools, and as --config takes them
+        log.jsonl, evaluation.jsonl  a line for each step that was logged or evaluated
+        checkpoints/, samples/       entries begin with their step, in seven digits
+        branch.json                  the step from which --resume-step began the present branch
+        branches/1-from-0000004/     the one before: a run's folder like any other, with the entries of the steps after
+                                     4 and all lines
 
-Nothing is deleted. A kill in the middle of the move leaves every file in one of the two folders, and the next start
-moves the rest before it does anything else.
-
-The folder of one run: <output_dir>/<exp_name>/{args.json, log.jsonl, checkpoints/}; its branches in branches.py.
+--resume-step begins a branch; nothing is deleted. A kill in the middle of the move leaves every file in one of the two
+folders, and the next start moves the rest before it does anything else.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,17 +37,86 @@ from haste.io import (
     write_json,
     write_text,
 )
-from haste.resumable import hold, updating
+from haste.resumable import ResumableDir, append_line, hold, updating
 from haste.training.config import TrainConfig
 from haste.training.logging import Backlog
-from haste.training.resume import differing_settings
+from haste.training.settings import differing_settings, write_config
 from haste.validation import build
 
 logger = logging.getLogger(__name__)
 
-RECORD, ASIDE = "branch.json", "branches"
-LOGS = ("log.jsonl", "evaluation.jsonl")  # of whose lines each names its step
-FOLDERS = ("checkpoints", "previews", "samples")  # of whose entries each begins with its step, in seven digits
+BRANCH, BRANCHES = "branch.json", "branches"
+LOGS = ("log.jsonl", "evaluation.jsonl")  # each line has its step
+SAMPLES = "samples"
+FOLDERS = ("checkpoints", SAMPLES)
+
+
+class RunDir(ResumableDir):
+    """The folder of a run, new or begun; UserError if it holds a run with other settings. Nothing is written yet."""
+
+    flag = "--exp-name"
+    content = "a run"
+    record_name = "args.json"
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        super().__init__(Path(config.output_dir).expanduser() / config.exp_name, asdict(config))
+        self.checkpoints = self.path / "checkpoints"
+        self.branches = Branches(self.path)
+        self._log = self.path / "log.jsonl"
+        self._lines = Backlog(str(self._log))
+
+    def may_begin(self) -> bool:
+        return True  # HASTE's and REPA's runs have no record of ours
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return differing_settings(saved, self.config)
+
+    def hold(self) -> AbstractContextManager[None]:
+        """While this context is open no other process trains here; UserError if one does."""
+        return hold(self.path, f"--exp-name {self.config.exp_name} is being trained in {self.path}")
+
+    def settle(self) -> None:
+        """Finish what a kill has left half done, before anything is read. UserError if the folder cannot be written."""
+        try:
+            self.branches.settle()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def create(self, checkpoint_size: int) -> None:
+        """Make the folder, once it is known that the run can start; begin the branch of --resume-step.
+
+        UserError if it cannot be written, or has no room for a checkpoint of so many bytes.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.checkpoints)
+            for half_written in (self.path / SAMPLES).glob(".???????.png.*.tmp"):  # where haste sample may be at work
+                half_written.unlink(missing_ok=True)
+            config = self.path / "config.yaml"
+            for path in (self.record, config, self._log, self.path / BRANCH):
+                remove_abandoned(path, held=True)
+            require_space(self.checkpoints, checkpoint_size)
+            self.branches.begin(self.config.resume_step)
+            write_json(self.record, asdict(self.config))
+            write_config(config, self.config)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"the run folder {self.path} cannot be used: {error.strerror or in_one_line(error)}")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to log.jsonl. While the disk is full it waits in memory."""
+        self._lines.add(lambda: append_line(self._log, record))
+
+    def close(self) -> None:
+        """Write the lines that wait, if that can be done now."""
+        self._lines.close()
+
+    def truncate_log(self, step: int) -> None:
+        """Drop the log lines of steps after this one, which are about to be done again (and a line cut short)."""
+        truncate_log(self._log, step)
 
 
 @dataclass(frozen=True)
@@ -67,13 +138,13 @@ class Branches:
     @property
     def running(self) -> Branch:
         """The one that the folder holds. UserError if its record is none."""
-        path = self.run / RECORD
+        path = self.run / BRANCH
         return build(Branch, read_json(path, "the record of a branch"), str(path)) if path.exists() else Branch()
 
     def step_to_read(self, resume_step: int) -> int:
-        """The step of the checkpoint to go on from; 0 for the newest, also where --resume-step began this branch."""
+        """The step of the checkpoint to resume from; 0 for the newest, also where --resume-step began this branch."""
         if resume_step and self.running.resumed_from == resume_step:
-            logger.info("--resume-step %d has begun this branch of the run, which goes on", resume_step)
+            logger.info("--resume-step %d began this branch of the run, which is resumed", resume_step)
             return 0
         return resume_step
 
@@ -83,8 +154,8 @@ class Branches:
             return
         aside = ""
         if any(self._later(resume_step)) or any(_later_lines(self.run / name, resume_step) for name in LOGS):
-            number = 1 + max((_number(folder) for folder in (self.run / ASIDE).glob("*-from-*")), default=0)
-            aside = f"{ASIDE}/{number}-from-{resume_step:07d}"
+            number = 1 + max((_number(folder) for folder in (self.run / BRANCHES).glob("*-from-*")), default=0)
+            aside = f"{BRANCHES}/{number}-from-{resume_step:07d}"
             logger.info("--resume-step %d begins a branch; the later steps move to %s", resume_step, self.run / aside)
         self._write(Branch(resume_step, aside, moved=not aside))
         self.settle()
@@ -96,7 +167,7 @@ class Branches:
             return
         aside = self.run / branch.aside
         aside.mkdir(parents=True, exist_ok=True)
-        for name in ("args.json", *LOGS):  # before a line is cut from them
+        for name in ("args.json", "config.yaml", *LOGS):  # before a line is cut from them
             if (self.run / name).is_file() and not (aside / name).exists():
                 write_text(aside / name, (self.run / name).read_text(errors="replace"))
         for path in list(self._later(branch.resumed_from)):
@@ -105,7 +176,7 @@ class Branches:
             move(path, target)
         for name in LOGS:
             with updating(self.run / name):  # haste evaluate may be at work
-                forget_after(self.run / name, branch.resumed_from)
+                truncate_log(self.run / name, branch.resumed_from)
         self._write(replace(branch, moved=True))
 
     def _later(self, step: int) -> Iterator[Path]:
@@ -117,10 +188,10 @@ class Branches:
                     yield path
 
     def _write(self, branch: Branch) -> None:
-        write_json(self.run / RECORD, asdict(branch))
+        write_json(self.run / BRANCH, asdict(branch))
 
 
-def forget_after(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int) -> None:
     """Drop the lines of a log whose step is after this one, or that are cut short."""
     if not path.is_file():
         return
@@ -160,83 +231,3 @@ def _step_of(line: str) -> float:
 def _number(folder: Path) -> int:
     head = folder.name.split("-", 1)[0]
     return int(head) if head.isdigit() else 0
-
-
-class RunDir:
-    """The folder of a run, new or begun; UserError if it holds a run with other settings. Nothing is written yet."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.path = Path(config.output_dir).expanduser() / config.exp_name
-        self.checkpoints = self.path / "checkpoints"
-        self.branches = Branches(self.path)
-        self._settings = self.path / "args.json"
-        self._log = self.path / "log.jsonl"
-        self._lines = Backlog(str(self._log))
-        if self._settings.is_file():
-            self.refuse_other(read_json(self._settings, "the settings of a run"), "holds a run")
-
-    def hold(self) -> AbstractContextManager[None]:
-        """While this context is open no other process trains here; UserError if one does."""
-        return hold(self.path, f"--exp-name {self.config.exp_name} is being trained in {self.path}")
-
-    def settle(self) -> None:
-        """Finish what a kill has left half done, before anything is read. UserError if the folder cannot be written."""
-        try:
-            self.branches.settle()
-        except OSError as error:
-            raise self._unusable(error) from error
-
-    def claim(self, checkpoint_size: int) -> None:
-        """Make the folder this run's, once it is known that the run can start; begin the branch of --resume-step.
-
-        UserError if it cannot be written, or has no room for a checkpoint of so many bytes.
-        """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for folder in (self.checkpoints, self.path / "previews"):
-                remove_leftovers(folder)
-            for path in (self._settings, self._log, self.path / RECORD):
-                remove_abandoned(path, held=True)
-            require_space(self.checkpoints, checkpoint_size)
-            self.branches.begin(self.config.resume_step)
-            write_json(self._settings, asdict(self.config))
-        except OSError as error:
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: OSError) -> UserError:
-        return UserError(f"the run folder {self.path} cannot be used: {error.strerror or in_one_line(error)}")
-
-    def refuse_other(self, found: Mapping[str, Any], what: str) -> None:
-        """UserError, naming the first differences, if the settings found here are not those of this run."""
-        differences = differing_settings(found, self.config)
-        if differences:
-            shown = ", ".join(differences[:3]) + (" and others" if len(differences) > 3 else "")
-            raise UserError(f"{self.path} {what} with other settings: {shown}; choose another --exp-name")
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Append one line to log.jsonl. While the disk is full it waits in memory."""
-        line = json.dumps(record) + "\n"
-        self._lines.add(lambda: append(self._log, line))
-
-    def close(self) -> None:
-        """Write the lines that wait, if that can be done now."""
-        self._lines.close()
-
-    def forget_after(self, step: int) -> None:
-        """Drop the log lines of steps after this one, which are about to be done again (and a line cut short)."""
-        forget_after(self._log, step)
-
-
-def append(path: Path, line: str) -> None:
-    """Add a line to a file, whole or, where the disk is full, not at all."""
-    data = line.encode()
-    with open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            while data:
-                data = data[file.write(data) :]
-        except OSError:
-            with suppress(OSError):
-                file.truncate(size)
-            raise

@@ -1,4 +1,4 @@
-"""Images that the averaged student draws while it trains, every time from the same noise."""
+"""Grids of images that the EMA model generates while it trains, every time from the same noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from haste.vae import VAE
 
 logger = logging.getLogger(__name__)
 
-# As REPA draws its previews, but for their number.
+# As REPA samples while it trains, but for the number of images.
 COUNT = 16
 NUM_STEPS = 50
 CFG_SCALE = 4.0
@@ -32,7 +32,7 @@ SMALLEST_SIDE = 64  # images below are enlarged, pixel by pixel
 MARGIN, GREY = 2, 96  # around each
 TITLE_HEIGHT = 14  # above each
 
-MISSING = "missing.txt"  # in the folder, where there are no previews: why
+MISSING = "missing.txt"  # in the folder, where there are no grids: why
 
 
 class TrainingSamples:
@@ -46,12 +46,11 @@ class TrainingSamples:
         self._failed = False
         self._files = Backlog(str(folder))
 
-    def draw(self, model: nn.Module, step: int) -> np.ndarray | None:
-        """The grid (H, W, 3) uint8, which is written as well; None where it cannot be had, and in other processes than
-        the first. Every process takes part, as each may hold a share of the model. Draws none of the run's chance.
+    def sample(self, model: nn.Module, step: int) -> np.ndarray | None:
+        """The grid (H, W, 3) uint8, which is written as well; None where there is none, and in other processes than the
+        first. Every process must call it, as each may hold a shard of the model. The run's random state is left alone.
 
-        A preview that cannot be drawn is said to be missing, once, and costs no training; one that cannot be written
-        waits until it can.
+        A grid that cannot be made is logged, once, and costs no training; one that cannot be written waits.
         """
         device, classes = self.accelerator.device, self.data.num_classes
         shape = (COUNT, self.data.channels, self.data.input_size, self.data.input_size)
@@ -62,13 +61,13 @@ class TrainingSamples:
             null = family.null(model)
             scale = 1.0 if null is None else CFG_SCALE
             solve = solver(num_steps=NUM_STEPS, path=self.config.path_type, cfg_scale=scale, null=null)
-            drawn = family.sample(model, noise, family.condition(labels), solve)
+            sampled = family.sample(model, noise, family.condition(labels), solve)
             if self._failed or not self.accelerator.is_main_process:
                 return None
-            grid = as_grid(to_uint8(self._to_images(drawn)), self._titles(labels.tolist()))
+            grid = as_grid(to_uint8(self._to_images(sampled)), self._titles(labels.tolist()))
         except UserError as error:  # of weights that give NaN too
             if self.accelerator.is_main_process and not self._failed:
-                logger.warning("no previews are drawn: %s", error)
+                logger.warning("no samples are made while training: %s", error)
                 reason = f"{error}\n"
                 self._files.add(lambda: write_text(self.folder / MISSING, reason))
             self._failed = True
@@ -85,11 +84,11 @@ class TrainingSamples:
         """Write those that wait, if that can be done now."""
         self._files.close()
 
-    def _to_images(self, drawn: Tensor) -> Tensor:
-        """Latents through their VAE, which is loaded for this and let go of."""
+    def _to_images(self, sampled: Tensor) -> Tensor:
+        """Latents through their VAE, which is loaded for this and freed."""
         if self.data.latents is None:
-            return drawn
-        return VAE(self.data.latents).to(drawn.device).decode(drawn)
+            return sampled
+        return VAE(self.data.latents).to(sampled.device).decode(sampled)
 
 
 def as_grid(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:

@@ -1,34 +1,33 @@
-"""The exponential moving average of the weights, which is what samples are drawn with.
-
-What is trained: a model, its average, its optimizer; in one process, or spread over several.
-
-What a run feeds on: its batches from any step on, and the images that a rule of termination looks at.
-"""
+"""What is trained: a model, its EMA, its optimizer; in one process, or spread over several."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from haste.data import Batch, BatchOrder, TrainingData, batches
+from haste.distributed import distribute_like, replicate, shard, sharding, synchronizing, to_local, whole
 from haste.errors import UserError, in_one_line
 from haste.models import ModelOutput, build_model, get_family
 from haste.training.config import TrainConfig
-from haste.training.conventions import Weights, reorder_state, require_names, require_shapes, with_projectors
-from haste.training.launch import own, replicate, shard, sharding, share_like, synchronising, whole
+from haste.training.conventions import (
+    Weights,
+    is_projector,
+    reorder_state,
+    require_names,
+    require_shapes,
+    with_projectors,
+)
 
 
 class EMA:
-    """A second copy of a model that follows the first: ema ← decay·ema + (1 − decay)·weights."""
+    """The exponential moving average of a model's weights: ema ← decay·ema + (1 − decay)·weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -36,18 +35,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One fused pass over all parameters, or over this process's shares of them."""
-        averages = [own(parameter) for parameter in self.model.parameters()]
-        torch._foreach_lerp_(averages, [own(parameter) for parameter in model.parameters()], 1 - self.decay)
+        """One fused pass over all parameters, or over this process's part of them."""
+        averages = [to_local(parameter) for parameter in self.model.parameters()]
+        torch._foreach_lerp_(averages, [to_local(parameter) for parameter in model.parameters()], 1 - self.decay)
 
 
 class TrainState:
-    """One step: forward and backward passes inside `passes`, then `update`.
+    """One step: forward and backward of each micro-batch inside `micro_batch`, then `update`.
 
     model_config: of the model, as its family has it.
-    z_dims: widths of the teachers that teach features; empty when none does (any more).
-    saved: model, ema, opt and scaler to go on from. Without opt a new run begins with these weights and with new
-        projectors; None draws all weights from the global random state.
+    z_dims: widths of the teachers whose features are aligned; empty when none are (any more).
+    saved: model, ema, opt and scaler to resume from. Without opt a new run begins with these weights and with new
+        projectors; None initializes all weights from the global random state.
     """
 
     def __init__(
@@ -60,26 +59,27 @@ class TrainState:
     ) -> None:
         self.config = config
         self.scaler = accelerator.scaler
-        goes_on = saved is not None and saved.get("opt") is not None
-        if not goes_on:
+        resumes = saved is not None and saved.get("opt") is not None
+        if not resumes:
             self.model = build_model(model_config, z_dims).to(accelerator.device)
-        else:  # no time is spent on weights that are replaced at once, and no random number drawn
+        else:  # no time is spent on weights that are replaced at once, and no random number is used
             with torch.device("meta"):
                 self.model = build_model(model_config, z_dims)
             self.model.to_empty(device=accelerator.device)
         # The trainer drops labels for all processes together, which is all that training mode would do.
         self.model.eval()
         self.ema = EMA(self.model, config.ema_decay)
-        self.released: dict[str, Weights] = {"model": {}, "ema": {}}
+        self.freed: dict[str, Weights] = {"model": {}, "ema": {}}
         if saved is not None:
-            self._load_weights(saved, new_projectors=not goes_on)
+            self._load_weights(saved, new_projectors=not resumes)
 
+        family = get_family(model_config)
         if config.compile:  # a block at a time: all share one compilation
-            for block in get_family(self.model).blocks(self.model):
+            for block in family.blocks(self.model):
                 block.compile(fullgraph=True)
         if sharding():
-            shard(self.model, accelerator)
-            shard(self.ema.model, accelerator)
+            shard(self.model, family.blocks(self.model), accelerator)
+            shard(self.ema.model, family.blocks(self.ema.model), accelerator)
         # accelerate's own wrapper would copy every q and k to fp32 on their way out.
         copies = accelerator.num_processes > 1 and not sharding()
         self.forward = replicate(self.model, accelerator) if copies else self.model
@@ -91,28 +91,26 @@ class TrainState:
             eps=config.adam_epsilon,
             fused=True,
         )
-        if goes_on:
+        if resumes:
             self._load_optimizer(saved)
 
     # ---- a step ----
 
-    def passes(self, last: bool) -> AbstractContextManager:
-        """Around one forward and backward pass; `last` of this step's, whose gradients are exchanged."""
-        return synchronising(self.forward, last)
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of one micro-batch; gradients are exchanged in the step's last."""
+        return synchronizing(self.forward, last)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int], project: bool) -> ModelOutput:
         return self.forward(x_t, t, condition, layers, project)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one pass's loss, as a share of the step's."""
+        """Add the gradients of one micro-batch's loss, as a part of the step's."""
         loss = loss / self.config.gradient_accumulation_steps
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def update(self, learning_rate: float) -> Tensor:
-        """One step of AdamW and of the average, or none if the gradient is not finite.
-
-        Returns the length of the gradient, before it was scaled down.
-        """
+        """One step of AdamW and of the EMA, or none if the gradient is not finite; returns the gradient's norm before
+        it was clipped."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.scaler is not None:
@@ -130,7 +128,7 @@ class TrainState:
         return norm
 
     def leave_group(self) -> None:
-        """Lets go of the other processes, before their group is dissolved.
+        """Free what holds the other processes, before their group is dissolved.
 
         The reducer of DDP must not be the last one that holds the group. It would be freed under the interpreter's
         lock, and would wait for the group's threads, which may be waiting for that lock.
@@ -142,17 +140,17 @@ class TrainState:
 
     @property
     def checkpoint_size(self) -> int:
-        """Bytes of weights, average and AdamW's two moments, in fp32."""
+        """Bytes of weights, EMA and AdamW's two moments, in fp32."""
         return 4 * 4 * sum(parameter.numel() for parameter in self.model.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """model, ema, opt and scaler, whole and on the CPU, laid out as in the public checkpoints.
 
-        The projectors stay under their names when they have been let go of. Every process must ask.
+        Freed projectors stay under their names. Every process must call it.
         """
         own_names = [name for name, _ in self.model.named_parameters()]
         weights = {
-            part: with_projectors(_gather(model.state_dict()), self.released[part])
+            part: with_projectors(_gather(model.state_dict()), self.freed[part])
             for part, model in (("model", self.model), ("ema", self.ema.model))
         }
         opt = self.optimizer.state_dict()
@@ -165,14 +163,14 @@ class TrainState:
         }
 
     def _load_weights(self, saved: dict[str, Any], new_projectors: bool) -> None:
-        """UserError if they are not those of such a student. Projectors that it lacks are kept for its checkpoints."""
+        """UserError if they are not those of such a model. Projectors that it lacks are kept for its checkpoints."""
         for part, model in (("model", self.model), ("ema", self.ema.model)):
-            weights = {name: value for name, value in saved[part].items() if not _is_projector(name)}
-            projectors = {name: value for name, value in saved[part].items() if _is_projector(name)}
+            weights = {name: value for name, value in saved[part].items() if not is_projector(name)}
+            projectors = {name: value for name, value in saved[part].items() if is_projector(name)}
             if new_projectors:
-                projectors = {name: value for name, value in model.state_dict().items() if _is_projector(name)}
+                projectors = {name: value for name, value in model.state_dict().items() if is_projector(name)}
             if not model.projectors:
-                self.released[part], projectors = projectors, {}
+                self.freed[part], projectors = projectors, {}
             try:
                 require_names(model, weights, part)
                 require_shapes(model, {**weights, **projectors}, part)
@@ -185,17 +183,13 @@ class TrainState:
         state = reorder_state(saved["opt"]["state"], list(saved["model"]), list(parameters))
         for number, parameter in enumerate(parameters.values()):
             if number in state:
-                state[number] = {key: share_like(value, parameter) for key, value in state[number].items()}
+                state[number] = {key: distribute_like(value, parameter) for key, value in state[number].items()}
         try:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the optimizer's state does not fit {self.config.model}: {in_one_line(error)}") from error
         if self.scaler is not None and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
-
-
-def _is_projector(name: str) -> bool:
-    return name.startswith("projectors.")
 
 
 def _gather(tree: Any) -> Any:
@@ -205,56 +199,3 @@ def _gather(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _gather(value) for key, value in tree.items()}
     return tree
-
-
-class Feed:
-    """This process's share of every pass's images.
-
-    What is random in a batch, such as a latent drawn from its mean and standard deviation, is a function of the seed,
-    the pass and the process: it needs no place in a checkpoint.
-
-    start: the step to begin with. images: whether a teacher looks at the images.
-    """
-
-    def __init__(
-        self, data: TrainingData, config: TrainConfig, accelerator: Accelerator, start: int, images: bool
-    ) -> None:
-        self.data = data if images else data.without_images()
-        self.config = config
-        self.accelerator = accelerator
-        self.chance = torch.Generator(accelerator.device)
-        order = BatchOrder(len(data), config.batch_size, config.seed)
-        self._batches = self._share(order, start * config.gradient_accumulation_steps)
-
-    def _share(self, order: BatchOrder, start: int) -> Iterator[Batch]:
-        return batches(
-            self.data,
-            order,
-            start,
-            self.accelerator.device,
-            self.config.num_workers,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.chance,
-        )
-
-    def next(self, step: int, number: int) -> Batch:
-        """The images of a step's pass with this number; to be asked for in order."""
-        self._seed(step * self.config.gradient_accumulation_steps + number)
-        return next(self._batches)
-
-    def probe(self) -> Iterator[Batch]:
-        """The images of a probe, the same ones every time. Half as many at once: a probe computes in fp32."""
-        processes = self.accelerator.num_processes
-        size = max(1, self.config.batch_size // processes // 2) * processes
-        self._seed(0)
-        count = max(1, min(self.config.probe_images, len(self.data)) // size)
-        return itertools.islice(self._share(BatchOrder(len(self.data), size, seed=0), 0), count)
-
-    def close(self) -> None:
-        """End the processes that read ahead."""
-        self._batches.close()
-
-    def _seed(self, number: int) -> None:
-        entropy = (self.config.seed, number, self.accelerator.process_index)
-        self.chance.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))

@@ -1,9 +1,9 @@
-"""The training loop of HASTE, REPA and plain SiT, which are one loop with different coefficients.
+"""The training loop of HASTE, REPA and the vanilla model: one loop with different coefficients.
 
     L = L_v + proj_coeff·L_R + attn_coeff·L_A   while step < τ        (HASTE, arXiv 2505.16792)
     L = L_v                                     from τ on, for good
 
-REPA is attn_coeff 0 and no τ; plain SiT is both coefficients 0, and then there is no teacher at all.
+REPA is attn_coeff 0 and no τ; the vanilla model has both coefficients 0, and then there is no teacher at all.
 Read it from `train` down.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,29 +30,26 @@ from haste.alignment import Aligner, choose_layer_map
 from haste.alignment.termination import make_termination
 from haste.data import Batch, TrainingData, load_dataset
 from haste.data.dataset import describe_change, other_latents
-from haste.distributed import StopRequest, progress_bar
+from haste.distributed import StopRequest, in_first, progress_bar, sharding
 from haste.errors import UserError, in_one_line
-from haste.io import require_space
-from haste.models import get_family, model_depth, new_config
-from haste.models.layers import check_backend
+from haste.io import require_space, save_tensors
+from haste.models import get_family, new_config
 from haste.registry import TEACHERS, plugin
 from haste.training.checkpoint import (
     Checkpoint,
     Retention,
     capture_rng,
     checkpoint_path,
+    read_checkpoint,
     read_newest_checkpoint,
-    read_student,
     restore_rng,
-    save_checkpoint,
 )
-from haste.training.config import TrainConfig
-from haste.training.launch import in_first, make_accelerator, sharding
-from haste.training.logging import Metrics, Trackers
-from haste.training.resume import resolve
-from haste.training.run_dir import RunDir
+from haste.training.config import TrainConfig, resolve
+from haste.training.loader import Loader
+from haste.training.logging import Metrics, Trackers, check_trackers
+from haste.training.run_dir import SAMPLES, RunDir
 from haste.training.samples import TrainingSamples
-from haste.training.state import Feed, TrainState
+from haste.training.state import TrainState
 from haste.transport import velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -67,13 +65,14 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train, or go on with a run that was begun, until max_train_steps or until a signal asks to stop.
+    """Train, or resume the run that is in the folder, until max_train_steps or until a signal asks to stop.
 
-    Raises UserError for settings that cannot work, for a folder that holds another run, and when the loss is no longer
-    finite; nothing that was saved is lost.
+    Raises:
+        UserError: settings that cannot work, a folder that holds another run, a loss that is not finite. Nothing that
+            was saved is lost.
     """
     config.check()
-    check_fit(config)
+    config.check_model()
     dataset = load_dataset(
         config.data_dir,
         config.resolution,
@@ -90,27 +89,41 @@ def train(config: TrainConfig) -> TrainResult:
         in_first(accelerator, folder.settle)
         checkpoint = read_newest_checkpoint(folder.checkpoints, folder.branches.step_to_read(config.resume_step))
         if checkpoint is not None:
-            folder.refuse_other(vars(checkpoint["args"]), "holds a checkpoint")
-            refuse_other_data(config, dataset, checkpoint)
+            folder.check_same_config(checkpoint["args"])
+            check_same_data(config, dataset, checkpoint)
         return Trainer(config, dataset, folder, accelerator, checkpoint).run()
 
 
-def check_fit(config: TrainConfig) -> None:
-    """UserError if the student, the layer map and the rule of termination do not fit together."""
-    depth = model_depth(config.model)
-    aligned_depth = resolve(config).encoder_depth
-    if config.termination == "gradient-cosine" and sharding():
-        raise UserError(
-            "--termination is gradient-cosine, which needs whole weights; with FSDP it must be another rule"
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """UserError for a precision, a tracker or a number of processes that cannot be had."""
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    check_trackers(config)
+    if sharding() and config.termination == "gradient-cosine":
+        raise UserError("--termination must be another rule with FSDP, as this needs whole weights: gradient-cosine")
+    if sharding() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP version 1 was launched; it must be 2: accelerate launch --fsdp_version 2")
+    output = Path(config.output_dir).expanduser()
+    logs = output / config.logging_dir / config.exp_name  # tensorboard's, one folder for each run
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes would each believe to be alone
+            mixed_precision=config.mixed_precision,
+            log_with=config.trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(logs)),
         )
-    check_backend(config.attention)
-    if config.aligns_features and not 1 <= aligned_depth <= depth:
-        raise UserError(f"--encoder-depth must be 1 to {depth}, the depth of {config.model}, got {aligned_depth}")
-    if config.aligns_attention:
-        choose_layer_map(config.layer_map, config.model).check_student(depth)
+    except ValueError as error:  # a precision that the device lacks, or another than this process has used before
+        raise UserError(
+            f"--mixed-precision is {config.mixed_precision}, which does not work here: {in_one_line(error)}"
+        ) from error
+    if config.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--batch-size is {config.batch_size}; it must be a multiple of the {accelerator.num_processes} processes"
+        )
+    return accelerator
 
 
-def refuse_other_data(config: TrainConfig, dataset: TrainingData, checkpoint: Checkpoint) -> None:
+def check_same_data(config: TrainConfig, dataset: TrainingData, checkpoint: Checkpoint) -> None:
     """UserError if the run began with other data, as far as the checkpoint tells."""
     changed = describe_change(checkpoint.get("data") or {}, dataset.fingerprint())
     began = checkpoint.get("latents")
@@ -124,7 +137,7 @@ def refuse_other_data(config: TrainConfig, dataset: TrainingData, checkpoint: Ch
 
 
 def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
-    """The teachers and what they teach; None if nothing is to be aligned."""
+    """The teachers and what is aligned with them; None if nothing is."""
     if not config.teachers:
         return None
     folder = Path(config.output_dir).expanduser() / "teachers"
@@ -140,25 +153,25 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
     )
 
 
-class Draws(NamedTuple):
-    """What chance decides in a step: noise (B, C, S, S), times (B, ...), and whose label is dropped, (B,) bool."""
+class RandomNumbers(NamedTuple):
+    """Those of a step: noise (B, C, S, S), times (B, ...), and whose label is dropped, (B,) bool."""
 
     noise: Tensor
     t: Tensor
     dropped: Tensor
 
-    def share(self, number: int, size: int) -> Draws:
-        """Those of so many images, the `number`-th such share of the step."""
-        return Draws(*(drawn[number * size : (number + 1) * size] for drawn in self))
+    def local(self, number: int, size: int) -> RandomNumbers:
+        """Those of the `number`-th local batch of this size."""
+        return RandomNumbers(*(values[number * size : (number + 1) * size] for values in self))
 
 
 class Trainer:
-    """One run: the student, its alignment, and the step at which they stand.
+    """One run: the model, its alignment, and the step at which they are.
 
-    Every process draws the same noise, times and dropped labels, those of the whole step, and takes its share of them
-    as of the images. So a run does not depend on how many processes share it, but for the order of sums.
+    Every process makes the same noise, times and dropped labels, those of the whole step, and takes those of its local
+    batches. So a run does not depend on how many processes it has, but for the order of sums.
 
-    checkpoint: where to go on from; None starts anew.
+    checkpoint: where to resume from; None starts anew.
     """
 
     def __init__(
@@ -176,9 +189,9 @@ class Trainer:
         self.trackers = Trackers(accelerator)
         self.data = dataset
         self.fingerprint = dataset.fingerprint()
-        self.share_size = config.batch_size // accelerator.num_processes  # images per process and pass
+        self.local_size = config.batch_size // accelerator.num_processes  # images per process and micro-batch
         step_size = config.batch_size * config.gradient_accumulation_steps
-        self.retention = Retention(folder.checkpoints, config.keep)
+        self.retention = Retention(folder.checkpoints, config.checkpoints_total_limit)
         self.last_step = min(config.max_train_steps, max(1, config.epochs * len(dataset) // step_size))
         self.step = 0 if checkpoint is None else checkpoint["steps"]
         self.termination = make_termination(config)
@@ -197,19 +210,20 @@ class Trainer:
         if self.aligner is not None:
             self.aligner.to(self.device)
         set_seed(config.seed)
-        self.student = self._build_student(self._begin_from() if checkpoint is None else checkpoint)
+        self.state = self._build_state(self._initial_weights() if checkpoint is None else checkpoint)
         if checkpoint is not None and checkpoint["rng"] is not None:
             restore_rng(checkpoint["rng"])
         else:  # runs that differ in their alignment alone see the same noise, times and dropped labels
             set_seed((config.seed + self.step) % 2**32)
 
-    def _begin_from(self) -> dict[str, Any] | None:
+    def _initial_weights(self) -> dict[str, Any] | None:
         """The weights with which a new run begins, if --init-from names any."""
         if not self.config.init_from:
             return None
-        return read_student(Path(self.config.init_from).expanduser(), convention=self.config.convention)
+        path = Path(self.config.init_from).expanduser()
+        return {**read_checkpoint(path, convention=self.config.convention), "opt": None}
 
-    def _build_student(self, saved: dict[str, Any] | None) -> TrainState:
+    def _build_state(self, saved: dict[str, Any] | None) -> TrainState:
         z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()
         return TrainState(self.model_config, z_dims, self.config, self.accelerator, saved)
 
@@ -219,19 +233,19 @@ class Trainer:
         try:
             interrupted = self._run()
         finally:
-            self.student.leave_group()
+            self.state.leave_group()
             self.trackers.close()
         return TrainResult(self.step, self.folder.path, interrupted)
 
     def _run(self) -> signal.Signals | None:
         """The loop; returns the signal that ended it early, if one did."""
         config = self.config
-        in_first(self.accelerator, self._claim)
+        in_first(self.accelerator, self._create_folder)
         self.trackers.start(config)
         logger.info("%s", self._describe())
-        self.feed = Feed(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
-        previews = TrainingSamples(self.folder.path / "previews", config, self.data, self.accelerator)
-        self.meter = Metrics(self.accelerator, config, self.model_config)
+        self.loader = Loader(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
+        samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator)
+        self.metrics = Metrics(self.accelerator, config, self.model_config)
         shown = self.accelerator.is_local_main_process
         bar = progress_bar(
             total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=not shown
@@ -251,66 +265,65 @@ class Trainer:
                 last = self.step == self.last_step or interrupted is not None
                 log = last or self.step % config.logging_steps == 0
                 save = last or self.step % config.checkpointing_steps == 0 or (log and not saved)
-                end = self.step == self.last_step  # a run shorter than --sampling-steps has one preview
-                preview = bool(config.sampling_steps) and (end or self.step % config.sampling_steps == 0)
-                if save or log or preview:
+                end = self.step == self.last_step  # a run shorter than --sampling-steps has one grid
+                sample = bool(config.sampling_steps) and (end or self.step % config.sampling_steps == 0)
+                if save or log or sample:
                     self._log(bar)
-                if preview:  # before the step is saved: after a kill between the two it would never be drawn
-                    grid = previews.draw(self.student.ema.model, self.step)
+                if sample:  # before the step is saved: after a kill between the two it would never be sampled
+                    grid = samples.sample(self.state.ema.model, self.step)
                     if grid is not None:
-                        self.trackers.show(grid, self.step)
+                        self.trackers.log_image(grid, self.step)
                 if save:  # a write that fails is tried again at the next line of the log
                     saved = self._save(must=last)
-                if save or preview:
-                    self.meter.start_clock()  # neither is part of a step
+                if save or sample:
+                    self.metrics.start_clock()  # neither is part of a step
         self.folder.close()
-        previews.close()
+        samples.close()
         return interrupted
 
-    def _claim(self) -> None:
+    def _create_folder(self) -> None:
         """Make the folder this run's, with what came before this step alone."""
-        self.folder.claim(self.student.checkpoint_size)
-        self.folder.forget_after(self.step)
+        self.folder.create(self.state.checkpoint_size)
+        self.folder.truncate_log(self.step)
 
     def _train_step(self) -> None:
-        """One update, from as many passes as gradients are accumulated over. Nothing here waits for a GPU."""
-        passes, processes = self.config.gradient_accumulation_steps, self.accelerator.num_processes
-        draws = self._draw()
-        for number in range(passes):
-            batch = self.feed.next(self.step, number)
-            share = draws.share(number * processes + self.accelerator.process_index, self.share_size)
-            with self.student.passes(last=number == passes - 1):
-                self._pass(batch, share)
-        self.meter.add_norm(self.student.update(self._learning_rate()))
+        """One update, over all micro-batches. Nothing here waits for a GPU."""
+        count, processes = self.config.gradient_accumulation_steps, self.accelerator.num_processes
+        numbers = self._random_numbers()
+        for number in range(count):
+            batch = self.loader.next(self.step, number)
+            local = numbers.local(number * processes + self.accelerator.process_index, self.local_size)
+            with self.state.micro_batch(last=number == count - 1):
+                self._forward_backward(batch, local)
+        self.metrics.add_norm(self.state.update(self._learning_rate()))
 
-    def _draw(self) -> Draws:
-        """What chance decides in this step, for all of its images."""
-        config = self.config
+    def _random_numbers(self) -> RandomNumbers:
+        """Those of this step, for all of its images."""
+        config, model = self.config, self.state.model
         count = config.batch_size * config.gradient_accumulation_steps
         noise = torch.randn(count, *self.layout.input_shape, device=self.device)
-        t = self.family.sample_times(self.student.model, count, config.weighting, config.path_type, device=self.device)
+        t = self.family.sample_times(model, count, config.weighting, config.path_type, device=self.device)
         dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:
             dropped = torch.rand(count, device=self.device) < config.label_dropout
-        return Draws(noise, t, dropped)
+        return RandomNumbers(noise, t, dropped)
 
-    def _pass(self, batch: Batch, draws: Draws) -> None:
-        """Forward and backward of one share of the images."""
-        aligner = self.aligner
-        family, model = self.family, self.student.model
-        condition = family.drop(model, family.condition(batch.labels), draws.dropped)
-        x_t, target = family.interpolate(model, batch.inputs, draws.noise, draws.t, self.config.path_type)
+    def _forward_backward(self, batch: Batch, numbers: RandomNumbers) -> None:
+        """Loss and gradients of one local batch."""
+        aligner, family, model = self.aligner, self.family, self.state.model
+        condition = family.drop(model, family.condition(batch.labels), numbers.dropped)
+        x_t, target = family.interpolate(model, batch.inputs, numbers.noise, numbers.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
-            output = self.student(x_t, draws.t, condition, layers, project)
+            output = self.state(x_t, numbers.t, condition, layers, project)
         loss = velocity = velocity_loss(output.velocity, target)
         feature = attention = None
         if aligner is not None:
             with self.accelerator.autocast():
                 alignment, (attention, feature) = aligner(output, batch.images)
             loss = velocity + self.termination.weight(self.step) * alignment
-        self.student.backward(loss)
-        self.meter.add(velocity, feature, attention, loss)
+        self.state.backward(loss)
+        self.metrics.add(velocity, feature, attention, loss)
 
     def _learning_rate(self) -> float:
         """Constant, after a linear warm-up over warmup_steps."""
@@ -322,44 +335,44 @@ class Trainer:
         """Let the rule of termination measure what it decides by, at the steps at which it wants to."""
         if not self.termination.wants_probe(self.step):
             return
-        value = self.termination.measure(self.student.model, self.aligner, self.feed.probe(), self.accelerator.reduce)
+        value = self.termination.measure(self.state.model, self.aligner, self.loader.probe(), self.accelerator.reduce)
         self.termination.observe(self.step, value)
         logger.info("step %d: the probe gives %.4f", self.step, value)
 
     def _end_alignment(self) -> None:
-        """From here on a step is a step of plain SiT: teachers, projectors and their optimizer state are gone.
+        """From here on a step is one of the vanilla model: teachers, projectors and their optimizer state are freed.
 
-        The student is built anew from what a checkpoint would hold, as if training had been resumed here.
+        The state is built anew from what a checkpoint would hold, as if training had been resumed here.
         """
         self.termination.stopped_at = self.step
-        logger.info("step %d: alignment ends (%s), the teacher is released", self.step, self.termination.reason)
-        saved = self.student.state_dict()
+        logger.info("step %d: alignment ends (%s), the teacher is freed", self.step, self.termination.reason)
+        saved = self.state.state_dict()
         self.aligner = None
-        del self.student
+        del self.state
         gc.collect()  # a model may hold cycles; its memory is wanted now
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.student = self._build_student(saved)
-        self.feed.close()
-        self.feed = Feed(self.data, self.config, self.accelerator, self.step, images=False)
-        self.meter.start_clock()
+        self.state = self._build_state(saved)
+        self.loader.close()
+        self.loader = Loader(self.data, self.config, self.accelerator, self.step, images=False)
+        self.metrics.start_clock()
 
     # ---- keeping track ----
 
     def _describe(self) -> str:
-        parameters = sum(p.numel() for p in self.student.model.parameters()) / 1e6
+        parameters = sum(p.numel() for p in self.state.model.parameters()) / 1e6
         if self.aligner is None:
             alignment = "no alignment"
         else:
             teachers = self.aligner.describe(self.layout.num_heads)
-            alignment = f"taught {self.termination.plan} by {teachers}"
+            alignment = f"aligned {self.termination.plan} with {teachers}"
         processes = self.accelerator.num_processes
         where = f"{processes} processes on {self.device.type}" if processes > 1 else self.device
-        start = f", going on from step {self.step}" if self.step else ""
+        start = f", resumed from step {self.step}" if self.step else ""
         return f"{self.config.model} ({parameters:.1f} M parameters) on {where}, {alignment}{start}"
 
     def _log(self, bar: tqdm) -> None:
-        record = self.meter.read(self.step)
+        record = self.metrics.read(self.step)
         if record is None:
             return
         record = {"step": self.step, **record, "aligned": self.aligner is not None}
@@ -375,7 +388,7 @@ class Trainer:
     def _save(self, must: bool) -> bool:
         """Whether the checkpoint is on the disk; UserError if it must be. If it is not, the older ones are."""
         checkpoint = {
-            **self.student.state_dict(),
+            **self.state.state_dict(),
             "args": self.config.to_namespace(),
             "steps": self.step,
             "model_config": self.model_config,
@@ -398,8 +411,8 @@ class Trainer:
     def _write(self, path: Path, checkpoint: Checkpoint) -> str:
         """What went wrong, or nothing."""
         try:
-            require_space(path.parent, self.student.checkpoint_size)
-            save_checkpoint(path, checkpoint)
+            require_space(path.parent, self.state.checkpoint_size)
+            save_tensors(path, checkpoint)
             self.retention.written(path)
         except OSError as error:
             return in_one_line(error)

@@ -47,8 +47,8 @@ FILES = {
     "evaluation.jsonl": lines(changed(digits_record(2), "step", "samples", "num_steps", "fd", "checkpoint")),
     "samples/0000002-euler-evaluation.json": as_bytes(st.lists(ENTRY | JSON, max_size=2).map(
         lambda entries: {"evaluations": entries})),
-    "previews/0000002.png": st.binary(max_size=60),
-    "previews/missing.txt": st.binary(max_size=40),
+    "samples/0000002.png": st.binary(max_size=60),
+    "samples/missing.txt": st.binary(max_size=40),
 }  # fmt: skip
 
 
@@ -80,11 +80,11 @@ def test_damage_is_left_out_and_told(tmp_path):
 
 def test_why_there_are_no_previews_is_told(tmp_path):
     run = write_log(tmp_path, "run", stop=None, steps=4)
-    for path in (run / "previews").iterdir():
+    for path in (run / "samples").iterdir():
         path.unlink()
     assert read_run(run).remarks == ["run has no previews: it trained without --sampling-steps, or has not come to "
                                      "the first one."]  # fmt: skip
-    (run / "previews" / "missing.txt").write_text("the VAE x cannot be loaded\n")
+    (run / "samples" / "missing.txt").write_text("the VAE x cannot be loaded\n")
     assert read_run(run).remarks == ["run has no previews: the VAE x cannot be loaded."]
 
 

@@ -70,9 +70,9 @@ def test_what_was_measured_otherwise_is_not_mixed(tmp_path, without_figures):
 
 def test_previews_stand_below_each_other_by_step(tmp_path, without_figures):
     runs = [write_log(tmp_path, name, stop=None) for name in ("a", "b")]
-    (runs[0] / "previews" / "0000010.png").unlink()
-    (runs[1] / "previews" / "0000035.png").write_bytes((runs[1] / "previews" / "0000030.png").read_bytes())
-    (runs[1] / "previews" / "0000040.png").write_bytes(b"no image")
+    (runs[0] / "samples" / "0000010.png").unlink()
+    (runs[1] / "samples" / "0000035.png").write_bytes((runs[1] / "samples" / "0000030.png").read_bytes())
+    (runs[1] / "samples" / "0000040.png").write_bytes(b"no image")
     page = tmp_path / "both.html"
     main(["report", *map(str, runs), "--output", str(page)])
     html = page.read_text()

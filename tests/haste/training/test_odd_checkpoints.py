@@ -12,8 +12,9 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.generation.pipeline import latent_format, load_checkpoint
+from haste.io import save_tensors
 from haste.models import SiT
-from haste.training.checkpoint import capture_rng, read_newest_checkpoint, save_checkpoint
+from haste.training.checkpoint import capture_rng, read_newest_checkpoint
 from haste.training.config import TrainConfig
 from haste.weights import read_file
 from hypothesis import HealthCheck, Phase, given, settings
@@ -140,7 +141,7 @@ def test_a_file_may_be_any_bytes(how, at, data):
     ],
 )
 def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, sentence):
-    save_checkpoint(tmp_path / "odd.pt", replaced(place, value))
+    save_tensors(tmp_path / "odd.pt", replaced(place, value))
     with pytest.raises(UserError, match=sentence):
         latent_format(load_checkpoint(tmp_path / "odd.pt", device=torch.device("cpu")))
 
@@ -163,7 +164,7 @@ def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, se
     ],
 )
 def test_what_is_odd_is_named_when_a_run_goes_on(tmp_path, place, value, sentence):
-    save_checkpoint(tmp_path / "0000004.pt", replaced(place, value))
+    save_tensors(tmp_path / "0000004.pt", replaced(place, value))
     with pytest.raises(UserError, match=sentence):
         read_newest_checkpoint(tmp_path)
 
@@ -171,14 +172,14 @@ def test_what_is_odd_is_named_when_a_run_goes_on(tmp_path, place, value, sentenc
 def test_another_trainers_settings_may_be_anything_where_sampling_does_not_look(tmp_path):
     content = {part: whole()[part] for part in ("model", "ema", "opt", "steps", "model_config")}
     args = {"path_type": "linear", "batch_size": None, "max_grad_norm": None, "legacy": 0, "layer_map": None}
-    save_checkpoint(tmp_path / "0000004.pt", {**content, "args": argparse.Namespace(**args)})
+    save_tensors(tmp_path / "0000004.pt", {**content, "args": argparse.Namespace(**args)})
     assert load_checkpoint(tmp_path / "0000004.pt", device=torch.device("cpu")).config.path_type == "linear"
     with pytest.raises(UserError, match="legacy of args of .* must be true or false, and is 0"):
         read_newest_checkpoint(tmp_path)
 
 
 def test_what_predicts_noise_is_said_before_what_is_missing_to_go_on(tmp_path):
-    save_checkpoint(tmp_path / "0000004.pt", {"model": {}, "args": argparse.Namespace(model="DiT-S/2", path_type=None)})
+    save_tensors(tmp_path / "0000004.pt", {"model": {}, "args": argparse.Namespace(model="DiT-S/2", path_type=None)})
     with pytest.raises(UserError, match="holds a DiT-S/2, which predicts noise"):
         read_newest_checkpoint(tmp_path)
 
@@ -191,6 +192,6 @@ def test_a_device_and_a_file_that_is_not_there_are_told_apart(tmp_path):
 
 def test_weights_that_are_not_finite_are_told(tmp_path, caplog):
     content = replaced("ema/pos_embed", torch.full((1, 4, 16), float("nan")))
-    save_checkpoint(tmp_path / "nan.pt", content)
+    save_tensors(tmp_path / "nan.pt", content)
     load_checkpoint(tmp_path / "nan.pt", device=torch.device("cpu"))
     assert "ema of" in caplog.text and "holds numbers that are not finite, in pos_embed" in caplog.text

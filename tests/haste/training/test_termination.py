@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from haste.alignment.termination import make_termination
 from haste.errors import UserError
-from haste.training.config import TrainConfig
+from haste.training.config import TrainConfig, resolve
 
 
 def make_rule(**settings):
-    return make_termination(replace(TrainConfig(exp_name="a"), **settings))
+    return make_termination(resolve(replace(TrainConfig(exp_name="a"), **settings)))
 
 
 def run(rule, values=(), start=0, steps=100):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,9 @@ from haste.alignment.aligner import Aligner
 from haste.errors import UserError
 from haste.models import SiT
 from haste.teachers import VisionTeacher
-from haste.training.checkpoint import checkpoint_path, read_checkpoint
-from haste.training.launch import make_accelerator
+from haste.training.checkpoint import checkpoint_path, loaded_model, read_checkpoint
 from haste.training.run_dir import RunDir
-from haste.training.trainer import Trainer, load_dataset, train
+from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
 from training_runs import assert_same_bits, final_state, read_log
 
 import haste_ext
@@ -101,7 +101,7 @@ def test_after_tau_teacher_and_projector_are_no_longer_in_memory(make_config):
     config = make_config()
     trainer = Trainer(config, load_dataset("digits", 8), RunDir(config), make_accelerator(config))
     teacher = [weakref.ref(p) for p in trainer.aligner.parameters()]
-    student = trainer.student
+    student = trainer.state
     projectors = [weakref.ref(p) for m in (student.model, student.ema.model) for p in m.projectors.parameters()]
     assert teacher and projectors
     del student
@@ -109,7 +109,7 @@ def test_after_tau_teacher_and_projector_are_no_longer_in_memory(make_config):
     gc.collect()
     assert trainer.aligner is None
     assert [r for r in teacher + projectors if r() is not None] == []
-    student = trainer.student
+    student = trainer.state
     kept = {id(p) for p in student.model.parameters()}
     assert {id(p) for group in student.optimizer.param_groups for p in group["params"]} == kept
     assert {id(p) for p in student.optimizer.state} <= kept
@@ -251,7 +251,7 @@ def test_only_the_second_version_of_fsdp_is_taken(make_config, monkeypatch):
     with pytest.raises(UserError, match="FSDP version 1 was launched; it must be 2: accelerate launch"):
         train(make_config())
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match="--termination is gradient-cosine, which needs whole weights; with FSDP"):
+    with pytest.raises(UserError, match="--termination must be another rule with FSDP"):
         train(make_config(termination="gradient-cosine"))
 
 
@@ -287,3 +287,30 @@ def test_warmup_raises_the_learning_rate_linearly(make_config):
     for trainer.step in range(6):
         rates.append(trainer._learning_rate())
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_a_model_of_its_own_size_is_resumed_and_loaded(make_config):
+    config = make_config(model="SiT-B/1", depth=2, hidden_size=32, num_heads=4, layer_map="0:1,1:2", max_train_steps=4)
+    folder = train(config).folder
+    checkpoint = read_checkpoint(checkpoint_path(folder / "checkpoints", 4))
+    size = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 1}
+    assert size.items() <= checkpoint["model_config"].items()
+    assert len(loaded_model(checkpoint).blocks) == 2
+    assert train(replace(config, max_train_steps=5)).step == 5
+    with pytest.raises(UserError, match=r"--depth \(2, now 3\)"):
+        train(replace(config, depth=3, max_train_steps=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"depth": 0}, "--depth must be an integer from 1"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"depth": 1}, "--encoder-depth must be 1 to 1"),
+        ({"depth": 2, "layer_map": "0:1,2:2"}, "layer"),
+        ({"patch_size": 3}, "patch_size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_by_name(make_config, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train(make_config(**change))

@@ -1,4 +1,5 @@
-"""A branch of a run: begun once, finished after a kill, with nothing deleted."""
+"""The folder of a run and its branches."""
+
 
 import json
 import logging
@@ -7,13 +8,70 @@ import os
 import pytest
 from haste.errors import UserError
 from haste.training import run_dir as module
-from haste.training.run_dir import Branch, Branches
+from haste.training.run_dir import Branch, Branches, RunDir
+
+
+def test_a_new_folder_holds_the_settings(make_config):
+    config = make_config(seed=7)
+    folder = RunDir(config)
+    assert not folder.path.exists()  # a run that cannot start leaves nothing
+    folder.create(0)
+    assert json.loads((folder.path / "args.json").read_text())["seed"] == 7
+    assert folder.checkpoints.is_dir()
+
+
+def test_another_run_is_refused_and_left_as_it_was(make_config):
+    folder = RunDir(make_config())
+    folder.create(0)
+    before = (folder.path / "args.json").read_text()
+    with pytest.raises(UserError, match=r"--exp-name .* other settings: --seed \(0, now 1\); --attn-coeff"):
+        RunDir(make_config(attn_coeff=0.0, seed=1))
+    assert (folder.path / "args.json").read_text() == before
+
+
+def test_the_same_run_may_get_a_later_end(make_config):
+    RunDir(make_config()).create(0)
+    folder = RunDir(make_config(max_train_steps=99))
+    folder.create(0)
+    assert json.loads((folder.path / "args.json").read_text())["max_train_steps"] == 99
+
+
+def test_a_folder_that_cannot_be_made_is_reported(make_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used"):
+        RunDir(make_config(output_dir=str(tmp_path / "file"))).create(0)
+
+
+def test_settings_that_cannot_be_read_are_reported(make_config):
+    folder = RunDir(make_config())
+    folder.create(0)
+    (folder.path / "args.json").write_text("{")
+    with pytest.raises(UserError, match=r"args\.json must be the record of a run"):
+        RunDir(make_config())
+
+
+def test_log_lines_that_will_be_written_again_are_dropped(make_config):
+    folder = RunDir(make_config())
+    folder.create(0)
+    for step in (1, 2, 3):
+        folder.log({"step": step, "loss": 0.5})
+    with open(folder.path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    folder.truncate_log(2)
+    lines = (folder.path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_forgetting_needs_no_log(make_config):
+    folder = RunDir(make_config())
+    folder.truncate_log(0)
+    assert not (folder.path / "log.jsonl").exists()
 
 
 def make_run(folder):
-    """What a run with checkpoints 4, 8 and 12 leaves, with previews, samples and scores."""
+    """What a run with checkpoints 4, 8 and 12 leaves, with samples and scores."""
     for step in (4, 8, 12):
-        for name in (f"checkpoints/{step:07d}.pt", f"previews/{step:07d}.png", f"samples/{step:07d}-ode-50.npz",
+        for name in (f"checkpoints/{step:07d}.pt", f"samples/{step:07d}.png", f"samples/{step:07d}-ode-50.npz",
                      f"samples/{step:07d}-ode-50/000000.png"):  # fmt: skip
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(name)

@@ -1,4 +1,4 @@
-"""What a run feeds on: the same images and chance wherever it begins; and runs on latents made on the way."""
+"""What a run loaders on: the same images and chance wherever it begins; and runs on latents made on the way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from haste.data import load_dataset
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
 from haste.training.config import TrainConfig
-from haste.training.state import Feed
+from haste.training.loader import Loader
 from haste.training.trainer import train
 from image_files import save_vae, write_classes
 from transformers import Dinov2Config, Dinov2Model
@@ -24,19 +24,19 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def make_feed(image_folder):
+def make_loader(image_folder):
     classes, vae = image_folder
 
     def make(start=0, images=True, **changes):
         config = TrainConfig(**{"batch_size": 4, "num_workers": 0, "gradient_accumulation_steps": 2, **changes})
         data = load_dataset(str(classes), 16, vae=str(vae))
-        return Feed(data, config, Accelerator(cpu=True), start, images)
+        return Loader(data, config, Accelerator(cpu=True), start, images)
 
     return make
 
 
-def test_a_feed_that_begins_later_gives_the_same(make_feed):
-    whole, later = make_feed(), make_feed(start=1)
+def test_a_loader_that_begins_later_gives_the_same(make_loader):
+    whole, later = make_loader(), make_loader(start=1)
     steps = list(itertools.product((0, 1, 2), (0, 1)))
     batches = {place: whole.next(*place) for place in steps}
     torch.rand(100)  # the run's own numbers are of no account
@@ -44,18 +44,18 @@ def test_a_feed_that_begins_later_gives_the_same(make_feed):
         batch = later.next(*place)
         for a, b in zip(batch, batches[place], strict=True):
             assert torch.equal(a, b)
-    first, again = batches[0, 0], make_feed(seed=1).next(0, 0)
+    first, again = batches[0, 0], make_loader(seed=1).next(0, 0)
     assert not torch.equal(first.inputs, again.inputs)
 
 
-def test_a_probe_sees_the_same_images_every_time_and_leaves_the_run_alone(make_feed):
-    feed, other = make_feed(probe_images=5), make_feed()
-    first = [batch.inputs for batch in feed.probe()]
+def test_a_probe_sees_the_same_images_every_time_and_leaves_the_run_alone(make_loader):
+    loader, other = make_loader(probe_images=5), make_loader()
+    first = [batch.inputs for batch in loader.probe()]
     assert [len(inputs) for inputs in first] == [2, 2]
-    assert torch.equal(feed.next(0, 0).inputs, other.next(0, 0).inputs)
-    again = [batch.inputs for batch in feed.probe()]
+    assert torch.equal(loader.next(0, 0).inputs, other.next(0, 0).inputs)
+    again = [batch.inputs for batch in loader.probe()]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert torch.equal(feed.next(0, 1).inputs, other.next(0, 1).inputs)
+    assert torch.equal(loader.next(0, 1).inputs, other.next(0, 1).inputs)
 
 
 @pytest.fixture(scope="module")

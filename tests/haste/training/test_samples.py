@@ -23,12 +23,12 @@ def weights_of(result):
 def test_a_run_leaves_previews_and_is_the_run_without_them(make_config):
     seen = train(make_config(exp_name="seen", sampling_steps=5))
     blind = train(make_config(exp_name="blind", sampling_steps=0))
-    assert sorted(path.name for path in (seen.folder / "previews").iterdir()) == [
+    assert sorted(path.name for path in (seen.folder / "samples").iterdir()) == [
         "0000005.png", "0000010.png", "0000012.png"]  # fmt: skip
-    first, second = (np.asarray(Image.open(seen.folder / "previews" / f"{step:07d}.png")) for step in (5, 10))
+    first, second = (np.asarray(Image.open(seen.folder / "samples" / f"{step:07d}.png")) for step in (5, 10))
     assert first.shape == (328, 272, 3)  # 4 x 4 images of 8 pixels, enlarged eight times, margins and titles
     assert (first != second).any()
-    assert not (blind.folder / "previews").exists()
+    assert not (blind.folder / "samples").exists()
     a, b = weights_of(seen), weights_of(blind)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -40,7 +40,7 @@ PLAIN = {"proj_coeff": 0.0, "attn_coeff": 0.0, "max_train_steps": 2, "sampling_s
 def test_latents_are_decoded(make_config, tmp_path):
     classes, vae = write_classes(tmp_path / "classes"), save_vae(tmp_path / "vae")
     result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
-    assert Image.open(result.folder / "previews" / "0000002.png").size == (272, 328)
+    assert Image.open(result.folder / "samples" / "0000002.png").size == (272, 328)
 
 
 def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_path, monkeypatch, caplog):
@@ -52,8 +52,8 @@ def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_
     monkeypatch.setattr(samples, "VAE", cannot_be_had)
     with caplog.at_level(logging.WARNING):
         result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
-    assert result.step == 2 and caplog.text.count("no previews are drawn: the VAE cannot be loaded") == 1
-    assert (result.folder / "previews" / "missing.txt").read_text() == "the VAE cannot be loaded\n"
+    assert result.step == 2 and caplog.text.count("no samples are made while training: the VAE cannot be loaded") == 1
+    assert (result.folder / "samples" / "missing.txt").read_text() == "the VAE cannot be loaded\n"
 
 
 def test_a_run_shorter_than_its_sampling_steps_has_a_preview_of_its_end_with_the_names_of_classes(
@@ -63,7 +63,7 @@ def test_a_run_shorter_than_its_sampling_steps_has_a_preview_of_its_end_with_the
     monkeypatch.setattr(samples, "title_bar", lambda title, width: titles.append(title) or title_bar(title, width))
     classes = write_classes(tmp_path / "classes")
     result = train(make_config(data_dir=str(classes), **{**PLAIN, "sampling_steps": 1000}))
-    assert [path.name for path in (result.folder / "previews").iterdir()] == ["0000002.png"]
+    assert [path.name for path in (result.folder / "samples").iterdir()] == ["0000002.png"]
     assert titles == [("ant", "bee", "cat")[index % 3] for index in range(16)]
 
 
@@ -74,16 +74,16 @@ def test_a_title_is_drawn_whatever_it_holds():
         assert (title_bar(title, 64) != plain).any()
 
 
-def test_trackers_get_the_preview_and_wandb_the_project_of_its_environment(make_config, monkeypatch):
+def test_trackers_get_the_samples_and_wandb_the_project_of_its_environment(make_config, monkeypatch):
     class Fake:
         def __init__(self, name):
             self.name, self.shown = name, []
 
         def log_images(self, values, step, **layout):
-            self.shown.append((values["previews"].shape, step, layout))
+            self.shown.append((values["samples"].shape, step, layout))
 
     trackers = Trackers(SimpleNamespace(trackers=[Fake("wandb"), Fake("tensorboard")]))
-    trackers.show(np.zeros((4, 6, 3), np.uint8), 7)
+    trackers.log_image(np.zeros((4, 6, 3), np.uint8), 7)
     first, second = (tracker.shown for tracker in trackers.accelerator.trackers)
     assert first == [((1, 4, 6, 3), 7, {})] and second == [((1, 4, 6, 3), 7, {"dataformats": "NHWC"})]
     monkeypatch.setenv("WANDB_PROJECT", "mine")
