@@ -44,7 +44,7 @@ def test_images_npz_and_grid_of_a_run(run, capsys):
     assert Image.open(folder / "000000.png").size == (8, 8)  # the native size; only the grid is enlarged
     assert Image.open(folder.with_name(folder.name + "-grid.png")).width > 300
     out = capsys.readouterr().out
-    assert re.search(r"6 images at \d+\.\d images/s \(\d+\.\d\d s for 6\); 4 of 4 model evaluations were full", out)
+    assert re.search(r"6 images at \d+\.\d images/s \(\d+\.\d\d s for 6\); 4 of 4 model calls were full", out)
     assert str(folder) in out
 
 
@@ -52,7 +52,7 @@ def test_taylor_computes_fewer_steps_and_draws_nearly_the_same(run, capsys):
     flags = ("--ckpt", str(run), "--num-steps", "12", "--num-fid-samples", "6")
     main(["sample", *flags])
     main(["sample", *flags, "--cache", "taylor", "--interval", "3", "--order", "1"])
-    assert "5 of 12 model evaluations were full" in capsys.readouterr().out  # 0, 1, 4, 7, 10
+    assert "5 of 12 model calls were full" in capsys.readouterr().out  # 0, 1, 4, 7, 10
     full, _ = read_npz(run / "samples" / "0000004-euler-12-cfg1-seed0.npz")
     cached, _ = read_npz(run / "samples" / "0000004-euler-12-cfg1-seed0-taylor-module-i3-o1.npz")
     difference = np.abs(full.astype(int) - cached.astype(int))
@@ -94,7 +94,7 @@ def test_a_second_start_draws_nothing_and_a_larger_number_adds(run, capsys):
     before = read_images(folder)
     assert "there already" not in capsys.readouterr().out
     main(["sample", "--ckpt", str(run), *QUICK])
-    assert capsys.readouterr().out.startswith("6 images were there already; 4 of 4 model evaluations were full\n")
+    assert capsys.readouterr().out.startswith("6 images were there already; 4 of 4 model calls were full\n")
     assert (folder / "sample.json").read_text() == record
     main(["sample", "--ckpt", str(run), *QUICK, "--num-fid-samples", "8"])
     assert json.loads((folder / "sample.json").read_text())["sampled"]["images"] == 8
