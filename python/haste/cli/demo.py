@@ -20,7 +20,6 @@ from typing import Any
 from haste.caching.config import FAST
 from haste.cli import sample, train
 from haste.errors import UserError
-from haste.evaluation import runs
 from haste.evaluation.config import EvaluateConfig
 from haste.generation.config import SampleConfig
 from haste.io import read_json, write_json
@@ -61,6 +60,7 @@ class DemoConfig:
 
 def main(demo: DemoConfig) -> None:
     """Run every stage, and print the path of the page as the last line."""
+    from haste.evaluation import runs
     from haste.generation.sample_dir import sample_to_folder
     from haste.report.demo import DemoResults, write_demo_page
 
