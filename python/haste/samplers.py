@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x, t, start) at x (B, ...) float64 and time t, in a step that starts at the time `start`, which decides
 whether it is guided; t and start are scalar tensors on the CPU."""
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 # ---- the samplers ----
 
@@ -269,7 +269,7 @@ def sample(
     """
     _check(model, noise, condition, num_steps, sampler)
     get_path(path)
-    guide = Guidance(cfg_scale, guidance_low, guidance_high, guidance, guided_channels)
+    guide = Guidance(cfg_scale, guidance_low, guidance_high, guidance, guided_channels)  # type: ignore[arg-type]
     if cfg_scale == 1:
         null = None
     elif null is None:

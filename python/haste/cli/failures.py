@@ -71,7 +71,7 @@ def answered(command: str, words: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def sentence(error: BaseException, command: str) -> str | None:
+def sentence(error: Exception, command: str) -> str | None:
     """What the user can do something about, in one sentence; None for a bug."""
     if isinstance(error, UserError) or isinstance(error, ImportError) and error.name == "haste_ext._C":
         return str(error)
@@ -90,7 +90,7 @@ def sentence(error: BaseException, command: str) -> str | None:
     return None
 
 
-def of_memory(error: BaseException) -> bool:
+def of_memory(error: Exception) -> bool:
     """Whether the CPU's or the GPU's memory was not enough; torch has no common class for it."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True

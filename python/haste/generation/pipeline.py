@@ -138,7 +138,8 @@ def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
     """`LoadedCheckpoint.recorded` of what `read_checkpoint` returns."""
     last = re.compile(r"projectors\.\d+\.4\.weight")
     z_dims = [weight.shape[0] for name, weight in content["model"].items() if last.fullmatch(name) and weight.dim()]
-    known = {name: content[name] for name in ("args", "convention", "latents", "class_names") if name in content}
+    names = ("args", "convention", "latents", "class_names")
+    known: dict[str, Any] = {name: content[name] for name in names if name in content}
     return {"z_dims": z_dims, **known}
 
 

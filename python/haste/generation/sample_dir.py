@@ -311,8 +311,8 @@ def sample(
     listed = None if labels is None or isinstance(labels, str) else np.atleast_1d(np.asarray(labels)).tolist()
     count = num_images if num_images is not None else 16 if listed is None else len(listed)
     args = SampleConfig(
-        ckpt=loaded.checkpoint if loaded is not None else Path(checkpoint).expanduser(),
-        labels=labels or "random" if listed is None else ",".join(map(str, listed)),
+        ckpt=loaded.checkpoint if loaded is not None else Path(checkpoint).expanduser(),  # type: ignore[arg-type]
+        labels=str(labels or "random") if listed is None else ",".join(map(str, listed)),
         num_fid_samples=count,
         per_proc_batch_size=batch_size,
         sample_dir=None if folder is None else Path(folder),

@@ -40,7 +40,7 @@ class Grid:
                 own = {"granularity": self.granularities, "error_threshold": self.error_thresholds, "order": orders}
             for values in product(*own.values()):
                 chosen = dict(zip(own, values, strict=True))
-                yield replace(base, num_steps=steps, cache=cache, interval=interval, **chosen)
+                yield replace(base, num_steps=steps, cache=cache, interval=interval, **chosen)  # type: ignore[arg-type]
 
 
 def plan(base: SamplingConfig, grids: Sequence[Grid], uncached_steps: Sequence[int]) -> list[SamplingConfig]:
@@ -103,8 +103,8 @@ class SweepConfig(SamplingConfig):
     """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
 
     # What every point has one of, a sweep has lists of.
-    cache: Suppress[Fixed[str]] = "none"
-    granularity: Suppress[Fixed[str]] = "module"
+    cache: Suppress[Fixed[str]] = "none"  # type: ignore[assignment]
+    granularity: Suppress[Fixed[str]] = "module"  # type: ignore[assignment]
     interval: Suppress[Fixed[None]] = None
     order: Suppress[Fixed[None]] = None
     first_enhance: Suppress[Fixed[None]] = None

@@ -134,10 +134,10 @@ def write_labels(
     shown.sort(key=lambda row: (not row.uncached, cost.value(row)))
     points = [(cost.value(row), quality.value(row)) for row in shown]
     sizes = [RING_POINTS if row is chosen else 7.0 for row in shown]
-    taken = [square(*place, size * axes.figure.dpi / 72)
+    taken = [square(place[0], place[1], size * axes.figure.dpi / 72)
              for place, size in zip(axes.transData.transform(points), sizes, strict=True)]  # fmt: skip
     lines = [line for line in axes.lines if line.get_linestyle() != "None"]
-    taken += [square(*place, 1.0) for line in lines for place in along(axes, line)]
+    taken += [square(place[0], place[1], 1.0) for line in lines for place in along(axes, line)]
     inside = axes.get_window_extent()
     for row, point, size in zip(shown, points, sizes, strict=True):
         colour = theme.text if row.uncached else look(row, theme)[0]

@@ -175,7 +175,7 @@ _PUBLISHED = {
     "siglip2naflex-vit-b": ("google/siglip2-base-patch16-naflex", "siglip2_vision_model", 768, 12, 16, 256),
     "siglip2naflex-vit-so": ("google/siglip2-so400m-patch16-naflex", "siglip2_vision_model", 1152, 27, 16, 256),
 }
-PUBLISHED = {name: Published(hub_name, Shape(*shape)) for name, (hub_name, *shape) in _PUBLISHED.items()}
+PUBLISHED = {name: Published(hub, Shape(*shape)) for name, (hub, *shape) in _PUBLISHED.items()}  # type: ignore[arg-type]
 
 UNAVAILABLE = ("mocov3-vit-s", "mocov3-vit-b", "mocov3-vit-l")
 
