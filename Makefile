@@ -17,6 +17,7 @@ demo: build
 
 test: build docs
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --dist loadfile $(TEST_ARGS)
 
 docs: build

@@ -96,8 +96,12 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("words", OUR_COMMANDS, ids=" ".join)
-def test_commands_of_haste_parse(words):
-    """Through the real parser; nothing is loaded, nothing runs."""
+def test_commands_of_haste_parse(words, tmp_path, monkeypatch):
+    """Through the real parser, beside the YAML files that a page shows; nothing is loaded, nothing runs."""
+    monkeypatch.chdir(tmp_path)
+    for language, block in (found for page in PAGES for found in blocks(page)):
+        if language == "yaml":
+            (tmp_path / block.split()[1]).write_text(block)  # its first line is a comment with the name
     command, *arguments = words
     assert command in COMMANDS
     if not arguments or arguments == ["--preset"] or "RUN" in arguments:  # which list, or stand for others

@@ -30,7 +30,7 @@ def build(cls: type[T], values: Any, source: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source} must hold named values, and is {shown(values)}")
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     known = {}
     for field in fields(cls):
         if field.name in values:
@@ -65,7 +65,7 @@ def check(value: Any, wanted: Any, name: str) -> Any:
             for key, item in value.items()
         }
     if is_dataclass(wanted):
-        return build(wanted, value, name)
+        return build(wanted, value, name)  # type: ignore[arg-type]
     if wanted is float:
         if type(value) in (int, float) and (abs(value) <= _LARGEST or value in (math.inf, -math.inf)):
             return float(value)

@@ -306,7 +306,7 @@ def open_entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("it is packed by another method than deflate")
-    return archive.open(entry)  # type: ignore[return-value]
+    return archive.open(entry)
 
 
 def _require_file(path: Path) -> None:

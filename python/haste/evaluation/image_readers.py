@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
@@ -147,7 +147,7 @@ class NpzImages:
                     raise UserError(f"{self.path} is cut short: arr_0 ends before image {last}")
                 yield np.frombuffer(data, np.uint8).reshape(last - first, *self.shape)
 
-    def _read(self, file: BinaryIO, size: int) -> bytes:
+    def _read(self, file: IO[bytes], size: int) -> bytes:
         try:
             return file.read(size)
         except Exception as error:  # as above

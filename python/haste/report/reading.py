@@ -129,7 +129,7 @@ def read_preview(path: Path) -> np.ndarray:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > LARGEST_PREVIEW:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels")
-            image = image.convert("RGB")
+            image = image.convert("RGB")  # type: ignore[assignment]
     except UserError:
         raise
     except Exception as error:  # a damaged file leads PIL to raise anything

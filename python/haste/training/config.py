@@ -324,7 +324,7 @@ def _published_presets() -> dict[str, dict[str, Any]]:
     for resolution, ends in HASTE_END.items():
         for size, end in ends.items():
             shared = {"resolution": resolution, "model": f"SiT-{size}/2"}
-            methods = {
+            methods: dict[str, dict[str, Any]] = {
                 "haste": {"attn_coeff": 0.5, **HASTE_LAYERS[size], "early_stop_point": end},
                 "repa": {"attn_coeff": 0.0, "encoder_depth": REPA_DEPTH[size], "early_stop_point": -1},
                 "baseline": {"attn_coeff": 0.0, "proj_coeff": 0.0, "early_stop_point": -1},

@@ -59,7 +59,7 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes."""
-        self._batches.close()
+        self._batches.close()  # type: ignore[attr-defined]
 
     def _seed(self, number: int) -> None:
         entropy = (self.config.seed, number, self.accelerator.process_index)

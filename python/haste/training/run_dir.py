@@ -72,7 +72,7 @@ class RunDir(ResumableDir):
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         return differing_settings(saved, self.config)
 
-    def hold(self) -> AbstractContextManager[None]:
+    def hold(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """While this context is open no other process trains here; UserError if one does."""
         return hold(self.path, f"--exp-name {self.config.exp_name} is being trained in {self.path}")
 
