@@ -3,7 +3,7 @@
 A small vision transformer learns to read scikit-learn's digits. A diffusion transformer learns to make them, once
 aligned with it and once, the baseline, without. The page shows samples, the same noise with most steps forecast, and
 both runs beside each other. Every step is a `haste` command that is printed before it runs. Started again, the demo
-resumes where it stopped stopped.
+resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -203,8 +203,8 @@ def themed_figure(light: Path, dark: Path, alt: str, caption: str = "") -> str:
     """An image drawn for light and for dark pages (PNG files); `alt` describes it to those who cannot see it."""
     note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
-        f'<figure><image><source srcset="{data_uri(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{data_uri(light)}" alt="{escape(alt, quote=True)}"></image>{note}</figure>'
+        f'<figure><picture><source srcset="{data_uri(dark)}" media="(prefers-color-scheme: dark)">'
+        f'<img src="{data_uri(light)}" alt="{escape(alt, quote=True)}"></picture>{note}</figure>'
     )
 
 

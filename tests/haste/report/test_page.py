@@ -111,8 +111,11 @@ def test_light_and_dark_pages_get_their_own_image(tmp_path, png):
     dark = tmp_path / "dark.png"
     Image.new("RGB", (3, 2)).save(dark)
     html = themed_figure(png, dark, "alt")
-    assert re.search(r'<source srcset="([^"]*)" media="\(prefers-color-scheme: dark\)">', html)[1] == data_uri(dark)
-    assert re.search(r'<img src="([^"]*)"', html)[1] == data_uri(png)
+    both = (
+        r'<picture><source srcset="([^"]*)" media="\(prefers-color-scheme: dark\)">'
+        r'<img src="([^"]*)"[^>]*></picture>'
+    )
+    assert re.search(both, html).groups() == (data_uri(dark), data_uri(png))
 
 
 def test_only_columns_of_numbers_are_set_to_the_right():
