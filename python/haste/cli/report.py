@@ -1,4 +1,4 @@
-"""One page about one run, or several side by side: quality, curves, previews, throughput, end of alignment, settings.
+"""One page about one run, or several side by side: quality, curves, samples, throughput, end of alignment, settings.
 
 The page is one file that needs no network. It can be made while the runs are still training.
 """

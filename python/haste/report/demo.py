@@ -36,7 +36,7 @@ from haste.report.page import (
     write_page,
 )
 from haste.report.reading import read_run
-from haste.report.runs import curves_section, numbers_section, previews_section, quality_section
+from haste.report.runs import curves_section, numbers_section, quality_section, training_samples_section
 from haste.training.config import TrainConfig, preset_config
 from haste.validation import check
 
@@ -157,7 +157,7 @@ def write_demo_page(
         samples_section(results),
         section("HASTE beside the baseline", paragraph(what_is_seen(results)), paragraph(how_measured(results))),
         quality_section(runs),
-        previews_section(runs),
+        training_samples_section(runs),
         curves_section(runs),
         numbers_section(runs),
         benchmark_section(),

@@ -1,4 +1,4 @@
-"""What a run's folder tells a report: log, settings, previews, and what `haste evaluate` has measured.
+"""What a run's folder tells a report: log, settings, samples, and what `haste evaluate` has measured.
 
 Everything here was written by somebody else, perhaps by an earlier version, perhaps half: what cannot be used is left
 out and said in a sentence on the page.
@@ -24,11 +24,11 @@ from haste.training.checkpoint import DIGEST, WRITTEN
 from haste.training.logging import alignment_end, finite, is_step, read_log
 from haste.training.samples import MISSING
 
-PREVIEW_SIDE = 520  # pixels on the page; larger previews are made smaller
-LARGEST_PREVIEW = 64 * 2**20  # pixels
+IMAGE_SIDE = 520  # pixels on the page; larger images are made smaller
+LARGEST_IMAGE = 64 * 2**20  # pixels
 LONGEST = 200  # characters of a setting that are shown
 _MEASURED = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", "samples", "seconds", "evaluated_by"}
-_PREVIEW_NAME = re.compile(r"[0-9]{1,15}")
+_STEP = re.compile(r"[0-9]{1,15}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
     name: str
     settings: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
-    previews: Mapping[int, Path]
+    samples: Mapping[int, Path]
     quality: Sequence[Quality]
     stop: int | None
     remarks: Sequence[str] = field(default=())
@@ -93,10 +93,10 @@ def read_run(folder: Path) -> Run:
     settings = read_json(folder / "args.json", "the settings of a run")
     name = shown(folder.resolve().name)
     remarks = [f"{name}: {damaged} lines of log.jsonl cannot be read and are left out."] if damaged else []
-    previews, quality = find_previews(folder), read_quality(folder, name, remarks)
-    if not previews:
-        remarks.append(f"{name} has no previews: {why_missing(folder)}.")
-    return Run(folder, name, settings, log, previews, quality, alignment_end(log), remarks)
+    samples, quality = find_samples(folder), read_quality(folder, name, remarks)
+    if not samples:
+        remarks.append(f"{name} has no samples: {why_missing(folder)}.")
+    return Run(folder, name, settings, log, samples, quality, alignment_end(log), remarks)
 
 
 def shown(value: object) -> str:
@@ -106,9 +106,9 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def find_previews(folder: Path) -> dict[int, Path]:
-    """Step → its preview, in the order of the steps. Whether a file is a whole PNG shows when it is read."""
-    names = {path.stem: path for path in (folder / "samples").glob("*.png") if _PREVIEW_NAME.fullmatch(path.stem)}
+def find_samples(folder: Path) -> dict[int, Path]:
+    """Step → its samples, in the order of the steps. Whether a file is a whole PNG shows when it is read."""
+    names = {path.stem: path for path in (folder / "samples").glob("*.png") if _STEP.fullmatch(path.stem)}
     return {step: names[stem] for step, stem in sorted((int(stem), stem) for stem in names)}
 
 
@@ -121,20 +121,20 @@ def why_missing(folder: Path) -> str:
     return "it trained without --sampling-steps, or has not come to the first one"
 
 
-def read_preview(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """A PNG file as (H, W, 3) uint8, made smaller where it is large. UserError if it is no whole one."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > LARGEST_PREVIEW:
+            if image.width * image.height > LARGEST_IMAGE:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels")
             image = image.convert("RGB")  # type: ignore[assignment]
     except UserError:
         raise
     except Exception as error:  # a damaged file leads PIL to raise anything
         raise UserError(f"{path} is no whole PNG: {in_one_line(error)}") from error
-    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     return np.asarray(image)
 
 
@@ -205,7 +205,7 @@ def samples_quality(entry: Any) -> Quality | None:
     if not isinstance(metrics, Mapping):
         return None
     stem, _, sampling = str(settings.get("samples", "")).partition("-")
-    if not _PREVIEW_NAME.fullmatch(stem):
+    if not _STEP.fullmatch(stem):
         return Quality("", 0, {})
     values = {
         key: finite(metric.get("value"))

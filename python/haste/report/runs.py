@@ -1,4 +1,4 @@
-"""The page of `haste report`: runs with their quality, curves, previews, throughput, end of alignment and settings."""
+"""The page of `haste report`: runs with their quality, curves, samples, throughput, end of alignment and settings."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from haste.report.page import (
     table,
     write_page,
 )
-from haste.report.reading import Quality, Run, read_preview, settings_measured, shown
+from haste.report.reading import Quality, Run, read_image, settings_measured, shown
 from haste.training.config import TrainConfig
 
 CURVES = {**LOSSES, "grad_norm": "Length of the gradient", "images_per_second": "Images per second"}
 DIFFERENCES = {"loss": "Velocity loss", "proj_loss": "Feature loss", "attn_loss": "Attention loss"}
-SHOWN_PREVIEWS = 4  # of each run, spread over its length
+SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
 BETTER = {"fd": "lower", "kid": "lower"}  # of the others, higher
 
@@ -51,7 +51,7 @@ def write_report(runs: Sequence[Run], page: Path) -> None:
         facts(*headline(runs[0])) if len(runs) == 1 else "",
         quality_section(runs),
         curves_section(runs),
-        previews_section(runs),
+        training_samples_section(runs),
         numbers_section(runs),
         settings_section(runs),
         section("What is missing here", *map(paragraph, remarks)) if remarks else "",
@@ -189,35 +189,35 @@ def difference_panels(runs: Sequence[Run]) -> list[Panel]:
     return panels
 
 
-# ---- previews ----
+# ---- samples ----
 
 
-def previews_section(runs: Sequence[Run]) -> str:
+def training_samples_section(runs: Sequence[Run]) -> str:
     """A row for each run, a column for each step: of several runs steps that all have, where there are any."""
-    drawn = [run for run in runs if run.previews]
-    if not drawn:
+    sampled = [run for run in runs if run.samples]
+    if not sampled:
         return ""
-    common = set.intersection(*(set(run.previews) for run in drawn))
-    steps = spread(sorted(common or set().union(*(run.previews for run in drawn))))
-    rows = [(run.name, [preview(run, step) for step in steps]) for run in drawn]
-    note = "Samples of the averaged model, in every preview from the same noise."
+    common = set.intersection(*(set(run.samples) for run in sampled))
+    steps = spread(sorted(common or set().union(*(run.samples for run in sampled))))
+    rows = [(run.name, [sample_cell(run, step) for step in steps]) for run in sampled]
+    note = "Samples of the averaged model, at every step from the same noise."
     if not common:
-        note += " The runs have no step in common at which previews were made."
-    return section("Previews", paragraph(note), side_by_side([f"Step {step:,}" for step in steps], rows))
+        note += " The runs have no step in common at which they were sampled."
+    return section("Samples while training", paragraph(note), side_by_side([f"Step {step:,}" for step in steps], rows))
 
 
 def spread(steps: Sequence[int]) -> list[int]:
     """A few of the steps, the first and the last among them."""
-    chosen = np.unique(np.linspace(0, len(steps) - 1, SHOWN_PREVIEWS).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(steps) - 1, SHOWN_SAMPLES).round().astype(int))
     return [steps[index] for index in chosen]
 
 
-def preview(run: Run, step: int) -> str:
+def sample_cell(run: Run, step: int) -> str:
     """HTML of one cell."""
-    if step not in run.previews:
+    if step not in run.samples:
         return "none"
     try:
-        pixels = read_preview(run.previews[step])
+        pixels = read_image(run.samples[step])
     except UserError:
         return "no whole PNG file"
     return image(png_uri(pixels), f"Samples of {run.name} at step {step:,}")

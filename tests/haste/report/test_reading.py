@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from haste.data.images import write_image
 from haste.errors import UserError
-from haste.report.reading import Quality, digits_quality, read_preview, read_run, samples_quality, sampling_text, shown
+from haste.report.reading import Quality, digits_quality, read_image, read_run, samples_quality, sampling_text, shown
 from haste.report.runs import write_report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,14 +78,14 @@ def test_damage_is_left_out_and_told(tmp_path):
         "run: 1 lines of log.jsonl", "run: 1 records of evaluations"]  # fmt: skip
 
 
-def test_why_there_are_no_previews_is_told(tmp_path):
+def test_why_there_are_no_samples_is_told(tmp_path):
     run = write_log(tmp_path, "run", stop=None, steps=4)
     for path in (run / "samples").iterdir():
         path.unlink()
-    assert read_run(run).remarks == ["run has no previews: it trained without --sampling-steps, or has not come to "
+    assert read_run(run).remarks == ["run has no samples: it trained without --sampling-steps, or has not come to "
                                      "the first one."]  # fmt: skip
     (run / "samples" / "missing.txt").write_text("the VAE x cannot be loaded\n")
-    assert read_run(run).remarks == ["run has no previews: the VAE x cannot be loaded."]
+    assert read_run(run).remarks == ["run has no samples: the VAE x cannot be loaded."]
 
 
 def test_measurements_compare_if_all_but_the_checkpoint_is_alike():
@@ -105,16 +105,16 @@ def test_metrics_of_other_data_are_read_by_the_samples_they_are_of():
     assert samples_quality(entry) == Quality(how, 200, {"fd": 4.5})
 
 
-def test_a_large_preview_is_made_smaller_and_what_is_no_png_refused(tmp_path):
+def test_a_large_image_is_made_smaller_and_what_is_no_png_refused(tmp_path):
     import numpy as np
 
     write_image(tmp_path / "large.png", np.zeros((1000, 1000, 3), np.uint8))
-    assert read_preview(tmp_path / "large.png").shape == (520, 520, 3)
+    assert read_image(tmp_path / "large.png").shape == (520, 520, 3)
     data = (tmp_path / "large.png").read_bytes()
     for content in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", data[: len(data) // 2]):
         (tmp_path / "odd.png").write_bytes(content)
         with pytest.raises(UserError, match="is no whole PNG"):
-            read_preview(tmp_path / "odd.png")
+            read_image(tmp_path / "odd.png")
 
 
 def test_text_is_made_fit_to_be_shown():

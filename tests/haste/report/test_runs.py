@@ -23,7 +23,7 @@ def test_one_run_on_one_page_that_fetches_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     html = (run / "report.html").read_text()
     assert "aligned with digits-vit until step 16" in html
-    assert html.count("data:image/png;base64,") == 2 * 4 + 4  # curves for both themes, four previews
+    assert html.count("data:image/png;base64,") == 2 * 4 + 4  # curves for both themes, four grids of samples
     assert not re.search(r'(src|href)="(?!data:)', html)
     text = text_of(html)
     assert "|haste|" in text and "|100.0|" in text and "|150.0|" in text and "|0.250|" in text
@@ -68,7 +68,7 @@ def test_what_was_measured_otherwise_is_not_mixed(tmp_path, without_figures):
     assert "|20|9.000|90.0|" in text and "|20|8.000|90.0|" in text
 
 
-def test_previews_stand_below_each_other_by_step(tmp_path, without_figures):
+def test_samples_stand_below_each_other_by_step(tmp_path, without_figures):
     runs = [write_log(tmp_path, name, stop=None) for name in ("a", "b")]
     (runs[0] / "samples" / "0000010.png").unlink()
     (runs[1] / "samples" / "0000035.png").write_bytes((runs[1] / "samples" / "0000030.png").read_bytes())
