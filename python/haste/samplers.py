@@ -107,7 +107,7 @@ class Guidance:
     (arXiv 2404.07724).
 
     scale: 1 is none. mode: batched computes both halves as one batch of twice the size, separate one after the other.
-    channels: so many, the first ones, are guided and the others are those of the label; None guides all.
+    channels: the first n are guided, the others are those of the condition; None guides all.
 
     Raises UserError for settings that make no sense.
     """
@@ -250,8 +250,8 @@ def sample(
         cfg_scale: v = v_null + cfg_scale·(v_label − v_null). At 1 there is no guidance and no second half of a batch.
         guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
         guidance: "batched" computes both halves at once, "separate" one after the other, in half of the memory.
-        guided_channels: so many channels, the first ones, are guided. None: all, as HASTE and REPA do. SiT and DiT
-            guide three of the four of their latents.
+        guided_channels: the first n channels are guided. None: all, as HASTE and REPA do. SiT and DiT guide three of
+            the four of their latents.
         null: the condition of one image that stands for none (of classes: their number); needed for guidance.
         generator: for the noise of the SDE's steps; one for all, or one per image.
         step_noise: that noise itself, shaped as `noise`, for one step after the other; in place of `generator`. Read as

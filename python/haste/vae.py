@@ -24,7 +24,7 @@ from haste.weights import load_weights, loading_arguments, reason, require_sourc
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 
-# A VAE's activations at full resolution take gigabytes; so many images go through it at a time.
+# A VAE's activations at full resolution take gigabytes, so the images go through it in parts.
 IMAGES_AT_A_TIME = 16
 
 MOST_CHANNELS, MOST_BLOCKS = 2**16, 16  # of a config that can be meant

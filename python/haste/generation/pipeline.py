@@ -160,12 +160,12 @@ def run_checkpoints(run: Path) -> list[Path]:
 
 
 def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFormat | None:
-    """How a loaded's latents become images; None for one that draws pixels.
+    """How what a model samples becomes images; None for pixels.
 
     vae: as --vae names it, in place of the one that the checkpoint names. Of a checkpoint that names none, as other
     trainers write them, one or three channels are pixels, and others the latents of this VAE.
     The two VAEs of Stable Diffusion make the same latents, so those do not tell by which they are decoded: it is the
-    published one, unless the run was told another. So it is the same before and after a run of REPA's is gone on with.
+    published one, unless the run was given another. So it is the same before and after a run of REPA's is resumed.
     Raises UserError for a VAE that does not exist or does not fit.
     """
     channels = loaded.layout.input_shape[0]
@@ -176,13 +176,13 @@ def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFor
         if latents.channels != channels:
             raise UserError(
                 f"--vae is {vae or PUBLISHED}, whose latents have {latents.channels} channels; it must have the "
-                f"{channels} that the model draws"
+                f"{channels} that the model samples"
             )
         return latents
     saved = loaded.recorded["latents"]
     if saved is None:
         if vae is not None:
-            raise UserError(f"--vae is {vae}, and the model draws pixels, which need none")
+            raise UserError(f"--vae is {vae}, and the model samples pixels, which need none")
         return None
     latents = LatentFormat.from_dict(saved, f"latents of {loaded.checkpoint}")
     if vae is None and loaded.config.vae is None and latents.vae in PUBLISHED_VAES.values():
@@ -213,8 +213,8 @@ def image_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -
 def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
     """The labels (len(indices),) int64 of these images under a --labels policy. Raises UserError for a bad policy."""
     if policy == "random":
-        draws = [torch.randint(num_classes, (), generator=image_generator(seed, i, "label")) for i in indices]
-        return np.array([int(draw) for draw in draws], dtype=np.int64)
+        chosen = [torch.randint(num_classes, (), generator=image_generator(seed, i, "label")) for i in indices]
+        return np.array([int(label) for label in chosen], dtype=np.int64)
     listed = list(range(num_classes)) if policy == "balanced" else _listed_classes(policy)
     unknown = [label for label in listed if not 0 <= label < num_classes]
     if unknown:

@@ -231,7 +231,7 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
 def deal(missing: list[int], size: int) -> list[list[int]]:
     """Batches of at most `size` numbers, of which one holds the numbers from k·size to (k + 1)·size that are missing.
 
-    So an image shares its batch with the same others whichever process draws it, and after a resumption too: its
+    So an image shares its batch with the same others whichever process samples it, and after a resumption too: its
     matrix products are rounded alike.
     """
     return [list(batch) for _, batch in groupby(missing, key=lambda index: index // size)]

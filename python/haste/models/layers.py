@@ -1,9 +1,4 @@
-"""softmax(q·kᵀ·d^−½)·v by whichever implementation is chosen; q, k and v are (B, H, N, D), and so is the result.
-
-What a SiT is told beside the tokens: the image cut into patches, the time, the class.
-
-Fixed 2-D sine-cosine positions (MAE, arXiv 2111.06377), as DiT and SiT use them.
-"""
+"""Parts that several families have: attention backends, adaLN, embedders of patches, times and classes, positions."""
 
 from __future__ import annotations
 
@@ -17,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError
+
+# ---- attention: softmax(q·kᵀ·d^−½)·v; q, k, v and the result are (B, H, N, D) ----
 
 
 def step_by_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -126,7 +123,7 @@ class LabelEmbedder(nn.Module):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Positions of a square grid of tokens, row by row.
+    """Fixed positions of a square grid of tokens, row by row (MAE, arXiv 2111.06377), as DiT and SiT have them.
 
     The first half of the channels encodes the column, the second half the row; each half is sines, then cosines,
     of the coordinate times 10000^(-i/(width/4)).

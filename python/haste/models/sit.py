@@ -2,9 +2,9 @@
 
 The names of its parameters are those of the public checkpoints. Time runs from t = 1 (noise) to t = 0 (data).
 
-Reading order: Attention, Mlp, SiTBlock, FinalLayer, SiT. Where a method aligns the student's attention, it asks the
-forward pass for `aligned_layers` and gets q and k of those layers as attention used them: views of the one qkv
-projection. No attention map is formed, and where nothing is asked nothing is kept.
+Reading order: Attention, Mlp, SiTBlock, FinalLayer, SiT. For alignment the forward
+pass is given `aligned_layers` and returns q and k of those layers as attention used them: views of the one qkv
+projection. No attention map is formed, and nothing is kept of other layers.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class SiTBlock(nn.Module):
         m = self.modulation(c)
         branch, queries_keys = self.attention_branch(tokens, m.shift_attn, m.scale_attn)
         if not keep_queries_keys:
-            queries_keys = None  # lets go of the projection before the MLP needs its memory
+            queries_keys = None  # frees the projection before the MLP needs its memory
         tokens = tokens + m.gate_attn.unsqueeze(1) * branch
         tokens = tokens + m.gate_mlp.unsqueeze(1) * self.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
         return tokens, queries_keys

@@ -278,7 +278,7 @@ def test_a_vae_that_does_not_fit_is_refused(student, tmp_path):
         latent_format(student, "mse")
     wide = save_vae(tmp_path / "wide", channels=16)
     bare = load_checkpoint(write_bare(tmp_path / "bare.pt"))
-    with pytest.raises(UserError, match="whose latents have 16 channels; it must have the 4 that the model draws"):
+    with pytest.raises(UserError, match="whose latents have 16 channels; it must have the 4 that the model samples"):
         latent_format(bare, str(wide))
     with pytest.raises(UserError, match="which does not exist; it must be mse or ema"):
         Sampler(student, SamplingConfig(vae="./none"))
@@ -289,7 +289,7 @@ def test_a_student_of_pixels_has_none(tmp_path):
     assert latent_format(student) is None
     with pytest.raises(UserError, match="--vae is ema, whose latents have 4 channels; it must have the 1"):
         latent_format(student, "ema")
-    with pytest.raises(UserError, match="--vae is ema, and the model draws pixels, which need none"):
+    with pytest.raises(UserError, match="--vae is ema, and the model samples pixels, which need none"):
         latent_format(replace(student, recorded={"latents": None}), "ema")
 
 
