@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
-from haste.models import build_model, check_config, infer_config
+from haste.models import build_model, check_config, get_family, infer_config
 from haste.training.config import TrainConfig
 from haste.training.conventions import (
     Convention,
@@ -112,7 +112,8 @@ def loaded_model(checkpoint: Checkpoint, ema: bool = True, fused_attn: bool = Tr
     Args:
         ema: the EMA weights, which images are sampled with, or the trained ones.
     """
-    config = {**checkpoint["model_config"], "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
+    config = checkpoint["model_config"]
+    config = get_family(config).for_sampling(config, fused_attn)
     model = on_meta(config)
     weights = checkpoint["ema" if ema else "model"]
     weights = {name: value.float().contiguous() for name, value in weights.items() if not is_projector(name)}

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haste.errors import UserError
+from haste.models import get_family
 from haste.models.layers import TimestepEmbedder
-from haste.models.sit import SiT
 from haste.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,6 @@ def guided_channels(convention: Convention, channels: int) -> int | None:
 
 Weights = dict[str, Tensor]
 
-FIRST_AFTER_PROJECTORS = "final_layer."
-
 # What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -193,7 +191,7 @@ def why_unusable(value: Tensor) -> str:
     return ""
 
 
-def require_names(model: SiT, weights: Weights, source: str) -> None:
+def require_names(model: nn.Module, weights: Weights, source: str) -> None:
     """UserError, naming the first that does not belong and the first that is missing, unless these are its weights.
 
     Projectors are passed over. model: may be on the meta device, so that nothing is allocated for what does not fit.
@@ -204,10 +202,11 @@ def require_names(model: SiT, weights: Weights, source: str) -> None:
     missing = next((name for name in expected if name not in found), None)
     if foreign or missing:
         wrong = [f"{foreign} does not belong"] * bool(foreign) + [f"{missing} is missing"] * bool(missing)
-        raise UserError(f"{source} does not hold the weights of a SiT of its size: {' and '.join(wrong)}")
+        title = get_family(model).title
+        raise UserError(f"{source} does not hold the weights of a {title} of its size: {' and '.join(wrong)}")
 
 
-def require_shapes(model: SiT, weights: Weights, source: str) -> None:
+def require_shapes(model: nn.Module, weights: Weights, source: str) -> None:
     """UserError, naming the first that has not the shape that it has in the model. What is missing is passed over."""
     for name, value in model.state_dict().items():
         if name in weights and weights[name].shape != value.shape:
@@ -281,14 +280,20 @@ def _velocity_half(value: Tensor, embedder: Tensor) -> Tensor:
 # ---- the order of parameters, by which an optimizer's state counts them ----
 
 
-def with_projectors(weights: Weights, projectors: Weights) -> Weights:
-    """Weights of a model whose projectors were freed, with these where they were."""
+def with_projectors(weights: Weights, projectors: Weights, order: Sequence[str]) -> Weights:
+    """Weights of a model whose projectors were freed, with these where they were.
+
+    order: names of a file that has both.
+    """
+    names = list(order)
+    last = max((number for number, name in enumerate(names) if name in projectors), default=len(names))
+    following = next((name for name in names[last:] if name in weights), None)
     merged: Weights = {}
     for name, value in weights.items():
-        if name.startswith(FIRST_AFTER_PROJECTORS) and projectors.keys() - merged.keys():
+        if name == following:
             merged.update(projectors)
         merged[name] = value
-    return merged
+    return {**merged, **projectors}
 
 
 def reorder_state(state: Mapping[int, Any], source: Sequence[str], target: Sequence[str]) -> dict[int, Any]:

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from haste._compat import lerp_all_
 from haste.distributed import distribute_like, replicate, shard, sharding, synchronizing, to_local, whole
 from haste.errors import UserError, in_one_line
 from haste.models import ModelOutput, build_model, get_family
@@ -37,7 +38,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """One fused pass over all parameters, or over this process's part of them."""
         averages = [to_local(parameter) for parameter in self.model.parameters()]
-        torch._foreach_lerp_(averages, [to_local(parameter) for parameter in model.parameters()], 1 - self.decay)
+        lerp_all_(averages, [to_local(parameter) for parameter in model.parameters()], 1 - self.decay)
 
 
 class TrainState:
@@ -69,6 +70,7 @@ class TrainState:
         # The trainer drops labels for all processes together, which is all that training mode would do.
         self.model.eval()
         self.ema = EMA(self.model, config.ema_decay)
+        self.order: Sequence[str] = ()  # of the names in the file, in which freed projectors have their place
         self.freed: dict[str, Weights] = {"model": {}, "ema": {}}
         if saved is not None:
             self._load_weights(saved, new_projectors=not resumes)
@@ -150,7 +152,7 @@ class TrainState:
         """
         own_names = [name for name, _ in self.model.named_parameters()]
         weights = {
-            part: with_projectors(_gather(model.state_dict()), self.freed[part])
+            part: with_projectors(_gather(model.state_dict()), self.freed[part], self.order)
             for part, model in (("model", self.model), ("ema", self.ema.model))
         }
         opt = self.optimizer.state_dict()
@@ -164,6 +166,7 @@ class TrainState:
 
     def _load_weights(self, saved: dict[str, Any], new_projectors: bool) -> None:
         """UserError if they are not those of such a model. Projectors that it lacks are kept for its checkpoints."""
+        self.order = list(saved["model"])
         for part, model in (("model", self.model), ("ema", self.ema.model)):
             weights = {name: value for name, value in saved[part].items() if not is_projector(name)}
             projectors = {name: value for name, value in saved[part].items() if is_projector(name)}

@@ -67,6 +67,12 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train, or resume the run that is in the folder, until max_train_steps or until a signal asks to stop.
 
+    Args:
+        config: the settings, those of `haste train`.
+
+    Returns:
+        The steps done in all, the run's folder, and the signal that ended it early, if one did.
+
     Raises:
         UserError: settings that cannot work, a folder that holds another run, a loss that is not finite. Nothing that
             was saved is lost.

@@ -190,8 +190,9 @@ def test_projectors_go_back_to_their_place_and_an_optimizers_state_goes_with_the
     whole = random_sit(**WITH_PROJECTORS).state_dict()
     projectors = {name: value for name, value in whole.items() if name.startswith("projectors.")}
     trunk = {name: value for name, value in whole.items() if name not in projectors}
-    assert list(with_projectors(trunk, projectors)) == list(whole)
-    assert with_projectors(trunk, {}) == trunk
+    assert list(with_projectors(trunk, projectors, list(whole))) == list(whole)
+    assert list(with_projectors(trunk, projectors, [*trunk, *projectors])) == [*trunk, *projectors]
+    assert list(with_projectors(trunk, {}, list(trunk))) == list(trunk)
     assert reorder_state({0: "a", 2: "c"}, ["a", "b", "c"], ["c", "x", "a", "b"]) == {0: "c", 2: "a"}
 
 
