@@ -400,6 +400,6 @@ def write_grid(args: SampleConfig, loaded: LoadedCheckpoint, folder: SampleDir, 
     shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
     images = np.stack(list(folder.read(shown)))
     order = np.argsort(labels[:shown], kind="stable")
-    names = dict(enumerate(loaded.recorded.get("class_names", ())))
+    names = dict(enumerate(loaded.recorded.get("class_names") or ()))
     titles = [names.get(label, str(label)) for label in labels[order].tolist()]
     plot_grid(folder.grid, images[order], titles, title=f"{loaded.label}: {args.describe()}")
