@@ -70,7 +70,8 @@ class OpaqueModel:
     @property
     def dtype(self) -> torch.dtype:
         own = getattr(self.model, "dtype", None)
-        return own if own is not None else next(self.model.parameters()).dtype
+        first = next(self.model.parameters(), None)
+        return own if own is not None else torch.get_default_dtype() if first is None else first.dtype
 
 
 MODEL_PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")

@@ -10,7 +10,7 @@ from haste.caching.adapters import BlockGroup, PerModule, WholeModel, find_trans
 from haste.errors import UserError
 from haste.models import Family, build_model, family
 from haste.samplers import sample
-from torch import nn
+from torch import Tensor, nn
 
 STEPS = 6
 
@@ -457,3 +457,14 @@ def test_of_any_model_the_output_is_forecast():
 def test_an_output_of_another_shape_is_refused():
     with pytest.raises(UserError, match="--granularity must be module, block or model for PublicModel"):
         run(PublicModel("dit").eval(), "dit", cache="taylor", granularity="output", order=1)
+
+
+def test_a_model_without_parameters_is_cached_by_its_output() -> None:
+    class Scale(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            return x * t.view(-1, 1, 1, 1)
+
+    fast = enable_cache(Scale().eval(), num_steps=4, cache="reuse", interval=2, granularity="output")
+    x = torch.ones(2, 3, 8, 8)
+    for step in range(4):
+        assert fast(x, torch.full((2,), 1 - step / 4), None).shape == x.shape
