@@ -1,8 +1,8 @@
-"""Plain SiT, REPA, HASTE and HASTE without stopping on the digits, three seeds each, at five points of training.
+"""Vanilla SiT, REPA, HASTE and HASTE without stopping on the digits, three seeds each, at five points of training.
 
     python benchmarks/digits/run.py                            all that is not done yet, then the table and the plots
     python benchmarks/digits/run.py --methods HASTE --seeds 0  of that, one run; several may go on side by side
-    python benchmarks/digits/run.py --draw-only                the table and the plots from results.json alone
+    python benchmarks/digits/run.py --plot-only                the table and the plots from results.json alone
 
 All runs share the preset `haste train --preset digits`, its teacher, the classifier and the seeds of the samples; runs
 of one seed also see the same order of images, times and noise. A run that is done is not done again.
@@ -10,10 +10,10 @@ of one seed also see the same order of images, times and noise. A run that is do
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -30,17 +30,19 @@ from haste.io import write_text
 from haste.plotting import plot_advantage, plot_scores
 from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig, preset_config
-from haste.training.trainer import train
 
 import haste_ext
+from haste_ext.bench.machine import processor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import read_results, train_to_end, write_results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results.json"
 SAMPLES = 1000
 SETTINGS = SamplingConfig(num_steps=25, labels="balanced")
 
 METHODS: dict[str, dict[str, Any]] = {
-    "plain": {"attn_coeff": 0.0, "proj_coeff": 0.0},
+    "vanilla": {"attn_coeff": 0.0, "proj_coeff": 0.0},
     "REPA": {"attn_coeff": 0.0, "early_stop_point": -1},
     "HASTE": {},
     "HASTE, never stopped": {"early_stop_point": -1},
@@ -52,30 +54,30 @@ class Args:
     """What to run and where."""
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    """Of: plain, REPA, HASTE, "HASTE, never stopped"."""
+    """Of: vanilla, REPA, HASTE, "HASTE, never stopped"."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the training."""
     output_dir: Path = Path("exps/digits-benchmark")
     """Where the runs, the teacher and the classifier go."""
-    draw_only: bool = False
-    """Train nothing: draw the table and the plots from results.json."""
+    plot_only: bool = False
+    """Train nothing: make the table and the plots from results.json."""
 
 
 def main(args: Args) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not args.draw_only:
+    if not args.plot_only:
         for seed in args.seeds:
             for method in args.methods:
                 do_run(args, method, seed)
-    results = read_results()
+    results = stored_results()
     write_table(results)
-    draw_plots(results)
+    write_plots(results)
     print((HERE / "results.md").read_text())
 
 
-def read_results() -> dict[str, Any]:
+def stored_results() -> dict[str, Any]:
     """results.json, or what it is before the first run."""
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
+    return read_results(HERE) if (HERE / "results.json").is_file() else {"runs": []}
 
 
 def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
@@ -88,16 +90,14 @@ def do_run(args: Args, method: str, seed: int) -> None:
     """Train and evaluate one run, unless it is in the results with these very settings; then write results.json."""
     config = run_config(args.output_dir, method, seed)
     settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
-    if any(run["settings"] == settings for run in read_results()["runs"]):
+    if any(run["settings"] == settings for run in stored_results()["runs"]):
         print(f"{method}, seed {seed}: done before")
         return
     begin = perf_counter()
-    result = train(config)
-    if result.interrupted is not None:
-        raise SystemExit(128 + result.interrupted)
+    folder = train_to_end(config)
     trained = perf_counter()
     evaluator = Evaluator.load("digits", "digits", args.output_dir / "classifier", CLASSIFIED_AT_ONCE)
-    records = evaluate_checkpoints(result.folder, run_checkpoints(result.folder), SETTINGS, SAMPLES, evaluator)
+    records = evaluate_checkpoints(folder, run_checkpoints(folder), SETTINGS, SAMPLES, evaluator)
     run = {
         "method": method,
         "seed": seed,
@@ -107,7 +107,7 @@ def do_run(args: Args, method: str, seed: int) -> None:
         "evaluation_seconds": round(perf_counter() - trained, 1),
         **provenance(),
     }
-    results = read_results()  # again: another process may have added its own runs
+    results = stored_results()  # again: another process may have added its own runs
     others = [old for old in results["runs"] if (old["method"], old["seed"]) != (method, seed)]
     results["runs"] = sorted([*others, run], key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
     results["sampling"] = SETTINGS.sampling_fields()
@@ -118,7 +118,7 @@ def do_run(args: Args, method: str, seed: int) -> None:
         "split_half_fd": evaluator.split_half_fd,
         "settings": asdict(evaluator.extractor.settings),
     }
-    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    write_results(HERE, results)
 
 
 def provenance() -> dict[str, Any]:
@@ -134,17 +134,9 @@ def provenance() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD").strip() + (" with changes" if changed else ""),
         "build": haste_ext.build_info(),
         "python": platform.python_version(),
-        "processor": processor_name(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
     }
-
-
-def processor_name() -> str:
-    """The processor as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def by_method(results: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
@@ -160,7 +152,7 @@ def write_table(results: dict[str, Any]) -> None:
     scores = by_method(results)
     steps = [point["step"] for point in next(iter(next(iter(scores.values())).values()))]
     head = ["", *(f"step {step:,}" for step in steps)]
-    lines = ["# Digits: plain SiT, REPA, HASTE\n", describe(results)]
+    lines = ["# Digits: vanilla SiT, REPA, HASTE\n", describe(results)]
     for title, key, scale, digits in (
         ("FD", "fd", 1.0, 2),
         ("Read as requested, %", "label_accuracy", 100.0, 1),
@@ -194,15 +186,15 @@ def describe(results: dict[str, Any]) -> str:
     )
 
 
-def draw_plots(results: dict[str, Any]) -> None:
-    """results.png: both numbers over steps, mean and range over seeds; advantage.png: the same against plain SiT."""
+def write_plots(results: dict[str, Any]) -> None:
+    """results.png: both numbers over steps, mean and range over seeds; advantage.png: the same against vanilla SiT."""
     scores = by_method(results)
     stops = {run["settings"]["early_stop_point"] for run in results["runs"] if run["method"] == "HASTE"}
     stop = stops.pop() if stops else None
     title = f"Digits, {len({run['seed'] for run in results['runs']})} seeds: mean, lowest and highest"
     plot_scores(HERE / "results.png", scores, title=title, stop=stop)
-    if "plain" in scores:
-        plot_advantage(HERE / "advantage.png", scores, "plain", title=title, stop=stop)
+    if "vanilla" in scores:
+        plot_advantage(HERE / "advantage.png", scores, "vanilla", title=title, stop=stop)
 
 
 if __name__ == "__main__":

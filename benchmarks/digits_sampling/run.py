@@ -2,17 +2,17 @@
 
     python benchmarks/digits_sampling/run.py                 all that is not done yet, then the table and the plot
     python benchmarks/digits_sampling/run.py --seeds 0       of that, one seed
-    python benchmarks/digits_sampling/run.py --draw-only     the table and the plot from results.json alone
+    python benchmarks/digits_sampling/run.py --plot-only     the table and the plot from results.json alone
     python benchmarks/digits_sampling/run.py --cfg-scale 1.5 --output benchmarks/digits_sampling/guided
 
 The models are those of benchmarks/digits, HASTE with seeds 0, 1 and 2, trained first if they are not there. All points
-of all seeds draw the same noise and labels. What was measured is kept as it is known: a run that was stopped goes on.
+of all seeds use the same noise and labels. What was measured is kept as it is known: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,18 @@ from haste.sweep.plot import plot_sweep
 from haste.sweep.records import RecordBook, Row, average, make_rows
 from haste.tables import markdown_table
 from haste.training.config import preset_config
-from haste.training.trainer import train
 from tqdm import tqdm
 
 from haste_ext.bench.machine import describe_machine
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import read_results, train_to_end, write_results  # noqa: E402
+
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results.json"
 TOLERANCE = 0.05
 
 BASE = SamplingConfig(labels="balanced")
-PLAIN_STEPS = (10, 12, 14, 17, 20, 25)
+UNCACHED_STEPS = (10, 12, 14, 17, 20, 25)
 INTERVALS = (3, 4, 5, 6)
 GRIDS = (
     Grid(caches=("taylor",), intervals=INTERVALS, orders=(1, 2, 3, 4)),  # TaylorSeer
@@ -71,7 +72,7 @@ class Args:
     runs: Path = Path("exps/digits-benchmark")
     """Where the runs haste-seed0, ... and the classifier are, or go."""
     samples: int = 400
-    """Images to draw of each point and seed."""
+    """Images to sample of each point and seed."""
     batch: int = 100
     """Images per batch, in which they are also timed."""
     repeats: int = 2
@@ -80,18 +81,17 @@ class Args:
     """Classifier-free guidance, which doubles the work; 1 is none. Give another --output with it."""
     output: Path = HERE
     """Where results.json, results.md and results.png go."""
-    draw_only: bool = False
-    """Measure nothing: draw the table and the plot from results.json."""
+    plot_only: bool = False
+    """Measure nothing: make the table and the plot from results.json."""
 
 
 def main(args: Args) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    results = args.output / RESULTS.name
-    if not args.draw_only:
+    if not args.plot_only:
         records = {seed: measure(args, seed) for seed in args.seeds}
         document = {"machine": describe_machine("cpu"), "records": {str(seed): own for seed, own in records.items()}}
-        write_text(results, json.dumps(document, indent=1) + "\n")
-    document = json.loads(results.read_text())
+        write_results(args.output, document)
+    document = read_results(args.output)
     rows = average([make_rows(records) for records in document["records"].values()])
     guided = guidance(rows[0].settings.cfg_scale)
     title = f"Digits, SiT trained with HASTE, {guided}: mean over {len(document['records'])} seed(s)"
@@ -106,7 +106,7 @@ def measure(args: Args, seed: int) -> list[dict[str, Any]]:
     run = trained_run(args.runs, seed)
     evaluator = Evaluator.load("digits", "digits", args.runs / "classifier", batch_size=64)
     book = RecordBook(args.runs / f"sampling-seed{seed}.jsonl")
-    points = plan(replace(BASE, cfg_scale=args.cfg_scale), GRIDS, PLAIN_STEPS)
+    points = plan(replace(BASE, cfg_scale=args.cfg_scale), GRIDS, UNCACHED_STEPS)
     sweep = Sweep(load_checkpoint(run), points, evaluator, book, args.samples, args.batch, args.repeats)
     with tqdm(total=sweep.images, unit="image", desc=f"seed {seed}") as bar:
         sweep.run(lambda name, images: bar.update(images))
@@ -120,11 +120,7 @@ def trained_run(runs: Path, seed: int) -> Path:
     name = f"haste-seed{seed}"
     config = replace(preset_config("digits"), output_dir=str(runs), exp_name=name, seed=seed)
     last = runs / name / "checkpoints" / f"{config.max_train_steps:07d}.pt"
-    if not last.is_file():
-        result = train(config)
-        if result.interrupted is not None:
-            raise SystemExit(128 + result.interrupted)
-    return runs / name
+    return runs / name if last.is_file() else train_to_end(config)
 
 
 def write_up(document: dict[str, Any], rows: list[Row]) -> str:

@@ -14,9 +14,9 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Geometry:
-    """A model, and the images that it draws unless others are asked for.
+    """A model, and the images that it makes unless others are asked for.
 
-    model: arguments of SiT. pixels: of the image's side per value of what the model draws, 8 for SD-VAE's latents.
+    model: arguments of SiT. pixels: of the image's side per value of what the model samples, 8 for SD-VAE's latents.
     cpu_batch: images per run on two processor cores.
     """
 
@@ -71,16 +71,16 @@ def make_case(
 ) -> Case:
     """UserError, in one sentence, for what cannot be measured; what the caches refuse they refuse themselves."""
     if model not in GEOMETRIES:
-        raise UserError(f"--model is {model!r}; it must be one of {', '.join(GEOMETRIES)}")
+        raise UserError(f"--model must be one of {', '.join(GEOMETRIES)}, got {model!r}")
     if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     geometry = GEOMETRIES[model]
     if resolution is None:
         resolution = geometry.resolution
     unit = geometry.pixels * geometry.model["patch_size"]
     if resolution < unit or resolution % unit:
-        raise UserError(f"--resolution is {resolution}; it must be a multiple of {unit}, such as {geometry.resolution}")
+        raise UserError(f"--resolution must be a multiple of {unit}, such as {geometry.resolution}, got {resolution}")
     for name, value in (("batch-size", batch), ("num-steps", num_steps), ("interval", interval)):
         if value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
+            raise UserError(f"--{name} must be at least 1, got {value}")
     return Case(model, resolution, batch, dtype, device, num_steps, interval, order)

@@ -27,7 +27,7 @@ def full_steps(num_steps: int, interval: int) -> list[int]:
 
 
 class EagerTaylorSeer:
-    """Called like the SiT that it wraps, one evaluation per step; `start` begins a run."""
+    """Called like the SiT that it wraps, one model call per step; `start` begins a run."""
 
     training = False
 
@@ -37,8 +37,8 @@ class EagerTaylorSeer:
         self.order = order
         self.start(())
 
-    def start(self, evaluations: Sequence) -> None:
-        self.full_steps = full_steps(len(evaluations), self.interval)
+    def start(self, calls: Sequence) -> None:
+        self.full_steps = full_steps(len(calls), self.interval)
         self.cache: dict[tuple[int, str], Terms] = {}
         self.last_full = 0
         self.num_full = self.num_forecast = 0

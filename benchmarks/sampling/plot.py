@@ -1,4 +1,4 @@
-"""The image, drawn from the JSON document alone: by which factor every run is faster, in seconds and in FLOPs."""
+"""The figure, plotted from the JSON document alone: by which factor every run is faster, in seconds and in FLOPs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from haste_ext.bench.measure import spread
 ROW_INCHES = 0.32
 
 
-def draw(document: Mapping, path: Path) -> None:
+def plot_cases(document: Mapping, path: Path) -> None:
     """One panel per case."""
     results = document["results"]
     heights = [1.1 + ROW_INCHES * len(result["rows"]) for result in results]
     with styled(LIGHT):
         figure, grid = plt.subplots(len(results), 1, squeeze=False, figsize=(8.0, sum(heights)), height_ratios=heights)
         for axes, result in zip(grid[:, 0], results, strict=True):
-            draw_case(axes, result)
+            plot_case(axes, result)
         figure.tight_layout(h_pad=2.0)
         save(figure, path)
 
 
-def draw_case(axes: Axes, result: Mapping) -> None:
+def plot_case(axes: Axes, result: Mapping) -> None:
     """A bar per row for the seconds, a mark for the FLOPs; eager code in another colour."""
     rows = [row for row in result["rows"] if "seconds" in row]
     ours, eager = LIGHT.series[:2]
@@ -46,4 +46,4 @@ def draw_case(axes: Axes, result: Mapping) -> None:
     axes.margins(x=0.25)
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
-    axes.set_title(f"{title(result)}\nTimes faster than plain: seconds (bar; line: p20 – p80), FLOPs (mark)")
+    axes.set_title(f"{title(result)}\nTimes faster than uncached: seconds (bar; line: p20 – p80), FLOPs (mark)")

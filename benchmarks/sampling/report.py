@@ -1,4 +1,4 @@
-"""The tables, drawn from the JSON document alone."""
+"""The tables, made from the JSON document alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from haste.tables import markdown_table
 from haste_ext.bench.measure import spread
 from haste_ext.bench.report import revision, where
 
-PLAIN = "plain"
+UNCACHED = "uncached"
 # By device and variant: the least of the FLOPs speed-up that the wall clock must show.
 TARGETS = {
     "cpu": {"TaylorSeer per module": 0.9, "TaylorSeer per block": 0.9, "TaylorSeer whole model": 0.9},
@@ -18,12 +18,12 @@ TARGETS = {
 }
 LEGEND = """\
 Seconds per run: the whole of `haste.sampling.sample` for one batch, the median over the rounds with the 20th and 80th
-percentile. The wall-clock speed-up is plain's time over the row's own within each round, launched in the same way; the
-FLOPs speed-up is the ratio of what torch's FlopCounterMode counts: matrix products, convolutions and attention. Where
-the two are equal, their ratio is 1. Full and skipped: the median time of one call of the model of that kind. Cache:
-what is kept at the end of a run. Peak: the highest memory during a run beyond what was held before it.
-"plain, fewer steps" takes as many steps as TaylorSeer has full ones. "eager" keeps finite differences per module in
-dictionaries, as TaylorSeer is published. Weights are random, so no image is judged here."""
+percentile. The wall-clock speed-up is the uncached run's time over the row's own within each round, launched in the
+same way; the FLOPs speed-up is the ratio of what torch's FlopCounterMode counts: matrix products, convolutions and
+attention. Where the two are equal, their ratio is 1. Full and skipped: the median time of one call of the model of that
+kind. Cache: what is kept at the end of a run. Peak: the highest memory during a run beyond what was held before it.
+"uncached, fewer steps" takes as many steps as TaylorSeer has full ones. "eager" keeps finite differences per module in
+dictionaries, as TaylorSeer is published. Weights are random, so the quality of images is not measured here."""
 COLUMNS = (
     "run", "full of steps", "s per run", "p20 – p80", "wall clock", "FLOPs", "ratio", "p20 – p80", "ms full",
     "ms skipped", "cache MiB", "peak MiB",
@@ -103,19 +103,19 @@ def verdicts(result: Mapping) -> str:
     return "\n".join(lines)
 
 
-def plain_of(result: Mapping, row: Mapping) -> Mapping:
+def uncached_of(result: Mapping, row: Mapping) -> Mapping:
     """Plain sampling, launched as the row is; eager code is launched as it is."""
-    return next(r for r in result["rows"] if r["name"].split(",")[0] == PLAIN and r["launch"] == row["launch"])
+    return next(r for r in result["rows"] if r["name"].split(",")[0] == UNCACHED and r["launch"] == row["launch"])
 
 
 def wall_speedups(result: Mapping, row: Mapping) -> list[float]:
     """Within each round."""
-    plain = plain_of(result, row)
-    return [base / own for base, own in zip(plain["seconds"], row["seconds"], strict=True)]
+    uncached = uncached_of(result, row)
+    return [base / own for base, own in zip(uncached["seconds"], row["seconds"], strict=True)]
 
 
 def flops_speedup(result: Mapping, row: Mapping) -> float:
-    return plain_of(result, row)["flops"] / row["flops"]
+    return uncached_of(result, row)["flops"] / row["flops"]
 
 
 def ratios(result: Mapping, row: Mapping) -> list[float]:

@@ -14,7 +14,7 @@ from cases import Case
 from haste.errors import UserError
 from haste.sweep.measure import flop_counter
 from torch import Tensor
-from variants import EAGER, LAUNCHED, MODULE, PLAIN, Run, make_runs
+from variants import EAGER, LAUNCHED, MODULE, UNCACHED, Run, make_runs
 
 from haste_ext.bench.compare import why_absent
 from haste_ext.bench.machine import describe_machine
@@ -44,7 +44,7 @@ def measure(case: Case, rounds: int, launches: Sequence[str] = (LAUNCHED,)) -> d
             except UserError:  # settings that make no sense
                 raise
             except Exception as error:  # memory that runs out, a compiler that is missing
-                if run.variant is PLAIN:
+                if run.variant is UNCACHED:
                     raise not_measured(case, error) from error
                 row["absent"] = why_absent(error)
             else:
@@ -79,18 +79,18 @@ def not_measured(case: Case, error: Exception) -> UserError:
 
 
 def first_run(run: Run, row: dict) -> Tensor:
-    """Draws once; puts into the row what does not change from run to run."""
+    """Sample once; put into the row what does not change from run to run."""
     steps = run.num_steps if run.variant.cached else 1  # without a cache all steps are alike
     images: list[Tensor] = []
 
-    def draw() -> tuple[()]:
+    def sample() -> tuple[()]:
         images.append(run(steps))
         return ()
 
     # The counter sees what is launched call by call; where it watches, nothing is compiled.
     counter = flop_counter() if run.launch == LAUNCHED else None
     with counter or nullcontext():
-        row["peak_extra_bytes"] = peak_extra_bytes(draw, run.case.device, calls=1)
+        row["peak_extra_bytes"] = peak_extra_bytes(sample, run.case.device, calls=1)
     if counter is not None:
         row["flops"] = counter.get_total_flops() * run.num_steps // steps
     row["num_steps"] = run.num_steps

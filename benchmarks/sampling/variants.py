@@ -1,4 +1,4 @@
-"""The ways to draw one batch of images: every step in full, fewer steps, and every cache; each in every launching."""
+"""The ways to sample one batch of images: every step in full, fewer steps, and every cache; each in every launching."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Variant:
         return CacheConfig(cache="taylor", granularity=self.granularity, interval=case.interval, order=case.order)
 
 
-PLAIN, FEWER, EAGER, MODULE, BLOCK, MODEL, DELTA = VARIANTS = (
-    Variant("plain"),
-    Variant("plain, fewer steps", fewer_steps=True),
+UNCACHED, FEWER, EAGER, MODULE, BLOCK, MODEL, DELTA = VARIANTS = (
+    Variant("uncached"),
+    Variant("uncached, fewer steps", fewer_steps=True),
     Variant("eager TaylorSeer", eager=True),
     Variant("TaylorSeer per module", "taylor", "module"),
     Variant("TaylorSeer per block", "taylor", "block"),
@@ -73,9 +73,9 @@ class Stopwatch:
         self.dtype = dtype
         self.device = device
 
-    def start(self, evaluations: list) -> None:
+    def start(self, calls: list) -> None:
         if hasattr(self.model, "start"):
-            self.model.start(evaluations)
+            self.model.start(calls)
         self.calls: list[tuple[bool, float, float]] = []
 
     def now(self):
@@ -120,7 +120,7 @@ class GraphedModel:
 
 
 class Run:
-    """One way to draw the case's batch; the noise and the labels are the same every time."""
+    """One way to sample the case's batch; the noise and the labels are the same every time."""
 
     def __init__(self, variant: Variant, launch: str, case: Case, model: SiT) -> None:
         self.variant = variant

@@ -86,14 +86,14 @@ class Case:
 def make_case(model: str, resolution: int, batch: int | None, precision: str, device: str) -> Case:
     """UserError, in one sentence, for what cannot be measured."""
     if model not in GEOMETRIES:
-        raise UserError(f"--model is {model!r}; it must be one of {', '.join(GEOMETRIES)}")
+        raise UserError(f"--model must be one of {', '.join(GEOMETRIES)}, got {model!r}")
     if precision not in PRECISIONS:
-        raise UserError(f"--precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     step = PIXELS_PER_LATENT * GEOMETRIES[model].student["patch_size"]
     if resolution < step or resolution % step:
-        raise UserError(f"--resolution is {resolution}; it must be a multiple of {step}, such as 256")
+        raise UserError(f"--resolution must be a multiple of {step}, such as 256, got {resolution}")
     if batch is None:
         batch = CUDA_BATCH if device == "cuda" else GEOMETRIES[model].cpu_batch
     if batch < 1:
-        raise UserError(f"--batch-size is {batch}; it must be at least 1")
+        raise UserError(f"--batch-size must be at least 1, got {batch}")
     return Case(model, resolution, batch, precision, device)

@@ -1,4 +1,4 @@
-"""The image, drawn from the JSON document alone: time and peak memory of every variant over those of plain SiT."""
+"""The figure, plotted from the JSON document alone: time and peak memory of every variant over those of vanilla SiT."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from haste.plotting import LIGHT, save, styled
 from matplotlib.axes import Axes
-from report import PLAIN, ratios, title
+from report import VANILLA, ratios, title
 
 from haste_ext.bench.measure import spread
 
 ROW_INCHES = 0.32
 
 
-def draw(document: Mapping, path: Path) -> None:
+def plot_cases(document: Mapping, path: Path) -> None:
     """One line of two panels per case."""
     results = document["results"]
     height = sum(0.9 + ROW_INCHES * len(result["rows"]) for result in results)
     with styled(LIGHT):
         figure, grid = plt.subplots(len(results), 2, squeeze=False, figsize=(11.0, height), sharey="row")
         for (left, right), result in zip(grid, results, strict=True):
-            draw_case(left, right, result)
+            plot_case(left, right, result)
         figure.tight_layout(w_pad=2.0, h_pad=2.0)
         save(figure, path)
 
 
-def draw_case(left: Axes, right: Axes, result: Mapping) -> None:
-    rows = [row for row in result["rows"] if row["name"] != PLAIN]
-    plain = next(row for row in result["rows"] if row["name"] == PLAIN)
+def plot_case(left: Axes, right: Axes, result: Mapping) -> None:
+    rows = [row for row in result["rows"] if row["name"] != VANILLA]
+    vanilla = next(row for row in result["rows"] if row["name"] == VANILLA)
     times = [spread(ratios(result, row)) if "seconds" in row else None for row in rows]
-    peaks = [row["peak_bytes"] / plain["peak_bytes"] if row.get("peak_bytes") else None for row in rows]
+    peaks = [row["peak_bytes"] / vanilla["peak_bytes"] if row.get("peak_bytes") else None for row in rows]
     bars(left, rows, times)
     bars(right, rows, [peak and {"median": peak, "p20": peak, "p80": peak} for peak in peaks])
-    left.set_title(f"{title(result)}\nTime of a step over plain's (line: p20 – p80)")
-    right.set_title("\nPeak memory over plain's")
+    left.set_title(f"{title(result)}\nTime of a step over vanilla SiT's (line: p20 – p80)")
+    right.set_title("\nPeak memory over vanilla SiT's")
     left.set_yticks(range(len(rows)), [row["name"] for row in rows])
     left.invert_yaxis()
 

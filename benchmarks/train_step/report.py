@@ -1,4 +1,4 @@
-"""The tables, drawn from the JSON document alone."""
+"""The tables, made from the JSON document alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from haste.tables import markdown_table
 from haste_ext.bench.measure import spread
 from haste_ext.bench.report import revision, where
 
-PLAIN, AGAIN, HASTE, STOPPED = "plain", "plain, again", "HASTE", "HASTE after τ"
+VANILLA, AGAIN, HASTE, STOPPED = "vanilla", "vanilla, again", "HASTE", "HASTE after τ"
 ATTENTION_PART = "L_A: attention maps"
 TARGET = 0.02
 LEGEND = """\
-Time per training step: median over the rounds, with the 20th and 80th percentile. "× plain" is the ratio to the plain
-step of the same round. Memory: what is held between steps (weights, AdamW's moments, the teacher or what is handed in
-for it), and the peak during a step. The teacher's queries, keys and patch tokens are handed in, unless it is said to be
-included. "eager" materialises the maps as the public code does, and goes on doing so after τ. The parts are timed by
-themselves, forward and backward; their share is that of the plain step of the same round. EMA is left out of all steps,
-which makes the shares look a little larger than they are in training."""
+Time per training step: median over the rounds, with the 20th and 80th percentile. "× vanilla" is the ratio to the
+vanilla step of the same round. Memory: what is held between steps (weights, AdamW's moments, the teacher or what is
+handed in for it), and the peak during a step. The teacher's queries, keys and patch tokens are handed in, unless it is
+said to be included. "eager" materialises the maps as the public code does, and goes on doing so after τ. The parts are
+timed by themselves, forward and backward; their share is that of the vanilla step of the same round. EMA is left out of
+all steps, which makes the shares look a little larger than they are in training."""
 
 
 def report(document: Mapping) -> str:
@@ -48,7 +48,7 @@ def title(result: Mapping) -> str:
 
 def step_table(result: Mapping) -> str:
     rows = {row["name"]: row for row in result["rows"]}
-    lines = [["step", "ms", "p20 – p80", "× plain", "p20 – p80", "held MiB", "peak MiB", "× plain"]]
+    lines = [["step", "ms", "p20 – p80", "× vanilla", "p20 – p80", "held MiB", "peak MiB", "× vanilla"]]
     for name, row in rows.items():
         if "absent" in row:
             lines.append([name, row["absent"], *[""] * 6])
@@ -60,20 +60,20 @@ def step_table(result: Mapping) -> str:
             f"{ratio['median']:.3f}",
             f"{ratio['p20']:.3f} – {ratio['p80']:.3f}",
             f"{row['held_bytes'] / 2**20:,.0f}",
-            *peak_cells(row, rows[PLAIN]),
+            *peak_cells(row, rows[VANILLA]),
         ]
         lines.append([name, *cells])
     return markdown_table(lines).rstrip()
 
 
-def peak_cells(row: Mapping, plain: Mapping) -> tuple[str, str]:
+def peak_cells(row: Mapping, vanilla: Mapping) -> tuple[str, str]:
     if row["peak_bytes"] is None:
         return "–", "–"
-    return f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['peak_bytes'] / plain['peak_bytes']:.3f}"
+    return f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['peak_bytes'] / vanilla['peak_bytes']:.3f}"
 
 
 def part_table(result: Mapping) -> str:
-    lines = [["part of alignment", "ms", "share of a plain step", "p20 – p80"]]
+    lines = [["part of alignment", "ms", "share of a vanilla step", "p20 – p80"]]
     for part in result["parts"]:
         time, share = spread(part["seconds"]), spread(ratios(result, part))
         spans = f"{share['p20']:.2%} – {share['p80']:.2%}"
@@ -105,19 +105,19 @@ def difference(result: Mapping, row: Mapping) -> str:
 
 
 def stopped_verdict(result: Mapping, rows: Mapping[str, Mapping]) -> str:
-    """Noise is judged by plain against plain: the 80th percentile of how far the two are apart within a round."""
+    """Noise is measured by vanilla against vanilla: the 80th percentile of how far the two are apart within a round."""
     noise = spread([abs(ratio - 1) for ratio in ratios(result, rows[AGAIN])])["p80"]
     median = spread(ratios(result, rows[STOPPED]))["median"]
     verdict = "equal" if abs(median - 1) <= noise else "not equal"
     memory = rows[STOPPED]["peak_bytes"]
-    share = f" and {memory / rows[PLAIN]['peak_bytes']:.3f} × its memory" if memory is not None else ""
+    share = f" and {memory / rows[VANILLA]['peak_bytes']:.3f} × its memory" if memory is not None else ""
     return (
-        f"After τ a step takes {median:.3f} × plain{share}. Two plain steps of one round are up to {noise:.1%} apart "
-        f"(80th percentile), so within noise the times are {verdict}."
+        f"After τ a step takes {median:.3f} × vanilla{share}. Two vanilla steps of one round are up to {noise:.1%} "
+        f"apart (80th percentile), so within noise the times are {verdict}."
     )
 
 
 def ratios(result: Mapping, row: Mapping) -> Sequence[float]:
-    """A row's or a part's time over that of the plain step of the same round."""
-    plain = next(other for other in result["rows"] if other["name"] == PLAIN)
-    return [own / base for own, base in zip(row["seconds"], plain["seconds"], strict=True)]
+    """A row's or a part's time over that of the vanilla step of the same round."""
+    vanilla = next(other for other in result["rows"] if other["name"] == VANILLA)
+    return [own / base for own, base in zip(row["seconds"], vanilla["seconds"], strict=True)]

@@ -7,13 +7,13 @@ import random
 from collections.abc import Callable, Mapping
 from time import perf_counter
 
-import psutil
 import torch
 from cases import Case
+from haste.caching.enable import free_bytes
 from haste.errors import UserError
 from haste.models import SiT
 from parts import make_parts
-from variants import HASTE, PLAIN, Contender, make_contenders
+from variants import HASTE, VANILLA, Contender, make_contenders
 
 from haste_ext.bench.compare import why_absent
 from haste_ext.bench.machine import describe_machine
@@ -37,7 +37,7 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
             raise UserError(f"{describe(case)} cannot be measured: {why_absent(error)}") from error
         rows = {name: memory_row(contender) for name, contender in contenders.items()}
         able = {name: contender for name, contender in contenders.items() if "absent" not in rows[name]}
-        for name in (PLAIN.name, HASTE.name):
+        for name in (VANILLA.name, HASTE.name):
             if name not in able:
                 raise UserError(f"{describe(case)}, {name}, cannot be measured: {rows[name]['absent']}")
         parts = make_parts(able[HASTE.name])
@@ -48,7 +48,7 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
         "case": case.as_json(),
         "machine": machine,
         "settings": {"rounds": rounds, "steps_per_turn": STEPS_PER_TURN[case.device]},
-        "parameters": sum(p.numel() for p in able[PLAIN.name].model.parameters()),
+        "parameters": sum(p.numel() for p in able[VANILLA.name].model.parameters()),
         "rows": list(rows.values()),
         "parts": [{"name": name, "seconds": times} for name, times in part_seconds.items()],
     }
@@ -62,7 +62,7 @@ def check_memory(case: Case) -> None:
     """UserError if not even the weights, gradients and moments will fit."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SiT(**case.student).parameters())
-    free = torch.cuda.mem_get_info()[0] if case.device == "cuda" else psutil.virtual_memory().available
+    free = free_bytes(torch.device(case.device))
     needed = BYTES_PER_PARAMETER * parameters
     if needed > free:
         raise UserError(

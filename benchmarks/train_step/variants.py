@@ -39,13 +39,13 @@ class Variant:
 
     @property
     def released(self) -> bool:
-        """At τ the trainer builds the student anew, without projectors, and lets the teacher go."""
+        """At τ the trainer builds the model anew, without projectors, and frees the teacher."""
         return self.stopped and not self.eager
 
 
-PLAIN, AGAIN, HASTE, ATTENTION, REPA, STOPPED, WITH_TEACHER, EAGER, EAGER_STOPPED = VARIANTS = (
-    Variant("plain"),
-    Variant("plain, again"),
+VANILLA, AGAIN, HASTE, ATTENTION, REPA, STOPPED, WITH_TEACHER, EAGER, EAGER_STOPPED = VARIANTS = (
+    Variant("vanilla"),
+    Variant("vanilla, again"),
     Variant("HASTE", PROJ_COEFF, ATTN_COEFF),
     Variant("L_A alone", 0.0, ATTN_COEFF),
     Variant("REPA", PROJ_COEFF, 0.0),

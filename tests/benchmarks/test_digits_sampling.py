@@ -28,7 +28,7 @@ def benchmark():
 
 
 def test_the_grid_has_every_setting_that_is_asked_for(benchmark):
-    points = plan(benchmark.BASE, benchmark.GRIDS, benchmark.PLAIN_STEPS)
+    points = plan(benchmark.BASE, benchmark.GRIDS, benchmark.UNCACHED_STEPS)
     assert [point.num_steps for point in points if point.cache == "none"] == [50, 25, 20, 17, 14, 12, 10]
     taylorseer = [p for p in points if p.cache == "taylor" and p.granularity == "module"]
     assert {(p.interval, p.order) for p in taylorseer} == {(i, o) for i in (3, 4, 5, 6) for o in (1, 2, 3, 4)}
@@ -42,8 +42,8 @@ def test_models_are_measured_and_written_up(benchmark, tmp_path, monkeypatch, ca
     monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
     monkeypatch.setattr(benchmark, "BASE", replace(benchmark.BASE, num_steps=6))
     monkeypatch.setattr(benchmark, "GRIDS", [Grid(caches=("taylor",), intervals=(2,), orders=(1,), steps=(6,))])
-    monkeypatch.setattr(benchmark, "PLAIN_STEPS", (3,))
-    monkeypatch.setattr(benchmark, "train", None)  # the models are there
+    monkeypatch.setattr(benchmark, "UNCACHED_STEPS", (3,))
+    monkeypatch.setattr(benchmark, "train_to_end", None)  # the models are there
     for seed in (0, 1):
         write_run(tmp_path, steps=(preset_config("digits").max_train_steps,)).rename(tmp_path / f"haste-seed{seed}")
     counts = {"samples": 70, "batch": 35, "repeats": 1}
@@ -52,14 +52,14 @@ def test_models_are_measured_and_written_up(benchmark, tmp_path, monkeypatch, ca
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [len(records) for records in document["records"].values()] == [3, 3]
     text = (tmp_path / "out" / "results.md").read_text()
-    for name in ("6 plain steps", "3 plain steps", "Taylor per module, interval 2, order 1, 6 steps"):
+    for name in ("6 uncached steps", "3 plain steps", "Taylor per module, interval 2, order 1, 6 steps"):
         assert f"| {name} |" in text
     assert "EMA weights, guidance 1.5, the same noise" in text
-    assert benchmark.RULE in text and "The fastest plain run that is good enough" in text
+    assert benchmark.RULE in text and "The fastest uncached run that is good enough" in text
     assert text.count(" ± 0.") >= 3
     Image.open(tmp_path / "out" / "results.png").verify()
 
     (tmp_path / "out" / "results.md").unlink()
     monkeypatch.setattr(benchmark, "measure", None)
-    benchmark.main(replace(args, draw_only=True))
+    benchmark.main(replace(args, plot_only=True))
     assert (tmp_path / "out" / "results.md").read_text() == text

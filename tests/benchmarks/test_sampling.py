@@ -50,11 +50,11 @@ def make_run(variant, case):
 
 
 @pytest.mark.parametrize(("interval", "order"), [(2, 0), (3, 1), (3, 4), (4, 2)])
-def test_the_eager_baseline_draws_what_haste_draws_per_module(interval, order):
+def test_the_eager_baseline_samples_what_haste_samples_per_module(interval, order):
     case = tiny(num_steps=20, interval=interval, order=order)
-    ours, baseline, plain = (make_run(v, case)() for v in (variants.MODULE, variants.EAGER, variants.PLAIN))
+    ours, baseline, uncached = (make_run(v, case)() for v in (variants.MODULE, variants.EAGER, variants.UNCACHED))
     torch.testing.assert_close(ours, baseline, rtol=1e-5, atol=1e-5)
-    assert (baseline - plain).abs().max() > 1e-4, "a forecast is no full step"
+    assert (baseline - uncached).abs().max() > 1e-4, "a forecast is no full step"
 
 
 def test_the_eager_baseline_has_the_published_schedule():
@@ -75,7 +75,7 @@ def test_the_eager_baseline_keeps_every_difference_of_every_module():
 def test_flops_are_those_of_products_convolution_and_attention():
     case = tiny()
     row = {}
-    rounds.first_run(make_run(variants.PLAIN, case), row)
+    rounds.first_run(make_run(variants.UNCACHED, case), row)
     rows, tokens, width = case.batch, case.batch * case.tokens, 32
     block = 12 * tokens * width**2 + 2 * rows * case.tokens**2 * width + 6 * rows * width**2
     ends = 2 * tokens * width * 16 + rows * (256 + width) * width + 2 * rows * width**2
@@ -87,12 +87,12 @@ def test_flops_are_those_of_products_convolution_and_attention():
 
 
 def test_a_skipped_step_has_the_flops_of_its_conditioning():
-    case, plain, cached = tiny(), {}, {}
-    rounds.first_run(make_run(variants.PLAIN, case), plain)
+    case, uncached, cached = tiny(), {}, {}
+    rounds.first_run(make_run(variants.UNCACHED, case), uncached)
     rounds.first_run(make_run(variants.EAGER, case), cached)
     assert (cached["num_full"], cached["num_steps"]) == (5, 8)
     blocks = 4 * (12 * case.batch * case.tokens * 32**2 + 2 * case.batch * case.tokens**2 * 32)
-    assert plain["flops"] - cached["flops"] == 3 * 2 * blocks
+    assert uncached["flops"] - cached["flops"] == 3 * 2 * blocks
 
 
 def test_every_call_of_the_model_is_timed_and_a_run_is_longer_than_its_calls():
@@ -104,11 +104,11 @@ def test_every_call_of_the_model_is_timed_and_a_run_is_longer_than_its_calls():
     assert [len(values) for values in times.values()] == [2, 2, 2]
 
 
-def test_the_script_measures_every_variant_and_draws_from_its_json_alone(tmp_path, capsys):
+def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_path, capsys):
     run.main(run.Args(model=["tiny"], rounds=2, output=tmp_path, **SHORT))
     (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [row["name"] for row in result["rows"]] == [
-        "plain", "plain, fewer steps", "eager TaylorSeer", "TaylorSeer per module", "TaylorSeer per block",
+        "uncached", "uncached, fewer steps", "eager TaylorSeer", "TaylorSeer per module", "TaylorSeer per block",
         "TaylorSeer whole model", "Δ-DiT",
     ]  # fmt: skip
     assert all(len(row["seconds"]) == 2 and row["flops"] > 0 for row in result["rows"])
@@ -118,7 +118,7 @@ def test_the_script_measures_every_variant_and_draws_from_its_json_alone(tmp_pat
     text = (tmp_path / "results.md").read_text()
     for name in ("results.md", "results.png"):
         (tmp_path / name).unlink()
-    run.main(run.Args(output=tmp_path, draw_only=True))
+    run.main(run.Args(output=tmp_path, plot_only=True))
     assert (tmp_path / "results.md").read_text() == text
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert text in capsys.readouterr().out
@@ -130,18 +130,18 @@ def test_a_model_in_half_precision_is_verified_and_measured():
     assert 1e-5 < result["difference"] < 1e-2
 
 
-def test_what_is_compiled_is_compared_with_plain_sampling_compiled(monkeypatch):
+def test_what_is_compiled_is_compared_with_uncached_sampling_compiled(monkeypatch):
     """With a stand-in for the compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     result = rounds.measure(tiny(), 1, [variants.LAUNCHED, variants.COMPILED])
     rows = {row["name"]: row for row in result["rows"]}
     assert not [row["absent"] for row in rows.values() if "absent" in row]
     assert rows["Δ-DiT, torch.compile"]["flops"] == rows["Δ-DiT"]["flops"]
-    assert report.plain_of(result, rows["Δ-DiT, torch.compile"])["name"] == "plain, torch.compile"
+    assert report.uncached_of(result, rows["Δ-DiT, torch.compile"])["name"] == "uncached, torch.compile"
     assert "eager TaylorSeer, torch.compile" not in rows
 
 
-def test_plain_sampling_in_a_graph_draws_what_it_draws_without(monkeypatch):
+def test_uncached_sampling_in_a_graph_is_what_it_is_without(monkeypatch):
     """With a stand-in for the capture: a replay computes anew from the captured inputs."""
 
     def capture(function, inputs):
@@ -150,8 +150,8 @@ def test_plain_sampling_in_a_graph_draws_what_it_draws_without(monkeypatch):
 
     monkeypatch.setattr(variants.cuda_graphs, "capture", capture)
     case = tiny()
-    graphed = variants.Run(variants.PLAIN, variants.GRAPHS, case, variants.make_model(case))
-    assert torch.equal(graphed(), make_run(variants.PLAIN, case)())
+    graphed = variants.Run(variants.UNCACHED, variants.GRAPHS, case, variants.make_model(case))
+    assert torch.equal(graphed(), make_run(variants.UNCACHED, case)())
 
 
 def fake_row(name, seconds, flops, launch=""):
@@ -169,16 +169,16 @@ def fake_result(*rows, device="cpu"):
 
 
 def test_speedups_are_taken_within_a_round_and_held_against_the_flops():
-    plain, module = fake_row("plain", [6.0, 12.0], 40), fake_row("TaylorSeer per module", [2.0, 4.0], 10)
+    uncached, module = fake_row("uncached", [6.0, 12.0], 40), fake_row("TaylorSeer per module", [2.0, 4.0], 10)
     block = fake_row("TaylorSeer per block", [1.6, 3.2], 10)
-    text = report.section(fake_result(plain, module, block))
+    text = report.section(fake_result(uncached, module, block))
     assert "| TaylorSeer per module | 14 of 50 | 3.000 | 2.400 – 3.600 | 3.00× | 4.00× | 0.75 | 0.75 – 0.75 |" in text
     assert "per module: 0.75 of its FLOPs speed-up in seconds; target 0.9: missed." in text
     assert "per block: 0.94 of its FLOPs speed-up in seconds; target 0.9: met." in text
 
 
-def test_a_launch_is_compared_with_plain_sampling_launched_alike():
-    rows = [fake_row("plain", [6.0, 6.0], 40), fake_row("plain", [3.0, 3.0], 40, "CUDA graphs")]
+def test_a_launch_is_compared_with_uncached_sampling_launched_alike():
+    rows = [fake_row("uncached", [6.0, 6.0], 40), fake_row("uncached", [3.0, 3.0], 40, "CUDA graphs")]
     graphed = fake_row("TaylorSeer whole model", [1.0, 1.0], 10, "CUDA graphs")
     text = report.section(fake_result(*rows, graphed, device="cuda"))
     assert "whole model, CUDA graphs: 0.75 of its FLOPs speed-up in seconds; target 0.95: missed." in text
@@ -186,7 +186,7 @@ def test_a_launch_is_compared_with_plain_sampling_launched_alike():
 
 def test_what_did_not_fit_is_said_in_the_table():
     absent = {"name": "eager TaylorSeer", "launch": "", "absent": "it wants more memory than there is"}
-    text = report.section(fake_result(fake_row("plain", [1.0, 1.0], 1), absent))
+    text = report.section(fake_result(fake_row("uncached", [1.0, 1.0], 1), absent))
     assert "| eager TaylorSeer | it wants more memory than there is |" in text
 
 
@@ -216,17 +216,17 @@ def test_images_that_differ_are_not_timed():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": ["SiT-Q/2"]}, "--model is 'SiT-Q/2'; it must be one of SiT-B/2, SiT-XL/2, digits, tiny"),
-        ({"model": ["tiny"], "dtype": "fp8"}, "--dtype is 'fp8'; it must be one of float32, bfloat16"),
-        ({"model": ["digits"], "resolution": 9}, "--resolution is 9; it must be a multiple of 2, such as 8"),
-        ({"model": ["tiny"], "batch_size": [0]}, "--batch-size is 0; it must be at least 1"),
-        ({"model": ["tiny"], "num_steps": 0}, "--num-steps is 0; it must be at least 1"),
+        ({"model": ["SiT-Q/2"]}, "--model must be one of SiT-B/2, SiT-XL/2, digits, tiny, got 'SiT-Q/2'"),
+        ({"model": ["tiny"], "dtype": "fp8"}, "--dtype must be one of float32, bfloat16, got 'fp8'"),
+        ({"model": ["digits"], "resolution": 9}, "--resolution must be a multiple of 2, such as 8, got 9"),
+        ({"model": ["tiny"], "batch_size": [0]}, "--batch-size must be at least 1, got 0"),
+        ({"model": ["tiny"], "num_steps": 0}, "--num-steps must be at least 1, got 0"),
         ({"model": ["tiny"], "num_steps": 8, "interval": 2, "order": 5}, "--order must be at most 4, as 5 of 8 "),
         ({"model": ["tiny"], "num_steps": 8, "interval": 9}, "--interval must be at most the number of steps"),
-        ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
-        ({"device": "tpu"}, "--device is 'tpu'; it must be one of cpu, cuda"),
+        ({"rounds": 0}, "--rounds must be at least 1, got 0"),
+        ({"device": "tpu"}, "--device must be cpu or cuda, got 'tpu'"),
         ({"model": ["tiny"], "batch_size": [10**9]}, "tiny at --resolution 64 and --batch-size 1000000000 cannot be"),
-        ({"draw_only": True}, "results.json cannot be read"),
+        ({"plot_only": True}, "results.json cannot be read"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, flags, message):

@@ -15,15 +15,16 @@ sys.path.insert(0, str(ROOT))  # its files import each other as those of a scrip
 
 import report  # noqa: E402
 import run  # noqa: E402
+from _common import keep, read_results  # noqa: E402
 from cases import make_case  # noqa: E402
 from variants import (  # noqa: E402
     ATTENTION,
     EAGER,
     EAGER_STOPPED,
     HASTE,
-    PLAIN,
     REPA,
     STOPPED,
+    VANILLA,
     make_contenders,
 )
 
@@ -32,7 +33,7 @@ CASE = make_case("tiny", 64, None, "no", "cpu")
 
 @pytest.fixture
 def contenders():
-    """With weights at which every layer is heard; the gates of a new student are shut."""
+    """With weights at which every layer is heard; the gates of a new model are shut."""
     torch.manual_seed(0)
     made = make_contenders(CASE)
     with torch.no_grad():
@@ -61,25 +62,25 @@ def test_the_eager_baseline_has_hastes_loss_and_gradients(contenders):
             torch.testing.assert_close(eager_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_hastes_loss_is_plains_and_both_alignments(contenders):
-    losses = {v: loss_and_gradients(contenders[v.name])[0] for v in (PLAIN, ATTENTION, REPA, HASTE)}
-    torch.testing.assert_close(losses[HASTE] - losses[PLAIN], losses[ATTENTION] + losses[REPA] - 2 * losses[PLAIN])
-    assert losses[ATTENTION] > losses[PLAIN] + 0.1
+def test_hastes_loss_is_vanillas_and_both_alignments(contenders):
+    losses = {v: loss_and_gradients(contenders[v.name])[0] for v in (VANILLA, ATTENTION, REPA, HASTE)}
+    torch.testing.assert_close(losses[HASTE] - losses[VANILLA], losses[ATTENTION] + losses[REPA] - 2 * losses[VANILLA])
+    assert losses[ATTENTION] > losses[VANILLA] + 0.1
 
 
-def test_after_tau_the_step_is_plain(contenders):
-    plain, stopped = contenders[PLAIN.name], contenders[STOPPED.name]
-    loss, gradients = loss_and_gradients(plain)
+def test_after_tau_the_step_is_vanilla(contenders):
+    vanilla, stopped = contenders[VANILLA.name], contenders[STOPPED.name]
+    loss, gradients = loss_and_gradients(vanilla)
     stopped_loss, stopped_gradients = loss_and_gradients(stopped)
     torch.testing.assert_close(stopped_loss, loss, rtol=0, atol=0)
     torch.testing.assert_close(stopped_gradients, gradients, rtol=0, atol=0)
-    assert stopped.held_bytes() == plain.held_bytes() < contenders[REPA.name].held_bytes()
-    assert len(stopped.optimizer.state) == len(plain.optimizer.state)
+    assert stopped.held_bytes() == vanilla.held_bytes() < contenders[REPA.name].held_bytes()
+    assert len(stopped.optimizer.state) == len(vanilla.optimizer.state)
 
 
 def test_eager_after_tau_still_forms_its_maps_and_learns_nothing_from_them(contenders):
     contender = contenders[EAGER_STOPPED.name]
-    assert torch.equal(loss_and_gradients(contender)[0], loss_and_gradients(contenders[PLAIN.name])[0])
+    assert torch.equal(loss_and_gradients(contender)[0], loss_and_gradients(contenders[VANILLA.name])[0])
     maps = []
     for block in contender.model.blocks:
         block.attn.register_forward_hook(lambda module, inputs, outputs: maps.append(outputs[1].shape))
@@ -88,19 +89,19 @@ def test_eager_after_tau_still_forms_its_maps_and_learns_nothing_from_them(conte
 
 
 def test_a_step_moves_the_weights_that_all_contenders_share(contenders):
-    first, second = contenders[HASTE.name], contenders[PLAIN.name]
+    first, second = contenders[HASTE.name], contenders[VANILLA.name]
     before = second.model.blocks[0].attn.qkv.weight.clone()
     first.step()
     assert not torch.equal(second.model.blocks[0].attn.qkv.weight, before)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_script_measures_every_variant_and_draws_from_its_json_alone(tmp_path, capsys, precision):
+def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_path, capsys, precision):
     flags = {"model": ["tiny"], "resolution": [64], "precision": [precision], "rounds": 2, "output": tmp_path}
     run.main(run.Args(**flags))
     (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [row["name"] for row in result["rows"]] == [
-        "plain", "plain, again", "HASTE", "L_A alone", "REPA", "HASTE after τ", "HASTE, teacher included", "eager",
+        "vanilla", "vanilla, again", "HASTE", "L_A alone", "REPA", "HASTE after τ", "HASTE, teacher included", "eager",
         "eager after τ",
     ]  # fmt: skip
     assert all(len(row["seconds"]) == 2 and row["peak_bytes"] > row["held_bytes"] for row in result["rows"])
@@ -109,7 +110,7 @@ def test_the_script_measures_every_variant_and_draws_from_its_json_alone(tmp_pat
     text = (tmp_path / "results.md").read_text()
     for name in ("results.md", "results.png"):
         (tmp_path / name).unlink()
-    run.main(run.Args(output=tmp_path, draw_only=True))
+    run.main(run.Args(output=tmp_path, plot_only=True))
     assert (tmp_path / "results.md").read_text() == text
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert text in capsys.readouterr().out
@@ -127,44 +128,49 @@ def fake_result(**seconds):
             "rows": rows, "parts": parts}  # fmt: skip
 
 
-def test_ratios_are_taken_within_a_round_and_noise_is_plain_against_plain():
-    seconds = {"plain": [1.0, 2.0], "plain, again": [1.01, 1.98], "HASTE": [1.1, 2.2], "HASTE after τ": [1.005, 2.01]}
+def test_ratios_are_taken_within_a_round_and_noise_is_vanilla_against_vanilla():
+    seconds = {
+        "vanilla": [1.0, 2.0],
+        "vanilla, again": [1.01, 1.98],
+        "HASTE": [1.1, 2.2],
+        "HASTE after τ": [1.005, 2.01],
+    }
     text = report.section(fake_result(**seconds))
     assert "| HASTE | 1,650.0 | 1,320.0 – 1,980.0 | 1.100 | 1.100 – 1.100 | 1 | 2 | 1.000 |" in text
     assert "| L_R: cosine | 10.00 | 0.75% |" in text
     assert "The attention loss takes 0.75% of a step: under 2%" in text and "takes 1.50%: under 2%" in text
     assert "By subtraction HASTE costs 10.0%" in text
-    assert "takes 1.005 × plain" in text and "are up to 1.0% apart" in text and "the times are equal" in text
+    assert "takes 1.005 × vanilla" in text and "are up to 1.0% apart" in text and "the times are equal" in text
 
     text = report.section(fake_result(**{**seconds, "HASTE after τ": [1.05, 2.1]}))
     assert "the times are not equal" in text
 
 
 def test_what_did_not_fit_is_said_in_the_table():
-    result = fake_result(**{name: [1.0, 1.0] for name in ("plain", "plain, again", "HASTE", "HASTE after τ")})
+    result = fake_result(**{name: [1.0, 1.0] for name in ("vanilla", "vanilla, again", "HASTE", "HASTE after τ")})
     result["rows"].append({"name": "eager", "absent": "it wants more memory than there is"})
     assert "| eager | it wants more memory than there is |" in report.section(result)
 
 
 def test_a_case_measured_again_takes_its_former_place(tmp_path):
-    results = [fake_result(plain=[float(i)]) for i in (1, 2, 3)]
+    results = [fake_result(vanilla=[float(i)]) for i in (1, 2, 3)]
     results[1]["case"] = {**results[1]["case"], "model": "SiT-XL/2"}
     for result in results:
-        run.keep(tmp_path, result)
-    kept = run.read(tmp_path)["results"]
+        keep(tmp_path, result)
+    kept = read_results(tmp_path)["results"]
     assert [(r["case"]["model"], r["rows"][0]["seconds"]) for r in kept] == [("SiT-B/2", [3.0]), ("SiT-XL/2", [2.0])]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": ["SiT-Q/2"]}, "--model is 'SiT-Q/2'; it must be one of SiT-B/2, SiT-L/2, SiT-XL/2, tiny"),
-        ({"precision": ["fp8"]}, "--precision is 'fp8'; it must be one of no, bf16"),
-        ({"resolution": [250]}, "--resolution is 250; it must be a multiple of 16"),
-        ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
-        ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
-        ({"device": "tpu"}, "--device is 'tpu'; it must be one of cpu, cuda"),
-        ({"draw_only": True}, "results.json cannot be read"),
+        ({"model": ["SiT-Q/2"]}, "--model must be one of SiT-B/2, SiT-L/2, SiT-XL/2, tiny, got 'SiT-Q/2'"),
+        ({"precision": ["fp8"]}, "--precision must be one of no, bf16, got 'fp8'"),
+        ({"resolution": [250]}, "--resolution must be a multiple of 16, such as 256, got 250"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"rounds": 0}, "--rounds must be at least 1, got 0"),
+        ({"device": "tpu"}, "--device must be cpu or cuda, got 'tpu'"),
+        ({"plot_only": True}, "results.json cannot be read"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, flags, message):
@@ -175,7 +181,7 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, flags, mes
 def test_memory_that_is_short_is_told_before_anything_is_built(tmp_path, monkeypatch):
     import rounds
 
-    monkeypatch.setattr(rounds.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**30})())
+    monkeypatch.setattr(rounds, "free_bytes", lambda device: 2**30)
     with pytest.raises(UserError, match=r"SiT-XL/2 needs 10\.\d GiB .* and 1\.0 GiB are free; choose"):
         run.main(run.Args(model=["SiT-XL/2"], output=tmp_path))
 
