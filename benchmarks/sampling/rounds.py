@@ -11,8 +11,8 @@ from time import perf_counter
 
 import torch
 from cases import Case
+from haste._compat import flop_counter
 from haste.errors import UserError
-from haste.sweep.measure import flop_counter
 from torch import Tensor
 from variants import EAGER, LAUNCHED, MODULE, UNCACHED, Run, make_runs
 

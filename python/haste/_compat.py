@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def lerp_all_(values: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
@@ -18,5 +22,12 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""What F.scaled_dot_product_attention runs on the CPU, as torch.utils.flop_counter sees it."""
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, and in its list the attention that torch runs on the CPU, which it lacks."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={cpu_attention: attention})

@@ -52,7 +52,7 @@ def test_models_are_measured_and_written_up(benchmark, tmp_path, monkeypatch, ca
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [len(records) for records in document["records"].values()] == [3, 3]
     text = (tmp_path / "out" / "results.md").read_text()
-    for name in ("6 uncached steps", "3 plain steps", "Taylor per module, interval 2, order 1, 6 steps"):
+    for name in ("6 uncached steps", "3 uncached steps", "Taylor per module, interval 2, order 1, 6 steps"):
         assert f"| {name} |" in text
     assert "EMA weights, guidance 1.5, the same noise" in text
     assert benchmark.RULE in text and "The fastest uncached run that is good enough" in text

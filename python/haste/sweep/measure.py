@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from haste._compat import CPU_ATTENTION
+from haste._compat import flop_counter
 from haste.caching import check_memory
 from haste.distributed import progress_bar
 from haste.errors import UserError
@@ -69,15 +68,6 @@ def count_cost(sampler: Sampler, batch: int) -> dict[str, Any]:
         "full_calls": full,
         "full_steps": None if cache is None else cache.full_steps,
     }
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, and in its list the attention that torch runs on the CPU, which it lacks."""
-
-    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    return FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention})
 
 
 def count_flops(sampler: Sampler) -> float:
