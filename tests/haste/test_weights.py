@@ -271,5 +271,5 @@ def test_what_is_no_checkpoint_is_told_from_what_is_damaged(path, tmp_path):
         read_file(tmp_path / "arrays.npz")
     assert not isinstance(refusal.value, BrokenCheckpoint)
     os.mkfifo(tmp_path / "pipe.pt")
-    with pytest.raises(BrokenCheckpoint, match="it is no file"):
+    with pytest.raises(BrokenCheckpoint, match="is no regular file"):
         read_file(tmp_path / "pipe.pt")

@@ -103,6 +103,6 @@ def test_sigterm_saves_says_so_and_the_same_command_goes_on(tmp_path, teacher, u
     assert len(saved) == 1 and 10 <= step < STEPS
     assert f"stopped by SIGTERM after step {step}, which is saved" in errors
     assert "Traceback" not in errors
-    assert f"going on from step {step}" in finish(start(tmp_path, teacher))
+    assert f"resumed from step {step}" in finish(start(tmp_path, teacher))
     weights = last_weights(tmp_path)
     assert all(torch.equal(weights[name], unbroken[name]) for name in unbroken)

@@ -204,7 +204,7 @@ def test_ctrl_c_ends_a_command_after_its_batch(source, tmp_path, monkeypatch, ca
         prepare(source, tmp_path / "out", "none", "--num-workers", "1")
     assert exit_.value.code == 128 + signal.SIGINT
     error = capsys.readouterr().err
-    assert error.endswith("haste prepare: stopped by SIGINT; the same command goes on from there\n")
+    assert error.endswith("haste prepare: stopped by SIGINT; the same command resumes from there\n")
     assert "5/12" in error and "Traceback" not in error
     assert not (tmp_path / "out" / "images" / "dataset.json").exists()
 
