@@ -114,7 +114,12 @@ class Aligner(nn.Module):
 
         Args:
             images: (B, C, H, W), float, in [-1, 1], of any size; C is 1 or the teacher's.
+
+        Raises:
+            ValueError: images that are not of a floating-point type.
         """
+        if not images.is_floating_point():
+            raise ValueError(f"images must be of a floating-point type, in [-1, 1], got {images.dtype}")
         return [teacher(images) for teacher in self.teachers]
 
     def losses(

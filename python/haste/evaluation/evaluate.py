@@ -32,7 +32,7 @@ from haste.evaluation.metrics import (
 from haste.evaluation.reference import STORED, Reference, load_reference, stored_features, stored_reference
 from haste.evaluation.results import NAMES, Evaluation, Result
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels, load_checkpoint
 from haste.generation.sample_dir import RECORD, measure_full_steps, read_record
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def evaluate(
     labels: np.ndarray | None = None,
     sampling: SamplingConfig | None = None,
     metrics: Collection[str] = tuple(NAMES),
-    count: int | None = None,
+    num_images: int | None = None,
     config: MetricConfig = MetricConfig(),
     batch_size: int = 128,
     classifier_dir: Path | str = "classifier",
@@ -67,13 +67,13 @@ def evaluate(
 
     Args:
         samples: images (N, H, W, 3) uint8; or a folder, .zip or .npz of images; or a checkpoint, of which images are
-            sampled; with features "stored", a file or folder of features.
+            sampled, also by its path or that of its run; with features "stored", a file or folder of features.
         features: "inception:PATH", the name or folder of a vision encoder, "digits", or "stored".
         reference: a folder, .zip or .npz of images or of statistics, or the name of a data set ("digits").
         labels: (N,), what each image should show; of a sample folder, an .npz and a checkpoint they are known.
         sampling: how a checkpoint samples; None for 50 Euler steps with labels in turn.
         metrics: keys of NAMES. FD and Inception score, KID, precision, recall, density and coverage: see `metrics`.
-        count: of a folder or file, the first so many images, all by default; of a checkpoint 1,000 by default.
+        num_images: of a folder or file the first ones, all by default; of a checkpoint 1,000 by default.
         config: the subsets of KID and all seeds.
         batch_size: images in the network at once.
         classifier_dir: where the classifier of the digits is kept.
@@ -89,13 +89,20 @@ def evaluate(
     ):
         raise UserError(f"samples must be images (N, H, W, 3) uint8, got {samples.dtype} {samples.shape}")
     evaluator = Evaluator.load(features, reference, Path(classifier_dir), batch_size, config)
+    if isinstance(samples, (str, Path)) and features != STORED and is_checkpoint(Path(samples)):
+        samples = load_checkpoint(Path(samples))
     if isinstance(samples, LoadedCheckpoint):
         sampler = open_sampler(samples, sampling or SamplingConfig(labels="balanced"))
-        images, labels = sample_images(sampler, count or 1000, batch_size)
+        images, labels = sample_images(sampler, num_images or 1000, batch_size)
         return evaluator.of_images(ImageArray(images), samples.checkpoint.name, labels, metrics)
     if isinstance(samples, np.ndarray):
         return evaluator.of_images(ImageArray(samples), "images", labels, metrics)
-    return evaluator.of_samples(Path(samples), count, metrics, labels)
+    return evaluator.of_samples(Path(samples), num_images, metrics, labels)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint's, or a run's folder, and not one of images."""
+    return path.suffix in (".pt", ".pth", ".safetensors") or (path / "checkpoints").is_dir()
 
 
 class Evaluator:

@@ -274,8 +274,11 @@ def register(family: Family) -> Family:
     """Make a family known; one of the same name is replaced.
 
     Raises:
+        TypeError: it is no Family.
         ValueError: another family has a size of the same name.
     """
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be an instance of haste.models.Family, got {shown(family)}")
     for other in _FAMILIES.values():
         common = set(other.sizes) & set(family.sizes)
         if common and other.name != family.name:
@@ -400,6 +403,8 @@ def build_model(config: Mapping[str, Any], z_dims: Sequence[int] = ()) -> nn.Mod
     Raises:
         UserError: an unknown family, sizes that do not fit together.
     """
+    if not isinstance(config, Mapping):
+        raise UserError(f"config must be a dictionary, as a checkpoint's model_config, got {shown(config)}")
     family = get_family(config)
     model = family.build({name: value for name, value in config.items() if name != "family"}, z_dims)
     model.family = family.name

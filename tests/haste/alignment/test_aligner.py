@@ -159,3 +159,9 @@ def test_a_loss_of_weight_0_needs_nothing(folders):
     assert aligner.student_layers == () and aligner.teachers[0].layers == ()
     with pytest.raises(ValueError, match="nothing to do"):
         Aligner.from_pretrained(folders[0], None, 4, proj_coeff=0.0)
+
+
+def test_images_of_integers_are_refused(folders):
+    aligner = Aligner.from_pretrained(folders[:1], grid=4, attn_coeff=0.0)
+    with pytest.raises(ValueError, match="images must be of a floating-point type, .* got torch.uint8"):
+        aligner.teacher_outputs(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))

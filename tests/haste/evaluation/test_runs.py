@@ -47,8 +47,10 @@ def test_the_real_digits_are_at_no_distance_and_noise_is_far(evaluator):
 def test_a_checkpoint_scores_as_its_images_do(tmp_path, evaluator, monkeypatch):
     monkeypatch.setattr(evaluate_module, "load_extractor", lambda name, folder: evaluator.extractor)
     loaded = load_checkpoint(write_run(tmp_path) / "checkpoints" / "0000002.pt")
-    found = evaluate(loaded, "digits", "digits", sampling=SETTINGS, count=COUNT, batch_size=250)
+    found = evaluate(loaded, "digits", "digits", sampling=SETTINGS, num_images=COUNT, batch_size=250)
     expected = evaluate_checkpoint(loaded.checkpoint, SETTINGS, COUNT, evaluator)
+    by_path = evaluate(loaded.checkpoint, "digits", "digits", sampling=SETTINGS, num_images=COUNT, batch_size=250)
+    assert by_path.record() == found.record()
     assert found["fd"].value == pytest.approx(expected["fd"], rel=1e-4)
     assert found["label_accuracy"].value == expected["label_accuracy"]
     images, labels = sample_images(Sampler(loaded, SETTINGS), COUNT, 250)

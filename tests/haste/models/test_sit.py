@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from haste.errors import UserError
-from haste.models import SIT_MODELS, SiT, build_model, find_size, get_family
+from haste.models import SIT_MODELS, SiT, build_model, find_size, get_family, register
 from haste.models.layers import sincos_positions
 from torch.utils.checkpoint import checkpoint
 
@@ -355,3 +355,10 @@ def test_wrong_calls(change, sentence):
     x, t, y = small_batch()
     with pytest.raises(ValueError, match=sentence):
         small_sit()(**{"x": x, "t": t, "y": y, **change})
+
+
+def test_what_is_no_config_and_no_family_is_refused():
+    with pytest.raises(UserError, match="config must be a dictionary, .* got 'SiT-S/8'"):
+        build_model("SiT-S/8")
+    with pytest.raises(TypeError, match="family must be an instance of haste.models.Family, got 3"):
+        register(3)

@@ -1,6 +1,5 @@
 """The folder of a run and its branches."""
 
-
 import json
 import logging
 import os
