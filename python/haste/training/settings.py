@@ -205,9 +205,12 @@ def write_config(path: Path, config: TrainConfig) -> None:
 # ---- what a run has recorded ----
 
 
+FORMER_NAMES = {"recipe": "preset", "keep": "checkpoints_total_limit"}  # in what runs of earlier commits recorded
+
+
 def is_ours(values: Mapping[str, Any]) -> bool:
     """Whether this trainer recorded them: every run of ours has its preset, if only as empty."""
-    return "preset" in values
+    return "preset" in values or "recipe" in values
 
 
 def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -215,6 +218,7 @@ def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises UserError, naming `source`, for a value of another type than the setting's.
     """
+    values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
     held = asdict(build(TrainConfig, values, source))
     known = {name: held[name] for name in held if name in values}
     if not is_ours(values) and "cfg_prob" in known:

@@ -63,6 +63,13 @@ def test_the_preset_of_the_run_may_be_named_again_and_another_speaks_for_itself(
     assert command_config(["--preset", "repa-b-256", *flags]) == preset_config("repa-b-256")
 
 
+def test_a_run_recorded_under_former_names_is_ours_too(record):
+    former = {"preset": "recipe", "checkpoints_total_limit": "keep"}
+    recorded = {former.get(name, name): value for name, value in asdict(DIGITS).items()}
+    config = command_config(["--preset", "digits", *record({**recorded, "cfg_prob": 0.2, "keep": 3})])
+    assert config == replace(DIGITS, cfg_prob=0.2, checkpoints_total_limit=3)
+
+
 @pytest.mark.parametrize("name", ["../run", "", "new"])
 def test_where_no_run_is_nothing_is_followed(record, tmp_path, name):
     record({"seed": 5})
