@@ -198,7 +198,7 @@ def test_without_guidance_the_batch_is_never_doubled():
 # -- noise, progress, bad input ---------------------------------------------------------------------------------
 
 
-def test_with_a_generator_per_image_a_image_does_not_depend_on_its_batch():
+def test_with_a_generator_per_image_an_image_does_not_depend_on_its_batch():
     def draw(seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = initial_noise((len(seeds), 1, 4, 4), generators)

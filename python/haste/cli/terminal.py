@@ -42,10 +42,10 @@ def accept_any_text() -> None:
     Where one is closed, what is printed goes nowhere.
     """
     sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()
-    codecs.register_error("haste.validation", in_plain_letters)
+    codecs.register_error("haste.plain_letters", in_plain_letters)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="haste.validation")
+            stream.reconfigure(errors="haste.plain_letters")
 
 
 def nowhere() -> TextIO:

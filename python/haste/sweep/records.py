@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -19,21 +19,16 @@ from haste.sweep.config import point_key
 from haste.validation import build, check
 
 
-@dataclass(frozen=True)
-class Row:
-    """One point.
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured of a point, which its record holds.
 
-    seconds, flops: per image. peak_bytes, cache_bytes: of a batch, as `haste.sweep.measure` measures them.
-    speedup, flops_speedup: over the reference, the longest full run; in seconds the median of ratios within a turn.
-    fd and label_accuracy: as `haste.sweep.measure` has them, and their standard deviations over sweeps, if several.
+    flops: per image. peak_bytes, cache_bytes: of a batch, as `haste.sweep.measure` measures them.
+    fd, label_accuracy: as `haste.sweep.measure` has them.
     psnr, ssim: fidelity to the images of the reference; None for the reference itself.
     """
 
-    settings: SamplingConfig
-    seconds: float
-    speedup: float
     flops: float
-    flops_speedup: float
     peak_bytes: int | None
     cache_bytes: int
     calls: int
@@ -42,6 +37,20 @@ class Row:
     label_accuracy: float | None
     psnr: float | None
     ssim: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
+    """One point of the table.
+
+    seconds: per image. speedup, flops_speedup: over the reference, the longest full run; in seconds the median of
+    ratios within a turn. fd_spread, label_accuracy_spread: standard deviations over sweeps, if there are several.
+    """
+
+    settings: SamplingConfig
+    seconds: float
+    speedup: float
+    flops_speedup: float
     fd_spread: float | None = None
     label_accuracy_spread: float | None = None
 
@@ -71,27 +80,18 @@ def make_rows(records: Sequence[dict[str, Any]]) -> list[Row]:
     return [make_row(settings[index], records[index], reference) for index in uncached + cached]
 
 
-@dataclass
-class _Measured:
-    """What a record of a complete point holds, which may come from a file."""
+@dataclass(frozen=True, kw_only=True)
+class _TimedRecord(Measured):
+    """A record of a complete point, which may come from a file."""
 
     seconds: list[float]
     reference_seconds: list[float]
-    flops: float
-    peak_bytes: int | None
-    cache_bytes: int
-    calls: int
-    full_calls: int
-    fd: float
-    label_accuracy: float | None
-    psnr: float | None
-    ssim: float | None
 
 
 def _checked_settings(record: dict[str, Any]) -> SamplingConfig:
     """The settings of a record's point. UserError for a record of other types, or of a run that took no time."""
     source = "a record of haste sweep"
-    measured = build(_Measured, record, source)
+    measured = build(_TimedRecord, record, source)
     paired = len(measured.seconds) == len(measured.reference_seconds) > 0
     if not paired or min(*measured.seconds, *measured.reference_seconds, measured.flops) <= 0:
         raise UserError(f"{source} must hold as many seconds as reference_seconds, and FLOPs, all above 0")
@@ -100,14 +100,13 @@ def _checked_settings(record: dict[str, Any]) -> SamplingConfig:
 
 
 def make_row(settings: SamplingConfig, record: dict[str, Any], reference: dict[str, Any]) -> Row:
-    names = ("flops", "peak_bytes", "cache_bytes", "calls", "full_calls", "fd", "label_accuracy", "psnr", "ssim")
     ratios = [full / own for full, own in zip(record["reference_seconds"], record["seconds"], strict=True)]
     return Row(
         settings=settings,
         seconds=median(record["seconds"]),
         speedup=median(ratios),
         flops_speedup=reference["flops"] / record["flops"],
-        **{name: record[name] for name in names},
+        **{measured.name: record[measured.name] for measured in fields(Measured)},
     )
 
 

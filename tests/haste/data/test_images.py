@@ -15,7 +15,7 @@ from image_files import photographs, pixels_of
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 
-def test_a_image_of_the_right_size_is_left_alone():
+def test_an_image_of_the_right_size_is_left_alone():
     (image,) = photographs(1, (16, 16))
     assert (center_crop(image, 16) == pixels_of(image)).all()
 
@@ -52,7 +52,7 @@ def test_every_eight_bit_kind_of_image_becomes_rgb(mode):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_image_that_is_cut_short_anywhere_is_refused(kind):
+def test_an_image_that_is_cut_short_anywhere_is_refused(kind):
     (image,) = photographs(1)
     data = encoded(image, kind)
     assert decode_image(data, "x").size == image.size
@@ -74,7 +74,7 @@ def test_endings_of_images():
     assert not any(map(is_image, ("a.eps", "a.ps", "a.pdf", "a.svg", "a.dds", "a.h5")))
 
 
-def test_no_program_is_started_for_a_image(monkeypatch):
+def test_no_program_is_started_for_an_image(monkeypatch):
     """An EPS with the name of a PNG would be drawn by Ghostscript."""
 
     def fail(*arguments, **options):
@@ -105,7 +105,7 @@ def declared(width: int, height: int) -> bytes:
         (4, 90_000, "x has 4 x 90000 pixels; the longer side must be at most 100 times the shorter"),
     ],
 )
-def test_a_image_is_refused_by_the_size_that_it_declares(width, height, sentence):
+def test_an_image_is_refused_by_the_size_that_it_declares(width, height, sentence):
     with pytest.raises(BadFile, match=sentence):
         decode_image(declared(width, height), "x")
 
@@ -131,7 +131,7 @@ def test_warnings_of_pillow_stay_inside():
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]), st.binary(max_size=12), st.floats(0, 1))
-def test_any_bytes_in_a_image_are_a_image_or_a_bad_file(kind, data, where):
+def test_any_bytes_in_an_image_are_an_image_or_a_bad_file(kind, data, where):
     whole = encoded(photographs(1)[0], kind)
     start = int(where * len(whole))
     with contextlib.suppress(BadFile):

@@ -143,7 +143,7 @@ def test_of_several_splits_the_one_named_train_is_taken(tmp_path):
     assert len(open_images(tmp_path / "other" / "b", "--data-dir")) == 3
 
 
-def test_a_hugging_face_row_without_a_image_is_a_bad_file(tmp_path):
+def test_a_hugging_face_row_without_an_image_is_a_bad_file(tmp_path):
     values = {"image": [photographs(1)[0], None]}
     datasets.Dataset.from_dict(values, datasets.Features({"image": datasets.Image()})).save_to_disk(tmp_path)
     source = open_images(tmp_path, "--data-dir")

@@ -65,7 +65,7 @@ def test_the_digest_tells_which_images(images):
     assert len({images.digest(), images.digest(0, 5), images.digest(5, 11)}) == 3
 
 
-def test_the_digest_changes_with_a_image(tmp_path):
+def test_the_digest_changes_with_an_image(tmp_path):
     for index, image in enumerate(random_images(4)):
         write_image(tmp_path / f"{index}.png", image)
     before = ImageFiles(tmp_path, "--samples")

@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         {"cache": "taylor", "interval": 3, "order": 1},
     ],
 )
-def test_a_image_is_the_same_in_any_batch(run, settings):
+def test_an_image_is_the_same_in_any_batch(run, settings):
     student = load_checkpoint(run)
     sampler = Sampler(student, SamplingConfig(num_steps=8, global_seed=3, **settings))
     whole, labels = sampler.sample(range(7))

@@ -58,7 +58,7 @@ def test_fewer_images_than_there_are_can_be_collected(tmp_path):
     assert (read_npz(folder.npz)[0] == IMAGES[:2]).all()
 
 
-def test_a_image_that_cannot_be_read_is_named(tmp_path):
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
     folder = SampleDir(tmp_path / "s", SETTINGS)
     folder.write(range(3), IMAGES[:3])
     cut_short(folder.path / "000001.png")

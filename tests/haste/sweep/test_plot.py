@@ -17,7 +17,7 @@ CROWD = [
 ]
 
 
-def test_a_image_has_a_panel_for_each_pair_of_measures_that_are_known(tmp_path):
+def test_an_image_has_a_panel_for_each_pair_of_measures_that_are_known(tmp_path):
     rows = [*PLAIN[:2], *CROWD[:2], cached_row(4, 0.01, 9.0, 20.0, cache="newton", granularity="model")]
     plot_sweep(tmp_path / "whole.png", rows, title="A sweep", chosen=rows[-1])
     plot_sweep(tmp_path / "one.png", rows[:1], title="A full run alone")

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 @pytest.mark.parametrize("grid", [2, 5, 9])
-def test_tokens_are_resampled_as_a_image_is(grid):
+def test_tokens_are_resampled_as_an_image_is(grid):
     """Bilinear with antialiasing, as Pillow does it."""
     tokens = torch.randn(2, 3, 16, 5)
     resampled = resample_tokens(tokens, 4, grid)
