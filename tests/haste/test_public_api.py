@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from digits_run import write_run
-from haste.evaluation.image_readers import open_images
+from haste.data.images import open_images
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "accelerate", "PIL", "tyro", "haste_ext")
 

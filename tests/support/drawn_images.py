@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from haste.evaluation.image_readers import open_images
+from haste.data.images import open_images
 
 
 def read_images(folder: Path) -> np.ndarray:

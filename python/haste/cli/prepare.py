@@ -60,14 +60,14 @@ def main(config: PrepareConfig) -> None:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from haste.data.prepare import Destination
-    from haste.data.sources import open_images
+    from haste.data.sources import open_source
     from haste.distributed import in_first
     from haste.vae import VAE, LatentFormat
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # One of several processes may be done hours before another.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    source = open_images(config.source.expanduser(), "--source")
+    source = open_source(config.source.expanduser(), "--source")
     latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
     destination = Destination(config.dest.expanduser(), source, config.resolution, latents)
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from haste.data.archive import read_array
 from haste.data.images import center_crop, decode_image, to_pixels
-from haste.data.sources import FileImages, ImageSource
+from haste.data.sources import FileSource, ImageSource
 from haste.errors import BadFile, OnBadFile, UserError, in_one_line
 from haste.vae import VAE, LatentFormat
 
@@ -221,8 +221,8 @@ class LatentData(TrainingData):
 
     def __init__(
         self,
-        images: FileImages,
-        moments: FileImages,
+        images: FileSource,
+        moments: FileSource,
         labels: np.ndarray,
         resolution: int,
         num_classes: int,

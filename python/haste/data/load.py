@@ -20,7 +20,7 @@ import numpy as np
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
 from haste.data.images import is_image
-from haste.data.sources import LABEL_FILE, LATENTS, FileImages, choose_labels, listed_labels, open_images
+from haste.data.sources import LABEL_FILE, LATENTS, FileSource, choose_labels, listed_labels, open_source
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.io import parse_json
 from haste.registry import DATASETS, plugin
@@ -103,7 +103,7 @@ def _open_images(
         raise UserError(f"--vae-stats must come with --vae, as there are no latents, got {vae_stats}")
     if archive.child(IMAGES) is not None:
         _check_no_other_latents(archive, path)
-    source = open_images(path, "--data-dir")
+    source = open_source(path, "--data-dir")
     if source.labels is None:
         logger.info("%s has no labels: all its images are one class", path)
     encoder = VAE(LatentFormat.of(vae, vae_stats)) if vae is not None else None
@@ -164,7 +164,7 @@ def open_repa_layout(
     classes = count_classes(num_classes, int(labels.max()) + 1)
     record = _read_record(root)
     form = _latent_format(record, root.locate(RECORD), vae, vae_stats)
-    pair = FileImages(image_root, images), FileImages(latents, moments)
+    pair = FileSource(image_root, images), FileSource(latents, moments)
     data = LatentData(*pair, labels, resolution, classes, form, on_bad_file)
     names = record.get("class_names")
     if isinstance(names, list) and all(isinstance(name, str) for name in names):

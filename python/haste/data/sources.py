@@ -52,7 +52,7 @@ class ImageSource(Protocol):
         """A checksum of which images these are, in which order, with which labels."""
 
 
-class FileImages:
+class FileSource:
     """Named files of a folder or a zip."""
 
     def __init__(
@@ -87,10 +87,10 @@ class FileImages:
         return hashlib.sha256(self.listing() + labels).hexdigest()
 
 
-def open_images(path: Path, flag: str) -> ImageSource:
+def open_source(path: Path, flag: str) -> ImageSource:
     """Open the images at `path`, which `flag` gave; UserError if there are none, or their classes are not clear."""
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
-        return HuggingFaceImages(path, flag)
+        return HuggingFaceSource(path, flag)
     archive = open_archive(path, flag)
     inner = archive.child("images")
     if inner is not None and not any(is_image(name) for name in archive.names() if not name.startswith("images/")):
@@ -98,7 +98,7 @@ def open_images(path: Path, flag: str) -> ImageSource:
     return open_files(archive, f"{flag} is {path}, which")
 
 
-def open_files(archive: Archive, what: str) -> FileImages:
+def open_files(archive: Archive, what: str) -> FileSource:
     """Open every image file of an archive; their labels are those of dataset.json, or else the folders at the top.
 
     Args:
@@ -117,8 +117,8 @@ def open_files(archive: Archive, what: str) -> FileImages:
     if others:
         logger.warning("skipped %d files of formats that are not read, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
-        return FileImages(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
-    return FileImages(archive, names, *_labels_of_folders(names, what))
+        return FileSource(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
+    return FileSource(archive, names, *_labels_of_folders(names, what))
 
 
 def _check_no_layout_below(names: list[str], what: str) -> None:
@@ -182,7 +182,7 @@ def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -
     return np.array(labels, dtype=np.int64)
 
 
-class HuggingFaceImages:
+class HuggingFaceSource:
     """A data set that `save_to_disk` of the package datasets has written; of several splits, the one named train."""
 
     def __init__(self, path: Path, flag: str) -> None:

@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.data.archive import read_npz
-from haste.data.images import write_arrays
+from haste.data.images import ImageArray, ImageSet, write_arrays
 from haste.errors import BadFile, UserError
-from haste.evaluation.image_readers import ImageArray, ImageSet
 from haste.evaluation.inception import FEATURES, load_inception
 from haste.registry import EXTRACTORS, plugin
 

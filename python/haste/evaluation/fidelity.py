@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haste.data.images import ImageArray, ImageFiles, ImageSet, NpzImages, open_images
 from haste.errors import UserError, require
-from haste.evaluation.image_readers import ImageArray, ImageFiles, ImageSet, NpzImages, open_images
 from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import RECORD, read_record
 

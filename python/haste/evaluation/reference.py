@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from haste.data.archive import list_npz, read_npy, read_npz
-from haste.data.images import to_uint8, write_arrays
+from haste.data.images import ImageArray, ImageSet, open_images, to_uint8, write_arrays
 from haste.errors import BadFile, UserError
 from haste.evaluation.config import STORED
 from haste.evaluation.features import Extractor, Features, concatenate, extract
-from haste.evaluation.image_readers import ImageArray, ImageSet, open_images
 from haste.evaluation.metrics import Gaussian, fault_of_moments, fit_gaussian
 from haste.io import writing
 from haste.registry import DATASETS, plugin

@@ -19,16 +19,24 @@ from typing import Any
 import numpy as np
 
 from haste.caching.config import CacheConfig
+from haste.data.images import open_images
 from haste.distributed import progress_bar
 from haste.errors import UserError
 from haste.evaluation.config import FULL, STORED, EvaluateConfig
-from haste.evaluation.evaluate import Evaluator, MetricConfig, beside, image_bar, open_sampler, sample_images
+from haste.evaluation.evaluate import (
+    Evaluation,
+    Evaluator,
+    MetricConfig,
+    beside,
+    checkpoints_text,
+    image_bar,
+    open_sampler,
+    sample_images,
+)
 from haste.evaluation.features import extract
 from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, steps_text, summarise_steps
-from haste.evaluation.image_readers import open_images
 from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import check_replaceable, save_reference
-from haste.evaluation.results import Evaluation, checkpoints_text
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint, run_checkpoints
 from haste.generation.sample_dir import read_record, sample_to_folder

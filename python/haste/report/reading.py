@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from haste.errors import UserError, in_one_line
-from haste.evaluation.results import NAMES
+from haste.evaluation.evaluate import NAMES
 from haste.evaluation.runs import RECORDS, read_evaluations
 from haste.io import read_json
 from haste.resumable import read_lines
@@ -35,7 +35,7 @@ _STEP = re.compile(r"[0-9]{1,15}")
 class Quality:
     """Metrics of one checkpoint. how: what they were measured of and against; only those of one `how` compare.
 
-    values: by the keys of `evaluation.results.NAMES`.
+    values: by the keys of `evaluation.evaluate.NAMES`.
     """
 
     how: str

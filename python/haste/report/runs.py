@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from haste.errors import UserError
-from haste.evaluation.results import NAMES
+from haste.evaluation.evaluate import NAMES
 from haste.plotting import LOSSES
 from haste.report.page import (
     Curve,

@@ -1,18 +1,42 @@
+from __future__ import annotations
+
 import contextlib
 import io
+import os
 import struct
 import subprocess
+import tracemalloc
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
 import pytest
-from haste.data.images import center_crop, decode_image, is_image, silence_pillow
-from haste.errors import BadFile
+import torch
+from drawn_images import read_images, read_npz
+from haste.data.images import (
+    ImageArray,
+    ImageFiles,
+    NpzImages,
+    center_crop,
+    decode_image,
+    image_path,
+    is_image,
+    open_images,
+    silence_pillow,
+    to_uint8,
+    write_image,
+    write_npz,
+)
+from haste.errors import BadFile, UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import photographs, pixels_of
 from PIL import EpsImagePlugin, Image, PngImagePlugin
+
+
+def random_images(count: int, height: int = 8, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 def test_an_image_of_the_right_size_is_left_alone():
@@ -136,3 +160,185 @@ def test_any_bytes_in_an_image_are_an_image_or_a_bad_file(kind, data, where):
     start = int(where * len(whole))
     with contextlib.suppress(BadFile):
         assert decode_image(whole[:start] + data + whole[start + len(data) :], "x").mode == "RGB"
+
+
+# ---- 8-bit images and their files ----
+
+
+def test_values_are_clipped_and_truncated():
+    # (x + 1) / 2 · 255 = 127.5 and 254.9…: rounding would give 128 and 255.
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.9999, 1.0, 3.0]).view(1, 1, 1, 6)
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_sits_images_are_rounded():
+    """By the formula of its sampler, in float32 as there; and the nearest of 0 … 255, up to one at the very edges."""
+    x = torch.linspace(-1.2, 1.2, 4001).view(1, 1, 1, -1).expand(1, 3, 1, -1)
+    theirs = torch.clamp(127.5 * x + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    ours = to_uint8(x, rounded=True)
+    assert (ours == theirs).all() and (ours != to_uint8(x)).any()
+    nearest = np.rint(np.clip(127.5 * (x.double().numpy() + 1.0), 0, 255)).transpose(0, 2, 3, 1)
+    assert (ours == nearest).mean() > 0.99
+
+
+def test_one_channel_becomes_three_equal_ones_and_three_stay():
+    grey = to_uint8(torch.rand(2, 1, 4, 4))
+    assert grey.shape == (2, 4, 4, 3) and (grey[..., 0] == grey[..., 2]).all()
+    colour = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)
+    assert to_uint8(colour)[0, 0, 0].tolist() == [0, 127, 255]
+
+
+def test_images_come_back_as_they_were_in_the_order_of_their_numbers(tmp_path):
+    images = random_images(12)
+    for index in reversed(range(12)):
+        write_image(image_path(tmp_path, index), images[index])
+    assert (read_images(tmp_path) == images).all()
+    assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["000000.png", "000001.png"]
+
+
+def test_the_npz_is_the_adm_evaluators(tmp_path):
+    images, labels = random_images(5), np.arange(5)
+    write_npz(tmp_path / "samples.npz", images, labels)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file.files[0] == "arr_0" and file["arr_0"].dtype == np.uint8
+    read, read_labels = read_npz(tmp_path / "samples.npz")
+    assert (read == images).all() and (read_labels == labels).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]  # no leftovers
+
+
+def test_the_npz_is_written_image_by_image(tmp_path):
+    """All of them are never in memory together."""
+    one = random_images(1, 64, 64)[0]
+    count = 400
+    tracemalloc.start()
+    write_npz(tmp_path / "samples.npz", (one for _ in range(count)), np.zeros(count))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    images = read_npz(tmp_path / "samples.npz")[0]
+    assert images.shape == (count, 64, 64, 3) and (images == one).all()
+    assert peak < 0.2 * images.nbytes
+
+
+    with pytest.raises(UserError, match="s.npz"):
+    with pytest.raises(UserError, match=r"different sizes, \(8, 8, 3\) and \(9, 9, 3\)"):
+        write_npz(tmp_path / "s.npz", [*random_images(1), *random_images(1, 9, 9)], np.zeros(2))
+    with pytest.raises(ValueError, match="shorter"):
+        write_npz(tmp_path / "s.npz", random_images(2), np.zeros(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_npz_of_somebody_else_has_no_labels(tmp_path):
+    np.savez(tmp_path / "foreign.npz", random_images(3))
+    assert read_npz(tmp_path / "foreign.npz")[1] is None
+
+
+# ---- sets of images ----
+
+
+@pytest.fixture(params=["folder", "zip", "npz", "packed npz", "memory"])
+def images(request, tmp_path):
+    """11 images as every kind of set."""
+    pixels = random_images(11)
+    if request.param == "memory":
+        return ImageArray(pixels)
+    if request.param == "npz":
+        write_npz(tmp_path / "set.npz", pixels, np.arange(11))
+        return open_images(tmp_path / "set.npz", "--samples")
+    if request.param == "packed npz":
+        np.savez_compressed(tmp_path / "set.npz", arr_0=pixels)
+        return open_images(tmp_path / "set.npz", "--samples")
+    for index, image in enumerate(pixels):
+        write_image(tmp_path / "set" / f"{index:06d}.png", image)
+    (tmp_path / "set" / "sample.json").write_text("{}")  # no image
+    if request.param == "folder":
+        return open_images(tmp_path / "set", "--samples")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in (tmp_path / "set").iterdir():
+            archive.write(path, path.name)
+    return open_images(tmp_path / "set.zip", "--samples")
+
+
+def test_batches_are_the_images_in_order(images):
+    pixels = random_images(11)
+    assert len(images) == 11 and images.shape == (8, 6, 3)
+    batches = list(images.batches(4))
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert (np.concatenate(batches) == pixels).all()
+    some = np.concatenate(list(images.batches(2, start=3, stop=8)))
+    assert some.dtype == np.uint8 and (some == pixels[3:8]).all()
+
+
+def test_the_first_of_a_set_can_be_had_alone(tmp_path):
+    pixels = random_images(5)
+    write_npz(tmp_path / "set.npz", pixels, np.arange(5))
+    for index, image in enumerate(pixels):
+        write_image(tmp_path / "set" / f"{index:06d}.png", image)
+    for name in ("set", "set.npz"):
+        first = open_images(tmp_path / name, "--samples", count=3)
+        assert len(first) == 3 and (np.concatenate(list(first.batches(2))) == pixels[:3]).all()
+    assert open_images(tmp_path / "set.npz", "--samples", count=3).labels.tolist() == [0, 1, 2]
+    assert len(open_images(tmp_path / "set", "--samples", count=9)) == 5
+
+
+def test_the_digest_tells_which_images(images):
+    assert images.digest() == images.digest()
+    assert len({images.digest(), images.digest(0, 5), images.digest(5, 11)}) == 3
+
+
+def test_the_digest_changes_with_an_image(tmp_path):
+    for index, image in enumerate(random_images(4)):
+        write_image(tmp_path / f"{index}.png", image)
+    before = ImageFiles(tmp_path, "--samples")
+    first, second = before.digest(0, 2), before.digest(2, 4)
+    write_image(tmp_path / "3.png", random_images(1)[0])
+    os.utime(tmp_path / "3.png", ns=(1, 1))
+    after = ImageFiles(tmp_path, "--samples")
+    assert after.digest(0, 2) == first and after.digest(2, 4) != second
+
+
+def test_numbers_are_read_off_the_names(tmp_path):
+    for name in ("000007.png", "000010.png"):
+        write_image(tmp_path / name, random_images(1)[0])
+    assert ImageFiles(tmp_path, "--samples").numbers() == [7, 10]
+    write_image(tmp_path / "cat.png", random_images(1)[0])
+    assert ImageFiles(tmp_path, "--samples").numbers() is None
+
+
+def test_jpegs_in_folders_and_grey_ones_are_read_as_colour(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (6, 8), 200).save(tmp_path / "a" / "grey.jpg")
+    Image.new("RGB", (6, 8)).save(tmp_path / "b.JPEG")
+    files = ImageFiles(tmp_path, "--reference")
+    assert files.names == ["a/grey.jpg", "b.JPEG"] and files.shape == (8, 6, 3)
+    assert np.unique(next(files.batches(2))).tolist() == [0, 200]
+
+
+def test_sets_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--samples is .*nowhere, which does not exist"):
+        open_images(tmp_path / "nowhere", "--samples")
+    with pytest.raises(UserError, match="--reference is .*, which holds no images"):
+        open_images(tmp_path, "--reference")
+    (tmp_path / "features.npy").touch()
+    with pytest.raises(UserError, match="features.npy; images must be in a folder, a .zip or an .npz"):
+        open_images(tmp_path / "features.npy", "--samples")
+    for name, size in (("a.png", (8, 8)), ("b.png", (9, 8))):
+        Image.new("RGB", size).save(tmp_path / name)
+    with pytest.raises(UserError, match=r"different sizes, 8 x 8 and 9 x 8 \(b.png\); they must all be alike"):
+        list(open_images(tmp_path, "--samples").batches(2))
+    (tmp_path / "b.png").write_text("text")
+    with pytest.raises(UserError, match="b.png is no image, .*; replace it"):
+        list(open_images(tmp_path, "--samples").batches(2))
+
+
+def test_npz_files_of_other_content_are_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_text("no zip at all")
+    with pytest.raises(UserError, match="not an .npz with images under arr_0"):
+        NpzImages(path)
+    np.savez(path, mu=np.zeros(3))
+    with pytest.raises(UserError, match="not an .npz with images under arr_0"):
+        NpzImages(path)
+    for wrong in (np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)):
+        np.savez(path, wrong)
+        with pytest.raises(UserError, match="it must be uint8"):
+            NpzImages(path)

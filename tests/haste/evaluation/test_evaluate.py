@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 from haste.errors import UserError
 from haste.evaluation import evaluate as evaluate_module
-from haste.evaluation.evaluate import Evaluator, MetricConfig, beside, evaluate
+from haste.evaluation.evaluate import (
+    NAMES,
+    Evaluation,
+    Evaluator,
+    MetricConfig,
+    Result,
+    beside,
+    checkpoints_text,
+    evaluate,
+)
 from haste.evaluation.features import Features
 from haste.evaluation.metrics import Gaussian, fit_gaussian, frechet_distance, inception_score, kid, prdc
 from haste.evaluation.reference import Reference
-from haste.evaluation.results import NAMES, Evaluation, Result, checkpoints_text
 from PIL import Image
 
 SETTINGS = MetricConfig(kid_subsets=5, kid_subset_size=100)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from haste.data.images import write_image
+from haste.data.images import open_images, write_image
 from haste.errors import UserError
 from haste.evaluation import features as features_module
 from haste.evaluation.features import (
@@ -17,7 +17,6 @@ from haste.evaluation.features import (
     load_extractor,
     resize_smoothly,
 )
-from haste.evaluation.image_readers import open_images
 from haste.evaluation.inception import Inception
 from PIL import Image
 
