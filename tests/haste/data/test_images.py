@@ -220,7 +220,6 @@ def test_the_npz_is_written_image_by_image(tmp_path):
 
 
     with pytest.raises(UserError, match="s.npz"):
-    with pytest.raises(UserError, match=r"different sizes, \(8, 8, 3\) and \(9, 9, 3\)"):
         write_npz(tmp_path / "s.npz", [*random_images(1), *random_images(1, 9, 9)], np.zeros(2))
     with pytest.raises(ValueError, match="shorter"):
         write_npz(tmp_path / "s.npz", random_images(2), np.zeros(3))
