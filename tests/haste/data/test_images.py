@@ -219,6 +219,7 @@ def test_the_npz_is_written_image_by_image(tmp_path):
     assert peak < 0.2 * images.nbytes
 
 
+def test_an_npz_of_images_that_do_not_fit_together_is_not_written(tmp_path):
     with pytest.raises(UserError, match="s.npz"):
         write_npz(tmp_path / "s.npz", [*random_images(1), *random_images(1, 9, 9)], np.zeros(2))
     with pytest.raises(ValueError, match="shorter"):
