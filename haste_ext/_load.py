@@ -1,13 +1,22 @@
-"""Loads the compiled module, which registers ``torch.ops.haste.*``, or says in one sentence why it cannot."""
+"""What binds this package to torch: the compiled module, and every private name of torch that is used.
+
+Importing this loads the module, which registers ``torch.ops.haste.*``, or raises an ImportError that says why it
+cannot. Look here when a new torch comes; the module has one more private name, ``aoti_torch_get_current_cuda_stream``
+in csrc/ops/common.cpp.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch  # noqa: F401  (loads libtorch, whose symbols the compiled module uses)
+import torch  # before the compiled module, which uses libtorch's symbols
+from torch import Tensor
+from torch.autograd import forward_ad
 
 HERE = Path(__file__).resolve().parent
 
@@ -73,3 +82,39 @@ def build_info() -> dict[str, object]:
         in force; ``HASTE_CPU_CAPABILITY`` chooses another).
     """
     return {**_C.build_info(), "torch_loaded": torch.__version__}
+
+
+# ---- private names of torch ----
+
+functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# Flash attention by itself, with the log-sum-exp that scaled_dot_product_attention keeps to itself.
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
+flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def below_autograd() -> AbstractContextManager:
+    """Calls under it go to the kernels at once, whatever their operands require."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def is_differentiated_by_functorch(value: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(value):
+        value = functorch.get_unwrapped(value)
+    return functorch.is_gradtrackingtensor(value)
+
+
+def forward_mode_is_active() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def argument_names(overload: torch._ops.OpOverload) -> list[str]:
+    return [argument.name for argument in overload._schema.arguments]
+
+
+def create_cuda_function(code: str) -> Callable[..., Tensor]:
+    """An elementwise CUDA function, compiled from its source at run time; RuntimeError where it cannot be."""
+    return torch.cuda.jiterator._create_jit_fn(code)

@@ -32,7 +32,7 @@ from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig, preset_config
 
 import haste_ext
-from haste_ext.bench.machine import processor
+from haste_ext.bench.measure import processor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _common import read_results, train_to_end, write_results  # noqa: E402

@@ -31,7 +31,7 @@ from haste.tables import markdown_table
 from haste.training.config import preset_config
 from tqdm import tqdm
 
-from haste_ext.bench.machine import describe_machine
+from haste_ext.bench.measure import describe_machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _common import read_results, train_to_end, write_results  # noqa: E402

@@ -17,8 +17,7 @@ from torch import Tensor
 from variants import EAGER, LAUNCHED, MODULE, UNCACHED, Run, make_runs
 
 from haste_ext.bench.compare import why_absent
-from haste_ext.bench.machine import describe_machine
-from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes
+from haste_ext.bench.measure import describe_machine, memory_within_the_machine, peak_extra_bytes
 
 # How far apart two ways to write the same forecast may end, relative to the images: they round differently. On the
 # digits' model a forecast of order 3 in place of 4 makes 1e-6, one of order 0 makes 1e-2: in bfloat16 only gross faults

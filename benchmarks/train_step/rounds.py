@@ -9,15 +9,14 @@ from time import perf_counter
 
 import torch
 from cases import Case
-from haste.caching.enable import free_bytes
+from haste.caching.cached_model import free_bytes
 from haste.errors import UserError
 from haste.models import SiT
 from parts import make_parts
 from variants import HASTE, VANILLA, Contender, make_contenders
 
 from haste_ext.bench.compare import why_absent
-from haste_ext.bench.machine import describe_machine
-from haste_ext.bench.measure import memory_within_the_machine, peak_extra_bytes, times_of
+from haste_ext.bench.measure import describe_machine, memory_within_the_machine, peak_extra_bytes, times_of
 
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
 WARM_UP_STEPS = {"cpu": 0, "cuda": 1}  # before each turn: the allocator's blocks are cut to the last contender's sizes

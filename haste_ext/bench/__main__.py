@@ -20,8 +20,7 @@ import torch
 import haste_ext
 from haste_ext.bench import report
 from haste_ext.bench.compare import compare, compare_on_host
-from haste_ext.bench.machine import describe_machine, measure_roofline
-from haste_ext.bench.measure import ENOUGH, TURNS
+from haste_ext.bench.measure import ENOUGH, TURNS, describe_machine, measure_roofline
 from haste_ext.bench.operations import OPERATIONS, Case, Operation
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

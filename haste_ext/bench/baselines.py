@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import haste_ext
-from haste_ext import _compat
+from haste_ext import _load
 
 # token_cosine_loss
 
@@ -86,9 +86,9 @@ class Attention:
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Attention:
         if q.is_cuda:
-            output, logsumexp, *state, _ = _compat.flash_attention(q, k, v, scale=scale)
+            output, logsumexp, *state, _ = _load.flash_attention(q, k, v, scale=scale)
             return Attention(q, k, v, scale, output, logsumexp, tuple(state))
-        output, logsumexp = _compat.flash_attention_cpu(q, k, v, scale=scale)
+        output, logsumexp = _load.flash_attention_cpu(q, k, v, scale=scale)
         return Attention(q, k, v, scale, output, logsumexp)
 
     def transposed_times(self, x: Tensor) -> Tensor:
@@ -96,10 +96,10 @@ class Attention:
         operands = (x, self.q, self.k, self.v, self.output, self.logsumexp)
         if self.q.is_cuda:
             bounds, dropout = self.cuda_state[:4], self.cuda_state[4:]
-            return _compat.flash_attention_backward(
+            return _load.flash_attention_backward(
                 *operands, *bounds, 0.0, False, *dropout, scale=self.scale
             )[2]
-        return _compat.flash_attention_cpu_backward(*operands, 0.0, False, scale=self.scale)[2]
+        return _load.flash_attention_cpu_backward(*operands, 0.0, False, scale=self.scale)[2]
 
 
 class FlashComposition(torch.autograd.Function):

@@ -6,13 +6,13 @@ Ours must pass the rule of accuracy, otherwise it is not timed. The others' erro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from haste_ext.bench.machine import Roofline, floor_seconds
 from haste_ext.bench.measure import (
     Call,
     CpuTimer,
@@ -23,7 +23,7 @@ from haste_ext.bench.measure import (
     spread,
     times_in_turns,
 )
-from haste_ext.bench.operations import Case, Contender, Operation, bind
+from haste_ext.bench.operations import Case, Contender, Operation, Phase, bind
 
 VERIFY_BYTES = 2 * 2**30  # of float64, which decides how much of the batch is verified
 ROTATED_BYTES = 512 * 2**20  # inputs on a GPU are rotated until they are this much, several times any L2
@@ -33,6 +33,8 @@ TINY = {"heads": 1, "student_dim": 8, "teacher_dim": 8, "feature_dim": 8}
 TRIVIAL = "trivial Function"
 # max|out − exact| ≤ 2·max|eager − exact| + rounding of the output type
 EAGER_FACTOR = 2.0
+
+Roofline = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,24 @@ def compare(op: Operation, case: Case, forward_only: bool, min_seconds: float, r
         "work": work,
         "rows": rows,
     }
+
+
+def floor_seconds(phases: Iterable[Phase], dtype: str, roofline: Roofline) -> float:
+    """The least time: in every phase that of its slowest part, were all at the measured limits."""
+    return sum(max(limits(phase, dtype, roofline).values()) for phase in phases)
+
+
+def limits(phase: Phase, dtype: str, roofline: Roofline) -> dict[str, float]:
+    """Seconds that each part of a phase takes at the least."""
+    rates = roofline["matmul_flops_per_second"]
+    rate = rates[dtype] if dtype == "float64" else max(rates[dtype], rates["float32"])  # half precision can be widened
+    seconds = {
+        "memory": phase.bytes / roofline["copy_bytes_per_second"],
+        "matmul": phase.matmul_flops / rate,
+    }
+    if roofline["exps_per_second"]:
+        seconds["exp"] = phase.exps / roofline["exps_per_second"]
+    return seconds
 
 
 def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: float, copied_bytes: int) -> list[dict]:

@@ -1,11 +1,15 @@
-"""Time and peak memory of calls, on the CPU and on a GPU."""
+"""Time and peak memory of calls on the CPU and on a GPU; the machine that they are measured on, and its roofline."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import partial
 from itertools import cycle, islice
 from math import ceil
 from pathlib import Path
@@ -15,7 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+import haste_ext
+from haste_ext import _load
+
 Call = Callable[[], tuple[Tensor, ...]]
+HERE = Path(__file__).resolve()
 
 TURNS = 5  # so often every contender is timed, each time for a fifth of the seconds
 ENOUGH = 3  # measurements of a call so slow that they already last for all of the seconds
@@ -28,6 +36,13 @@ CALLS_PER_SYNC = 10
 WARM_UPS = 3
 HOST_CALLS = 20
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+
+# Of the roofline.
+SECONDS = 0.5
+COPY_ELEMENTS = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # float32, far beyond the caches
+MATMUL_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
+SLOW = 0.2  # seconds of one product, after which no larger one is tried: some processors have no arithmetic for a type
+EXP_ELEMENTS, EXPS_PER_ELEMENT = 64 * 2**20, 512
 
 
 class CpuTimer:
@@ -250,3 +265,97 @@ def memory_within_the_machine(device: str) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+# ---- the machine: commit, versions, processor; and what nothing that moves and multiplies can beat by much ----
+
+
+def describe_machine(device: str) -> dict[str, object]:
+    build = haste_ext.build_info()
+    return {
+        **commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "haste_ext": build["version"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": build["cpu_capability"],
+        "gpu": gpu() if device == "cuda" else None,
+        "build": build,
+    }
+
+
+def commit() -> dict[str, object]:
+    """Of the source tree that this file is tracked in; unknown for an installed package."""
+    if git("ls-files", "--error-unmatch", HERE.name) is None:
+        return {"commit": None, "modified": None}
+    return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu() -> dict[str, object]:
+    major, minor = torch.cuda.get_device_capability()
+    return {"name": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "cuda": torch.version.cuda}
+
+
+def measure_roofline(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, object]:
+    """The best of some repetitions each: copy bandwidth (bytes read + written), matmul rate by type, exponentials."""
+    dtypes = dict.fromkeys((torch.float32, *dtypes))
+    return {
+        "copy_bytes_per_second": copy_rate(device),
+        "matmul_flops_per_second": {str(dtype).removeprefix("torch."): matmul_rate(device, dtype) for dtype in dtypes},
+        "exps_per_second": exp_rate() if device == "cuda" else None,  # on the CPU they are ordinary arithmetic
+    }
+
+
+def copy_rate(device: str) -> float:
+    source = torch.ones(COPY_ELEMENTS[device], device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / min(times_of([lambda: target.copy_(source)], SECONDS, device))
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Of square products, the best size."""
+    best = 0.0
+    for n in MATMUL_SIZES[device]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        product = partial(torch.mm, a, b, out=torch.empty_like(a))
+        seconds = min(times_of([product], SECONDS / 4, device))
+        best = max(best, 2 * n**3 / seconds)
+        if seconds > SLOW:
+            break
+    return best
+
+
+def exp_rate() -> float | None:
+    """exp2 of values in registers, many per element; None where torch cannot compile the kernel."""
+    code = f"""
+    template <typename T> T exp2_chain(T x) {{
+      for (int i = 0; i < {EXPS_PER_ELEMENT}; ++i) x = exp2f(-x);
+      return x;
+    }}"""
+    x = torch.zeros(EXP_ELEMENTS, device="cuda")
+    try:
+        chain = _load.create_cuda_function(code)
+        chain(x)
+    except RuntimeError:
+        return None
+    return EXP_ELEMENTS * EXPS_PER_ELEMENT / min(times_of([lambda: chain(x)], SECONDS, "cuda"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_ext._compat import below_autograd
+from haste_ext._load import below_autograd
 from haste_ext.ops.common import (
     below_autograd_in_backward,
     check_choice,

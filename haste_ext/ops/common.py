@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from haste_ext import _load
-from haste_ext._compat import (
+from haste_ext._load import (
     argument_names,
     below_autograd,
     forward_mode_is_active,

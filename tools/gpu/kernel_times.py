@@ -18,9 +18,8 @@ from statistics import median
 import torch
 
 import haste_ext  # noqa: F401  (registers the operations)
-from haste_ext.bench.compare import rotations
-from haste_ext.bench.machine import floor_seconds, measure_roofline
-from haste_ext.bench.measure import GpuTimer
+from haste_ext.bench.compare import floor_seconds, rotations
+from haste_ext.bench.measure import GpuTimer, measure_roofline
 from haste_ext.bench.operations import AttentionCase
 
 DEVICE = "cuda"

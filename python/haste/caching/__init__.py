@@ -1,6 +1,6 @@
 """Feature caching: which steps are full (schedule), how the others are forecast (forecaster), of what (adapters).
 
-Reading order: config, schedule, forecaster, adapters, cached_model, enable.
+Reading order: config, schedule, forecaster, adapters, cached_model.
 """
 
 from haste.caching.config import FAST, CacheConfig, fast_config
@@ -9,11 +9,11 @@ from haste.errors import lazily
 # All that brings torch.
 _LAZY = {
     "CachedModel": "cached_model",
-    "cache_bytes": "enable",
-    "check_memory": "enable",
-    "disable_cache": "enable",
-    "enable_cache": "enable",
-    "make_cache": "enable",
+    "cache_bytes": "cached_model",
+    "check_memory": "cached_model",
+    "disable_cache": "cached_model",
+    "enable_cache": "cached_model",
+    "make_cache": "cached_model",
 }
 __all__ = ["FAST", "CacheConfig", "fast_config", *_LAZY]
 __getattr__ = lazily(__name__, _LAZY)

@@ -16,6 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from haste._compat import version
+from haste.samplers import Branches
+
 
 class Timestep(NamedTuple):
     """Where in a run a call of the model stands: the index of its time on the sampler's grid, and the time."""
@@ -88,6 +91,52 @@ class CachedFeatures:
         for slot, weight in zip(own, weights, strict=True):
             slots[slot] = weight
         return slots
+
+
+Correction = tuple[Tensor, Tensor]
+"""Of one call: what it adds to its tokens (B, N, D), and its conditioning (B, D)."""
+
+
+class Corrections:
+    """What forecast calls add to their tokens, made for all of them up to the next full one when the first one asks.
+
+    It depends on the cached features, the forecast's weights, the labels and the call's time, and not on the image. One
+    pass over the features serves several calls then, and kept is one (B, N, D) for each: beside the features of all
+    modules, little.
+
+    Made ahead are those of calls whose time and labels are known: `haste.samplers.sample` tells both. In any other loop
+    they may be others than the run's plan has, and to compare tensors on a GPU is to wait for it: there, every call
+    makes its own. The parameters of the model are not looked at; they must not change between two full steps.
+
+    Attributes:
+        most_bytes: the most that was held at once since `start`.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.clear()
+        self.most_bytes = 0
+
+    def clear(self) -> None:
+        """When a full step is kept: what was made without it is no longer wanted."""
+        self._held: dict[Branches, tuple[Tensor, int | None, dict[Timestep, Correction]]] = {}
+
+    def get(self, branches: Branches, labels: Tensor, timestep: Timestep) -> Correction | None:
+        """labels: of the whole call, of which the branches may be one half. They are known again by what they are, and
+        as they were, not by their values."""
+        if branches not in self._held:
+            return None
+        made_for, as_it_was, corrections = self._held[branches]
+        same = made_for is labels and as_it_was == version(labels)
+        return corrections.get(timestep) if same else None
+
+    def keep(self, branches: Branches, labels: Tensor, corrections: dict[Timestep, Correction]) -> None:
+        """What these branches had is forgotten."""
+        self._held[branches] = labels, version(labels), corrections
+        held = (tensor for *_, made in self._held.values() for correction in made.values() for tensor in correction)
+        self.most_bytes = max(self.most_bytes, sum(tensor.nbytes for tensor in held))
 
 
 @dataclass(frozen=True)

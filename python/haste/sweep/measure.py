@@ -38,8 +38,7 @@ from haste.sweep.records import RecordBook, Row, make_rows
 from haste.tables import markdown_table, text_table
 from haste.training.checkpoint import as_before, checkpoint_identity
 from haste.validation import build
-from haste_ext.bench.machine import describe_machine
-from haste_ext.bench.measure import peak_extra_bytes
+from haste_ext.bench.measure import describe_machine, peak_extra_bytes
 
 FLOP_IMAGES = 2
 

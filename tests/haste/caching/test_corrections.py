@@ -6,8 +6,8 @@ import pytest
 import torch
 from caching_models import small_noise, small_sit
 from haste.caching import CachedModel, enable_cache
-from haste.caching.cached_model import MOST_AHEAD, Corrections
-from haste.caching.forecaster import Timestep
+from haste.caching.cached_model import MOST_AHEAD
+from haste.caching.forecaster import Corrections, Timestep
 from haste.errors import UserError
 from haste.samplers import ModelCall, model_calls, sample
 

@@ -24,9 +24,9 @@ CONTENDERS = {name: [contender.name for contender in op.contenders] for name, op
 
 
 def small_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("haste_ext.bench.machine.SECONDS", 0.001)
-    monkeypatch.setattr("haste_ext.bench.machine.COPY_ELEMENTS", {"cpu": 2**16})
-    monkeypatch.setattr("haste_ext.bench.machine.MATMUL_SIZES", {"cpu": (32, 64)})
+    monkeypatch.setattr("haste_ext.bench.measure.SECONDS", 0.001)
+    monkeypatch.setattr("haste_ext.bench.measure.COPY_ELEMENTS", {"cpu": 2**16})
+    monkeypatch.setattr("haste_ext.bench.measure.MATMUL_SIZES", {"cpu": (32, 64)})
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
