@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING
 from haste.errors import UserError, lazily
 
 if TYPE_CHECKING:
-    from haste.alignment.aligner import Aligner
-    from haste.alignment.losses import LayerMap
+    from haste.alignment.aligner import Aligner, LayerMap
     from haste.caching.cached_model import disable_cache, enable_cache
     from haste.caching.config import CacheConfig
     from haste.evaluation.evaluate import evaluate
@@ -61,7 +60,7 @@ __getattr__ = lazily(
     {
         "Aligner": "alignment.aligner",
         "CacheConfig": "caching.config",
-        "LayerMap": "alignment.losses",
+        "LayerMap": "alignment.aligner",
         "LoadedCheckpoint": "generation.pipeline",
         "SamplingConfig": "generation.config",
         "TrainConfig": "training.config",

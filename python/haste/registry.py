@@ -1,16 +1,14 @@
-"""What plug-ins bring, by name: each is imported when one of its names is asked for, and by nobody else.
+"""What plug-ins bring, by name. A plug-in's module is imported when one of its names is asked for.
 
-The parts of a plug-in, as "module" or "module:attribute":
-
-    DATASETS    a function without arguments: images (N, C, S, S) float32 in [-1, 1], labels (N,) int64
-    TEACHERS    a module with prepare(folder), which returns the folder of the encoder, and shape(), the values of
+    DATASETS    "module:function", without arguments: images (N, C, S, S) float32 in [-1, 1], labels (N,) int64
+    TEACHERS    "module:object" with prepare(folder), which returns the encoder's folder, and shape(), the values of
                 `haste.teachers.families.Shape`
-    EXTRACTORS  a function (folder) -> Extractor, as `haste.evaluation.features` has it
-    IMAGE_SIZES pixels per side of a data set's images, by which samples without a record are known
-    PRESETS     a dictionary of settings of `haste train`
+    EXTRACTORS  "module:function", (folder) -> Extractor of `haste.evaluation.features`
+    IMAGE_SIZES pixels per side of a data set's images, by which samples without a record are recognized
+    PRESETS     settings of `haste train`
 
-A data set and an extractor of one name belong together: samples of such a run are evaluated in these features, against
-this data, unless others are asked for.
+A data set and an extractor of one name belong together: samples of a run on that data are evaluated with that extractor
+against that data, unless --features says otherwise.
 """
 
 from __future__ import annotations
@@ -19,13 +17,35 @@ from importlib import import_module
 from typing import Any
 
 DATASETS = {"digits": "haste.digits:load_digits"}
-TEACHERS = {"digits-vit": "haste.digits.teacher"}
-EXTRACTORS = {"digits": "haste.digits.classifier:load_extractor"}
+TEACHERS = {"digits-vit": "haste.digits:Teacher"}
+EXTRACTORS = {"digits": "haste.digits:load_extractor"}
 IMAGE_SIZES = {"digits": 8}
-PRESETS = {"digits": "haste.digits:PRESET"}
+PRESETS: dict[str, dict[str, Any]] = {
+    # A model and a teacher that two processor cores train in minutes.
+    "digits": {
+        "exp_name": "digits",
+        "data_dir": "digits",
+        "resolution": 8,
+        "model": "SiT-Digits/2",
+        "enc_type": "digits-vit",
+        "layer_map": "0:0,1:1,2:2,3:3",
+        "encoder_depth": 4,
+        "projector_dim": 256,
+        "attn_coeff": 0.5,
+        "early_stop_point": 500,
+        "batch_size": 64,
+        "max_train_steps": 1000,
+        "learning_rate": 4e-3,
+        "ema_decay": 0.99,
+        "mixed_precision": "no",
+        "logging_steps": 10,
+        "checkpointing_steps": 200,
+        "sampling_steps": 200,
+    }
+}
 
 
 def plugin(table: dict[str, str], name: str) -> Any:
     """Import what a table has under a name."""
     module, _, attribute = table[name].partition(":")
-    return getattr(import_module(module), attribute) if attribute else import_module(module)
+    return getattr(import_module(module), attribute)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from digits_run import write_run
-from haste.digits import classifier
-from haste.digits.classifier import ClassifierConfig
+from haste import digits
+from haste.digits import ClassifierConfig
 from haste.sweep.config import Grid, plan
 from haste.training.config import preset_config
 from PIL import Image
@@ -39,7 +39,7 @@ def test_the_grid_has_every_setting_that_is_asked_for(benchmark):
 
 
 def test_models_are_measured_and_written_up(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    monkeypatch.setattr(digits, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
     monkeypatch.setattr(benchmark, "BASE", replace(benchmark.BASE, num_steps=6))
     monkeypatch.setattr(benchmark, "GRIDS", [Grid(caches=("taylor",), intervals=(2,), orders=(1,), steps=(6,))])
     monkeypatch.setattr(benchmark, "UNCACHED_STEPS", (3,))

@@ -9,7 +9,7 @@ from haste import registry
 from haste.registry import plugin
 
 PACKAGE = Path(haste.__file__).parent
-TABLES = {"DATASETS", "TEACHERS", "EXTRACTORS", "PRESETS"}
+TABLES = {"DATASETS", "TEACHERS", "EXTRACTORS"}
 
 
 @pytest.mark.parametrize("table", sorted(TABLES))

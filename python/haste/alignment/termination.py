@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haste.alignment.aligner import Aligner
-from haste.alignment.losses import LayerMap
+from haste.alignment.aligner import Aligner, LayerMap
 from haste.errors import UserError
 from haste.models import get_family
 from haste.transport import velocity_loss

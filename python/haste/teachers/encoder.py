@@ -5,20 +5,80 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from haste.errors import UserError
-from haste.teachers.attention_hook import ATTENTION_NAME, QueriesKeys, record
 from haste.teachers.families import Family, Normalisation, find_family, find_layers, resolve_teacher
-from haste.teachers.grids import NaFlexPatches, resample_positions, resample_tokens
-from haste.teachers.loading import load_config, load_normalisation, own_image_size, patch_size_of
+from haste.teachers.loading import (
+    NaFlexPatches,
+    load_config,
+    load_normalisation,
+    own_image_size,
+    patch_size_of,
+    resample_positions,
+    resample_tokens,
+)
 from haste.weights import loading_arguments, reason
+
+# ---- q and k of any transformers model ----
+
+ATTENTION_NAME = "haste_recording_sdpa"
+
+QueriesKeys = tuple[Tensor, Tensor]
+
+
+class Recording:
+    """The q and k that the wanted attention modules used, by layer index."""
+
+    def __init__(self, layer_of_module: dict[nn.Module, int]) -> None:
+        self._layer_of_module = layer_of_module
+        self.queries_keys: dict[int, QueriesKeys] = {}
+
+    def keep(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
+        layer = self._layer_of_module.get(module)
+        if layer is not None:
+            self.queries_keys[layer] = (query, key)
+
+
+# A context variable and not an attribute of the modules: several teachers, threads and other users of the same
+# transformers model never see each other's recordings.
+_active: ContextVar[Recording | None] = ContextVar("haste_active_recording", default=None)
+
+
+@contextmanager
+def record(layer_of_module: dict[nn.Module, int]) -> Iterator[Recording]:
+    """Record the listed attention modules while the context is open."""
+    recording = Recording(layer_of_module)
+    token = _active.set(recording)
+    try:
+        yield recording
+    finally:
+        _active.reset(token)
+
+
+def _recording_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
+) -> tuple[Tensor, None]:
+    recording = _active.get()
+    if recording is not None:
+        recording.keep(module, query, key)
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, _recording_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+# ---- the teacher ----
 
 GridRule = Literal["match", "interpolate"]
 """Where the teacher's own grid of tokens is not the student's. match: the images are resized until it is, and the

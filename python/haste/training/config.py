@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from haste import registry
 from haste.errors import UserError, shorten
-from haste.registry import plugin
 from haste.validation import check_numbers
 
 SECTIONS = {
@@ -229,7 +228,7 @@ class TrainConfig:
 
     def check_model(self) -> None:
         """UserError if model, layer map and rule of termination do not fit together. Brings torch."""
-        from haste.alignment.losses import choose_layer_map
+        from haste.alignment.aligner import choose_layer_map
         from haste.alignment.termination import make_termination
         from haste.models import model_depth
         from haste.models.layers import check_backend
@@ -256,7 +255,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
     Raises:
         UserError: a model or a layer map that does not exist.
     """
-    from haste.alignment.losses import choose_encoder_depth, choose_layer_map
+    from haste.alignment.aligner import choose_encoder_depth, choose_layer_map
     from haste.models import find_size, model_depth
 
     encoder_depth, layer_map = config.encoder_depth, config.layer_map
@@ -336,7 +335,7 @@ def _published_presets() -> dict[str, dict[str, Any]]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    **{name: plugin(registry.PRESETS, name) for name in registry.PRESETS},
+    **registry.PRESETS,
     **_published_presets(),
 }
 

@@ -5,11 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from haste import digits
 from haste.cli import demo
 from haste.cli.main import main, read_flags
-from haste.digits import classifier
-from haste.digits import teacher as digits_teacher
-from haste.digits.classifier import ClassifierConfig
+from haste.digits import ClassifierConfig
 from haste.errors import UserError
 
 FLAGS = (
@@ -20,9 +19,9 @@ FLAGS = (
 
 @pytest.fixture(autouse=True)
 def quick_classifier_and_teacher(monkeypatch):
-    settings = digits_teacher.TeacherConfig
-    monkeypatch.setattr(digits_teacher, "TeacherConfig", lambda: settings(steps=3))
-    monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    settings = digits.TeacherConfig
+    monkeypatch.setattr(digits, "TeacherConfig", lambda: settings(steps=3))
+    monkeypatch.setattr(digits, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 def times(folder: Path, pattern: str) -> dict[str, int]:

@@ -9,11 +9,10 @@ import pytest
 import torch
 import transformers as tf
 from digits_run import write_run
-from haste import plotting
+from haste import digits, plotting
 from haste.cli.main import main
 from haste.data.images import write_image
-from haste.digits import classifier
-from haste.digits.classifier import ClassifierConfig, real_digits
+from haste.digits import ClassifierConfig, real_digits
 from haste.evaluation import evaluate
 from haste.evaluation.runs import read_evaluations
 from PIL import Image
@@ -24,7 +23,7 @@ METRICS = ["fd", "kid", "precision", "recall", "density", "coverage", "inception
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
-    monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    monkeypatch.setattr(digits, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 from digits_run import write_run
+from haste import digits
 from haste.cli.main import main
-from haste.digits import classifier
-from haste.digits.classifier import ClassifierConfig
+from haste.digits import ClassifierConfig
 from haste.evaluation import evaluate
 from haste.resumable import hold
 from PIL import Image
@@ -18,7 +18,7 @@ GRID = ("--caches", "taylor", "reuse", "--granularities", "model", "--intervals"
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
-    monkeypatch.setattr(classifier, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    monkeypatch.setattr(digits, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
 
 
 @pytest.fixture

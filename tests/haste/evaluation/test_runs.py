@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from digits_run import write_run
-from haste.digits.classifier import ClassifierConfig, real_digits, train_classifier
+from haste.digits import ClassifierConfig, real_digits, train_classifier
 from haste.errors import UserError
 from haste.evaluation import evaluate as evaluate_module
 from haste.evaluation import runs

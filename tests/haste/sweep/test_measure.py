@@ -4,7 +4,7 @@ import os
 
 import pytest
 from digits_run import write_run
-from haste.digits.classifier import ClassifierConfig, train_classifier
+from haste.digits import ClassifierConfig, train_classifier
 from haste.errors import UserError
 from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.reference import load_reference

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from haste.errors import UserError
-from haste.teachers import VisionTeacher, attention_hook, encoder
-from haste.teachers.grids import resample_tokens
+from haste.teachers import VisionTeacher, encoder
+from haste.teachers.loading import resample_tokens
 from PIL import Image
 from transformers import AutoConfig, AutoModel, Dinov2Model
 
@@ -118,13 +118,13 @@ def test_images_get_the_sizes_of_repa(tmp_path, folder, resolution, pixels):
 @pytest.fixture
 def attention_calls(monkeypatch):
     """Weak references to the q and k of every attention call, in order."""
-    calls, original = [], attention_hook.sdpa_attention_forward
+    calls, original = [], encoder.sdpa_attention_forward
 
     def attend(module, query, key, *args, **kwargs):
         calls.append((weakref.ref(query), weakref.ref(key)))
         return original(module, query, key, *args, **kwargs)
 
-    monkeypatch.setattr(attention_hook, "sdpa_attention_forward", attend)
+    monkeypatch.setattr(encoder, "sdpa_attention_forward", attend)
     return calls
 
 
