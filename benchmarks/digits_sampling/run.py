@@ -22,11 +22,20 @@ from haste.evaluation.evaluate import Evaluator
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import load_checkpoint
 from haste.io import write_text
-from haste.sweep.advice import LEGEND, describe, good_enough, recommend, table
 from haste.sweep.config import Grid, plan
 from haste.sweep.measure import Sweep
 from haste.sweep.plot import plot_sweep
-from haste.sweep.records import RecordBook, Row, average, make_rows
+from haste.sweep.records import (
+    LEGEND,
+    RecordBook,
+    Row,
+    average,
+    describe,
+    good_enough,
+    make_rows,
+    recommend,
+    table,
+)
 from haste.tables import markdown_table
 from haste.training.config import preset_config
 from tqdm import tqdm

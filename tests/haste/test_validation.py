@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
+from haste.cli.commands import PrepareConfig
 from haste.cli.demo import DemoConfig
-from haste.cli.prepare import PrepareConfig
 from haste.errors import UserError
 from haste.evaluation.config import EvaluateConfig
 from haste.generation.config import SampleConfig

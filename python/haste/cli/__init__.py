@@ -1,1 +1,1 @@
-"""The command `haste`: one module per subcommand."""
+"""The command `haste`."""

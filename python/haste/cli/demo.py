@@ -1,14 +1,7 @@
-"""See HASTE at work on real handwritten digits, on one page: train, sample, evaluate, and look.
-
-A small vision transformer learns to read scikit-learn's digits. A diffusion transformer learns to make them, once
-aligned with it and once, the baseline, without. The page shows samples, the same noise with most steps forecast, and
-both runs beside each other. Every step is a `haste` command that is printed before it runs. Started again, the demo
-resumes where it stopped.
-"""
+"""The stages of `haste demo`, and the commands that do the same by hand."""
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from haste.caching.config import FAST
-from haste.cli import sample, train
+from haste.cli import commands
 from haste.errors import UserError
 from haste.evaluation.config import EvaluateConfig
 from haste.generation.config import SampleConfig
@@ -58,38 +51,37 @@ class DemoConfig:
             raise UserError(f"--max-train-steps must be at least {POINTS}, got {self.max_train_steps}")
 
 
-def main(demo: DemoConfig) -> None:
+def run_demo(demo: DemoConfig) -> None:
     """Run every stage, and print the path of the page as the last line."""
     from haste.evaluation import runs
     from haste.generation.sample_dir import sample_to_folder
     from haste.report.demo import DemoResults, write_demo_page
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     clock = StageClock(demo.output_dir / "demo.json")
     config, baseline = train_config(demo), baseline_config(demo)
     full, cached = sample_args(demo, config), sample_args(demo, config, cached=True)
     evaluated, baseline_evaluation = evaluate_args(demo, config), evaluate_args(demo, baseline)
-    commands = command_lines(config, baseline, full, cached, evaluated, baseline_evaluation)
+    lines = command_lines(config, baseline, full, cached, evaluated, baseline_evaluation)
 
-    with clock.stage("train the teacher, and the model with HASTE", commands[0]):
-        train.main(config)
-    with clock.stage("train the baseline, without alignment", commands[1]):
-        train.main(baseline)
-    with clock.stage("sample in full", commands[2]):
+    with clock.stage("train the teacher, and the model with HASTE", lines[0]):
+        commands.train(config)
+    with clock.stage("train the baseline, without alignment", lines[1]):
+        commands.train(baseline)
+    with clock.stage("sample in full", lines[2]):
         full_samples = sample_to_folder(full)
-        sample.report(full_samples)
-    with clock.stage("sample with forecasts", commands[3]):
+        commands.print_samples(full_samples)
+    with clock.stage("sample with forecasts", lines[3]):
         cached_samples = sample_to_folder(cached)
-        sample.report(cached_samples)
-    with clock.stage("evaluate five checkpoints of HASTE", commands[4]):
+        commands.print_samples(cached_samples)
+    with clock.stage("evaluate five checkpoints of HASTE", lines[4]):
         records, evaluator = runs.evaluate_by_classifier(evaluated)
         print(f"\n{runs.records_text(records, evaluator)}")
-    with clock.stage("evaluate five checkpoints of the baseline", commands[5]):
+    with clock.stage("evaluate five checkpoints of the baseline", lines[5]):
         baseline_records, _ = runs.evaluate_by_classifier(baseline_evaluation)
         print(f"\n{runs.records_text(baseline_records, evaluator)}")
     results = DemoResults(config, baseline, full, full_samples, cached, cached_samples, evaluated, records,
                           baseline_records, evaluator)  # fmt: skip
-    page = write_demo_page(demo.output_dir, results, commands, clock.seconds())
+    page = write_demo_page(demo.output_dir, results, lines, clock.seconds())
 
     width = max(map(len, clock.seconds()))
     print("\n" + "\n".join(f"{title:<{width}}  {seconds:6.1f} s" for title, seconds in clock.seconds().items()))

@@ -1,14 +1,14 @@
-"""The entry point of `haste`: finds the subcommand, reads its flags, and carries it out.
+"""The entry point of `haste`: find the command, read its flags, run it.
 
-A command is a dataclass of settings, whose fields are its flags, and the module of its name here: its docstring is the
-help, `main(config)` carries it out, and `default_config(arguments)`, if it is there, makes the defaults from what was
-typed. None of these imports torch before `main` is called, so help and refusals are instant.
+A command is a dataclass of settings, whose fields are its flags, and the function of its name in
+`haste.cli.commands`, whose docstring is the help. Neither imports torch before the function is called.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -16,12 +16,18 @@ from dataclasses import fields
 from typing import Any
 
 from haste import __version__
-from haste.cli.failures import answered
-from haste.cli.terminal import accept_any_text, check_docstrings, check_processes, patient_stderr, widen
+from haste.cli.console import (
+    accept_any_text,
+    check_launcher,
+    check_optimize_level,
+    exit_on_error,
+    patient_stderr,
+    widen_terminal,
+)
 
 # What each command does, and the dataclass whose fields are its flags, as module:class.
 COMMANDS = {
-    "prepare": ("make training data from images: crop, resize, encode to latents", "haste.cli.prepare:PrepareConfig"),
+    "prepare": ("make training data from images: crop, resize, encode to latents", "haste.cli.commands:PrepareConfig"),
     "train": (
         "train a diffusion transformer: with HASTE, with REPA, or the baseline",
         "haste.training.config:TrainConfig",
@@ -35,7 +41,7 @@ COMMANDS = {
         "plot the trade-off of caching: quality against seconds, FLOPs and memory",
         "haste.sweep.config:SweepConfig",
     ),
-    "report": ("show one run, or several side by side, on one page", "haste.cli.report:ReportConfig"),
+    "report": ("show one run, or several side by side, on one page", "haste.cli.commands:ReportConfig"),
     "demo": ("train on handwritten digits, sample, and show it all on one page", "haste.cli.demo:DemoConfig"),
 }
 
@@ -44,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `haste` with these arguments (default: the process's)."""
     words = list(sys.argv[1:] if argv is None else argv)
     accept_any_text()
-    widen()
+    widen_terminal()
     # Read when torch is imported, below. Threads that spin while they wait for each other are no faster on idle cores,
     # and several times slower where another program wants one of these.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with answered(" ".join(["haste", *(word for word in words[:1] if word in COMMANDS)]), words):
+    with exit_on_error(" ".join(["haste", *(word for word in words[:1] if word in COMMANDS)]), words):
         subcommand = split_command(words)
         with patient_stderr():
             run(*subcommand)
@@ -75,23 +81,27 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Read the flags of one command and carry it out."""
+    """Read the flags of one command and run it."""
+    from haste.cli import commands
+
     config = read_flags(command, arguments)
-    check_docstrings(sys.flags.optimize)
-    check_processes(os.environ)
-    importlib.import_module(f"haste.cli.{command}").main(config)
+    check_optimize_level(sys.flags.optimize)
+    check_launcher(os.environ)
+    getattr(commands, command)(config)
 
 
 def read_flags(command: str, arguments: Sequence[str]) -> Any:
     """The checked settings of a command. Raises UserError for values that cannot work."""
     import tyro
 
-    module = importlib.import_module(f"haste.cli.{command}")
+    from haste.cli import commands
+
     home, _, name = COMMANDS[command][1].partition(":")
     config_class = getattr(importlib.import_module(home), name)
     arguments = spell_out(arguments, config_class)
-    defaults = {"default": module.default_config(arguments)} if hasattr(module, "default_config") else {}
-    config = tyro.cli(config_class, prog=f"haste {command}", description=module.__doc__, args=arguments, **defaults)
+    defaults = {"default": commands.train_defaults(arguments)} if command == "train" else {}
+    description = inspect.getdoc(getattr(commands, command))
+    config = tyro.cli(config_class, prog=f"haste {command}", description=description, args=arguments, **defaults)
     if hasattr(config, "resolved"):
         config = config.resolved()
     config.check()

@@ -35,8 +35,13 @@ from haste.report.page import (
     tiles,
     write_page,
 )
-from haste.report.reading import read_run
-from haste.report.runs import curves_section, numbers_section, quality_section, training_samples_section
+from haste.report.runs import (
+    curves_section,
+    numbers_section,
+    quality_section,
+    read_run,
+    training_samples_section,
+)
 from haste.training.config import TrainConfig, preset_config
 from haste.validation import check
 

@@ -1,5 +1,6 @@
-"""The trade-off of feature caching: what settings cost and what they sample, beside uncached sampling with fewer steps.
+"""The trade-off of feature caching: what settings cost and how good their samples are, beside uncached sampling with
+fewer steps.
 
-Reading order: points (which settings), quality (what an image is held against), cost (seconds, FLOPs, memory),
-records (what is known already), measure (the sweep itself), rows (the numbers of a table), then table, plot, advice.
+Reading order: config (the points of a sweep), measure (sampling, evaluating and timing them), records (what is known
+on the disk, rows, table, advice), plot.
 """

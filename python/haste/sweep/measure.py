@@ -32,9 +32,8 @@ from haste.generation.sample_dir import measure_full_steps
 from haste.io import writing
 from haste.registry import EXTRACTORS
 from haste.resumable import hold
-from haste.sweep.advice import LEGEND, advise, recommend, table
 from haste.sweep.config import SweepConfig, long_name, point_fields, shared_fields
-from haste.sweep.records import RecordBook, Row, make_rows
+from haste.sweep.records import LEGEND, RecordBook, Row, advise, make_rows, recommend, table
 from haste.tables import markdown_table, text_table
 from haste.training.checkpoint import as_before, checkpoint_identity
 from haste.validation import build

@@ -109,7 +109,7 @@ def test_several_processes_are_held_against_each_other_before_anything_begins(mo
 
 
 def test_letters_that_an_encoding_lacks_are_shown_as_others():
-    code = "from haste.cli.terminal import accept_any_text; accept_any_text(); print('Fréchet τ ± Ω')"
+    code = "from haste.cli.console import accept_any_text; accept_any_text(); print('Fréchet τ ± Ω')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert result.stdout == b"Frechet tau +- ?\n"

@@ -288,7 +288,7 @@ def test_flags_that_make_no_sense(source, tmp_path, vae, capsys):
         (("--resolution", "10"), "--resolution is 10; it must be a multiple of 4"),
         (("--num-workers", "-1"), "--num-workers must be an integer from 0 to 1,024, got -1"),
         (("--source", str(tmp_path / "nothing")), "--source must be .*nothing, which does not exist"),
-        (("--dest", str(source / "out")), "--dest is .*, inside --source; it must be a folder elsewhere"),
+        (("--dest", str(source / "out")), "--dest must be a folder outside --source, got .*"),
     ]:
         assert re.search(sentence, refusal(capsys, source, tmp_path / "out", vae, *flags))
     assert not (tmp_path / "out").exists()

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 from haste.cli import main as main_module
+from haste.cli.commands import train_defaults
 from haste.cli.main import main
-from haste.cli.train import default_config
 from haste.errors import UserError
 from haste.training.config import TrainConfig
 
@@ -60,12 +60,12 @@ def test_help_and_startup_bring_no_torch():
 
 def test_a_preset_sets_defaults_and_flags_override_it(monkeypatch):
     seen = []
-    monkeypatch.setattr("haste.cli.train.main", seen.append)
+    monkeypatch.setattr("haste.cli.commands.train", seen.append)
     main(["train", "--preset", "digits", "--seed", "5", "--batch_size", "32", "--attn-coeff", "0"])
     main(["train", "--preset=digits"])
     (changed, plain) = seen
     assert (changed.seed, changed.batch_size, changed.attn_coeff) == (5, 32, 0.0)
-    assert plain == default_config(["--preset", "digits"])
+    assert plain == train_defaults(["--preset", "digits"])
     assert plain.data_dir == "digits" and changed.model == plain.model
 
 
@@ -115,7 +115,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("trainer", PUBLISHED)
 def test_the_published_commands_mean_what_they_meant(trainer, monkeypatch):
     seen = []
-    monkeypatch.setattr("haste.cli.train.main", seen.append)
+    monkeypatch.setattr("haste.cli.commands.train", seen.append)
     main(["train", *PUBLISHED[trainer].split()])
     (config,) = seen
     config.check()
@@ -131,7 +131,7 @@ def test_the_published_commands_mean_what_they_meant(trainer, monkeypatch):
 
 def test_a_command_that_goes_on_need_not_say_again_how_the_run_was_begun(monkeypatch, tmp_path, capsys):
     seen = []
-    monkeypatch.setattr("haste.cli.train.main", seen.append)
+    monkeypatch.setattr("haste.cli.commands.train", seen.append)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "args.json").write_text('{"attn_coeff": 0.5, "early_stop_point": 7, "seed": 3, "batch_size": 8}')
     main(["train", "--output_dir", str(tmp_path), "--exp-name=a", "--seed", "4"])
@@ -140,10 +140,9 @@ def test_a_command_that_goes_on_need_not_say_again_how_the_run_was_begun(monkeyp
     assert "has it: --attn-coeff 0.5 --early-stop-point 7 --batch-size 8\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["haste", "haste.cli.train"])
-def test_launchers_that_take_a_module_find_one(module, tmp_path):
-    words = [module, "train"] if module == "haste" else [module]
-    result = subprocess.run([sys.executable, "-m", *words, "--batch-size", "0"], capture_output=True, text=True)
+def test_launchers_that_take_a_module_find_one(tmp_path):
+    command = [sys.executable, "-m", "haste", "train", "--batch-size", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "--exp-name must be the name of the run" in result.stderr
 
 

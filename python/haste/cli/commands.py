@@ -1,0 +1,302 @@
+"""The commands of `haste`, one function each: its docstring is the help, its argument the checked settings.
+
+Each function imports its subject itself, so that help and refusals come without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional
+
+from haste.errors import OnBadFile, UserError
+from haste.validation import check_numbers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from haste.cli.demo import DemoConfig
+    from haste.data.prepare import Destination
+    from haste.data.sources import ImageSource
+    from haste.evaluation.config import EvaluateConfig
+    from haste.generation.config import SampleConfig
+    from haste.generation.sample_dir import Samples
+    from haste.sweep.config import SweepConfig
+    from haste.training.config import TrainConfig
+    from haste.vae import VAE
+
+
+# ---- haste prepare ----
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """The settings of `haste prepare`, which are its flags."""
+
+    source: Path
+    """The images. Classes are the folders at the top, in alphabetical order, or what a dataset.json says."""
+    dest: Path
+    """The folder that gets images/ and vae-sd/, for `haste train --data-dir`."""
+    resolution: int = 256
+    """Pixels per side of the cropped images."""
+    vae: str = "mse"
+    """What makes the latents: mse or ema (Stable Diffusion's), a hub name, a folder; or none for images alone."""
+    zip: bool = False
+    """Pack the finished folders into images.zip and vae-sd.zip."""
+    on_bad_file: OnBadFile = "refuse"
+    """What to do about an image that cannot be read: stop, or name it and leave it out."""
+    batch_size: int = 32
+    """Images that are encoded together."""
+    num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Processes that read and crop."""
+
+    def check(self) -> None:
+        """Raise UserError for numbers out of bounds, and for a destination inside the source."""
+        check_numbers(self)
+        if self.dest.expanduser().resolve().is_relative_to(self.source.expanduser().resolve()):
+            raise UserError(f"--dest must be a folder outside --source, got {self.dest}")
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Make training data in REPA's layout from any images: cropped as ADM does, with their latents.
+
+    `--source` is a folder with a folder of images for each class, a zip of one, or a Hugging Face data set on disk. A
+    command that was stopped resumes with the images that are missing. `accelerate launch -m haste prepare ...` shares
+    the work among several GPUs.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    from haste.data.prepare import Destination
+    from haste.data.sources import open_source
+    from haste.distributed import in_first
+    from haste.vae import VAE, LatentFormat
+
+    show_messages()
+    # One of several processes may finish hours before another.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    source = open_source(config.source.expanduser(), "--source")
+    latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
+    destination = Destination(config.dest.expanduser(), source, config.resolution, latents)
+    with ExitStack() as stack:
+        in_first(accelerator, lambda: stack.enter_context(destination.hold()))
+        if not destination.finished:
+            prepare_missing(config, accelerator, source, destination, None if latents is None else VAE(latents))
+        if accelerator.is_main_process:
+            if config.zip:
+                destination.pack()
+            print(f"{destination.path} is ready for haste train --data-dir")
+
+
+def prepare_missing(
+    config: PrepareConfig, accelerator: Accelerator, source: ImageSource, destination: Destination, vae: VAE | None
+) -> None:
+    """Write this process's part of the missing files and, once all are there, the labels."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from haste.data.prepare import Preparation
+    from haste.distributed import StopRequest, progress_bar
+
+    if accelerator.is_main_process:
+        destination.check_space(config.zip)
+        destination.create()
+    accelerator.wait_for_everyone()
+    vae = vae.to(accelerator.device) if vae is not None else None
+    preparation = Preparation(
+        source, destination, config.resolution, vae, config.batch_size, config.num_workers, config.on_bad_file
+    )
+    part = range(accelerator.process_index, len(source), accelerator.num_processes)
+    missing = destination.missing(part)
+    bar = progress_bar(total=len(part), initial=len(part) - len(missing), unit="image", desc="prepare")
+    with bar, logging_redirect_tqdm(), StopRequest() as stop:
+        for count in preparation.run(missing):
+            bar.update(count)
+            if stop.received is not None:
+                break
+    if stop.received is not None:
+        print(f"haste prepare: stopped by {stop.received.name}; the same command resumes from there", file=sys.stderr)
+        raise SystemExit(128 + stop.received)
+    if preparation.faults:
+        print(f"{len(preparation.faults)} of {len(part)} images cannot be read and are left out")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        destination.finish(source.labels)
+
+
+# ---- haste train ----
+
+LIST_PRESETS = "list"  # what --preset means without a name
+
+
+def train_defaults(arguments: Sequence[str]) -> TrainConfig:
+    """The settings that the flags override; --preset without a name prints all presets and exits instead."""
+    from haste.training.config import list_presets
+    from haste.training.settings import command_config
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", default="", const=LIST_PRESETS)
+    if parser.parse_known_args(arguments)[0].preset == LIST_PRESETS:
+        print(list_presets())
+        raise SystemExit(0)
+    return command_config(arguments)
+
+
+def train(config: TrainConfig) -> None:
+    """Train a diffusion transformer with HASTE, with REPA, or vanilla.
+
+    The quickest look: `haste train --preset digits` trains on real handwritten digits, in minutes without a GPU.
+    `haste train --preset` lists all presets with what they set. Started again, the same command resumes from the last
+    checkpoint; what it leaves out is as the run was begun. On several GPUs: `accelerate launch -m haste train ...`.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from haste.training import trainer
+    from haste.training.config import describe_run
+
+    disable_progress_bar()  # transformers' own, for loading weights; downloads still show theirs
+    first = os.environ.get("RANK", "0") == "0"
+    show_messages(first)
+    if config.preset:
+        logging.getLogger(__name__).info("preset %s: %s", config.preset, describe_run(config))
+    result = trainer.train(config)
+    if result.interrupted is not None:
+        if first:
+            print(
+                f"haste train: stopped by {result.interrupted.name} after step {result.step}, which is saved; "
+                "the same command resumes from there",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + result.interrupted)
+    if first:
+        print(f"trained {result.step} steps; everything is in {result.folder}")
+
+
+# ---- haste sample ----
+
+
+def sample(config: SampleConfig) -> None:
+    """Sample images from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
+
+    The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
+    `haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A command
+    that was stopped resumes with the images that are missing.
+
+    On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
+    """
+    from haste.distributed import Processes
+    from haste.generation.sample_dir import sample_to_folder
+
+    processes = Processes()
+    show_messages(processes.first)
+    samples = sample_to_folder(config)
+    if processes.first:
+        print_samples(samples)
+    processes.leave()
+
+
+def print_samples(samples: Samples) -> None:
+    """Print how fast images came, unless all were there, and where they are."""
+    folder, sampled, count = samples.folder, samples.sampled, len(samples.labels)
+    if samples.new:
+        speed = f"{sampled.images_per_second:.1f} images/s ({sampled.seconds:.2f} s for {sampled.images})"
+        came = f"{count} images at {speed}"
+    else:
+        came = f"{count} images were there already"
+    print(f"{came}; {sampled.full_per_image} of {sampled.calls_per_image} model calls were full")
+    print(f"images  {folder.path}\nnpz       {folder.npz}\ngrid      {folder.grid}")
+
+
+# ---- haste evaluate, sweep, report, demo ----
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure how far samples are from real images, and how far a cached run is from its uncached baseline.
+
+    Give exactly one of --run (every checkpoint of a run), --ckpt (one checkpoint) or --samples (images that are there).
+    The images of --run and --ckpt are sampled first. Of a run on the digits, every checkpoint is evaluated by FD and
+    label accuracy; all else gets every metric that its features and its reference allow.
+    """
+    from haste.evaluation import runs
+
+    show_messages()
+    if config.run is None:
+        text = runs.evaluate_samples(config)
+    elif runs.uses_classifier(config):
+        text = runs.records_text(*runs.evaluate_by_classifier(config))
+    else:
+        text = runs.evaluate_run(config)
+    print(f"\n{text}")
+
+
+def sweep(config: SweepConfig) -> None:
+    """Plot the trade-off of feature caching: quality against seconds, FLOPs and memory, beside uncached runs.
+
+    Every combination of the lists is sampled from one checkpoint, evaluated and timed; the table and the plot say which
+    of them are worth it. What a setting cannot do is passed over with a line. A sweep that was stopped resumes where it
+    stopped.
+    """
+    from haste.sweep.measure import run_sweep
+
+    show_messages()
+    run_sweep(config)
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """The settings of `haste report`, which are its flags."""
+
+    runs: Annotated[tuple[Path, ...], Positional]
+    """Folders of runs, such as exps/digits."""
+    output: Path | None = None
+    """The page. None: report.html, in the run's folder if there is one run, else here."""
+
+    def check(self) -> None:
+        """Raise UserError where no run is given."""
+        if not self.runs:
+            raise UserError("RUNS must be one or more folders of runs, such as exps/digits, got none")
+
+
+def report(config: ReportConfig) -> None:
+    """One page about one run, or several side by side: quality, curves, samples, throughput, end of alignment,
+    settings.
+
+    The page is one file that needs no network. It can be made while the runs are still training.
+    """
+    from haste.io import writing
+    from haste.report.page import is_page
+    from haste.report.runs import read_run, write_report
+
+    page = config.output or (config.runs[0] if len(config.runs) == 1 else Path()) / "report.html"
+    if config.output is not None and os.path.lexists(page) and not is_page(page):
+        raise UserError(f"--output must be a new file, or a page of haste report, got {page}")
+    runs = [read_run(folder) for folder in config.runs]
+    with writing(f"--output {page}"):
+        write_report(runs, page)
+    print(page.resolve())
+
+
+def demo(config: DemoConfig) -> None:
+    """See HASTE at work on real handwritten digits, on one page: train, sample, evaluate, and look.
+
+    A small vision transformer learns to read scikit-learn's digits. A diffusion transformer learns to make them, once
+    aligned with it and once, the baseline, without. The page shows samples, the same noise with most steps forecast,
+    and both runs beside each other. Every step is a `haste` command that is printed before it runs. Started again, the
+    demo resumes where it stopped.
+    """
+    from haste.cli.demo import run_demo
+
+    show_messages()
+    run_demo(config)
+
+
+def show_messages(first: bool = True) -> None:
+    """Print log messages to stderr; of several processes the first prints all, the others warnings and errors."""
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
