@@ -116,6 +116,15 @@ def test_there_are_commands():
     assert len(OUR_COMMANDS) > 15
 
 
+def test_every_setting_is_described():
+    """In the tables of docs/settings.md, which come from the docstrings of the dataclasses."""
+    import mkdocs_hooks  # brings mkdocs
+
+    rows = re.findall(r"^\| `(.*)` \| .* \| (.*) \|$", mkdocs_hooks.settings_tables(), re.M)
+    assert {flag for flag, _ in rows} >= {"--batch-size", "--ckpt", "--fast", "RUNS ..."}
+    assert not [flag for flag, text in rows if len(text) < 10]
+
+
 @cache
 def known_flags() -> set[str]:
     """Every flag of every command."""
