@@ -2,13 +2,14 @@
 
 from haste.errors import BadFile, lazily
 
-__all__ = ["BadFile", "Batch", "BatchOrder", "TrainingData", "batches", "load_dataset"]
+__all__ = ["BadFile", "Batch", "BatchOrder", "Loader", "TrainingData", "batches", "load_dataset"]
 # All that brings torch.
 __getattr__ = lazily(
     __name__,
     {
         "Batch": "dataset",
         "BatchOrder": "loader",
+        "Loader": "loader",
         "TrainingData": "dataset",
         "batches": "loader",
         "load_dataset": "load",

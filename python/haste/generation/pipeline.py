@@ -23,11 +23,10 @@ from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
 from haste.errors import UserError, shorten
 from haste.generation.config import SamplingConfig
-from haste.models import Family, Layout, get_family
+from haste.models import Convention, Family, Layout, get_family
 from haste.samplers import Guidance, initial_noise, model_calls, solver, times_at
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
 from haste.training.config import TrainConfig
-from haste.training.conventions import Convention, guided_channels
 from haste.vae import PUBLISHED_VAES, VAE, LatentFormat
 from haste.weights import BrokenCheckpoint
 
@@ -77,7 +76,7 @@ class LoadedCheckpoint:
     @property
     def guided_channels(self) -> int | None:
         """How many channels, the first ones, its authors' sampler guides; None for all."""
-        return guided_channels(self.recorded.get("convention", "repa"), self.layout.input_shape[0])
+        return self.family.foreign.guided_channels(self.recorded.get("convention", "repa"), self.layout.input_shape[0])
 
     @property
     def rounded(self) -> bool:

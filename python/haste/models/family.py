@@ -13,7 +13,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +110,65 @@ Solve = Callable[..., Tensor]
 """solve(model, noise, condition, scale=1.0) -> x: a sampler with its settings. scale: of the guidance, cfg − 1."""
 
 
+Weights = dict[str, Tensor]
+
+Convention = Literal["repa", "sit"]
+"""The signs of time and velocity. repa (also HASTE's, and haste's): t = 0 is data, the velocity is ε − x.
+sit: t = 1 is data, the velocity is x − ε."""
+
+
+class ForeignCheckpoints:
+    """How checkpoints that other trainers wrote of a family's models become haste's. The default changes nothing."""
+
+    def rename(self, weights: Mapping[str, Tensor]) -> Weights:
+        """Weights under the names that the family's modules have."""
+        return dict(weights)
+
+    def check_settings(self, args: Mapping[str, Any], file: Path) -> None:
+        """Raise UserError if a run with these settings trained a model that cannot be used, such as one of noise."""
+
+    def find_convention(
+        self,
+        content: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        args: Mapping[str, Any],
+        file: Path,
+        given: Convention | None = None,
+    ) -> Convention:
+        """The convention of a checkpoint.
+
+        Args:
+            content: all that the file holds.
+            weights: those of it, by name.
+            args: the settings of the run that wrote it; may be empty.
+            given: --convention, for a file that does not show it.
+
+        Raises:
+            UserError: as of `check_settings`; the file shows no convention and none is given, or it shows another one
+                than is given.
+        """
+        return "repa"
+
+    def convert_weights(self, weights: Mapping[str, Tensor], convention: Convention) -> Weights:
+        """Weights with which the model predicts haste's velocity."""
+        return dict(weights)
+
+    def convert_settings(self, args: Mapping[str, Any], convention: Convention) -> dict[str, Any]:
+        """A run's settings under haste's names."""
+        return dict(args)
+
+    def guided_channels(self, convention: Convention, channels: int) -> int | None:
+        """How many of the channels, the first ones, the authors' sampler guides; None for all."""
+        return None
+
+
 class Family(ABC):
     """A kind of model.
 
     name: the key "family" of a config. title: how sentences call a model of it, such as "SiT".
     sizes: the arguments behind each published name, which `--model` takes.
     published_alignment: HASTE's layers, by the part of those names before the slash.
+    foreign: how to read the checkpoints of other trainers.
 
     A config is a dictionary of plain values, which checkpoints hold.
     """
@@ -123,6 +177,7 @@ class Family(ABC):
     title: str
     sizes: Mapping[str, dict[str, Any]]
     published_alignment: Mapping[str, PublishedAlignment] = {}
+    foreign: ForeignCheckpoints = ForeignCheckpoints()
 
     # ---- the model ----
 

@@ -29,6 +29,7 @@ from haste.models.layers import (
     modulate,
     sincos_positions,
 )
+from haste.models.sit_checkpoints import SiTCheckpoints
 from haste.validation import build, check
 
 QueriesKeys = tuple[Tensor, Tensor]
@@ -388,6 +389,7 @@ class SiTFamily(Family):
     name = "sit"
     title = "SiT"
     published_alignment = PUBLISHED_ALIGNMENT
+    foreign = SiTCheckpoints()
     sizes = {
         **SIT_MODELS,
         # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
@@ -440,6 +442,7 @@ class SiTFamily(Family):
     def infer_config(self, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any] | None:
         if not all(name in weights for name in NAMES):
             return None
+        weights = self.foreign.rename(weights)
         for name, dims in zip(NAMES, (3, 4, 2), strict=True):
             if weights[name].dim() != dims:
                 raise UserError(f"the weights are not those of a SiT: {name} has shape {tuple(weights[name].shape)}")

@@ -22,23 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
-from haste.models import build_model, check_config, get_family, infer_config
+from haste.models import Convention, Weights, build_model, check_config, families, get_family, infer_config
 from haste.training.config import TrainConfig
-from haste.training.conventions import (
-    Convention,
-    Weights,
-    find_convention,
-    first_not_finite,
-    from_sit,
-    is_empty,
-    is_projector,
-    our_settings,
-    read_parts,
-    refuse_other_predictions,
-    require_names,
-    require_shapes,
-    why_unusable,
-)
 from haste.training.settings import is_ours
 from haste.vae import LatentFormat
 from haste.validation import build, check, shown
@@ -72,20 +57,23 @@ def read_checkpoint(
     """
     content = read_file(path)
     own = settings_of(content, path)
-    refuse_other_predictions(own, path)
+    if content.get("model_config") is None:
+        for family in families():
+            family.foreign.check_settings(own, path)
     args = {**(assume or {}), **own}
     parts = read_parts(content, path)
     try:
         given = content.get("model_config")
         model_config = check_config(infer_config(parts["model"], args) if given is None else given, str(path))
-        model = on_meta(model_config)
+        model, foreign = on_meta(model_config), get_family(model_config).foreign
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     for part, values in parts.items():
-        require_names(model, values, f"{part} of {path}")
-    found = find_convention(content, parts["model"], own, path, convention)
+        parts[part] = foreign.rename(values)
+        require_names(model, parts[part], f"{part} of {path}")
+    found = foreign.find_convention(content, parts["model"], own, path, convention)
     for part, values in parts.items():
-        parts[part] = values = from_sit(values) if found == "sit" else values
+        parts[part] = values = foreign.convert_weights(values, found)
         require_shapes(model, values, f"{part} of {path}")
         broken = first_not_finite(values)
         if broken is not None:
@@ -94,7 +82,13 @@ def read_checkpoint(
         check(content["class_names"], list[str], f"class_names of {path}")
     is_file_of_weights = not any(name in content for name in ("model", "ema"))
     others = {} if is_file_of_weights else content
-    return {**others, **parts, "model_config": model_config, "args": our_settings(args, found), "convention": found}
+    return {
+        **others,
+        **parts,
+        "model_config": model_config,
+        "args": foreign.convert_settings(args, found),
+        "convention": found,
+    }
 
 
 def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
@@ -135,6 +129,100 @@ def sampling_config(checkpoint: Checkpoint, path: str | Path) -> TrainConfig:
     args = checkpoint["args"]
     read = args if is_ours(args) else {name: args[name] for name in SAMPLED_BY if name in args}
     return build(TrainConfig, read, f"args of {path}")
+
+
+# ---- weights of any trainer ----
+
+# What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
+    """model and ema as a file has them.
+
+    A bare file of weights, and one that holds only averaged ones, gives these for both.
+    Raises UserError for a file that holds no weights.
+    """
+    held = {part: content[part] for part in ("model", "ema") if not is_empty(content.get(part))}
+    parts = {part: dense_weights(values, f"{part} of {file}") for part, values in held.items()}
+    if not parts:
+        parts["model"] = dense_weights(content.get("state_dict", content), str(file))
+    return {part: parts.get(part, next(iter(parts.values()))) for part in ("model", "ema")}
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a part of a file is not there, for all that it holds: None, or a dictionary of nothing."""
+    return value is None or (isinstance(value, Mapping) and not value)
+
+
+def dense_weights(values: Any, source: str) -> Weights:
+    """The tensors of a state_dict under the names that they have in the model itself.
+
+    source: names the file and the part of it.
+    Raises UserError for anything else than dense tensors of floating-point numbers that are all in the file.
+    """
+    if not isinstance(values, Mapping) or not values:
+        raise UserError(f"{source} must hold weights by their names, and is {shown(values)}")
+    weights: Weights = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{source} must hold weights by their names, and {name!r} is {shown(value)}")
+        why = why_unusable(value)
+        if why:
+            raise UserError(f"{source} must hold dense floating-point weights, and {name} is {why}")
+        name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if name in weights:
+            raise UserError(f"{source} has {name} twice, once under a wrapper's name")
+        weights[name] = value.detach()
+    return weights
+
+
+def why_unusable(value: Tensor) -> str:
+    """What keeps a tensor of a file from being a weight; empty for a good one."""
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        return "sparse, nested or quantised"
+    if value.device.type != "cpu":
+        return f"on {value.device}, without values"
+    if value.dtype not in FLOATS:
+        return str(value.dtype).removeprefix("torch.")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"of shape {tuple(value.shape)}, for which the file has too few values"
+    return ""
+
+
+def require_names(model: nn.Module, weights: Weights, source: str) -> None:
+    """UserError, naming the first that does not belong and the first that is missing, unless these are its weights.
+
+    Projectors are passed over. model: may be on the meta device, so that nothing is allocated for what does not fit.
+    """
+    expected = [name for name in model.state_dict() if not is_projector(name)]
+    found = [name for name in weights if not is_projector(name)]
+    foreign = next((name for name in found if name not in expected), None)
+    missing = next((name for name in expected if name not in found), None)
+    if foreign or missing:
+        wrong = [f"{foreign} does not belong"] * bool(foreign) + [f"{missing} is missing"] * bool(missing)
+        title = get_family(model).title
+        raise UserError(f"{source} does not hold the weights of a {title} of its size: {' and '.join(wrong)}")
+
+
+def require_shapes(model: nn.Module, weights: Weights, source: str) -> None:
+    """UserError, naming the first that has not the shape that it has in the model. What is missing is passed over."""
+    for name, value in model.state_dict().items():
+        if name in weights and weights[name].shape != value.shape:
+            has = tuple(weights[name].shape)
+            raise UserError(f"{name} of {source} must have the shape {tuple(value.shape)}, and has {has}")
+
+
+def first_not_finite(weights: Weights) -> str | None:
+    """The name of the first weight that holds NaN or infinity."""
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+
+
+def is_projector(name: str) -> bool:
+    """Whether this is the name of a projector's weight."""
+    return name.startswith("projectors.")
 
 
 # ---- resuming ----
@@ -292,50 +380,6 @@ def restore_rng(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     random.setstate(state["python"])
-
-
-# ---- --checkpoints-total-limit ----
-
-
-class Retention:
-    """--checkpoints-total-limit: delete the older whole checkpoints of a folder whenever a newer one was written.
-
-    Damaged files are neither counted nor deleted, and named once; a file is read for that once in a process, and only
-    where it would be deleted or counted otherwise. limit: how many stay; 0 keeps all.
-    """
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = folder
-        self.limit = limit
-        self._whole: dict[Path, bool] = {}
-
-    def written(self, newest: Path) -> None:
-        """`newest` has been written whole: delete those before it that are too many."""
-        self._whole[newest] = True
-        older = [path for path in list_checkpoints(self.folder) if int(path.stem) < int(newest.stem)]
-        if not self.limit or len(older) < self.limit:
-            return
-        for path in [path for path in reversed(older) if self._is_whole(path)][self.limit - 1 :]:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("%s cannot be deleted, as --checkpoints-total-limit asks: %s", path, error.strerror)
-
-    def _is_whole(self, path: Path) -> bool:
-        if path not in self._whole:
-            self._whole[path] = is_whole(path)
-            if not self._whole[path]:
-                logger.warning("%s is damaged; --checkpoints-total-limit neither counts nor deletes it", path)
-        return self._whole[path]
-
-
-def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint is as torch.save wrote it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # a damaged archive leads zipfile to raise anything
-        return False
 
 
 # ---- the identity of a checkpoint ----

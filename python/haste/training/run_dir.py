@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ from haste.io import (
     write_text,
 )
 from haste.resumable import ResumableDir, append_line, hold, updating
+from haste.training.checkpoint import list_checkpoints
 from haste.training.config import TrainConfig
 from haste.training.logging import Backlog
 from haste.training.settings import differing_settings, write_config
@@ -231,3 +233,47 @@ def _step_of(line: str) -> float:
 def _number(folder: Path) -> int:
     head = folder.name.split("-", 1)[0]
     return int(head) if head.isdigit() else 0
+
+
+# ---- --checkpoints-total-limit ----
+
+
+class Retention:
+    """--checkpoints-total-limit: delete the older whole checkpoints of a folder whenever a newer one was written.
+
+    Damaged files are neither counted nor deleted, and named once; a file is read for that once in a process, and only
+    where it would be deleted or counted otherwise. limit: how many stay; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._whole: dict[Path, bool] = {}
+
+    def written(self, newest: Path) -> None:
+        """`newest` has been written whole: delete those before it that are too many."""
+        self._whole[newest] = True
+        older = [path for path in list_checkpoints(self.folder) if int(path.stem) < int(newest.stem)]
+        if not self.limit or len(older) < self.limit:
+            return
+        for path in [path for path in reversed(older) if self._is_whole(path)][self.limit - 1 :]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s cannot be deleted, as --checkpoints-total-limit asks: %s", path, error.strerror)
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole:
+            self._whole[path] = is_whole(path)
+            if not self._whole[path]:
+                logger.warning("%s is damaged; --checkpoints-total-limit neither counts nor deletes it", path)
+        return self._whole[path]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as torch.save wrote it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive leads zipfile to raise anything
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,16 +15,9 @@ from torch import Tensor, nn
 from haste._compat import lerp_all_
 from haste.distributed import distribute_like, replicate, shard, sharding, synchronizing, to_local, whole
 from haste.errors import UserError, in_one_line
-from haste.models import ModelOutput, build_model, get_family
+from haste.models import ModelOutput, Weights, build_model, get_family
+from haste.training.checkpoint import is_projector, require_names, require_shapes
 from haste.training.config import TrainConfig
-from haste.training.conventions import (
-    Weights,
-    is_projector,
-    reorder_state,
-    require_names,
-    require_shapes,
-    with_projectors,
-)
 
 
 class EMA:
@@ -202,3 +195,28 @@ def _gather(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _gather(value) for key, value in tree.items()}
     return tree
+
+
+# ---- the order of parameters, by which an optimizer's state counts them ----
+
+
+def with_projectors(weights: Weights, projectors: Weights, order: Sequence[str]) -> Weights:
+    """Weights of a model whose projectors were freed, with these where they were.
+
+    order: names of a file that has both.
+    """
+    names = list(order)
+    last = max((number for number, name in enumerate(names) if name in projectors), default=len(names))
+    following = next((name for name in names[last:] if name in weights), None)
+    merged: Weights = {}
+    for name, value in weights.items():
+        if name == following:
+            merged.update(projectors)
+        merged[name] = value
+    return {**merged, **projectors}
+
+
+def reorder_state(state: Mapping[int, Any], source: Sequence[str], target: Sequence[str]) -> dict[int, Any]:
+    """AdamW's state per parameter, counted in the order of `source`, for an optimizer that has `target`."""
+    place = {name: number for number, name in enumerate(source)}
+    return {number: state[place[name]] for number, name in enumerate(target) if name in place and place[name] in state}

@@ -28,7 +28,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
 from haste.alignment.termination import make_termination
-from haste.data import Batch, TrainingData, load_dataset
+from haste.data import Batch, Loader, TrainingData, load_dataset
 from haste.data.dataset import describe_change, other_latents
 from haste.distributed import StopRequest, in_first, progress_bar, sharding
 from haste.errors import UserError, in_one_line
@@ -37,7 +37,6 @@ from haste.models import get_family, new_config
 from haste.registry import TEACHERS, plugin
 from haste.training.checkpoint import (
     Checkpoint,
-    Retention,
     capture_rng,
     checkpoint_path,
     read_checkpoint,
@@ -45,9 +44,8 @@ from haste.training.checkpoint import (
     restore_rng,
 )
 from haste.training.config import TrainConfig, resolve
-from haste.training.loader import Loader
 from haste.training.logging import Metrics, Trackers, check_trackers
-from haste.training.run_dir import SAMPLES, RunDir
+from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
 from haste.training.state import TrainState
 from haste.transport import velocity_loss

@@ -10,9 +10,11 @@ import subprocess
 
 import pytest
 import torch
-from haste.data import BatchOrder, batches, load_dataset
+from accelerate import Accelerator
+from haste.data import BatchOrder, Loader, batches, load_dataset
 from haste.data.loader import warn_of_cores
 from haste.errors import UserError
+from haste.training.config import TrainConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from image_files import cut_short
@@ -217,3 +219,39 @@ def test_more_workers_than_cores_are_told_once(class_folder, monkeypatch, caplog
         batches(data, BatchOrder(len(data), 4, seed=0), num_workers=3)
     assert caplog.text.count("3 workers read, and there are 1 cores") == 1
     warn_of_cores.cache_clear()
+
+
+# ---- the loader of a run ----
+
+
+@pytest.fixture
+def make_loader(class_folder, vae_folder):
+    def make(start=0, images=True, **changes):
+        config = TrainConfig(**{"batch_size": 4, "num_workers": 0, "gradient_accumulation_steps": 2, **changes})
+        data = load_dataset(str(class_folder), 16, vae=str(vae_folder))
+        return Loader(data, config, Accelerator(cpu=True), start, images)
+
+    return make
+
+
+def test_a_loader_that_begins_later_gives_the_same(make_loader):
+    whole, later = make_loader(), make_loader(start=1)
+    steps = list(itertools.product((0, 1, 2), (0, 1)))
+    batches = {place: whole.next(*place) for place in steps}
+    torch.rand(100)  # the run's own numbers are of no account
+    for place in steps[2:]:
+        batch = later.next(*place)
+        for a, b in zip(batch, batches[place], strict=True):
+            assert torch.equal(a, b)
+    first, again = batches[0, 0], make_loader(seed=1).next(0, 0)
+    assert not torch.equal(first.inputs, again.inputs)
+
+
+def test_a_probe_sees_the_same_images_every_time_and_leaves_the_run_alone(make_loader):
+    loader, other = make_loader(probe_images=5), make_loader()
+    first = [batch.inputs for batch in loader.probe()]
+    assert [len(inputs) for inputs in first] == [2, 2]
+    assert torch.equal(loader.next(0, 0).inputs, other.next(0, 0).inputs)
+    again = [batch.inputs for batch in loader.probe()]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(loader.next(0, 1).inputs, other.next(0, 1).inputs)

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,19 +20,21 @@ from haste.training.checkpoint import (
     PIECE,
     PIECES,
     BrokenCheckpoint,
-    Retention,
     as_before,
     capture_rng,
     checkpoint_identity,
     checkpoint_path,
     content_digest,
+    dense_weights,
     list_checkpoints,
     loaded_model,
     read_checkpoint,
     read_newest_checkpoint,
+    read_parts,
     restore_rng,
     sampling_config,
 )
+from haste.training.run_dir import Retention
 from haste.training.trainer import train
 
 SMALL = {
@@ -303,3 +306,72 @@ def test_a_damaged_file_has_a_digest_and_what_is_none_is_refused(tmp_path):
             os.mkfifo(tmp_path / name)
         with pytest.raises(UserError, match=f"the checkpoint .*{name} does not exist"):
             content_digest(tmp_path / name)
+
+
+# ---- weights of any trainer ----
+
+
+SHAPE = {
+    "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
+    "num_classes": 10, "encoder_depth": 2,
+}  # fmt: skip
+
+
+def random_sit(**changes) -> SiT:
+    torch.manual_seed(0)
+    model = SiT(**{**SHAPE, **changes})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+WITH_PROJECTORS = {"z_dims": (6,), "projector_dim": 8}
+
+
+FILE = Path("0400000.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_names_of_wrappers_are_taken_off(prefix):
+    weights = random_sit(**WITH_PROJECTORS).state_dict()
+    wrapped = {prefix + name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in weights.items()}
+    both = read_parts({"model": weights, "ema": wrapped}, FILE)
+    assert list(both["ema"]) == list(weights)
+    with pytest.raises(UserError, match="has a twice"):
+        dense_weights({"a": torch.ones(1), "module.a": torch.ones(1)}, "it")
+
+
+@pytest.mark.parametrize("ema", [None, {}, "absent"])
+def test_without_averaged_weights_the_trained_ones_serve_for_both(ema):
+    weights = random_sit(**WITH_PROJECTORS).state_dict()
+    content = {"model": weights} if ema == "absent" else {"model": weights, "ema": ema}
+    both = read_parts({**content, "steps": 4}, FILE)
+    assert all(both["ema"][name] is both["model"][name] for name in weights)
+    both = read_parts({"state_dict": weights, "epoch": 4}, FILE)
+    assert list(both["ema"]) == list(weights)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (torch.ones(2, dtype=torch.int64), "int64"),
+        (torch.ones(2, dtype=torch.complex64), "complex64"),
+        (torch.ones(2, 2).to_sparse(), "sparse, nested or quantised"),
+        (torch.ones(2, device="meta"), "on meta, without values"),
+        (torch.ones(1).expand(10**6, 10**6), "of shape (1000000, 1000000), for which the file has too few values"),
+    ],
+)
+def test_what_is_no_weight_is_refused(value, why):
+    with pytest.raises(UserError) as refusal:
+        dense_weights({"a": torch.ones(2), "b": value}, "ema of it")
+    assert str(refusal.value) == f"ema of it must hold dense floating-point weights, and b is {why}"
+
+
+def test_weights_of_another_architecture_are_named(tmp_path):
+    weights = random_sit(**WITH_PROJECTORS).state_dict()
+    del weights["blocks.1.mlp.fc1.bias"]
+    weights["blocks.1.mlp.w12.bias"] = torch.ones(4)
+    torch.save({"model": weights, "steps": 1}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.w12\.bias does not belong and blocks\.1\.mlp\.fc1\.bias is"):
+        read_checkpoint(tmp_path / "other.pt")

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from haste.data import Loader
 from haste.errors import UserError
 from haste.training import run_dir, samples
 from haste.training import trainer as trainer_module
 from haste.training.checkpoint import checkpoint_path, read_checkpoint, read_newest_checkpoint
-from haste.training.loader import Loader
 from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
+from image_files import save_vae, write_classes
 from training_runs import assert_same_bits, final_state, read_log
+from transformers import Dinov2Config, Dinov2Model
 
 
 @pytest.fixture
@@ -278,3 +280,44 @@ def test_the_plateau_rule_probes_ends_alignment_and_survives_a_resume(make_confi
         assert (a["loss"], a["aligned"]) == (b["loss"], b["aligned"])
     # A probe draws nothing of the run's: until it ends alignment, the run is the one without it.
     assert torch.equal(final_state(resumed)["rng"]["torch"], unbroken["rng"]["torch"])
+
+
+# ---- latents made on the way ----
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Twelve photographs in three classes, and a VAE that makes 4 x 4 latents of 16 x 16 pixels."""
+    folder = tmp_path_factory.mktemp("images")
+    return write_classes(folder / "classes"), save_vae(folder / "vae")
+
+
+@pytest.fixture(scope="module")
+def colour_teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4, num_channels=3
+    )
+    folder = tmp_path_factory.mktemp("teacher")
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_run_on_latents_made_on_the_way_resumes_bit_for_bit(make_config, image_folder, colour_teacher, stop):
+    classes, vae = image_folder
+
+    def run(name, steps):
+        config = make_config(
+            exp_name=name, max_train_steps=steps, data_dir=str(classes), vae=str(vae), resolution=16,
+            enc_type=str(colour_teacher), num_workers=1,
+        )  # fmt: skip
+        return read_checkpoint(checkpoint_path(train(config).folder / "checkpoints", steps))
+
+    unbroken = run("unbroken", 12)
+    run("broken", stop)
+    resumed = run("broken", 12)
+    assert unbroken["model_config"]["in_channels"] == 4 and unbroken["model_config"]["num_classes"] == 3
+    assert unbroken["latents"]["scale"] == (0.5,) * 4
+    for part in ("model", "ema"):
+        assert all(torch.equal(resumed[part][name], value) for name, value in unbroken[part].items())
