@@ -192,3 +192,15 @@ def test_a_source_distribution_holds_all_that_a_build_needs(source_distribution)
     assert files(source_distribution) == files(ROOT)
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         assert (source_distribution / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_a_wheel_holds_what_is_not_python_too(source_distribution):
+    """The step of a wheel's build that gathers the files of the packages."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "gathered"]
+    result = subprocess.run(command, cwd=source_distribution, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    gathered = {path.relative_to(source_distribution / "gathered/haste") for path in
+                (source_distribution / "gathered/haste").rglob("*") if path.is_file()}  # fmt: skip
+    package = ROOT / "python/haste"
+    wanted = {path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert gathered == wanted and Path("report/templates/page.css") in gathered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,15 +74,21 @@ def _thousands(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Save as PNG, whole or not at all, and close the figure. A letter that the font lacks is a box, without a word."""
-    remove_abandoned(path)
+def to_png(figure: Figure) -> bytes:
+    """A figure as a PNG file, and close it. A letter that the font lacks is a box, without a warning."""
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        write_atomically(
-            path, lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
-        )
+        figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
     plt.close(figure)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save as PNG, whole or not at all, and close the figure."""
+    remove_abandoned(path)
+    png = to_png(figure)
+    write_atomically(path, lambda temporary: temporary.write_bytes(png))
 
 
 GRID_INCHES = 13.0  # a grid is at most so wide

@@ -1,40 +1,35 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from haste.plotting import LIGHT
+from haste.plotting import DARK, LIGHT
 from haste.report.page import (
+    FONT_POINTS,
+    SIZE,
     Panel,
-    commands,
     data_uri,
     difference,
     exact_curve,
-    facts,
-    folded_section,
-    image,
     is_number,
-    legend,
-    look_of,
-    panel,
-    panels_html,
-    paragraph,
-    plot,
-    render_page,
-    section,
-    side_by_side,
+    is_page,
+    line_style,
+    number_text,
+    png,
     smooth_curve,
-    table,
-    themed_figure,
-    tiles,
-    write_page,
+    templates,
 )
+from haste.report.runs import read_run, write_report
 from PIL import Image
+from report_runs import write_log
 
 VOID = {"meta", "img", "source", "br"}
+EVIL = '<script>"x"&'
 
 
 class Balance(HTMLParser):
@@ -64,72 +59,95 @@ def parse(html: str) -> Balance:
     return parser
 
 
-@pytest.fixture
-def png(tmp_path):
-    path = tmp_path / "png.png"
-    Image.new("RGB", (3, 2), (1, 2, 3)).save(path)
-    return path
+def render(source: str, **values) -> str:
+    """HTML of a template that calls the macros of parts.html."""
+    macros = "facts, folded_section, legend, plots, section, table, tiles"
+    return templates().from_string(f'{{% from "parts.html" import {macros} with context %}}{source}').render(values)
 
 
-def test_a_page_is_well_formed_and_fetches_nothing(png):
-    html = render_page(
-        "Title",
-        "Lead",
-        facts(("1.5", "fd")),
-        section("Images", themed_figure(png, png, "a png", "what it shows")),
-        section("Numbers", table(("step", "value"), [(1, 2.5)]), commands(["haste train", "haste sample"])),
-        folded_section("More", paragraph("text")),
+def panel(title="A loss", **settings) -> Panel:
+    return Panel(title, [exact_curve(0, [(1, 1.0), (2, 2.0)])], 2, **settings)
+
+
+# ---- pages ----
+
+
+def test_a_page_is_well_formed_and_fetches_nothing():
+    html = render(
+        """{% extends "page.html" %}{% block title %}Title{% endblock %}{% block lead %}Lead{% endblock %}
+        {% block content %}{% from "parts.html" import facts, folded_section, plots, section, table with context %}
+        {{ facts([("1.5", "fd")]) }}
+        {% call section("Numbers") %}{{ plots([panel]) }}{{ table(("step", "value"), [(1, 2.5)]) }}{% endcall %}
+        {% call folded_section("More") %}text{% endcall %}{% endblock %}""",
+        panel=panel(),
     )
+    html = html.strip()
     assert html.startswith("<!doctype html>")
     text = parse(html).text
-    for word in ("Title", "Lead", "fd", "what it shows", "2.5", "haste train\nhaste sample", "More"):
+    for word in ("Title", "Lead", "fd", "A loss", "2.5", "More"):
         assert word in text
     links = re.findall(r'(?:src|srcset|href)="([^"]*)"', html)
     assert len(links) == 2 and all(link.startswith("data:image/png;base64,") for link in links)
     assert "http" not in html and "url(" not in html and "@import" not in html
 
 
-def test_what_comes_from_outside_is_escaped(png):
-    evil = '<script>"x"&'
-    for html in (
-        paragraph(evil),
-        section(evil),
-        folded_section(evil),
-        commands([evil]),
-        table((evil,), [(evil,)]),
-        facts((evil, evil)),
-        themed_figure(png, png, evil, evil),
-        panel(evil, ""),
-        legend([evil]),
-        side_by_side([evil], [(evil, [""])]),
-        image("data:", evil),
-        render_page(evil, evil),
-    ):
-        assert "<script>" not in html
-        parse(html)
-    assert 'alt="&lt;script&gt;&quot;x&quot;&amp;"' in themed_figure(png, png, evil)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% call section(evil) %}{{ evil }}{% endcall %}",
+        "{% call folded_section(evil) %}{{ evil }}{% endcall %}",
+        "{{ table((evil,), [(evil,)]) }}",
+        "{{ facts([(evil, evil)]) }}",
+        "{{ plots([panel]) }}",
+        "{{ legend([evil]) }}",
+        "{{ tiles([([], evil, false)]) }}",
+    ],
+)
+def test_text_from_outside_is_escaped(source):
+    html = render(source, evil=EVIL, panel=panel(EVIL))
+    assert "<script>" not in html and "&lt;script&gt;&#34;x&#34;&amp;" in html
+    parse(html)
 
 
-def test_a_data_uri_holds_the_files_bytes(png):
-    kind, content = data_uri(png).split(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(content) == png.read_bytes()
+def test_a_page_is_written_whole_and_known_again(tmp_path, without_figures):
+    run = write_log(tmp_path, "run", stop=None)
+    write_report([read_run(run)], tmp_path / "index.html")
+    assert is_page(tmp_path / "index.html") and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "other.html").write_text("<!doctype html><html>")
+    assert not is_page(tmp_path / "other.html") and not is_page(tmp_path / "none.html")
 
 
-def test_light_and_dark_pages_get_their_own_image(tmp_path, png):
-    dark = tmp_path / "dark.png"
-    Image.new("RGB", (3, 2)).save(dark)
-    html = themed_figure(png, dark, "alt")
+def test_what_utf8_cannot_hold_is_a_question_mark(tmp_path, without_figures):
+    run = write_log(tmp_path, "run", stop=None)
+    write_report([replace(read_run(run), name="ä\ud800b")], tmp_path / "index.html")
+    assert "<h1>Run ä?b</h1>" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+# ---- parts ----
+
+
+def test_a_data_uri_holds_the_bytes_of_an_image():
+    content = png(np.full((2, 3, 3), 7, np.uint8))
+    kind, text = data_uri(content).split(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(text) == content
+    assert Image.open(io.BytesIO(content)).size == (3, 2)
+
+
+def test_light_and_dark_pages_get_their_own_plot():
+    html = render("{{ plots([panel]) }}", panel=panel())
     both = (
-        r'<picture><source srcset="([^"]*)" media="\(prefers-color-scheme: dark\)">'
-        r'<img src="([^"]*)"[^>]*></picture>'
+        r'<picture>\s*<source srcset="([^"]*)" media="\(prefers-color-scheme: dark\)">\s*'
+        r'<img src="([^"]*)" alt="A loss over training steps"></picture>'
     )
-    assert re.search(both, html).groups() == (data_uri(dark), data_uri(png))
+    assert re.search(both, html).groups() == (data_uri(panel().png(DARK)), data_uri(panel().png(LIGHT)))
 
 
 def test_only_columns_of_numbers_are_set_to_the_right():
-    html = table(("name", "value", "mixed"), [("a", "1,000", "1"), ("b", "95.0%", "none")])
+    rows = [("a", "1,000", "1"), ("b", "95.0%", "none")]
+    html = render("{{ table(('name', 'value', 'mixed'), rows) }}", rows=rows)
     assert html.count('<td class="number">') == 2 and html.count('<th class="number">') == 1
     assert re.findall(r"<td[^>]*>([^<]*)</td>", html) == ["a", "1,000", "1", "b", "95.0%", "none"]
+    parse(render("{{ table(('Flag', 'a run'), []) }}"))
 
 
 def test_numbers_are_recognised_with_their_units():
@@ -137,29 +155,25 @@ def test_numbers_are_recognised_with_their_units():
     assert not any(map(is_number, ["", "none", "1:1,2:2,3:3", "step 20", "s"]))
 
 
+def test_numbers_of_a_log_are_short_whatever_their_size():
+    assert [number_text(value, 2) for value in (None, 1234.567, -2e300)] == ["–", "1,234.57", "-2.000e+300"]
+
+
 def test_tiles_are_images_of_their_own_under_their_titles():
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)
-    html = tiles(images, ["cat <1>", "3 → 5"], [False, True])
+    html = render("{{ tiles(tiles_) }}", tiles_=[(images[0], "cat <1>", False), (images[1], "3 → 5", True)])
     assert html.count("data:image/png;base64,") == 6 and html.count('class="tile"') == html.count('class="tile wrong"')
     assert "cat &lt;1&gt;" in html
     parse(html)
 
 
-def test_what_utf8_cannot_hold_is_a_question_mark(tmp_path):
-    write_page(tmp_path / "index.html", "a\ud800b")
-    assert (tmp_path / "index.html").read_text(encoding="utf-8") == "a?b"
-
-
-def test_a_page_is_written_whole(tmp_path):
-    write_page(tmp_path / "index.html", "<p>ä</p>")
-    assert (tmp_path / "index.html").read_text(encoding="utf-8") == "<p>ä</p>"
-    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+# ---- plots ----
 
 
 def test_the_difference_is_taken_where_both_runs_were_logged():
     base = [(step, 10.0) for step in range(0, 50, 10)]
     one = difference(1, [(step, 12.0) for step in range(15, 100, 5)], base)
-    assert one.place == 1 and list(one.steps) == [15, 20, 25, 30, 35, 40] and (one.values == 2.0).all()
+    assert one.run == 1 and list(one.steps) == [15, 20, 25, 30, 35, 40] and (one.values == 2.0).all()
     assert difference(1, [(100, 1.0), (110, 1.0)], base) is None
 
 
@@ -183,25 +197,21 @@ def test_curves_of_several_runs_are_smoother():
     [[(1, 2.0)], [(1, 0.0), (2, 0.0)], [(0, -1e30), (2**53, 1e30)], [(1, 1e-30), (2, 1e-29)], [(0, 5.0)]],
 )
 @pytest.mark.parametrize("log", [False, True])
-def test_any_numbers_can_be_shown(tmp_path, points, log):
-    plot(tmp_path / "a.png", Panel("", [exact_curve(0, points)], points=True, log=log), points[-1][0], LIGHT)
-    assert Image.open(tmp_path / "a.png").width > 400
+def test_any_numbers_can_be_shown(points, log):
+    content = Panel("", [exact_curve(0, points)], points[-1][0], points=True, log=log).png(LIGHT)
+    assert Image.open(io.BytesIO(content)).width > 400
 
 
 def test_a_panel_is_legible_on_a_telephone():
     """12-point text in a figure that is shown 330 pixels wide: at least 10 pixels high."""
-    html = panels_html([Panel("A <loss>", [exact_curve(0, [(1, 1.0), (2, 2.0)])])], 2)
-    assert "A &lt;loss&gt;" in html and html.count("data:image/png") == 2
-    from haste.report import page
-
-    assert 330 / page.SIZE[0] * page.FONT_POINTS / 72 >= 10
+    assert 330 / SIZE[0] * FONT_POINTS / 72 >= 10
 
 
 def test_the_legend_has_the_colours_and_lines_of_the_curves():
-    html = legend([f"run {place}" for place in range(8)])
+    html = render("{{ legend(names) }}", names=[f"run {number}" for number in range(20)])
     found = re.findall(r"border-top: 3px (\w+) var\(--series-(\d)\)", html)
-    for place, (line, colour) in enumerate(found):
-        look = look_of(place, LIGHT)
-        assert look["color"] == LIGHT.series[int(colour)]
-        assert look["linestyle"] == {"solid": "-", "dashed": "--", "dotted": ":"}[line]
-    assert len(found) == 8 and found[0] != found[6]
+    for run, (line, colour) in enumerate(found):
+        style = line_style(run, LIGHT)
+        assert style["color"] == LIGHT.series[int(colour)]
+        assert style["linestyle"] == {"solid": "-", "dashed": "--", "dotted": ":"}[line]
+    assert len(found) == 20 and len(set(found)) == 18
