@@ -5,6 +5,7 @@
                 `haste.teachers.families.Shape`
     EXTRACTORS  "module:function", (folder) -> Extractor of `haste.evaluation.features`
     IMAGE_SIZES pixels per side of a data set's images, by which samples without a record are recognized
+    FEATURE_DIMENSIONS   the number of features of an extractor, known before it is loaded
     PRESETS     settings of `haste train`
 
 A data set and an extractor of one name belong together: samples of a run on that data are evaluated with that extractor
@@ -20,6 +21,7 @@ DATASETS = {"digits": "haste.digits:load_digits"}
 TEACHERS = {"digits-vit": "haste.digits:Teacher"}
 EXTRACTORS = {"digits": "haste.digits:load_extractor"}
 IMAGE_SIZES = {"digits": 8}
+FEATURE_DIMENSIONS = {"digits": 64}
 PRESETS: dict[str, dict[str, Any]] = {
     # A model and a teacher that two processor cores train in minutes.
     "digits": {
@@ -46,6 +48,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def plugin(table: dict[str, str], name: str) -> Any:
-    """Import what a table has under a name."""
+    """Import the part that a table lists under a name."""
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)

@@ -224,16 +224,10 @@ def evaluate(config: EvaluateConfig) -> None:
     The images of --run and --ckpt are sampled first. Of a run on the digits, every checkpoint is evaluated by FD and
     label accuracy; all else gets every metric that its features and its reference allow.
     """
-    from haste.evaluation import runs
+    from haste.evaluation.runs import evaluate_config
 
     show_messages()
-    if config.run is None:
-        text = runs.evaluate_samples(config)
-    elif runs.uses_classifier(config):
-        text = runs.records_text(*runs.evaluate_by_classifier(config))
-    else:
-        text = runs.evaluate_run(config)
-    print(f"\n{text}")
+    print(f"\n{evaluate_config(config)}")
 
 
 def sweep(config: SweepConfig) -> None:

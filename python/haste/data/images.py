@@ -285,8 +285,8 @@ class NpzImages:
             raise UserError(f"arr_0 in {path} is {shape}; images must have at most {MOST_PIXELS:,} pixels")
         if cut_short:
             raise UserError(f"{path} is cut short: arr_0 has less than the {shape[0]:,} images of its header")
-        if labels is not None and labels.ndim != 1:
-            raise UserError(f"labels in {path} have shape {labels.shape}; they must be (count,)")
+        if labels is not None and labels.shape != (shape[0],):
+            raise UserError(f"labels in {path} must be ({shape[0]},), one for each image, got {labels.shape}")
         self.count = shape[0] if count is None else min(count, shape[0])
         self.shape: tuple[int, ...] = shape[1:]
         self.labels = None if labels is None else labels[: self.count]

@@ -2,11 +2,11 @@
 
     inception:PATH      Inception v3 from weights on disk, 2,048 features and class probabilities
     digits              the classifier of the digits, 64 features and class probabilities
-    anything else       a teacher by name or folder, as --enc-type of haste train takes it: its class token after the
-                        last layer (with DINOv2 and DINOv3 after the final norm, which is FD-DINOv2's feature; Stein et
-                        al., arXiv 2306.04675), or the mean of its patch tokens where it has no class token
+    anything else       a teacher by name or folder, as for --enc-type of haste train: its class token after the last
+                        layer (of DINOv2 and DINOv3 after the final norm, which is FD-DINOv2's feature; Stein et al.,
+                        arXiv 2306.04675), or the mean of the patch tokens of an encoder without a class token
 
-They run on the GPU, if there is one, in single precision.
+Networks run in single precision, on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +27,23 @@ from torch import Tensor, nn
 
 from haste.data.archive import read_npz
 from haste.data.images import ImageArray, ImageSet, write_arrays
+from haste.distributed import progress_bar
 from haste.errors import BadFile, UserError
 from haste.evaluation.inception import FEATURES, load_inception
-from haste.registry import EXTRACTORS, plugin
+from haste.registry import EXTRACTORS, FEATURE_DIMENSIONS, plugin
 
 INCEPTION = "inception:"
-TEACHER_PIXELS = 224  # per side, as FD-DINOv2; less where an encoder was made for less
-SHARD = 1024  # images whose features are kept in one file
+TEACHER_PIXELS = 224  # per side, as for FD-DINOv2; less for encoders of smaller images
+SHARD = 1024  # images per file of the feature cache
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network returns for N images.
+    """The output of a network for N images.
 
-    values: (N, D), float32 or float64, finite.
-    probabilities: (N, classes) where the network is a classifier.
+    Attributes:
+        values: (N, D), float32 or float64, finite.
+        probabilities: (N, classes), if the network is a classifier.
     """
 
     values: np.ndarray
@@ -56,13 +58,14 @@ class Features:
 
     @property
     def predictions(self) -> np.ndarray:
-        """The most probable classes (N,), int64."""
+        """The most probable classes (N,), int64, of a classifier."""
+        assert self.probabilities is not None
         return self.probabilities.argmax(axis=1)
 
 
 @contextmanager
 def single_precision() -> Iterator[None]:
-    """Compute without TF32, which NVIDIA GPUs otherwise round convolutions to: published distances are without it."""
+    """Disable TF32, to which NVIDIA GPUs otherwise round convolutions: published FDs were computed without it."""
     matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     saved = matmul.allow_tf32, convolutions.allow_tf32
     matmul.allow_tf32 = convolutions.allow_tf32 = False
@@ -73,12 +76,13 @@ def single_precision() -> Iterator[None]:
 
 
 class Extractor(Protocol):
-    """A network with its own preparation of images.
+    """A network with its preprocessing.
 
-    key: fit for a file's name, changes with the weights.
-    dimension: features of an image.
-    classes: how many, where they are those of the data that models are trained on; else None.
-    held_out_accuracy: of such a classifier, from 0 to 1; else NaN.
+    Attributes:
+        key: a file name that changes with the weights.
+        dimension: features per image.
+        classes: the number of classes of a classifier of the training data; None for other networks.
+        held_out_accuracy: of such a classifier, from 0 to 1; NaN for other networks.
     """
 
     key: str
@@ -86,16 +90,17 @@ class Extractor(Protocol):
     classes: int | None
     held_out_accuracy: float
 
-    def describe(self) -> str: ...
+    def describe(self) -> str:
+        """The network's name in texts."""
 
     def __call__(self, images: np.ndarray) -> Features:
         """Features of one batch (n, H, W, 3) uint8."""
 
 
 class InceptionExtractor:
-    """FID's Inception, from either of its files."""
+    """FID's Inception, from either of its public files."""
 
-    classes: int | None = None  # ImageNet's in another order
+    classes: int | None = None  # not the training data's: ImageNet's classes in another order
     held_out_accuracy = math.nan
 
     def __init__(self, path: Path) -> None:
@@ -116,13 +121,13 @@ class InceptionExtractor:
 
 
 class TeacherExtractor:
-    """A vision transformer by its class token, or else the mean of its patch tokens."""
+    """The class token of a vision transformer, or the mean of its patch tokens if it has none."""
 
     classes: int | None = None
     held_out_accuracy = math.nan
 
     def __init__(self, name: str) -> None:
-        # transformers takes a second to import.
+        # Imported here, as transformers takes a second to import.
         from haste.teachers.encoder import VisionTeacher
         from haste.teachers.families import find_family, resolve_teacher
         from haste.teachers.loading import load_config, own_image_size
@@ -157,17 +162,20 @@ class TeacherExtractor:
 
 
 def load_extractor(name: str, classifier_dir: Path) -> Extractor:
-    """The network that --features names.
+    """Load the network that --features names.
 
-    classifier_dir: the folder in which a plug-in keeps its network. Raises UserError for what is no name, file or
-    folder of one.
+    Args:
+        classifier_dir: the folder in which a plug-in keeps its network.
+
+    Raises:
+        UserError: the name is unknown, or the network cannot be loaded.
     """
     if name in EXTRACTORS:
         return plugin(EXTRACTORS, name)(classifier_dir)
     if name.startswith(INCEPTION):
         return InceptionExtractor(Path(name.removeprefix(INCEPTION)).expanduser())
     if name == "inception" or Path(name).suffix in (".pt", ".pth"):
-        raise UserError(f"--features is {name}; Inception's weights are given as inception:PATH")
+        raise UserError(f"--features must be inception:PATH for Inception's weights, got {name}")
     try:
         return TeacherExtractor(name)
     except UserError as error:
@@ -178,73 +186,77 @@ def load_extractor(name: str, classifier_dir: Path) -> Extractor:
         ) from error
 
 
+def feature_dimension(name: str) -> int | None:
+    """The number of features of a network that --features names, without loading it; None if that is not known."""
+    if name in FEATURE_DIMENSIONS:
+        return FEATURE_DIMENSIONS[name]
+    if name.startswith(INCEPTION):
+        return FEATURES
+    from haste.teachers.loading import shape_of
+
+    shape = shape_of(name)
+    return None if shape is None else shape.width
+
+
 def extract(
     extractor: Extractor,
     images: np.ndarray | ImageSet,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda count: None,
     cache: Path | None = None,
+    title: str | None = None,
 ) -> Features:
-    """Features of all images, batch by batch.
+    """Compute the features of all images, batch by batch.
 
     Args:
-        images: (N, H, W, 3) uint8, or a set of them.
-        progress: called with the number of images of each batch.
-        cache: the folder that keeps features, by SHARD images, so that a killed command resumes and a second one reads
-            them.
+        images: (N, H, W, 3) uint8, or an image set.
+        cache: a folder that keeps the features, in files of SHARD images: a killed command resumes from them.
+        title: of a progress bar; None for no bar.
 
     Raises:
         UserError: features are not finite, or images cannot be read.
     """
     images = ImageArray(images) if isinstance(images, np.ndarray) else images
     parts = []
-    for start in range(0, len(images), SHARD):
-        stop = min(start + SHARD, len(images))
-        file = None if cache is None else cache / extractor.key / f"{start:08d}.npz"
-        part = None if file is None else read_shard(file, images.digest(start, stop))
-        if part is None:
-            part = extract_range(extractor, images, batch_size, start, stop, progress)
-            if file is not None:
-                write_shard(file, part, images.digest(start, stop))
-        else:
-            progress(stop - start)
-        parts.append(part)
+    with progress_bar(total=len(images), unit="image", desc=title, disable=title is None) as bar:
+        for start in range(0, len(images), SHARD):
+            stop = min(start + SHARD, len(images))
+            file = None if cache is None else cache / extractor.key / f"{start:08d}.npz"
+            part = None if file is None else read_shard(file, images.digest(start, stop))
+            if part is None:
+                batches = []
+                for batch in images.batches(batch_size, start, stop):
+                    batches.append(checked(extractor(batch), extractor))
+                    bar.update(len(batch))
+                part = concatenate(batches)
+                if file is not None:
+                    write_shard(file, part, images.digest(start, stop))
+            else:
+                bar.update(stop - start)
+            parts.append(part)
     return concatenate(parts)
 
 
-def extract_range(
-    extractor: Extractor, images: ImageSet, batch_size: int, start: int, stop: int, progress: Callable[[int], None]
-) -> Features:
-    """Features of images start, …, stop − 1."""
-    parts = []
-    for batch in images.batches(batch_size, start, stop):
-        part = extractor(batch)
-        probabilities = np.zeros(0) if part.probabilities is None else part.probabilities
-        if not (np.isfinite(part.values).all() and np.isfinite(probabilities).all()):
-            raise UserError(
-                f"features of {extractor.describe()} hold values that are not finite; its weights are broken"
-            )
-        parts.append(part)
-        progress(len(batch))
-    return concatenate(parts)
+def checked(features: Features, extractor: Extractor) -> Features:
+    """The same features; UserError if they are not finite."""
+    arrays = [array for array in (features.values, features.probabilities) if array is not None]
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(f"features of {extractor.describe()} are not finite; its weights are broken")
+    return features
 
 
 def concatenate(parts: Iterable[Features]) -> Features:
-    """One set after the other."""
+    """One set of features after the other; with probabilities only if all have them."""
     parts = list(parts)
     values = np.concatenate([part.values for part in parts])
-    if parts[0].probabilities is None:
-        return Features(values)
-    return Features(values, np.concatenate([part.probabilities for part in parts]))
+    probabilities = [part.probabilities for part in parts if part.probabilities is not None]
+    return Features(values, np.concatenate(probabilities) if len(probabilities) == len(parts) else None)
 
 
 def read_shard(path: Path, digest: str) -> Features | None:
-    """Features that were kept of images with this digest; None if there are none, or they are of others."""
-    if not path.is_file():
-        return None
+    """The cached features of images with this digest; None if there are none, or they belong to other images."""
     try:
         arrays = read_npz(path, ("digest", "values", "probabilities"))
-    except BadFile:  # made anew
+    except BadFile:  # missing or damaged: computed again
         return None
     if "values" not in arrays or str(arrays.get("digest")) != digest:
         return None
@@ -252,7 +264,7 @@ def read_shard(path: Path, digest: str) -> Features | None:
 
 
 def write_shard(path: Path, features: Features, digest: str) -> None:
-    """Keep features of images with this digest."""
+    """Cache the features of images with this digest."""
     arrays = {"values": features.values, "digest": np.array(digest)}
     if features.probabilities is not None:
         arrays["probabilities"] = features.probabilities
@@ -278,7 +290,7 @@ def choose_device() -> torch.device:
 
 
 def digest_of_weights(network: nn.Module) -> str:
-    """Twelve hex digits that change with any weight."""
+    """A hash of all weights, 12 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

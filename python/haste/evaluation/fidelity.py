@@ -1,4 +1,4 @@
-"""How close a cached run comes to its uncached baseline: the same numbers sampled with every step in full.
+"""Fidelity of a cached run to its uncached baseline, which has the same images sampled with every step in full.
 
 Images: PSNR, 10·log₁₀(255² / mean squared error), and SSIM (Wang et al., 2004), both as scikit-image computes them.
 States: the relative error ‖x_cached − x_full‖ / ‖x_full‖ of each image's state after every step.
@@ -6,7 +6,7 @@ States: the relative error ‖x_cached − x_full‖ / ‖x_full‖ of each imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,26 @@ import torch
 from torch import Tensor
 
 from haste.data.images import ImageArray, ImageFiles, ImageSet, NpzImages, open_images
+from haste.distributed import progress_bar
 from haste.errors import UserError, require
 from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import RECORD, read_record
 
-WORST = 0.05  # the share of the images that "worst" means
+WORST = 0.05  # the share of the images that count as the worst
 GAUSSIAN_WINDOW = 11  # pixels per side of the published window of SSIM
-SMALL_WINDOW = 7  # of equal weights, for images that the published one does not fit into
+SMALL_WINDOW = 7  # of equal weights, for smaller images
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of every image to its baseline: psnr (N,) in dB, infinite where they are identical, and ssim (N,), at most 1."""
+    """psnr (N,) in dB, infinite for identical images, and ssim (N,), at most 1, of each image to its baseline."""
 
     psnr: np.ndarray
     ssim: np.ndarray
 
     def summary(self) -> dict[str, Any]:
-        """Means, and means over the worst 5 % (at least one). PSNR is over images that differ, None if none do."""
+        """Means, and means over the worst 5 % (at least one). PSNR is over images that differ; None if none do."""
         differ = self.psnr[np.isfinite(self.psnr)]
         return {
             "images": len(self.psnr),
@@ -46,7 +47,7 @@ class Fidelity:
         }
 
     def pooled(self) -> dict[str, float | None]:
-        """psnr of the mean squared error over all images, None if all are identical, and the mean ssim."""
+        """psnr of the mean squared error over all images (None if all are identical), and the mean ssim."""
         error = np.mean(10.0 ** (-self.psnr / 10.0))  # mean squared error over 255²
         return {"psnr": float(-10.0 * np.log10(error)) if error > 0 else None, "ssim": float(self.ssim.mean())}
 
@@ -56,35 +57,34 @@ def _mean_of_worst(values: np.ndarray) -> float:
 
 
 def compare_images(
-    images: np.ndarray | ImageSet,
-    baseline: np.ndarray | ImageSet,
-    progress: Callable[[int], None] = lambda count: None,
+    images: np.ndarray | ImageSet, baseline: np.ndarray | ImageSet, title: str | None = None
 ) -> Fidelity:
     """Compare images one by one.
 
     Args:
-        images, baseline: (N, H, W, 3) uint8 each, or sets of them.
-        progress: called with the number of images of each batch.
+        images, baseline: (N, H, W, 3) uint8 each, or image sets.
+        title: of a progress bar; None for no bar.
 
     Raises:
-        UserError: the sets are of other number or size, or the images too small for SSIM.
+        UserError: the sets differ in the number or size of images, or the images are too small for SSIM.
     """
     images, baseline = (ImageArray(side) if isinstance(side, np.ndarray) else side for side in (images, baseline))
     (height, width, _), (other_height, other_width, _) = images.shape, baseline.shape
     if (len(images), height, width) != (len(baseline), other_height, other_width):
         raise UserError(
-            f"{len(images)} images of {width} x {height} cannot be compared with {len(baseline)} of "
-            f"{other_width} x {other_height}; a baseline has the same images"
+            f"the baseline must have as many images of the same size, {len(images)} of {width} x {height}, got "
+            f"{len(baseline)} of {other_width} x {other_height}"
         )
     if min(height, width) < SMALL_WINDOW:
         raise UserError(
             f"images must have at least {SMALL_WINDOW} x {SMALL_WINDOW} pixels for SSIM, got {width} x {height}"
         )
     psnr, ssim = [], []
-    for own, other in zip(images.batches(BATCH), baseline.batches(BATCH), strict=True):
-        psnr += [_psnr(*pair) for pair in zip(own, other, strict=True)]
-        ssim += [_ssim(*pair) for pair in zip(own, other, strict=True)]
-        progress(len(own))
+    with progress_bar(total=len(images), unit="image", desc=title, disable=title is None) as bar:
+        for own, other in zip(images.batches(BATCH), baseline.batches(BATCH), strict=True):
+            psnr += [_psnr(*pair) for pair in zip(own, other, strict=True)]
+            ssim += [_ssim(*pair) for pair in zip(own, other, strict=True)]
+            bar.update(len(own))
     return Fidelity(np.array(psnr), np.array(ssim))
 
 
@@ -104,53 +104,48 @@ def _ssim(image: np.ndarray, baseline: np.ndarray) -> float:
     return float(similarity(baseline, image, data_range=255, channel_axis=-1, **window))
 
 
-def compare_sets(
-    samples: Path,
-    baseline: Path,
-    progress: Callable[[int, int], None] = lambda done, of: None,
-    count: int | None = None,
-) -> Fidelity:
-    """Compare the images of two folders or .npz files, number by number: all, or the first `count`.
+def compare_sets(samples: Path, baseline: Path, count: int | None = None) -> Fidelity:
+    """Compare the images of two folders or .npz files, all or the first `count`, under a progress bar.
 
-    `progress` is called with the images of each batch and of all. Raises UserError for sets that are not of the same
-    images.
+    Raises:
+        UserError: the sets do not hold the same images.
     """
-    images, others = (
-        open_images(path, flag, count) for path, flag in ((samples, "--samples"), (baseline, "--baseline"))
-    )
+    images, others = open_images(samples, "--samples", count), open_images(baseline, "--baseline", count)
     _check_same_images(samples, images, baseline, others)
-    return compare_images(images, others, lambda done: progress(done, len(images)))
+    return compare_images(images, others, "baseline")
 
 
 def _check_same_images(samples: Path, images: ImageSet, baseline: Path, others: ImageSet) -> None:
-    """UserError unless both sets show the same numbers of the same command but for its speed."""
+    """UserError unless both sets have the same image numbers, labels, seed and checkpoint, as far as is known."""
     if isinstance(images, ImageFiles) and isinstance(others, ImageFiles):
         numbers, other_numbers = images.numbers() or images.names, others.numbers() or others.names
         differing = sorted(set(map(str, numbers)) ^ set(map(str, other_numbers)))
         if differing:
             raise UserError(
-                f"{samples} and {baseline} hold different images: {len(differing)} are in one alone, such as "
-                f"{differing[0]}; a baseline has the same ones"
+                f"--baseline must hold the same images as {samples}, got {baseline}: {len(differing)} are in one of "
+                f"them only, such as {differing[0]}"
             )
         if (samples / RECORD).is_file() and (baseline / RECORD).is_file():
             own, other = (read_record(folder).settings for folder in (samples, baseline))
             for name in ("global_seed", "labels", "checkpoint"):
                 if own.get(name) != other.get(name):
                     raise UserError(
-                        f"{samples} was sampled with {name} {own.get(name)} and {baseline} with {other.get(name)}; a "
-                        "baseline differs in the caching alone"
+                        f"--baseline must be sampled with {name} {own.get(name)}, as {samples}, got {other.get(name)} "
+                        f"in {baseline}; only the cache may differ"
                     )
     labels = [side.labels for side in (images, others) if isinstance(side, NpzImages) and side.labels is not None]
     if len(labels) == 2 and not np.array_equal(labels[0], labels[1]):
-        raise UserError(f"{samples} and {baseline} hold images of different labels; a baseline has the same ones")
+        raise UserError(f"--baseline must hold images of the same labels as {samples}, got {baseline}")
 
 
 def fidelity_text(summary: dict[str, Any]) -> str:
-    """PSNR and SSIM of a summary as text."""
+    """Format a summary of PSNR and SSIM."""
     psnr = "-" if summary["psnr"] is None else f"{summary['psnr']:.2f} dB, worst 5 %: {summary['psnr_worst']:.2f} dB"
     lines = [f"PSNR  {psnr}", f"SSIM  {summary['ssim']:.4f}, worst 5 %: {summary['ssim_worst']:.4f}"]
     if summary["identical"]:
-        lines.append(f"{summary['identical']:,} of {summary['images']:,} images are identical; PSNR is of the others.")
+        lines.append(
+            f"{summary['identical']:,} of {summary['images']:,} images are identical and not part of the PSNR."
+        )
     return "\n".join(lines)
 
 
@@ -158,15 +153,19 @@ def fidelity_text(summary: dict[str, Any]) -> str:
 
 
 def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.ndarray:
-    """‖x_cached − x_full‖ / ‖x_full‖ of the images with these numbers after every step: (steps, n), float64.
+    """Relative errors ‖x_cached − x_full‖ / ‖x_full‖ of the states of images after each step.
 
-    Each batch is sampled twice; the states of one are held on the CPU.
+    Args:
+        indices: the numbers of the n images. Each batch is sampled twice; the states of one run are kept on the CPU.
+
+    Returns:
+        (steps, n), float64.
     """
     parts = []
     for start in range(0, len(indices), BATCH):
         batch = list(indices[start : start + BATCH])
         states: list[Tensor] = []
-        full.sample(batch, observe=_keep_in(states))
+        full.sample(batch, observe=lambda step, x, states=states: states.append(x.to("cpu", copy=True)))
         errors: list[Tensor] = []
 
         def compare(step: int, x: Tensor, states=states, errors=errors) -> None:
@@ -178,17 +177,13 @@ def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.nd
     return torch.cat(parts, dim=1).double().numpy()
 
 
-def _keep_in(states: list[Tensor]) -> Callable[[int, Tensor], None]:
-    return lambda step, x: states.append(x.to("cpu", copy=True))
-
-
 def summarise_steps(errors: np.ndarray) -> list[dict[str, float]]:
-    """Of errors (steps, images): step, mean and largest over the images, for records."""
+    """The mean and the largest error over the images for each step of errors (steps, images), for records."""
     return [{"step": step, "mean": float(row.mean()), "largest": float(row.max())} for step, row in enumerate(errors)]
 
 
 def steps_text(errors: np.ndarray) -> str:
-    """The relative error of the state, (steps, images), after each quarter of the steps."""
+    """Format the mean of errors (steps, images) after each quarter of the steps."""
     places = sorted({max(round(share * len(errors)), 1) for share in (0.25, 0.5, 0.75, 1.0)})
     parts = [f"{errors[place - 1].mean():.2e} after step {place}" for place in places]
     return f"Relative error of the state, mean of {errors.shape[1]} images: {', '.join(parts)}."

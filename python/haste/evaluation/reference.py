@@ -1,19 +1,18 @@
-"""The reference of an evaluation: features of real images, or their mean and covariance, by what --reference names.
+"""The reference of an evaluation, as --reference names it: features of real images, or their mean and covariance.
 
     a folder, a zip     image files of one size
     .npz                arr_0 (N, H, W, 3) uint8, images; or mu (D,) and sigma (D, D), the mean and covariance of
                         features; or both: ADM's two layouts. ADM's mu_s and sigma_s, of another layer, are not used.
-    .npz, .npy          what --save-reference wrote, or features (N, D) with --features stored
+    .npz, .npy          a file of --save-reference, or features (N, D) with --features stored
     digits              scikit-learn's handwritten digits
 
-Stored features and statistics belong to the network that they came from.
+Stored features and statistics are valid for one network only.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,18 +30,17 @@ from haste.registry import DATASETS, plugin
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # of the images of a batch, and of all
-
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with, in the features of one network.
+    """The real images that samples are compared with, in the features of one network.
 
-    name: for messages and records.
-    extractor: the network's key; "stored" for features that came from a file.
-    features: (N, D); None where only statistics were stored.
-    stored: mean and covariance, where they were stored.
-    of_jpeg: whether it was made from JPEG files, as far as is known.
+    Attributes:
+        name: for messages and records.
+        extractor: the network's key; "stored" for features from a file.
+        features: (N, D); None if only statistics were stored.
+        stored: mean and covariance, if they were stored.
+        of_jpeg: whether some images were JPEG files, as far as is known.
     """
 
     name: str
@@ -51,10 +49,16 @@ class Reference:
     stored: Gaussian | None = None
     of_jpeg: bool = False
 
+    def require_features(self) -> np.ndarray:
+        """The features (N, D). Raises UserError if only statistics were stored."""
+        if self.features is None:
+            raise UserError("of the reference only mean and covariance are stored, which allow the FD alone")
+        return self.features
+
     @cached_property
     def gaussian(self) -> Gaussian:
         """Mean and covariance. Raises UserError if they were not stored and the images are too few."""
-        return self.stored if self.stored is not None else fit_gaussian(self.features, "real images")
+        return self.stored or fit_gaussian(self.require_features(), "real images")
 
     @property
     def dimension(self) -> int:
@@ -62,20 +66,19 @@ class Reference:
 
     @property
     def count(self) -> int | None:
-        """Images; None where only statistics were stored, without their number."""
+        """The number of images; None if statistics were stored without it."""
         return len(self.features) if self.features is not None else self.gaussian.count
 
 
-def load_reference(
-    source: str, extractor: Extractor, batch_size: int = 64, progress: Progress = lambda done, of: None
-) -> Reference:
-    """The reference of a name, in the features of `extractor`.
+def load_reference(source: str, extractor: Extractor, batch_size: int = 64) -> Reference:
+    """Load a reference by name, in the features of `extractor`, under a progress bar.
 
-    Raises UserError for what does not exist, holds no reference, or belongs to another network.
+    Raises:
+        UserError: it does not exist, holds no reference, or belongs to another network.
     """
 
     def from_images(images: ImageSet) -> Reference:
-        features = extract(extractor, images, batch_size, lambda done: progress(done, len(images)))
+        features = extract(extractor, images, batch_size, title="reference")
         return Reference(source, extractor.key, features.values, of_jpeg=images.are_jpeg)
 
     if source in DATASETS:
@@ -95,17 +98,17 @@ def load_reference(
             images = from_images(open_images(path, "--reference"))
             return Reference(source, extractor.key, images.features, reference.stored)
         mismatch = (
-            f"--reference is {source}, whose statistics have {reference.dimension} dimensions; "
-            f"{extractor.describe()} gives {extractor.dimension}"
+            f"--reference must have {extractor.dimension} dimensions, as {extractor.describe()}, got "
+            f"{reference.dimension} in the statistics of {source}"
         )
         if "arr_0" not in arrays:
-            raise UserError(f"{mismatch}; both sides need the same network")
+            raise UserError(f"{mismatch}; they are of another network")
         logger.info("%s, so its images are used alone", mismatch)
     return from_images(open_images(path, "--reference"))
 
 
 def stored_reference(source: str) -> Reference:
-    """Features or statistics from a file or a folder, whatever network they come from."""
+    """Load features or statistics from a file or a folder, of any network."""
     path = Path(source).expanduser()
     if path.suffix == ".npz" and path.is_file() and "mu" in _list_arrays(path):
         return _read_statistics(path, None)
@@ -113,92 +116,88 @@ def stored_reference(source: str) -> Reference:
 
 
 def stored_features(path: Path, flag: str) -> Features:
-    """Features (N, D) of an .npy or .npz file, or of all such files in a folder, in the order of their names.
+    """Read features (N, D) from an .npy or .npz file, or from all such files in a folder, sorted by name.
 
-    In an .npz they lie under features or arr_0, and class probabilities (N, classes), if any, under probabilities.
+    Arrays of an .npz: features or arr_0, and optionally probabilities (N, classes).
     """
     if not path.exists():
-        raise UserError(f"{flag} is {path}, which does not exist")
+        raise UserError(f"{flag} must be a file or folder of features, got {path}, which does not exist")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".npy", ".npz"))
     if not files:
-        raise UserError(f"{flag} is {path}, which holds no .npy or .npz files of features")
+        raise UserError(f"{flag} must hold .npy or .npz files of features, got {path}, which has none")
     parts = [_read_features(file, flag) for file in files]
-    widths = {part.dimension for part in parts}
+    widths = sorted({part.dimension for part in parts})
     if len(widths) > 1:
-        listed = " and ".join(map(str, sorted(widths)))
-        raise UserError(f"{flag} is {path}, whose files hold features of {listed} dimensions; they must be alike")
-    if not all(part.probabilities is not None for part in parts):
-        parts = [Features(part.values) for part in parts]
+        raise UserError(f"{flag} must hold features of one dimension, got {widths[0]} and {widths[-1]} in {path}")
     return concatenate(parts)
 
 
 def _read_features(path: Path, flag: str) -> Features:
     try:
         if path.suffix == ".npz":
-            arrays = read_npz(path, ("features", "probabilities"))
-            arrays = arrays if "features" in arrays else {**arrays, **read_npz(path, ("arr_0",))}
-            values, probabilities = arrays.get("features", arrays.get("arr_0")), arrays.get("probabilities")
+            names = set(list_npz(path)) & {"features", "probabilities", "arr_0"}
+            arrays = read_npz(path, names - {"arr_0"} if "features" in names else names)
         else:
-            values, probabilities = read_npy(path), None
+            arrays = {"features": read_npy(path)}
     except BadFile as fault:
-        raise UserError(f"{flag}: {path} holds no features: it {fault.reason}") from fault
+        raise UserError(f"{flag} must hold features, got {path}, which {fault.reason}") from fault
+    values, probabilities = arrays.get("features", arrays.get("arr_0")), arrays.get("probabilities")
     if values is None:
-        raise UserError(f"{flag}: {path} holds no features; it must have an array features or arr_0")
-    if values.ndim != 2 or not values.size or not np.issubdtype(values.dtype, np.floating):
-        raise UserError(
-            f"{flag}: {path} holds {values.dtype} {values.shape}; features must be floats (images, dimension)"
-        )
-    if not np.isfinite(values).all():
-        raise UserError(f"{flag}: {path} holds features that are not finite")
-    if probabilities is not None and not (
-        np.issubdtype(probabilities.dtype, np.floating)
-        and probabilities.ndim == 2
-        and len(probabilities) == len(values)
-        and np.isfinite(probabilities).all()
-    ):
-        raise UserError(
-            f"{flag}: {path} holds probabilities {probabilities.dtype} {probabilities.shape}; "
-            f"they must be finite floats ({len(values)}, classes)"
-        )
+        raise UserError(f"{flag} must hold an array features or arr_0, got {path} without one")
+    _check_array(values, "features", "images, D", path, flag)
+    if probabilities is not None:
+        _check_array(probabilities, "probabilities", "images, classes", path, flag)
+        if len(probabilities) != len(values):
+            raise UserError(f"{flag} must hold as many probabilities as features, got {path} with {len(probabilities)} "
+                            f"and {len(values)}")  # fmt: skip
     return Features(values, probabilities)
 
 
+def _check_array(array: np.ndarray, name: str, form: str, path: Path, flag: str, kinds: str = "f") -> None:
+    """UserError unless an array holds finite numbers of the kinds, in as many dimensions as `form` names."""
+    if array.dtype.kind not in kinds or array.ndim != form.count(",") + 1 or not array.size:
+        raise UserError(f"{flag} must hold {name} as numbers ({form}), got {array.dtype} {array.shape} in {path}")
+    if not np.isfinite(array).all():
+        raise UserError(f"{flag} must hold finite {name}, got NaN or infinity in {path}")
+
+
 def _read_statistics(path: Path, key: str | None) -> Reference:
-    """mu and sigma of an .npz, and features if it has them. key: the network that is asked for, None if any will do."""
+    """Read mu and sigma of an .npz, and features if it has them.
+
+    Args:
+        key: the network that they must belong to; None for any.
+    """
     try:
         arrays = read_npz(path, ("mu", "sigma", "features", "extractor"))
     except BadFile as fault:
-        raise UserError(f"--reference is {path}, which {fault.reason}") from fault
-    for name, form in (("mu", ("D",)), ("sigma", ("D", "D")), ("features", ("images", "D"))):
-        array = arrays.get(name)
-        if array is not None and (array.dtype.kind not in "iuf" or array.ndim != len(form) or not array.size):
-            wanted = f"numbers ({', '.join(form)})"
-            raise UserError(f"--reference is {path}, whose {name} is {array.dtype} {array.shape}; it must be {wanted}")
-    network = str(arrays["extractor"]) if "extractor" in arrays else None
-    if None not in (network, key) and network != key:
-        raise UserError(f"--reference is {path}, which was saved with {network}; --features gives {key}")
+        raise UserError(f"--reference must hold statistics, got {path}, which {fault.reason}") from fault
+    for name, form in (("mu", "D"), ("sigma", "D, D"), ("features", "images, D")):
+        if name in arrays:
+            _check_array(arrays[name], name, form, path, "--reference", "iuf")
+    network = str(arrays["extractor"]) if "extractor" in arrays else key
+    if key is not None and network != key:
+        raise UserError(f"--reference must be of the network of --features, {key}, got {path} of {network}")
     features = arrays.get("features")
-    if features is not None and not np.isfinite(features).all():
-        raise UserError(f"--reference is {path}, whose features are not finite")
     stored = None
     if "mu" in arrays:
         mean = arrays["mu"].astype(np.float64)
         covariance = arrays.get("sigma", np.empty(0)).astype(np.float64)
-        if wrong := fault_of_moments(mean, covariance):
-            raise UserError(f"--reference is {path}, whose {wrong}")
+        if fault := fault_of_moments(mean, covariance):
+            raise UserError(f"--reference must hold a mean and a covariance, got {path}, whose {fault}")
         if features is not None and features.shape[1] != len(mean):
             raise UserError(
-                f"--reference is {path}, whose mu has {len(mean)} dimensions and features {features.shape[1]}; "
-                "they must be those of the same network"
+                f"--reference must hold mu and features of one network, got {len(mean)} and {features.shape[1]} "
+                f"dimensions in {path}"
             )
         stored = Gaussian(mean, covariance, None if features is None else len(features))
     return Reference(str(path), key or STORED, features, stored)
 
 
 def save_reference(path: Path, reference: Reference) -> None:
-    """Keep statistics, features and the network's key for the next time; without statistics if images are too few.
+    """Write the features, the network's key and, if there are enough images, the statistics, for --reference.
 
-    Raises UserError if the file holds anything but the same reference in the same network, or cannot be written.
+    Raises:
+        UserError: the file exists and is not the same reference in the same network, or cannot be written.
     """
     check_replaceable(path, reference)
     arrays = {"extractor": np.array(reference.extractor), "source": np.array(reference.name)}
@@ -213,19 +212,18 @@ def save_reference(path: Path, reference: Reference) -> None:
 
 
 def check_replaceable(path: Path, reference: Reference | None = None) -> None:
-    """UserError if --save-reference names a file that must not be replaced: none of its own, or, where the reference is
-    known, one of another reference or network."""
+    """UserError if --save-reference names an existing file that is no saved reference, or not the given one."""
     if not os.path.lexists(path):
         return
     try:
-        names = read_npz(path, ("extractor", "source"))
-        saved = (str(names["extractor"]), str(names["source"]))
+        arrays = read_npz(path, ("extractor", "source"))
+        saved = (str(arrays["extractor"]), str(arrays["source"]))
     except (BadFile, KeyError) as fault:
-        raise UserError(f"--save-reference is {path}, which holds something else; it must be a new file") from fault
+        raise UserError(f"--save-reference must be a new file, got {path}, which holds something else") from fault
     if reference is not None and saved != (reference.extractor, reference.name):
         raise UserError(
-            f"--save-reference is {path}, which holds {saved[1]} in the features of {saved[0]}, not {reference.name} "
-            f"in those of {reference.extractor}; it must be a new file, or one of the same"
+            f"--save-reference must be a new file, or one of {reference.name} in the features of "
+            f"{reference.extractor}, got {path}, which holds {saved[1]} in the features of {saved[0]}"
         )
 
 
@@ -233,4 +231,4 @@ def _list_arrays(path: Path) -> list[str]:
     try:
         return list_npz(path)
     except BadFile as fault:
-        raise UserError(f"--reference is {path}, which {fault.reason}") from fault
+        raise UserError(f"--reference must be an .npz, got {path}, which {fault.reason}") from fault

@@ -1,9 +1,9 @@
-"""What `haste evaluate` does: evaluates samples, a checkpoint or a run's checkpoints, and keeps the numbers.
+"""The command `haste evaluate`: evaluates samples, a checkpoint or all checkpoints of a run, and keeps the numbers.
 
 <samples>-evaluation.json   beside the samples: an entry for each combination of images, network, reference and
-                            settings; one of the same settings is replaced
-<samples>-features/         features of the images, by network
-<run>/evaluation.jsonl      of a run on a data set with a classifier: FD and label accuracy of each checkpoint
+                            settings; a new entry replaces one with the same settings
+<samples>-features/         cached features of the images, by network
+<run>/evaluation.jsonl      of a run on data with a classifier: FD and label accuracy of each checkpoint
 """
 
 from __future__ import annotations
@@ -21,29 +21,19 @@ import numpy as np
 from haste.caching.config import CacheConfig
 from haste.data.images import open_images
 from haste.distributed import progress_bar
-from haste.errors import UserError
-from haste.evaluation.config import FULL, STORED, EvaluateConfig
-from haste.evaluation.evaluate import (
-    Evaluation,
-    Evaluator,
-    MetricConfig,
-    beside,
-    checkpoints_text,
-    image_bar,
-    open_sampler,
-    sample_images,
-)
+from haste.errors import UserError, require
+from haste.evaluation.config import FULL, STORED, EvaluateConfig, MetricConfig
+from haste.evaluation.evaluate import NAMES, Evaluation, Evaluator, Result, beside, notes
 from haste.evaluation.features import extract
 from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, steps_text, summarise_steps
-from haste.evaluation.metrics import check_sample_size
 from haste.evaluation.reference import check_replaceable, save_reference
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint, run_checkpoints
-from haste.generation.sample_dir import read_record, sample_to_folder
+from haste.generation.sample_dir import open_sampler, read_record, sample_to_folder
 from haste.io import read_json, write_json, writing
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES
 from haste.resumable import append_line, read_lines, updating
-from haste.tables import text_table
+from haste.tables import NONE, known_columns, text_table
 from haste.training.checkpoint import checkpoint_identity
 from haste.training.logging import alignment_end, finite, is_step, read_log
 
@@ -54,53 +44,64 @@ CLASSIFIED_AT_ONCE = 512
 STEP_IMAGES = 64  # whose states are compared after every step
 
 
+def evaluate_config(config: EvaluateConfig) -> str:
+    """Evaluate what the settings of `haste evaluate` name, and return its text.
+
+    Raises:
+        UserError: something does not exist, cannot be read, or does not fit the rest.
+    """
+    if config.run is None:
+        return evaluate_samples(config)
+    if {config.features, config.reference} <= {None, *EXTRACTORS}:  # the data's own classifier, which is quickest
+        return records_text(*evaluate_by_classifier(config))
+    return evaluate_run(config)
+
+
 # ---- any images, all metrics ----
 
 
 def evaluate_samples(config: EvaluateConfig) -> str:
-    """Every metric of one set of images, and their fidelity to a baseline, as text; both are kept beside the images.
-
-    Raises UserError for what does not exist or does not go together.
-    """
-    # What is there must be usable before the reference is read, which may take hours.
+    """Compute every metric of one set of images, and its fidelity to a baseline; keep both beside the images."""
+    # Check what exists before the reference is read, which may take hours.
     if config.samples is not None and config.features != STORED:
         open_images(config.samples, "--samples")
-    if config.baseline not in (None, FULL):
-        open_images(Path(config.baseline), "--baseline")
-    evaluator = open_evaluator(config)
+    if config.baseline is not None:
+        require("skimage.metrics")
+        if config.baseline != FULL:
+            open_images(Path(config.baseline), "--baseline")
+    features = config.features or _own_features(config)
+    alone = features is None and config.reference is None and config.baseline is not None
+    evaluator = None if alone else open_evaluator(config, features)
     samples = config.samples or sample_to_folder(config.sample_config()).folder.path
     count = None if config.samples is not None else config.num_fid_samples  # the folder may hold more
     parts = []
     if evaluator is not None:
         evaluation = evaluator.of_samples(samples, count)
         parts += [evaluation.heading(), str(evaluation)]
-        if evaluator.knows_labels and evaluator.reference.name in DATASETS:
-            parts[-1] += f"\n{evaluator.describe_reference()}"
+        if evaluator.classes is not None and evaluator.reference.name in DATASETS:
+            parts[-1] += f"\n{describe_reference(evaluator)}"
         keep(samples, evaluation)
     if config.baseline is not None:
-        parts += compare_with_baseline(config, samples, count)
+        parts += compare_with_baseline(config, config.baseline, samples, count)
     return "\n\n".join([*parts, f"kept in  {beside(samples, 'evaluation.json')}"])
 
 
 def evaluate_run(config: EvaluateConfig) -> str:
-    """Every metric of every checkpoint of a run, one row each, as text."""
-    checkpoints = run_checkpoints(config.run)
-    evaluator = open_evaluator(config)
+    """Compute every metric of every checkpoint of a run."""
+    checkpoints = run_checkpoints(config.trained)
+    evaluator = open_evaluator(config, config.features or _own_features(config))
     rows = []
     for checkpoint in checkpoints:
         samples = sample_to_folder(config.sample_config(ckpt=checkpoint)).folder.path
         evaluation = evaluator.of_samples(samples, config.num_fid_samples)
         keep(samples, evaluation)
         rows.append((checkpoint.stem, evaluation.results))
-    heading = Evaluation([], {**evaluation.settings, "samples": config.run.name}).heading()
+    heading = Evaluation([], {**evaluation.settings, "samples": config.trained.name}).heading()
     return f"{heading}\n\n{checkpoints_text(rows)}"
 
 
-def open_evaluator(config: EvaluateConfig) -> Evaluator | None:
-    """The network and the reference that the settings name; None if a comparison with a baseline alone is asked for."""
-    features = config.features or _own_features(config)
-    if features is None and config.reference is None and config.baseline is not None:
-        return None
+def open_evaluator(config: EvaluateConfig, features: str | None) -> Evaluator:
+    """Load the network and the reference, and save the reference with --save-reference."""
     features, reference = choose_features(features, config.reference)
     if config.save_reference is not None:
         check_replaceable(config.save_reference)
@@ -112,42 +113,62 @@ def open_evaluator(config: EvaluateConfig) -> Evaluator | None:
 
 
 def choose_features(features: str | None, reference: str | None) -> tuple[str, str]:
-    """Both names; the reference is that of the features' own data, if they have some. UserError if one is missing."""
+    """The names of the features and the reference, by default the features' own data. UserError if one is missing."""
     if features is None:
         raise UserError(
-            f"--features is not given; for other images than the {' or '.join(EXTRACTORS)} it must be "
-            "inception:PATH, or a teacher's name or folder such as dinov2-vit-l"
+            "--features must be given: inception:PATH, or a teacher's name or folder such as dinov2-vit-l (there is a "
+            f"default for {', '.join(EXTRACTORS)} alone)"
         )
     reference = reference or (features if features in DATASETS else None)
     if reference is None:
         raise UserError(
-            f"--reference is not given; --features {features} needs a folder of real images, or an .npz of images or "
+            f"--reference must be given with --features {features}: a folder of real images, or an .npz of images or "
             "statistics"
         )
     return features, reference
 
 
 def _own_features(config: EvaluateConfig) -> str | None:
-    """The extractor of the data: of a run on them, or of images as small as the digits are."""
+    """The extractor for the data: by the run's --data-dir, or by the size of the images."""
     if config.samples is None:
-        data = load_checkpoint(config.run or config.ckpt, config.ema, convention=config.convention).config.data_dir
+        data = load_checkpoint(config.trained, config.ema, convention=config.convention).config.data_dir
         return data if data in EXTRACTORS else None
     shape = open_images(config.samples, "--samples").shape
     return next((name for name, side in IMAGE_SIZES.items() if shape == (side, side, 3)), None)
 
 
-def compare_with_baseline(config: EvaluateConfig, samples: Path, count: int | None) -> list[str]:
-    """PSNR and SSIM to the baseline; of one that is sampled here, also the error of every step's state."""
-    uncached = asdict(CacheConfig())
-    if config.baseline == FULL:
-        baseline = sample_to_folder(config.sample_config(**uncached)).folder.path
+def describe_reference(evaluator: Evaluator) -> str:
+    """How to read scores by a classifier of the data: the split-half FD, and the accuracy of the classifier."""
+    extractor, reference = evaluator.extractor, evaluator.reference
+    assert extractor is not None
+    return (
+        f"FD to {reference.count:,} real {reference.name} in {reference.dimension} features of {extractor.describe()}; "
+        f"two halves of these have an FD of {evaluator.split_half_fd:.2f}.\n"
+        f"The classifier's accuracy on held-out real {reference.name} is {extractor.held_out_accuracy:.1%}."
+    )
+
+
+def checkpoints_text(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    """One row per checkpoint, one column per metric that any of them has, then the notes."""
+    keys = [result.key for result in rows[0][1]]
+    cells = []
+    for name, results in rows:
+        by_key = {result.key: str(result) for result in results}
+        cells.append([name, *(by_key.get(key, NONE) for key in keys)])
+    table = text_table(known_columns(["step", *(NAMES[key] for key in keys)], cells), ">")
+    return "\n".join([table, *dict.fromkeys(line for _, results in rows for line in notes(results))])
+
+
+def compare_with_baseline(config: EvaluateConfig, given: str, samples: Path, count: int | None) -> list[str]:
+    """Compute PSNR and SSIM to the baseline; for --baseline full also the errors of the states after each step."""
+    if given == FULL:
+        baseline = sample_to_folder(config.sample_config(**asdict(CacheConfig()))).folder.path
     else:
-        baseline = Path(config.baseline)
-    with image_bar("baseline") as advance:
-        fidelity = compare_sets(samples, baseline, advance, count).summary()
+        baseline = Path(given)
+    fidelity = compare_sets(samples, baseline, count).summary()
     parts = [f"{samples.name} beside {baseline.name}, {fidelity['images']:,} images", fidelity_text(fidelity)]
     measured: dict[str, Any] = {"fidelity": fidelity}
-    if config.baseline == FULL:
+    if given == FULL:
         errors = compare_steps(config, samples)
         parts[-1] += f"\n{steps_text(errors)}"
         measured["step_errors"] = summarise_steps(errors)
@@ -157,14 +178,14 @@ def compare_with_baseline(config: EvaluateConfig, samples: Path, count: int | No
 
 
 def compare_steps(config: EvaluateConfig, samples: Path) -> np.ndarray:
-    """The relative errors (steps, images) of the first images' states, sampled as these were, and a plot of them."""
+    """Sample the first images again with and without the cache; return and plot the states' errors (steps, images)."""
     from haste.plotting import plot_step_errors
 
     settings = config.sampling_config()
-    loaded = load_checkpoint(config.ckpt, config.ema, convention=config.convention)
+    loaded = load_checkpoint(config.trained, config.ema, convention=config.convention)
     cached, full = Sampler(loaded, settings), Sampler(loaded, replace(settings, **asdict(CacheConfig())))
     full_steps = read_record(samples).full_steps
-    if full_steps is not None:  # that --error-threshold has found
+    if full_steps is not None:  # measured by --error-threshold
         cached = cached.with_full_steps(full_steps)
     errors = step_errors(cached, full, range(min(config.num_fid_samples, STEP_IMAGES)))
     title = f"{loaded.label}\n{settings.describe()}"
@@ -175,12 +196,12 @@ def compare_steps(config: EvaluateConfig, samples: Path) -> np.ndarray:
 
 
 def keep(samples: Path, evaluation: Evaluation) -> None:
-    """Keep an evaluation beside its samples."""
+    """Write an evaluation beside its samples."""
     keep_evaluation(beside(samples, "evaluation.json"), evaluation.settings, {"metrics": evaluation.record()})
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The entries of an evaluation.json, oldest first; none if there is no file. UserError if it is something else."""
+    """Read the entries of an evaluation.json, oldest first; none if there is no file. UserError for another file."""
     if not path.exists():
         return []
     entries = read_json(path, "the evaluations of samples", needs=["evaluations"])["evaluations"]
@@ -190,11 +211,8 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Add an entry, in place of one with the same settings; the file is replaced whole, or stays as it was.
-
-    Another command that does the same waits. UserError if it cannot be written.
-    """
-    settings = json.loads(json.dumps(settings))  # as it will be read: tuples become lists
+    """Add an entry, or replace one with the same settings, atomically and under a lock. UserError if that fails."""
+    settings = json.loads(json.dumps(settings))  # as it is read back: tuples become lists
     with writing(str(path), "what was measured before is kept"), updating(path):
         others = [entry for entry in read_evaluations(path) if entry["settings"] != settings]
         write_json(path, {"evaluations": [*others, {"settings": settings, **measured}]}, indent=1)
@@ -204,22 +222,25 @@ def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, An
 
 
 def evaluate_by_classifier(config: EvaluateConfig) -> tuple[list[dict[str, Any]], Evaluator]:
-    """FD and label accuracy of every checkpoint of config.run, with two plots; the records, and what they rest on."""
+    """Compute FD and label accuracy of every checkpoint of a run and plot them; the records, and the evaluator.
+
+    Raises:
+        UserError: there is no classifier of the run's data, or --num-fid-samples are too few for an FD.
+    """
     config.check()
-    checkpoints = run_checkpoints(config.run)
-    name = classifier_for(load_checkpoint(config.run, config.ema, convention=config.convention))
-    evaluator = Evaluator.load(name, name, config.folder_of_classifier, CLASSIFIED_AT_ONCE)
-    if caution := check_sample_size(config.num_fid_samples, evaluator.reference.dimension):
-        print(caution)
-    with progress_bar(total=len(checkpoints) * config.num_fid_samples, unit="image", desc="evaluate") as bar:
+    require("matplotlib")
+    run, count = config.trained, config.num_fid_samples
+    checkpoints = run_checkpoints(run)
+    name = classifier_for(load_checkpoint(run, config.ema, convention=config.convention))
+    evaluator = Evaluator.load(name, name, config.folder_of_classifier, CLASSIFIED_AT_ONCE, samples=count)
+    with progress_bar(total=len(checkpoints) * count, unit="image", desc="evaluate") as bar:
 
         def progress(checkpoint: Path, images: int) -> None:
             bar.set_postfix_str(checkpoint.stem, refresh=False)
             bar.update(images)
 
-        count = config.num_fid_samples
-        records = evaluate_checkpoints(config.run, checkpoints, config, count, evaluator, progress)
-    plot_run(config, records)
+        records = evaluate_checkpoints(run, checkpoints, config, count, evaluator, progress)
+    plot_run(run, config, records)
     return records, evaluator
 
 
@@ -231,10 +252,10 @@ def evaluate_checkpoints(
     evaluator: Evaluator,
     progress: Callable[[Path, int], None] = lambda checkpoint, images: None,
 ) -> list[dict[str, Any]]:
-    """Score checkpoints of one run with `count` images each; their records, in the order given.
+    """Score checkpoints of one run with `count` images each, and return their records in the same order.
 
-    Every record is appended to evaluation.jsonl in the run's folder as soon as it is known. A record that is there
-    already, of the same content and the same settings, is taken from there. `progress` counts images.
+    Each record is appended to the run's evaluation.jsonl at once. A checkpoint that has one already, of the same
+    content and settings, is not evaluated again. `progress` is called with a number of images.
     """
     known = {fingerprint(record): record for record in read_records(run / RECORDS)}
     records = []
@@ -263,46 +284,41 @@ def evaluate_checkpoint(
     evaluator: Evaluator,
     progress: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
-    """Sample images from one checkpoint and score them: step, fd, label_accuracy and seconds of sampling.
+    """Sample images from one checkpoint and score them; the dict has step, fd, label_accuracy and seconds.
 
-    Raises UserError if the evaluator's classifier was not trained on the data of this run, or for too few images.
+    Raises:
+        UserError: the run's data has no classifier, or the images are too few.
     """
     loaded = load_checkpoint(checkpoint, settings.ema, convention=settings.convention)
     classifier_for(loaded)
     sampler = open_sampler(loaded, settings)
     begin = perf_counter()
-    images, labels = sample_images(sampler, count, SAMPLED_AT_ONCE, progress)
+    images, labels = sampler.sample_batches(count, SAMPLED_AT_ONCE, progress)
     seconds = perf_counter() - begin
+    assert evaluator.extractor is not None
     scores = evaluator.values(extract(evaluator.extractor, images, evaluator.batch_size), labels, OF_CHECKPOINTS)
     return {"step": loaded.step, **scores, "seconds": round(seconds, 2)}
 
 
-def uses_classifier(config: EvaluateConfig) -> bool:
-    """Whether a run's checkpoints are to be evaluated by the classifier of their data, which is quickest."""
-    names = {config.features, config.reference} - {None}
-    return config.run is not None and len(names) <= 1 and names <= set(EXTRACTORS)
-
-
 def classifier_for(loaded: LoadedCheckpoint) -> str:
-    """The name of the classifier of the data that a model was trained on; UserError if there is none."""
+    """The name of the classifier of a model's training data; UserError if there is none."""
     data = loaded.config.data_dir
     if data in EXTRACTORS:
         return data
-    known = f"was trained on {data!r}" if data else "does not tell what it was trained on"
     raise UserError(
-        f"{loaded.checkpoint} {known}; the classifier knows {', '.join(EXTRACTORS)} only; give --features and "
-        "--reference"
+        f"--features and --reference must be given for data other than {', '.join(EXTRACTORS)}, got "
+        f"{loaded.checkpoint} of {repr(data) if data else 'unknown data'}"
     )
 
 
 def fingerprint(record: dict[str, Any]) -> str:
-    """What makes two records answers to the same question, as text."""
+    """What two records of the same checkpoint and settings have in common, as text."""
     measured = ("step", "seconds", *OF_CHECKPOINTS)
     return json.dumps({name: value for name, value in record.items() if name not in measured}, sort_keys=True)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of an evaluation.jsonl; lines that are none, such as one that a kill cut short, are left out."""
+    """Read the records of an evaluation.jsonl, without damaged lines."""
     return [record for record in read_lines(path)[0] if _is_record(record)]
 
 
@@ -316,16 +332,15 @@ def _is_record(record: dict[str, Any]) -> bool:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line; another command that does the same waits. UserError if it cannot be written."""
+    """Append one record, under a lock. UserError if that fails."""
     with writing(str(path), "the scores that are there are kept, and the same command resumes"), updating(path):
         append_line(path, record, durable=True)
 
 
-def plot_run(config: EvaluateConfig, records: Sequence[dict[str, Any]]) -> None:
-    """evaluation.png: the scores over steps; losses.png: the curves of log.jsonl. Both in the run's folder."""
+def plot_run(run: Path, config: EvaluateConfig, records: Sequence[dict[str, Any]]) -> None:
+    """Plot the scores over steps to evaluation.png, and the curves of log.jsonl to losses.png, in the run's folder."""
     from haste.plotting import LOSSES, plot_losses, plot_scores
 
-    run = config.run
     log = read_log(run / "log.jsonl").lines
     stop = alignment_end(log)
     title = f"{run.name}: {config.num_fid_samples:,} samples a point, {config.describe()}"
@@ -336,13 +351,12 @@ def plot_run(config: EvaluateConfig, records: Sequence[dict[str, Any]]) -> None:
 
 
 def records_text(records: Sequence[dict[str, Any]], evaluator: Evaluator) -> str:
-    """One row per checkpoint, named by its step or, if it was renamed, its file; then what to make of the numbers."""
+    """One row per checkpoint, named by its step or else its file, then how to read the numbers."""
     rows = [
         (
             record["checkpoint"] if record["step"] is None else f"{record['step']:,}",
-            f"{record['fd']:.3f}",
-            f"{record['label_accuracy']:.1%}",
+            [Result(key, record[key]) for key in OF_CHECKPOINTS],
         )
         for record in records
     ]
-    return f"{text_table([('step', 'FD', 'label accuracy'), *rows], '>')}\n\n{evaluator.describe_reference()}"
+    return f"{checkpoints_text(rows)}\n\n{describe_reference(evaluator)}"

@@ -1,4 +1,4 @@
-"""What decides sampled images: settings that `haste sample`, `haste evaluate` and the sweep share."""
+"""The settings of sampling, shared by `haste sample`, `haste evaluate` and `haste sweep`."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 m
 if TYPE_CHECKING:  # flags are checked without torch
     from haste.generation.pipeline import LoadedCheckpoint
 
-# What a bare file of weights does not tell.
+# Settings that a file of bare weights does not have.
 ASSUMED = ("num_classes", "encoder_depth", "path_type")
 
 
 @dataclass(kw_only=True)
 class PublishedFlags:
-    """Not needed; accepted so that published commands run, and refused where the checkpoint is another."""
+    """Flags of published commands. Not needed; an error if they do not match the checkpoint."""
 
     model: str | None = None
-    """The model's size and patch, such as SiT-XL/2."""
+    """Model size and patch size, such as SiT-XL/2."""
     num_classes: int | None = None
-    """Classes that the model knows."""
+    """Number of classes."""
     encoder_depth: int | None = None
-    """The block, counted from 1, whose tokens were compared with the teacher's."""
+    """Block aligned with the teacher's features, counted from 1."""
     resolution: int | None = None
-    """Pixels per side of the images."""
+    """Image resolution in pixels."""
     qk_norm: bool = False
-    """The model normalises queries and keys."""
+    """Model with query-key normalisation."""
     projector_embed_dims: str | None = None
-    """Widths of the teachers, with commas between them."""
+    """Comma-separated feature dimensions of the teachers."""
     path_type: Literal["linear", "cosine"] | None = None
-    """How data turned into noise. A bare file of weights does not tell; then the default is linear."""
+    """Interpolation path of training. [default: as in the checkpoint; linear for bare weights]"""
     legacy: bool = False
-    """Has no effect: checkpoints with REPA's older names are known by those names."""
+    """No effect; checkpoints with REPA's older names are recognised."""
 
     def assumed(self) -> dict[str, Any]:
-        """The settings to go by where a checkpoint has none."""
+        """The settings for a checkpoint without settings."""
         return {name: getattr(self, name) for name in ASSUMED if getattr(self, name) is not None}
 
     def refuse_other(self, loaded: LoadedCheckpoint, factor: int) -> None:
-        """UserError, naming the flag, if one says what the checkpoint is not. What it does not tell is not compared.
+        """UserError, naming the flag, if one does not match the checkpoint, as far as that is known.
 
-        factor: pixels per value of what the model samples.
+        Args:
+            factor: pixels per latent; 1 for a model of pixels.
         """
         settings, layout = loaded.recorded.get("args", {}), loaded.layout
         dims = ",".join(map(str, loaded.recorded.get("z_dims", ()))) or None
@@ -67,9 +68,9 @@ class PublishedFlags:
             given = getattr(self, name)
             given = given.replace(" ", "") if name == "projector_embed_dims" and given else given
             if None not in (given, value) and given != value:
-                raise UserError(f"--{name.replace('_', '-')} must be {value}, as the checkpoint has it, got {given}")
+                raise UserError(f"--{name.replace('_', '-')} must be {value}, as in the checkpoint, got {given}")
         if self.qk_norm and not loaded.model_config.get("qk_norm"):
-            raise UserError("--qk-norm must be left out, as the checkpoint's attention has no such norm, got --qk-norm")
+            raise UserError("--qk-norm must be left out, as the checkpoint has no query-key normalisation")
 
 
 Settings = TypeVar("Settings", bound="SamplingConfig")
@@ -77,43 +78,43 @@ Settings = TypeVar("Settings", bound="SamplingConfig")
 
 @dataclass(kw_only=True)
 class SamplingConfig(CacheConfig):
-    """How images are sampled. The names are those of SiT's and REPA's generate.py."""
+    """Sampling settings, named as in SiT's and REPA's generate.py."""
 
     num_steps: int = DEFAULT_STEPS
-    """Steps from noise to image."""
+    """Number of sampling steps."""
     mode: Literal["ode", "sde"] = "ode"
-    """ode: the same noise gives the same image, Euler steps. sde: fresh noise at every step, Euler-Maruyama."""
+    """Sampler: ode (Euler, deterministic) or sde (Euler-Maruyama, fresh noise at each step)."""
     heun: bool = False
-    """Heun's second-order steps for the ODE: twice the work of Euler's, fewer steps needed."""
+    """Use Heun's second-order ODE sampler; two model calls per step."""
     cfg_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    """Classifier-free guidance scale; 1 disables guidance."""
     guidance_low: float = 0.0
-    """Guide only from this time on, 0 being the image ..."""
+    """Lower end of the guidance interval in time; 0 is the image ..."""
     guidance_high: float = 1.0
-    """... up to this time, 1 being noise."""
+    """... and its upper end; 1 is pure noise."""
     guidance_mode: Literal["batched", "separate"] = "batched"
-    """Guided steps as one batch of twice the size, or in two halves that take half of the memory."""
+    """Run cond and uncond as one batch, or as two with half the memory."""
     global_seed: int = 0
-    """Same seed, same images, whatever the batch size."""
+    """Random seed. Images do not depend on the batch size."""
     labels: str = "random"
-    """What to sample: random, balanced (0, 1, 2, ... in turn), or classes to take in turn: such as 3,1,4, or a text
-    file with one on each line."""
+    """Class labels: random, balanced (0, 1, 2, ... in turn), or a list to cycle through, such as 3,1,4 or a text file
+    with one class per line."""
     ema: bool = True
-    """Sample with the averaged weights; --no-ema samples with the trained ones."""
+    """Use the EMA weights."""
     vae: str | None = None
-    """ema, mse, a hub name or a folder: what turns latents into images. None: ema for Stable Diffusion's latents, as
-    generate.py has it, unless the run was given another; for others what has made them."""
+    """VAE that decodes latents: ema, mse, a hub name or a folder. [default: the one of training; ema for Stable
+    Diffusion's latents, as in generate.py]"""
     convention: Literal["repa", "sit"] | None = None
-    """Whose the checkpoint is, where it does not tell: repa (also HASTE's) or sit (SiT's own trainer)."""
+    """Trainer of a checkpoint that does not record it: repa (also HASTE) or sit (SiT's own)."""
 
     @property
     def sampler(self) -> str:
-        """The sampler's name in `haste.samplers`."""
+        """The name of the sampler in `haste.samplers`."""
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
 
     @property
     def guidance_interval(self) -> tuple[float, float] | None:
-        """Lowest and highest time of a guided step; None if all are."""
+        """Lowest and highest time of guided steps; None if all are guided."""
         interval = (self.guidance_low, self.guidance_high)
         return None if interval == (0.0, 1.0) else interval
 
@@ -128,7 +129,7 @@ class SamplingConfig(CacheConfig):
         return ", ".join(parts)
 
     def short_name(self) -> str:
-        """'euler-50-cfg1.5-seed0-taylor-module-i4-o4', for folders: the settings that people vary."""
+        """'euler-50-cfg1.5-seed0-taylor-module-i4-o4', for folders: the settings that users vary most."""
         parts = [self.sampler, str(self.num_steps), f"cfg{self.cfg_scale:g}"]
         if self.guidance_interval is not None:
             parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
@@ -144,48 +145,45 @@ class SamplingConfig(CacheConfig):
         return "-".join(parts)
 
     def sampling_fields(self) -> dict:
-        """Exactly the settings that decide the images, with the same names and types in every subclass."""
+        """The settings that decide the images, with the same names and types in every subclass."""
         own = set(SamplingConfig.__dataclass_fields__) - set(CacheConfig.__dataclass_fields__)
         fields = {name: value for name, value in asdict(self).items() if name in own}
-        del fields["guidance_mode"]  # decides where they are rounded, not what they are
-        del fields["convention"]  # which the checkpoint has settled
+        del fields["guidance_mode"]  # affects rounding only
+        del fields["convention"]  # recorded with the checkpoint
         if self.vae is None:
-            del fields["vae"]  # whose name is a checkpoint's own
+            del fields["vae"]  # the checkpoint's own
         return {**fields, **self.cache_fields()}
 
     def effective(self: Settings) -> Settings:
-        """The same without what changes nothing, which published commands have: each is named by a line in the log.
+        """The same settings without those that published commands have to no effect; logs a warning for each.
 
-        Raises UserError for a bound of guidance that is no time, also where there is no guidance.
+        Raises:
+            UserError: --guidance-low or --guidance-high is out of bounds, also without guidance.
         """
         idle: dict[str, Any] = {}
         if self.heun and self.mode == "sde":
             idle["heun"] = False
-            logger.warning("--heun has no effect with --mode sde: it is a step of the ODE")
+            logger.warning("--heun has no effect with --mode sde: it is a sampler of the ODE")
         for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
             check_number(name, getattr(self, name))
             if self.cfg_scale == 1 and getattr(self, name) != default:
                 idle[name] = default
-                logger.warning("--%s has no effect, as --cfg-scale is 1, which is no guidance", name.replace("_", "-"))
+                logger.warning("--%s has no effect with --cfg-scale 1, without guidance", name.replace("_", "-"))
         return replace(self, **idle)
 
     def check(self) -> None:
-        """UserError for values out of bounds, and for settings that contradict each other."""
+        """Raise UserError for values out of bounds and settings that contradict each other."""
         if self.heun and self.mode == "sde":
-            raise UserError("--heun is a step of the ODE; it cannot be used with --mode sde")
+            raise UserError("--heun must come with --mode ode, got --mode sde")
         self.check_cache()
-        self._check_guidance()
-
-    def _check_guidance(self) -> None:
         if not self.guidance_low <= self.guidance_high:
             raise UserError(
-                f"--guidance-low is {self.guidance_low:g}; it must not be above --guidance-high, {self.guidance_high:g}"
+                f"--guidance-low must be at most --guidance-high, {self.guidance_high:g}, got {self.guidance_low:g}"
             )
         for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
             value = getattr(self, name)
             if self.cfg_scale == 1 and value != default:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {value:g}, and there is no guidance; it needs --cfg-scale above 1")
+                raise UserError(f"--{name.replace('_', '-')} must come with --cfg-scale above 1, got {value:g} without")
 
 
 @dataclass(kw_only=True)
@@ -193,57 +191,58 @@ class SampleConfig(SamplingConfig, PublishedFlags):
     """The settings of `haste sample`, which are its flags."""
 
     ckpt: Path
-    """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
+    """Checkpoint file, or run folder for its latest checkpoint."""
     fast: bool = False
-    """The recommended cache, in place of --cache and what goes with it. Made for the ODE."""
+    """Use the recommended cache settings, tuned for the ODE, instead of --cache and its options."""
     num_fid_samples: int = 100
-    """How many images to sample. (50,000 for a published FID.)"""
+    """Number of images to sample; 50,000 for a published FID."""
     per_proc_batch_size: int = 128
-    """Images per batch of each process. Changes the speed and the memory, not the images."""
+    """Batch size per process. Does not change the images."""
     sample_dir: Path | None = None
-    """Where the folder of images goes; by default samples/ in the run's folder."""
+    """Output folder. [default: samples/ in the run folder]"""
     fused_attn: bool = True
-    """Fused attention; --no-fused-attn computes it step by step."""
+    """Use fused attention."""
     tf32: bool = True
-    """Let NVIDIA GPUs round fp32 matrix products to TF32."""
+    """Allow TF32 matrix products on NVIDIA GPUs."""
     compile: bool = False
-    """Let torch.compile fuse the model. The first batch takes a minute or so longer."""
+    """Compile the model with torch.compile; the first batch takes about a minute longer."""
     cuda_graphs: bool = False
-    """On a GPU and with a cache: replay full and forecast calls as CUDA graphs. Not yet tried on a GPU."""
+    """Replay the calls of a cached model as CUDA graphs. Not yet tried on a GPU."""
 
     def resolved(self) -> SampleConfig:
-        """The same, with --fast and a file of labels replaced by what they stand for, without what has no effect."""
+        """The same settings with --fast and a label file expanded, and without those that have no effect."""
         chosen: dict[str, Any] = {}
         if self.fast:
             for name, default in asdict(CacheConfig()).items():
                 value = getattr(self, name)
                 if value != default:
                     flag = name.replace("_", "-")
-                    raise UserError(f"--{flag} is {value} beside --fast, which chooses it; give one or the other")
+                    raise UserError(f"--{flag} must be left out with --fast, which sets it, got {value}")
             chosen = asdict(fast_config(self.num_steps, noisy=self.mode == "sde"))
         return replace(self, fast=False, labels=list_labels(self.labels), **chosen).effective()
 
 
 def list_labels(policy: str) -> str:
-    """The policy itself; in place of a file's name, the classes that stand on its lines, as 3,1,4."""
+    """A --labels policy with a file's name replaced by the classes on its lines, as 3,1,4."""
     path = _as_file(policy)
     if path is None:
         return policy
     try:
         lines = read_bytes(path, LARGEST_FILE).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels is {policy}, which cannot be read as text: {in_one_line(error)}") from error
+        raise UserError(f"--labels must be a text file, got {policy}: {in_one_line(error)}") from error
     filled = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     for number, line in filled:
         if not (line.isascii() and line.isdecimal()):
-            raise UserError(f"--labels is {policy}, whose line {number} is {shorten(line)}; it must be a class as 3")
+            found = f"{shorten(line)} on line {number} of {policy}"
+            raise UserError(f"--labels must have a class on each line, got {found}")
     if not filled:
-        raise UserError(f"--labels is {policy}, which is empty; it must have one class on each line")
+        raise UserError(f"--labels must have a class on each line, got {policy}, which is empty")
     return ",".join(line for _, line in filled)
 
 
 def _as_file(policy: str) -> Path | None:
-    """The file that a policy names; None if it names none."""
+    """The file that a policy names, if there is one."""
     try:
         path = Path(policy).expanduser()
         return path if len(policy) <= 4096 and path.is_file() else None

@@ -1,7 +1,7 @@
-"""From a checkpoint to 8-bit images, each a function of its own number alone.
+"""From a checkpoint to 8-bit images.
 
-Image i of a seed has its own random generator for its label, its starting noise and the noise of the SDE. So it is
-the same image in any batch size and in any number of images, up to the rounding of matrix products of other sizes.
+Image i of a seed has its own random generator for its label, its initial noise and the noise of the SDE. So it does
+not depend on the batch size or the number of images, except for the rounding of matrix products of other sizes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from haste.weights import BrokenCheckpoint
 logger = logging.getLogger(__name__)
 
 IMAGE_CHANNELS = (1, 3)
-PUBLISHED = "ema"  # what the generate.py of REPA, HASTE and SiT decode with
+PUBLISHED = "ema"  # the VAE that generate.py of REPA, HASTE and SiT decodes with
 
 
 # ---- the checkpoint ----
@@ -41,11 +41,15 @@ PUBLISHED = "ema"  # what the generate.py of REPA, HASTE and SiT decode with
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A trained model with the settings of its run and the checkpoint file that it came from.
+    """A trained model with the settings of its run.
 
-    recorded: what that file tells besides: `args`, the settings of its run; `z_dims`, the widths of its projectors;
-    `convention`, whose it keeps; and, unless another trainer wrote it, `latents`, their format or None for pixels, and
-    `class_names`, by label, where the data had names.
+    Attributes:
+        model: in eval mode, without projectors; of `model_config`, see `haste.models.build_model`.
+        config: the settings of the run that decide sampling.
+        checkpoint: the file.
+        recorded: its other content: `args`, all settings of the run; `z_dims`, the widths of the projectors;
+            `convention`, see `haste.training.conventions`; in haste's own, `latents`, their format (None for pixels),
+            and `class_names` by label, if the data has names.
     """
 
     model: nn.Module
@@ -63,29 +67,37 @@ class LoadedCheckpoint:
         return self.family.layout(self.model_config)
 
     @property
+    def num_classes(self) -> int:
+        """The number of class labels. Raises UserError for a model that is not conditioned on classes."""
+        count = self.layout.num_classes
+        if count is None:
+            raise UserError(f"--labels must be classes of the model, got {self.checkpoint}, which has none")
+        return count
+
+    @property
     def run(self) -> Path:
-        """The run's folder: the one above checkpoints/, or the checkpoint's own."""
+        """The run's folder: the parent of checkpoints/, or the checkpoint's own folder."""
         folder = self.checkpoint.parent
         return folder.parent if folder.name == "checkpoints" else folder
 
     @property
     def step(self) -> int | None:
-        """The training step, which is the file's name; None for a file that was renamed."""
+        """The training step, from the file's name; None for a renamed file."""
         return int(self.checkpoint.stem) if self.checkpoint.stem.isdecimal() else None
 
     @property
     def guided_channels(self) -> int | None:
-        """How many channels, the first ones, its authors' sampler guides; None for all."""
+        """How many channels, from the first, the authors' sampler guides; None for all."""
         return self.family.foreign.guided_channels(self.recorded.get("convention", "repa"), self.layout.input_shape[0])
 
     @property
     def rounded(self) -> bool:
-        """Whether its authors' sampler rounds 8-bit images, as SiT's does; REPA's and HASTE's truncate."""
+        """Whether the authors' sampler rounds 8-bit images, as in SiT; REPA and HASTE truncate."""
         return self.recorded.get("convention") == "sit"
 
     @property
     def label(self) -> str:
-        """'digits, step 2,000', for titles; the file's name where there is no more."""
+        """'digits, step 2,000', for titles; at least the file's name."""
         where = self.checkpoint.stem if self.step is None else f"step {self.step:,}"
         return f"{self.config.exp_name}, {where}" if self.config.exp_name else where
 
@@ -99,42 +111,39 @@ def load_checkpoint(
     assume: Mapping[str, Any] | None = None,
     convention: Convention | None = None,
 ) -> LoadedCheckpoint:
-    """Load the model of a checkpoint, in eval mode and without projectors, with all that its file tells.
+    """Load a checkpoint for sampling.
 
     Args:
-        path: a checkpoint file of haste, HASTE, REPA or SiT, or the folder of a run: then its newest whole checkpoint.
-        ema: the averaged weights, which samples are made with, or the trained ones.
-        device: where the model goes; None is the GPU if there is one.
-        fused_attn: False computes attention step by step.
-        assume: settings of the run for which the file has none, as a bare file of weights.
-        convention: whose the file keeps, where it does not tell: "repa" (also HASTE's) or "sit".
+        path: a checkpoint file of haste, HASTE, REPA or SiT, or a run folder for its latest readable checkpoint.
+        ema: load the EMA weights; False loads the trained weights.
+        device: of the model; None for the GPU if there is one.
+        fused_attn: False for unfused attention.
+        assume: settings of the run, for a file without settings such as bare weights.
+        convention: "repa" (also HASTE's) or "sit", for a file that does not tell which trainer wrote it.
 
     Raises:
-        UserError: there is no checkpoint, or the file does not hold one.
+        UserError: there is no checkpoint, or it cannot be read.
     """
     path = Path(path).expanduser()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load(file: Path) -> LoadedCheckpoint:
-        content = read_checkpoint(file, assume, convention)
-        model = loaded_model(content, ema, fused_attn).to(device)
-        return LoadedCheckpoint(
-            model, content["model_config"], sampling_config(content, file), file, what_is_recorded(content)
-        )
-
-    if not path.is_dir():
-        return load(path)
-    candidates = run_checkpoints(path)
-    for candidate in reversed(candidates):
+    files = run_checkpoints(path)[::-1] if path.is_dir() else [path]
+    for file in files:
         try:
-            return load(candidate)
+            content = read_checkpoint(file, assume, convention)
+            model = loaded_model(content, ema, fused_attn).to(device)
         except BrokenCheckpoint as error:
-            logger.warning("%s; looking for an earlier one", error)
-    raise UserError(f"none of the {len(candidates)} checkpoints in {path / 'checkpoints'} is whole")
+            if not path.is_dir():
+                raise
+            logger.warning("%s; trying the one before", error)
+            continue
+        settings = sampling_config(content, file)
+        return LoadedCheckpoint(model, content["model_config"], settings, file, what_is_recorded(content))
+    raise UserError(f"all {len(files)} checkpoints in {path / 'checkpoints'} are damaged")
 
 
 def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
-    """`LoadedCheckpoint.recorded` of what `read_checkpoint` returns."""
+    """`LoadedCheckpoint.recorded`, from the result of `read_checkpoint`."""
     last = re.compile(r"projectors\.\d+\.4\.weight")
     z_dims = [weight.shape[0] for name, weight in content["model"].items() if last.fullmatch(name) and weight.dim()]
     names = ("args", "convention", "latents", "class_names")
@@ -143,15 +152,13 @@ def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run's folder, oldest first; UserError if there are none."""
+    """The checkpoints of a run folder, oldest first; UserError if there are none."""
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
-        if list_checkpoints(run):  # the folder inside a run's, which its name invites one to give
-            raise UserError(
-                f"{run} is the folder of checkpoints inside a run's; give the run's own, {run.absolute().parent}, "
-                "or one of the files"
-            )
-        raise UserError(f"{run} holds no checkpoints; give a checkpoint file or the folder of a run of haste train")
+        wanted = "a checkpoint file or the folder of a run of haste train"
+        if list_checkpoints(run):  # checkpoints/ itself
+            raise UserError(f"--ckpt must be {wanted}, such as {run.absolute().parent}, got its folder {run}")
+        raise UserError(f"--ckpt must be {wanted}, got {run}, which holds no checkpoints")
     return checkpoints
 
 
@@ -159,66 +166,64 @@ def run_checkpoints(run: Path) -> list[Path]:
 
 
 def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFormat | None:
-    """How what a model samples becomes images; None for pixels.
+    """The format of a model's latents; None for a model of pixels.
 
-    vae: as --vae names it, in place of the one that the checkpoint names. Of a checkpoint that names none, as other
-    trainers write them, one or three channels are pixels, and others the latents of this VAE.
-    The two VAEs of Stable Diffusion make the same latents, so those do not tell by which they are decoded: it is the
-    published one, unless the run was given another. So it is the same before and after a run of REPA's is resumed.
-    Raises UserError for a VAE that does not exist or does not fit.
+    A checkpoint of another trainer does not record the format: one or three channels are pixels, others latents of
+    `vae`. Stable Diffusion's two VAEs have the same latents and differ in the decoder: without --vae, of the command or
+    of the run, it is the published one. So a run of REPA's is decoded alike before and after haste resumes it.
+
+    Args:
+        vae: as for --vae; replaces the decoder that the checkpoint names.
+
+    Raises:
+        UserError: the VAE does not exist or does not fit.
     """
-    channels = loaded.layout.input_shape[0]
-    if "latents" not in loaded.recorded:
-        if vae is None and channels in IMAGE_CHANNELS:
-            return None
-        latents = LatentFormat.of(vae or PUBLISHED)
-        if latents.channels != channels:
+    channels, recorded = loaded.layout.input_shape[0], loaded.recorded.get("latents")
+    if recorded is not None:
+        latents = LatentFormat.from_dict(recorded, f"latents of {loaded.checkpoint}")
+        if vae is None and loaded.config.vae is None and latents.vae in PUBLISHED_VAES.values():
+            vae = PUBLISHED
+        other = latents if vae is None else LatentFormat.of(vae)
+        if (other.channels, other.factor) != (latents.channels, latents.factor):
             raise UserError(
-                f"--vae is {vae or PUBLISHED}, whose latents have {latents.channels} channels; it must have the "
-                f"{channels} that the model samples"
+                f"--vae must have {latents.channels} channels and {latents.factor} pixels per latent, as "
+                f"{latents.vae} of training, got {vae} with {other.channels} and {other.factor}"
             )
-        return latents
-    saved = loaded.recorded["latents"]
-    if saved is None:
-        if vae is not None:
-            raise UserError(f"--vae is {vae}, and the model samples pixels, which need none")
+        return replace(latents, vae=other.vae)  # with the shift and scale of training
+    if "latents" in loaded.recorded and vae is not None:
+        raise UserError(f"--vae must be left out for a model of pixels, got {vae}")
+    if "latents" in loaded.recorded or (vae is None and channels in IMAGE_CHANNELS):
         return None
-    latents = LatentFormat.from_dict(saved, f"latents of {loaded.checkpoint}")
-    if vae is None and loaded.config.vae is None and latents.vae in PUBLISHED_VAES.values():
-        vae = PUBLISHED
-    return latents if vae is None else with_other_decoder(latents, vae)
-
-
-def with_other_decoder(latents: LatentFormat, vae: str) -> LatentFormat:
-    """The latents that a model was trained on, shift and scale included, decoded by another VAE."""
-    other = LatentFormat.of(vae)
-    if (other.channels, other.factor) != (latents.channels, latents.factor):
+    latents = LatentFormat.of(vae or PUBLISHED)
+    if latents.channels != channels:
         raise UserError(
-            f"--vae is {vae}, with {other.channels} channels and {other.factor} pixels per latent; it must have "
-            f"{latents.channels} and {latents.factor}, as {latents.vae}, which the model was trained with"
+            f"--vae must have latents of {channels} channels, as the model, got {vae or PUBLISHED} with "
+            f"{latents.channels}"
         )
-    return replace(latents, vae=other.vae)
+    return latents
 
 
 # ---- images ----
 
 
 def image_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -> torch.Generator:
-    """The random generator that belongs to image `index` of `seed` alone."""
+    """The random generator of image `index` of `seed`."""
     entropy = (seed, index, ("label", "noise").index(purpose))
     return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
 def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
-    """The labels (len(indices),) int64 of these images under a --labels policy. Raises UserError for a bad policy."""
+    """The labels (len(indices),) int64 of images under a --labels policy. Raises UserError for an invalid policy."""
     if policy == "random":
         chosen = [torch.randint(num_classes, (), generator=image_generator(seed, i, "label")) for i in indices]
         return np.array([int(label) for label in chosen], dtype=np.int64)
     listed = list(range(num_classes)) if policy == "balanced" else _listed_classes(policy)
     unknown = [label for label in listed if not 0 <= label < num_classes]
     if unknown:
-        known = f"this model knows the classes 0 to {num_classes - 1}"
-        raise UserError(f"--labels is {shorten(policy)} and has {shorten(unknown[0])}; {known}")
+        raise UserError(
+            f"--labels must be classes of the model, 0 to {num_classes - 1}, got {shorten(unknown[0])} in "
+            f"{shorten(policy)}"
+        )
     return np.array(listed, dtype=np.int64)[np.asarray(indices) % len(listed)]
 
 
@@ -238,7 +243,7 @@ Observer = Callable[[int, Tensor], None]
 
 
 class Start(NamedTuple):
-    """noise: (n, C, S, S). labels: (n,) int64. generators: one per image, for the noise of the SDE."""
+    """The inputs of the sampler: noise (n, C, S, S), labels (n,) int64, and a generator per image for SDE noise."""
 
     noise: Tensor
     labels: Tensor
@@ -248,7 +253,8 @@ class Start(NamedTuple):
 class Sampler:
     """Samples images of one model, batch by batch.
 
-    Raises UserError for settings that contradict each other or do not fit the model.
+    Raises:
+        UserError: settings contradict each other or do not fit the model.
     """
 
     def __init__(self, loaded: LoadedCheckpoint, settings: SamplingConfig) -> None:
@@ -256,9 +262,7 @@ class Sampler:
         model = loaded.model
         self.null = loaded.family.null(model)
         if settings.cfg_scale > 1 and self.null is None:
-            raise UserError(
-                f"--cfg-scale is {settings.cfg_scale:g}; it must be 1 for a model trained with --cfg-prob 0"
-            )
+            raise UserError(f"--cfg-scale must be 1 for a model trained with --cfg-prob 0, got {settings.cfg_scale:g}")
         self.loaded = loaded
         self.settings = settings
         self.latents = latent_format(loaded, settings.vae)
@@ -271,7 +275,7 @@ class Sampler:
 
     @property
     def calls(self) -> tuple[int, int]:
-        """Model calls of the last batch, and how many of them were full; the others were forecast."""
+        """Model calls (NFE) of the last batch, and how many of them were full, not forecast."""
         if self.cache is not None:
             return self.cache.num_full + self.cache.num_forecast, self.cache.num_full
         s = self.settings
@@ -281,44 +285,44 @@ class Sampler:
 
     @property
     def rows(self) -> int:
-        """Rows that the cache keeps for one image, and the model sees at once but for separate guidance: two under
-        guidance."""
+        """Rows of a batch per image: two with guidance (cond and uncond), also if these are separate batches."""
         return 2 if self.settings.cfg_scale > 1 else 1
 
     def with_full_steps(self, steps: Sequence[int]) -> Sampler:
-        """The same, with exactly these steps in full."""
+        """A sampler of the same model whose full steps are exactly these."""
         settings = replace(
             self.settings,
             full_steps=describe_steps(steps),
             order=min(self.settings.resolved_order, len(steps) - 1),  # there is never more to forecast from
-            **dict.fromkeys(("interval", "first_enhance")),
+            interval=None,
+            first_enhance=None,
             error_threshold=0.0,
         )
         return self.with_settings(settings)
 
     def with_settings(self, settings: SamplingConfig) -> Sampler:
-        """The same model and the same VAE, sampled otherwise."""
+        """A sampler of the same model and VAE with other settings."""
         settings.check()
         other = copy.copy(self)
         other.settings, other.cache = settings, make_cache(self.loaded.model, settings)
         return other
 
     def speed_up(self, compile: bool, cuda_graphs: bool) -> None:
-        """Sample the same with less overhead: through torch.compile, or with a cache on a GPU through CUDA graphs."""
+        """Compile the model with torch.compile, and replay calls of a cached model on a GPU as CUDA graphs."""
         if compile and self.cache is not None:
             self.cache.compile()
         elif compile:
             for block in self.loaded.family.blocks(self.loaded.model):  # all share one compilation
                 block.compile(fullgraph=True)
-        if cuda_graphs and self.cache is None:
-            raise UserError("--cuda-graphs is given without a cache; it needs --fast or --cache")
         if cuda_graphs:
+            if self.cache is None:
+                raise UserError("--cuda-graphs must come with a cache (--fast or --cache), got --cache none")
             self.cache.capture()
 
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
-        """Run the model once on `count` images, with a cache until a step was forecast, and the VAE on one image: a
-        clock that starts now does not time what a first call sets up."""
+        """Run the model on `count` images, with a cache up to the first forecast step, and the VAE on one image: what
+        is measured afterwards does not include the work of first calls."""
         model = self.loaded.model
         rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())
@@ -339,29 +343,51 @@ class Sampler:
     def sample(
         self, indices: Sequence[int], progress: Progress | None = None, observe: Observer | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The images with these numbers, (n, H, W, 3) uint8, and their labels (n,) int64, sampled as one batch.
+        """Sample the images with these numbers as one batch.
 
-        `progress` is called after every step with the steps done and their number, `observe` with the step's number
-        and the state, as in `haste.samplers.sample`.
+        Args:
+            progress: called after each step with the number of steps done and in all.
+            observe: called with each step's number and state, as in `haste.samplers.sample`.
+
+        Returns:
+            Images (n, H, W, 3) uint8 and labels (n,) int64.
         """
         start = self.start_of(indices)
         images = self._to_images(self.run(start, progress, observe))
         if not images.isfinite().all():
-            source = "the model" if self.vae is None else f"the VAE {self.latents.vae}"
-            raise UserError(f"{source} gave NaN or infinity in place of images")
+            source = "the model" if self.latents is None else f"the VAE {self.latents.vae}"
+            raise UserError(f"{source} returned NaN or infinity")
         return to_uint8(images, self.loaded.rounded), start.labels.cpu().numpy()
 
+    def sample_batches(
+        self, count: int, batch_size: int, progress: Callable[[int], None] = lambda images: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sample the images with the numbers below `count`, in batches.
+
+        Args:
+            progress: called after each batch with its number of images.
+
+        Returns:
+            Images (count, H, W, 3) uint8 and labels (count,) int64.
+        """
+        batches = []
+        for start in range(0, count, batch_size):
+            batches.append(self.sample(range(start, min(start + batch_size, count))))
+            progress(len(batches[-1][1]))
+        images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+        return images, labels
+
     def start_of(self, indices: Sequence[int]) -> Start:
-        """Where the images with these numbers begin, as one batch."""
-        settings, layout = self.settings, self.loaded.layout
-        labels = choose_labels(settings.labels, settings.global_seed, indices, layout.num_classes)
+        """The labels, initial noise and generators of the images with these numbers."""
+        settings = self.settings
+        labels = choose_labels(settings.labels, settings.global_seed, indices, self.loaded.num_classes)
         generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
-        shape = (len(indices), *layout.input_shape)
+        shape = (len(indices), *self.loaded.layout.input_shape)
         noise = initial_noise(shape, generators, dtype=self.loaded.model.dtype, device=self.device)
         return Start(noise, torch.from_numpy(labels).to(self.device), generators)
 
     def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:
-        """What the model and the sampler alone make of a start: (n, C, S, S), on the model's device."""
+        """Run the sampler without the VAE: (n, C, S, S), on the model's device."""
         settings, family = self.settings, self.loaded.family
         solve = solver(
             num_steps=settings.num_steps,
@@ -380,5 +406,5 @@ class Sampler:
         return family.sample(self.cache or self.loaded.model, start.noise, family.condition(start.labels), solve)
 
     def _to_images(self, x: Tensor) -> Tensor:
-        """What the model samples, as images (n, 1 or 3, H, W) in [-1, 1]."""
+        """Decode model outputs to images (n, 1 or 3, H, W) in [-1, 1]."""
         return x if self.vae is None else self.vae.decode(x)

@@ -1,19 +1,19 @@
-"""Images in memory, and the folder that `haste sample` fills: numbered PNGs, and sample.json with their settings.
+"""Samples in memory, and the folder of `haste sample`: numbered PNGs, and sample.json with their settings.
 
-A folder takes images of one command only. Since an image depends on its number alone, a command that was killed
-resumes with the numbers that are missing, and a larger count adds to what is there.
+A folder holds the images of one command. Since an image depends only on its number, a killed command resumes with the
+missing numbers, and a larger count adds to the existing images.
 
     <name>/000000.png ...   the images, in their own size
-    <name>/sample.json      settings, the seconds that sampling took, and full steps that were measured
-    <name>.npz              arr_0 (N, H, W, 3) uint8 as the ADM evaluator reads it, and labels (N,)
-    <name>-grid.png         some of them, enlarged, with their labels
+    <name>/sample.json      the settings, the seconds that sampling took, and measured full steps
+    <name>.npz              arr_0 (N, H, W, 3) uint8 as for the ADM evaluator, and labels (N,)
+    <name>-grid.png         the first images, enlarged, with their labels
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +30,8 @@ from haste.caching import check_memory
 from haste.caching.schedule import describe_steps
 from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
-from haste.generation.config import SampleConfig
+from haste.errors import require
+from haste.generation.config import SampleConfig, SamplingConfig
 from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels, load_checkpoint
 from haste.io import read_json, remove_abandoned, writing
 from haste.resumable import ResumableDir, differences
@@ -42,14 +43,17 @@ logger = logging.getLogger(__name__)
 RECORD = "sample.json"
 
 THREADS = 8  # files that are read or written at a time
-ALL_THERE = "the images are all there, and the same command tries again"
-
 CHUNK = 256  # images in memory while the .npz is written
+ALL_THERE = "the images are complete, and the same command tries again"
+CALIBRATION_IMAGES = 8  # on which --error-threshold measures the full steps
+
+# Of the grid: images up to SMALL pixels wide are shown MANY at a time, larger ones FEW, in their own size.
+SMALL, MANY, FEW = 64, 100, 40
 
 
 @dataclass
 class Sampled:
-    """What was sampled into a folder so far, the seconds it took, and the model calls of an image (NFE)."""
+    """How many images were sampled into a folder, the seconds it took, and the model calls per image (NFE)."""
 
     images: int = 0
     seconds: float = 0.0
@@ -63,14 +67,14 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Record:
-    """The content of a sample.json. full_steps: those that --error-threshold has found."""
+    """The content of a sample.json. full_steps: measured by --error-threshold."""
 
     settings: dict[str, Any]
     sampled: Sampled
     full_steps: list[int] | None = None
 
 
-# Of records that earlier versions wrote.
+# Keys in the records of earlier versions.
 OLD_NAMES = {
     "drawn": "sampled", "pictures": "images", "evaluations_per_picture": "calls_per_image",
     "evaluations_per_image": "calls_per_image", "full_per_picture": "full_per_image", "max_error": "error_threshold",
@@ -78,7 +82,7 @@ OLD_NAMES = {
 
 
 def read_record(folder: Path) -> Record:
-    """The content of a folder's sample.json. UserError if it is not one."""
+    """Read a folder's sample.json. UserError if it is damaged."""
     path = folder / RECORD
     return _to_record(read_json(path, "the record of a sample folder"), path)
 
@@ -91,16 +95,16 @@ def _to_record(content: Any, path: Path) -> Record:
 
 
 class SampleDir(ResumableDir):
-    """A folder of samples that all have the same settings.
+    """A folder of samples with the same settings.
 
     Args:
         path: the folder. Nothing is written before the first image.
-        settings: plain values, which decide the images.
-        before: the same as earlier versions recorded them (`as_before`), so that their folders are resumed.
+        settings: plain values that decide the images.
+        before: the same settings in the form of earlier versions (`as_before`), so that their folders can be resumed.
 
     Attributes:
-        sampled: what is there.
-        full_steps: those that --error-threshold has found, which hold for all images of the folder.
+        sampled: what was sampled so far.
+        full_steps: the full steps of all images of the folder, if --error-threshold measured them.
     """
 
     flag, content, record_name = "--sample-dir", "samples", RECORD
@@ -122,7 +126,7 @@ class SampleDir(ResumableDir):
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep other commands out; what a kill has left of a write is gone. UserError if another command is in it."""
+        """Lock the folder and remove unfinished files. UserError if another command holds it."""
         with super().hold():
             self.remove_leftovers()
             for path in (self.npz, self.grid):
@@ -130,11 +134,11 @@ class SampleDir(ResumableDir):
             yield
 
     def missing(self, count: int) -> list[int]:
-        """The numbers below `count` whose image is not there yet."""
+        """The numbers below `count` without an image."""
         return [index for index in range(count) if not image_path(self.path, index).is_file()]
 
     def write(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Write images (n, H, W, 3) uint8 under these numbers; any process may."""
+        """Write images (n, H, W, 3) uint8 under these numbers. Any process may call it."""
         if not self.record.is_file():
             self._save()  # before the first image is in it
         paths = [image_path(self.path, index) for index in indices]
@@ -142,19 +146,19 @@ class SampleDir(ResumableDir):
             list(pool.map(write_image, paths, images))
 
     def count(self, images: int, seconds: float, calls: int, full: int) -> None:
-        """Keep in the record that n more images were written, and what they took."""
+        """Add images, and the seconds and model calls that they took, to the record."""
         self.sampled = Sampled(self.sampled.images + images, self.sampled.seconds + seconds, calls, full)
         self._save()
 
     def read(self, count: int) -> Iterator[np.ndarray]:
-        """The first `count` images, (H, W, 3) uint8 each. Raises UserError if one cannot be read."""
+        """Yield the first `count` images, (H, W, 3) uint8 each. Raises UserError if one cannot be read."""
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, count, CHUNK):
                 numbers = range(start, min(start + CHUNK, count))
                 yield from pool.map(read_image, [image_path(self.path, number) for number in numbers])
 
     def collect(self, labels: np.ndarray) -> None:
-        """Write the .npz with the first images and their labels (N,) beside the folder. UserError if it cannot be."""
+        """Write the first images and their labels (N,) to the .npz beside the folder. UserError if that fails."""
         with writing(str(self.npz), ALL_THERE):
             write_npz(self.npz, self.read(len(labels)), labels)
 
@@ -173,9 +177,12 @@ class SampleDir(ResumableDir):
 
 @dataclass(frozen=True)
 class Samples:
-    """What a command of `haste sample` left: images with their labels (N,), and the folder.
+    """The result of `haste sample`.
 
-    new: how many of them this command sampled; the others were there.
+    Attributes:
+        labels: (N,), of the images.
+        folder: where they are.
+        new: how many of them were sampled by this command, not found in the folder.
     """
 
     labels: np.ndarray
@@ -192,14 +199,11 @@ class Samples:
         return self.folder.sampled
 
 
-CALIBRATION_IMAGES = 8
-
-
 def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, processes: Processes) -> int:
-    """Sample the images below `count` that the folder lacks, under a progress bar; how many those were.
+    """Sample the missing images below `count` under a progress bar, and return how many those were.
 
-    The processes go in rounds, a batch each, and the first one keeps the record. So whatever ends them, all images that
-    were sampled are there, and counted up to the last round.
+    The processes sample in rounds of one batch each, after which the first one updates the record. After a kill, all
+    finished batches are in the folder, and counted up to the last round.
     """
     missing = processes.agree(lambda: folder.missing(count))
     batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
@@ -213,46 +217,51 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
         for start in range(0, len(batches), processes.count):
             together = batches[start : start + processes.count]
             own = together[processes.rank] if processes.rank < len(together) else []
-            count_now = sum(map(len, together))
-            done = bar.n + count_now
+            before, size = bar.n, sum(map(len, together))
+
+            def advance(step: int, steps: int, before=before, size=size) -> None:
+                bar.update(before + size * step // steps - bar.n)
+
             seconds = 0.0
             if own:
                 begin = perf_counter()
-                images, _ = sampler.sample(own, advance(bar, count_now))
+                images, _ = sampler.sample(own, advance)
                 seconds = perf_counter() - begin
                 folder.write(own, images)
             slowest = max(processes.gather(seconds))
             if processes.first:
-                folder.count(count_now, slowest, *sampler.calls)
-                bar.update(done - bar.n)
+                folder.count(size, slowest, *sampler.calls)
+                bar.update(before + size - bar.n)
     return len(missing)
 
 
 def deal(missing: list[int], size: int) -> list[list[int]]:
-    """Batches of at most `size` numbers, of which one holds the numbers from k·size to (k + 1)·size that are missing.
+    """Split numbers into batches: each has the missing ones of k·size to (k + 1)·size − 1.
 
-    So an image shares its batch with the same others whichever process samples it, and after a resumption too: its
-    matrix products are rounded alike.
+    So an image has the same others in its batch in any process and after resuming, and its matrix products are rounded
+    alike.
     """
     return [list(batch) for _, batch in groupby(missing, key=lambda index: index // size)]
 
 
-def advance(bar, images: int) -> Callable[[int, int], None]:
-    """Moves the bar by whole images while the steps of one round go by."""
-    base = bar.n
+def open_sampler(loaded: LoadedCheckpoint, settings: SamplingConfig) -> Sampler:
+    """A sampler whose full steps, with --error-threshold, are measured once and then the same for all images."""
+    sampler = Sampler(loaded, settings)
+    return sampler.with_full_steps(measure_full_steps(sampler)) if settings.error_threshold else sampler
 
-    def progress(step: int, steps: int) -> None:
-        bar.update(base + images * step // steps - bar.n)
 
-    return progress
+def measure_full_steps(sampler: Sampler) -> list[int]:
+    """The full steps of an adaptive schedule, on fixed images: a function of the weights, settings and seed."""
+    cache = sampler.cache
+    assert cache is not None
+    sampler.sample(range(CALIBRATION_IMAGES))
+    steps = cache.full_steps
+    cache.release()
+    return steps
 
 
 def settle_full_steps(sampler: Sampler, folder: SampleDir, processes: Processes) -> Sampler:
-    """For --error-threshold: a sampler whose full steps are the same for all images of the command.
-
-    Which they are is measured once, and always on the same images of the seed, however many are asked for; a folder
-    that was begun keeps them. Otherwise an image would depend on those that share its batch or its command.
-    """
+    """As `open_sampler`, with full steps that the folder keeps: otherwise an image would depend on its batch."""
     if not sampler.settings.error_threshold:
         return sampler
     if folder.full_steps is None:
@@ -261,18 +270,6 @@ def settle_full_steps(sampler: Sampler, folder: SampleDir, processes: Processes)
     error, total = sampler.settings.error_threshold, sampler.settings.num_steps
     logger.info("--error-threshold %g: %d of %d steps are full, %s", error, len(steps), total, describe_steps(steps))
     return sampler.with_full_steps(steps)
-
-
-def measure_full_steps(sampler: Sampler) -> list[int]:
-    """The full steps that an adaptive schedule finds: a function of the weights, the settings and the seed alone."""
-    sampler.sample(range(CALIBRATION_IMAGES))
-    steps = sampler.cache.full_steps
-    sampler.cache.release()
-    return steps
-
-
-# In the grid. Of images wider than SMALL fewer are shown, as they are shown in their own size.
-SMALL, MANY, FEW = 64, 100, 40
 
 
 def sample(
@@ -286,17 +283,17 @@ def sample(
 ) -> np.ndarray:
     """Sample images.
 
-    An image depends on the checkpoint, the settings, `global_seed` and its number alone: the first ten of a hundred are
+    An image depends only on the checkpoint, the settings, `global_seed` and its number: the first ten of a hundred are
     the ten of another call, up to the rounding of matrix products of other sizes.
 
     Args:
-        checkpoint: a checkpoint file of haste, HASTE, REPA or SiT, the folder of a run (its newest whole checkpoint),
-            or what `load_checkpoint` returned.
-        labels: classes, taken in turn; or "random" (the default), "balanced", or a text file with a class on each line.
-        num_images: how many. None: one for each label, or 16.
-        batch_size: images at a time; changes the speed and the memory.
-        folder: also write PNGs, an .npz and a grid into a folder in there, as `haste sample --sample-dir` does: images
-            that are there already are not sampled again.
+        checkpoint: a checkpoint file of haste, HASTE, REPA or SiT, a run folder for its latest readable checkpoint, or
+            the result of `load_checkpoint`.
+        labels: classes to cycle through; or "random" (the default), "balanced", or a text file with a class per line.
+        num_images: None for one per label, or 16 without a list of labels.
+        batch_size: images at a time; affects speed and memory.
+        folder: also write PNGs, an .npz and a grid into a subfolder, as `haste sample --sample-dir`; images that exist
+            there are not sampled again.
         settings: fields of SamplingConfig, such as num_steps, mode, cfg_scale, global_seed, ema and vae, and of
             CacheConfig, such as cache and interval; fast=True for the recommended cache.
 
@@ -304,8 +301,8 @@ def sample(
         (N, H, W, 3) uint8.
 
     Raises:
-        UserError: settings or a checkpoint that cannot work, by the flag that would set them; a folder of other images.
-        TypeError: a setting that there is not.
+        UserError: settings or a checkpoint that cannot work, named by the flag; a folder of other images.
+        TypeError: an unknown setting.
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedCheckpoint) else None
     listed = None if labels is None or isinstance(labels, str) else np.atleast_1d(np.asarray(labels)).tolist()
@@ -322,10 +319,7 @@ def sample(
         return sample_to_folder(args, loaded).images
     args = args.resolved()
     args.check()
-    sampler = Sampler(loaded or _load(args, None), args)
-    if args.error_threshold:
-        sampler = sampler.with_full_steps(measure_full_steps(sampler))
-    return np.concatenate([sampler.sample(numbers)[0] for numbers in deal(list(range(count)), batch_size)])
+    return open_sampler(loaded or _load(args, None), args).sample_batches(count, batch_size)[0]
 
 
 def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
@@ -340,10 +334,13 @@ def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
 
 
 def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None) -> Samples:
-    """Sample what is missing of a command's images and write the .npz and the grid; every process takes part.
+    """Sample the missing images of a command and write the .npz and the grid. Every process takes part.
 
-    loaded: the model behind args.ckpt, if that has been loaded.
-    Raises UserError for settings or a checkpoint that cannot work, and for a folder that belongs to another command.
+    Args:
+        loaded: the model of args.ckpt, if it is loaded already.
+
+    Raises:
+        UserError: settings or a checkpoint that cannot work, or a folder of another command.
     """
     args = args.resolved()
     args.check()
@@ -353,13 +350,13 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
     sampler = Sampler(loaded, args)
     args.refuse_other(loaded, 1 if sampler.latents is None else sampler.latents.factor)
     count = args.num_fid_samples
-    labels = choose_labels(args.labels, args.global_seed, range(count), loaded.layout.num_classes)
+    labels = choose_labels(args.labels, args.global_seed, range(count), loaded.num_classes)
     with ExitStack() as stack:
 
         def open_folder() -> SampleDir:
+            require("matplotlib")  # for the grid, before hours of sampling
             settings = settings_record(args, sampler)
-            before = as_before(settings, loaded.checkpoint)
-            folder = SampleDir(folder_path(args, loaded), settings, before=before)
+            folder = SampleDir(folder_path(args, loaded), settings, as_before(settings, loaded.checkpoint))
             stack.enter_context(folder.hold())
             return folder
 
@@ -378,22 +375,22 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
 
 
 def folder_path(args: SampleConfig, loaded: LoadedCheckpoint) -> Path:
-    """<sample_dir>/<checkpoint>-<sampler>-<steps>...: the settings that people vary are in the name."""
+    """<sample_dir>/<checkpoint>-<sampler>-<steps>...: the name has the settings that users vary most."""
     return (args.sample_dir or loaded.run / "samples") / f"{loaded.checkpoint.stem}-{args.short_name()}"
 
 
 def settings_record(args: SampleConfig, sampler: Sampler) -> dict:
-    """Everything that decides the images, for sample.json."""
+    """All that decides the images, for sample.json."""
     path_type = sampler.loaded.config.path_type
     path = {} if path_type == "linear" else {"path_type": path_type}
     vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
     identity = checkpoint_identity(sampler.loaded.checkpoint)
-    convention = {"convention": "sit"} if sampler.loaded.rounded else {}  # how it is guided and rounded
+    convention = {"convention": "sit"} if sampler.loaded.rounded else {}  # decides guided channels and rounding
     return {**identity, **args.sampling_fields(), **vae, **path, **convention}
 
 
 def write_grid(args: SampleConfig, loaded: LoadedCheckpoint, folder: SampleDir, labels: np.ndarray) -> None:
-    """The labelled grid of the first images, in the order of their labels."""
+    """Plot the first images with their labels, sorted by label."""
     from haste.plotting import plot_grid
 
     (first,) = folder.read(1)

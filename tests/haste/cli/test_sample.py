@@ -139,7 +139,7 @@ def test_fast_is_the_recommended_cache(run, capsys):
     main(["sample", "--ckpt", str(run), *steps, *written])  # the same command, so nothing is left to draw
     assert json.loads((folder / "sample.json").read_text()) == record
     for flags in (("--cache", "taylor"), ("--interval", "3"), ("--first-enhance", "2")):
-        message = f"{flags[0]} is {flags[1]} beside --fast, which chooses it; give one or the other"
+        message = f"{flags[0]} must be left out with --fast, which sets it, got {flags[1]}"
         assert message in refusal(capsys, "--ckpt", str(run), "--fast", *flags)
     message = "--num-steps must be at least 8 for --fast, which forecasts most of many steps, got 4"
     assert message in refusal(capsys, "--ckpt", str(run), "--fast", "--num-steps", "4")
@@ -228,9 +228,10 @@ def test_labels_from_a_file(run, tmp_path, capsys):
     assert read_npz(next((run / "samples").glob("*.npz")))[1].tolist() == [7, 0, 3, 7, 0, 3]
     path.write_text("7\n0\n5\n")  # another content is another command
     assert "labels 7,0,3, now 7,0,5" in refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))
-    for content, message in (("7\nsix\n", "whose line 2 is six; it must be a class"), ("\n", "which is empty")):
+    for content, message in (("7\nsix\n", f"got six on line 2 of {path}"), ("\n", f"got {path}, which is empty")):
         path.write_text(content)
-        assert f"--labels is {path}, {message}" in refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))
+        refused = refusal(capsys, "--ckpt", str(run), *QUICK, "--labels", str(path))
+        assert f"--labels must have a class on each line, {message}" in refused
 
 
 @pytest.mark.parametrize(
@@ -243,10 +244,10 @@ def test_labels_from_a_file(run, tmp_path, capsys):
         (("--cfg-scale", "nan"), "--cfg-scale must be a number from 1 to 1,000, got nan"),
         (
             ("--cfg-scale", "2", "--guidance-low", "0.8", "--guidance-high", "0.7"),
-            "--guidance-low is 0.8; it must not be above --guidance-high, 0.7",
+            "--guidance-low must be at most --guidance-high, 0.7, got 0.8",
         ),
         (("--labels", "cats"), "--labels must be random, balanced, classes such as 3,1,4, or a file of them, got cats"),
-        (("--labels", "3,10"), "--labels is 3,10 and has 10; this model knows the classes 0 to 9"),
+        (("--labels", "3,10"), "--labels must be classes of the model, 0 to 9, got 10 in 3,10"),
         (("--cache", "taylor", "--interval", "0"), "--interval must be an integer from 1 to 10,000, got 0"),
         (("--cache", "taylor", "--order", "-1"), "--order must be an integer from 0 to 20, got -1"),
         (("--num-steps", "1000000000"), "--num-steps must be an integer from 1 to 10,000, got 1000000000"),

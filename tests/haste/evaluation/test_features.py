@@ -14,6 +14,7 @@ from haste.evaluation.features import (
     InceptionExtractor,
     TeacherExtractor,
     extract,
+    feature_dimension,
     load_extractor,
     resize_smoothly,
 )
@@ -118,9 +119,9 @@ def test_what_was_extracted_is_kept_and_only_changed_images_are_looked_at_again(
     images = random_images(11)
 
     def look(expected_work: int, count: int) -> Features:
-        network.seen, heard = 0, []
-        found = extract(network, open_images(folder, "--samples"), 2, heard.append, cache)
-        assert network.seen == expected_work and sum(heard) == count
+        network.seen = 0
+        found = extract(network, open_images(folder, "--samples"), 2, cache)
+        assert network.seen == expected_work and len(found) == count
         assert (found.values == network(images[:count]).values).all()
         return found
 
@@ -142,13 +143,14 @@ def test_a_killed_command_goes_on(tmp_path, network, monkeypatch):
     monkeypatch.setattr(features_module, "SHARD", 4)
     images = random_images(10)
 
-    def kill(images: int) -> None:
-        if network.seen > 8:
-            raise KeyboardInterrupt
+    class Killed(type(network)):
+        def __call__(self, images: np.ndarray) -> Features:
+            if self.seen == 8:
+                raise KeyboardInterrupt
+            return super().__call__(images)
 
     with pytest.raises(KeyboardInterrupt):
-        extract(network, images, 2, kill, tmp_path)
-    network.seen = 0
+        extract(Killed(), images, 2, tmp_path)
     assert len(extract(network, images, 2, cache=tmp_path)) == 10 and network.seen == 2
 
 
@@ -157,7 +159,7 @@ def test_features_that_are_not_finite_are_refused(network, tmp_path):
         def __call__(self, images: np.ndarray) -> Features:
             return Features(np.full((len(images), 3), np.nan))
 
-    with pytest.raises(UserError, match="features of mean colours hold values that are not finite"):
+    with pytest.raises(UserError, match="features of mean colours are not finite"):
         extract(Broken(), random_images(2), cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -166,11 +168,19 @@ def test_features_that_are_not_finite_are_refused(network, tmp_path):
     ("name", "message"),
     [
         ("nothing", "--features must be inception:PATH, stored, digits or a teacher, got nothing: .*does not exist"),
-        ("inception", "Inception's weights are given as inception:PATH"),
-        ("weights.pth", "Inception's weights are given as inception:PATH"),
+        ("inception", "--features must be inception:PATH"),
+        ("weights.pth", "--features must be inception:PATH"),
         ("inception:nowhere.pth", "nowhere.pth, which is no file"),
     ],
 )
 def test_names_that_are_none_are_refused(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
         load_extractor(name, tmp_path)
+
+
+def test_dimensions_are_known_before_a_network_is_loaded(dinov2, tmp_path):
+    assert feature_dimension("digits") == load_extractor("digits", tmp_path).dimension
+    assert feature_dimension("inception:nowhere.pth") == 2048
+    assert feature_dimension("dinov2-vit-l") == 1024
+    assert feature_dimension(str(dinov2)) == TeacherExtractor(str(dinov2)).dimension
+    assert feature_dimension("nobody/knows") is None

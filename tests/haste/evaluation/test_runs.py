@@ -10,7 +10,8 @@ from haste.digits import ClassifierConfig, real_digits, train_classifier
 from haste.errors import UserError
 from haste.evaluation import evaluate as evaluate_module
 from haste.evaluation import runs
-from haste.evaluation.evaluate import Evaluator, evaluate, sample_images
+from haste.evaluation.config import EvaluateConfig
+from haste.evaluation.evaluate import Evaluator, evaluate
 from haste.evaluation.reference import load_reference
 from haste.evaluation.runs import (
     OF_CHECKPOINTS,
@@ -53,7 +54,7 @@ def test_a_checkpoint_scores_as_its_images_do(tmp_path, evaluator, monkeypatch):
     assert by_path.record() == found.record()
     assert found["fd"].value == pytest.approx(expected["fd"], rel=1e-4)
     assert found["label_accuracy"].value == expected["label_accuracy"]
-    images, labels = sample_images(Sampler(loaded, SETTINGS), COUNT, 250)
+    images, labels = Sampler(loaded, SETTINGS).sample_batches(COUNT, 250)
     assert evaluate(images, "digits", "digits", labels=labels, batch_size=250).record() == found.record()
 
 
@@ -98,12 +99,10 @@ def test_progress_hears_of_every_image(tmp_path, evaluator):
     assert heard == 2 * [("0000002", COUNT), ("0000004", COUNT)]
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"), [("imagenet", "was trained on 'imagenet'"), ("", "does not tell what it was trained on")]
-)
-def test_a_run_on_other_data_is_refused(tmp_path, evaluator, data, sentence):
+@pytest.mark.parametrize(("data", "named"), [("imagenet", "'imagenet'"), ("", "unknown data")])
+def test_a_run_on_other_data_is_refused(tmp_path, evaluator, data, named):
     run = write_run(tmp_path, data_dir=data)
-    with pytest.raises(UserError, match=f"0000002.pt {sentence}; the classifier knows digits only"):
+    with pytest.raises(UserError, match=f"--features and --reference .*0000002.pt of {named}"):
         evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, evaluator)
     assert not (run / "evaluation.jsonl").exists()
 
@@ -167,3 +166,16 @@ def test_json_of_something_else_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError, match="must be the evaluations of samples"):
         read_evaluations(path)
+
+
+def test_too_few_samples_are_refused_before_a_classifier_is_trained(tmp_path):
+    run = write_run(tmp_path)
+    with pytest.raises(UserError, match="60 samples are too few"):
+        runs.evaluate_by_classifier(EvaluateConfig(run=run, num_steps=2, num_fid_samples=60))
+    assert not (tmp_path / "classifier").exists()
+
+
+def test_a_caution_is_logged_not_printed(tmp_path, capsys, caplog):
+    np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8))
+    Evaluator.load("digits", str(tmp_path / "real.npz"), tmp_path, samples=70)
+    assert "rests on 70 samples" in caplog.text and capsys.readouterr().out == ""

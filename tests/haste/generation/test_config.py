@@ -65,13 +65,13 @@ def test_a_published_command_draws_as_the_short_one_does(tmp_path, vae, write):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--model SiT-B/2", "--model must be SiT-XL/2, as the checkpoint has it, got SiT-B/2"),
-        ("--num-classes 1000", "--num-classes must be 10, as the checkpoint has it, got 1000"),
-        ("--encoder-depth 8", "--encoder-depth must be 2, as the checkpoint has it, got 8"),
-        ("--resolution 256", "--resolution must be 16, as the checkpoint has it, got 256"),
-        ("--projector-embed-dims 768,1024", "--projector-embed-dims must be 6, as the checkpoint has it, got 768,1024"),
-        ("--path-type cosine", "--path-type must be linear, as the checkpoint has it, got cosine"),
-        ("--qk-norm", "--qk-norm must be left out, as the checkpoint's attention has no such norm"),
+        ("--model SiT-B/2", "--model must be SiT-XL/2, as in the checkpoint, got SiT-B/2"),
+        ("--num-classes 1000", "--num-classes must be 10, as in the checkpoint, got 1000"),
+        ("--encoder-depth 8", "--encoder-depth must be 2, as in the checkpoint, got 8"),
+        ("--resolution 256", "--resolution must be 16, as in the checkpoint, got 256"),
+        ("--projector-embed-dims 768,1024", "--projector-embed-dims must be 6, as in the checkpoint, got 768,1024"),
+        ("--path-type cosine", "--path-type must be linear, as in the checkpoint, got cosine"),
+        ("--qk-norm", "--qk-norm must be left out, as the checkpoint has no query-key normalisation"),
     ],
 )
 def test_a_flag_that_says_what_the_checkpoint_is_not_is_refused(tmp_path, vae, capsys, flags, sentence):

@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="--sample-dir .* cannot be written"):
         folder.write([1], IMAGES[1:2])
     folder.npz.mkdir()
-    with pytest.raises(UserError, match="s.npz cannot be written: .*; the images are all there"):
+    with pytest.raises(UserError, match="s.npz cannot be written: .*; the images are complete"):
         folder.collect(np.zeros(1))
 
 
