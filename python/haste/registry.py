@@ -1,12 +1,12 @@
 """What plug-ins bring, by name. A plug-in's module is imported when one of its names is asked for.
 
-    DATASETS    "module:function", without arguments: images (N, C, S, S) float32 in [-1, 1], labels (N,) int64
-    TEACHERS    "module:object" with prepare(folder), which returns the encoder's folder, and shape(), the values of
-                `haste.teachers.families.Shape`
-    EXTRACTORS  "module:function", (folder) -> Extractor of `haste.evaluation.features`
-    IMAGE_SIZES pixels per side of a data set's images, by which samples without a record are recognized
-    FEATURE_DIMENSIONS   the number of features of an extractor, known before it is loaded
-    PRESETS     settings of `haste train`
+    DATASETS            "module:function", without arguments: images (N, C, S, S) float32 in [-1, 1], labels (N,) int64
+    TEACHERS            "module:object" with prepare(folder), which returns the encoder's folder, and shape(), the
+                        values of `haste.teachers.families.Shape`
+    EXTRACTORS          "module:function", (folder) -> Extractor of `haste.evaluation.features`
+    FEATURE_DIMENSIONS  the number of features of an extractor, known before it is loaded
+    IMAGE_SIZES         pixels per side of a data set's images, by which samples without a record are recognized
+    PRESETS             settings of `haste train`
 
 A data set and an extractor of one name belong together: samples of a run on that data are evaluated with that extractor
 against that data, unless --features says otherwise.
