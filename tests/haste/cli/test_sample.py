@@ -152,7 +152,7 @@ def test_fast_forecasts_less_boldly_where_every_step_adds_noise(run):
 
 
 def test_cuda_graphs_want_a_gpu_and_a_cache(run, capsys):
-    assert "--cuda-graphs is given without a cache" in refusal(capsys, "--ckpt", str(run), "--cuda-graphs")
+    assert "--cuda-graphs must come with a cache" in refusal(capsys, "--ckpt", str(run), "--cuda-graphs")
     if not torch.cuda.is_available():
         message = "the model must be on a GPU for CUDA graphs, got cpu"
         assert message in refusal(capsys, "--ckpt", str(run), "--cuda-graphs", "--fast")
