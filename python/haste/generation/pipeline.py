@@ -48,7 +48,7 @@ class LoadedCheckpoint:
         config: the settings of the run that decide sampling.
         checkpoint: the file.
         recorded: its other content: `args`, all settings of the run; `z_dims`, the widths of the projectors;
-            `convention`, see `haste.training.conventions`; in haste's own, `latents`, their format (None for pixels),
+            `convention`, "repa" or "sit"; in haste's own checkpoints `latents`, their format (None for pixels),
             and `class_names` by label, if the data has names.
     """
 

@@ -94,7 +94,7 @@ def test_guidance_is_part_of_a_sweep(run, capsys):
 
 def test_a_run_on_other_images_needs_to_be_told_what_measures(tmp_path, capsys):
     run = write_run(tmp_path / "exps", data_dir="data/imagenet")
-    assert "--features is not given; for other images than the digits" in refusal(capsys, "--ckpt", str(run))
+    assert "--features must be given" in refusal(capsys, "--ckpt", str(run))
 
 
 def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, monkeypatch):
@@ -115,7 +115,7 @@ def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, m
         (("--tolerance", "-1"), "--tolerance must be a number from 0 to 1,000,000, got -1.0"),
         (("--reference", "nowhere"), "nowhere, which does not exist"),
         (("--features", "stored"), "--features is stored, and images are sampled"),
-        (("--features", "inception:weights.pth"), "--reference is not given; --features inception:weights.pth needs"),
+        (("--features", "inception:weights.pth"), "--reference must be given with --features inception:weights.pth"),
         (("--plot-only",), "hold no full run"),
     ],
 )
