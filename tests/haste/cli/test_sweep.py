@@ -35,7 +35,7 @@ def refusal(capsys, *arguments) -> str:
     return errors[0]
 
 
-def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys):
+def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys, caplog):
     main(["sweep", "--ckpt", str(run), *QUICK, *GRID])
     out = capsys.readouterr().out
     folder = run / "sweep"
@@ -45,7 +45,7 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys):
     ]  # fmt: skip
     assert records[0]["sweep"]["checkpoint"] == "0000004.pt" and records[0]["sweep"]["settings"]["labels"] == "balanced"
     assert "passed over: Taylor per model, interval 3, order 9, 8 steps: --order must be at most" in out
-    assert "70 samples in 64 feature dimensions and is biased upwards" in out
+    assert "70 samples in 64 feature dimensions and is biased upwards" in caplog.text
     table = (folder / "sweep.md").read_text()
     for record in records:
         fd = f"{record['fd']:.3f}"

@@ -175,7 +175,7 @@ def test_keep_neither_counts_nor_deletes_what_is_damaged_or_newer(tmp_path, capl
 
 def test_when_no_file_is_whole_training_does_not_start_over(tmp_path):
     checkpoint_path(tmp_path, 4).write_text("")
-    with pytest.raises(UserError, match="all 1 checkpoints .* are damaged"):
+    with pytest.raises(UserError, match="none of the 1 checkpoints .* is whole"):
         read_newest_checkpoint(tmp_path)
 
 
