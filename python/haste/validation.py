@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -94,6 +95,22 @@ def _check_items(values: Any, origin: type, arguments: tuple[Any, ...], name: st
         if len(wanted) != len(values):
             raise UserError(f"{name} must have {len(wanted)} values, and has {len(values)}")
     return origin(check(item, kind, f"{name}[{n}]") for n, (item, kind) in enumerate(zip(values, wanted, strict=True)))
+
+
+def check_types(settings: Any) -> None:
+    """Check the type of every field of a dataclass that is not frozen.
+
+    Where a field takes text, a path becomes text; where it takes a number, an int becomes a float.
+
+    Raises:
+        UserError: a value of another type, such as "batch_size must be an integer, got '8'".
+    """
+    for name, wanted in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(value, os.PathLike):
+            setattr(settings, name, check(os.fspath(value), wanted, name))
+        elif type(value) is not wanted:  # so NaN is a float; its bounds refuse it
+            setattr(settings, name, check(value, wanted, name))
 
 
 @cache

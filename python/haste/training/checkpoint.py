@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, read without executing anything, by one reader.
+"""Checkpoints: reading those of haste, HASTE, REPA and SiT; what is needed to resume; the identity of a file.
 
-A file holds what HASTE's and REPA's files hold (model, ema, opt, args, steps), laid out as there, and under keys of
-their own what it takes to resume as if nothing had happened: model_config, rng, termination, scaler.
-The position in the data needs no entry of its own: the order of the images is a function of the step.
+A file is laid out as HASTE's and REPA's (model, ema, opt, args, steps), with more keys to resume bit for bit:
+model_config, rng, termination, scaler. The order of the images is a function of the step and needs none. Reading runs
+no code from the file.
 """
 
 from __future__ import annotations
@@ -34,81 +34,70 @@ logger = logging.getLogger(__name__)
 Checkpoint = dict[str, Any]
 """What `read_checkpoint` returns."""
 
-RESUMED = ("opt", "args", "steps")
-SAMPLED_BY = ("exp_name", "data_dir", "model", "resolution", "num_classes", "encoder_depth", "path_type", "vae")
+SAMPLING_SETTINGS = ("exp_name", "data_dir", "model", "resolution", "num_classes", "encoder_depth", "path_type", "vae")
 
 
 def read_checkpoint(
     path: Path, assume: Mapping[str, Any] | None = None, convention: Convention | None = None
 ) -> Checkpoint:
-    """Read a checkpoint of this trainer, HASTE's, REPA's or SiT's, or a bare file of weights.
+    """Read a checkpoint of haste, HASTE, REPA or SiT, or a bare file of weights.
 
     Args:
-        assume: settings of the run, for those that the file does not hold.
-        convention: whose it keeps, where the file does not tell.
+        assume: settings of the run that the file may lack.
+        convention: who trained the model, for a file that does not show it.
 
     Returns:
-        model and ema, in our conventions and under our names; model_config; `args`, the settings of the run, as a
-        dictionary; `convention`, whose the file kept; and what else the file holds, unchecked: see `check_resumable`.
+        The file's content, with `model` and `ema` under haste's names and in its convention, `model_config`, `args` (a
+        dictionary of the run's settings) and `convention` (the file's own). Other parts are not checked; see
+        `check_resumable`.
 
     Raises:
         BrokenCheckpoint: a damaged or missing file.
-        UserError: a file that cannot be used, or does not tell whose it is.
+        UserError: a file that cannot be used, or whose convention is not known.
     """
     content = read_file(path)
-    own = settings_of(content, path)
-    if content.get("model_config") is None:
+    own, config = settings_of(content, path), content.get("model_config")
+    if config is None:
         for family in families():
             family.foreign.check_settings(own, path)
-    args = {**(assume or {}), **own}
-    parts = read_parts(content, path)
+    args, parts = {**(assume or {}), **own}, read_parts(content, path)
     try:
-        given = content.get("model_config")
-        model_config = check_config(infer_config(parts["model"], args) if given is None else given, str(path))
+        model_config = check_config(infer_config(parts["model"], args) if config is None else config, str(path))
         model, foreign = on_meta(model_config), get_family(model_config).foreign
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
-    for part, values in parts.items():
-        parts[part] = foreign.rename(values)
+    for part, weights in parts.items():
+        parts[part] = foreign.rename(weights)
         require_names(model, parts[part], f"{part} of {path}")
     found = foreign.find_convention(content, parts["model"], own, path, convention)
-    for part, values in parts.items():
-        parts[part] = values = foreign.convert_weights(values, found)
-        require_shapes(model, values, f"{part} of {path}")
-        broken = first_not_finite(values)
-        if broken is not None:
-            logger.warning("%s of %s holds numbers that are not finite, in %s for one", part, path, broken)
+    for part, weights in parts.items():
+        parts[part] = weights = foreign.convert_weights(weights, found)
+        require_shapes(model, weights, f"{part} of {path}")
+        broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+        if broken:
+            logger.warning("%s of %s has numbers that are not finite, for example in %s", part, path, broken[0])
     if content.get("class_names") is not None:
         check(content["class_names"], list[str], f"class_names of {path}")
-    is_file_of_weights = not any(name in content for name in ("model", "ema"))
-    others = {} if is_file_of_weights else content
-    return {
-        **others,
-        **parts,
-        "model_config": model_config,
-        "args": foreign.convert_settings(args, found),
-        "convention": found,
-    }
+    others = content if "model" in content or "ema" in content else {}  # else it is a bare file of weights
+    settings = foreign.convert_settings(args, found)
+    return {**others, **parts, "model_config": model_config, "args": settings, "convention": found}
 
 
 def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a file; empty if it does not hold them. UserError for what are none.
-
-    Another trainer's None stands for what was not given.
-    """
+    """The settings of the run that wrote a file; empty if it has none. UserError for settings that are no mapping."""
     settings = settings_in(content.get("args"), f"args of {path}")
     return {name: value for name, value in settings.items() if is_ours(settings) or value is not None}
 
 
 def loaded_model(checkpoint: Checkpoint, ema: bool = True, fused_attn: bool = True) -> nn.Module:
-    """The model of what `read_checkpoint` returns, in eval mode on the CPU and without its projectors.
+    """The model of a checkpoint, in eval mode on the CPU and without its projectors.
 
     Args:
-        ema: the EMA weights, which images are sampled with, or the trained ones.
+        checkpoint: as `read_checkpoint` returns it.
+        ema: load the EMA weights, or else the trained ones.
     """
     config = checkpoint["model_config"]
-    config = get_family(config).for_sampling(config, fused_attn)
-    model = on_meta(config)
+    model = on_meta(get_family(config).for_sampling(config, fused_attn))
     weights = checkpoint["ema" if ema else "model"]
     weights = {name: value.float().contiguous() for name, value in weights.items() if not is_projector(name)}
     model.load_state_dict(weights, assign=True)
@@ -122,67 +111,67 @@ def on_meta(model_config: dict[str, Any]) -> nn.Module:
 
 
 def sampling_config(checkpoint: Checkpoint, path: str | Path) -> TrainConfig:
-    """The settings of the run; of another trainer's those alone by which it is sampled.
-
-    So another trainer's file may hold anything where only training would look.
-    """
+    """The settings of the run. Of another trainer's run only those that sampling needs, so that the rest may have any
+    type."""
     args = checkpoint["args"]
-    read = args if is_ours(args) else {name: args[name] for name in SAMPLED_BY if name in args}
+    read = args if is_ours(args) else {name: args[name] for name in SAMPLING_SETTINGS if name in args}
     return build(TrainConfig, read, f"args of {path}")
 
 
-# ---- weights of any trainer ----
+# ---- weights ----
 
-# What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap.
+# What torch.compile, DDP, FSDP and activation checkpointing add to the names of weights.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
-    """model and ema as a file has them.
+    """`model` and `ema` of a file. If it has only one of them, or is a bare file of weights, both are the same.
 
-    A bare file of weights, and one that holds only averaged ones, gives these for both.
-    Raises UserError for a file that holds no weights.
+    Raises:
+        UserError: a file without weights.
     """
-    held = {part: content[part] for part in ("model", "ema") if not is_empty(content.get(part))}
-    parts = {part: dense_weights(values, f"{part} of {file}") for part, values in held.items()}
+    parts = {
+        part: dense_weights(content[part], f"{part} of {file}")
+        for part in ("model", "ema")
+        if not is_empty(content.get(part))
+    }
     if not parts:
         parts["model"] = dense_weights(content.get("state_dict", content), str(file))
     return {part: parts.get(part, next(iter(parts.values()))) for part in ("model", "ema")}
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a part of a file is not there, for all that it holds: None, or a dictionary of nothing."""
     return value is None or (isinstance(value, Mapping) and not value)
 
 
 def dense_weights(values: Any, source: str) -> Weights:
-    """The tensors of a state_dict under the names that they have in the model itself.
+    """The tensors of a state_dict, without the names of wrappers.
 
-    source: names the file and the part of it.
-    Raises UserError for anything else than dense tensors of floating-point numbers that are all in the file.
+    Raises:
+        UserError: a value that is not a dense floating-point tensor whose data is in the file; names `source`.
     """
     if not isinstance(values, Mapping) or not values:
-        raise UserError(f"{source} must hold weights by their names, and is {shown(values)}")
+        raise UserError(f"{source} must be a dictionary of weights, got {shown(values)}")
     weights: Weights = {}
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{source} must hold weights by their names, and {name!r} is {shown(value)}")
+            raise UserError(f"{source} must be a dictionary of weights, got {shown(value)} for {name!r}")
         why = why_unusable(value)
         if why:
-            raise UserError(f"{source} must hold dense floating-point weights, and {name} is {why}")
+            raise UserError(f"{source} must hold dense floating-point weights, got {name}, which is {why}")
         name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if name in weights:
-            raise UserError(f"{source} has {name} twice, once under a wrapper's name")
+            raise UserError(f"{source} must hold each weight once, got {name} with and without a wrapper's name")
         weights[name] = value.detach()
     return weights
 
 
 def why_unusable(value: Tensor) -> str:
-    """What keeps a tensor of a file from being a weight; empty for a good one."""
+    """What keeps a tensor of a file from being a weight; empty for a usable one."""
     if value.is_nested or value.layout != torch.strided or value.is_quantized:
-        return "sparse, nested or quantised"
+        return "sparse, nested or quantized"
     if value.device.type != "cpu":
         return f"on {value.device}, without values"
     if value.dtype not in FLOATS:
@@ -192,37 +181,27 @@ def why_unusable(value: Tensor) -> str:
     return ""
 
 
-def require_names(model: nn.Module, weights: Weights, source: str) -> None:
-    """UserError, naming the first that does not belong and the first that is missing, unless these are its weights.
+def is_projector(name: str) -> bool:
+    """Whether a weight of this name is a projector's."""
+    return name.startswith("projectors.")
 
-    Projectors are passed over. model: may be on the meta device, so that nothing is allocated for what does not fit.
-    """
-    expected = [name for name in model.state_dict() if not is_projector(name)]
-    found = [name for name in weights if not is_projector(name)]
-    foreign = next((name for name in found if name not in expected), None)
-    missing = next((name for name in expected if name not in found), None)
+
+def require_names(model: nn.Module, weights: Weights, source: str) -> None:
+    """Raise UserError for the first unexpected and the first missing name. Projectors are not compared."""
+    expected = {name for name in model.state_dict() if not is_projector(name)}
+    foreign = [f"{name} does not belong" for name in weights if not is_projector(name) and name not in expected]
+    missing = [f"{name} is missing" for name in model.state_dict() if name in expected and name not in weights]
     if foreign or missing:
-        wrong = [f"{foreign} does not belong"] * bool(foreign) + [f"{missing} is missing"] * bool(missing)
-        title = get_family(model).title
-        raise UserError(f"{source} does not hold the weights of a {title} of its size: {' and '.join(wrong)}")
+        wrong = " and ".join(foreign[:1] + missing[:1])
+        raise UserError(f"{source} does not hold the weights of a {get_family(model).title} of its size: {wrong}")
 
 
 def require_shapes(model: nn.Module, weights: Weights, source: str) -> None:
-    """UserError, naming the first that has not the shape that it has in the model. What is missing is passed over."""
+    """Raise UserError for the first weight of another shape than the model's. Missing weights are ignored."""
     for name, value in model.state_dict().items():
         if name in weights and weights[name].shape != value.shape:
-            has = tuple(weights[name].shape)
-            raise UserError(f"{name} of {source} must have the shape {tuple(value.shape)}, and has {has}")
-
-
-def first_not_finite(weights: Weights) -> str | None:
-    """The name of the first weight that holds NaN or infinity."""
-    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
-
-
-def is_projector(name: str) -> bool:
-    """Whether this is the name of a projector's weight."""
-    return name.startswith("projectors.")
+            shape = tuple(weights[name].shape)
+            raise UserError(f"{name} of {source} must have the shape {tuple(value.shape)}, got {shape}")
 
 
 # ---- resuming ----
@@ -233,43 +212,39 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """The checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob("*.pt") if path.stem.isdecimal())
 
 
 def read_newest_checkpoint(folder: Path, step: int = 0) -> Checkpoint | None:
-    """The checkpoint of `step`, or for 0 the newest whole one; None if there are no files.
+    """Read the checkpoint of `step`, or for 0 the newest undamaged one; None if the folder has none.
 
-    A damaged newest file is passed over with a warning. What REPA's and HASTE's do not hold is None.
+    A damaged file is skipped with a warning. Parts that REPA's and HASTE's files lack are None.
 
     Raises:
-        UserError: the wanted file is missing or cannot be resumed from, or none is whole.
+        UserError: the checkpoint of `step` does not exist, cannot be resumed from, or all files are damaged.
     """
     paths = list_checkpoints(folder)
     if step:
         paths = [path for path in paths if int(path.stem) == step]
         if not paths:
-            raise UserError(f"--resume-step is {step}, and {checkpoint_path(folder, step)} does not exist")
+            raise UserError(f"--resume-step must be the step of a checkpoint in {folder}, got {step}")
     for path in reversed(paths):
         try:
             checkpoint = read_checkpoint(path)
         except BrokenCheckpoint as error:
-            logger.warning("%s; looking for an earlier one", error)
+            logger.warning("%s; trying an earlier one", error)
             continue
         check_resumable(checkpoint, path)
         if "rng" not in checkpoint:
             logger.info("%s is another trainer's; its weights and its optimizer are resumed", path)
         return {**dict.fromkeys(("rng", "termination", "scaler")), **checkpoint}
     if paths:
-        raise UserError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start again")
+        raise UserError(f"all {len(paths)} checkpoints in {folder} are damaged; move them away to start again")
     return None
 
 
-# ---- what is held against what the trainer can resume ----
-
 LATEST = 2**53  # steps
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -296,39 +271,38 @@ class _Data:
 
 
 def check_resumable(checkpoint: Checkpoint, path: Path) -> None:
-    """UserError, naming the file and the part, if training cannot be resumed from what `read_checkpoint` returns."""
-    missing = [name for name in RESUMED if name not in checkpoint]
-    if missing:
-        raise UserError(
-            f"{path} lacks {missing[0]}, so a run cannot be resumed from it; begin a new one with --init-from {path}"
-        )
-    source = str(path)
-    build(TrainConfig, checkpoint["args"], f"args of {path}")  # of another type, they could not be compared
-    steps = check(checkpoint["steps"], int, f"steps of {source}")
+    """Raise UserError, naming file and part, if a run cannot be resumed from what `read_checkpoint` returned."""
+    for name in ("opt", "args", "steps"):
+        if name not in checkpoint:
+            raise UserError(
+                f"{path} lacks {name}, so a run cannot be resumed from it; start one with --init-from {path}"
+            )
+    build(TrainConfig, checkpoint["args"], f"args of {path}")
+    steps = check(checkpoint["steps"], int, f"steps of {path}")
     if not 0 <= steps <= LATEST:
-        raise UserError(f"steps of {source} must be a number of steps, and is {steps}")
-    _check_optimizer(checkpoint["opt"], checkpoint["model"], f"opt of {source}")
+        raise UserError(f"steps of {path} must be a number of steps, got {steps}")
+    _check_optimizer(checkpoint["opt"], checkpoint["model"], f"opt of {path}")
     for name, kind in (("termination", _Termination), ("data", _Data)):
         if checkpoint.get(name) is not None:
-            build(kind, checkpoint[name], f"{name} of {source}")
-    if checkpoint.get("latents"):  # none where pixels are learned
-        LatentFormat.from_dict(checkpoint["latents"], f"latents of {source}")
-    if not is_empty(checkpoint.get("scaler")):  # one that is off keeps nothing
-        build(_Scaler, checkpoint["scaler"], f"scaler of {source}")
+            build(kind, checkpoint[name], f"{name} of {path}")
+    if checkpoint.get("latents"):  # absent for a model of pixels
+        LatentFormat.from_dict(checkpoint["latents"], f"latents of {path}")
+    if not is_empty(checkpoint.get("scaler")):  # empty for a scaler that is disabled
+        build(_Scaler, checkpoint["scaler"], f"scaler of {path}")
     if checkpoint.get("rng") is not None:
-        _check_rng(checkpoint["rng"], f"rng of {source}")
+        _check_rng(checkpoint["rng"], f"rng of {path}")
 
 
 def _check_optimizer(opt: Any, weights: Weights, source: str) -> None:
-    """AdamW's: for each parameter, counted as the weights are, a step and two moments of its shape, or nothing yet."""
+    """AdamW's state: per parameter, in the order of the weights, a step and two moments of its shape, or nothing."""
     state = opt.get("state") if isinstance(opt, Mapping) else None
     if not isinstance(state, Mapping):
-        raise UserError(f"{source} must be the state of AdamW, and is {shown(opt)}")
+        raise UserError(f"{source} must be the state of AdamW, got {shown(opt)}")
     for number, (name, weight) in enumerate(weights.items()):
         entry = state.get(number)
         if entry is None:
             continue
-        moments = [entry.get(moment) for moment in MOMENTS] if isinstance(entry, Mapping) else [None]
+        moments = [entry.get(moment) for moment in ("exp_avg", "exp_avg_sq")] if isinstance(entry, Mapping) else [None]
         fit = all(isinstance(m, Tensor) and not why_unusable(m) and m.shape == weight.shape for m in moments)
         if not fit or not _is_count(entry.get("step")):
             raise UserError(f"{source} must hold a step and two moments of its shape for {name}, and does not")
@@ -343,22 +317,21 @@ def _is_count(step: Any) -> bool:
 
 
 def _check_rng(state: Any, source: str) -> None:
-    """Sets generators of their own to these states."""
-    if not isinstance(state, Mapping):
-        raise UserError(f"{source} must be the states of random generators, and is {shown(state)}")
+    """Try the states on new generators."""
     try:
         torch.Generator().set_state(state["torch"])
         cuda = state["cuda"]
         if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8 and cuda.numel() == 16):
             raise ValueError("its cuda is no state of a GPU's generator")
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        np.random.RandomState().set_state(_numpy_state(state))
         random.Random().setstate(state["python"])
-    except Exception as error:  # the generators' own errors are of many kinds
-        raise UserError(f"{source} must be the states of random generators: {in_one_line(error)}") from error
+    except Exception as error:  # the generators raise many kinds of errors
+        raise UserError(f"{source} must hold the states of random generators: {in_one_line(error)}") from error
 
 
-# ---- the states of random generators ----
+def _numpy_state(state: dict[str, Any]) -> tuple[Any, ...]:
+    name, keys, position, has_gauss, cached = state["numpy"]
+    return name, keys.numpy().astype(np.uint32), position, has_gauss, cached
 
 
 def capture_rng() -> dict[str, Any]:
@@ -377,40 +350,41 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state(_numpy_state(state))
     random.setstate(state["python"])
 
 
 # ---- the identity of a checkpoint ----
 
 DIGEST = "checkpoint_digest"
-WRITTEN = "checkpoint_written"  # nanoseconds since 1970, by which earlier versions' records know a checkpoint
+WRITTEN = "checkpoint_written"  # nanoseconds since 1970: the identity in records of earlier versions
 
-PIECES = 64  # read of a file that has no checksums of its own, from its beginning to its end
+PIECES = 64  # read of a file without checksums of its own, evenly spaced
 PIECE = 2**16  # bytes
 
 
 def checkpoint_identity(path: Path) -> dict[str, Any]:
-    """The fields by which a record knows a checkpoint. UserError if the file cannot be read."""
+    """The fields that identify a checkpoint in a record. UserError if the file cannot be read."""
     return {"checkpoint": path.name, DIGEST: content_digest(path)}
 
 
 def as_before(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A record with `checkpoint_identity` of `path`, as earlier versions wrote it."""
+    """A record with the `checkpoint_identity` of `path`, as earlier versions wrote it."""
     fields = {name: value for name, value in record.items() if name != DIGEST}
     return {**fields, WRITTEN: path.stat().st_mtime_ns}
 
 
 def content_digest(path: Path) -> str:
-    """12 hexadecimal digits that tell a checkpoint's content, without reading all of it.
+    """12 hexadecimal digits that identify a checkpoint's content, without reading all of it.
 
-    Of torch.save's zip files the names, sizes and checksums of all entries, which are together at the end. Of others
-    the size and PIECES pieces, evenly spaced: of a file of up to 4 MiB all of it.
-    Raises UserError if it is no file, or cannot be read.
+    For torch.save's zip files: of the names, sizes and checksums of all entries, which are together at the end. For
+    others: of the size and PIECES pieces, which are all of a file of up to 4 MiB.
+
+    Raises:
+        UserError: it does not exist, or cannot be read.
     """
     try:
-        if not path.is_file():  # a pipe would wait for ever
+        if not path.is_file():  # a pipe would block
             raise UserError(f"the checkpoint {path} does not exist")
         content = _entries(path) or _pieces(path)
     except OSError as error:
@@ -419,14 +393,14 @@ def content_digest(path: Path) -> str:
 
 
 def _entries(path: Path) -> bytes:
-    """Of a zip file; empty of another, or if it is damaged."""
+    """Of a zip file; empty for another, or a damaged one."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.save puts all into a folder called as the file was when it was written, which tells nothing.
+            # torch.save puts all into a folder that is called as the file was when it was written.
             entries = [(each.filename.partition("/")[2], each.file_size, each.CRC) for each in archive.infolist()]
     except OSError:
         raise
-    except Exception:  # a damaged archive leads zipfile to raise anything; reading the weights will say what it is
+    except Exception:  # zipfile raises anything for a damaged archive; reading the weights will tell what it is
         return b""
     return repr(entries).encode()
 

@@ -1,4 +1,4 @@
-"""Every setting of a training run, under the names of HASTE's and REPA's train.py."""
+"""The settings of a training run, under the names of HASTE's and REPA's train.py, and the presets."""
 
 from __future__ import annotations
 
@@ -8,252 +8,264 @@ from typing import Any, Literal
 
 from haste import registry
 from haste.errors import UserError, shorten
-from haste.validation import check_numbers
+from haste.validation import check_numbers, check_types
 
 SECTIONS = {
     "run": "preset", "data": "data_dir", "model": "model", "alignment": "enc_type", "diffusion": "path_type",
     "optimizer": "batch_size", "logging": "logging_steps",
 }  # fmt: skip
-"""The components by which a file of --config is nested, each with the first of its settings in `TrainConfig`."""
+"""The sections of a --config file, each with the first of its settings in `TrainConfig`."""
 
 SIZES = ("depth", "hidden_size", "num_heads", "patch_size")
-"""The settings that override those of --model."""
+"""The settings that override a size of --model."""
+
+TRACKERS = ("tensorboard", "wandb")
+LONGEST_NAME = 200  # bytes; file systems allow 255, and longer names are made from this one
 
 
 @dataclass
 class TrainConfig:
-    """The settings of `haste train`. The defaults are those of REPA's train.py; the presets have HASTE's."""
+    """The settings of `haste train`. The defaults are those of REPA's train.py; HASTE's are presets.
+
+    Raises:
+        UserError: a value of another type than its field's.
+    """
 
     preset: str = ""
-    """A set of values for everything below, which any flag overrides. `haste train --preset` lists them all."""
+    """Named set of defaults for the settings below. `haste train --preset` lists all presets."""
     config: str = ""
-    """A YAML file of settings, nested by component, as config.yaml in a run's folder. It overrides the preset; what
-    the run in the folder has recorded overrides the file, and a typed flag overrides all of them."""
+    """YAML file of settings, such as the config.yaml of a run. It overrides the preset and is overridden by the
+    settings recorded in the run's folder and by flags."""
     output_dir: str = "exps"
     """Folder of all runs."""
     exp_name: str = ""
-    """Name of this run: its folder inside --output-dir. The same command again resumes where it stopped, with the
-    recorded settings for what it leaves out."""
+    """Name of the run, and of its folder in --output-dir. An existing run is resumed; settings that are not given keep
+    the values that the run recorded."""
     init_from: str = ""
-    """A checkpoint (of haste, HASTE, REPA or SiT) whose weights and EMA weights a new run begins with. SiT's own,
-    whose time and velocity have the other sign, are converted."""
+    """Checkpoint of haste, HASTE, REPA or SiT. A new run starts from its weights and EMA weights."""
     convention: Literal["repa", "sit"] | None = None
-    """Whose the file of --init-from is, where it does not tell: repa (also HASTE's) or sit (SiT's own trainer)."""
+    """Who trained the --init-from file, if its content does not show it: repa (REPA and HASTE) or sit (SiT's own
+    trainer, whose weights are converted)."""
     seed: int = 0
-    """Same seed, same run."""
+    """Seed of the run."""
 
     data_dir: str = ""
-    """The training images: REPA's layout, as `haste prepare` writes it; a folder or zip with a folder for each class;
-    or a Hugging Face data set on disk. `digits` are scikit-learn's handwritten digits, which need no download."""
+    """Training images: the layout of REPA, as `haste prepare` writes it; a folder or zip file with one folder per
+    class; a Hugging Face data set on disk; or `digits`, scikit-learn's handwritten digits."""
     vae: str | None = None
-    """mse, ema, a hub name or a folder: what turns images without latents into latents while training. None: pixels,
-    or the latents that are there."""
+    """VAE that encodes images during training: mse, ema, a hub name or a folder. None: train on pixels, or on the
+    latents in --data-dir."""
     vae_stats: str | None = None
-    """A file with mean and standard deviation of each latent channel, in place of the VAE's own scale."""
+    """File with the mean and standard deviation of each latent channel, used instead of the VAE's scaling factor."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"
-    """When a file is missing or damaged: refuse it, or name and count it and take another image."""
+    """What to do with a missing or damaged file: stop with an error (refuse), or log it and use the next image
+    (skip)."""
     resolution: int = 256
-    """Pixels per side of the images."""
+    """Image size in pixels."""
     num_classes: int | None = None
-    """Classes of the model. None: as many as the images have."""
+    """Number of classes of the model. None: that of the data set."""
     num_workers: int = 4
-    """Processes that read images, for each training process. Images that fit into memory need none."""
+    """Number of data loading processes per training process. Not used for images that are kept in memory."""
 
     model: str = "SiT-XL/2"
-    """Family, size and patch of the model, such as SiT-B/2."""
+    """Model size and patch size, such as SiT-B/2."""
     depth: int | None = None
-    """Number of blocks, in place of --model's."""
+    """Number of blocks. Overrides --model."""
     hidden_size: int | None = None
-    """Width of the tokens, in place of --model's."""
+    """Width of the tokens. Overrides --model."""
     num_heads: int | None = None
-    """Heads of attention, in place of --model's."""
+    """Number of attention heads. Overrides --model."""
     patch_size: int | None = None
-    """Pixels or latents along a side of a token, in place of --model's."""
+    """Patch size in pixels or latents. Overrides --model."""
     qk_norm: bool = False
-    """Normalise queries and keys in the model's attention."""
+    """Normalize queries and keys in the attention of the model."""
     fused_attn: bool = True
-    """Fused attention in the model; --no-fused-attn computes it step by step."""
+    """Use fused attention in the model."""
     attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
-    """Whose fused attention: torch's, or that of a package that must be installed."""
+    """Implementation of fused attention. flash-attn and xformers must be installed."""
     compile: bool = False
-    """Let torch.compile fuse the model's blocks. The first steps take a minute or so longer."""
+    """Compile the blocks of the model with torch.compile."""
     cfg_prob: float = 0.1
-    """How often the label is dropped in training, so that samples can be guided later; with 0 the model has no null
-    label. REPA's and HASTE's trainers drop 0.1 whatever this says, and their runs that are resumed here still do."""
+    """Probability of dropping the label, for classifier-free guidance. With 0 the model has no null label. REPA and
+    HASTE always use 0.1; their runs keep it when they are resumed here."""
 
     legacy: bool = False
-    """As in REPA's first runs, drop labels twice, each time as often as --cfg-prob says. (REPA's older names of weights
-    need no flag.)"""
+    """Drop labels twice, each time with probability --cfg-prob, as REPA's first runs did."""
 
     # L = velocity + proj_coeff * features + attn_coeff * attention
-    enc_type: str = "dinov2-vit-b"
-    """The teacher: dinov2-vit-b and the like, a hub name, or a folder written by save_pretrained(); None for the
-    vanilla model. With several, separated by commas, features are aligned with all and attention with the first one."""
+    enc_type: str | None = "dinov2-vit-b"
+    """Teacher: a short name such as dinov2-vit-b, a hub name, or a folder written by save_pretrained(). Several are
+    separated by commas; attention is aligned with the first one, features with all. None: no alignment."""
     attn_coeff: float = 0.0
-    """Weight of the attention loss of HASTE, 0.5 there. 0 turns it off: REPA."""
+    """Weight of the attention alignment loss. HASTE uses 0.5. 0: off."""
     proj_coeff: float = 0.5
-    """Weight of the feature loss of REPA. 0 turns it off. With both weights 0 no teacher is loaded: the vanilla
-    model."""
+    """Weight of the feature alignment loss. 0: off. With --attn-coeff 0 as well, no teacher is loaded."""
     layer_map: str = ""
-    """Pairs student:teacher of aligned layers, counted from 0, such as 4:8,5:9. Empty: the paper's for this model."""
+    """Pairs student:teacher of layers whose attention is aligned, counted from 0, such as 4:8,5:9. Empty: the pairs
+    published for --model."""
     encoder_depth: int | None = None
-    """Number of blocks, counted from 1, after which the model's features are compared with the teacher's. None: 8, or
-    HASTE's for this model where attention is aligned, which is 5 for SiT-B and SiT-S."""
+    """Block of the model, counted from 1, whose output is aligned with the teacher's features. None: 8, or if attention
+    is aligned, the block that HASTE uses for --model."""
     projector_dim: int = 2048
-    """Width of the projector between the model's and the teacher's features."""
+    """Hidden width of the projector from the model's features to the teacher's."""
     early_stop_point: int = -1
-    """The step from which on nothing is aligned and the teacher is freed: HASTE's tau. -1: never."""
+    """Step at which alignment ends and the teacher is freed (tau in HASTE). -1: never."""
     termination: Literal["fixed", "cosine-ramp", "gradient-cosine", "plateau"] = "fixed"
-    """How alignment ends: all at once at --early-stop-point; by weights that fall along half a cosine until there;
-    when the gradients of alignment and velocity point apart; when the alignment loss no longer falls. With the last two
-    --early-stop-point is the latest step at which it ends."""
+    """When alignment ends. fixed: at --early-stop-point. cosine-ramp: the weights decay to 0 at --early-stop-point.
+    gradient-cosine: when the gradients of alignment and velocity oppose each other. plateau: when the alignment loss
+    stops falling. The last two end at --early-stop-point at the latest."""
     ramp_start: int = 0
-    """cosine-ramp: the step at which the weights begin to fall."""
+    """cosine-ramp: step at which the weights start to decay."""
     probe_start: int = 50_000
-    """gradient-cosine and plateau: the step of the first probe."""
+    """gradient-cosine and plateau: step of the first probe."""
     probe_every: int = 10_000
-    """gradient-cosine and plateau: steps between two probes."""
+    """gradient-cosine and plateau: number of steps between probes."""
     probe_images: int = 2048
-    """gradient-cosine and plateau: images that a probe looks at, always the same ones."""
+    """gradient-cosine and plateau: number of images per probe. All probes use the same images."""
     probe_block: int = 0
-    """gradient-cosine: the block whose gradients are compared, counted from 1. 0: the one at --encoder-depth, or the
-    last aligned one of --layer-map without features."""
+    """gradient-cosine: block whose gradients are compared, counted from 1. 0: --encoder-depth, or without feature
+    alignment the last aligned layer of --layer-map."""
     probe_threshold: float = -0.05
-    """gradient-cosine: alignment ends when the mean cosine is below this."""
+    """gradient-cosine: alignment ends when the mean cosine falls below this value."""
     plateau_patience: int = 3
-    """plateau: alignment ends after n probes without a lower alignment loss."""
+    """plateau: number of probes without a lower alignment loss after which alignment ends."""
     plateau_min_delta: float = 0.001
-    """plateau: a loss is lower when it is below the lowest so far by more than this."""
+    """plateau: minimum decrease of the alignment loss."""
     teacher_resolution: int | None = None
-    """Pixels per side that the teacher sees. None: as many as give it the model's grid of tokens."""
+    """Image size of the teacher in pixels. None: the size at which the teacher has as many tokens as the model."""
     teacher_grid: Literal["match", "interpolate"] = "match"
-    """Where the teacher's own grid of tokens is not the model's: resize the images until it is (match), or let the
-    teacher see images of its own size, or of --teacher-resolution, and interpolate its queries, keys and features."""
+    """What to do if the teacher has another grid of tokens than the model: resize the images (match), or keep the
+    teacher's own image size, or --teacher-resolution, and interpolate its queries, keys and features (interpolate)."""
 
     path_type: Literal["linear", "cosine"] = "linear"
-    """How data turns into noise."""
+    """Interpolation path between data and noise."""
     prediction: Literal["v"] = "v"
-    """What the model predicts: the velocity."""
+    """Prediction target of the model: the velocity."""
     weighting: Literal["uniform", "lognormal"] = "uniform"
-    """How often each noise level is seen."""
+    """Distribution of the training timesteps."""
 
     batch_size: int = 256
-    """Images per forward pass, over all devices."""
+    """Total batch size over all devices, per micro-batch."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches of --batch-size images per step."""
+    """Number of micro-batches per optimizer step."""
     max_train_steps: int = 400_000
-    """Steps in all."""
+    """Total number of training steps."""
     epochs: int = 1400
-    """Training ends after so many epochs, if that is before --max-train-steps."""
+    """Maximum number of epochs. Training ends at --max-train-steps or --epochs, whichever comes first."""
     learning_rate: float = 1e-4
-    """AdamW's learning rate, constant."""
+    """Learning rate of AdamW, constant after the warmup."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0 to its value."""
+    """Number of steps of linear learning rate warmup."""
     adam_beta1: float = 0.9
-    """AdamW: memory of the gradient's mean."""
+    """beta1 of AdamW."""
     adam_beta2: float = 0.999
-    """AdamW: memory of the gradient's square."""
+    """beta2 of AdamW."""
     adam_weight_decay: float = 0.0
-    """AdamW: decay of the weights."""
+    """Weight decay of AdamW."""
     adam_epsilon: float = 1e-8
-    """AdamW: added to the root of the squares."""
+    """Epsilon of AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients longer than this are scaled down to it."""
+    """Maximum gradient norm, for gradient clipping."""
     ema_decay: float = 0.9999
-    """Decay of the exponential moving average of the weights, with which images are sampled."""
+    """Decay of the exponential moving average of the weights."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "fp16"
-    """Type of the matrix products."""
+    """Mixed precision."""
     allow_tf32: bool = False
-    """Let NVIDIA GPUs round fp32 matrix products to TF32."""
+    """Allow TF32 on NVIDIA GPUs."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """When a loss or gradient is not finite: stop, and say at which step; or leave that step out and say so. Neither
-    lets it reach the weights. Under fp16 an infinite gradient is left out either way."""
+    """What to do if a loss or gradient is not finite: stop with an error, or skip the step and log it. The weights are
+    not updated either way. With fp16, steps with infinite gradients are always skipped."""
 
     logging_steps: int = 100
-    """Steps between two lines of log.jsonl."""
+    """Number of steps between lines of log.jsonl."""
     checkpointing_steps: int = 50_000
-    """Steps between two checkpoints. The last step, Ctrl-C and SIGTERM write one as well."""
+    """Number of steps between checkpoints. The last step, Ctrl-C and SIGTERM save one as well."""
     sampling_steps: int = 10_000
-    """Steps between two grids of samples of the EMA model, in samples/ of the run. The last step has one as well. 0:
-    none."""
+    """Number of steps between grids of EMA samples, saved in samples/ of the run. The last step saves one as well. 0:
+    no samples."""
     checkpoints_total_limit: int = 0
-    """Keep the newest n checkpoints and delete older ones, once a newer one is whole on the disk. Damaged ones
-    are neither counted nor deleted. 0: keep all."""
+    """Maximum number of checkpoints to keep; older ones are deleted. Damaged files are neither counted nor deleted. 0:
+    no limit."""
     resume_step: int = 0
-    """Resume from the checkpoint of this step, as a branch: what later steps had left moves to branches/ of the run.
-    The same value again resumes that branch. 0: from the newest whole checkpoint, if there is any."""
+    """Step to resume from, as a new branch of the run: checkpoints, samples and log lines of later steps are moved to
+    branches/. The same value again resumes the branch. 0: the newest checkpoint."""
     report_to: str = "none"
-    """Where log and samples go besides the run's folder: tensorboard, wandb, both with a comma between them, or none.
-    wandb's project is haste, or what the environment's WANDB_PROJECT names."""
+    """Where to log besides the run's folder: tensorboard, wandb, both separated by a comma, or none. The wandb project
+    is haste, or WANDB_PROJECT."""
     logging_dir: str = "logs"
-    """Folder inside --output-dir for what tensorboard reads."""
+    """Folder in --output-dir for tensorboard logs."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @property
     def teachers(self) -> list[str]:
-        """The teachers to load; none when nothing is aligned."""
-        if self.enc_type == "None" or (self.proj_coeff == 0 and self.attn_coeff == 0):
+        """The teachers to load; none if nothing is aligned."""
+        if self.enc_type in (None, "None") or (self.proj_coeff == 0 and self.attn_coeff == 0):
             return []
         return [name.strip() for name in self.enc_type.split(",")]
 
     @property
     def aligns_features(self) -> bool:
-        """Whether there is a loss L_R."""
+        """Whether the loss has the term L_R."""
         return bool(self.teachers) and self.proj_coeff != 0
 
     @property
     def aligns_attention(self) -> bool:
-        """Whether there is a loss L_A."""
+        """Whether the loss has the term L_A."""
         return bool(self.teachers) and self.attn_coeff != 0
 
     @property
     def label_dropout(self) -> float:
-        """The share of labels that are dropped, once or, as --legacy asks, twice."""
+        """The share of labels that are dropped: --cfg-prob, applied twice with --legacy."""
         return 1 - (1 - self.cfg_prob) ** 2 if self.legacy else self.cfg_prob
 
     @property
     def trackers(self) -> list[str]:
-        """Those that --report-to names."""
+        """The trackers of --report-to."""
         return [] if self.report_to in ("", "none") else [name.strip() for name in self.report_to.split(",")]
 
     def check(self) -> None:
-        """UserError, naming the flag, its value and what it must be, for values that no run can have."""
+        """Raise UserError, naming the flag, for names and numbers out of bounds."""
         if not self.exp_name:
-            raise UserError("--exp-name must be the name of the run, or a --preset be given that has one, got nothing")
+            raise UserError("--exp-name must be the name of the run, got nothing; a --preset has one, too")
         check_folder_name("exp_name", self.exp_name)
         check_folder_name("logging_dir", self.logging_dir)
         check_numbers(self)
         if set(self.trackers) - set(TRACKERS):
-            known = "tensorboard, wandb, both with a comma between them, or none"
+            known = "tensorboard, wandb, both separated by a comma, or none"
             raise UserError(f"--report-to must be {known}, got {shorten(self.report_to)}")
 
     def check_model(self) -> None:
-        """UserError if model, layer map and rule of termination do not fit together. Brings torch."""
+        """Raise UserError if model, layer map and termination rule do not fit together. Imports torch."""
         from haste.alignment.aligner import choose_layer_map
         from haste.alignment.termination import make_termination
         from haste.models import model_depth
         from haste.models.layers import check_backend
 
-        depth, chosen = model_depth(self), resolve(self)
+        depth, resolved = model_depth(self), resolve(self)
         check_backend(self.attention)
-        if self.aligns_features and not 1 <= chosen.encoder_depth <= depth:
-            raise UserError(f"--encoder-depth must be 1 to {depth}, the depth of the model, got {chosen.encoder_depth}")
+        if self.aligns_features and not 1 <= (resolved.encoder_depth or 0) <= depth:
+            raise UserError(
+                f"--encoder-depth must be 1 to {depth}, the depth of the model, got {resolved.encoder_depth}"
+            )
         if self.aligns_attention:
-            choose_layer_map(chosen.layer_map, self.model).check_student(depth)
-        make_termination(chosen)
+            choose_layer_map(resolved.layer_map, self.model).check_student(depth)
+        make_termination(resolved)
 
     def to_namespace(self) -> argparse.Namespace:
-        """As the public trainers keep it in their checkpoints."""
+        """The settings as the public trainers keep them in their checkpoints."""
         return argparse.Namespace(**asdict(self))
 
 
 def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
-    """The same run, with values in place of what a setting leaves open. A run records itself so.
+    """Replace open settings by their values. A run records its settings in this form.
 
     Args:
-        num_classes: of the data, if they are known.
+        num_classes: of the data set, if known.
 
     Raises:
-        UserError: a model or a layer map that does not exist.
+        UserError: an unknown model, or a layer map that cannot be parsed.
     """
     from haste.alignment.aligner import choose_encoder_depth, choose_layer_map
     from haste.models import find_size, model_depth
@@ -264,21 +276,19 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
     if config.aligns_attention:
         layer_map = str(choose_layer_map(layer_map, config.model))
     _, size = find_size(config.model)
+    same_size = {name: None for name in SIZES if getattr(config, name) == size.get(name)}
     return replace(
         config,
+        enc_type="None" if config.enc_type is None else config.enc_type,  # as REPA records it
         num_classes=num_classes if config.num_classes is None else config.num_classes,
         encoder_depth=encoder_depth,
         layer_map=layer_map,
-        **{name: None for name in SIZES if getattr(config, name) == size.get(name)},  # as --model has it
+        **same_size,  # type: ignore[arg-type]
     )
 
 
-TRACKERS = ("tensorboard", "wandb")
-LONGEST_NAME = 200  # bytes; file systems allow 255, and names are put together from this one
-
-
 def check_folder_name(name: str, value: str) -> None:
-    """UserError, naming the flag, if a value is not the plain name of one folder."""
+    """Raise UserError, naming the flag, if a value is not the plain name of one folder."""
     fits = 0 < len(value.encode(errors="replace")) <= LONGEST_NAME and value not in (".", "..")
     if not fits or value != value.strip() or "/" in value or not value.isprintable():
         raise UserError(
@@ -288,76 +298,68 @@ def check_folder_name(name: str, value: str) -> None:
 
 
 def sections() -> dict[str, list[str]]:
-    """The settings of each component, in their order."""
-    found: dict[str, list[str]] = {}
-    names = [field.name for field in fields(TrainConfig)]
+    """The settings of each section of a --config file, in their order."""
     begins = {first: section for section, first in SECTIONS.items()}
-    section = ""
-    for name in names:
-        section = begins.get(name, section)
-        found.setdefault(section, []).append(name)
+    found: dict[str, list[str]] = {}
+    for field in fields(TrainConfig):
+        if field.name in begins:
+            settings = found[begins[field.name]] = []
+        settings.append(field.name)
     return found
 
 
-# ---- presets: named sets of settings, whose values every typed flag overrides ----
+# ---- presets ----
 
-# HASTE (arXiv 2505.16792): layer pairs and feature depth per size, for DINOv2-B. S is not in the paper; it has the
-# depth of B and takes its values.
-DEEP = {"layer_map": "4:8,5:9,6:10,7:11", "encoder_depth": 8}
-SHALLOW = {"layer_map": "2:7,3:9,4:11", "encoder_depth": 5}
-HASTE_LAYERS = {"S": SHALLOW, "B": SHALLOW, "L": DEEP, "XL": DEEP}
-
-# τ. At 512 pixels the paper gives XL's alone; the others keep what they have at 256.
-HASTE_END = {
-    256: {"S": 100_000, "B": 100_000, "L": 250_000, "XL": 250_000},
-    512: {"S": 100_000, "B": 100_000, "L": 250_000, "XL": 300_000},
+# Per size of SiT: HASTE's layer map, feature depth and τ at 256 and 512 pixels (arXiv 2505.16792, for DINOv2-B); REPA's
+# feature depth (arXiv 2410.06940). S is in neither paper; it has B's depth and takes B's values. At 512 pixels HASTE
+# gives only XL's τ; the other sizes keep theirs of 256.
+_PUBLISHED = {
+    "S": ("2:7,3:9,4:11", 5, {256: 100_000, 512: 100_000}, 4),
+    "B": ("2:7,3:9,4:11", 5, {256: 100_000, 512: 100_000}, 4),
+    "L": ("4:8,5:9,6:10,7:11", 8, {256: 250_000, 512: 250_000}, 8),
+    "XL": ("4:8,5:9,6:10,7:11", 8, {256: 250_000, 512: 300_000}, 8),
 }
-
-# REPA (arXiv 2410.06940): features alone, to the end. S, again, as B.
-REPA_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8}
 
 
 def _published_presets() -> dict[str, dict[str, Any]]:
     """haste-xl-256, repa-xl-256, baseline-xl-256 and so on, for every size at 256 and 512 pixels."""
     presets = {}
-    for resolution, ends in HASTE_END.items():
-        for size, end in ends.items():
-            shared = {"resolution": resolution, "model": f"SiT-{size}/2"}
+    for resolution in (256, 512):
+        for size, (layer_map, depth, tau, repa_depth) in _PUBLISHED.items():
+            haste = {"attn_coeff": 0.5, "layer_map": layer_map, "encoder_depth": depth}
             methods: dict[str, dict[str, Any]] = {
-                "haste": {"attn_coeff": 0.5, **HASTE_LAYERS[size], "early_stop_point": end},
-                "repa": {"attn_coeff": 0.0, "encoder_depth": REPA_DEPTH[size], "early_stop_point": -1},
+                "haste": {**haste, "early_stop_point": tau[resolution]},
+                "repa": {"attn_coeff": 0.0, "encoder_depth": repa_depth, "early_stop_point": -1},
                 "baseline": {"attn_coeff": 0.0, "proj_coeff": 0.0, "early_stop_point": -1},
             }
             for method, settings in methods.items():
                 name = f"{method}-{size.lower()}-{resolution}"
-                presets[name] = {"exp_name": name, **shared, **settings}
+                presets[name] = {"exp_name": name, "resolution": resolution, "model": f"SiT-{size}/2", **settings}
     return presets
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    **registry.PRESETS,
-    **_published_presets(),
-}
+PRESETS: dict[str, dict[str, Any]] = {**registry.PRESETS, **_published_presets()}
+"""The settings of each preset, by its name."""
 
 
 def preset_config(name: str) -> TrainConfig:
-    """The settings of a preset, or the trainer's own for an empty name; UserError for a name that is not known."""
+    """The settings of a preset; the defaults for an empty name.
+
+    Raises:
+        UserError: an unknown name.
+    """
     if not name:
         return TrainConfig()
     if name not in PRESETS:
         raise UserError(
             f"--preset must be digits, haste-xl-256 or another that `haste train --preset` lists, got {shorten(name)}"
         )
-    return replace(TrainConfig(), preset=name, **PRESETS[name])
-
-
-def describe_preset(name: str) -> str:
-    """What a preset sets, as one would type it."""
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in PRESETS[name].items())
+    return TrainConfig(preset=name, **PRESETS[name])
 
 
 def describe_run(config: TrainConfig) -> str:
-    """What a preset sets, with the run's values; behind an overridden one the preset's own."""
+    """The settings of the run's preset as flags, with the run's values; overridden ones are followed by the preset's
+    own."""
     parts = []
     for key, own in PRESETS[config.preset].items():
         value = getattr(config, key)
@@ -366,5 +368,5 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def list_presets() -> str:
-    """Every preset with what it sets, one per paragraph."""
-    return "\n\n".join(f"{name}\n  {describe_preset(name)}" for name in PRESETS)
+    """Every preset with its settings, one per paragraph."""
+    return "\n\n".join(f"{name}\n  {describe_run(preset_config(name))}" for name in PRESETS)

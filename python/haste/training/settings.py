@@ -1,8 +1,8 @@
-"""The settings of a command, and whether two settings come to the same run.
+"""Where the settings of a command come from, and whether two sets of settings describe the same run.
 
-    preset < file of --config < what the run in the folder has recorded < typed flags
+    preset < --config file < settings recorded in the run's folder < flags
 
-each overrides the one before it. So a command that resumes a run need not repeat its settings.
+Each overrides the ones before it. So the command that resumes a run need not repeat its settings.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from haste.validation import build, check
 
 logger = logging.getLogger(__name__)
 
-PLACE = ("preset", "config", "output_dir", "exp_name", "resume_step")
-"""What says where a command finds settings."""
+SOURCES = ("preset", "config", "output_dir", "exp_name", "resume_step")
+"""Settings that tell a command where to find the others."""
 
 CHANGEABLE = {
     "preset", "config", "output_dir", "exp_name", "init_from", "convention", "data_dir", "num_workers",
     "max_train_steps", "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir",
     "checkpoints_total_limit", "on_nan", "on_bad_file", "attention", "compile", "sampling_steps",
 }  # fmt: skip
-"""What may change when a run is resumed: the end, the bookkeeping or a folder, not the computation."""
+"""Settings that may change when a run is resumed, as they do not change what is computed."""
 
 RULE_SETTINGS: dict[str, set[str]] = {
     "fixed": set(),
@@ -50,7 +50,7 @@ RULE_SETTINGS: dict[str, set[str]] = {
     "gradient-cosine": {"probe_start", "probe_every", "probe_images", "probe_block", "probe_threshold"},
     "plateau": {"probe_start", "probe_every", "probe_images", "plateau_patience", "plateau_min_delta"},
 }
-"""What each rule of termination goes by, besides --early-stop-point."""
+"""The settings of each termination rule, besides --early-stop-point."""
 
 ALIGNMENT_SETTINGS = set().union(*RULE_SETTINGS.values()) | {
     "enc_type", "attn_coeff", "proj_coeff", "layer_map", "encoder_depth", "projector_dim", "early_stop_point",
@@ -58,60 +58,60 @@ ALIGNMENT_SETTINGS = set().union(*RULE_SETTINGS.values()) | {
 }  # fmt: skip
 
 SWITCHES = {"enc_type", "attn_coeff", "proj_coeff", "termination"}
-"""Which of them decide whether others count."""
+"""Alignment settings that turn others on and off."""
 
 PUBLIC_LABEL_DROPOUT = 0.1
-"""How often REPA's and HASTE's trainers drop a label, inside their model and whatever --cfg-prob says."""
+"""The label dropout inside REPA's and HASTE's model, whatever their --cfg-prob."""
 
 
 # ---- the settings of a command ----
 
 
 def command_config(arguments: Sequence[str]) -> TrainConfig:
-    """What a command's settings are before its flags override them.
+    """The defaults of a command's flags: preset, --config file and the run's recorded settings.
 
-    A preset that is typed and that the run in the folder was not begun with is not overridden by that run: the trainer
-    then refuses what differs. What the run decides and nobody typed is printed in one line.
+    Recorded settings that are neither given nor defaults are printed in one line. With another --preset than the run's
+    the recorded settings are left out; the trainer then refuses what differs.
 
     Raises:
         UserError: an unknown preset, or a file or recorded settings that cannot be read.
     """
-    typed = _typed_place(arguments)
+    typed = _typed_sources(arguments)
     file = read_config(Path(typed["config"]).expanduser()) if typed.get("config") else {}
     preset = typed.get("preset", file.get("preset", ""))
     config = replace(preset_config(preset), **{**file, "preset": preset})
-    place = replace(config, **typed)
+    source = {**asdict(config), **typed}
     if {"-h", "--help"} & set(arguments):
         return config
     try:
-        check_folder_name("exp_name", place.exp_name)
-    except UserError:  # whoever checks the flags says it
+        check_folder_name("exp_name", source["exp_name"])
+    except UserError:  # raised again when all flags have been parsed
         return config
-    folder = Path(place.output_dir).expanduser() / place.exp_name
-    recorded = _recorded(folder, place.resume_step)
+    folder = Path(source["output_dir"]).expanduser() / source["exp_name"]
+    recorded = _recorded(folder, source["resume_step"])
     if recorded is None or (preset and recorded.get("preset", "") != preset):
         return config
-    recorded = {name: value for name, value in recorded.items() if name not in PLACE or name == "preset"}
+    recorded = {name: value for name, value in recorded.items() if name not in SOURCES or name == "preset"}
     flags = {word.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in arguments}
     if "report_to" not in flags:
-        _leave_out_absent_trackers(recorded)
+        _drop_missing_trackers(recorded)
     if recorded.get("preset") not in PRESETS:
         recorded["preset"] = ""
-    begun = replace(preset_config(recorded["preset"]), **{**file, "preset": preset})
-    decided = [
-        _as_typed(name, value)
+    defaults = replace(preset_config(recorded["preset"]), **{**file, "preset": preset})
+    restored = [
+        _as_flag(name, value)
         for name, value in recorded.items()
-        if name not in flags and name != "num_classes" and value != getattr(begun, name)  # the data say num_classes
+        if name not in flags and name != "num_classes" and value != getattr(defaults, name)  # the data has num_classes
     ]
-    if decided:
-        print(f"as the run in {folder} has it: {' '.join(decided)}", file=sys.stderr)
+    if restored:
+        print(f"using the recorded settings of {folder}: {' '.join(restored)}", file=sys.stderr)
     return replace(config, **recorded)
 
 
-def _typed_place(arguments: Sequence[str]) -> dict[str, Any]:
-    """Those of PLACE that are typed; none if one of them cannot be read, which whoever reads all flags says."""
+def _typed_sources(arguments: Sequence[str]) -> dict[str, Any]:
+    """Those of SOURCES that are typed; none if one has no value, which is an error once all flags are parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in PLACE:
+    for name in SOURCES:
         kind = int if name == "resume_step" else str
         spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
         parser.add_argument(*spellings, dest=name, type=kind, default=argparse.SUPPRESS)
@@ -119,53 +119,52 @@ def _typed_place(arguments: Sequence[str]) -> dict[str, Any]:
         known = vars(parser.parse_known_args(arguments)[0])
     except argparse.ArgumentError:
         return {}
-    return {name: value if isinstance(value, (str, int)) else "--" for name, value in known.items()}  # [] of --x=--
+    return {name: "--" if value == [] else value for name, value in known.items()}  # argparse makes [] of --x=--
 
 
-def _as_typed(name: str, value: Any) -> str:
-    """A flag with its value, as a command line takes it."""
+def _as_flag(name: str, value: Any) -> str:
+    """A flag with its value, as typed on a command line."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag} {shlex.quote(str(value))}"
 
 
-def _leave_out_absent_trackers(recorded: dict[str, Any]) -> None:
-    """A run that was logged elsewhere, and is resumed where that package is not, is logged without it."""
+def _drop_missing_trackers(recorded: dict[str, Any]) -> None:
+    """Resume a run without the trackers whose packages are not installed here."""
     trackers = [name for name in str(recorded.get("report_to", "none")).split(",") if name.strip() in TRACKERS]
-    absent = [name for name in trackers if importlib.util.find_spec(name.strip()) is None]
-    if absent:
-        print(f"the run was logged to {', '.join(absent)}, which is not installed here: without it", file=sys.stderr)
-        recorded["report_to"] = ",".join(name for name in trackers if name not in absent) or "none"
+    missing = [name for name in trackers if importlib.util.find_spec(name.strip()) is None]
+    if missing:
+        print(f"not logging to {', '.join(missing)} as the run did, which is not installed", file=sys.stderr)
+        recorded["report_to"] = ",".join(name for name in trackers if name not in missing) or "none"
 
 
 # ---- files of settings ----
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file that is nested by component, as `write_config` writes it.
+    """Read the settings of a YAML file with sections, as `write_config` writes it.
 
     Raises:
-        UserError: no such file, no such key, a value of another type; names file, key, what it must be and what it is.
+        UserError: no such file, an unknown key, a value of another type; names the file and the key.
     """
     import yaml
 
     try:
         content = yaml.safe_load(read_bytes(path, min(LARGEST_FILE, 2**20)))
-    except OSError as error:
-        raise UserError(f"--config must be a YAML file of settings, got {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--config must be a YAML file, got {path}, which is none: {in_one_line(error)}") from error
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or in_one_line(error)
+        raise UserError(f"--config must be a YAML file of settings, got {path}: {why}") from error
     components, hints, settings = sections(), get_type_hints(TrainConfig), {}
     for section, values in _mapping(content, str(path), components).items():
         for name, value in _mapping(values, f"{section} of {path}", components[section]).items():
             settings[name] = check(_from_yaml(value, hints[name]), hints[name], f"{section}.{name} of {path}")
-    settings.pop("config", None)  # one file is enough
+    settings.pop("config", None)  # a file does not include another
     return settings
 
 
 def _mapping(values: Any, what: str, known: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The values, if they are named, and all by a known name; nothing, such as of an empty section, counts as {}."""
+    """The values, if they are a mapping with known keys; an empty section counts as {}."""
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -179,7 +178,7 @@ def _mapping(values: Any, what: str, known: Sequence[str] | Mapping[str, Any]) -
 
 
 def _from_yaml(value: Any, hint: Any) -> Any:
-    """YAML 1.1 takes 1e-4 for a text, and a bare no for false."""
+    """YAML 1.1 reads 1e-4 as text, and a bare no as false."""
     if value is False and "no" in get_args(hint):
         return "no"
     if isinstance(value, str) and (hint is float or float in get_args(hint)):
@@ -191,7 +190,7 @@ def _from_yaml(value: Any, hint: Any) -> Any:
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
-    """Write all settings as a file that `--config` takes; what says where they came from is left out."""
+    """Write all settings as a --config file, without the preset and the file that they came from."""
     import yaml
 
     values = asdict(config)
@@ -202,21 +201,22 @@ def write_config(path: Path, config: TrainConfig) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-# ---- what a run has recorded ----
+# ---- recorded settings ----
 
 
-FORMER_NAMES = {"recipe": "preset", "keep": "checkpoints_total_limit"}  # in what runs of earlier commits recorded
+FORMER_NAMES = {"recipe": "preset", "keep": "checkpoints_total_limit"}  # in runs of earlier commits
 
 
 def is_ours(values: Mapping[str, Any]) -> bool:
-    """Whether this trainer recorded them: every run of ours has its preset, if only as empty."""
+    """Whether haste recorded these settings; all its runs record their preset, if only as empty."""
     return "preset" in values or "recipe" in values
 
 
 def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The settings among the values that a run recorded, this trainer's, REPA's or HASTE's, in our meaning.
+    """The settings among the recorded values of a run of haste, REPA or HASTE, with haste's meaning.
 
-    Raises UserError, naming `source`, for a value of another type than the setting's.
+    Raises:
+        UserError: a value of another type than the setting's; names `source`.
     """
     values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
     held = asdict(build(TrainConfig, values, source))
@@ -227,9 +227,9 @@ def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _public_label_dropout(cfg_prob: float, legacy: bool) -> float:
-    """The --cfg-prob with which we drop labels as often as the public trainers did.
+    """The --cfg-prob with which haste drops labels as often as the public trainers did.
 
-    With --legacy they drop them a second time, as often as their --cfg-prob says.
+    With --legacy they drop them a second time, with probability --cfg-prob.
     """
     if not legacy or cfg_prob == PUBLIC_LABEL_DROPOUT:
         return PUBLIC_LABEL_DROPOUT
@@ -238,13 +238,13 @@ def _public_label_dropout(cfg_prob: float, legacy: bool) -> float:
 
 
 def _recorded(folder: Path, step: int) -> dict[str, Any] | None:
-    """The settings of the run in a folder: of args.json, else of its newest checkpoint; None if it has neither."""
+    """The settings in a run's args.json, else in its newest checkpoint; None if it has neither."""
     file, checkpoints = folder / "args.json", folder / "checkpoints"
     if file.is_file():
         return known_settings(read_json(file, "the settings of a run"), str(file))
     if not any(checkpoints.glob("*.pt")):
         return None
-    # Brings torch, which is not needed elsewhere here.
+    # These import torch, which is not needed elsewhere here.
     from haste.training.checkpoint import list_checkpoints, settings_of
     from haste.weights import BrokenCheckpoint, read_file
 
@@ -252,7 +252,7 @@ def _recorded(folder: Path, step: int) -> dict[str, Any] | None:
         if step in (0, int(path.stem)):
             try:
                 return known_settings(settings_of(read_file(path), path), f"args of {path}")
-            except BrokenCheckpoint:  # the trainer says so, and resumes from the one before
+            except BrokenCheckpoint:  # the trainer logs it, and resumes from an earlier one
                 continue
     return None
 
@@ -261,21 +261,21 @@ def _recorded(folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
-    """'--seed (0, now 1)' for each setting that makes `new` another run than the one that had the settings `old`.
+    """'--seed (0, now 1)' for each setting with which `new` computes something else than a run with settings `old`.
 
-    What they come to is compared, not how it was typed. What `old` does not hold, because another trainer or an older
-    version wrote it, is not compared.
+    Resolved settings are compared, not how they were given. A setting that `old` lacks, because another trainer or an
+    older version recorded it, is not compared.
     """
     recorded = known_settings(old, "the settings of the run")
-    if "model" in recorded:  # a run from before a model's sizes could be given has those of --model
+    if "model" in recorded:  # versions without SIZES used those of --model
         recorded = {**dict.fromkeys(SIZES), **recorded}
     before = replace(new, **recorded)
-    if before.num_classes is None or new.num_classes is None:  # as many as the data has, which is compared elsewhere
+    if before.num_classes is None or new.num_classes is None:  # those of the data, which is compared elsewhere
         before = replace(before, num_classes=new.num_classes)
     try:
         before = resolve(before)
     except UserError:  # a model that this version does not have
-        logger.debug("the settings of the run are compared as they are")
+        logger.debug("the settings of the run are compared as recorded")
     after = resolve(new)
     old_values, new_values = _computation(before), _computation(after)
     typed_before, typed_now = asdict(before), asdict(after)
@@ -291,7 +291,7 @@ def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
 
 
 def _computation(config: TrainConfig) -> dict[str, Any]:
-    """The settings on which the computation depends, None in place of those on which it does not."""
+    """The settings that change what is computed, in a form that can be compared; None for unused ones."""
     from haste.teachers.loading import own_resolution
 
     unused = _unused(config)
@@ -301,7 +301,7 @@ def _computation(config: TrainConfig) -> dict[str, Any]:
     values["cfg_prob"] = values["legacy"] = round(config.label_dropout, 12)
     if values["enc_type"] is not None:
         values["enc_type"] = config.teachers if config.aligns_features else config.teachers[:1]
-    if values["teacher_grid"] == "match":  # then the grids alone say what the teacher sees
+    if values["teacher_grid"] == "match":  # then the grids determine the resolution
         values["teacher_resolution"] = None
     elif values["teacher_grid"] is not None:
         values["teacher_resolution"] = config.teacher_resolution or own_resolution(config.teachers[0])
@@ -311,6 +311,7 @@ def _computation(config: TrainConfig) -> dict[str, Any]:
 
 
 def _unused(config: TrainConfig) -> set[str]:
+    """The alignment settings that have no effect."""
     if not config.teachers:
         return ALIGNMENT_SETTINGS
     unused = set().union(*RULE_SETTINGS.values()) - RULE_SETTINGS[config.termination]
@@ -332,5 +333,5 @@ def _same_teacher(old: str, new: str) -> bool:
 
     same = same_teacher(old, new)
     if same is None:
-        logger.warning("--enc-type is %s in place of %s, which is not here to compare it with", new, old)
+        logger.warning("--enc-type %s cannot be compared with the run's %s, as a folder is missing", new, old)
     return same is not False

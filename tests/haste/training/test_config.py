@@ -9,7 +9,7 @@ import pytest
 from haste.alignment import LayerMap, choose_layer_map
 from haste.errors import UserError
 from haste.models import model_depth
-from haste.training.config import PRESETS, TrainConfig, describe_preset, describe_run, preset_config
+from haste.training.config import PRESETS, TrainConfig, describe_run, list_presets, preset_config
 from haste.validation import build
 
 
@@ -33,6 +33,28 @@ def test_teachers_are_those_that_have_something_to_teach():
     assert TrainConfig(enc_type="a", proj_coeff=0.0, attn_coeff=0.5).teachers == ["a"]
     assert TrainConfig(enc_type="a", proj_coeff=0.0).teachers == []
     assert TrainConfig(enc_type="None").teachers == []  # as REPA's commands have it
+    assert TrainConfig(enc_type=None).teachers == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch_size": "8"}, "batch_size must be an integer, .*'8'"),
+        ({"learning_rate": None}, "learning_rate must be a number, .*None"),
+        ({"compile": 1}, "compile must be true or false, .*1"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of 'no', 'fp16', 'bf16', .*'fp8'"),
+        ({"depth": 2.0}, "depth must be an integer or nothing, .*2.0"),
+        ({"exp_name": 3}, "exp_name must be text, .*3"),
+    ],
+)
+def test_values_of_another_type_are_refused_at_once(change, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}$"):
+        TrainConfig(**change)
+
+
+def test_paths_and_whole_numbers_become_text_and_floats(tmp_path):
+    config = TrainConfig(output_dir=tmp_path, vae=tmp_path, learning_rate=1)
+    assert (config.output_dir, config.vae) == (str(tmp_path), str(tmp_path)) and type(config.learning_rate) is float
 
 
 def test_the_namespace_of_a_checkpoint_gives_the_settings_back():
@@ -89,7 +111,7 @@ def test_a_preset_is_a_whole_run(name):
     assert config.preset == name
     assert model_depth(config) > 0
     assert config.early_stop_point < config.max_train_steps
-    assert describe_preset(name).startswith(f"--exp-name {name} ")
+    assert f"{name}\n  --exp-name {name} " in list_presets()
 
 
 def test_every_size_has_every_method_at_both_resolutions():
@@ -112,7 +134,7 @@ def test_the_papers_settings():
 
 def test_a_run_is_described_by_what_it_has():
     preset = preset_config("baseline-s-256")
-    assert describe_run(preset) == describe_preset("baseline-s-256")
+    assert f"\n  {describe_run(preset)}\n" in list_presets() and "(preset" not in list_presets()
     text = describe_run(replace(preset, model="SiT-B/2", seed=7))
     assert "--model SiT-B/2 (preset: SiT-S/2)" in text and text.count("(preset") == 1
 

@@ -135,7 +135,7 @@ def test_a_file_may_be_any_bytes(how, at, data):
         ("model_config/depth", 10**9, "depth of its model must be 1 to 200, and is 1000000000"),
         ("model_config/hidden_size", 32, "pos_embed of model of .* must have the shape"),
         ("model_config/input_size", 8190, "tokens at most"),
-        ("ema", [1], r"ema of .* must hold weights by their names, and is \[1\]"),
+        ("ema", [1], r"ema of .* must be a dictionary of weights, got \[1\]"),
         ("ema/new", torch.ones(1), "ema of .*: new does not belong"),
         ("latents/scale", (0.1,), "scale of latents of .* must be one number for each of 4 channels"),
     ],
@@ -150,11 +150,11 @@ def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, se
     ("place", "value", "sentence"),
     [
         ("args/seed", torch.ones(2), "seed of args of .* must be an integer"),
-        ("steps", -1, "steps of .* must be a number of steps, and is -1"),
+        ("steps", -1, "steps of .* must be a number of steps, got -1"),
         ("steps", "4", "steps of .* must be an integer, and is '4'"),
         ("opt", [], "opt of .* must be the state of AdamW"),
         ("opt/state/0/exp_avg", torch.ones(3), "opt of .* must hold a step and two moments of its shape for pos_embed"),
-        ("rng/torch", torch.ones(3), "rng of .* must be the states of random generators"),
+        ("rng/torch", torch.ones(3), "rng of .* must hold the states of random generators"),
         ("termination/observed", 3, "observed of termination of .* must be"),
         ("opt/state/0/exp_avg", torch.full((1, 4, 16), float("nan")), "opt of .* must hold finite moments"),
         ("data", 3, "data of .* must hold named values"),
@@ -194,4 +194,4 @@ def test_weights_that_are_not_finite_are_told(tmp_path, caplog):
     content = replaced("ema/pos_embed", torch.full((1, 4, 16), float("nan")))
     save_tensors(tmp_path / "nan.pt", content)
     load_checkpoint(tmp_path / "nan.pt", device=torch.device("cpu"))
-    assert "ema of" in caplog.text and "holds numbers that are not finite, in pos_embed" in caplog.text
+    assert "ema of" in caplog.text and "has numbers that are not finite, for example in pos_embed" in caplog.text

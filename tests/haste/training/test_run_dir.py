@@ -105,7 +105,7 @@ def test_the_later_steps_of_the_old_branch_move_aside(tmp_path, caplog):
     everything = files(make_run(tmp_path))
     with caplog.at_level(logging.INFO):
         Branches(tmp_path).begin(4)
-    assert "--resume-step 4 begins a branch; the later steps move to " in caplog.text
+    assert "--resume-step 4 begins a branch; later steps move to " in caplog.text
     check_branch(tmp_path, everything)
 
 
