@@ -105,7 +105,7 @@ def check_types(settings: Any) -> None:
     Raises:
         UserError: a value of another type, such as "batch_size must be an integer, got '8'".
     """
-    for name, wanted in _hints(type(settings)).items():
+    for name, wanted in _hints(type(settings)).items():  # type: ignore[arg-type]
         value = getattr(settings, name)
         if isinstance(value, os.PathLike):
             setattr(settings, name, check(os.fspath(value), wanted, name))
