@@ -1,4 +1,4 @@
-"""The error whose message is meant for the person who typed the command."""
+"""Errors with messages for the user, and the packages of haste's extras."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Literal
 
-# The packages that haste does without until they are needed: the extra that brings each, by the name it is imported as.
+# Optional packages: from the name of the module to the extra that installs it.
 EXTRAS = {
     "matplotlib": "plot",
     "scipy": "eval",
@@ -14,13 +14,13 @@ EXTRAS = {
     "sklearn": "digits",
     "datasets": "datasets",
 }
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml"}  # by module
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image", "yaml": "pyyaml"}  # on PyPI
 
 
 class UserError(ValueError):
-    """A request that cannot be met; the message is one sentence that names what was asked for, and what would do.
+    """An invalid setting, file or combination; the message is one sentence that names it and what is valid.
 
-    The command line prints the sentence alone, without a traceback. For a caller from Python it is a ValueError.
+    The command line prints the sentence without a traceback. In Python it is a ValueError.
     """
 
 
@@ -28,7 +28,7 @@ OnBadFile = Literal["refuse", "skip"]
 
 
 class BadFile(Exception):
-    """One file that is missing, cut short or of the wrong kind. It travels from worker processes, so it pickles."""
+    """A file that is missing, truncated or of the wrong kind. Can be pickled, to be passed on by worker processes."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -39,19 +39,19 @@ class BadFile(Exception):
         return f"{self.name} {self.reason}"
 
     def as_user_error(self) -> UserError:
-        """The error of a command that may not skip it."""
+        """The error of a command without --on-bad-file skip."""
         return UserError(f"{self}; replace it, or skip such files with --on-bad-file skip")
 
 
 def in_one_line(error: Exception) -> str:
-    """The message of another library's error, fit for the middle of a sentence."""
+    """The message of another library's error, for the middle of a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def shorten(value: object) -> str:
-    """A value for a sentence: on one line, and a list of 50,000 labels by its beginning."""
-    if isinstance(value, int) and abs(value) >= 10**30:  # which str() may refuse to write out
+    """A value for a sentence: on one line, at most 40 characters."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # str() may refuse it
         return "an integer of more than 30 digits"
     text = str(value)
     text = text if text and text.isprintable() else repr(text)
@@ -59,7 +59,7 @@ def shorten(value: object) -> str:
 
 
 def missing_package(module: str) -> str:
-    """What to install for a module that is not there."""
+    """The message for a module that is not installed: names the package and the extra."""
     top = module.partition(".")[0]
     if top in EXTRAS:
         return f"the package {PACKAGES.get(top, top)} is not installed: run `pip install 'haste[{EXTRAS[top]}]'`"
@@ -67,7 +67,7 @@ def missing_package(module: str) -> str:
 
 
 def require(module: str) -> Any:
-    """Import a module of one of haste's extras.
+    """Import a module of an optional package.
 
     Raises:
         UserError: it is not installed; names the extra.
@@ -76,16 +76,16 @@ def require(module: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # the package is there, and one that it needs is not
+            raise  # a dependency of the package is missing
         raise UserError(missing_package(module)) from error
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package.
+    """A `__getattr__` for a package that imports its names when they are first used.
 
     Args:
         package: its `__name__`.
-        homes: for each name that it offers, the module of the package that has it.
+        homes: from each public name to the module, relative to the package, that defines it.
     """
 
     def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read within limits, and JSON that somebody else may have written."""
+"""Files: atomic writes, reads within limits, and JSON from any source."""
 
 from __future__ import annotations
 
@@ -17,47 +17,48 @@ from typing import Any
 
 from haste.errors import UserError, in_one_line
 
-# What a file may ask for, checked before memory is taken for it.
+# Limits of files, checked before memory is allocated.
 LARGEST_JSON = 256 * 2**20  # bytes; the labels of ImageNet take 60 MB
-LARGEST_FILE = 2**30  # bytes of an image, or of the latents of one, also inside a zip
-MOST_PIXELS = 100_000_000  # of one image: 400 MB in memory, 10,000 x 10,000
-MOST_ELONGATED = 100  # the longer side over the shorter; the crop first brings the shorter one to --resolution
+LARGEST_FILE = 2**30  # bytes of one image or its latents, also inside a zip
+MOST_PIXELS = 100_000_000  # of one image: 400 MB in memory
+MOST_ELONGATED = 100  # longer side over shorter side; the crop first scales the shorter one to --resolution
 LARGEST_ARRAY = 16 * 2**30  # bytes; ImageNet in 2,048 features takes 10.5 GB
-SMALL_ARRAY = 64 * 2**20  # bytes; below, an array may be packed as tightly as it likes
-MOST_INFLATION = 100  # bytes of an array over its bytes in the file; numbers that were measured do not pack so well
-MOST_CLASSES = 1_000_000  # each takes a row of the label table: at a width of 1,152, 4.6 GB, and four of them to train
-LARGEST_HEADER = 2**16  # bytes in front of an array
+SMALL_ARRAY = 64 * 2**20  # bytes; smaller arrays may be compressed at any ratio
+MOST_INFLATION = 100  # bytes of a larger array per byte in the file
+MOST_CLASSES = 1_000_000  # rows of the label table: 4.6 GB at a width of 1,152, and four times that in training
+LARGEST_HEADER = 2**16  # bytes of an array's header
 
 
 def in_bytes(size: int) -> str:
-    """A number of bytes with its unit, for messages."""
+    """Format a number of bytes, such as 1.5 GiB."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
     return f"{size} bytes"
 
 
-LOCK = ".lock"  # haste.resumable keeps it in a folder while a command works there
+LOCK = ".lock"  # in a folder that a command of haste.resumable holds
 
-ABANDONED = 3600  # seconds: a writer on another machine, whose process cannot be found here, would have written by then
+ABANDONED = 3600  # seconds without a write, after which a temporary file of another machine counts as abandoned
 
-# What a file or a folder is called before it is whole.
+# The name of a file or folder before it is complete, with the process that writes it.
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 def temporary_path(path: Path) -> Path:
-    """.NAME.PID.tmp beside it: what this process calls a file, or a folder, until it is whole."""
+    """.NAME.PID.tmp in the same folder: the name of a file or folder while this process writes it."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
-    """Call write(temporary path), push it to the disk, then give it its name: a kill leaves the old file or the new.
+    """Write a file through a temporary one that is then renamed: a kill leaves either the old or the new file.
 
     Args:
-        durable: push it to the disk, so that a power failure, too, leaves one of the two.
+        write: called with the temporary path.
+        durable: also flush to disk, so that this holds for a power failure.
 
     Raises:
-        OSError: it cannot be written, or whatever `write` raises; the old file is then as it was.
+        OSError: the file cannot be written. This and whatever `write` raises leave the old file unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
@@ -73,30 +74,30 @@ def write_atomically(path: Path, write: Callable[[Path], Any], durable: bool = T
         return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name is on the disk as well
+        os.fsync(folder)  # of the new name
     finally:
         os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all, and remove what killed writers of the same file have left."""
+    """Write UTF-8 text atomically, and remove abandoned temporary files of the same file."""
     remove_abandoned(path)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """Write what torch.save can save, whole or not at all."""
-    import torch  # which most commands with io do not need at once
+    """Call torch.save atomically."""
+    import torch  # imported here, as it takes seconds and few commands need it
 
     def write(temporary: Path) -> None:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch's word for a disk that is full
+        except RuntimeError as error:  # raised by torch for a full disk
             raise OSError(in_one_line(error)) from error
 
     write_atomically(path, write)
@@ -104,11 +105,11 @@ def save_tensors(path: Path, content: Any) -> None:
 
 @contextmanager
 def writing(what: str, kept: str = "") -> Iterator[None]:
-    """Turn the OSError of a full disk, or of one that cannot be written, into a UserError.
+    """Convert an OSError of a write, such as for a full disk, to a UserError.
 
     Args:
         what: begins the message.
-        kept: ends it, such as "what is there is kept, and the same command resumes".
+        kept: ends the message, such as "the same command resumes".
     """
     try:
         yield
@@ -118,26 +119,23 @@ def writing(what: str, kept: str = "") -> Iterator[None]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file or folder is what a kill in the middle of a write leaves."""
+    """Whether a path is an unfinished file or folder."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what kills in the middle of a write have left in a folder and those below it.
-
-    To be called by the command that holds the folder, so that nobody else is writing there.
-    """
+    """Delete unfinished files in a folder and its subfolders. Only for a command that holds the folder's lock."""
     for path in folder.rglob(".*.tmp"):
         if is_leftover(path):
             _remove(path)
 
 
 def remove_abandoned(path: Path, held: bool = False) -> None:
-    """Delete what killed writers of this one file or folder have left beside it.
+    """Delete unfinished versions of one file or folder.
 
     Args:
-        held: no other command can be writing it. Else only what no process of this machine is writing, and what is too
-            old for one of another machine.
+        held: no other command can be writing it. Otherwise versions of running processes, and recent ones, which may
+            belong to another machine, are kept.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_leftover(leftover) and (held or not _is_being_written(leftover) and _age(leftover) > ABANDONED):
@@ -145,8 +143,8 @@ def remove_abandoned(path: Path, held: bool = False) -> None:
 
 
 def _is_being_written(leftover: Path) -> bool:
-    """Whether the process in its name lives here and is another one: numbers come again, in containers the same."""
-    writer = int(_TEMPORARY.fullmatch(leftover.name)[1])
+    """Whether the process in its name is running on this machine. Its number may be ours, as numbers are reused."""
+    writer = int(leftover.name.rsplit(".", 2)[1])
     if writer == os.getpid():
         return False
     try:
@@ -159,7 +157,7 @@ def _is_being_written(leftover: Path) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since it was written to; 0 if it is gone."""
+    """Seconds since the last write; 0 if it does not exist."""
     try:
         return time.time() - path.stat().st_mtime
     except OSError:
@@ -174,27 +172,27 @@ def _remove(path: Path) -> None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a path is free for a command to fill: nothing is there, or a folder with leftovers of killed ones."""
+    """Whether a path does not exist, or is a folder with nothing but unfinished files."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
     return all(is_leftover(path) or path.name == LOCK for path in folder.iterdir())
 
 
 def require_space(folder: Path, size: int, what: str = "a checkpoint") -> None:
-    """Raise OSError if fewer than `size` bytes are free on the disk of `folder`, or of the parent that exists."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    """Raise OSError if fewer than `size` bytes are free on the disk of `folder`, which need not exist."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if free < size:
         raise OSError(f"{folder} has {free / 2**30:.2f} GiB free, and {what} takes {size / 2**30:.2f} GiB")
 
 
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
-    """Read a regular file; OSError, as for any that cannot be read, if it is none or larger than `limit` bytes."""
+    """Read a regular file of at most `limit` bytes. Raises OSError for any other."""
     try:
         status = os.stat(path)
-    except ValueError as error:  # a name with a zero byte
+    except ValueError as error:  # NUL in the name
         raise OSError(errno.EINVAL, in_one_line(error), str(path)) from error
-    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, a device never end
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
         code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
         raise OSError(code, f"it is {_kind(status.st_mode)}, not a regular file", str(path))
     if status.st_size > limit:
@@ -213,28 +211,28 @@ def read_json(path: Path, what: str, needs: Iterable[str] = ()) -> dict[str, Any
     """Read a JSON file that holds an object.
 
     Args:
-        what: what the file should be, for messages, such as "the settings of a run".
-        needs: keys that must be there.
+        what: the expected content, for messages, such as "the settings of a run".
+        needs: required keys.
 
     Raises:
-        UserError: it cannot be read or is not that; names the file.
+        UserError: the file cannot be read or holds something else; names the file.
     """
     try:
         data = read_bytes(path, LARGEST_JSON)
     except OSError as error:
-        raise UserError(f"{path} must be {what}, and cannot be read: {error.strerror or error}") from error
-    return parse_json(data, f"{path}", what, needs)
+        raise UserError(f"{path} must be {what}, but cannot be read: {error.strerror or error}") from error
+    return parse_json(data, str(path), what, needs)
 
 
 def parse_json(data: bytes | str, source: str, what: str, needs: Iterable[str] = ()) -> dict[str, Any]:
-    """Parse what has been read already, as `read_json`; `source` names it."""
+    """As `read_json`, for data that `source` names."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} must be {what}, and is no JSON: {in_one_line(error)}") from error
+        raise UserError(f"{source} must be {what}, but is no JSON: {in_one_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{source} must be {what}, a JSON object, and is {type(content).__name__}")
-    missing = [name for name in needs if name not in content]
-    if missing:
-        raise UserError(f"{source} must be {what}, and has no {missing[0]!r}")
+        raise UserError(f"{source} must be {what}, a JSON object, got {type(content).__name__}")
+    for name in needs:
+        if name not in content:
+            raise UserError(f"{source} must be {what}, but has no {name!r}")
     return content

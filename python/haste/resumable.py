@@ -1,8 +1,7 @@
-"""Folders and logs that outlive a kill: one command at a time, settings that must be the same, lines that heal.
+"""Folders and logs of commands that can be killed and resumed: locks, a check of the settings, JSON Lines.
 
-The lock is a POSIX record lock (fcntl.lockf): NFS passes it on to its server, and the system frees it when the process
-ends, whatever ends it. It belongs to a process and a file: closing any handle of the file frees it, so a process that
-holds one never opens the file again.
+The lock is a POSIX record lock (fcntl.lockf): it works on NFS, and the system frees it when the process ends. Closing
+any handle of the file frees it as well, so the process that holds it never opens the file again.
 """
 
 from __future__ import annotations
@@ -25,32 +24,32 @@ from haste.io import LOCK, is_free, read_bytes, read_json, remove_leftovers, wri
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-SAME_COMMAND = "what is there is kept, and the same command resumes"
+SAME_COMMAND = "existing files are kept, and the same command resumes"
 
 
 class ResumableDir:
     """A folder that one command fills, and that the same command resumes after a kill.
 
-    A subclass says what it holds, how its record is called and which flag gives it. Opening it writes nothing.
+    Opening it writes nothing.
 
     Args:
         path: the folder, which need not exist.
-        settings: plain values that every command that fills the folder must share.
+        settings: plain values, the same in every command that fills the folder.
 
     Attributes:
-        saved: the record that was found; None in a new folder.
+        saved: the content of the record; None in a new folder.
 
     Raises:
-        UserError: it holds something else, or was filled with other settings; names the flag and the differences.
+        UserError: the folder holds something else, or has other settings; names the flag and the differences.
     """
 
-    flag: ClassVar[str]
-    content: ClassVar[str]  # what it holds, for messages
+    flag: ClassVar[str]  # that gives the folder
+    content: ClassVar[str]  # for messages
     record_name: ClassVar[str]
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings = json.loads(json.dumps(settings))  # as it is read again: tuples become lists
+        self.settings = json.loads(json.dumps(settings))  # as they are read back: tuples become lists
         self.saved: dict[str, Any] | None = None
         self.reopen()
 
@@ -76,43 +75,42 @@ class ResumableDir:
         return is_free(self.path)
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """'num_steps 4, now 5' for each setting that the record has otherwise."""
+        """'num_steps 4, now 5' for each setting that differs from the record."""
         return differences({name: saved[name] for name in self.settings if name in saved}, self.settings)
 
     def check_same_config(self, saved: Mapping[str, Any]) -> None:
-        """UserError, which names the first differences, if these are not the settings of this command."""
+        """Raise UserError, with the first differences, if the saved settings are not those of this command."""
         found = self.differences(saved)
         if found:
-            shown = "; ".join(found[:3]) + (" and others" if len(found) > 3 else "")
+            others = " and others" if len(found) > 3 else ""
             raise UserError(
                 f"{self.flag} must be another folder, got {self.path}, which holds {self.content} with other settings: "
-                f"{shown}"
+                f"{'; '.join(found[:3])}{others}"
             )
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep other commands out of the folder.
+        """Lock the folder.
 
         Raises:
-            UserError: another command is in it, or it cannot be written.
+            UserError: another command holds it, or it cannot be written.
         """
-        way_out = f"give another {self.flag}, or wait until it has ended"
-        with hold(self.path, f"{self.flag} {self.path} is being filled", way_out):
-            self.reopen()  # another command may have ended here a moment ago
+        with hold(self.path, f"{self.flag} {self.path} is in use", f"choose another {self.flag}, or wait"):
+            self.reopen()  # another command may have changed it
             yield
 
     def remove_leftovers(self) -> None:
-        """Delete what kills in the middle of a write have left. To be called by the command that holds the folder."""
+        """Delete unfinished files. Only for the command that holds the folder."""
         remove_leftovers(self.path)
 
     def write_record(self, content: Mapping[str, Any]) -> None:
-        """Replace the record, whole or not at all."""
+        """Replace the record atomically."""
         with self.writing():
             write_json(self.record, content)
         self.saved = dict(content)
 
     def writing(self) -> AbstractContextManager[None]:
-        """UserError, which names the flag, where the disk is full or cannot be written."""
+        """Convert an OSError of a write to a UserError that names the flag."""
         return writing(f"{self.flag} {self.path}", SAME_COMMAND)
 
 
@@ -129,7 +127,10 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a .jsonl file, and how many other lines it has, apart from a last one that a kill cut short.
+    """Read a .jsonl file.
+
+    Returns:
+        Its objects, and the number of damaged lines, except for a last line truncated by a kill.
 
     Raises:
         UserError: the file cannot be read.
@@ -141,7 +142,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     records = [_parse(line) for line in lines]
-    # A whole line ends in a newline, so something, if only nothing, follows it.
+    # A complete line ends in a newline, so the last element is empty or truncated.
     damaged = sum(record is None and bool(line.strip()) for line, record in zip(lines[:-1], records, strict=False))
     return [record for record in records if record is not None], damaged
 
@@ -155,13 +156,13 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
 
 
 def append_line(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
-    """Append one line to a .jsonl file, whole or not at all; a last line that a kill cut short goes.
+    """Append one line to a .jsonl file, in place of a last line truncated by a kill.
 
     Args:
-        durable: push it to the disk, so that it outlives a power failure.
+        durable: flush to disk, so that it survives a power failure.
 
     Raises:
-        OSError: the disk is full, or the file cannot be written; its lines are then as they were.
+        OSError: the file cannot be written; its lines are unchanged.
     """
     data = json.dumps(record).encode() + b"\n"
     with open(path, "a+b", buffering=0) as file:
@@ -183,7 +184,7 @@ def append_line(path: Path, record: Mapping[str, Any], durable: bool = False) ->
 
 
 def _last_line(file: BinaryIO) -> bytes:
-    """What follows the last newline."""
+    """The bytes after the last newline."""
     start, tail = file.seek(0, os.SEEK_END), b""
     while start and b"\n" not in tail:
         step = min(start, 2**16)
@@ -198,17 +199,17 @@ _held: set[Path] = set()
 
 
 @contextmanager
-def hold(folder: Path, taken: str, way_out: str = "choose another, or wait until it has ended") -> Iterator[None]:
-    """Lock a folder, which is made if it is not there and removed again if nothing was put into it.
+def hold(folder: Path, taken: str, way_out: str = "choose another, or wait") -> Iterator[None]:
+    """Lock a folder; create it if it does not exist, and remove it if it stays empty.
 
-    Where the file system knows no locks, a warning says so.
+    On a file system without locks it only logs a warning.
 
     Args:
-        taken: begins the message if another process holds it, such as "--exp-name x is being trained".
-        way_out: ends it.
+        taken: begins the message if the folder is locked, such as "--exp-name x is being trained".
+        way_out: ends the message.
 
     Raises:
-        UserError: another process, or this one, holds it, or it cannot be written.
+        UserError: another process, or this one, holds the folder, or it cannot be written.
     """
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path = folder.resolve() / LOCK
@@ -232,26 +233,26 @@ def hold(folder: Path, taken: str, way_out: str = "choose another, or wait until
 
 @contextmanager
 def updating(path: Path) -> Iterator[None]:
-    """Lock a file that is read and then replaced: another process that wants to do so waits."""
+    """Lock a file that is read and then replaced; waits for other processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent.resolve() / f".{path.name}{LOCK}"
     file = _lock(beside, wait=True)
     try:
         yield
     finally:
-        if file is not None:  # None: another thread is in here, and what it reads and writes is whole all the same
+        if file is not None:  # None: another thread of this process holds it; reads and writes are atomic anyway
             _release(beside, file)
 
 
 def _lock(path: Path, wait: bool) -> int | None:
-    """The handle of the locked file; None if another process holds it, or this one."""
+    """The handle of the locked file; None if another process or this one holds it."""
     while path not in _held:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in UNSUPPORTED:
-                logger.warning("%s cannot be locked (%s); let no other command write it", path.parent, error.strerror)
+                logger.warning("%s cannot be locked (%s); run no other command on it", path.parent, error.strerror)
             else:
                 os.close(handle)
                 if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -261,12 +262,12 @@ def _lock(path: Path, wait: bool) -> int | None:
             _held.add(path)
             _write_owner(handle)
             return handle
-        os.close(handle)  # its last owner has removed it in the meantime
+        os.close(handle)  # the previous owner has removed it in the meantime
     return None
 
 
 def _is_current(path: Path, handle: int) -> bool:
-    """Whether the path still leads to the open file."""
+    """Whether the path still refers to the open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:
@@ -274,7 +275,7 @@ def _is_current(path: Path, handle: int) -> bool:
 
 
 def _release(path: Path, handle: int) -> None:
-    """Remove the file, while it is still locked, and free it."""
+    """Remove the file while it is still locked, then unlock it."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
     os.close(handle)
@@ -283,13 +284,13 @@ def _release(path: Path, handle: int) -> None:
 
 def _write_owner(handle: int) -> None:
     text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-    with suppress(OSError):  # a full disk: the lock holds, without a name on it
+    with suppress(OSError):  # on a full disk the lock has no owner's name
         os.ftruncate(handle, 0)
         os.pwrite(handle, text.encode(), 0)
 
 
 def _owner(path: Path) -> str:
-    """Who holds it, as far as can be read."""
+    """The process that holds a lock, as far as it is known."""
     if path in _held:
         return f"this process, {os.getpid()}"
     try:

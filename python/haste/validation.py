@@ -1,4 +1,4 @@
-"""Checks of values: a dataclass from what a file holds, and one table of the bounds of all numbers."""
+"""Validation: dataclasses from the content of files, and the bounds of all numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -18,26 +19,26 @@ T = TypeVar("T", bound=Any)
 
 
 def build(cls: type[T], values: Any, source: str) -> T:
-    """Build a dataclass from plain values, such as JSON or a checkpoint hold them; unknown names are left out.
+    """Build a dataclass from plain values, such as the content of JSON or a checkpoint; ignores unknown names.
 
     Fields may be int, float, str, bool, None, Literal, lists, tuples and dicts of these, unions, and dataclasses of
-    the same kind. An int serves where a float is wanted, and a list where a tuple is.
+    such fields. An int is accepted for a float, and a list for a tuple.
 
     Args:
-        source: names the file and the part of it, for messages.
+        source: names the file and its part in messages.
 
     Raises:
-        UserError: a field is missing or of another type, or the dataclass refuses its value; names source and field.
+        UserError: a field is missing or of another type, or the dataclass rejects its value; names source and field.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{source} must hold named values, and is {shown(values)}")
+        raise UserError(f"{source} must hold named values, got {shown(values)}")
     hints = _hints(cls)  # type: ignore[arg-type]
     known = {}
     for field in fields(cls):
         if field.name in values:
             known[field.name] = check(values[field.name], hints[field.name], f"{field.name} of {source}")
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise UserError(f"{source} must have {field.name}, and does not")
+            raise UserError(f"{source} must have {field.name}, got none")
     try:
         return cls(**known)
     except (ValueError, TypeError) as error:
@@ -47,15 +48,18 @@ def build(cls: type[T], values: Any, source: str) -> T:
 
 
 def check(value: Any, wanted: Any, name: str) -> Any:
-    """Return a value of the wanted type; UserError for another. See `build`."""
+    """Return a value of the given type, converted as in `build`; UserError for any other value."""
     if wanted is Any:
         return value
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
-        return _check_union(value, arguments, wanted, name)
+        for argument in arguments:
+            with suppress(UserError):
+                return check(value, argument, name)
+        raise _wrong_type(name, wanted, value)
     if origin is Literal:
         if not any(type(value) is type(known) and value == known for known in arguments):
-            raise UserError(f"{name} must be one of {', '.join(map(repr, arguments))}, and is {shown(value)}")
+            raise _wrong_type(name, wanted, value)
         return value
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         return _check_items(value, origin, arguments, name)
@@ -72,19 +76,14 @@ def check(value: Any, wanted: Any, name: str) -> Any:
             return float(value)
     elif isinstance(wanted, type) and type(value) is wanted:
         return value
-    raise UserError(f"{name} must be {_type_name(wanted)}, and is {shown(value)}")
+    raise _wrong_type(name, wanted, value)
 
 
-_LARGEST = 1.7e308  # a larger int has no float
+_LARGEST = 1.7e308  # larger integers cannot be converted to float
 
 
-def _check_union(value: Any, arguments: tuple[Any, ...], wanted: Any, name: str) -> Any:
-    for argument in arguments:
-        try:
-            return check(value, argument, name)
-        except UserError:
-            continue
-    raise UserError(f"{name} must be {_type_name(wanted)}, and is {shown(value)}")
+def _wrong_type(name: str, wanted: Any, value: Any) -> UserError:
+    return UserError(f"{name} must be {_type_name(wanted)}, got {shown(value)}")
 
 
 def _check_items(values: Any, origin: type, arguments: tuple[Any, ...], name: str) -> Any:
@@ -93,7 +92,7 @@ def _check_items(values: Any, origin: type, arguments: tuple[Any, ...], name: st
     else:
         wanted = list(arguments)
         if len(wanted) != len(values):
-            raise UserError(f"{name} must have {len(wanted)} values, and has {len(values)}")
+            raise UserError(f"{name} must have {len(wanted)} values, got {len(values)}")
     return origin(check(item, kind, f"{name}[{n}]") for n, (item, kind) in enumerate(zip(values, wanted, strict=True)))
 
 
@@ -123,26 +122,26 @@ def _type_name(wanted: Any) -> str:
     if get_origin(wanted) in (Union, types.UnionType):
         return " or ".join(_type_name(argument) for argument in arguments)
     if get_origin(wanted) is Literal:
-        return ", ".join(map(repr, arguments))
+        return f"one of {', '.join(map(repr, arguments))}"
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
     return names.get(wanted, getattr(wanted, "__name__", str(wanted)))
 
 
 def shown(value: Any) -> str:
-    """The value in a few words; its type where it is long."""
+    """A short repr for messages; the type and the beginning of a long one."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a value whose repr fails is named by its type
+    except Exception:  # of a class's own __repr__
         return type(value).__name__
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:40]}..."
 
 
 class Bounds(NamedTuple):
-    """The bounds of a number. NaN is outside of all.
+    """The bounds of a number. NaN is out of all bounds.
 
     Attributes:
-        low, high: allowed themselves, unless they are open.
-        kind: Integral for whole numbers, Real for all.
+        low, high: inclusive, unless open_low or open_high is set.
+        kind: numbers.Integral or numbers.Real.
     """
 
     low: float
@@ -152,7 +151,7 @@ class Bounds(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        """Whether a value is such a number. A bool, which Python counts among the integers, is none."""
+        """Whether a value is a number within the bounds. A bool is not."""
         if not isinstance(value, self.kind) or isinstance(value, bool):
             return False
         above = value > self.low if self.open_low else value >= self.low
@@ -174,13 +173,13 @@ FROM_ONE = TRAINING_STEPS._replace(low=1)
 IMAGES = Bounds(1, 10_000_000)
 SIDE = Bounds(1, 16_384)  # pixels
 GATE = Bounds(0, STEPS.high)
-ORDER = Bounds(0, 20)  # above, a factorial and a power of a distance leave nothing of a float32
+ORDER = Bounds(0, 20)  # higher orders overflow float32
 ERROR = Bounds(0, 1_000_000, Real)
 TIME = Bounds(0, 1, Real)
 COEFFICIENT = Bounds(0, 1_000_000, Real)
 SHARE = Bounds(0, 1, Real, open_high=True)
 DEPTH = Bounds(1, 1000)
-SEED = Bounds(0, 2**32 - 1)  # what numpy takes
+SEED = Bounds(0, 2**32 - 1)  # as for numpy
 
 BOUNDS: dict[str, Bounds] = {
     # data and model
@@ -203,7 +202,7 @@ BOUNDS: dict[str, Bounds] = {
     "probe_every": FROM_ONE,
     "probe_images": FROM_ONE,
     "probe_block": DEPTH._replace(low=0),
-    "probe_threshold": Bounds(-1, 1, Real),  # as a cosine is
+    "probe_threshold": Bounds(-1, 1, Real),  # of a cosine
     "plateau_patience": FROM_ONE,
     "plateau_min_delta": COEFFICIENT,
     "teacher_resolution": SIDE,
@@ -221,7 +220,7 @@ BOUNDS: dict[str, Bounds] = {
     "max_grad_norm": Bounds(0, 10**9, Real, open_low=True),
     "ema_decay": SHARE,
     "seed": SEED,
-    # keeping track
+    # logging
     "logging_steps": FROM_ONE,
     "checkpointing_steps": FROM_ONE,
     "sampling_steps": TRAINING_STEPS,
@@ -229,7 +228,7 @@ BOUNDS: dict[str, Bounds] = {
     "resume_step": TRAINING_STEPS,
     # the sampler
     "num_steps": STEPS,
-    "cfg_scale": Bounds(1, 1000, Real),  # 1 is no guidance
+    "cfg_scale": Bounds(1, 1000, Real),
     "guidance_low": TIME,
     "guidance_high": TIME,
     "global_seed": Bounds(0, 2**63 - 1),
@@ -237,10 +236,10 @@ BOUNDS: dict[str, Bounds] = {
     "interval": STEPS,
     "order": ORDER,
     "first_enhance": STEPS,
-    "error_threshold": ERROR,  # 0 is none
+    "error_threshold": ERROR,
     "gate": GATE,
     "cached_blocks": Bounds(1, 10_000),
-    # how many
+    # numbers of images
     "num_fid_samples": IMAGES,
     "num_images": IMAGES,
     "per_proc_batch_size": Bounds(1, 1_000_000),
@@ -254,14 +253,14 @@ BOUNDS: dict[str, Bounds] = {
     "repeats": Bounds(1, 10_000),
     "tolerance": Bounds(0, 1_000_000, Real),
 }
-"""The bounds of every flag that takes a number. Beyond them something overflows, or there is not the memory."""
+"""The bounds of every numeric flag, beyond which something overflows or exceeds any memory."""
 
 
 def check_number(name: str, value: Any, shown: str | None = None) -> None:
-    """Raise UserError if a value, or one of a tuple, is no number within the bounds of `name`.
+    """Raise UserError if a value, or one of a tuple, is out of the bounds of `name`.
 
     Args:
-        shown: what the message calls it; by default the flag.
+        shown: its name in the message; by default the flag.
     """
     for each in value if isinstance(value, tuple) else (value,):
         if each not in BOUNDS[name]:
@@ -270,7 +269,7 @@ def check_number(name: str, value: Any, shown: str | None = None) -> None:
 
 
 def check_numbers(settings: Any) -> None:
-    """`check_number` for every field of a dataclass that has bounds; a default of None is allowed."""
+    """`check_number` for every field of a dataclass that has bounds; None is valid if it is the default."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name in BOUNDS and not (value is None and field.default is None):

@@ -1,8 +1,7 @@
-"""Files of weights, read without running anything that is in them.
+"""Reading files of weights without executing any of their content, and access to the Hugging Face hub.
 
-What torch.save writes, now and before 1.6, safetensors, and the tensors of TorchScript. A file may name any class; of
-those that torch does not admit itself none is looked up: a `Foreign` stands in its place, and keeps what the object was
-made of.
+Formats: torch.save, now and before 1.6, safetensors, and the tensors of TorchScript. A pickle may name any class. Those
+that torch does not allow by itself are never imported: a `Foreign` takes their place and keeps the arguments.
 """
 
 from __future__ import annotations
@@ -30,31 +29,38 @@ from haste.errors import UserError, in_one_line
 from haste.validation import shown
 
 ZIP = b"PK\x03\x04"
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number with which torch.save began before 1.6
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
 
-# Modules that torch blocks, whatever else is admitted under their names.
+# Modules that torch blocks even as safe globals.
 BLOCKED = {"sys", "os", "posix", "nt"}
 
 PATHS = {f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
 SCALARS = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
-FILLED = {"collections.defaultdict": dict, "collections.Counter": dict, "collections.deque": list}  # item by item
-TUPLES = (b"t", b"\x85", b"\x86", b"\x87")  # the instructions of a pickle that make one
-MOST_TUPLES = 100_000  # a tensor takes four
-DEEPEST = 50  # levels of settings within settings
+FILLED = {"collections.defaultdict": dict, "collections.Counter": dict, "collections.deque": list}  # built item by item
+TUPLES = (b"t", b"\x85", b"\x86", b"\x87")  # the opcodes of a pickle that build one
+MOST_TUPLES = 100_000  # a tensor has four
+DEEPEST = 50  # levels of nested settings
 
 
 class BrokenCheckpoint(UserError):
-    """The file is cut short, damaged or no checkpoint at all."""
+    """The file is missing, truncated, damaged or no checkpoint."""
 
 
 class _Damaged(ValueError):
-    """Why a file is not whole."""
+    """Why a file is damaged."""
+
+
+class _Refused(ValueError):
+    """Why an intact file is not loaded."""
 
 
 class Foreign:
-    """Stands for an object of the class, or for the result of the function, `of`, and runs nothing of it.
+    """Placeholder for an object of a class, or the result of a function, that is not allowed to run.
 
-    made_of: the arguments it was to be made from. state: what it was to be given after that.
+    Attributes:
+        of: the name of the class or function.
+        made_of: the arguments of the call.
+        state: the pickled state of the object.
     """
 
     of = ""
@@ -80,30 +86,29 @@ def read_file(path: Path) -> dict[str, Any]:
     """Read a checkpoint, on the CPU.
 
     Returns:
-        Tensors and plain values, argparse.Namespace, and `Foreign` for the rest. Paths, numpy's scalars and OmegaConf's
-        configs become plain values. Of safetensors the weights are `ema`, and the metadata are the settings, `args`.
+        Tensors, plain values, argparse.Namespace, and `Foreign` for other objects. Paths, numpy scalars and OmegaConf
+        configs are converted to plain values. The weights of a safetensors file are returned as `ema`, and its metadata
+        as the settings, `args`.
 
     Raises:
-        BrokenCheckpoint: it is damaged or of another kind.
-        UserError: it is whole and cannot be used; says why.
+        BrokenCheckpoint: the file is damaged or of another kind.
+        UserError: the file is intact but cannot be used.
     """
     try:
-        if not path.is_file():  # a pipe would wait for ever
-            what = "is no regular file" if os.path.lexists(path) else "does not exist"
-            raise BrokenCheckpoint(f"the checkpoint {path} {what}")
+        if not path.is_file():  # a pipe would block
+            raise BrokenCheckpoint(f"the checkpoint {path} {_why_no_file(path)}")
         content, metadata = _read(path)
     except BrokenCheckpoint:
         raise
     except _Damaged as error:
-        raise BrokenCheckpoint(f"{path} is no whole checkpoint: {error}") from error
+        raise BrokenCheckpoint(f"{path} is not a valid checkpoint: {error}") from error
     except OSError as error:
         raise UserError(f"the checkpoint {path} cannot be read: {error.strerror or in_one_line(error)}") from error
     except ValueError as error:
         raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if isinstance(content, Foreign):
-        raise UserError(f"{path} holds {content!r} as a whole; it must hold weights, as state_dict() gives them")
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a dictionary of weights, and holds {type(content).__name__}")
+        kind = repr(content) if isinstance(content, Foreign) else f"a {type(content).__name__}"
+        raise UserError(f"{path} must hold a dictionary of weights, as from state_dict(), got {kind}")
     if metadata is not None:
         settings = {name: _from_text(text) for name, text in metadata.items() if name != "format"}
         return {"ema": content, **({"args": argparse.Namespace(**settings)} if settings else {})}
@@ -111,27 +116,33 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, flag: str) -> Any:
-    """Read a file of tensors and plain values alone, on the CPU.
+    """Read a file of tensors and plain values only, on the CPU.
 
     Args:
-        flag: what gave the path, for the message.
+        flag: the flag that gave the path, for the message.
 
     Raises:
-        UserError: it holds none, or anything else.
+        UserError: the file cannot be read, or holds anything else.
     """
-    if not path.is_file():
-        what = "is no regular file" if path.exists() else "does not exist"
-        raise UserError(f"{flag} must be a file of weights, got {path}, which {what}")
     try:
+        if not path.is_file():
+            raise ValueError(f"it {_why_no_file(path)}")
         return _read(path, foreign=False)[0]
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} must be a file of weights, got {path}, which cannot be read: {error}") from error
 
 
-def _read(path: Path, foreign: bool = True) -> tuple[Any, dict[str, str] | None]:
-    """What a file holds, and the metadata of safetensors.
+def _why_no_file(path: Path) -> str:
+    return "is no regular file" if os.path.lexists(path) else "does not exist"
 
-    Raises _Damaged, OSError, and ValueError for a file that is whole and cannot be used.
+
+def _read(path: Path, foreign: bool = True) -> tuple[Any, dict[str, str] | None]:
+    """The content of a file, and the metadata of safetensors.
+
+    Raises:
+        _Damaged: the file is damaged or of another kind.
+        OSError: it cannot be read.
+        ValueError: it is intact but cannot be used.
     """
     with open(path, "rb") as file:
         head = file.read(len(LEGACY))
@@ -141,7 +152,7 @@ def _read(path: Path, foreign: bool = True) -> tuple[Any, dict[str, str] | None]
         return _read_legacy(path), None
     if head[8:9] == b"{":
         return _read_safetensors(path)
-    raise _Damaged("neither torch.save nor safetensors has written it")
+    raise _Damaged("it is no file of torch.save or safetensors")
 
 
 def _read_zip(path: Path, foreign: bool) -> Any:
@@ -149,57 +160,51 @@ def _read_zip(path: Path, foreign: bool) -> Any:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             script = any(entry.filename.endswith("/constants.pkl") or "/code/" in entry.filename for entry in entries)
-            kept = [entry for entry in entries if not script or _is_of_tensors(entry.filename)]
-            refused = _inflation(kept, path)
-            # torch.load does not look at the checksums that torch.save wrote.
-            damaged = None if refused or script else archive.testzip()
-    except OSError:
+            entries = [entry for entry in entries if not script or _is_of_tensors(entry.filename)]
+            _refuse_inflation(entries, path)
+            # torch.load does not verify the checksums of torch.save.
+            if not script and archive.testzip() is not None:
+                raise _Damaged("it is damaged")
+            pickled = next((entry for entry in entries if entry.filename.endswith("data.pkl")), None)
+            if pickled is None:
+                raise _Refused("it is a zip file, but not of torch.save")
+            _refuse_deep_tuples(archive.read(pickled))
+            source = _without_program(archive, entries) if script else path
+    except (OSError, _Damaged, _Refused):
         raise
-    except Exception as error:  # a damaged archive leads zipfile to raise anything
+    except Exception as error:  # zipfile raises anything for a damaged archive
         raise _Damaged(in_one_line(error)) from error
-    if refused:
-        raise ValueError(refused)
-    if damaged is not None:
-        raise _Damaged("it is damaged")
-    pickled = next((entry for entry in entries if entry.filename.endswith("data.pkl")), None)
-    if pickled is None:
-        raise ValueError("it is a zip file that torch.save has not written")
     try:
-        _check_tuples(path, pickled)
-        source = _without_program(path, kept) if script else path
         named = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-        if script:
-            source.seek(0)  # type: ignore[union-attr]  # the line above has read it
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
         named = [name for name in named if name != "argparse.Namespace"]
         blocked = [name for name in named if name.split(".")[0] in BLOCKED]
         if blocked:
-            raise ValueError(f"it wants to call {blocked[0]}, which no checkpoint needs")
+            raise ValueError(f"it calls {blocked[0]}, which no checkpoint needs")
         if named and not (foreign or script):
             raise ValueError(f"it holds more than tensors and plain values: {named[0]}")
         content = _load(source, [(_stand_in(name), name) for name in named])
         return _state_dict(content) if script else content
-    except Exception as error:  # the file is whole, and its content is anybody's
+    except Exception as error:  # torch raises anything for unknown content
         raise ValueError(reason(error)) from error
 
 
-def _inflation(entries: list[zipfile.ZipInfo], path: Path) -> str | None:
-    """Why an archive would fill more memory than it takes on the disk, if it would; torch.save packs nothing."""
+def _refuse_inflation(entries: list[zipfile.ZipInfo], path: Path) -> None:
+    """Refuse an archive that would inflate: torch.save does not compress."""
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
-        return f"its {packed[0]} is compressed, which torch.save does not do"
+        raise _Refused(f"its {packed[0]} is compressed, unlike in files of torch.save")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        return "its entries claim to hold more than its size"
-    return None
+        raise _Refused("its entries claim to hold more than its size")
 
 
-def _check_tuples(path: Path, pickled: zipfile.ZipInfo) -> None:
-    """Refuse a pickle that could nest tuples so deeply that hashing them overflows the stack of the process."""
-    with zipfile.ZipFile(path) as archive:
-        data = archive.read(pickled)
-    if sum(map(data.count, TUPLES)) <= MOST_TUPLES:  # bytes of text are counted as well
+def _refuse_deep_tuples(data: bytes) -> None:
+    """Refuse a pickle whose nested tuples could overflow the stack of the process when they are hashed."""
+    if sum(map(data.count, TUPLES)) <= MOST_TUPLES:  # an upper bound: counts bytes of text as well
         return
     if sum(code.name.startswith("TUPLE") for code, _, _ in pickletools.genops(data)) > MOST_TUPLES:
-        raise ValueError(f"it holds more than {MOST_TUPLES:,} tuples")
+        raise _Refused(f"it holds more than {MOST_TUPLES:,} tuples")
 
 
 def _is_of_tensors(name: str) -> bool:
@@ -207,13 +212,10 @@ def _is_of_tensors(name: str) -> bool:
     return inside in ("data.pkl", "byteorder") or inside.startswith("data/")
 
 
-def _without_program(path: Path, entries: list[zipfile.ZipInfo]) -> io.BytesIO:
-    """A TorchScript archive without its program, as torch.save would have written it.
-
-    Loading it as it is runs the program's set-up code, which can write files.
-    """
+def _without_program(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> io.BytesIO:
+    """A TorchScript archive in the form of torch.save: without its program, which would run when it is loaded."""
     target = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w") as kept:
+    with zipfile.ZipFile(target, "w") as kept:
         for entry in entries:
             kept.writestr(entry.filename, archive.read(entry))
         kept.writestr(f"{entries[0].filename.partition('/')[0]}/version", "3\n")
@@ -222,7 +224,7 @@ def _without_program(path: Path, entries: list[zipfile.ZipInfo]) -> io.BytesIO:
 
 
 def _state_dict(module: Any) -> dict[str, Tensor]:
-    """The tensors among the attributes of a module and of those inside it, by their names in its state dict."""
+    """The tensors of a module and its submodules, by their names in its state dict."""
     found, seen, pending = {}, set(), [("", module)]
     while pending:
         prefix, item = pending.pop()
@@ -242,30 +244,30 @@ def _state_dict(module: Any) -> dict[str, Tensor]:
 
 
 def _read_legacy(path: Path) -> Any:
-    """There are no checksums in such a file. torch admits its own classes and Namespace, and there are no stand-ins."""
+    """Read a file of torch before 1.6. It has no checksums, and placeholders are not supported."""
     try:
         return _load(path, [])
-    except Exception as error:  # a damaged or foreign file leads torch to raise anything
+    except Exception as error:  # torch raises anything for a damaged or foreign file
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is not None:
             raise ValueError(
-                f"it holds a {named[1]}, which is not read from files of torch before 1.6; load it there, and save "
-                "its state_dict() with a newer torch"
+                f"it holds a {named[1]}, which is not read from files of torch before 1.6; save its state_dict() with "
+                "a newer torch"
             ) from error
         raise _Damaged(reason(error)) from error
 
 
 def _load(source: Path | io.BytesIO, stand_ins: list[tuple[Callable, str]]) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle's protocols and torch's older storages
+        warnings.simplefilter("ignore")  # about pickle protocols and old storages
         return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def _stand_in(name: str) -> Callable:
-    """What is called in place of a class or function of this name."""
+    """A replacement for the class or function of this name."""
     if name in FILLED:
         return lambda *arguments: FILLED[name]()
-    return type("Foreign", (Foreign,), {"of": name, "__qualname__": f"Foreign {name}"})  # the name for torch's errors
+    return type("Foreign", (Foreign,), {"of": name, "__qualname__": f"Foreign {name}"})  # named in torch's errors
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -280,7 +282,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _from_text(text: str) -> Any:
-    """A value of safetensors' metadata, where all is text: a number where it reads as one."""
+    """A value of safetensors' metadata: parsed if it is JSON, else text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -288,7 +290,7 @@ def _from_text(text: str) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """A loader's error in one line, without torch's advice to read the file unsafely."""
+    """The message of a loader's error in one line, without torch's advice to disable weights_only."""
     text = str(error)
     foreign = re.search(r"Foreign (\S+)'>", text)
     if foreign:
@@ -301,27 +303,29 @@ def reason(error: Exception) -> str:
 
 
 def weights_size(folder: Path, what: str) -> int:
-    """The bytes of the weights that from_pretrained() would look for in a folder.
+    """The size in bytes of the weights in a folder of from_pretrained().
 
-    Raises UserError, naming `what`, for a file that would be inflated to any size.
+    Args:
+        what: names the model in messages.
+
+    Raises:
+        UserError: a file is compressed or damaged.
     """
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file()]
     for path in files:
         try:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    refused = _inflation(archive.infolist(), path)
-                if refused:
-                    raise ValueError(refused)
-        except Exception as error:  # a damaged file leads zipfile to raise anything
+                    _refuse_inflation(archive.infolist(), path)
+        except Exception as error:  # zipfile raises anything for a damaged file
             raise UserError(f"{what} cannot be loaded: {path.name}: {in_one_line(error)}") from error
     return sum(path.stat().st_size for path in files)
 
 
 def to_plain(value: Any, level: int = 0) -> Any:
-    """The same with each Foreign that is known to stand for a plain value replaced by that value."""
+    """Convert each `Foreign` of a path, a numpy scalar or an OmegaConf config to a plain value."""
     if level > DEEPEST:
-        raise UserError(f"settings are nested in a checkpoint more than {DEEPEST} levels deep")
+        raise UserError(f"settings of a checkpoint must be nested at most {DEEPEST} levels deep, got more")
     if isinstance(value, Foreign):
         return _plain_foreign(value, level)
     if isinstance(value, argparse.Namespace):
@@ -334,9 +338,14 @@ def to_plain(value: Any, level: int = 0) -> Any:
 
 
 def settings_in(value: Any, source: str) -> dict[str, Any]:
-    """Named values as a dictionary: of a Namespace, a dictionary, an object of any class, or None for none.
+    """Settings as a dictionary.
 
-    source: names the file and the part of it. Raises UserError for what holds no names.
+    Args:
+        value: a Namespace, a dictionary, a `Foreign` of any class with attributes, or None for no settings.
+        source: names the file and its part in messages.
+
+    Raises:
+        UserError: `value` is something else.
     """
     if isinstance(value, Foreign) and isinstance(value.state, Mapping):
         value = to_plain(value.state)
@@ -345,7 +354,7 @@ def settings_in(value: Any, source: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise UserError(f"{source} must hold named settings, and is {shown(value)}")
+        raise UserError(f"{source} must be named settings, got {shown(value)}")
     return _named(value)
 
 
@@ -367,7 +376,7 @@ def _plain_foreign(value: Foreign, level: int) -> Any:
 
 
 def _plain_scalar(value: Foreign) -> Any:
-    """A numpy scalar is made from its dtype, itself a Foreign with its letters and byte order, and bytes."""
+    """Convert a numpy scalar, whose arguments are its dtype (a `Foreign` of type letters and byte order) and bytes."""
     try:
         kind, data = value.made_of
         letters, order = kind.made_of[0], kind.state[1]
@@ -380,43 +389,43 @@ def _plain_scalar(value: Foreign) -> Any:
 
 # ---- the Hugging Face hub ----
 
-PATIENCE = 2.0  # seconds; the hub's own library tries for half a minute
+PATIENCE = 2.0  # seconds; the hub's library would try for half a minute
 
 
 @functools.cache
 def is_reachable() -> bool:
-    """Whether the hub answers, through the proxy or mirror that its library is set to, within `PATIENCE`."""
+    """Whether the hub, or the mirror that its library is configured with, answers within `PATIENCE`."""
     answered = []
 
-    def ask() -> None:
+    def request() -> None:
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session
 
         try:
-            get_session().head(constants.ENDPOINT, timeout=PATIENCE)  # refuses where HF_HUB_OFFLINE is set
-        except Exception:  # of which library depends on the version
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE)  # raises with HF_HUB_OFFLINE
+        except Exception:  # the library that raises depends on the version
             return
         answered.append(True)
 
-    # In a thread, since no time-out ends the look-up of a name.
-    thread = threading.Thread(target=ask, daemon=True)
+    # In a thread, since the timeout does not cover DNS.
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     return bool(answered)
 
 
 def loading_arguments(source: str) -> dict[str, Any]:
-    """The arguments of from_pretrained() about where to look: a folder and what was downloaded before need no hub."""
+    """The arguments of from_pretrained() that avoid the hub for a folder, and if the hub does not answer."""
     return {"local_files_only": Path(source).is_dir() or not is_reachable()}
 
 
 def require_source(name: str, source: str, flag: str) -> None:
-    """Raise UserError if `source` is no folder, was not downloaded before, and the hub does not answer."""
+    """Raise UserError unless `source` is a folder, is in the hub's cache, or the hub answers."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir() or is_reachable() or isinstance(try_to_load_from_cache(source, "config.json"), str):
         return
     raise UserError(
-        f"{flag} must be a folder written by save_pretrained(), or a name that was downloaded before, got {name}; "
-        "the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        f"{flag} must be a folder of save_pretrained(), or a downloaded name, as the hub cannot be reached (or "
+        f"HF_HUB_OFFLINE is set), got {name}"
     )

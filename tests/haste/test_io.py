@@ -64,7 +64,7 @@ def test_what_is_no_such_json_is_refused_by_name(tmp_path, content):
 
 def test_a_folder_and_a_missing_file_are_refused_by_name(tmp_path):
     for path, reason in ((tmp_path, "it is a folder"), (tmp_path / "missing.json", "No such file")):
-        with pytest.raises(UserError, match=f"must be a record, and cannot be read: {reason}"):
+        with pytest.raises(UserError, match=f"must be a record, but cannot be read: {reason}"):
             read_json(path, "a record")
 
 

@@ -53,7 +53,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_a_damaged_record_is_refused_by_name(tmp_path):
     (tmp_path / "sample.json").write_text('{"steps": 4')
-    with pytest.raises(UserError, match="sample.json must be the record of samples, and is no JSON"):
+    with pytest.raises(UserError, match="sample.json must be the record of samples, but is no JSON"):
         Samples(tmp_path, SETTINGS)
 
 
@@ -62,7 +62,7 @@ def test_one_command_at_a_time_and_it_sees_what_another_has_done_meanwhile(tmp_p
     first = begun(tmp_path / "s")
     with (
         first.hold(),
-        pytest.raises(UserError, match="^--sample-dir .* is being filled by .* another --sample-dir"),
+        pytest.raises(UserError, match="^--sample-dir .* is in use by .* another --sample-dir"),
     ):
         with waiting.hold():
             pytest.fail("held twice")
@@ -73,7 +73,7 @@ def test_one_command_at_a_time_and_it_sees_what_another_has_done_meanwhile(tmp_p
 def test_a_record_that_cannot_be_written_names_the_flag(tmp_path):
     folder = Samples(tmp_path / "s", SETTINGS)
     (tmp_path / "s" / "sample.json").mkdir(parents=True)
-    with pytest.raises(UserError, match="^--sample-dir .* cannot be written: .*; what is there is kept"):
+    with pytest.raises(UserError, match="^--sample-dir .* cannot be written: .*; existing files are kept"):
         folder.write_record({})
 
 

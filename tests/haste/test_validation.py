@@ -48,7 +48,7 @@ def test_values_of_the_right_types_are_taken_and_unknown_names_left_out():
     [
         ({}, "file must have count"),
         ([], "file must hold named values"),
-        ({"count": True}, "count of file must be an integer, and is True"),
+        ({"count": True}, "count of file must be an integer, got True"),
         ({"count": 1.0}, "count of file must be an integer"),
         ({"count": 1, "rate": "0.5"}, "rate of file must be a number"),
         ({"count": 1, "rate": 10**400}, "rate of file must be a number"),

@@ -45,13 +45,13 @@ def test_files_that_are_no_weights_are_refused_by_flag_and_path(tmp_path):
     reasons = {
         "pipe.pt": "is no regular file",
         "nothing.pt": "does not exist",
-        "text.pt": "cannot be read",
-        "short.safetensors": "cannot be read",
+        "text.pt": "it is no file of torch.save",
+        "short.safetensors": "",
         "packed.pt": "its m/data.pkl is compressed",
         "overlapping.pt": "its entries claim to hold more than its size",
     }
     for name, reason in reasons.items():
-        with pytest.raises(UserError, match=f"--weights must be a file of weights, got .*{name}, which .*{reason}"):
+        with pytest.raises(UserError, match=f"--weights must be a file of weights, got .*{name}, which cannot be read: .*{reason}"):
             load_weights(tmp_path / name, "--weights")
 
 
@@ -146,7 +146,7 @@ def test_a_call_of_the_system_is_named(path):
         def __reduce__(self):
             return (os.system, ("touch ran",))
 
-    with pytest.raises(UserError, match=r"wants to call posix\.system"):
+    with pytest.raises(UserError, match=r"calls posix\.system"):
         read_file(saved(path, Evil()))
 
 
@@ -201,16 +201,18 @@ def test_an_object_of_any_class_gives_its_attributes_as_settings(path):
         assert settings_in(read_file(saved(path, args))["args"], "args") == {"seed": 3}
     assert settings_in(None, "args") == {}
     for odd in ([1], "text", 3):
-        with pytest.raises(UserError, match="args of it must hold named settings, and is"):
+        with pytest.raises(UserError, match="args of it must be named settings, got"):
             settings_in(odd, "args of it")
 
 
 def test_a_whole_model_and_a_list_are_refused(path):
     torch.save(torch.nn.Linear(2, 2), path)
-    with pytest.raises(UserError, match=r"holds a torch\.nn\.modules\.linear\.Linear as a whole"):
+    with pytest.raises(
+        UserError, match=r"must hold a dictionary of weights.*, got a torch\.nn\.modules\.linear\.Linear"
+    ):
         read_file(path)
     torch.save([1], path)
-    with pytest.raises(UserError, match="must hold a dictionary of weights, and holds list"):
+    with pytest.raises(UserError, match="must hold a dictionary of weights.*, got a list"):
         read_file(path)
 
 
@@ -236,7 +238,7 @@ def test_safetensors_with_their_metadata(tmp_path):
     save_file(WEIGHTS, path)
     assert read_file(path).keys() == {"ema"}
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(BrokenCheckpoint, match=r"sit\.safetensors is no whole checkpoint"):
+    with pytest.raises(BrokenCheckpoint, match=r"sit\.safetensors is not a valid checkpoint"):
         read_file(path)
 
 
@@ -264,10 +266,10 @@ def test_a_key_that_is_nested_beyond_the_stack_is_refused(path):
 def test_what_is_no_checkpoint_is_told_from_what_is_damaged(path, tmp_path):
     for content in (b"", b"hello", pickle.dumps({"model": {}}), b"PK\x03\x04half", bytes(200)):
         path.write_bytes(content)
-        with pytest.raises(BrokenCheckpoint, match=r"0000004\.pt is no whole checkpoint"):
+        with pytest.raises(BrokenCheckpoint, match=r"0000004\.pt is not a valid checkpoint"):
             read_file(path)
     np.savez(tmp_path / "arrays.npz", a=np.ones(2))
-    with pytest.raises(UserError, match=r"arrays\.npz .* is a zip file that torch\.save has not written") as refusal:
+    with pytest.raises(UserError, match=r"arrays\.npz .* is a zip file, but not of torch\.save") as refusal:
         read_file(tmp_path / "arrays.npz")
     assert not isinstance(refusal.value, BrokenCheckpoint)
     os.mkfifo(tmp_path / "pipe.pt")

@@ -274,7 +274,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_in_one_line(so
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Destination, "write", full)
-    assert "out cannot be written: No space left on device; what is there is kept" in refusal(
+    assert "out cannot be written: No space left on device; existing files are kept" in refusal(
         capsys, source, tmp_path / "out", "none", "--num-workers", "1"
     )
     (tmp_path / "file").write_text("in the way")
@@ -299,7 +299,7 @@ def test_what_a_kill_of_the_first_write_leaves_is_no_other_folder(source, tmp_pa
     for name in (".prepare.json.12.tmp", ".lock"):
         (tmp_path / "out" / name).write_text("half")
     with hold(tmp_path / "out", "it is"):
-        assert "out is being filled by this process" in refusal(capsys, source, tmp_path / "out", "none")
+        assert "out is in use by this process" in refusal(capsys, source, tmp_path / "out", "none")
     prepare(source, tmp_path / "out", "none")
     prepare(source, tmp_path / "unbroken", "none")
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")

@@ -290,7 +290,7 @@ def test_flags_may_be_abbreviated(run):
 def test_a_checkpoint_that_is_missing_or_none_is_refused(run, tmp_path, capsys):
     assert "no.pt does not exist" in refusal(capsys, "--ckpt", str(tmp_path / "no.pt"))
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    assert "is no whole checkpoint" in refusal(capsys, "--ckpt", str(tmp_path / "text.pt"))
+    assert "is not a valid checkpoint" in refusal(capsys, "--ckpt", str(tmp_path / "text.pt"))
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoints" in refusal(capsys, "--ckpt", str(tmp_path / "empty"))
 

@@ -65,7 +65,7 @@ def test_a_folder_of_something_else_or_of_a_sweep_that_runs_is_refused(run, caps
     assert "which holds a sweep.md but no sweep.jsonl" in refusal(capsys, *flags)
     assert [path.name for path in folder.iterdir()] == ["sweep.md"]
     with hold(run / "busy", "it is"):
-        assert "busy is being filled by this process" in refusal(capsys, *flags[:-1], str(run / "busy"))
+        assert "busy is in use by this process" in refusal(capsys, *flags[:-1], str(run / "busy"))
 
 
 def test_a_second_start_measures_nothing_and_the_records_alone_draw_the_same(run, capsys, monkeypatch):

@@ -54,10 +54,10 @@ def test_the_digest_tells_a_change_of_names_or_labels(class_folder):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("nonsense", "dataset.json must be .*, and is no JSON"),
+        ("nonsense", "dataset.json must be .*, but is no JSON"),
         ('{"labels": [["cat/02.png"]]}', "is no pair of a name and a label"),
         ('{"labels": {"cat/02.png": 1}}', "its labels are dict"),
-        ('[["cat/02.png", 1]]', "a JSON object, and is list"),
+        ('[["cat/02.png", 1]]', "a JSON object, got list"),
         ('{"labels": [["cat/02.png", 1]]}', "dataset.json has no label for ant/00.png and 10 others"),
     ],
 )

@@ -141,7 +141,7 @@ def test_the_same_settings_replace_their_entry_and_others_are_added(tmp_path):
 def test_a_file_of_something_else_is_not_written_over(tmp_path):
     path = tmp_path / "x-evaluation.json"
     path.write_text("mine")
-    with pytest.raises(UserError, match="must be the evaluations of samples, and is no JSON"):
+    with pytest.raises(UserError, match="must be the evaluations of samples, but is no JSON"):
         keep_evaluation(path, {}, {})
     assert path.read_text() == "mine"
 

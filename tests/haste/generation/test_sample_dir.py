@@ -105,7 +105,7 @@ def test_what_a_kill_of_the_first_write_leaves_is_no_other_folder_and_goes_away(
     folder = SampleDir(tmp_path / "s", SETTINGS)
     with folder.hold():
         folder.write([0], IMAGES[:1])
-        with pytest.raises(UserError, match="s is being filled by .*; give another --sample-dir"):
+        with pytest.raises(UserError, match="s is in use by .*; choose another --sample-dir"):
             with SampleDir(tmp_path / "s", SETTINGS).hold():
                 pytest.fail("held twice")
     assert sorted(path.name for path in folder.path.iterdir()) == ["000000.png", "sample.json"]

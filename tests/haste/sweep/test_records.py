@@ -124,7 +124,7 @@ def test_one_sweep_has_no_spread():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"flops": "x"}, "flops of a record of haste sweep must be a number, and is 'x'"),
+        ({"flops": "x"}, "flops of a record of haste sweep must be a number, got 'x'"),
         ({"seconds": [0.0]}, "must hold as many seconds as reference_seconds, and FLOPs, all above 0"),
         ({"seconds": [1.0, 2.0]}, "must hold as many seconds as reference_seconds"),
         ({"sweep": {}}, "settings of a record of haste sweep must be"),

@@ -84,7 +84,7 @@ def test_no_other_class_is_admitted(tmp_path, capsys):
     checkpoint = small_checkpoint(1)
     checkpoint["args"] = Evil()
     torch.save(checkpoint, checkpoint_path(tmp_path, 1))
-    with pytest.raises(UserError, match=r"args of .*0000001.pt must hold named settings, and is a builtins.print"):
+    with pytest.raises(UserError, match=r"args of .*0000001.pt must be named settings, got a builtins.print"):
         read_newest_checkpoint(tmp_path)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(BrokenCheckpoint):
@@ -106,7 +106,7 @@ def test_a_newest_file_that_is_cut_short_gives_way_to_the_one_before(tmp_path, c
     newest.write_bytes(newest.read_bytes()[:kept])
     with caplog.at_level(logging.WARNING):
         assert read_newest_checkpoint(tmp_path)["steps"] == 4
-    assert "0000008.pt is no whole checkpoint" in caplog.text
+    assert "0000008.pt is not a valid checkpoint" in caplog.text
 
 
 def test_a_damaged_byte_is_noticed(tmp_path):
@@ -212,7 +212,7 @@ def test_what_is_not_there_or_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_checkpoint(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(UserError, match="is no whole checkpoint"):
+    with pytest.raises(UserError, match="is not a valid checkpoint"):
         read_checkpoint(tmp_path / "text.pt")
     save_tensors(tmp_path / "other.pt", {"model": {"w": torch.ones(3)}})
     with pytest.raises(UserError, match="other.pt cannot be used: .* not those of a SiT"):
@@ -230,7 +230,7 @@ def test_only_a_damaged_file_gives_way_to_an_earlier_one(tmp_path):
     """A file that is whole and cannot be read stops, so that its steps are not trained again without a word."""
     save_tensors(checkpoint_path(tmp_path, 4), resumable_checkpoint(4))
     save_tensors(checkpoint_path(tmp_path, 8), {**resumable_checkpoint(8), "args": Evil()})
-    with pytest.raises(UserError, match=r"0000008\.pt must hold named settings, and is a builtins\.print"):
+    with pytest.raises(UserError, match=r"0000008\.pt must be named settings, got a builtins\.print"):
         read_newest_checkpoint(tmp_path)
 
 

@@ -129,15 +129,15 @@ def test_a_file_may_be_any_bytes(how, at, data):
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        ("args", 3, "args of .* must hold named settings, and is 3"),
-        ("args/path_type", 3, "path_type of args of .* must be one of 'linear', 'cosine', and is 3"),
+        ("args", 3, "args of .* must be named settings, got 3"),
+        ("args/path_type", 3, "path_type of args of .* must be one of 'linear', 'cosine', got 3"),
         ("model_config", "SiT", "model_config of .* must hold named values"),
         ("model_config/depth", 10**9, "depth of its model must be 1 to 200, and is 1000000000"),
         ("model_config/hidden_size", 32, "pos_embed of model of .* must have the shape"),
         ("model_config/input_size", 8190, "tokens at most"),
         ("ema", [1], r"ema of .* must be a dictionary of weights, got \[1\]"),
         ("ema/new", torch.ones(1), "ema of .*: new does not belong"),
-        ("latents/scale", (0.1,), "scale of latents of .* must be one number for each of 4 channels"),
+        ("latents/scale", (0.1,), "scale of latents of .* must be 4 finite numbers"),
     ],
 )
 def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, sentence):
@@ -151,7 +151,7 @@ def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, se
     [
         ("args/seed", torch.ones(2), "seed of args of .* must be an integer"),
         ("steps", -1, "steps of .* must be a number of steps, got -1"),
-        ("steps", "4", "steps of .* must be an integer, and is '4'"),
+        ("steps", "4", "steps of .* must be an integer, got '4'"),
         ("opt", [], "opt of .* must be the state of AdamW"),
         ("opt/state/0/exp_avg", torch.ones(3), "opt of .* must hold a step and two moments of its shape for pos_embed"),
         ("rng/torch", torch.ones(3), "rng of .* must hold the states of random generators"),
@@ -159,7 +159,7 @@ def test_what_is_odd_is_named_when_it_is_sampled_from(tmp_path, place, value, se
         ("opt/state/0/exp_avg", torch.full((1, 4, 16), float("nan")), "opt of .* must hold finite moments"),
         ("data", 3, "data of .* must hold named values"),
         ("data", {"images": 3, "files": 3}, "files of data of .* must be"),
-        ("latents", 1.5, "latents of .* must hold named values, and is 1.5"),
+        ("latents", 1.5, "latents of .* must hold named values, got 1.5"),
         ("scaler/scale", "a", "scale of scaler of .* must be a number"),
     ],
 )
@@ -174,7 +174,7 @@ def test_another_trainers_settings_may_be_anything_where_sampling_does_not_look(
     args = {"path_type": "linear", "batch_size": None, "max_grad_norm": None, "legacy": 0, "layer_map": None}
     save_tensors(tmp_path / "0000004.pt", {**content, "args": argparse.Namespace(**args)})
     assert load_checkpoint(tmp_path / "0000004.pt", device=torch.device("cpu")).config.path_type == "linear"
-    with pytest.raises(UserError, match="legacy of args of .* must be true or false, and is 0"):
+    with pytest.raises(UserError, match="legacy of args of .* must be true or false, got 0"):
         read_newest_checkpoint(tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_a_newest_checkpoint_that_is_cut_short_costs_only_its_steps(make_config,
     newest.write_bytes(newest.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         assert_same_bits(final_state(train(make_config())), unbroken)
-    assert "is no whole checkpoint" in caplog.text
+    assert "is not a valid checkpoint" in caplog.text
 
 
 def test_a_finished_run_is_not_trained_again(make_config):

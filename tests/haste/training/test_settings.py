@@ -96,7 +96,7 @@ def test_help_reads_no_run(record):
 
 
 def test_settings_that_cannot_be_read_are_refused_with_their_file(record):
-    with pytest.raises(UserError, match=r"seed of .*args\.json must be an integer, and is 'five'"):
+    with pytest.raises(UserError, match=r"seed of .*args\.json must be an integer, got 'five'"):
         command_config(record({"seed": "five"}))
 
 
@@ -130,7 +130,7 @@ def test_what_another_trainer_had_no_setting_for_is_not_compared():
 
 
 def test_settings_of_another_type_are_refused():
-    with pytest.raises(UserError, match="seed of the settings of the run must be an integer, and is 'none'"):
+    with pytest.raises(UserError, match="seed of the settings of the run must be an integer, got 'none'"):
         differing_settings({"seed": "none"}, REPA)
 
 
