@@ -285,7 +285,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_in_one_line(so
 def test_flags_that_make_no_sense(source, tmp_path, vae, capsys):
     for flags, sentence in [
         (("--resolution", "0"), "--resolution must be an integer from 1 to 16,384, got 0"),
-        (("--resolution", "10"), "--resolution is 10; it must be a multiple of 4"),
+        (("--resolution", "10"), "--resolution must be a multiple of 4"),
         (("--num-workers", "-1"), "--num-workers must be an integer from 0 to 1,024, got -1"),
         (("--source", str(tmp_path / "nothing")), "--source must be .*nothing, which does not exist"),
         (("--dest", str(source / "out")), "--dest must be a folder outside --source, got .*"),
