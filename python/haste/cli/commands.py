@@ -5,7 +5,6 @@ Each function imports its subject itself, so that help and refusals come without
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,19 +133,21 @@ def prepare_missing(
 
 # ---- haste train ----
 
-LIST_PRESETS = "list"  # what --preset means without a name
+
+def list_presets_if_asked(arguments: Sequence[str]) -> None:
+    """Print all presets and exit if --preset has no name."""
+    for word, following in pairwise([*arguments, "--"]):
+        if word == "--preset" and following.startswith("--"):
+            from haste.training.config import list_presets
+
+            print(list_presets())
+            raise SystemExit(0)
 
 
 def train_defaults(arguments: Sequence[str]) -> TrainConfig:
-    """The settings that the flags override; --preset without a name prints all presets and exits instead."""
-    from haste.training.config import list_presets
+    """The settings that typed flags override."""
     from haste.training.settings import command_config
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", nargs="?", default="", const=LIST_PRESETS)
-    if parser.parse_known_args(arguments)[0].preset == LIST_PRESETS:
-        print(list_presets())
-        raise SystemExit(0)
     return command_config(arguments)
 
 
@@ -159,13 +161,10 @@ def train(config: TrainConfig) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from haste.training import trainer
-    from haste.training.config import describe_run
 
     disable_progress_bar()  # transformers' own, for loading weights; downloads still show theirs
     first = os.environ.get("RANK", "0") == "0"
     show_messages(first)
-    if config.preset:
-        logging.getLogger(__name__).info("preset %s: %s", config.preset, describe_run(config))
     result = trainer.train(config)
     if result.interrupted is not None:
         if first:

@@ -7,13 +7,20 @@ A command is a dataclass of settings, whose fields are its flags, and the functi
 from __future__ import annotations
 
 import argparse
+import ast
+import difflib
 import importlib
 import inspect
 import os
+import re
+import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+import textwrap
+import types
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from haste import __version__
 from haste.cli.console import (
@@ -24,6 +31,7 @@ from haste.cli.console import (
     patient_stderr,
     widen_terminal,
 )
+from haste.errors import UserError, shorten
 
 # What each command does, and the dataclass whose fields are its flags, as module:class.
 COMMANDS = {
@@ -55,29 +63,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     # and several times slower where another program wants one of these.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with exit_on_error(" ".join(["haste", *(word for word in words[:1] if word in COMMANDS)]), words):
-        subcommand = split_command(words)
+        command, arguments = split_command(words)
         with patient_stderr():
-            run(*subcommand)
+            run(command, arguments)
 
 
 def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The subcommand and what follows it; argparse answers --help, --version and unknown subcommands."""
+    """The command and its arguments; argparse handles --help and --version.
+
+    Raises:
+        UserError: an unknown command, or a flag in front of it.
+    """
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {what}" for name, (what, _) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="haste",
+        usage="haste [-h] [--version] COMMAND ...",
         description="Train diffusion transformers faster, and sample from them faster.",
         epilog=f"commands:\n{listing}\n\n`haste COMMAND --help` explains the flags of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"haste {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="flags of the command")
     if not words:
         parser.print_help()
         raise SystemExit(0)
-    parsed = parser.parse_args(words)
-    return parsed.command, parsed.arguments
+    command, *arguments = words
+    if command in COMMANDS:
+        return command, arguments
+    parser.parse_known_args([command])
+    kind = "flag" if command.startswith("-") else "command"
+    raise UserError(unknown(kind, command, COMMANDS, f"the commands are {', '.join(COMMANDS)}"))
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -90,6 +105,9 @@ def run(command: str, arguments: list[str]) -> None:
     getattr(commands, command)(config)
 
 
+# ---- flags ----
+
+
 def read_flags(command: str, arguments: Sequence[str]) -> Any:
     """The checked settings of a command. Raises UserError for values that cannot work."""
     import tyro
@@ -98,30 +116,192 @@ def read_flags(command: str, arguments: Sequence[str]) -> Any:
 
     home, _, name = COMMANDS[command][1].partition(":")
     config_class = getattr(importlib.import_module(home), name)
-    arguments = spell_out(arguments, config_class)
-    defaults = {"default": commands.train_defaults(arguments)} if command == "train" else {}
-    description = inspect.getdoc(getattr(commands, command))
-    config = tyro.cli(config_class, prog=f"haste {command}", description=description, args=arguments, **defaults)
+    hints = flag_hints(config_class)
+    arguments = spell_out(arguments, hints)
+    default: Any = tyro.MISSING_NONPROP
+    if command == "train":
+        commands.list_presets_if_asked(arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(wrap_paragraphs(inspect.getdoc(getattr(commands, command)) or ""), end="\n\n")
+    else:
+        check_words(command, arguments, hints, config_class)
+    if command == "train":
+        default = commands.train_defaults(arguments)
+    config = tyro.cli(
+        config_class,
+        prog=f"haste {command}",
+        description="",
+        args=arguments,
+        default=default,
+        registry=help_registry(config_class),
+    )
     if hasattr(config, "resolved"):
         config = config.resolved()
     config.check()
     return config
 
 
-def spell_out(arguments: Sequence[str], flags: type) -> list[str]:
-    """The arguments with abbreviated flags in full, as argparse, and so every published command, knows them.
+def flag_hints(config_class: type) -> dict[str, Any]:
+    """The type of each setting that is a flag, with its annotations, by the name of the field."""
+    hints = get_type_hints(config_class, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(config_class) if "Suppress" not in str(field.type)}
 
-    A beginning that two flags have in common stays as it is, and is refused as no flag.
-    flags: the dataclass of the subcommand's flags.
+
+def spell_out(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """The arguments with abbreviated flags in full, as argparse and so every published command accepts them.
+
+    A beginning that several flags have in common stays as it is, and is refused as unknown.
     """
-    shown = [field for field in fields(flags) if "Suppress" not in str(field.type)]
-    names = {field.name.replace("_", "-") for field in shown} | {"help"}
-    names |= {f"no-{field.name.replace('_', '-')}" for field in shown if isinstance(field.default, bool)}
+    known = flag_names(hints)
     spelled = []
     for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        fitting = [known for known in names if known.startswith(name.replace("_", "-"))] if name else []
-        if argument.startswith("--") and len(fitting) == 1:
-            argument = f"--{fitting[0]}{equals}{value}"
+        flag, equals, value = argument.replace("_", "-").partition("=")
+        fitting = [name for name in known if name.startswith(flag)] if flag != "--" else []
+        if argument.startswith("--") and (len(fitting) == 1 or flag in known):
+            argument = (flag if flag in known else fitting[0]) + equals + argument.partition("=")[2]
         spelled.append(argument)
     return spelled
+
+
+def flag_names(hints: Mapping[str, Any]) -> list[str]:
+    """All flags, `--no-...` among them."""
+    names = [name.replace("_", "-") for name in hints]
+    switches = [name.replace("_", "-") for name, hint in hints.items() if hint is bool]
+    return ["--help", *(f"--{name}" for name in names), *(f"--no-{name}" for name in switches)]
+
+
+def is_flag(word: str) -> bool:
+    return re.match(r"--?[a-z]", word, re.I) is not None and word.lower() not in ("-inf", "-infinity", "-nan")
+
+
+def check_words(command: str, words: Sequence[str], hints: Mapping[str, Any], config_class: type) -> None:
+    """Check that all flags exist, and that each value is of its flag's type, before tyro parses them.
+
+    Raises:
+        UserError: one sentence, for which tyro has a box of many lines.
+    """
+    known = flag_names(hints)
+    positional = any("Positional" in str(hint) for hint in hints.values())
+    every_flag = f"`haste {command} --help` lists all flags"
+    given = set()
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not is_flag(word):
+            if not positional and word != "--":
+                raise UserError(unknown("argument", word, known, every_flag))
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag not in known:
+            raise UserError(unknown("flag", flag, known, every_flag))
+        hint = bare(hints.get(name, bool))
+        given.add(name)
+        values = [value] if equals else []
+        if hint is bool:
+            if values:
+                raise UserError(f"{flag} must be given without a value, got {shorten(value)}")
+            continue
+        many = get_origin(hint) is tuple
+        item = get_args(hint)[0] if many else hint
+        while rest and not equals and not is_flag(rest[0]) and (many or not values):
+            values.append(rest.pop(0))
+        if not values and not many:
+            raise UserError(f"{flag} must be {type_name(item)}, got nothing")
+        for value in values:
+            if not fits(item, value):
+                raise UserError(f"{flag} must be {type_name(item)}, got {shorten(value)}")
+    for field in fields(config_class):
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in given and "Positional" not in str(hints[field.name]):
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UserError(f"{flag} must be {type_name(hints[field.name])}, got nothing; it is required")
+
+
+def unknown(kind: str, word: str, known: Collection[str], otherwise: str) -> str:
+    """'unknown flag --batchsize; did you mean --batch-size?', or what is said where no name is near."""
+    name = word.replace("_", "-")
+    near = [each for each in known if each.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"unknown {kind} {shorten(word)}; " + (f"did you mean {one_of(near)}?" if near else otherwise)
+
+
+def one_of(names: Sequence[object]) -> str:
+    """'a, b or c'."""
+    return " or ".join(filter(None, [", ".join(map(str, names[:-1])), str(names[-1])]))
+
+
+def bare(hint: Any) -> Any:
+    """A type without its annotations."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def type_name(hint: Any) -> str:
+    """'an integer or None', for sentences."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(type_name, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return one_of(get_args(hint))
+    return {int: "an integer", float: "a number", str: "text", Path: "a path", type(None): "None"}[hint]
+
+
+def fits(hint: Any, word: str) -> bool:
+    """Whether a word can be read as a value of a type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(fits(each, word) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return word in map(str, get_args(hint))
+    if hint is type(None):
+        return word == "None"
+    if hint in (int, float):
+        try:
+            hint(word)
+        except ValueError:
+            return False
+    return True
+
+
+# ---- help ----
+
+
+def wrap_paragraphs(text: str) -> str:
+    """Text with its paragraphs wrapped to the terminal."""
+    width = shutil.get_terminal_size().columns
+    return "\n\n".join(textwrap.fill(" ".join(paragraph.split()), width) for paragraph in text.split("\n\n"))
+
+
+def help_registry(config_class: type) -> Any:
+    """The fields of a dataclass for tyro: docstrings without line breaks, and no default where the text names it."""
+    import tyro
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+    texts = dict(text for owner in reversed(config_class.__mro__[:-1]) for text in field_docstrings(owner))
+    hints = get_type_hints(config_class, include_extras=True)
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type is not config_class:
+            return None
+        given = None if info.default is tyro.MISSING_NONPROP else info.default
+        specs = []
+        for field in fields(config_class):
+            default = getattr(given, field.name) if given is not None else field.default
+            if default is MISSING:
+                default = tyro.MISSING if field.default_factory is MISSING else field.default_factory()
+            text = texts.get(field.name, "")
+            unsaid = "[default:" in text or default in ("", ())
+            hint = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint="")] if unsaid else hints[field.name]
+            specs.append(StructFieldSpec(field.name, hint, default, text))
+        return StructConstructorSpec(config_class, tuple(specs))
+
+    return registry
+
+
+def field_docstrings(owner: type) -> list[tuple[str, str]]:
+    """The name of each field of a class, with the docstring below it in one line."""
+    body = ast.parse(inspect.cleandoc(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+    return [
+        (node.target.id, " ".join(text.value.value.split()))
+        for node, text in zip(body, body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    ]

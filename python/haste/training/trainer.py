@@ -43,7 +43,7 @@ from haste.training.checkpoint import (
     read_newest_checkpoint,
     restore_rng,
 )
-from haste.training.config import TrainConfig, resolve
+from haste.training.config import TrainConfig, describe_run, resolve
 from haste.training.logging import Metrics, Trackers, check_trackers
 from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
@@ -246,6 +246,8 @@ class Trainer:
         config = self.config
         in_first(self.accelerator, self._create_folder)
         self.trackers.start(config)
+        if config.preset:
+            logger.info("preset %s: %s", config.preset, describe_run(config))
         logger.info("%s", self._describe())
         self.loader = Loader(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
         samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from haste import __version__
-from haste.cli.main import COMMANDS, main, spell_out
+from haste.cli.main import COMMANDS, flag_hints, main, read_flags, spell_out
 from haste.generation.config import SampleConfig
 from haste.sweep.config import SweepConfig
 from haste.training.config import TrainConfig
@@ -46,7 +48,77 @@ print("heavy", [name for name in {HEAVY} if name in sys.modules])
     ],
 )
 def test_flags_are_known_by_their_beginning(flags, typed, spelled):
-    assert spell_out(typed.split(), flags) == spelled.split()
+    assert spell_out(typed.split(), flag_hints(flags)) == spelled.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("trian", "haste: unknown command trian; did you mean train?"),
+        ("xyz", "haste: unknown command xyz; the commands are prepare, train, "),
+        ("--foo", "haste: unknown flag --foo; the commands are prepare, train, "),
+        ("train --batchsize 3", "haste train: unknown flag --batchsize; did you mean --batch-size?"),
+        ("train --heun", "haste train: unknown flag --heun; `haste train --help` lists all flags"),
+        ("sample --num 5", "haste sample: unknown flag --num; did you mean --num-classes, --num-steps or --num-fid-samples?"),
+        ("train digits", "haste train: unknown argument digits; `haste train --help` lists all flags"),
+        ("train --batch-size many", "haste train: --batch-size must be an integer, got many"),
+        ("train --batch-size 0.5", "haste train: --batch-size must be an integer, got 0.5"),
+        ("train --batch-size", "haste train: --batch-size must be an integer, got nothing"),
+        ("train --depth many", "haste train: --depth must be an integer or None, got many"),
+        ("train --on-bad-file x", "haste train: --on-bad-file must be refuse or skip, got x"),
+        ("train --qk-norm=yes", "haste train: --qk-norm must be given without a value, got yes"),
+        ("sample --ckpt", "haste sample: --ckpt must be a path, got nothing"),
+        ("sample", "haste sample: --ckpt must be a path, got nothing; it is required"),
+        ("sample --ckpt a --cfg-scale -x", "haste sample: --cfg-scale must be a number, got nothing"),
+        ("sweep --ckpt a --intervals 3 x", "haste sweep: --intervals must be an integer, got x"),
+        (
+            "sweep --ckpt a --caches=x",
+            "haste sweep: --caches must be reuse, taylor, newton, hermite or delta-dit, got x",
+        ),
+    ],
+)
+def test_wrong_flags_and_values_are_refused_in_one_sentence(capsys, typed, sentence):
+    with pytest.raises(SystemExit) as exit_:
+        main(typed.split())
+    output = capsys.readouterr()
+    assert exit_.value.code == 2 and output.out == ""
+    assert output.err.startswith(sentence) and output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "report"])
+def test_every_flag_is_read_with_its_own_default(command):
+    """So that what is checked before tyro parses agrees with it."""
+    home, _, name = COMMANDS[command][1].partition(":")
+    config_class = getattr(importlib.import_module(home), name)
+    needed = {
+        "prepare": ["--source", "a", "--dest", "b"],
+        "train": ["--exp-name", "a", "--data-dir", "b"],
+        "evaluate": ["--samples", "."],
+        "demo": [],
+    }.get(command, ["--ckpt", "a"])
+    wanted = read_flags(command, needed)
+    words = []
+    for field in fields(config_class):
+        value = getattr(wanted, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.name not in flag_hints(config_class) or value in ("", ()) or flag in needed or flag == "--config":
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    assert words and read_flags(command, [*needed, *words]) == wanted
+
+
+def test_help_is_wrapped_to_the_terminal_and_names_a_default_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 90
+    assert "Every combination of the lists is sampled from one checkpoint, evaluated and timed; the\n" in out
+    text = " ".join(out.replace("│", " ").split())
+    assert "[default: digits, for a run on digits] --reference" in text and "(default: )" not in text
 
 
 def haste(*arguments, **options):
