@@ -18,7 +18,10 @@ def main() -> None:
     parser.add_argument("--output", default="samples.png")
     args = parser.parse_args()
 
-    checkpoint = haste.load_checkpoint(args.ckpt)
+    try:
+        checkpoint = haste.load_checkpoint(args.ckpt)
+    except ValueError as error:  # no such path, or no checkpoint: one sentence that says so
+        raise SystemExit(f"sample.py: {error}") from None
     rows = []
     for name, settings in {"uncached": {}, "cached": {"fast": True}}.items():
         begin = time.perf_counter()

@@ -41,3 +41,10 @@ def test_example_runs(command, folder, monkeypatch, capsys):
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
     assert capsys.readouterr().out.strip()
+
+
+def test_a_missing_checkpoint_is_one_sentence(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "nowhere"])
+    with pytest.raises(SystemExit, match="^sample.py: the checkpoint nowhere does not exist$"):
+        runpy.run_path(str(EXAMPLES / "sample.py"), run_name="__main__")

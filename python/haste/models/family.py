@@ -2,7 +2,8 @@
 
 A family is one file: a module with the public parameter names, and a `Family` object that is registered by name.
 Trainer, samplers, checkpoints, caches and reports ask that object; they know no family. A family of one's own needs no
-change of haste: `haste.models.register(MyFamily())`, and `--model` knows its sizes.
+change of haste: `haste.models.register(MyFamily())`, or an entry point `haste.families` of an installed package, and
+`--model` knows its sizes.
 
 Shapes: x is an image or latent (B, C, H, W); t is (B,), or whatever shape `sample_times` gives it, batch first; the
 condition is any tensor with the batch first, such as classes (B,) int64 or text features (B, tokens, width).
@@ -10,9 +11,12 @@ condition is any tensor with the batch first, such as classes (B,) int64 or text
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from haste import transport
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 from haste.validation import shown
 
+logger = logging.getLogger(__name__)
+
 SIZES = ("depth", "hidden_size", "num_heads", "patch_size")  # arguments that settings may have of their own
+ENTRY_POINTS = "haste.families"  # the group under which other packages declare theirs
 DEFAULT = "sit"  # of a config without "family", as all had before there were several
 
 
@@ -354,14 +361,38 @@ def get_family(of: str | Mapping[str, Any] | nn.Module) -> Family:
         name = of.family
     else:
         name = of if isinstance(of, str) else of.get("family", DEFAULT)
+    if isinstance(name, str) and name not in _FAMILIES:
+        load_entry_points()
     if not isinstance(name, str) or name not in _FAMILIES:
         raise UserError(f"family must be one of {', '.join(_FAMILIES)}, got {str(name)[:60]!r}")
     return _FAMILIES[name]
 
 
 def families() -> list[Family]:
-    """All that are known."""
+    """All that are registered."""
     return list(_FAMILIES.values())
+
+
+@cache
+def load_entry_points() -> None:
+    """Register the families of other installed packages: entry points of the group "haste.families".
+
+    Each names a Family, or a subclass that is called without arguments. One that cannot be imported is warned of.
+    """
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            found = entry.load()
+            register(found() if isinstance(found, type) else found)
+        except Exception as error:  # another package's code
+            logger.warning("the model family %s = %s is left out: %s", entry.name, entry.value, in_one_line(error))
+
+
+def _all_families() -> Iterator[Family]:
+    """The registered families; then, imported only if none of these is the one, those of other packages."""
+    registered = families()
+    yield from registered
+    load_entry_points()
+    yield from (family for family in families() if family not in registered)
 
 
 def find_size(name: str) -> tuple[Family, dict[str, Any]]:
@@ -370,7 +401,7 @@ def find_size(name: str) -> tuple[Family, dict[str, Any]]:
     Raises:
         UserError: none has; names --model and all sizes that there are.
     """
-    for family in _FAMILIES.values():
+    for family in _all_families():
         if name in family.sizes:
             return family, dict(family.sizes[name])
     known = [size for family in _FAMILIES.values() for size in family.sizes]
@@ -426,7 +457,7 @@ def infer_config(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict
     Raises:
         UserError: no family knows them, or the one that does has no such size.
     """
-    for family in _FAMILIES.values():
+    for family in _all_families():
         config = family.infer_config(weights, args)
         if config is not None:
             return _named(family, config)

@@ -114,7 +114,7 @@ class SweepConfig(SamplingConfig):
     cached_blocks: Suppress[Fixed[None]] = None
     caches: tuple[Literal["reuse", "taylor", "newton", "hermite", "delta-dit"], ...] = ("taylor", "newton")
     """What stands in for a forecast step, as --cache of haste sample."""
-    granularities: tuple[Literal["module", "block", "model"], ...] = ("module", "model")
+    granularities: tuple[Literal["module", "block", "model", "output"], ...] = ("module", "model")
     """What is forecast, as --granularity."""
     intervals: tuple[int, ...] = (3, 4, 5, 6)
     """One full step in n, as --interval."""

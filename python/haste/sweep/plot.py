@@ -18,7 +18,7 @@ from haste.plotting import LIGHT, Theme, heading, save, styled
 from haste.sweep.config import series_name, short_name
 from haste.sweep.records import Row
 
-MARKERS = {"module": "o", "block": "s", "model": "^"}
+MARKERS = {"module": "o", "block": "s", "model": "^", "output": "v"}
 FORECASTERS = ("taylor", "newton", "hermite", "reuse", "delta-dit")  # in the order of the theme's colours
 LOG_FROM = 4.0  # an axis whose values span this factor is logarithmic
 LABEL_POINTS = 7.0

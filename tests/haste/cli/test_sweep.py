@@ -84,6 +84,17 @@ def test_a_second_start_measures_nothing_and_the_records_alone_draw_the_same(run
     assert (run / "elsewhere" / "sweep.md").read_text() == table
 
 
+def test_every_granularity_can_be_swept(run, capsys):
+    granularities = ("module", "block", "model", "output")
+    main(["sweep", "--ckpt", str(run), *QUICK, "--caches", "taylor", "--granularities", *granularities,
+          "--intervals", "3", "--orders", "1"])  # fmt: skip
+    records = [json.loads(line) for line in (run / "sweep" / "sweep.jsonl").read_text().splitlines()]
+    assert [record["point"].get("granularity") for record in records[2:]] == list(granularities)
+    assert all("fd" in record and record["seconds"] for record in records)
+    assert "Taylor per output" in capsys.readouterr().out
+    Image.open(run / "sweep" / "sweep.png").verify()
+
+
 def test_guidance_is_part_of_a_sweep(run, capsys):
     main(["sweep", "--ckpt", str(run), *QUICK, "--caches", "reuse", "--granularities", "model", "--intervals", "3",
           "--cfg-scale", "2", "--guidance-high", "0.6"])  # fmt: skip
