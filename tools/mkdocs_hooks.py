@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-import inspect
 import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from haste.cli.main import COMMANDS
+from haste.cli.main import COMMANDS, field_docstrings
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +35,7 @@ def settings_tables() -> str:
     for command, (summary, where) in COMMANDS.items():
         module, _, name = where.partition(":")
         config = getattr(importlib.import_module(module), name)
-        docs = {field: text for owner in reversed(config.__mro__[:-1]) for field, text in field_docstrings(owner)}
+        docs = {field: text.replace("|", "\\|") for field, text in field_docstrings(config).items()}
         rows = [f"| `{flag(f)}` | {default(f)} | {docs.get(f.name, '')} |" for f in fields(config)]
         parts += [f"## haste {command}", f"{summary[0].upper()}{summary[1:]}.", "\n".join([HEADER, *rows])]
     return "\n\n".join(parts)
@@ -56,13 +54,3 @@ def default(field: Field) -> str:
     if field.default is MISSING or field.default in ("", None):
         return ""
     return f"`{field.default}`"
-
-
-def field_docstrings(owner: type) -> list[tuple[str, str]]:
-    """The name of each field of a class, with the text of the docstring below it in one line."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(owner))).body[0].body
-    return [
-        (node.target.id, " ".join(text.value.value.split()).replace("|", "\\|"))
-        for node, text in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    ]

@@ -19,6 +19,7 @@ import textwrap
 import types
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -275,7 +276,7 @@ def help_registry(config_class: type) -> Any:
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
     registry = ConstructorRegistry()
-    texts = dict(text for owner in reversed(config_class.__mro__[:-1]) for text in field_docstrings(owner))
+    texts = field_docstrings(config_class)
     hints = get_type_hints(config_class, include_extras=True)
 
     @registry.struct_rule
@@ -289,19 +290,22 @@ def help_registry(config_class: type) -> Any:
             if default is MISSING:
                 default = tyro.MISSING if field.default_factory is MISSING else field.default_factory()
             text = texts.get(field.name, "")
-            unsaid = "[default:" in text or default in ("", ())
-            hint = Annotated[hints[field.name], tyro.conf.arg(help_behavior_hint="")] if unsaid else hints[field.name]
+            hint: Any = hints[field.name]
+            if "[default:" in text or default in ("", ()):
+                hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
             specs.append(StructFieldSpec(field.name, hint, default, text))
         return StructConstructorSpec(config_class, tuple(specs))
 
     return registry
 
 
-def field_docstrings(owner: type) -> list[tuple[str, str]]:
-    """The name of each field of a class, with the docstring below it in one line."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
-    return [
-        (node.target.id, " ".join(text.value.value.split()))
-        for node, text in zip(body, body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    ]
+def field_docstrings(config_class: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass and of those that it inherits from, each in one line."""
+    found = {}
+    for owner in reversed(config_class.__mro__[:-1]):
+        (tree,) = ast.parse(inspect.cleandoc(inspect.getsource(owner))).body
+        for before, after in pairwise(tree.body):  # type: ignore[attr-defined]
+            match before, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found

@@ -145,6 +145,6 @@ def test_a_bare_file_without_projectors_asks_whose_it_is(tmp_path, vae, capsys):
     flags = ("--num-steps", "2", "--num-fid-samples", "2", "--convention")
     ours, sits = (images(tmp_path, ckpt, vae, *flags, whose, folder=whose) for whose in ("repa", "sit"))
     assert (ours != sits).any()
-    assert "--convention must be sit, as" in refusal(
+    assert "--convention must be sit" in refusal(
         capsys, tmp_path, write_sits(tmp_path / "sit.pt"), vae, "--convention", "repa"
     )
