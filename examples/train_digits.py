@@ -6,10 +6,8 @@
 
 import argparse
 import logging
-from dataclasses import replace
 
 import haste
-from haste.training.config import preset_config
 
 METHODS = {
     "haste": {},  # the preset's: attention maps and features, until step 500
@@ -26,8 +24,8 @@ def main() -> None:
     args = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = replace(
-        preset_config("digits"),
+    config = haste.TrainConfig.from_preset(
+        "digits",
         exp_name=args.method,
         max_train_steps=args.steps,
         batch_size=args.batch_size,

@@ -14,7 +14,7 @@ import logging
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,7 +29,7 @@ from haste.generation.pipeline import run_checkpoints
 from haste.io import write_text
 from haste.plotting import plot_advantage, plot_scores
 from haste.tables import format_number, markdown_table
-from haste.training.config import TrainConfig, preset_config
+from haste.training.config import TrainConfig
 
 import haste_ext
 from haste_ext.bench.measure import processor
@@ -83,7 +83,7 @@ def stored_results() -> dict[str, Any]:
 def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
     """The preset with the method's coefficients."""
     name = f"{method.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    return replace(preset_config("digits"), output_dir=str(output_dir), exp_name=name, seed=seed, **METHODS[method])
+    return TrainConfig.from_preset("digits", output_dir=str(output_dir), exp_name=name, seed=seed, **METHODS[method])
 
 
 def do_run(args: Args, method: str, seed: int) -> None:

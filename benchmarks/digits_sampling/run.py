@@ -37,7 +37,7 @@ from haste.sweep.records import (
     table,
 )
 from haste.tables import markdown_table
-from haste.training.config import preset_config
+from haste.training.config import TrainConfig
 from tqdm import tqdm
 
 from haste_ext.bench.measure import describe_machine
@@ -127,7 +127,7 @@ def measure(args: Args, seed: int) -> list[dict[str, Any]]:
 def trained_run(runs: Path, seed: int) -> Path:
     """The folder of a run of benchmarks/digits, trained first if it is not there, or not to its end."""
     name = f"haste-seed{seed}"
-    config = replace(preset_config("digits"), output_dir=str(runs), exp_name=name, seed=seed)
+    config = TrainConfig.from_preset("digits", output_dir=str(runs), exp_name=name, seed=seed)
     last = runs / name / "checkpoints" / f"{config.max_train_steps:07d}.pt"
     return runs / name if last.is_file() else train_to_end(config)
 

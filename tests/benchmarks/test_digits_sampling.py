@@ -13,7 +13,7 @@ from digits_run import write_run
 from haste import digits
 from haste.digits import ClassifierConfig
 from haste.sweep.config import Grid, plan
-from haste.training.config import preset_config
+from haste.training.config import TrainConfig
 from PIL import Image
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "digits_sampling" / "run.py"
@@ -44,8 +44,9 @@ def test_models_are_measured_and_written_up(benchmark, tmp_path, monkeypatch, ca
     monkeypatch.setattr(benchmark, "GRIDS", [Grid(caches=("taylor",), intervals=(2,), orders=(1,), steps=(6,))])
     monkeypatch.setattr(benchmark, "UNCACHED_STEPS", (3,))
     monkeypatch.setattr(benchmark, "train_to_end", None)  # the models are there
+    last = TrainConfig.from_preset("digits").max_train_steps
     for seed in (0, 1):
-        write_run(tmp_path, steps=(preset_config("digits").max_train_steps,)).rename(tmp_path / f"haste-seed{seed}")
+        write_run(tmp_path, steps=(last,)).rename(tmp_path / f"haste-seed{seed}")
     counts = {"samples": 70, "batch": 35, "repeats": 1}
     args = benchmark.Args(seeds=[0, 1], runs=tmp_path, cfg_scale=1.5, output=tmp_path / "out", **counts)
     benchmark.main(args)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from haste.io import save_tensors
 from haste.models.sit import SiT
 from haste.training.checkpoint import checkpoint_path
-from haste.training.config import TrainConfig, preset_config
+from haste.training.config import TrainConfig
 
 SHAPE = {
     "input_size": 8,
@@ -25,7 +25,7 @@ SHAPE = {
 
 def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), **settings) -> Path:
     """Write <output_dir>/run with one checkpoint per step, trained weights unlike the averaged; returns its path."""
-    config: TrainConfig = replace(preset_config("digits"), output_dir=str(output_dir), exp_name="run", **settings)
+    config: TrainConfig = TrainConfig.from_preset("digits", output_dir=str(output_dir), exp_name="run", **settings)
     run = output_dir / "run"
     for step in steps:
         trained, averaged = (random_student(seed, config.cfg_prob) for seed in (step, 1000 + step))

@@ -7,14 +7,14 @@ from dataclasses import asdict
 
 import numpy as np
 from haste.data.images import write_image
-from haste.training.config import preset_config
+from haste.training.config import TrainConfig
 
 
 def write_log(folder, name, stop, steps=40, **settings):
     """A run's folder as the trainer leaves it, without the training."""
     run = folder / name
     run.mkdir()
-    config = {**asdict(preset_config("digits")), "exp_name": name, **settings}
+    config = {**asdict(TrainConfig.from_preset("digits")), "exp_name": name, **settings}
     (run / "args.json").write_text(json.dumps(config))
     with open(run / "log.jsonl", "w") as file:
         for step in range(1, steps + 1):

@@ -16,7 +16,7 @@ from haste.errors import UserError
 from haste.evaluation.config import EvaluateConfig
 from haste.generation.config import SampleConfig
 from haste.io import read_json, write_json
-from haste.training.config import TrainConfig, preset_config
+from haste.training.config import TrainConfig
 from haste.validation import DEFAULT_STEPS, check, check_numbers
 
 EVALUATION_STEPS = 25  # of the samples that are evaluated; more would take the longest of all stages
@@ -29,7 +29,7 @@ class DemoConfig:
 
     output_dir: Path = Path("demo")
     """Where both runs, the teacher, the classifier and the page go."""
-    max_train_steps: int = preset_config("digits").max_train_steps
+    max_train_steps: int = TrainConfig.from_preset("digits").max_train_steps
     """Training steps of either run."""
     seed: int = 0
     """Seed of the training and of the samples."""
@@ -90,7 +90,7 @@ def run_demo(demo: DemoConfig) -> None:
 
 def train_config(demo: DemoConfig) -> TrainConfig:
     """The digits preset, shortened or lengthened as a whole: its end of alignment and its checkpoints move along."""
-    preset = preset_config("digits")
+    preset = TrainConfig.from_preset("digits")
     steps = demo.max_train_steps
     return replace(
         preset,
@@ -134,7 +134,7 @@ def command_lines(
     baseline_evaluation: EvaluateConfig,
 ) -> list[str]:
     """The commands that do what the demo does, to be typed by hand."""
-    preset, usual = preset_config("digits"), SampleConfig(ckpt=full.ckpt)
+    preset, usual = TrainConfig.from_preset("digits"), SampleConfig(ckpt=full.ckpt)
     return [
         *("haste train --preset digits " + flags(run, preset) for run in (config, baseline)),
         *(f"haste sample --ckpt {shlex.quote(str(one.ckpt))} " + flags(one, usual) for one in (full, cached)),

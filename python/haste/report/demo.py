@@ -23,7 +23,7 @@ from haste.generation.sample_dir import Samples
 from haste.io import read_json
 from haste.report.page import Panel, exact_curve, write_page
 from haste.report.runs import compare, read_run
-from haste.training.config import TrainConfig, preset_config
+from haste.training.config import TrainConfig
 from haste.validation import check
 
 BENCHMARK = "benchmarks/digits"
@@ -128,7 +128,7 @@ def compare_forecasts(results: DemoResults) -> dict[str, Any]:
 def preset_settings(config: TrainConfig) -> list[tuple[str, Any]]:
     """Flags and values of what the preset sets: the settings that differ from the papers'."""
     usual = TrainConfig()
-    names = [name for name, value in asdict(preset_config("digits")).items() if value != getattr(usual, name)]
+    names = [name for name, value in asdict(TrainConfig.from_preset("digits")).items() if value != getattr(usual, name)]
     return [(f"--{name.replace('_', '-')}", getattr(config, name)) for name in dict.fromkeys([*names, "seed"])]
 
 

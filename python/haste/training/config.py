@@ -198,6 +198,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
 
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> TrainConfig:
+        """The settings of a preset, such as digits or haste-xl-256.
+
+        Args:
+            name: one of those that `haste train --preset` lists; the defaults if empty.
+            settings: what overrides the preset's.
+
+        Raises:
+            UserError: an unknown preset, or a value of another type than the setting's.
+        """
+        if name and name not in PRESETS:
+            known = "digits, haste-xl-256 or another that `haste train --preset` lists"
+            raise UserError(f"--preset must be {known}, got {shorten(name)}")
+        return cls(**{"preset": name, **PRESETS.get(name, {}), **settings})
+
     @property
     def teachers(self) -> list[str]:
         """The teachers to load; none if nothing is aligned."""
@@ -350,21 +366,6 @@ PRESETS: dict[str, dict[str, Any]] = {**registry.PRESETS, **_published_presets()
 """The settings of each preset, by its name."""
 
 
-def preset_config(name: str) -> TrainConfig:
-    """The settings of a preset; the defaults for an empty name.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if not name:
-        return TrainConfig()
-    if name not in PRESETS:
-        raise UserError(
-            f"--preset must be digits, haste-xl-256 or another that `haste train --preset` lists, got {shorten(name)}"
-        )
-    return TrainConfig(preset=name, **PRESETS[name])
-
-
 def describe_run(config: TrainConfig) -> str:
     """The settings of the run's preset as flags, with the run's values; overridden ones are followed by the preset's
     own."""
@@ -377,4 +378,4 @@ def describe_run(config: TrainConfig) -> str:
 
 def list_presets() -> str:
     """Every preset with its settings, one per paragraph."""
-    return "\n\n".join(f"{name}\n  {describe_run(preset_config(name))}" for name in PRESETS)
+    return "\n\n".join(f"{name}\n  {describe_run(TrainConfig.from_preset(name))}" for name in PRESETS)

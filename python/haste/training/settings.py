@@ -26,7 +26,6 @@ from haste.training.config import (
     TRACKERS,
     TrainConfig,
     check_folder_name,
-    preset_config,
     resolve,
     sections,
 )
@@ -79,7 +78,7 @@ def command_config(arguments: Sequence[str]) -> TrainConfig:
     typed = _typed_sources(arguments)
     file = read_config(Path(typed["config"]).expanduser()) if typed.get("config") else {}
     preset = typed.get("preset", file.get("preset", ""))
-    config = replace(preset_config(preset), **{**file, "preset": preset})
+    config = replace(TrainConfig.from_preset(preset), **{**file, "preset": preset})
     source = {**asdict(config), **typed}
     if {"-h", "--help"} & set(arguments):
         return config
@@ -97,7 +96,7 @@ def command_config(arguments: Sequence[str]) -> TrainConfig:
         _drop_missing_trackers(recorded)
     if recorded.get("preset") not in PRESETS:
         recorded["preset"] = ""
-    defaults = replace(preset_config(recorded["preset"]), **{**file, "preset": preset})
+    defaults = replace(TrainConfig.from_preset(recorded["preset"]), **{**file, "preset": preset})
     restored = [
         _as_flag(name, value)
         for name, value in recorded.items()

@@ -84,7 +84,7 @@ def test_seconds_that_are_none_are_told(tmp_path, content):
 
 
 def test_a_shorter_demo_is_shorter_in_all_its_parts():
-    preset = demo.preset_config("digits")
+    preset = demo.TrainConfig.from_preset("digits")
     config = demo.train_config(demo.DemoConfig(max_train_steps=preset.max_train_steps // 2))
     assert config.early_stop_point == preset.early_stop_point // 2
     assert config.max_train_steps == 5 * config.checkpointing_steps

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from haste.models import get_family
-from haste.training.config import TrainConfig, preset_config
+from haste.training.config import TrainConfig
 from transformers import Dinov2Config, Dinov2Model
 
 
@@ -44,8 +44,8 @@ def make_config(tmp_path: Path, teacher_folder: Path) -> Callable[..., TrainConf
     """A HASTE run of 12 steps whose alignment ends at step 6; keywords change it."""
 
     def make(**changes) -> TrainConfig:
-        base = replace(
-            preset_config("digits"),
+        base = TrainConfig.from_preset(
+            "digits",
             output_dir=str(tmp_path),
             exp_name="run",
             model="SiT-Tiny/2",

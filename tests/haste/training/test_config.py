@@ -9,7 +9,7 @@ import pytest
 from haste.alignment import LayerMap, choose_layer_map
 from haste.errors import UserError
 from haste.models import model_depth
-from haste.training.config import PRESETS, TrainConfig, describe_run, list_presets, preset_config
+from haste.training.config import PRESETS, TrainConfig, describe_run, list_presets
 from haste.validation import build
 
 
@@ -101,12 +101,12 @@ def test_any_plain_name_of_a_folder_will_do(name):
 
 
 def test_no_preset_is_the_trainers_own_values():
-    assert preset_config("") == TrainConfig()
+    assert TrainConfig.from_preset("") == TrainConfig()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_whole_run(name):
-    config = preset_config(name)
+    config = TrainConfig.from_preset(name)
     config.check()
     assert config.preset == name
     assert model_depth(config) > 0
@@ -121,19 +121,19 @@ def test_every_size_has_every_method_at_both_resolutions():
 
 
 def test_the_papers_settings():
-    xl = preset_config("haste-xl-512")
+    xl = TrainConfig.from_preset("haste-xl-512")
     assert (xl.model, xl.resolution, xl.encoder_depth, xl.early_stop_point) == ("SiT-XL/2", 512, 8, 300_000)
     assert LayerMap.parse(xl.layer_map) == choose_layer_map("", "SiT-XL/2")
-    b = preset_config("haste-b-256")
+    b = TrainConfig.from_preset("haste-b-256")
     assert LayerMap.parse(b.layer_map) == choose_layer_map("", "SiT-B/2")
     assert (b.encoder_depth, b.early_stop_point, b.attn_coeff, b.proj_coeff) == (5, 100_000, 0.5, 0.5)
-    repa = preset_config("repa-l-256")
+    repa = TrainConfig.from_preset("repa-l-256")
     assert (repa.attn_coeff, repa.proj_coeff, repa.encoder_depth, repa.early_stop_point) == (0.0, 0.5, 8, -1)
-    assert preset_config("baseline-s-256").teachers == []
+    assert TrainConfig.from_preset("baseline-s-256").teachers == []
 
 
 def test_a_run_is_described_by_what_it_has():
-    preset = preset_config("baseline-s-256")
+    preset = TrainConfig.from_preset("baseline-s-256")
     assert f"\n  {describe_run(preset)}\n" in list_presets() and "(preset" not in list_presets()
     text = describe_run(replace(preset, model="SiT-B/2", seed=7))
     assert "--model SiT-B/2 (preset: SiT-S/2)" in text and text.count("(preset") == 1
@@ -141,7 +141,7 @@ def test_a_run_is_described_by_what_it_has():
 
 def test_an_unknown_preset_is_refused():
     with pytest.raises(UserError, match="--preset must be digits, haste-xl-256 or another .* got digit"):
-        preset_config("digit")
+        TrainConfig.from_preset("digit")
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():

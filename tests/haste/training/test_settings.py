@@ -10,11 +10,11 @@ import pytest
 import torch
 import tyro
 from haste.errors import UserError
-from haste.training.config import SECTIONS, TrainConfig, preset_config, resolve, sections
+from haste.training.config import SECTIONS, TrainConfig, resolve, sections
 from haste.training.settings import command_config, differing_settings, write_config
 from transformers import Dinov2Config
 
-DIGITS = preset_config("digits")
+DIGITS = TrainConfig.from_preset("digits")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_the_preset_of_the_run_may_be_named_again_and_another_speaks_for_itself(
     again = command_config(["--preset=digits", *flags])
     assert again == replace(DIGITS, attn_coeff=0.0, max_train_steps=7)
     assert command_config(flags) == replace(DIGITS, attn_coeff=0.0, max_train_steps=7, exp_name="")
-    assert command_config(["--preset", "repa-b-256", *flags]) == preset_config("repa-b-256")
+    assert command_config(["--preset", "repa-b-256", *flags]) == TrainConfig.from_preset("repa-b-256")
 
 
 def test_a_run_recorded_under_former_names_is_ours_too(record):
