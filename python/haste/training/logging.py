@@ -1,4 +1,4 @@
-"""What a run logs: its metrics, to log.jsonl and to tensorboard and wandb; and its log as others read it."""
+"""Logging of a run: its metrics, in log.jsonl, tensorboard and wandb; and reading a log.jsonl."""
 
 from __future__ import annotations
 
@@ -27,87 +27,32 @@ from haste.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Dense 16-bit matrix products per second, in units of 10^12, from NVIDIA's data sheets; the first name that fits.
-PEAK_TERAFLOPS = {
-    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165,
-}  # fmt: skip
+# Under REPA's and HASTE's names: `loss` is the velocity loss, and the gradient is total_loss's. Earlier versions used
+# other names.
+METRICS = ("loss", "proj_loss", "attn_loss", "total_loss", "grad_norm")
+FORMER_METRICS = ("velocity_loss", "feature_loss", "attention_loss", "loss", "grad_norm")
 
 
-def peak_teraflops(device: torch.device, precision: str) -> float | None:
-    """Of one device; None where it is not known, or where products are not 16-bit."""
-    if device.type != "cuda" or precision == "no":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TERAFLOPS.items() if known in name), None)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process has held at any time: on its GPU, or else in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # which Linux counts in KiB
-
-
-class Backlog:
-    """Writes in their order that a run can do without for a while: a full disk costs no training.
-
-    One that fails waits in memory, and so do those after it; all are tried again with the next. The first failure is
-    logged, and when all are written.
-
-    what: names what is written, for the messages. errors: what a write may raise.
-    """
-
-    def __init__(self, what: str, errors: type[Exception] | tuple[type[Exception], ...] = OSError) -> None:
-        self.what = what
-        self.errors = errors
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._failing = False
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, write: Callable[[], None]) -> None:
-        """Write now, after all that wait; or keep it for later."""
-        self._waiting.append(write)
-        self.flush()
-
-    def flush(self) -> None:
-        """Try what waits."""
-        try:
-            while self._waiting:
-                self._waiting[0]()
-                self._waiting.popleft()
-        except self.errors as error:
-            if not self._failing:
-                logger.error("%s cannot be written, and training goes on: %s; it is tried again", self.what, error)
-            self._failing = True
-            return
-        if self._failing:
-            logger.warning("%s is written again, with what was missing", self.what)
-            self._failing = False
-
-    def close(self) -> None:
-        """Try a last time, and log what is lost."""
-        self.flush()
-        if self._waiting:
-            logger.error("%s lacks the last %d entries, which could not be written", self.what, len(self._waiting))
-
+# ---- reading a log ----
 
 LARGEST_STEP = 2**53  # above, floats leave steps out
-LARGEST_VALUE = 1e30  # no loss that can be shown beside others
+LARGEST_VALUE = 1e30  # losses above this cannot be plotted beside others
 
 
 class Log(NamedTuple):
-    """lines: in the order of their steps, the last of each step. damaged: how many others could not be read."""
+    """The lines of a log in the order of their steps, the last of each step, and the number of unreadable lines."""
 
     lines: list[dict[str, Any]]
     damaged: int
 
 
 def read_log(path: Path) -> Log:
-    """The lines of a log.jsonl, in today's names; none if there is no file. A last line cut short is no damage.
+    """Read a log.jsonl, under METRICS' names; empty if the file does not exist.
 
-    Raises UserError if the file cannot be read.
+    An incomplete last line does not count as damaged.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     records, damaged = read_lines(path)
     lines: dict[int, dict[str, Any]] = {}
@@ -120,18 +65,18 @@ def read_log(path: Path) -> Log:
 
 
 def alignment_end(lines: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step after which a log knows no alignment any more; None if it never had one or never ended it."""
+    """The last logged step with alignment; None for a log without alignment, or with alignment to its end."""
     aligned = [line["step"] for line in lines if line["aligned"]]
     return aligned[-1] if aligned and aligned[-1] < lines[-1]["step"] else None
 
 
 def is_step(value: Any) -> bool:
-    """Whether a value from a file can be a training step."""
+    """Whether a value from a file is a training step."""
     return type(value) is int and 0 <= value < LARGEST_STEP
 
 
 def finite(value: Any) -> float | None:
-    """A value from a file as a number that can be shown; None for anything else."""
+    """A value from a file, if it is a number that can be plotted; else None."""
     if type(value) not in (int, float) or not abs(value) < LARGEST_VALUE:  # NaN is not below anything
         return None
     return float(value)
@@ -143,23 +88,39 @@ def _clean(record: dict[str, Any]) -> dict[str, Any]:
     return {"step": record["step"], "aligned": record.get("aligned") is True, **numbers}
 
 
-# As REPA and HASTE log them: `loss` is the velocity loss alone. total_loss is what the gradient is of.
-METRICS = ("loss", "proj_loss", "attn_loss", "total_loss", "grad_norm")
-
-# The names of logs from before that, whose `loss` was the total.
-FORMER_METRICS = ("velocity_loss", "feature_loss", "attention_loss", "loss", "grad_norm")
-
-
 def with_present_names(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of log.jsonl, with the former names of its losses replaced by METRICS."""
+    """A record of log.jsonl, with METRICS in place of FORMER_METRICS."""
     if FORMER_METRICS[0] not in record:
         return record
     losses = {name: record.get(former) for name, former in zip(METRICS, FORMER_METRICS, strict=True)}
     return {name: value for name, value in record.items() if name not in FORMER_METRICS} | losses
 
 
+# ---- metrics ----
+
+# Dense 16-bit matrix products in 10^12 FLOP/s, from NVIDIA's data sheets. The first name that fits counts.
+PEAK_TERAFLOPS = {
+    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165,
+}  # fmt: skip
+
+
+def peak_teraflops(device: torch.device, precision: str) -> float | None:
+    """The peak of one device; None if it is not known, or if products are not 16-bit."""
+    if device.type != "cuda" or precision == "no":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_TERAFLOPS.items() if known in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The peak memory of this process, on its GPU or else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
 class Metrics:
-    """METRICS step by step, the means over a step's micro-batches, on the device; only `read` waits for it."""
+    """METRICS of each step, on the device: means over the micro-batches. Only `read` waits for the device."""
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, model_config: Mapping[str, Any]) -> None:
         self.accelerator = accelerator
@@ -176,120 +137,171 @@ class Metrics:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count the time from now on, when no step has been added since the last reading."""
+        """Measure time from now on. To be called when no step has been added since the last `read`."""
         self._start = time.perf_counter()
 
     def add(self, velocity: Tensor, feature: Tensor | None, attention: Tensor | None, total: Tensor) -> None:
-        """The losses of one micro-batch; None for one that is off."""
+        """Add the losses of a micro-batch; None for one that is off."""
         off = total.new_tensor(math.nan)
         values = (velocity, feature, attention, total)
         self._micro_batches.append(torch.stack([off if value is None else value.detach().float() for value in values]))
 
     def add_norm(self, grad_norm: Tensor) -> None:
-        """The norm of the gradient, which ends a step."""
+        """Add the gradient norm, which ends a step."""
         self._rows.append(torch.cat([torch.stack(self._micro_batches).mean(dim=0), grad_norm.detach().float().view(1)]))
         self._micro_batches = []
 
     def read(self, step: int) -> dict[str, float | None] | None:
-        """The means since the last time over all processes, and what the steps took; None if no step was done.
+        """Means over the steps since the last `read` and over all processes. Every process must call it.
 
-        teraflops: of the model, in 10^12 a second. mfu: the share of what the devices could do, None if not known.
-        peak_memory_gib: of this process, since it began.
+        Args:
+            step: steps done.
 
-        step: steps done. Every process must call it. Raises UserError, naming the first step whose loss or gradient
-        is not finite; where such steps are skipped, only if there was no other since the last time.
+        Returns:
+            METRICS, skipped_steps, images_per_second, teraflops (of the model, 10^12 FLOP/s), mfu (share of the
+            devices' peak, or None), peak_memory_gib (of this process). None if no step was done.
+
+        Raises:
+            UserError: a loss or gradient that is not finite; with --on-nan skip, only if there was no other step.
         """
         if not self._rows:
             return None
         rows = self.accelerator.reduce(torch.stack(self._rows), reduction="mean").tolist()
         bad = self._not_finite(rows, step)
-        good = [row for row in rows if all(math.isfinite(row[index]) for index in self.watched)]
-        seconds = time.perf_counter() - self._start
-        means = {name: mean_of_finite([row[column] for row in good]) for column, name in enumerate(METRICS)}
-        speed = len(rows) * self.batch_size / seconds
+        good = [row for row in rows if self._is_finite(row)]
+        speed = len(rows) * self.batch_size / (time.perf_counter() - self._start)
         self._rows = []
         self.start_clock()
         teraflops = None if self.flops is None else speed * self.flops / 1e12
         return {
-            **means,
+            **{name: mean_of_finite([row[column] for row in good]) for column, name in enumerate(METRICS)},
             "skipped_steps": len(bad),
             "images_per_second": speed,
             "teraflops": teraflops,
-            "mfu": None if None in (teraflops, self.peak) else teraflops / self.peak,
+            "mfu": None if teraflops is None or self.peak is None else teraflops / self.peak,
             "peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
 
+    def _is_finite(self, row: list[float]) -> bool:
+        return all(math.isfinite(row[index]) for index in self.watched)
+
     def _not_finite(self, rows: list[list[float]], step: int) -> list[int]:
-        """The steps that must be left out; UserError if that is not wanted, or leaves none."""
-        bad = {
-            number: row
-            for number, row in enumerate(rows, start=step - len(rows) + 1)
-            if not all(math.isfinite(row[index]) for index in self.watched)
-        }
+        """The steps to skip. UserError with --on-nan stop, or if all must be skipped."""
+        first = step - len(rows) + 1
+        bad = [number for number, row in enumerate(rows, start=first) if not self._is_finite(row)]
         if not bad:
             return []
-        number, row = next(iter(bad.items()))
-        total, norm = row[METRICS.index("total_loss")], row[METRICS.index("grad_norm")]
-        what = f"the loss or its gradient is not finite at step {number} (loss {total}, gradient {norm})"
+        row = dict(zip(METRICS, rows[bad[0] - first], strict=True))
+        what = (
+            f"the loss or its gradient is not finite at step {bad[0]} (loss {row['total_loss']}, gradient "
+            f"{row['grad_norm']})"
+        )
         if not self.skip:
             raise UserError(
-                f"{what}; training stopped, and the last checkpoint is from before that: a lower --learning-rate may "
-                "help, --on-nan skip would leave such steps out"
+                f"{what}; training stopped, and the last checkpoint is from before that: try a lower --learning-rate, "
+                "or --on-nan skip"
             )
         if len(bad) == len(rows) > 1:
             raise UserError(f"{what}, nor at any of the {len(rows)} steps from there on; training stopped")
-        logger.warning("%s; left out %s", what, ", ".join(f"step {number}" for number in bad))
-        return list(bad)
+        logger.warning("%s; skipped %s", what, ", ".join(f"step {number}" for number in bad))
+        return bad
 
 
 def mean_of_finite(values: Sequence[float]) -> float | None:
-    """None if there is none, as for a loss that is off."""
+    """The mean of the finite values; None if there are none, as for a loss that is off."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 
 
-PROJECT = "haste"  # unless wandb's own WANDB_PROJECT names another
+# ---- where it goes ----
+
+
+class Backlog:
+    """Writes, in their order, that are retried when they fail, so that a full disk does not stop training.
+
+    A write that fails waits in memory with those after it until the next one. The first failure is logged, and the
+    recovery.
+
+    Args:
+        what: name of what is written, for messages.
+        errors: the exceptions that a write may raise.
+    """
+
+    def __init__(self, what: str, errors: type[Exception] | tuple[type[Exception], ...] = OSError) -> None:
+        self.what = what
+        self.errors = errors
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._failing = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, write: Callable[[], None]) -> None:
+        """Write after all that wait; if that fails, keep it."""
+        self._waiting.append(write)
+        self.flush()
+
+    def flush(self) -> None:
+        """Try all writes that wait."""
+        try:
+            while self._waiting:
+                self._waiting[0]()
+                self._waiting.popleft()
+        except self.errors as error:
+            if not self._failing:
+                logger.error("%s cannot be written, and training goes on: %s; it is retried", self.what, error)
+            self._failing = True
+            return
+        if self._failing:
+            logger.warning("%s is written again, with what was missing", self.what)
+            self._failing = False
+
+    def close(self) -> None:
+        """Try a last time, and log what is lost."""
+        self.flush()
+        if self._waiting:
+            logger.error("%s lacks the last %d entries, which could not be written", self.what, len(self._waiting))
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """UserError if --report-to names a package that is not installed."""
+    """Raise UserError if --report-to names a package that is not installed."""
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--report-to is {config.report_to}, and {name} is not installed; pip install {name}, "
-                "or --report-to none (log.jsonl is always written)"
+                f"--report-to must name installed packages, got {name}; pip install {name}, or --report-to none "
+                "(log.jsonl is always written)"
             )
 
 
 class Trackers:
-    """Those of --report-to. One that fails, for a full disk or a lost network, costs no training: what it has missed
-    waits in memory, and is handed over when it works again."""
+    """The trackers of --report-to. What one fails to take, such as for a lost network, is retried."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._backlog = Backlog("the log of --report-to", errors=Exception)  # each tracker has errors of its own
 
     def start(self, config: TrainConfig) -> None:
-        """Name the run in every tracker, with its settings. UserError if one cannot be started."""
+        """Start the run in every tracker, with its settings. UserError if one cannot be started."""
         if not config.trackers:
             return
         settings = {name: "" if value is None else value for name, value in asdict(config).items()}
         named = {"wandb": {"name": config.exp_name}}
         try:
             self.accelerator.init_trackers(project(config), config=settings, init_kwargs=named)
-        except Exception as error:  # each tracker has errors of its own, here and below
-            raise UserError(f"--report-to is {config.report_to}, which cannot start: {in_one_line(error)}") from error
+        except Exception as error:
+            why = in_one_line(error)
+            raise UserError(f"--report-to must name trackers that start, got {config.report_to}: {why}") from error
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Hand one record of the log to every tracker; what has no number in this step is left out."""
+        """Log the numbers of a record."""
         values = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
         if self.accelerator.trackers:
             self._backlog.add(lambda: self._write(values, step))
 
     def log_image(self, image: np.ndarray, step: int) -> None:
-        """Hand one image (H, W, 3) uint8 to every tracker, as `samples`. Of several processes the first one does."""
+        """Log an image (H, W, 3) uint8 as `samples`. To be called by the first process."""
         for tracker in self.accelerator.trackers:
-            self._backlog.add(lambda tracker=tracker: log_image(tracker, image, step))
+            self._backlog.add(lambda tracker=tracker: log_image(tracker, image, step))  # type: ignore[misc]
 
     def _write(self, values: dict[str, float], step: int) -> None:
         try:
@@ -300,7 +312,7 @@ class Trackers:
             raise
 
     def close(self) -> None:
-        """End every tracker and the group of processes."""
+        """End every tracker and the process group."""
         if self.accelerator.trackers:
             self._backlog.close()
         for tracker in self.accelerator.trackers:
@@ -313,12 +325,11 @@ class Trackers:
 
 
 def project(config: TrainConfig) -> str:
-    """The project in which trackers file the run."""
-    return (os.environ.get("WANDB_PROJECT") if "wandb" in config.trackers else None) or PROJECT
+    """The project of the run: "haste", or for wandb its own WANDB_PROJECT."""
+    return (os.environ.get("WANDB_PROJECT") if "wandb" in config.trackers else None) or "haste"
 
 
 def log_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
-    """tensorboard must be told where the channels are."""
     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
     try:
         tracker.log_images({"samples": image[None]}, step=step, **layout)
@@ -328,6 +339,6 @@ def log_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
 
 
 def begin_another_file(tracker: GeneralTracker) -> None:
-    """tensorboard's thread that writes has ended with the first error: let the next record start another one."""
+    """tensorboard's writing thread ends with its first error; let the next record start another one."""
     if tracker.name == "tensorboard":
         tracker.writer.file_writer = tracker.writer.all_writers = None

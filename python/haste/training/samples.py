@@ -1,4 +1,4 @@
-"""Grids of images that the EMA model generates while it trains, every time from the same noise."""
+"""Grids of images that the EMA model samples during training, each time from the same noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from haste.data import TrainingData
 from haste.data.images import to_uint8, write_image
@@ -24,19 +24,16 @@ from haste.vae import VAE
 
 logger = logging.getLogger(__name__)
 
-# As REPA samples while it trains, but for the number of images.
-COUNT = 16
-NUM_STEPS = 50
-CFG_SCALE = 4.0
-SMALLEST_SIDE = 64  # images below are enlarged, pixel by pixel
-MARGIN, GREY = 2, 96  # around each
-TITLE_HEIGHT = 14  # above each
+COUNT, NUM_STEPS, CFG_SCALE = 16, 50, 4.0  # REPA's, but for the number of images
+SMALLEST_SIDE = 64  # smaller images are enlarged, pixel by pixel
+MARGIN, GREY = 2, 96  # around each image
+TITLE_HEIGHT = 14  # above each image
 
-MISSING = "missing.txt"  # in the folder, where there are no grids: why
+MISSING = "missing.txt"  # in the folder, if no grids can be made: the reason
 
 
 class TrainingSamples:
-    """folder: gets <step>.png, a square grid of images under their classes, which are spread over all there are."""
+    """Writes <step>.png to a folder: images of classes that are spread over all classes, in a square grid."""
 
     def __init__(self, folder: Path, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
         self.folder = folder
@@ -47,10 +44,10 @@ class TrainingSamples:
         self._files = Backlog(str(folder))
 
     def sample(self, model: nn.Module, step: int) -> np.ndarray | None:
-        """The grid (H, W, 3) uint8, which is written as well; None where there is none, and in other processes than the
-        first. Every process must call it, as each may hold a shard of the model. The run's random state is left alone.
+        """Sample and write the grid, (H, W, 3) uint8. The global random state is not changed.
 
-        A grid that cannot be made is logged, once, and costs no training; one that cannot be written waits.
+        Every process must call it, as each may hold a shard of the model; only the first one gets the grid. A failure
+        is logged once and does not stop training.
         """
         device, classes = self.accelerator.device, self.data.num_classes
         shape = (COUNT, self.data.channels, self.data.input_size, self.data.input_size)
@@ -64,10 +61,13 @@ class TrainingSamples:
             sampled = family.sample(model, noise, family.condition(labels), solve)
             if self._failed or not self.accelerator.is_main_process:
                 return None
-            grid = as_grid(to_uint8(self._to_images(sampled)), self._titles(labels.tolist()))
-        except UserError as error:  # of weights that give NaN too
+            if self.data.latents is not None:  # the VAE is loaded for this and freed
+                sampled = VAE(self.data.latents).to(device).decode(sampled)
+            names = dict(enumerate(self.data.class_names or ()))
+            grid = as_grid(to_uint8(sampled), [names.get(label, str(label)) for label in labels.tolist()])
+        except UserError as error:  # also raised for weights that give NaN
             if self.accelerator.is_main_process and not self._failed:
-                logger.warning("no samples are made while training: %s", error)
+                logger.warning("no samples are made during training: %s", error)
                 reason = f"{error}\n"
                 self._files.add(lambda: write_text(self.folder / MISSING, reason))
             self._failed = True
@@ -75,20 +75,9 @@ class TrainingSamples:
         self._files.add(lambda: write_image(self.folder / f"{step:07d}.png", grid))
         return grid
 
-    def _titles(self, labels: list[int]) -> list[str]:
-        """Their classes: by name where the data has names, else by number."""
-        names = dict(enumerate(self.data.class_names or ()))
-        return [names.get(label, str(label)) for label in labels]
-
     def close(self) -> None:
-        """Write those that wait, if that can be done now."""
+        """Try to write the grids that wait."""
         self._files.close()
-
-    def _to_images(self, sampled: Tensor) -> Tensor:
-        """Latents through their VAE, which is loaded for this and freed."""
-        if self.data.latents is None:
-            return sampled
-        return VAE(self.data.latents).to(sampled.device).decode(sampled)
 
 
 def as_grid(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
@@ -105,10 +94,10 @@ def as_grid(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
 
 
 def title_bar(title: str, width: int) -> np.ndarray:
-    """(TITLE_HEIGHT, width, 3) uint8: the beginning of a title, as far as there is room."""
+    """A title, cut off at the width: (TITLE_HEIGHT, width, 3) uint8."""
     from PIL import Image, ImageDraw, ImageFont
 
     bar = Image.new("RGB", (width, TITLE_HEIGHT), (GREY,) * 3)
-    text = title.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+    text = title.encode("latin-1", "replace").decode("latin-1")  # the characters of Pillow's own font
     ImageDraw.Draw(bar).text((2, 1), text, fill=(255, 255, 255), font=ImageFont.load_default())
     return np.asarray(bar)

@@ -1,4 +1,4 @@
-"""What is trained: a model, its EMA, its optimizer; in one process, or spread over several."""
+"""What is trained: a model, its EMA and its optimizer, in one process or distributed over several."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One fused pass over all parameters, or over this process's part of them."""
+        """One fused pass over all parameters, or over this process's shards."""
         averages = [to_local(parameter) for parameter in self.model.parameters()]
         lerp_all_(averages, [to_local(parameter) for parameter in model.parameters()], 1 - self.decay)
 
 
 class TrainState:
-    """One step: forward and backward of each micro-batch inside `micro_batch`, then `update`.
+    """Model, EMA, optimizer and scaler. One step is forward and backward of each micro-batch in `micro_batch`, then
+    `update`.
 
-    model_config: of the model, as its family has it.
-    z_dims: widths of the teachers whose features are aligned; empty when none are (any more).
-    saved: model, ema, opt and scaler to resume from. Without opt a new run begins with these weights and with new
-        projectors; None initializes all weights from the global random state.
+    Args:
+        z_dims: widths of the teachers whose features are aligned; empty without feature alignment.
+        saved: model, ema, opt and scaler to resume from. Without opt, a new run starts from these weights and new
+            projectors; None initializes all weights from the global random state.
     """
 
     def __init__(
@@ -56,26 +57,26 @@ class TrainState:
         resumes = saved is not None and saved.get("opt") is not None
         if not resumes:
             self.model = build_model(model_config, z_dims).to(accelerator.device)
-        else:  # no time is spent on weights that are replaced at once, and no random number is used
+        else:  # the weights are loaded below, so neither time nor random numbers are spent on initializing them
             with torch.device("meta"):
                 self.model = build_model(model_config, z_dims)
             self.model.to_empty(device=accelerator.device)
         # The trainer drops labels for all processes together, which is all that training mode would do.
         self.model.eval()
         self.ema = EMA(self.model, config.ema_decay)
-        self.order: Sequence[str] = ()  # of the names in the file, in which freed projectors have their place
+        self.order: Sequence[str] = ()  # the names in the checkpoint, with those of freed projectors
         self.freed: dict[str, Weights] = {"model": {}, "ema": {}}
         if saved is not None:
             self._load_weights(saved, new_projectors=not resumes)
 
         family = get_family(model_config)
-        if config.compile:  # a block at a time: all share one compilation
+        if config.compile:  # block by block: all share one compilation
             for block in family.blocks(self.model):
                 block.compile(fullgraph=True)
         if sharding():
             shard(self.model, family.blocks(self.model), accelerator)
             shard(self.ema.model, family.blocks(self.ema.model), accelerator)
-        # accelerate's own wrapper would copy every q and k to fp32 on their way out.
+        # accelerate's own wrapper would copy every q and k to fp32.
         copies = accelerator.num_processes > 1 and not sharding()
         self.forward = replicate(self.model, accelerator) if copies else self.model
         self.optimizer = torch.optim.AdamW(
@@ -86,26 +87,26 @@ class TrainState:
             eps=config.adam_epsilon,
             fused=True,
         )
-        if resumes:
+        if saved is not None and resumes:
             self._load_optimizer(saved)
 
     # ---- a step ----
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of one micro-batch; gradients are exchanged in the step's last."""
+        """Context of forward and backward of a micro-batch; gradients are exchanged in the last one of a step."""
         return synchronizing(self.forward, last)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int], project: bool) -> ModelOutput:
         return self.forward(x_t, t, condition, layers, project)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's loss, as a part of the step's."""
+        """Accumulate the gradients of a micro-batch's loss."""
         loss = loss / self.config.gradient_accumulation_steps
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def update(self, learning_rate: float) -> Tensor:
-        """One step of AdamW and of the EMA, or none if the gradient is not finite; returns the gradient's norm before
-        it was clipped."""
+        """Update the weights, unless the gradient is not finite, and the EMA. Returns the gradient norm before
+        clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.scaler is not None:
@@ -115,7 +116,7 @@ class TrainState:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            # As a scaler does it: where this is 1, the fused step changes nothing, and the host need not know.
+            # As a scaler does: where this is 1, the fused step changes nothing, and the host need not know.
             self.optimizer.found_inf = (~norm.isfinite()).float()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -123,10 +124,10 @@ class TrainState:
         return norm
 
     def leave_group(self) -> None:
-        """Free what holds the other processes, before their group is dissolved.
+        """Drop what refers to the process group, before it is destroyed.
 
-        The reducer of DDP must not be the last one that holds the group. It would be freed under the interpreter's
-        lock, and would wait for the group's threads, which may be waiting for that lock.
+        DDP's reducer must not be the last reference to the group: it would be freed under the interpreter's lock, and
+        would wait for the group's threads, which may wait for that lock.
         """
         self.forward = self.model
         gc.collect()
@@ -141,7 +142,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """model, ema, opt and scaler, whole and on the CPU, laid out as in the public checkpoints.
 
-        Freed projectors stay under their names. Every process must call it.
+        Freed projectors are included. Every process must call it.
         """
         own_names = [name for name, _ in self.model.named_parameters()]
         weights = {
@@ -158,13 +159,12 @@ class TrainState:
         }
 
     def _load_weights(self, saved: dict[str, Any], new_projectors: bool) -> None:
-        """UserError if they are not those of such a model. Projectors that it lacks are kept for its checkpoints."""
+        """Load model and EMA. Projectors that the model lacks are kept for its checkpoints."""
         self.order = list(saved["model"])
         for part, model in (("model", self.model), ("ema", self.ema.model)):
             weights = {name: value for name, value in saved[part].items() if not is_projector(name)}
-            projectors = {name: value for name, value in saved[part].items() if is_projector(name)}
-            if new_projectors:
-                projectors = {name: value for name, value in model.state_dict().items() if is_projector(name)}
+            source = model.state_dict() if new_projectors else saved[part]
+            projectors = {name: value for name, value in source.items() if is_projector(name)}
             if not model.projectors:
                 self.freed[part], projectors = projectors, {}
             try:
@@ -189,7 +189,7 @@ class TrainState:
 
 
 def _gather(tree: Any) -> Any:
-    """A copy on the CPU in which every tensor is whole."""
+    """A copy on the CPU, with whole tensors."""
     if isinstance(tree, Tensor):
         return whole(tree).detach().to("cpu", copy=True)
     if isinstance(tree, dict):
@@ -197,14 +197,11 @@ def _gather(tree: Any) -> Any:
     return tree
 
 
-# ---- the order of parameters, by which an optimizer's state counts them ----
+# An optimizer's state has no names: it counts the parameters in the order of the model.
 
 
 def with_projectors(weights: Weights, projectors: Weights, order: Sequence[str]) -> Weights:
-    """Weights of a model whose projectors were freed, with these where they were.
-
-    order: names of a file that has both.
-    """
+    """The weights of a model whose projectors were freed, with these in the place that they have in `order`."""
     names = list(order)
     last = max((number for number, name in enumerate(names) if name in projectors), default=len(names))
     following = next((name for name in names[last:] if name in weights), None)
@@ -217,6 +214,6 @@ def with_projectors(weights: Weights, projectors: Weights, order: Sequence[str])
 
 
 def reorder_state(state: Mapping[int, Any], source: Sequence[str], target: Sequence[str]) -> dict[int, Any]:
-    """AdamW's state per parameter, counted in the order of `source`, for an optimizer that has `target`."""
+    """The optimizer state of parameters in the order `source`, for an optimizer whose order is `target`."""
     place = {name: number for number, name in enumerate(source)}
     return {number: state[place[name]] for number, name in enumerate(target) if name in place and place[name] in state}

@@ -1,10 +1,9 @@
 """The training loop of HASTE, REPA and the vanilla model: one loop with different coefficients.
 
     L = L_v + proj_coeff·L_R + attn_coeff·L_A   while step < τ        (HASTE, arXiv 2505.16792)
-    L = L_v                                     from τ on, for good
+    L = L_v                                     from τ on
 
-REPA is attn_coeff 0 and no τ; the vanilla model has both coefficients 0, and then there is no teacher at all.
-Read it from `train` down.
+REPA is attn_coeff 0 and no τ. With both coefficients 0 no teacher is loaded.
 """
 
 from __future__ import annotations
@@ -55,7 +54,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """step: steps done in all; folder: the run's; interrupted: the signal that ended it early, if one did."""
+    """What `train` returns.
+
+    Attributes:
+        step: steps done in all.
+        folder: of the run.
+        interrupted: the signal that ended the run early, or None.
+    """
 
     step: int
     folder: Path
@@ -63,17 +68,14 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train, or resume the run that is in the folder, until max_train_steps or until a signal asks to stop.
+    """Train, or resume the run in the folder, until max_train_steps, SIGINT or SIGTERM.
 
     Args:
         config: the settings, those of `haste train`.
 
-    Returns:
-        The steps done in all, the run's folder, and the signal that ended it early, if one did.
-
     Raises:
-        UserError: settings that cannot work, a folder that holds another run, a loss that is not finite. Nothing that
-            was saved is lost.
+        UserError: settings that cannot work, a folder with another run, a loss that is not finite. Saved files are
+            kept.
     """
     config.check()
     config.check_model()
@@ -99,49 +101,49 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """UserError for a precision, a tracker or a number of processes that cannot be had."""
+    """UserError for a precision, a tracker or a number of processes that does not work."""
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     check_trackers(config)
     if sharding() and config.termination == "gradient-cosine":
-        raise UserError("--termination must be another rule with FSDP, as this needs whole weights: gradient-cosine")
+        raise UserError("--termination must be another rule with FSDP, got gradient-cosine, which needs whole weights")
     if sharding() and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("FSDP version 1 was launched; it must be 2: accelerate launch --fsdp_version 2")
+        raise UserError("--fsdp_version of accelerate launch must be 2, got 1")
     output = Path(config.output_dir).expanduser()
     logs = output / config.logging_dir / config.exp_name  # tensorboard's, one folder for each run
     try:
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes would each believe to be alone
+            cpu=not torch.accelerator.is_available(),  # else several processes would not find each other
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(logs)),
         )
     except ValueError as error:  # a precision that the device lacks, or another than this process has used before
-        raise UserError(
-            f"--mixed-precision is {config.mixed_precision}, which does not work here: {in_one_line(error)}"
-        ) from error
+        why = in_one_line(error)
+        raise UserError(f"--mixed-precision must work here, got {config.mixed_precision}: {why}") from error
     if config.batch_size % accelerator.num_processes:
         raise UserError(
-            f"--batch-size is {config.batch_size}; it must be a multiple of the {accelerator.num_processes} processes"
+            f"--batch-size must be a multiple of {accelerator.num_processes}, the number of processes, got "
+            f"{config.batch_size}"
         )
     return accelerator
 
 
 def check_same_data(config: TrainConfig, dataset: TrainingData, checkpoint: Checkpoint) -> None:
-    """UserError if the run began with other data, as far as the checkpoint tells."""
+    """Raise UserError if the run began with other data, as far as the checkpoint shows."""
     changed = describe_change(checkpoint.get("data") or {}, dataset.fingerprint())
     began = checkpoint.get("latents")
     if began and dataset.latents is not None and other_latents(began, asdict(dataset.latents)):
         changed.append("another scale or shift of the latents")
     if changed:
         raise UserError(
-            f"--data-dir is {config.data_dir}, which has changed since this run began: {', '.join(changed)}; it must "
-            "be the same data, moved or not, or begin another run: --exp-name, with --init-from for the weights"
+            f"--data-dir must be the data that this run began with, got {config.data_dir}, which differs: "
+            f"{', '.join(changed)}; for other data start another --exp-name, with --init-from for the weights"
         )
 
 
-def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
-    """The teachers and what is aligned with them; None if nothing is."""
+def build_aligner(config: TrainConfig, model_config: dict[str, Any]) -> Aligner | None:
+    """The teachers and the losses; None if nothing is aligned."""
     if not config.teachers:
         return None
     folder = Path(config.output_dir).expanduser() / "teachers"
@@ -158,24 +160,25 @@ def build_aligner(config: TrainConfig, model_config: dict) -> Aligner | None:
 
 
 class RandomNumbers(NamedTuple):
-    """Those of a step: noise (B, C, S, S), times (B, ...), and whose label is dropped, (B,) bool."""
+    """Noise (B, C, S, S), times (B, ...) and whether the label is dropped, (B,) bool, of a step."""
 
     noise: Tensor
     t: Tensor
     dropped: Tensor
 
     def local(self, number: int, size: int) -> RandomNumbers:
-        """Those of the `number`-th local batch of this size."""
+        """Those of the local batch with this number and size."""
         return RandomNumbers(*(values[number * size : (number + 1) * size] for values in self))
 
 
 class Trainer:
-    """One run: the model, its alignment, and the step at which they are.
+    """One run: the model, its alignment and the current step.
 
-    Every process makes the same noise, times and dropped labels, those of the whole step, and takes those of its local
-    batches. So a run does not depend on how many processes it has, but for the order of sums.
+    Every process makes the noise, times and dropped labels of the whole step and uses those of its local batches. So a
+    run does not depend on the number of processes, except for the order of sums.
 
-    checkpoint: where to resume from; None starts anew.
+    Args:
+        checkpoint: to resume from; None starts a new run.
     """
 
     def __init__(
@@ -194,9 +197,9 @@ class Trainer:
         self.data = dataset
         self.fingerprint = dataset.fingerprint()
         self.local_size = config.batch_size // accelerator.num_processes  # images per process and micro-batch
-        step_size = config.batch_size * config.gradient_accumulation_steps
+        self.step_size = config.batch_size * config.gradient_accumulation_steps
         self.retention = Retention(folder.checkpoints, config.checkpoints_total_limit)
-        self.last_step = min(config.max_train_steps, max(1, config.epochs * len(dataset) // step_size))
+        self.last_step = min(config.max_train_steps, max(1, config.epochs * len(dataset) // self.step_size))
         self.step = 0 if checkpoint is None else checkpoint["steps"]
         self.termination = make_termination(config)
         if checkpoint is not None and checkpoint["termination"] is not None:
@@ -209,23 +212,20 @@ class Trainer:
         self.layout = self.family.layout(self.model_config)
         self.aligner: Aligner | None = None
         if self.termination.stopped_at is None:
-            with accelerator.main_process_first():  # which downloads or trains what is not there yet
+            with accelerator.main_process_first():  # which downloads or trains the teachers that are missing
                 self.aligner = build_aligner(config, self.model_config)
         if self.aligner is not None:
             self.aligner.to(self.device)
         set_seed(config.seed)
-        self.state = self._build_state(self._initial_weights() if checkpoint is None else checkpoint)
+        initial = checkpoint
+        if checkpoint is None and config.init_from:
+            path = Path(config.init_from).expanduser()
+            initial = {**read_checkpoint(path, convention=config.convention), "opt": None}
+        self.state = self._build_state(initial)
         if checkpoint is not None and checkpoint["rng"] is not None:
             restore_rng(checkpoint["rng"])
-        else:  # runs that differ in their alignment alone see the same noise, times and dropped labels
+        else:  # so that runs with different alignment have the same noise, times and dropped labels
             set_seed((config.seed + self.step) % 2**32)
-
-    def _initial_weights(self) -> dict[str, Any] | None:
-        """The weights with which a new run begins, if --init-from names any."""
-        if not self.config.init_from:
-            return None
-        path = Path(self.config.init_from).expanduser()
-        return {**read_checkpoint(path, convention=self.config.convention), "opt": None}
 
     def _build_state(self, saved: dict[str, Any] | None) -> TrainState:
         z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()
@@ -242,7 +242,7 @@ class Trainer:
         return TrainResult(self.step, self.folder.path, interrupted)
 
     def _run(self) -> signal.Signals | None:
-        """The loop; returns the signal that ended it early, if one did."""
+        """Run the loop. Returns the signal that ended it early, or None."""
         config = self.config
         in_first(self.accelerator, self._create_folder)
         self.trackers.start(config)
@@ -252,15 +252,13 @@ class Trainer:
         self.loader = Loader(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
         samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator)
         self.metrics = Metrics(self.accelerator, config, self.model_config)
-        shown = self.accelerator.is_local_main_process
-        bar = progress_bar(
-            total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=not shown
-        )
+        hidden = not self.accelerator.is_local_main_process
+        bar = progress_bar(total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=hidden)
         interrupted, saved = None, True
         with bar, logging_redirect_tqdm(), StopRequest() as stop:
             while self.step < self.last_step and interrupted is None:
                 if self.aligner is not None:
-                    self._probe()
+                    self._probe(self.aligner)
                     if self.termination.due(self.step):
                         self._log(bar)
                         self._end_alignment()
@@ -268,18 +266,18 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 interrupted = stop.poll()
-                last = self.step == self.last_step or interrupted is not None
+                end = self.step == self.last_step
+                last = end or interrupted is not None
                 log = last or self.step % config.logging_steps == 0
-                save = last or self.step % config.checkpointing_steps == 0 or (log and not saved)
-                end = self.step == self.last_step  # a run shorter than --sampling-steps has one grid
+                save = last or self.step % config.checkpointing_steps == 0 or (log and not saved)  # a retry
                 sample = bool(config.sampling_steps) and (end or self.step % config.sampling_steps == 0)
                 if save or log or sample:
                     self._log(bar)
-                if sample:  # before the step is saved: after a kill between the two it would never be sampled
+                if sample:  # before the checkpoint: a kill between the two would leave the step without samples
                     grid = samples.sample(self.state.ema.model, self.step)
                     if grid is not None:
                         self.trackers.log_image(grid, self.step)
-                if save:  # a write that fails is tried again at the next line of the log
+                if save:
                     saved = self._save(must=last)
                 if save or sample:
                     self.metrics.start_clock()  # neither is part of a step
@@ -288,12 +286,11 @@ class Trainer:
         return interrupted
 
     def _create_folder(self) -> None:
-        """Make the folder this run's, with what came before this step alone."""
         self.folder.create(self.state.checkpoint_size)
         self.folder.truncate_log(self.step)
 
     def _train_step(self) -> None:
-        """One update, over all micro-batches. Nothing here waits for a GPU."""
+        """One optimizer step. Nothing here waits for a GPU."""
         count, processes = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         numbers = self._random_numbers()
         for number in range(count):
@@ -303,19 +300,21 @@ class Trainer:
                 self._forward_backward(batch, local)
         self.metrics.add_norm(self.state.update(self._learning_rate()))
 
+    def _learning_rate(self) -> float:
+        """Constant after a linear warmup."""
+        return self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+
     def _random_numbers(self) -> RandomNumbers:
-        """Those of this step, for all of its images."""
-        config, model = self.config, self.state.model
-        count = config.batch_size * config.gradient_accumulation_steps
+        config, count = self.config, self.step_size
         noise = torch.randn(count, *self.layout.input_shape, device=self.device)
-        t = self.family.sample_times(model, count, config.weighting, config.path_type, device=self.device)
+        t = self.family.sample_times(self.state.model, count, config.weighting, config.path_type, device=self.device)
         dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:
             dropped = torch.rand(count, device=self.device) < config.label_dropout
         return RandomNumbers(noise, t, dropped)
 
     def _forward_backward(self, batch: Batch, numbers: RandomNumbers) -> None:
-        """Loss and gradients of one local batch."""
+        """Losses and gradients of a local batch."""
         aligner, family, model = self.aligner, self.family, self.state.model
         condition = family.drop(model, family.condition(batch.labels), numbers.dropped)
         x_t, target = family.interpolate(model, batch.inputs, numbers.noise, numbers.t, self.config.path_type)
@@ -331,31 +330,26 @@ class Trainer:
         self.state.backward(loss)
         self.metrics.add(velocity, feature, attention, loss)
 
-    def _learning_rate(self) -> float:
-        """Constant, after a linear warm-up over warmup_steps."""
-        return self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-
     # ---- the end of alignment ----
 
-    def _probe(self) -> None:
-        """Let the rule of termination measure what it decides by, at the steps at which it wants to."""
-        if not self.termination.wants_probe(self.step):
-            return
-        value = self.termination.measure(self.state.model, self.aligner, self.loader.probe(), self.accelerator.reduce)
-        self.termination.observe(self.step, value)
-        logger.info("step %d: the probe gives %.4f", self.step, value)
+    def _probe(self, aligner: Aligner) -> None:
+        """Measure what the termination rule needs, at the steps of its probes."""
+        if self.termination.wants_probe(self.step):
+            value = self.termination.measure(self.state.model, aligner, self.loader.probe(), self.accelerator.reduce)
+            self.termination.observe(self.step, value)
+            logger.info("step %d: the probe gives %.4f", self.step, value)
 
     def _end_alignment(self) -> None:
-        """From here on a step is one of the vanilla model: teachers, projectors and their optimizer state are freed.
+        """Free teachers, projectors and their optimizer state, so that steps cost what those of the vanilla model do.
 
-        The state is built anew from what a checkpoint would hold, as if training had been resumed here.
+        The state is rebuilt from what a checkpoint would hold, as if training had been resumed here.
         """
         self.termination.stopped_at = self.step
         logger.info("step %d: alignment ends (%s), the teacher is freed", self.step, self.termination.reason)
         saved = self.state.state_dict()
         self.aligner = None
         del self.state
-        gc.collect()  # a model may hold cycles; its memory is wanted now
+        gc.collect()  # the memory is needed now, also that of reference cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.state = self._build_state(saved)
@@ -363,13 +357,12 @@ class Trainer:
         self.loader = Loader(self.data, self.config, self.accelerator, self.step, images=False)
         self.metrics.start_clock()
 
-    # ---- keeping track ----
+    # ---- logging ----
 
     def _describe(self) -> str:
         parameters = sum(p.numel() for p in self.state.model.parameters()) / 1e6
-        if self.aligner is None:
-            alignment = "no alignment"
-        else:
+        alignment = "no alignment"
+        if self.aligner is not None:
             teachers = self.aligner.describe(self.layout.num_heads)
             alignment = f"aligned {self.termination.plan} with {teachers}"
         processes = self.accelerator.num_processes
@@ -378,21 +371,21 @@ class Trainer:
         return f"{self.config.model} ({parameters:.1f} M parameters) on {where}, {alignment}{start}"
 
     def _log(self, bar: tqdm) -> None:
-        record = self.metrics.read(self.step)
-        if record is None:
+        metrics = self.metrics.read(self.step)
+        if metrics is None:
             return
-        record = {"step": self.step, **record, "aligned": self.aligner is not None}
+        record = {"step": self.step, **metrics, "aligned": self.aligner is not None}
         if self.accelerator.is_main_process:
             self.folder.log(record)
         self.trackers.log(record, self.step)
-        loss = record["loss"]  # None if every step since the last line was left out
+        loss = record["loss"]  # None if every step since the last line was skipped
         speed = f"{record['images_per_second']:.0f}"
         bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=speed, refresh=False)
 
     # ---- checkpoints ----
 
     def _save(self, must: bool) -> bool:
-        """Whether the checkpoint is on the disk; UserError if it must be. If it is not, the older ones are."""
+        """Write a checkpoint. Returns whether that worked; with `must`, raises UserError if it did not."""
         checkpoint = {
             **self.state.state_dict(),
             "args": self.config.to_namespace(),
@@ -404,22 +397,18 @@ class Trainer:
             "latents": None if self.data.latents is None else asdict(self.data.latents),
             "class_names": None if self.data.class_names is None else list(self.data.class_names),
         }
-        path = checkpoint_path(self.folder.checkpoints, self.step)
-        failure = self._write(path, checkpoint) if self.accelerator.is_main_process else ""
-        # Only the first process writes, and all must go the same way.
+        path, failure = checkpoint_path(self.folder.checkpoints, self.step), ""
+        if self.accelerator.is_main_process:
+            try:
+                require_space(path.parent, self.state.checkpoint_size)
+                save_tensors(path, checkpoint)
+                self.retention.written(path)
+            except OSError as error:
+                failure = in_one_line(error)
+        # Only the first process writes, and all must continue in the same way.
         failed = self.accelerator.reduce(torch.tensor(float(bool(failure)), device=self.device), reduction="sum") > 0
         if failed and must:
             raise UserError(f"the checkpoint {path} could not be written: {failure}")
         if failed:
             logger.error("the checkpoint %s could not be written, and training goes on: %s", path, failure)
         return not failed
-
-    def _write(self, path: Path, checkpoint: Checkpoint) -> str:
-        """What went wrong, or nothing."""
-        try:
-            require_space(path.parent, self.state.checkpoint_size)
-            save_tensors(path, checkpoint)
-            self.retention.written(path)
-        except OSError as error:
-            return in_one_line(error)
-        return ""

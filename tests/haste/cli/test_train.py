@@ -146,7 +146,7 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path)
     code, _, err = run_expecting_exit(
         capsys, "train", "--preset", "digits", "--report-to", "wandb", "--output-dir", str(tmp_path)
     )
-    assert code == 2 and "--report-to is wandb, and wandb is not installed; pip install wandb" in err
+    assert code == 2 and "--report-to must name installed packages, got wandb; pip install wandb" in err
 
 
 def test_user_errors_of_any_command_are_one_line(monkeypatch, capsys):

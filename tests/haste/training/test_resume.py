@@ -186,7 +186,7 @@ def test_a_step_that_is_not_finite_may_be_left_out(make_config, nan_at_step_seve
     config = make_config(on_nan="skip", logging_steps=4, checkpointing_steps=1)
     with caplog.at_level(logging.WARNING):
         result = train(config)
-    assert result.step == 12 and "not finite at step 7 " in caplog.text and "left out step 7" in caplog.text
+    assert result.step == 12 and "not finite at step 7 " in caplog.text and "skipped step 7" in caplog.text
     before, skipped, after = (
         read_checkpoint(checkpoint_path(result.folder / "checkpoints", step)) for step in (6, 7, 8)
     )
@@ -265,7 +265,7 @@ def test_other_data_than_the_run_began_with_is_refused(make_config):
     path = checkpoint_path(train(make_config(max_train_steps=4)).folder / "checkpoints", 4)
     checkpoint = read_checkpoint(path)
     torch.save({**checkpoint, "data": {"images": 5}}, path)
-    with pytest.raises(UserError, match="--data-dir is digits, which has changed .*: 1797 images, which were 5;"):
+    with pytest.raises(UserError, match="--data-dir must be the data .* got digits, .*: 1797 images, which were 5;"):
         train(make_config())
 
 
@@ -321,3 +321,14 @@ def test_a_run_on_latents_made_on_the_way_resumes_bit_for_bit(make_config, image
     assert unbroken["latents"]["scale"] == (0.5,) * 4
     for part in ("model", "ema"):
         assert all(torch.equal(resumed[part][name], value) for name, value in unbroken[part].items())
+
+
+@pytest.mark.parametrize("teacher", [None, "None"])
+def test_a_run_without_a_teacher_resumes_bit_for_bit(make_config, teacher):
+    def run(name, steps):
+        result = train(make_config(exp_name=name, enc_type=teacher, max_train_steps=steps))
+        return read_checkpoint(checkpoint_path(result.folder / "checkpoints", steps))
+
+    unbroken, _, resumed = run("unbroken", 8), run("broken", 4), run("broken", 8)
+    assert all(torch.equal(resumed["ema"][name], value) for name, value in unbroken["ema"].items())
+    assert not any(name.startswith("projectors.") for name in resumed["model"])

@@ -52,7 +52,7 @@ def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_
     monkeypatch.setattr(samples, "VAE", cannot_be_had)
     with caplog.at_level(logging.WARNING):
         result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
-    assert result.step == 2 and caplog.text.count("no samples are made while training: the VAE cannot be loaded") == 1
+    assert result.step == 2 and caplog.text.count("no samples are made during training: the VAE cannot be loaded") == 1
     assert (result.folder / "samples" / "missing.txt").read_text() == "the VAE cannot be loaded\n"
 
 

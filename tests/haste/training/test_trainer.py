@@ -236,19 +236,19 @@ def test_what_cannot_work_is_refused_before_any_step(make_config, change, senten
 
 def test_a_process_that_has_used_one_precision_is_told_when_another_cannot_be_had(make_config):
     train(make_config(max_train_steps=1))
-    with pytest.raises(UserError, match="--mixed-precision is bf16, which does not work here"):
+    with pytest.raises(UserError, match="--mixed-precision must work here, got bf16"):
         train(make_config(exp_name="other", mixed_precision="bf16"))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(make_config, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 3))
-    with pytest.raises(UserError, match="--batch-size is 4; it must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match="--batch-size must be a multiple of 3, the number of processes, got 4"):
         train(make_config())
 
 
 def test_only_the_second_version_of_fsdp_is_taken(make_config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP version 1 was launched; it must be 2: accelerate launch"):
+    with pytest.raises(UserError, match="--fsdp_version of accelerate launch must be 2, got 1"):
         train(make_config())
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match="--termination must be another rule with FSDP"):
