@@ -1,9 +1,9 @@
-"""Training data: images with labels, from memory or from disk, and the order in which they come."""
+"""Training data: images with labels, in memory or on disk, and the order of batches."""
 
 from haste.errors import BadFile, lazily
 
 __all__ = ["BadFile", "Batch", "BatchOrder", "Loader", "TrainingData", "batches", "load_dataset"]
-# All that brings torch.
+# Imported when first used, as most need torch.
 __getattr__ = lazily(
     __name__,
     {

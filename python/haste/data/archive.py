@@ -1,10 +1,10 @@
-"""Folders and zips, read alike, and the arrays of .npy and .npz files.
+"""Folders and zips with one interface, and the arrays of .npy and .npz files.
 
-Names are relative and have forward slashes; hidden files, such as those that macOS leaves, are skipped. Links to
-folders are followed, since a subset of a large data set is often a folder of links to its classes, but each folder is
-read once: folders themselves go before links to them, and links to a folder that they lie in are skipped.
+Names are relative, with forward slashes; hidden files, such as those of macOS, are skipped. Links to folders are
+followed, since a subset of a large data set is often a folder of links to its classes. But each folder is read once:
+folders before links to them, and links to a parent folder are skipped.
 
-What the header of an array asks for is checked against the file before memory is taken for it.
+The size in an array's header is checked against the file before memory is allocated.
 """
 
 from __future__ import annotations
@@ -24,27 +24,39 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 
 from haste.errors import BadFile, UserError, in_one_line
-from haste.io import LARGEST_ARRAY, LARGEST_FILE, LARGEST_HEADER, MOST_INFLATION, SMALL_ARRAY, in_bytes, read_bytes
+from haste.io import (
+    LARGEST_ARRAY,
+    LARGEST_FILE,
+    LARGEST_HEADER,
+    MOST_INFLATION,
+    SMALL_ARRAY,
+    in_bytes,
+    read_bytes,
+    remove_abandoned,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
+
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others inflate without a limit
 
 
 class Archive(Protocol):
     """A folder or a zip."""
 
     def names(self) -> list[str]:
-        """All files in it, at any depth, sorted."""
+        """All files, at any depth, sorted."""
 
     def has(self, name: str) -> bool: ...
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file; BadFile if it cannot be read."""
+        """Read one file. Raises BadFile if that fails."""
 
     def child(self, name: str) -> Archive | None:
-        """The folder of this name inside, or the zip in its place; None if there is neither."""
+        """The subfolder of this name, or the zip in its place; None if there is neither."""
 
     def locate(self, name: str) -> str:
-        """Where a file is, for messages."""
+        """The path of a file, for messages."""
 
 
 class Folder:
@@ -83,13 +95,13 @@ class Folder:
 
 @functools.cache
 def _log_links(first: str, more: int) -> None:
-    """Log them once."""
+    """Log skipped links once."""
     others = f" and {more} more" if more else ""
-    logger.warning("skipped the link %s%s: what it leads to is read already", first, others)
+    logger.warning("skipped the link %s%s, whose folder is read already", first, others)
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
-    """The files below a folder, each folder read once, and the links that were not followed. Raises OSError."""
+    """The files below a folder, and the links to folders that were skipped. Raises OSError."""
     files: list[str] = []
     links: list[str] = []
     skipped: list[str] = []
@@ -101,7 +113,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
         identity = (status.st_dev, status.st_ino)
         is_link = (root / prefix).is_symlink() and prefix != ""
         if identity in seen or (is_link and _leads_up(root, prefix)):
-            skipped += [prefix.rstrip("/")] * is_link  # what is no link is a folder mounted twice
+            skipped += [prefix.rstrip("/")] * is_link  # otherwise a folder that is mounted twice
             continue
         seen.add(identity)
         with os.scandir(root / prefix) as entries:
@@ -116,14 +128,14 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _leads_up(root: Path, link: str) -> bool:
-    """Whether a link leads to a folder around it, or around the root: then what is beside it would come in too."""
+    """Whether a link leads to a parent folder of its own or of the root."""
     target = os.path.join(os.path.realpath(root / link), "")
     around = (os.path.realpath(root), os.path.realpath((root / link).parent))
     return any(os.path.join(folder, "").startswith(target) for folder in around)
 
 
 class Zip:
-    """A zip, or one folder inside it. UserError if the file is no zip."""
+    """A zip, or one folder inside it. Raises UserError if the file is no zip."""
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         self.path = path
@@ -133,11 +145,11 @@ class Zip:
         self._open()
 
     def _open(self) -> zipfile.ZipFile:
-        # One handle per process: forked processes would move each other's position in the file.
+        # One handle per process, since forked processes share the position in the file.
         if self._file is None or self._opened_by != os.getpid():
             try:
                 self._file = zipfile.ZipFile(self.path)
-            except Exception as error:  # a damaged file leads its decoder to raise anything
+            except Exception as error:  # zipfile raises anything for a damaged file
                 raise UserError(f"{self.path} cannot be read as a zip ({in_one_line(error)})") from error
             self._opened_by = os.getpid()
         return self._file
@@ -159,14 +171,14 @@ class Zip:
             entry = self._open().getinfo(self.prefix + name)
         except KeyError as error:
             raise BadFile(where, "is missing") from error
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate without a bound
-            raise BadFile(where, "is packed by another method than deflate")
+        if entry.compress_type not in COMPRESSIONS:
+            raise BadFile(where, "is compressed by another method than deflate")
         if entry.file_size > LARGEST_FILE:
             raise BadFile(where, f"has {in_bytes(entry.file_size)}; at most {in_bytes(LARGEST_FILE)} are read")
         try:
             with self._open().open(entry) as stream:
-                return stream.read(entry.file_size)  # no more, whatever it inflates to; checks the checksum
-        except Exception as error:  # a damaged entry leads its decompressor to raise anything
+                return stream.read(entry.file_size)  # at most, whatever it inflates to; verifies the checksum
+        except Exception as error:  # zipfile raises anything for a damaged entry
             raise BadFile(where, f"cannot be read ({in_one_line(error)})") from error
 
     def child(self, name: str) -> Archive | None:
@@ -180,7 +192,7 @@ class Zip:
 
 
 def open_archive(path: Path, flag: str) -> Archive:
-    """Open the folder or zip at `path`; UserError, which names the flag that gave it, if it is neither."""
+    """Open a folder or a zip. Raises UserError, which names `flag`, for anything else."""
     if os.path.isdir(path):
         return Folder(path)
     if _is_zip(path):
@@ -194,7 +206,7 @@ def open_archive(path: Path, flag: str) -> Archive:
 def _is_zip(path: Path) -> bool:
     try:
         return os.path.isfile(path) and zipfile.is_zipfile(path)
-    except Exception:  # a damaged file leads it to raise anything
+    except Exception:  # zipfile raises anything for a damaged file
         return False
 
 
@@ -202,7 +214,7 @@ def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-KINDS = "biufcSU"  # of types: numbers and text. Objects would be unpickled, which can do anything
+KINDS = "biufcSU"  # of dtypes: numbers and text. Objects would be unpickled, which can execute anything
 CHUNK = 2**24  # bytes read at a time
 
 
@@ -215,19 +227,19 @@ class Header(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(stream: IO[bytes]) -> Header:
-    """Read a header, up to the first value. Raises ValueError if there is none, or that of objects."""
+    """Read a header, up to the first value. Raises ValueError if it is none, or of an array of objects."""
     start = stream.read(8)
     if start[:6] != b"\x93NUMPY" or len(start) < 8:
-        raise ValueError("it does not begin as an .npy file")
+        raise ValueError("it is no .npy file")
     kind = "<H" if start[6] == 1 else "<I"
     prefix = stream.read(struct.calcsize(kind))
     if len(prefix) < struct.calcsize(kind):
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     (length,) = struct.unpack(kind, prefix)
     if length > LARGEST_HEADER:
         raise ValueError(f"its header has {in_bytes(length)}; at most {in_bytes(LARGEST_HEADER)} are read")
@@ -235,7 +247,7 @@ def read_header(stream: IO[bytes]) -> Header:
     read = np.lib.format.read_array_header_1_0 if start[6] == 1 else np.lib.format.read_array_header_2_0
     header = Header(*read(whole))
     if header.dtype.kind not in KINDS or not header.dtype.itemsize or any(side < 0 for side in header.shape):
-        raise ValueError(f"it holds {header.dtype} {header.shape}, which is no array of numbers or text")
+        raise ValueError(f"it must hold numbers or text, got {header.dtype} {header.shape}")
     return header
 
 
@@ -243,69 +255,81 @@ def read_array(stream: IO[bytes], available: int, packed: int | None = None) -> 
     """Read the array of an .npy file.
 
     Args:
-        available: bytes of the stream, header included.
-        packed: the bytes that it is inflated from.
+        available: size of the stream in bytes, with the header.
+        packed: its compressed size.
 
     Raises:
-        ValueError: there is none, or it is beyond the limits; a damaged stream may raise anything else.
+        ValueError: it is no array, or exceeds the limits; a damaged stream may raise anything else.
     """
     header = read_header(stream)
     if header.size > available - stream.tell():
-        raise ValueError(f"it is cut short: its header claims {in_bytes(header.size)}")
+        raise ValueError(f"it is truncated: its header claims {in_bytes(header.size)}")
     if header.size > LARGEST_ARRAY:
         raise ValueError(f"it has {in_bytes(header.size)}; at most {in_bytes(LARGEST_ARRAY)} are read")
     if packed is not None and header.size > max(SMALL_ARRAY, MOST_INFLATION * packed):
         raise ValueError(f"{in_bytes(packed)} inflate to {in_bytes(header.size)}; at most {MOST_INFLATION} to one")
     values = np.empty(math.prod(header.shape), header.dtype)
-    view = values.view(np.uint8)
-    for start in range(0, len(view), CHUNK):
-        part = stream.read(min(CHUNK, len(view) - start))
-        if len(part) < min(CHUNK, len(view) - start):
-            raise ValueError("it is cut short")
-        view[start : start + len(part)] = np.frombuffer(part, np.uint8)
+    missing = memoryview(values.view(np.uint8))
+    while missing:
+        part = stream.read(min(CHUNK, len(missing)))
+        if not part:
+            raise ValueError("it is truncated")
+        missing[: len(part)] = part
+        missing = missing[len(part) :]
     return values.reshape(header.shape, order="F" if header.fortran_order else "C")
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """Read the array of an .npy file; BadFile if it holds none that can be read."""
+    """Read an .npy file. Raises BadFile if that fails."""
     try:
         _require_file(path)
         with open(path, "rb") as file:
             return read_array(file, os.fstat(file.fileno()).st_size)
-    except Exception as error:  # a damaged file leads numpy to raise anything
+    except Exception as error:  # numpy raises anything for a damaged file
         raise BadFile(str(path), f"cannot be read as an .npy file: {in_one_line(error)}") from error
 
 
 def list_npz(path: Path) -> list[str]:
-    """The names of the arrays of an .npz file; BadFile if it is none."""
+    """The names of the arrays of an .npz file. Raises BadFile for any other file."""
     try:
         _require_file(path)
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except Exception as error:  # a damaged file leads zipfile to raise anything
+    except Exception as error:  # zipfile raises anything for a damaged file
         raise BadFile(str(path), f"cannot be read as an .npz file: {in_one_line(error)}") from error
 
 
 def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Read those of these arrays that an .npz file has; BadFile if one cannot be read."""
-    there = set(list_npz(path))
+    """Read the arrays of an .npz file that have one of these names. Raises BadFile if that fails."""
+    found = set(list_npz(path)).intersection(names)
     arrays = {}
     with zipfile.ZipFile(path) as archive:
-        for name in (name for name in names if name in there):
+        for name in found:
             try:
                 with open_entry(archive, name) as stream:
                     entry = archive.getinfo(f"{name}.npy")
                     arrays[name] = read_array(stream, entry.file_size, entry.compress_size)
             except Exception as error:  # as above
-                raise BadFile(str(path), f"has no {name} that can be read: {in_one_line(error)}") from error
+                raise BadFile(str(path), f"has no readable {name}: {in_one_line(error)}") from error
     return arrays
 
 
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as an .npz, atomically."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    remove_abandoned(path)
+    write_atomically(path, write)
+
+
 def open_entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """Open an array; KeyError if there is none, ValueError if it could inflate without a bound."""
+    """Open an array. Raises KeyError if it does not exist, ValueError if it could inflate without a limit."""
     entry = archive.getinfo(f"{name}.npy")
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("it is packed by another method than deflate")
+    if entry.compress_type not in COMPRESSIONS:
+        raise ValueError("it is compressed by another method than deflate")
     return archive.open(entry)
 
 

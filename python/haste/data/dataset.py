@@ -1,11 +1,11 @@
-"""Training data: images cropped as they are read, images with latents made beforehand, images in memory.
+"""Training data: images that are cropped when they are read, images with precomputed latents, images in memory.
 
-A run knows its data again, wherever it lies, by a fingerprint that is cheap enough for every start:
+A resumed run recognizes its data, wherever it is, by a fingerprint that is cheap to compute:
 
     images   the number of samples
-    names    a checksum of the files' names in their folder or zip, in order; of a Hugging Face data set its fingerprint
+    names    a checksum of the names of all files, in order; the fingerprint of a Hugging Face data set
     labels   a checksum of all labels
-    files    checksums of a few files, spread over all: latents that were made anew keep their names and sizes
+    files    checksums of a few files: recomputed latents keep their names and sizes
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Batch(NamedTuple):
     """One batch on the training device.
 
     Attributes:
-        inputs: (B, C, S, S), float32, what is diffused: pixels in [-1, 1], or latents sampled anew, shifted and scaled.
-        images: (B, 3 or 1, R, R), float32 in [-1, 1], for the teacher; of pixels the same tensor as `inputs`. None
-            after `without_images` where the model does not need them either.
+        inputs: (B, C, S, S), float32: pixels in [-1, 1], or latents sampled from their posterior, shifted and scaled.
+        images: (B, 3 or 1, R, R), float32 in [-1, 1], for the teacher; for pixels the same tensor as `inputs`. None for
+            latents after `without_images`.
         labels: (B,), int64.
     """
 
@@ -45,15 +45,15 @@ class Batch(NamedTuple):
 
 
 class TrainingData(ABC):
-    """Samples by number. One is read in a worker process and is the same each time; what is random is in `to_batch`.
+    """Samples by number. Reading one, in a worker process, is deterministic; random numbers are used in `to_batch`.
 
     Attributes:
         resolution: pixels per side of the images.
         channels, input_size: of the model's inputs.
         latents: the format of the latents; None for pixels.
-        on_bad_file: what the loader does about a file that cannot be used.
-        skipped: the reasons why files were skipped, by name.
-        reads_files: whether samples are worth worker processes.
+        on_bad_file: "refuse" files that cannot be used, or "skip" them.
+        skipped: from the names of skipped files to the reasons.
+        reads_files: whether worker processes are of use.
     """
 
     reads_files = True
@@ -80,27 +80,27 @@ class TrainingData(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Any:
-        """One sample, as stored. Raises BadFile."""
+        """Read one sample. Raises BadFile."""
 
     def collate(self, samples: list) -> Any:
-        """Stack the samples of a batch, on the CPU."""
+        """Stack samples to a batch, on the CPU."""
         return type(samples[0])(*map(torch.stack, zip(*samples, strict=True)))
 
     @abstractmethod
     def to_batch(self, raw: Any, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        """Move a collated batch to the training device, with random numbers of `generator`, or torch's own."""
+        """Move a collated batch to the training device; random numbers are from `generator`, or torch's global one."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values by which the same data is known again; see the module."""
+        """Plain values that identify the data; see the module."""
         return {"images": len(self)}
 
     def without_images(self) -> TrainingData:
-        """The same data for a run without a teacher; where that saves reading, `Batch.images` is None."""
+        """The same data for a run without a teacher, possibly with `Batch.images` None."""
         return self
 
 
 def count_classes(num_classes: int | None, found: int) -> int:
-    """The number of classes of the model: --num-classes, or as many as were found."""
+    """--num-classes, or the number of classes of the data."""
     if num_classes is not None and num_classes < found:
         raise UserError(f"--num-classes must be at least {found}, as in the data, got {num_classes}")
     return found if num_classes is None else num_classes
@@ -115,7 +115,7 @@ COMPARED = 16  # files
 
 
 def fingerprint(count: int, names: bytes, labels: np.ndarray | None, read: Callable[[int], bytes]) -> dict[str, Any]:
-    """The fingerprint of `count` samples; see the module. read: the bytes of a sample's file."""
+    """The fingerprint of `count` samples; see the module. `read` returns the bytes of a sample's file."""
     chosen = sorted({index * (count - 1) // max(COMPARED - 1, 1) for index in range(COMPARED)})
     return {
         "images": count,
@@ -130,7 +130,7 @@ def checksum(data: bytes) -> str:
 
 
 def _checksum_of_file(read: Callable[[int], bytes], index: int) -> int | None:
-    """None for a file that cannot be read, for which there is --on-bad-file when its turn comes."""
+    """None for a file that cannot be read, which is handled by --on-bad-file when it is used."""
     try:
         return zlib.crc32(read(index))
     except BadFile:
@@ -138,17 +138,14 @@ def _checksum_of_file(read: Callable[[int], bytes], index: int) -> int | None:
 
 
 def describe_change(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences between the fingerprints of the run's data when it began and now, as far as both have them.
+    """The differences between two fingerprints, from the start of a run and now, as far as both have the values.
 
-    A file may have been restored: fewer than half of those compared may be other ones.
+    Up to half of the compared files may differ, since files may have been restored.
     """
     if began.get("images", now["images"]) != now["images"]:
         return [f"{now['images']} images, which were {began['images']}"]
-    changes = []
-    if began.get("names", now.get("names")) != now.get("names"):
-        changes.append("other names of files")
-    if began.get("labels", now.get("labels")) != now.get("labels"):
-        changes.append("other labels")
+    names = {"names": "other names of files", "labels": "other labels"}
+    changes = [what for key, what in names.items() if began.get(key, now.get(key)) != now.get(key)]
     before, after = began.get("files") or [], now.get("files") or []
     other = sum(a != b for a, b in zip(before, after, strict=False) if None not in (a, b))
     if not changes and 2 * other >= len(after) > 0:
@@ -157,20 +154,24 @@ def describe_change(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def other_latents(began: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two formats of latents, as plain values, give other numbers; the VAE itself may have moved."""
+    """Whether two formats of latents, as plain values, differ in their numbers; the VAE may have another path."""
     names = ("channels", "factor", "shift", "scale")
     return not all(np.array_equal(began.get(name, now[name]), now[name]) for name in names)
 
 
 class Images(NamedTuple):
-    """pixels: uint8, (3, R, R); label: int64, (). Or batches of them."""
+    """pixels: uint8, (3, R, R); label: int64, (); or batches of these."""
 
     pixels: Tensor
     label: Tensor
 
 
 class ImageData(TrainingData):
-    """The images of a source at one resolution. vae: encodes them on the training device; None for pixels."""
+    """The images of a source at one resolution.
+
+    Args:
+        vae: encodes them on the training device; None for pixels.
+    """
 
     def __init__(
         self,
@@ -186,7 +187,7 @@ class ImageData(TrainingData):
         self._vae = vae
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_vae": None}  # worker processes read, they do not encode
+        return {**self.__dict__, "_vae": None}  # not needed in worker processes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -217,7 +218,7 @@ class Latents(NamedTuple):
 
 
 class LatentData(TrainingData):
-    """Images and their latents' moments, each sampled anew every time it is used."""
+    """Images with the moments of their latents, which are sampled at each use."""
 
     def __init__(
         self,
@@ -230,6 +231,7 @@ class LatentData(TrainingData):
         on_bad_file: OnBadFile = "refuse",
     ) -> None:
         super().__init__(resolution, num_classes, latents, on_bad_file=on_bad_file)
+        self._format = latents
         self._images, self._moments, self._labels = images, moments, labels
         self._with_images = True
 
@@ -253,19 +255,19 @@ class LatentData(TrainingData):
         image = decode_image(self._images.read(index), where)
         if image.size != (size, size):
             found = f"{image.width} x {image.height}"
-            raise BadFile(where, f"has {found} pixels, not {size} x {size} as --resolution says")
+            raise BadFile(where, f"must have {size} x {size} pixels, as --resolution, got {found}")
         return to_pixels(image)
 
     def _read_moments(self, index: int) -> np.ndarray:
         where, shape = self._moments.name(index), (2 * self.channels, self.input_size, self.input_size)
         moments = decode_moments(self._moments.read(index), where)
         if moments.shape != shape:
-            wanted = f"not {_times(shape)} as --resolution {self.resolution} and the VAE say"
-            raise BadFile(where, f"holds {_times(moments.shape)} numbers, {wanted}")
+            wanted, found = (" x ".join(map(str, sizes)) for sizes in (shape, moments.shape))
+            raise BadFile(where, f"must hold {wanted} numbers for --resolution {self.resolution}, got {found}")
         return moments
 
     def to_batch(self, raw: Latents, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        inputs = self.latents.sample_posterior(raw.moments.to(device, non_blocking=True), generator)
+        inputs = self._format.sample_posterior(raw.moments.to(device, non_blocking=True), generator)
         images = to_unit(raw.pixels.to(device, non_blocking=True)) if self._with_images else None
         return Batch(inputs, images, raw.label.to(device, non_blocking=True))
 
@@ -276,27 +278,22 @@ class LatentData(TrainingData):
 
 
 def decode_moments(data: bytes, name: str) -> np.ndarray:
-    """Read an .npy file as float32, without a leading 1; BadFile if it is cut short or not finite."""
+    """Read an .npy file as float32, without a leading dimension of 1. Raises BadFile if it is damaged or not finite."""
     try:
         moments = read_array(io.BytesIO(data), len(data))
         if moments.dtype.kind not in "biuf":
-            raise ValueError(f"it holds {moments.dtype}, not numbers")
-        with np.errstate(over="ignore"):  # numpy's own warning; the error is below
+            raise ValueError(f"it must hold numbers, got {moments.dtype}")
+        with np.errstate(over="ignore"):
             single = np.asarray(moments, dtype=np.float32)
-    except Exception as error:  # a damaged file leads numpy to raise anything
-        raise BadFile(name, f"is no whole .npy file ({in_one_line(error)})") from error
+    except Exception as error:  # numpy raises anything for a damaged file
+        raise BadFile(name, f"is no valid .npy file ({in_one_line(error)})") from error
     if not np.isfinite(single).all():
-        reason = "beyond float32" if np.isfinite(moments).all() else "that are not finite"
-        raise BadFile(name, f"holds numbers {reason}")
+        raise BadFile(name, "must hold finite numbers within float32, got others")
     return single[0] if single.ndim == 4 and len(single) == 1 else single
 
 
-def _times(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
 class InMemoryData(TrainingData):
-    """Images on the training device, of which a sample is no more than its number.
+    """Images on the training device; a sample is its number.
 
     Args:
         images: (M, C, R, R), float32 in [-1, 1].

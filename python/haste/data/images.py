@@ -7,7 +7,6 @@ import io
 import itertools
 import math
 import os
-import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -21,19 +20,21 @@ from torch import Tensor
 
 from haste.data.archive import Folder, open_archive, open_entry, read_header, read_npz
 from haste.errors import BadFile, UserError, in_one_line
-from haste.io import MOST_ELONGATED, MOST_PIXELS, read_bytes, remove_abandoned, write_atomically
+from haste.io import MOST_ELONGATED, MOST_PIXELS, read_bytes, write_atomically
 
-# Pillow reads many more, some by starting a program (EPS: Ghostscript), and looks at content rather than at names.
+# Pillow has more formats, some of which start a program (EPS: Ghostscript), and goes by content, not by name.
 Image.init()
 _KNOWN_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-IMAGE_FORMATS = tuple(kind for kind in _KNOWN_FORMATS if kind in Image.OPEN)  # AVIF is not in every Pillow
+IMAGE_FORMATS = tuple(kind for kind in _KNOWN_FORMATS if kind in Image.OPEN)  # not every Pillow has AVIF
 
 _FORMAT_OF = Image.registered_extensions()
 
 
 def silence_pillow() -> None:
-    """Ignore its warnings, such as of odd EXIF entries: they do not change the pixels, or are errors below. For good: a
-    filter that is set for a while would be set for other threads too."""
+    """Ignore Pillow's warnings, such as about EXIF entries, which do not change the pixels.
+
+    Permanently, since a temporary filter would affect other threads as well.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -41,48 +42,46 @@ silence_pillow()
 
 
 def image_format(name: str) -> str | None:
-    """Pillow's name of the format that the ending of a file's name stands for, such as JPEG."""
+    """Pillow's name of a file's format by its suffix, such as JPEG."""
     return _FORMAT_OF.get(os.path.splitext(name)[1].lower())
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is called as an image of a format that is read."""
+    """Whether a file's suffix is of a supported image format."""
     return image_format(name) in IMAGE_FORMATS
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image to RGB; BadFile if it is not all there, no 8-bit image, or larger than the limits."""
+    """Decode an image to RGB. Raises BadFile if it is damaged, has no 8-bit channels, or exceeds the limits."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_size(*image.size, name)
             if image.mode.startswith(("I", "F")):  # convert() would clip these to white
-                raise BadFile(name, f"has pixels of type {image.mode}; they must have 8 bits a channel")
+                raise BadFile(name, f"must have 8 bits per channel, got pixels of type {image.mode}")
             return image.convert("RGB")
     except BadFile:
         raise
     except UnidentifiedImageError as error:
         formats = ", ".join(IMAGE_FORMATS)
-        raise BadFile(name, f"is no image, or of another format than {formats}" if data else "is empty") from error
-    except Image.DecompressionBombError as error:  # its message has the number of pixels
-        count = int(re.search(r"\d+", str(error)).group())
-        raise BadFile(name, f"has {count:,} pixels; at most {MOST_PIXELS:,} are read") from error
-    except Exception as error:  # a damaged file leads its decoder to raise anything
-        raise BadFile(name, f"is no whole image ({in_one_line(error)})") from error
+        raise BadFile(name, f"is no image of the formats {formats}" if data else "is empty") from error
+    except Image.DecompressionBombError as error:
+        raise BadFile(name, f"must have at most {MOST_PIXELS:,} pixels ({in_one_line(error)})") from error
+    except Exception as error:  # decoders raise anything for a damaged file
+        raise BadFile(name, f"is damaged ({in_one_line(error)})") from error
 
 
 def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MOST_PIXELS:
-        raise BadFile(name, f"has {width} x {height} pixels; at most {MOST_PIXELS:,} are read")
+        raise BadFile(name, f"must have at most {MOST_PIXELS:,} pixels, got {width} x {height}")
     if max(width, height) > MOST_ELONGATED * min(width, height):
-        limit = f"the longer side must be at most {MOST_ELONGATED} times the shorter"
-        raise BadFile(name, f"has {width} x {height} pixels; {limit}")
+        raise BadFile(name, f"must be at most {MOST_ELONGATED} times as long as wide, got {width} x {height}")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Crop the middle square of an image by ADM's rule, which REPA, SiT and DiT follow.
+    """Center crop as in ADM, REPA, SiT and DiT.
 
-    It is halved by box averages while the shorter side is at least twice `size`, then resized (bicubic) until the
-    shorter side is `size`, then cropped.
+    Halve the image by box averages while its shorter side is at least twice `size`, resize it (bicubic) to a shorter
+    side of `size`, then crop.
 
     Returns:
         (3, size, size) uint8.
@@ -96,17 +95,17 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """An RGB image as (3, H, W) uint8."""
+    """Convert an RGB image to (3, H, W) uint8."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
-    """Convert images to 8 bits as the public samplers do. One grey channel is repeated three times.
+    """Convert images to 8 bits like the public samplers.
 
     Args:
-        images: (N, C, H, W) in [−1, 1], C = 1 or 3.
-        rounded: clip(127.5·x + 128, 0, 255) in float32, as SiT and DiT; otherwise clip(255·(x + 1)/2, 0, 255), as HASTE
-            and REPA. Both are then truncated, which rounds the first.
+        images: (N, C, H, W) in [−1, 1], C = 1 (grey, repeated three times) or 3.
+        rounded: clip(127.5·x + 128, 0, 255) in float32, as in SiT and DiT; otherwise clip(255·(x + 1)/2, 0, 255), as in
+            HASTE and REPA. Both are then truncated, which rounds the first.
 
     Returns:
         (N, H, W, 3) uint8.
@@ -118,23 +117,23 @@ def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
 
 
 def image_path(folder: Path, index: int) -> Path:
-    """The file of image number `index` of a sample folder: six digits, as the public samplers name them."""
+    """The file of an image in a sample folder: six digits, as in the public samplers."""
     return folder / f"{index:06d}.png"
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write one image (H, W, 3) uint8 as PNG, whole or not at all."""
+    """Write one image (H, W, 3) uint8 as PNG, atomically."""
     write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, with the labels (N,) beside it, whole or not at all.
+    """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, and the labels (N,), atomically.
 
     Args:
-        images: (H, W, 3) uint8 each, as many as labels. They are written as they come: 50,000 of 256 pixels are 10 GB.
+        images: (H, W, 3) uint8 each, as many as labels. Written one by one: 50,000 of 256 x 256 pixels are 10 GB.
 
     Raises:
-        UserError: they differ in size.
+        UserError: images differ in size.
     """
 
     def write(temporary: Path) -> None:
@@ -146,8 +145,7 @@ def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> N
                 np.lib.format.write_array_header_1_0(entry, header)
                 for _, image in zip(range(len(labels)), itertools.chain([first], remaining), strict=True):
                     if image.shape != first.shape:
-                        sizes = f"{first.shape} and {image.shape}"
-                        raise UserError(f"{path} cannot hold images of different sizes, {sizes}")
+                        raise UserError(f"{path} must hold images of one size, got {first.shape} and {image.shape}")
                     entry.write(np.ascontiguousarray(image).data)
             with archive.open("labels.npy", "w") as entry:
                 np.lib.format.write_array(entry, np.asarray(labels))
@@ -156,29 +154,23 @@ def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> N
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read one image, (H, W, 3) uint8; UserError if it cannot be read."""
+    """Read one image, (H, W, 3) uint8. Raises UserError if that fails."""
     try:
         return np.asarray(decode_image(read_bytes(path), str(path)))
     except (OSError, BadFile) as error:
         raise UserError(f"the image {path} cannot be read: {in_one_line(error)}") from error
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write any arrays as an .npz, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, numpy would append .npz to it
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-
-    remove_abandoned(path)
-    write_atomically(path, write)
-
-
 # ---- sets of images, read a batch at a time ----
 
 
 class ImageSet(Protocol):
-    """Images of one size, uint8, in a fixed order. shape: (height, width, 3). are_jpeg: whether any was a JPEG."""
+    """Images of one size, in a fixed order.
+
+    Attributes:
+        shape: (height, width, 3).
+        are_jpeg: whether any was a JPEG file.
+    """
 
     shape: tuple[int, ...]
     are_jpeg: bool
@@ -186,10 +178,10 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Images start, …, stop − 1 in batches (n, H, W, 3) uint8, n = size but for the last."""
+        """Yield the images start, …, stop − 1 in batches (n, H, W, 3) uint8, with n = size except for the last."""
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
-        """Hex digits that change when one of these images does."""
+        """A hash of the images start, …, stop − 1."""
 
 
 class ImageArray:
@@ -213,14 +205,14 @@ class ImageArray:
 
 
 class ImageFiles:
-    """The image files of a folder or a zip, at any depth, in the order of their names; the first `count` of them."""
+    """The first `count` image files of a folder or a zip, at any depth, sorted by name."""
 
     def __init__(self, path: Path, flag: str, count: int | None = None) -> None:
         self.path = path
         self.archive = open_archive(path, flag)
         self.names = [name for name in self.archive.names() if is_image(name)][:count]
         if not self.names:
-            raise UserError(f"{flag} is {path}, which holds no images ({', '.join(IMAGE_FORMATS)})")
+            raise UserError(f"{flag} must hold images ({', '.join(IMAGE_FORMATS)}), got {path}, which has none")
         self.shape = self._read(self.names[0]).shape
         self.are_jpeg = any(image_format(name) == "JPEG" for name in self.names)
 
@@ -238,7 +230,7 @@ class ImageFiles:
         return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
     def numbers(self) -> list[int] | None:
-        """The numbers that the files are named by, as `haste sample` names them; None if they have other names."""
+        """The numbers in the names of files of `haste sample`; None for other names."""
         stems = [Path(name).stem for name in self.names]
         return [int(stem) for stem in stems] if all(stem.isdecimal() for stem in stems) else None
 
@@ -246,23 +238,21 @@ class ImageFiles:
         try:
             return np.asarray(decode_image(self.archive.read(name), self.archive.locate(name)))
         except BadFile as fault:
-            raise UserError(f"{fault}; replace it or take it out") from fault
+            raise UserError(f"{fault}; replace it or remove it") from fault
 
     def _read_alike(self, name: str) -> np.ndarray:
         image = self._read(name)
         if image.shape != self.shape:
-            (height, width, _), (own_height, own_width, _) = self.shape, image.shape
-            raise UserError(
-                f"{self.path} holds images of different sizes, {width} x {height} and {own_width} x {own_height} "
-                f"({name}); they must all be alike"
-            )
+            sizes = " and ".join(f"{width} x {height}" for height, width, _ in (self.shape, image.shape))
+            raise UserError(f"{self.path} must hold images of one size, got {sizes} ({name})")
         return image
 
 
 class NpzImages:
-    """arr_0 of an .npz as the ADM evaluator reads it, (N, H, W, 3) uint8, read from the file as it is needed.
+    """The first `count` images of arr_0 (N, H, W, 3) uint8 of an .npz, as for the ADM evaluator; not kept in memory.
 
-    labels: (N,), where the file has them. count: only the first so many.
+    Attributes:
+        labels: (N,), if the file has them.
     """
 
     are_jpeg = False
@@ -272,19 +262,19 @@ class NpzImages:
         try:
             with zipfile.ZipFile(path) as archive, open_entry(archive, "arr_0") as file:
                 header = read_header(file)
-                cut_short = header.size > archive.getinfo("arr_0.npy").file_size
+                truncated = header.size > archive.getinfo("arr_0.npy").file_size
             labels = read_npz(path, ["labels"]).get("labels")
-        except Exception as error:  # a damaged file leads its decoder to raise anything
-            raise UserError(f"{path} is not an .npz with images under arr_0 ({in_one_line(error)})") from error
+        except Exception as error:  # zipfile and numpy raise anything for a damaged file
+            raise UserError(f"{path} must be an .npz with images under arr_0: {in_one_line(error)}") from error
         shape = header.shape
         if len(shape) != 4 or shape[-1] != 3 or header.dtype != np.uint8 or header.fortran_order or 0 in shape:
             raise UserError(
-                f"arr_0 in {path} is {header.dtype} {shape}; it must be uint8 (count, height, width, 3), row by row"
+                f"arr_0 in {path} must be uint8 (count, height, width, 3) in C order, got {header.dtype} {shape}"
             )
         if shape[1] * shape[2] > MOST_PIXELS:
-            raise UserError(f"arr_0 in {path} is {shape}; images must have at most {MOST_PIXELS:,} pixels")
-        if cut_short:
-            raise UserError(f"{path} is cut short: arr_0 has less than the {shape[0]:,} images of its header")
+            raise UserError(f"images in {path} must have at most {MOST_PIXELS:,} pixels, got {shape[1]} x {shape[2]}")
+        if truncated:
+            raise UserError(f"arr_0 in {path} must hold {shape[0]:,} images, as in its header, but is truncated")
         if labels is not None and labels.shape != (shape[0],):
             raise UserError(f"labels in {path} must be ({shape[0]},), one for each image, got {labels.shape}")
         self.count = shape[0] if count is None else min(count, shape[0])
@@ -302,13 +292,13 @@ class NpzImages:
             for first, last in _bounds(size, start, len(self) if stop is None else stop):
                 data = self._read(file, (last - first) * image)
                 if len(data) < (last - first) * image:
-                    raise UserError(f"{self.path} is cut short: arr_0 ends before image {last}")
+                    raise UserError(f"arr_0 in {self.path} is truncated before image {last}")
                 yield np.frombuffer(data, np.uint8).reshape(last - first, *self.shape)
 
     def _read(self, file: IO[bytes], size: int) -> bytes:
         try:
             return file.read(size)
-        except Exception as error:  # as above
+        except Exception as error:  # as in __init__
             raise UserError(f"{self.path} cannot be read ({in_one_line(error)})") from error
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
@@ -316,23 +306,24 @@ class NpzImages:
 
 
 def open_images(path: Path, flag: str, count: int | None = None) -> ImageFiles | NpzImages:
-    """The images at `path`, which `flag` gave: all, or the first `count`. UserError if there are none."""
+    """Open the images of a folder, a .zip or an .npz, all or the first `count`. Raises UserError if there are none."""
+    wanted = f"{flag} must be a folder, a .zip or an .npz of images"
     if not os.path.exists(path):
-        raise UserError(f"{flag} is {path}, which does not exist")
-    if not os.path.isdir(path) and path.suffix not in (".npz", ".zip"):
-        raise UserError(f"{flag} is {path}; images must be in a folder, a .zip or an .npz")
-    if path.suffix == ".npz" and not os.path.isfile(path):
-        raise UserError(f"{flag} is {path}, which is no regular file")
-    return NpzImages(path, count) if path.suffix == ".npz" else ImageFiles(path, flag, count)
+        raise UserError(f"{wanted}, got {path}, which does not exist")
+    if path.suffix == ".npz" and os.path.isfile(path):
+        return NpzImages(path, count)
+    if path.suffix == ".npz" or not (os.path.isdir(path) or path.suffix == ".zip"):
+        raise UserError(f"{wanted}, got {path}")
+    return ImageFiles(path, flag, count)
 
 
 def _bounds(size: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Where each batch begins and ends."""
+    """The first and last numbers of batches."""
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of writing: what changes with a file's content."""
+    """The size and the modification time of a file."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

@@ -1,11 +1,10 @@
-"""From --data-dir to training data, REPA's layout among it: images that are cropped, and the moments of their latents.
+"""Opening --data-dir: images that are cropped, or REPA's layout of images and the moments of their latents,
 
     images/00000/img00000000.png               or images.zip with the same inside
     vae-sd/00000/img-mean-std-00000000.npy     or vae-sd.zip; (2C, S, S): means, then standard deviations
     vae-sd/dataset.json                        {"labels": [["00000/img-mean-std-00000000.npy", 6], ...]}
 
-or one zip with all of it. prepare.json, which `haste prepare` writes, names the VAE; without it, it is Stable
-Diffusion's.
+or one zip with all of it. prepare.json of `haste prepare` names the VAE; without it, it is Stable Diffusion's.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ IMAGES, RECORD = "images", "prepare.json"
 
 
 def image_name(number: int) -> str:
-    """The file of an image inside images/: a thousand to a folder."""
+    """The file of an image inside images/, with a thousand files per folder."""
     return f"{number // 1000:05d}/img{number:08d}.png"
 
 
@@ -53,41 +52,37 @@ def load_dataset(
     """Open the training data that --data-dir names.
 
     Args:
-        data_dir: the name of a small set that is kept in memory; a folder or zip in REPA's layout, whose latents are
-            used; or a folder, zip or Hugging Face data set of images, which are cropped as ADM does.
-        vae: mse, ema, a hub name or a folder. Images without latents are encoded on the training device, or, where it
-            is None, learned as pixels. With REPA's layout it gives scale and shift, which are Stable Diffusion's by
-            default.
-        vae_stats: a file with the mean and standard deviation of each latent channel, in place of the VAE's own scale.
-        on_bad_file: "refuse" files that cannot be used, or "skip" them: another image stands in.
-        num_classes: of the model; None counts the data's.
+        data_dir: the name of a small data set, which is kept in memory; a folder or zip in REPA's layout, whose latents
+            are used; or a folder, zip or Hugging Face data set of images, which are center cropped as in ADM.
+        vae: mse, ema, a hub name or a folder. Encodes images without latents on the training device; None trains on
+            their pixels. With REPA's layout it gives scale and shift, which are Stable Diffusion's by default.
+        vae_stats: a file with the mean and standard deviation of each latent channel, instead of the VAE's scale.
+        on_bad_file: "refuse" files that cannot be used, or "skip" them: another image replaces each.
+        num_classes: of the model; None for those of the data.
 
     Raises:
         UserError: the data does not exist or does not fit these settings.
     """
     if data_dir in DATASETS:
-        return _load_in_memory(data_dir, resolution, num_classes)
+        images, labels = plugin(DATASETS, data_dir)()
+        if resolution != images.shape[-1]:
+            raise UserError(f"--resolution must be {images.shape[-1]}, as the {data_dir} images, got {resolution}")
+        return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
     path = Path(data_dir).expanduser()
     if not data_dir or not os.path.exists(path):
         raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
     archive = open_archive(path, "--data-dir")
-    if archive.child(LATENTS) is not None:
-        data: TrainingData = open_repa_layout(archive, resolution, vae, vae_stats, on_bad_file, num_classes)
+    latents = archive.child(LATENTS)
+    if latents is not None:
+        data: TrainingData = _open_repa_layout(archive, latents, resolution, vae, vae_stats, on_bad_file, num_classes)
     else:
         data = _open_images(archive, path, resolution, vae, vae_stats, on_bad_file, num_classes)
     try:
-        data[0]  # a wrong --resolution spoils every file: an error before teachers and models are made
+        data[0]  # reports a wrong --resolution before teachers and models are built
     except BadFile as fault:
         if on_bad_file == "refuse":
             raise fault.as_user_error() from fault
     return data
-
-
-def _load_in_memory(name: str, resolution: int, num_classes: int | None) -> InMemoryData:
-    images, labels = plugin(DATASETS, name)()
-    if resolution != images.shape[-1]:
-        raise UserError(f"--resolution must be {images.shape[-1]}, like the {name} images, got {resolution}")
-    return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
 
 
 def _open_images(
@@ -100,7 +95,7 @@ def _open_images(
     num_classes: int | None,
 ) -> ImageData:
     if vae is None and vae_stats is not None:
-        raise UserError(f"--vae-stats must come with --vae, as there are no latents, got {vae_stats}")
+        raise UserError(f"--vae-stats must come with --vae or latents, got {vae_stats} alone")
     if archive.child(IMAGES) is not None:
         _check_no_other_latents(archive, path)
     source = open_source(path, "--data-dir")
@@ -111,7 +106,7 @@ def _open_images(
 
 
 def _check_no_other_latents(archive: Archive, path: Path) -> None:
-    """Refuse latents under another name than that of REPA's layout: a run would learn the pixels beside them."""
+    """Refuse latents in a folder with another name than REPA's, as the run would be trained on the pixels instead."""
     names = archive.names()
     folders = [name.split("/", 1)[0] for name in names if name.endswith(".npy") and "/" in name]
     zips = [name for name in names if name.endswith(".zip") and "/" not in name]
@@ -120,27 +115,28 @@ def _check_no_other_latents(archive: Archive, path: Path) -> None:
             folders.append(packed)
     if folders:
         raise UserError(
-            f"--data-dir must have latents in {LATENTS} beside {IMAGES}, or be a folder of images alone to learn from "
-            f"pixels, got {path}, where {min(folders)} holds .npy files that would not be read"
+            f"--data-dir must have latents in {LATENTS} beside {IMAGES}, or be a folder of images only to train on "
+            f"pixels, got {path}, where {min(folders)} holds .npy files that would not be used"
         )
 
 
 # ---- REPA's layout ----
 
 
-def open_repa_layout(
+def _open_repa_layout(
     root: Archive,
+    latents: Archive,
     resolution: int,
     vae: str | None,
     vae_stats: str | None,
     on_bad_file: OnBadFile,
     num_classes: int | None,
 ) -> LatentData:
-    """Open the images and latents under `root`, which has a vae-sd; arguments as for load_dataset.
+    """Open images with latents.
 
-    Labels are those of vae-sd/dataset.json, or else of images/dataset.json; where they are null there is one class.
+    Labels are from vae-sd/dataset.json, or else images/dataset.json; null labels are one class.
     """
-    image_root, latents = root.child(IMAGES), root.child(LATENTS)
+    image_root = root.child(IMAGES)
     if image_root is None:
         raise UserError(f"--data-dir must hold {root.locate(IMAGES)} beside {root.locate(LATENTS)}")
     image_names = [name for name in image_root.names() if is_image(name)]
@@ -173,8 +169,7 @@ def open_repa_layout(
 
 
 def pair_files(image_names: list[str], moment_names: list[str]) -> dict[str, str]:
-    """Map each moments file, in order, to its image: by name, or, where no two names agree, by position, as REPA's own
-    loader does throughout."""
+    """Map each moments file to its image: by name, or, if no names match, by position, as REPA's own loader does."""
     images = {_key(name): name for name in image_names}
     pairs = {name: images[_key(name)] for name in moment_names if _key(name) in images}
     if not pairs and len(image_names) == len(moment_names):
@@ -187,7 +182,7 @@ def _key(name: str) -> str:
 
 
 def _check_counterparts(lone: list[str], on_bad_file: OnBadFile) -> None:
-    """Refuse, or log, files without which another one is of no use."""
+    """Refuse, or log, files without a counterpart."""
     if not lone:
         return
     what = f"{len(lone)} files have no counterpart in {IMAGES}, {LATENTS} or {LABEL_FILE}, the first being {min(lone)}"
@@ -197,17 +192,17 @@ def _check_counterparts(lone: list[str], on_bad_file: OnBadFile) -> None:
 
 
 def _latent_format(record: dict[str, Any], where: str, vae: str | None, vae_stats: str | None) -> LatentFormat:
-    """The format of the VAE that was asked for, or the recorded one, or Stable Diffusion's."""
+    """The format of --vae, else the recorded one, else Stable Diffusion's."""
     values = record.get("latents")
     recorded = None if values is None else LatentFormat.from_dict(values, f"latents in {where}")
     latents = LatentFormat.of(vae) if vae is not None else recorded or SD_LATENTS
     if recorded is not None and (recorded.channels, recorded.factor) != (latents.channels, latents.factor):
-        raise UserError(f"--vae must be one like {recorded.vae}, with which {where} was made, got {vae}")
+        raise UserError(f"--vae must have the latents of {recorded.vae}, as in {where}, got {vae}")
     return latents if vae_stats is None else latents.with_statistics(vae_stats)
 
 
 def _read_record(root: Archive) -> dict[str, Any]:
-    """The content of prepare.json; empty without one."""
+    """The content of prepare.json; empty if there is none."""
     if not root.has(RECORD):
         return {}
     try:

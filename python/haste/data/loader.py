@@ -1,4 +1,4 @@
-"""The order of the training images, a function of the step alone, and batches in it, prefetched by worker processes."""
+"""The order of the training images, a function of the step, and batches prefetched by worker processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 class BatchOrder:
     """Shuffled epochs end to end, cut into batches.
 
-    Batch number s holds positions s·B to (s+1)·B of the stream; epoch e of the stream is a permutation that depends on
-    the seed and e only. So a resumed run continues at any step without replaying the steps before it, every image
-    comes once per epoch, and a batch may span two epochs.
+    Batch number s has the positions s·B to (s+1)·B − 1 of the stream, whose epoch e is a permutation by the seed and e.
+    So a run resumes at any step without replaying the steps before, each image is used once per epoch, and a batch may
+    span two epochs.
 
     Raises:
         ValueError: num_samples or batch_size is below 1.
@@ -61,7 +61,7 @@ class BatchOrder:
         return torch.cat(parts)
 
     def local_batch(self, step: int, process_index: int, num_processes: int) -> torch.Tensor:
-        """The contiguous part of batch number `step` of one of several processes."""
+        """The contiguous part of batch number `step` for one of several processes."""
         return self.batch(step).chunk(num_processes)[process_index]
 
     def _epoch_order(self, epoch: int) -> torch.Tensor:
@@ -72,10 +72,10 @@ class BatchOrder:
         return self._permutation
 
 
-# torch warns of every loader, and again when it begins to read; `useful_workers` warns once.
+# torch warns for each loader, and again when it starts; `useful_workers` warns once.
 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
-# So many files in a row that cannot be used are no accident.
+# More files in a row that cannot be used are an error also with --on-bad-file skip.
 MOST_BAD_NEIGHBOURS = 100
 
 
@@ -89,14 +89,19 @@ def batches(
     num_processes: int = 1,
     generator: torch.Generator | None = None,
 ) -> Iterator[Batch]:
-    """Yield batches without end, from that of `start_step` on; each process gets its contiguous local batch.
+    """Yield batches without end, from `start_step` on.
 
-    `num_workers` processes prefetch. Random numbers are not drawn ahead: those of a batch are drawn when it is
-    yielded, from `generator` or else from torch's own, so that a resumed run has those of an unbroken one.
+    With data.on_bad_file "skip" a file that cannot be used is replaced by the next one that can, always the same, and
+    listed in data.skipped.
+
+    Args:
+        num_workers: processes that prefetch.
+        process_index, num_processes: each process gets its contiguous local batch.
+        generator: of the random numbers of a batch, which are sampled when it is yielded, so that a resumed run has the
+            same; None for torch's global one.
 
     Raises:
-        UserError: a file cannot be used, unless data.on_bad_file is "skip": then the next one that can stands in for
-            it, always the same, and data.skipped has its name.
+        UserError: a file cannot be used.
     """
     if order.batch_size % num_processes:
         raise UserError(
@@ -104,7 +109,6 @@ def batches(
         )
     device = torch.device(device)
     reader = _Reader(data)
-    # Batches have no end, so no worker is ever idle; but one for each image is enough of any.
     workers = useful_workers(num_workers, len(data)) if data.reads_files else 0
     loader = DataLoader(
         reader,
@@ -113,13 +117,13 @@ def batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
-        generator=torch.Generator(),  # which seeds the workers, not from the trainer's numbers
+        generator=torch.Generator(),  # for the workers' seeds, to leave torch's global one alone
     )
     return _deliver(data, loader, device, generator)
 
 
 def useful_workers(num_workers: int, most: int) -> int:
-    """As many of --num-workers as have something to do; warns if these are more than the cores."""
+    """--num-workers, but at most `most`; logs a warning if there are fewer cores."""
     workers = min(num_workers, most)
     warn_of_cores(workers)
     return workers
@@ -127,10 +131,10 @@ def useful_workers(num_workers: int, most: int) -> int:
 
 @functools.cache
 def warn_of_cores(num_workers: int) -> None:
-    """Log once that there are more workers than cores for them."""
+    """Log once that there are fewer cores than workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > cores:
-        logger.warning("%d workers read, and there are %d cores; fewer --num-workers may be faster", num_workers, cores)
+        logger.warning("--num-workers %d exceeds the %d cores; fewer may be faster", num_workers, cores)
 
 
 def _deliver(
@@ -144,12 +148,12 @@ def _deliver(
                 data.skipped[fault.name] = fault.reason
                 logger.warning("skipped: %s (%d so far)", fault, len(data.skipped))
         if raw is None:
-            raise UserError(f"no file can stand in for a bad one, up to the last tried: {faults[-1]}")
+            raise UserError(f"--on-bad-file skip found no file to replace bad ones; the last tried: {faults[-1]}")
         yield data.to_batch(raw, device, generator)
 
 
 class _Reader:
-    """Runs in worker processes. Errors are values: DataLoader would wrap an exception into a page of traceback."""
+    """Reads in worker processes. Returns errors, since DataLoader would wrap exceptions in a long traceback."""
 
     def __init__(self, data: TrainingData) -> None:
         self.data = data
@@ -176,7 +180,7 @@ class _Reader:
 
 @dataclass
 class _LocalBatches:
-    """The indices of one process's part of every batch, without end."""
+    """The indices of one process's local batches, without end."""
 
     order: BatchOrder
     start_step: int
@@ -189,8 +193,11 @@ class _LocalBatches:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach every process of a job. The parent saves and then ends its workers; if
-    these went first, it would wait in vain in the middle of its step. So only the parent's own SIGTERM counts."""
+    """Ignore signals except for a SIGTERM of the parent process.
+
+    Ctrl-C and a cluster's SIGTERM reach every process of a job. The parent saves and then ends its workers; if they
+    ended first, it would wait for them forever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_at_sigterm_of_the_parent, daemon=True).start()
 
@@ -202,24 +209,24 @@ def _end_at_sigterm_of_the_parent() -> None:
 
 
 def prefetch(loader: DataLoader) -> Iterator[Any]:
-    """Yield from a loader; UserError, here and nowhere else, if a worker was killed, mostly for want of memory."""
+    """Yield from a loader. Raises UserError if a worker was killed, usually for lack of memory."""
     on_child = signal.getsignal(signal.SIGCHLD)
-    # The workers are born with these blocked: libraries start threads in them before leave_signals_to_the_parent runs,
-    # and one thread that takes SIGTERM is the end of its process.
+    # Workers start with these blocked: libraries start threads in them before leave_signals_to_the_parent runs, and a
+    # SIGTERM to one thread ends the process.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         iterator = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     if threading.current_thread() is threading.main_thread():
-        # torch's handler would raise in the middle of whatever the caller does; without it the next read does.
+        # torch's handler would raise anywhere in the caller; without it the next read raises.
         signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
     try:
         yield from iterator
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a process that reads the images was lost: {in_one_line(error)}") from error
+        raise UserError(f"a worker process was killed: {in_one_line(error)}") from error
 
 
 class Loader:

@@ -1,8 +1,7 @@
-"""From any images to REPA's layout: cropped PNGs, the moments of their latents, and their labels.
+"""Conversion of any images to REPA's layout: cropped PNGs, the moments of their latents, and labels.
 
-Image number i of the source becomes file number i, so that a command that was killed resumes with the numbers that are
-missing, and a file that cannot be used leaves a gap. Worker processes read, crop and write PNGs; the process itself
-encodes.
+Image number i of the source becomes file number i: a killed command resumes with the missing numbers, and a file that
+cannot be used leaves a gap. Worker processes read, crop and write PNGs; the main process encodes latents.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode (3, R, R) uint8 as a PNG without compression, as REPA's, since every step of training decodes it."""
+    """Encode (3, R, R) uint8 as an uncompressed PNG, as in REPA, since training decodes it at every use."""
     file = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(file, format="PNG", compress_level=0)
     return file.getvalue()
@@ -53,7 +52,7 @@ def encode_npy(moments: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two folders: the name of each file, and the size of every whole one."""
+    """One of the two folders: the names of its files, and their size when they are complete."""
 
     folder: str
     file_name: Callable[[int], str]
@@ -61,10 +60,10 @@ class Kind:
 
 
 class Destination(ResumableDir):
-    """The folder that `haste prepare` fills, for one source and its settings.
+    """The output folder of `haste prepare`.
 
     Args:
-        latents: None for images alone.
+        latents: None for images without latents.
     """
 
     flag, content, record_name = "--dest", "training data", RECORD
@@ -88,11 +87,11 @@ class Destination(ResumableDir):
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier command has finished here."""
+        """Whether an earlier command has finished the folder."""
         return self.saved is not None and self.saved.get("finished") is True
 
     def create(self) -> None:
-        """Make the folder this command's, without what a kill in the middle of a write has left."""
+        """Write the record, and remove unfinished files."""
         self._write(finished=False)
         self.remove_leftovers()
 
@@ -100,7 +99,7 @@ class Destination(ResumableDir):
         self.write_record({**self.settings, "class_names": self.class_names, "finished": finished})
 
     def present(self, kind: Kind) -> set[int]:
-        """The numbers of the whole files. One cut short, by a power failure for instance, has another size."""
+        """The numbers of complete files. A truncated one, after a power failure, has another size."""
         sizes: dict[str, int] = {}
         for folder in (self.path / kind.folder).glob("[0-9]*"):
             with os.scandir(folder) as entries:
@@ -108,21 +107,23 @@ class Destination(ResumableDir):
         return {number for number in range(self.count) if sizes.get(kind.file_name(number)) == kind.file_size}
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
-        """Those of these numbers of which a file is missing."""
-        whole = set.intersection(*map(self.present, self.kinds))
-        return [number for number in numbers if number not in whole]
+        """The numbers with a missing file."""
+        complete = self._complete()
+        return [number for number in numbers if number not in complete]
+
+    def _complete(self) -> set[int]:
+        return set.intersection(*map(self.present, self.kinds))
 
     def write(self, kind: Kind, number: int, data: bytes) -> None:
-        """Write one file, whole or not at all after a kill. It is not pushed to the disk, which would take longer than
-        all the rest: after a power failure its size shows."""
+        """Write one file atomically, without the slow flush to disk: after a power failure its size may be wrong."""
         path = self.path / kind.folder / kind.file_name(number)
         write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
 
     def finish(self, labels: np.ndarray | None) -> None:
-        """Write dataset.json of both folders, for the images of which every file is there."""
-        numbers = sorted(set.intersection(*map(self.present, self.kinds)))
+        """Write dataset.json in both folders, for the images with complete files."""
+        numbers = sorted(self._complete())
         if not numbers:
-            raise UserError(f"--source must hold images that can be read, got {self.count} of which none can")
+            raise UserError(f"--source must hold images that can be read, got {self.count} that cannot")
         with self.writing():
             for kind in self.kinds:
                 names = map(kind.file_name, numbers)
@@ -131,17 +132,17 @@ class Destination(ResumableDir):
         self._write(finished=True)
 
     def check_space(self, pack: bool) -> None:
-        """Raise UserError if the disk has no room for what is missing and, to pack, for the larger folder once more."""
-        block = 4096  # a file takes whole blocks
+        """Raise UserError if the disk is too small for the missing files and, to pack, for the larger folder twice."""
+        block = 4096  # bytes; files take whole blocks
         sizes = [-(-kind.file_size // block) * block for kind in self.kinds]
         needed = len(self.missing(range(self.count))) * sum(sizes) + (self.count * max(sizes) if pack else 0)
         try:
-            require_space(self.path, needed, "what is missing")
+            require_space(self.path, needed, "the data")
         except OSError as error:
-            raise UserError(f"--dest must have more room: {error}") from error
+            raise UserError(f"--dest must have more space: {error}") from error
 
     def pack(self) -> None:
-        """Turn each folder into a zip beside it, stored without compression."""
+        """Replace each folder by an uncompressed zip."""
         self.remove_leftovers()
         for kind in self.kinds:
             folder, packed = self.path / kind.folder, self.path / f"{kind.folder}.zip"
@@ -159,7 +160,7 @@ def _zip_folder(folder: Path, target: Path) -> None:
 
 
 class Cropped(NamedTuple):
-    """number: of the image; pixels: (3, R, R) uint8; problem: why there are none, or why they were not written."""
+    """pixels: (3, R, R) uint8; problem: why they could not be read or written."""
 
     number: int
     pixels: Tensor | None
@@ -167,7 +168,7 @@ class Cropped(NamedTuple):
 
 
 class _CropAndWrite:
-    """Runs in worker processes. Errors are values: DataLoader would wrap an exception into a page of traceback."""
+    """Crops in worker processes. Returns errors, since DataLoader would wrap exceptions in a long traceback."""
 
     def __init__(self, source: ImageSource, destination: Destination, resolution: int) -> None:
         self.source = source
@@ -187,7 +188,12 @@ class _CropAndWrite:
 
 @dataclass
 class Preparation:
-    """One process's part of a command. vae: None for images alone; faults: the files that were skipped."""
+    """The work of one process.
+
+    Attributes:
+        vae: None for images without latents.
+        faults: the skipped files.
+    """
 
     source: ImageSource
     destination: Destination
@@ -201,10 +207,10 @@ class Preparation:
         self.faults: list[BadFile] = []
 
     def run(self, numbers: list[int]) -> Iterator[int]:
-        """Write the files of these numbers, and yield the size of each batch that is done.
+        """Write the files of these numbers, and yield the size of each finished batch.
 
         Raises:
-            UserError: a bad file may not be skipped, or the disk cannot be written.
+            UserError: a file cannot be used and must not be skipped, or the disk cannot be written.
         """
         for batch in self._cropped(numbers):
             for problem in (cropped.problem for cropped in batch if cropped.problem is not None):

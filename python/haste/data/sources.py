@@ -1,4 +1,4 @@
-"""Images by number, as bytes with labels: of a folder or a zip of files, or of a Hugging Face data set on disk."""
+"""Sources of images with labels: a folder or a zip of files, or a Hugging Face data set on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from haste.data.archive import Archive, Folder, open_archive
 from haste.data.images import IMAGE_FORMATS, image_format, is_image
 from haste.errors import BadFile, UserError, in_one_line, require
 from haste.io import MOST_CLASSES, parse_json, read_json
-from haste.validation import check
+from haste.validation import check, shown
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,12 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class ImageSource(Protocol):
-    """Images by number.
+    """Encoded images by number.
 
     Attributes:
-        labels: (count,), int64, or None where there are none.
+        labels: (count,), int64, or None without labels.
         num_classes: 1 without labels.
-        class_names: by label, or None where classes have none.
+        class_names: by label, or None without names.
     """
 
     labels: np.ndarray | None
@@ -40,16 +40,16 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call an image."""
+        """The name of an image, for messages."""
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image's file; BadFile if there are none."""
+        """The bytes of an image's file. Raises BadFile if it cannot be read."""
 
     def listing(self) -> bytes:
-        """Bytes that are the same for the same names of images in the same order."""
+        """Bytes that identify the names of the images, in order."""
 
     def digest(self) -> str:
-        """A checksum of which images these are, in which order, with which labels."""
+        """A checksum of the names and labels, in order."""
 
 
 class FileSource:
@@ -63,8 +63,7 @@ class FileSource:
         class_names: list[str] | None = None,
     ) -> None:
         self.archive = archive
-        # One block of bytes: a list of a million strings would be copied into every worker process, page by page, as
-        # Python counts the references to them.
+        # One array: reference counting would copy a list of a million strings into every worker process.
         self._names = np.array([os.fsencode(name) for name in names])
         self.labels = labels
         self.num_classes = 1 if labels is None else int(labels.max()) + 1
@@ -88,102 +87,98 @@ class FileSource:
 
 
 def open_source(path: Path, flag: str) -> ImageSource:
-    """Open the images at `path`, which `flag` gave; UserError if there are none, or their classes are not clear."""
+    """Open the images at `path`. Raises UserError, naming `flag`, if there are none or their classes are unclear."""
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         return HuggingFaceSource(path, flag)
     archive = open_archive(path, flag)
     inner = archive.child("images")
     if inner is not None and not any(is_image(name) for name in archive.names() if not name.startswith("images/")):
         archive = inner  # the images of REPA's layout
-    return open_files(archive, f"{flag} is {path}, which")
+    return open_files(archive, path, flag)
 
 
-def open_files(archive: Archive, what: str) -> FileSource:
-    """Open every image file of an archive; their labels are those of dataset.json, or else the folders at the top.
-
-    Args:
-        what: begins the messages.
+def open_files(archive: Archive, path: Path, flag: str) -> FileSource:
+    """Open all image files of an archive. Their labels are from dataset.json, or else from the top folders.
 
     Raises:
-        UserError: there are none, their classes are not clear, or it is REPA's layout one folder further down.
+        UserError: there are no images, their classes are unclear, or REPA's layout is inside a subfolder.
     """
     everything = archive.names()
-    _check_no_layout_below(everything, what)
+    below = next((name for name in everything if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
+    if below is not None:
+        folder = below.partition(f"/{LATENTS}/")[0]
+        raise UserError(
+            f"{flag} must be {folder} in {path}, which holds {LATENTS}, or a zip of its content, got {path}"
+        )
     names = [name for name in everything if is_image(name)]
     if not names:
         kinds = ", ".join(IMAGE_FORMATS)
-        raise UserError(f"{what} holds no images; it must hold files of {kinds}, or a folder of them for each class")
+        raise UserError(f"{flag} must hold images ({kinds}), or a folder of them for each class, got none in {path}")
     others = [name for name in everything if image_format(name) not in (None, *IMAGE_FORMATS)]
     if others:
-        logger.warning("skipped %d files of formats that are not read, such as %s", len(others), others[0])
+        logger.warning("skipped %d files of other formats, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
         return FileSource(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
-    return FileSource(archive, names, *_labels_of_folders(names, what))
+    return FileSource(archive, names, *_labels_of_folders(names, path, flag))
 
 
-def _check_no_layout_below(names: list[str], what: str) -> None:
-    """Refuse a folder that holds REPA's layout, or a zip with that folder in it: its latents would not be read."""
-    below = next((name for name in names if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
-    if below is not None:
-        folder = below.partition(f"/{LATENTS}/")[0]
-        raise UserError(f"{what} holds {LATENTS} inside {folder}; it must be that folder, or a zip of what is in it")
-
-
-def _labels_of_folders(names: list[str], what: str) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels, and the classes: the folders at the top, sorted. None where all images lie at the top, as one class."""
+def _labels_of_folders(names: list[str], path: Path, flag: str) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels, and the names of the classes: the top folders, sorted. None if there are no folders."""
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     classes = sorted(set(tops))
     if classes == [""]:
         return None, None
     if classes[0] == "":
-        raise UserError(f"{what} holds images beside its class folders, such as {names[tops.index('')]}")
+        lone = names[tops.index("")]
+        raise UserError(
+            f"{flag} must hold images in class folders or without folders, got both in {path}, such as {lone}"
+        )
     if {name.lower() for name in classes} <= SPLITS:
-        raise UserError(f"{what} holds {' and '.join(classes)}, not classes; it must be one of these folders")
+        raise UserError(f"{flag} must be one of the folders {' and '.join(classes)} in {path}, which are no classes")
     if len(classes) == 1 and len({name.rpartition("/")[0] for name in names}) > 1:
         logger.warning(
-            "%s holds all its images in %s, as one class; if the folders in it are classes, it must be that folder, "
-            "or a zip of what is in it", what, classes[0],
+            "%s %s has one class, %s; if the folders in it are the classes, give that folder, or a zip of its content",
+            flag, path, classes[0],
         )  # fmt: skip
     number = {name: index for index, name in enumerate(classes)}
     return np.array([number[top] for top in tops], dtype=np.int64), classes
 
 
 def listed_labels(archive: Archive) -> dict[str, Any] | None:
-    """The labels of dataset.json by name; None where they are null."""
+    """The labels of dataset.json by name; None if they are null."""
     where = archive.locate(LABEL_FILE)
     try:
         data = archive.read(LABEL_FILE)
     except BadFile as error:
-        raise UserError(f"{error}; it must list the labels of the files beside it") from error
+        raise UserError(f"{error}; it must list the labels of the files") from error
     labels = parse_json(data, where, LABEL_FORM, needs=["labels"])["labels"]
     if labels is None:
         return None
     if not isinstance(labels, list):
-        raise UserError(f"{where} must be {LABEL_FORM}, and its labels are {type(labels).__name__}")
+        raise UserError(f"{where} must be {LABEL_FORM}, got labels of type {type(labels).__name__}")
     for pair in labels:
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise UserError(f"{where} must be {LABEL_FORM}, and {str(pair)[:60]} is no pair of a name and a label")
+            raise UserError(f"{where} must be {LABEL_FORM}, got {shown(pair)} for a pair")
     return {name.replace("\\", "/"): label for name, label in labels}
 
 
 def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -> np.ndarray | None:
-    """The labels of these files; UserError where one has none, or one that is no class. where: of dataset.json."""
+    """The labels of files, from those listed in dataset.json at `where`. Raises UserError for an invalid label."""
     if listed is None:
         return None
     missing = [name for name in names if name not in listed]
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise UserError(f"{where} has no label for {missing[0]}{others}")
+        raise UserError(f"{where} must have a label for each file, got none for {missing[0]}{others}")
     labels = [listed[name] for name in names]
     for name, label in zip(names, labels, strict=True):
         if type(label) is not int or not 0 <= label < MOST_CLASSES:
-            limit = f"counted from 0, below {MOST_CLASSES:,}"
-            raise UserError(f"{where} gives {name} the label {str(label)[:60]}; it must be a class, {limit}")
+            raise UserError(f"{where} must have labels from 0 to {MOST_CLASSES - 1:,}, got {shown(label)} for {name}")
     return np.array(labels, dtype=np.int64)
 
 
 class HuggingFaceSource:
-    """A data set that `save_to_disk` of the package datasets has written; of several splits, the one named train."""
+    """A data set written by `save_to_disk` of the package datasets; of several splits, the one named train."""
 
     def __init__(self, path: Path, flag: str) -> None:
         dataset = _load_from_disk(path, flag)
@@ -191,16 +186,16 @@ class HuggingFaceSource:
         images = [name for name, kind in kinds.items() if kind == "Image"]
         if len(images) != 1:
             columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            raise UserError(f"{flag} is {path}, whose columns are {columns}; it must have exactly one column of images")
+            raise UserError(f"{flag} must have one column of images, got {columns} in {path}")
         self.path = path
         self._column = images[0]
-        self.labels, self.num_classes, self.class_names = _labels_of_column(dataset, kinds, f"{flag} is {path}, whose")
+        self.labels, self.num_classes, self.class_names = _labels_of_column(dataset, kinds, path, flag)
         import datasets
 
         try:
             undecoded = dataset.select_columns(images).cast_column(self._column, datasets.Image(decode=False))
-        except Exception as error:  # pyarrow's own errors among them
-            raise UserError(f"{flag} is {path}, whose images cannot be read: {in_one_line(error)}") from error
+        except Exception as error:  # of pyarrow, among others
+            raise UserError(f"{flag} must have readable images, got {path}: {in_one_line(error)}") from error
         self._rows = undecoded.with_format(None)
 
     def __len__(self) -> int:
@@ -212,7 +207,7 @@ class HuggingFaceSource:
     def read(self, index: int) -> bytes:
         try:
             image = self._rows[index][self._column] or {}
-        except Exception as error:  # as above
+        except Exception as error:  # of pyarrow, among others
             raise BadFile(self.name(index), f"cannot be read ({in_one_line(error)})") from error
         if image.get("bytes") is not None:
             return image["bytes"]
@@ -233,19 +228,19 @@ def _load_from_disk(path: Path, flag: str) -> Any:
     _check_files(path)
     try:
         dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # pyarrow's own errors among them
-        raise UserError(f"{flag} is {path}, which cannot be loaded by datasets: {in_one_line(error)}") from error
+    except Exception as error:  # of pyarrow, among others
+        raise UserError(f"{flag} must be loadable by datasets, got {path}: {in_one_line(error)}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if "train" not in dataset:
-            raise UserError(f"{flag} is {path}, whose splits are {', '.join(dataset)}; it must be one of these folders")
+            raise UserError(f"{flag} must be one of the splits {', '.join(dataset)} in {path}, got all")
         dataset = dataset["train"]
     if len(dataset) == 0:
-        raise UserError(f"{flag} is {path}, which holds no images")
+        raise UserError(f"{flag} must hold images, got none in {path}")
     return dataset
 
 
 def _check_files(path: Path) -> None:
-    """Refuse records of a data set that are none, and tables that are not files beside them, such as pipes."""
+    """Refuse invalid records of a data set, and tables that are no regular files in the same folder."""
     record, folders = path / "dataset_dict.json", [path]
     if record.is_file():
         splits = read_json(record, "the record of a Hugging Face data set", needs=["splits"])["splits"]
@@ -256,26 +251,26 @@ def _check_files(path: Path) -> None:
         for table in tables:
             name = table.get("filename")
             if not isinstance(name, str) or "/" in name or not os.path.isfile(folder / name):
-                raise UserError(f"{folder / 'state.json'} lists {str(name)[:60]}, which is no file beside it")
+                raise UserError(f"{folder / 'state.json'} must list files in its folder, got {shown(name)}")
 
 
 def _labels_of_column(
-    dataset: Any, kinds: dict[str, str], what: str
+    dataset: Any, kinds: dict[str, str], path: Path, flag: str
 ) -> tuple[np.ndarray | None, int, list[str] | None]:
-    """The one ClassLabel column, or the column named label; the number of classes and their names."""
+    """The only ClassLabel column, or the column named label; the number of classes and their names."""
     classes = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     column = classes[0] if len(classes) == 1 else "label"
     if column not in kinds:
         if classes:
-            raise UserError(f"{what} columns {' and '.join(classes)} are both classes; one must be named label")
+            raise UserError(f"{flag} must have one column of classes, or one named label, got {classes} in {path}")
         return None, 1, None
     try:
         labels = np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
-    except Exception as error:  # pyarrow's own errors among them
-        raise UserError(f"{what} column {column} cannot be read: {in_one_line(error)}") from error
+    except Exception as error:  # of pyarrow, among others
+        raise UserError(f"{flag} must have a readable column {column}, got {path}: {in_one_line(error)}") from error
     whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
     if not whole or labels.min() < 0 or labels.max() >= MOST_CLASSES:
-        raise UserError(f"{what} column {column} holds other values than classes, counted from 0")
+        raise UserError(f"{flag} must have labels from 0 to {MOST_CLASSES - 1:,} in {column}, got others in {path}")
     feature = dataset.features[column]
     num_classes = getattr(feature, "num_classes", None) or int(labels.max()) + 1
     return labels.astype(np.int64), num_classes, getattr(feature, "names", None)

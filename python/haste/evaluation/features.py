@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haste.data.archive import read_npz
-from haste.data.images import ImageArray, ImageSet, write_arrays
+from haste.data.archive import read_npz, write_arrays
+from haste.data.images import ImageArray, ImageSet
 from haste.distributed import progress_bar
 from haste.errors import BadFile, UserError
 from haste.evaluation.inception import FEATURES, load_inception

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from haste.data.archive import list_npz, read_npy, read_npz
-from haste.data.images import ImageArray, ImageSet, open_images, to_uint8, write_arrays
+from haste.data.archive import list_npz, read_npy, read_npz, write_arrays
+from haste.data.images import ImageArray, ImageSet, open_images, to_uint8
 from haste.errors import BadFile, UserError
 from haste.evaluation.config import STORED
 from haste.evaluation.features import Extractor, Features, concatenate, extract

@@ -256,7 +256,7 @@ def test_what_was_drawn_before_is_opened_before_the_reference_is_read(tmp_path, 
     bad.write_bytes(b"no archive")
     flags = ("--features", "digits", "--reference", good)
     for samples in (("--samples", bad), ("--samples", good, "--baseline", bad)):
-        assert f"{bad} is not an .npz with images" in refusal(capsys, *samples, *flags)
+        assert f"{bad} must be an .npz with images" in refusal(capsys, *samples, *flags)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_each_of_several_processes_takes_its_share(source, tmp_path):
 def test_bad_images_are_refused_or_left_out(source, tmp_path, vae, capsys):
     cut_short(source / "bee" / "04.png")
     (source / "cat" / "02.png").write_bytes(b"")
-    assert "bee/04.png is no whole image (image file is truncated); replace it, or skip such files" in refusal(
+    assert "bee/04.png is damaged (image file is truncated); replace it, or skip such files" in refusal(
         capsys, source, tmp_path / "out", vae
     )
     prepare(source, tmp_path / "out", vae, "--on-bad-file", "skip")
@@ -263,7 +263,7 @@ def test_disk_space_is_looked_at_first(source, tmp_path, vae, capsys, monkeypatc
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**16))
     line = refusal(capsys, source, tmp_path / "out", vae)
-    assert line.endswith("out has 0.00 GiB free, and what is missing takes 0.00 GiB")  # 24 files of one block: 96 KiB
+    assert line.endswith("out has 0.00 GiB free, and the data takes 0.00 GiB")  # 24 files of one block: 96 KiB
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**17))
     prepare(source, tmp_path / "out", vae)

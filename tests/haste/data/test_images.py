@@ -81,14 +81,14 @@ def test_an_image_that_is_cut_short_anywhere_is_refused(kind):
     data = encoded(image, kind)
     assert decode_image(data, "x").size == image.size
     for length in range(0, len(data) // 2, 7):
-        with pytest.raises(BadFile, match="x is (no image|no whole image|empty)"):
+        with pytest.raises(BadFile, match="x is (no image|damaged|empty)"):
             decode_image(data[:length], "x")
 
 
 def test_what_is_no_image_and_what_has_sixteen_bits_is_refused():
-    with pytest.raises(BadFile, match="x is no image, or of another format than PNG, JPEG"):
+    with pytest.raises(BadFile, match="x is no image of the formats PNG, JPEG"):
         decode_image(b"not found", "x")
-    with pytest.raises(BadFile, match="x has pixels of type I;16; they must have 8 bits a channel"):
+    with pytest.raises(BadFile, match="x must have 8 bits per channel, got pixels of type I;16"):
         decode_image(encoded(Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)), "PNG"), "x")
 
 
@@ -108,7 +108,7 @@ def test_no_program_is_started_for_an_image(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", fail)
     (image,) = photographs(1)
     for kind in ("EPS", "PDF", "ICO", "TGA", "DDS"):
-        with pytest.raises(BadFile, match="a.png is no image, or of another format than PNG, JPEG, WEBP, GIF"):
+        with pytest.raises(BadFile, match="a.png is no image of the formats PNG, JPEG, WEBP, GIF"):
             decode_image(encoded(image, kind), "a.png")
 
 
@@ -123,10 +123,10 @@ def declared(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("width", "height", "sentence"),
     [
-        (60_000, 60_000, "x has 3,600,000,000 pixels; at most 100,000,000 are read"),
-        (11_000, 10_000, "x has 11000 x 10000 pixels; at most 100,000,000 are read"),
-        (404, 4, "x has 404 x 4 pixels; the longer side must be at most 100 times the shorter"),
-        (4, 90_000, "x has 4 x 90000 pixels; the longer side must be at most 100 times the shorter"),
+        (60_000, 60_000, "x must have at most 100,000,000 pixels .*3600000000"),
+        (11_000, 10_000, "x must have at most 100,000,000 pixels, got 11000 x 10000"),
+        (404, 4, "x must be at most 100 times as long as wide, got 404 x 4"),
+        (4, 90_000, "x must be at most 100 times as long as wide, got 4 x 90000"),
     ],
 )
 def test_an_image_is_refused_by_the_size_that_it_declares(width, height, sentence):
@@ -137,7 +137,7 @@ def test_an_image_is_refused_by_the_size_that_it_declares(width, height, sentenc
 def test_text_that_inflates_without_end_is_refused():
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "a" * 100_000_000, zip=True)
-    with pytest.raises(BadFile, match="x is no whole image .Decompressed data too large"):
+    with pytest.raises(BadFile, match="x is damaged .Decompressed data too large"):
         decode_image(encoded(photographs(1)[0], "PNG", pnginfo=info), "x")
 
 
@@ -314,31 +314,31 @@ def test_jpegs_in_folders_and_grey_ones_are_read_as_colour(tmp_path):
 
 
 def test_sets_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--samples is .*nowhere, which does not exist"):
+    with pytest.raises(UserError, match="--samples must be .*nowhere, which does not exist"):
         open_images(tmp_path / "nowhere", "--samples")
-    with pytest.raises(UserError, match="--reference is .*, which holds no images"):
+    with pytest.raises(UserError, match="--reference must hold images"):
         open_images(tmp_path, "--reference")
     (tmp_path / "features.npy").touch()
-    with pytest.raises(UserError, match="features.npy; images must be in a folder, a .zip or an .npz"):
+    with pytest.raises(UserError, match="--samples must be a folder, a .zip or an .npz of images, got .*features.npy"):
         open_images(tmp_path / "features.npy", "--samples")
     for name, size in (("a.png", (8, 8)), ("b.png", (9, 8))):
         Image.new("RGB", size).save(tmp_path / name)
-    with pytest.raises(UserError, match=r"different sizes, 8 x 8 and 9 x 8 \(b.png\); they must all be alike"):
+    with pytest.raises(UserError, match=r"must hold images of one size, got 8 x 8 and 9 x 8 \(b.png\)"):
         list(open_images(tmp_path, "--samples").batches(2))
     (tmp_path / "b.png").write_text("text")
-    with pytest.raises(UserError, match="b.png is no image, .*; replace it"):
+    with pytest.raises(UserError, match="b.png is no image .*; replace it"):
         list(open_images(tmp_path, "--samples").batches(2))
 
 
 def test_npz_files_of_other_content_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     path.write_text("no zip at all")
-    with pytest.raises(UserError, match="not an .npz with images under arr_0"):
+    with pytest.raises(UserError, match="must be an .npz with images under arr_0"):
         NpzImages(path)
     np.savez(path, mu=np.zeros(3))
-    with pytest.raises(UserError, match="not an .npz with images under arr_0"):
+    with pytest.raises(UserError, match="must be an .npz with images under arr_0"):
         NpzImages(path)
     for wrong in (np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)):
         np.savez(path, wrong)
-        with pytest.raises(UserError, match="it must be uint8"):
+        with pytest.raises(UserError, match="must be uint8"):
             NpzImages(path)

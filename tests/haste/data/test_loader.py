@@ -132,7 +132,7 @@ def test_a_bad_file_ends_the_run_with_one_line(class_folder, data, num_workers):
     with pytest.raises(UserError) as error:
         take(batches(data, BatchOrder(12, 4, seed=0), num_workers=num_workers), 3)
     message = str(error.value)
-    assert message.startswith(f"{class_folder}/bee/04.png is no whole image (")
+    assert message.startswith(f"{class_folder}/bee/04.png is damaged (")
     assert message.endswith("; replace it, or skip such files with --on-bad-file skip") and "\n" not in message
 
 
@@ -155,7 +155,7 @@ def test_where_nothing_is_left_skipping_ends(class_folder):
     data = load_dataset(str(class_folder), 8, on_bad_file="skip")
     for path in class_folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no file can stand in for a bad one, .* is empty"):
+    with pytest.raises(UserError, match=r"--on-bad-file skip found no file .* is empty"):
         next(batches(data, BatchOrder(12, 4, seed=0)))
 
 
@@ -189,7 +189,7 @@ def test_a_worker_that_is_killed_is_told_in_one_line_by_the_next_read(data, monk
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    with pytest.raises(UserError, match="a process that reads the images was lost: DataLoader worker"):
+    with pytest.raises(UserError, match="a worker process was killed: DataLoader worker"):
         take(stream, 50)
 
 
@@ -217,7 +217,7 @@ def test_more_workers_than_cores_are_told_once(class_folder, monkeypatch, caplog
     data = load_dataset(str(class_folder), 8)
     for _ in range(2):
         batches(data, BatchOrder(len(data), 4, seed=0), num_workers=3)
-    assert caplog.text.count("3 workers read, and there are 1 cores") == 1
+    assert caplog.text.count("--num-workers 3 exceeds the 1 cores") == 1
     warn_of_cores.cache_clear()
 
 

@@ -157,7 +157,7 @@ def test_references_that_are_none_are_refused(tmp_path, network):
     moments = {"mu": np.zeros(3), "sigma": np.eye(3)}
     refused("--reference must hold finite features", features=np.full((20, 3), np.nan), **moments)
     refused("--reference must hold mu and features of one network, got 3 and 2", features=np.ones((20, 2)), **moments)
-    refused("not an .npz with images under arr_0", other=np.zeros(3))
+    refused("must be an .npz with images under arr_0", other=np.zeros(3))
     (tmp_path / "x.npz").write_text("text")
     refused("x.npz, which cannot be read as an .npz file")
 
