@@ -92,7 +92,7 @@ def test_folders_that_are_no_class_folders_are_refused(tmp_path):
 def test_a_zip_with_the_folder_itself_in_it_is_one_class_and_says_so(class_folder, caplog):
     packed = shutil.make_archive(str(class_folder), "zip", class_folder.parent, class_folder.name)
     assert open_source(Path(packed), "--data-dir").num_classes == 1
-    assert f"--data-dir is {packed}, which holds all its images in photos, as one class; if" in caplog.text
+    assert "has one class, photos" in caplog.text
     caplog.clear()
     assert open_source(class_folder, "--data-dir").num_classes == 3
     shutil.rmtree(class_folder / "bee")
@@ -232,4 +232,4 @@ def test_any_bytes_in_dataset_json_are_labels_or_a_refusal(tmp_path, content):
 def test_images_of_formats_that_are_not_read_are_counted(class_folder, caplog):
     photographs(1)[0].save(class_folder / "ant" / "x.tga")
     assert len(open_source(class_folder, "--data-dir")) == 12
-    assert "skipped 1 files of formats that are not read, such as ant/x.tga" in caplog.text
+    assert "skipped 1 files of other formats, such as ant/x.tga" in caplog.text
