@@ -10,7 +10,7 @@ projection. No attention map is formed, and nothing is kept of other layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -180,7 +180,10 @@ class SiT(nn.Module):
         projector_dim: int = 2048,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, class_dropout_prob)
+        _check_sizes({"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
+                      "num_heads": num_heads})  # fmt: skip
+        if not 0 <= class_dropout_prob < 1:
+            raise UserError(f"class_dropout_prob must be at least 0 and below 1, got {class_dropout_prob}")
         if z_dims and not 1 <= encoder_depth <= depth:
             raise UserError(f"encoder_depth is {encoder_depth}; it must be between 1 and the depth, {depth}")
         self.input_size = input_size
@@ -298,24 +301,24 @@ class SiT(nn.Module):
         return ModelOutput(self.finish(tokens, c), [kept[layer] for layer in aligned_layers], projections)
 
 
-def _check_sizes(
-    input_size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int, class_dropout_prob: float
-) -> None:
-    positive = {
-        "input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
-        "num_heads": num_heads,
-    }  # fmt: skip
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    if input_size % patch_size:
-        raise UserError(f"input_size is {input_size}; it must be a multiple of patch_size, {patch_size}")
-    if hidden_size % num_heads:
-        raise UserError(f"hidden_size is {hidden_size}; it must be a multiple of num_heads, {num_heads}")
-    if hidden_size % 4:
-        raise UserError(f"hidden_size is {hidden_size}; it must be a multiple of 4, for the sine-cosine positions")
-    if not 0 <= class_dropout_prob < 1:
-        raise UserError(f"class_dropout_prob is {class_dropout_prob}; it must be at least 0 and below 1")
+def _check_sizes(sizes: Mapping[str, int], shown: Callable[[str], str] = str) -> None:
+    """Raise UserError for sizes that do not fit together, under the names that `shown` gives them."""
+    for name in ("input_size", "patch_size", "hidden_size", "depth", "num_heads"):
+        if sizes[name] < 1:
+            raise UserError(f"{shown(name)} must be at least 1, got {sizes[name]}")
+    for name, divisor in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
+        if sizes[name] % sizes[divisor]:
+            raise UserError(
+                f"{shown(name)} must be a multiple of {shown(divisor)}, {sizes[divisor]}, got {sizes[name]}"
+            )
+    if sizes["hidden_size"] % 4:
+        name, size = shown("hidden_size"), sizes["hidden_size"]
+        raise UserError(f"{name} must be a multiple of 4, for the sine-cosine positions, got {size}")
+
+
+def _flag(name: str) -> str:
+    """A size as the flags of `haste train` name it."""
+    return "the side of the model's input" if name == "input_size" else f"--{name.replace('_', '-')}"
 
 
 SIT_SIZES = {
@@ -400,6 +403,7 @@ class SiTFamily(Family):
         return SiT(**config, z_dims=z_dims)
 
     def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
+        _check_sizes({**size, "input_size": data.input_size}, _flag)
         return {
             **size,
             "input_size": data.input_size,

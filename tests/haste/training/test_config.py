@@ -152,6 +152,6 @@ def test_an_unknown_model_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("changes", [{}, {"proj_coeff": 0.0}])
 def test_a_depth_of_ones_own_over_a_preset_is_told_what_belongs_to_it(changes):
     with pytest.raises(UserError, match="; --preset digits is for another depth: give --encoder-depth and --layer-map"):
-        replace(preset_config("digits"), depth=2, **changes).check_model()
+        replace(TrainConfig.from_preset("digits"), depth=2, **changes).check_model()
     with pytest.raises(UserError, match="--encoder-depth must be 1 to 2, the depth of the model, got 3$"):
-        replace(preset_config("digits"), depth=2, encoder_depth=3).check_model()
+        replace(TrainConfig.from_preset("digits"), depth=2, encoder_depth=3).check_model()

@@ -221,6 +221,8 @@ def test_two_teachers_each_get_a_projector(make_config, teacher_folder):
         ({"data_dir": "cats"}, "--data-dir must be .* got 'cats'"),
         ({"resolution": 16}, "--resolution must be 8"),
         ({"encoder_depth": 4}, "--encoder-depth must be 1 to 3, .* got 4"),
+        ({"hidden_size": 18, "num_heads": 4}, "--hidden-size must be a multiple of --num-heads, 4, got 18"),
+        ({"patch_size": 3}, "the model's input must be a multiple of --patch-size, 3, got 8"),
         ({"layer_map": "0:1,3:2"}, "asks for layer 3 of the student, which has 3 layers"),
         ({"layer_map": "0:1,1:3"}, "asks for layer 3 of the teacher .* which has 3 layers"),
         ({"enc_type": "/no/such/teacher"}, "the teacher '/no/such/teacher' does not exist"),
