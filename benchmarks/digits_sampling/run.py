@@ -27,8 +27,8 @@ from haste.sweep.measure import Sweep
 from haste.sweep.plot import plot_sweep
 from haste.sweep.records import (
     LEGEND,
-    RecordBook,
     Row,
+    SweepDir,
     average,
     describe,
     good_enough,
@@ -114,14 +114,14 @@ def measure(args: Args, seed: int) -> list[dict[str, Any]]:
     """The records of one seed's sweep, which are kept beside the runs."""
     run = trained_run(args.runs, seed)
     evaluator = Evaluator.load("digits", "digits", args.runs / "classifier", batch_size=64)
-    book = RecordBook(args.runs / f"sampling-seed{seed}.jsonl")
+    folder = SweepDir(args.runs / f"sampling-seed{seed}")
     points = plan(replace(BASE, cfg_scale=args.cfg_scale), GRIDS, UNCACHED_STEPS)
-    sweep = Sweep(load_checkpoint(run), points, evaluator, book, args.samples, args.batch, args.repeats)
+    sweep = Sweep(load_checkpoint(run), points, evaluator, folder, args.samples, args.batch, args.repeats)
     with tqdm(total=sweep.images, unit="image", desc=f"seed {seed}") as bar:
         sweep.run(lambda name, images: bar.update(images))
     if sweep.skipped:
-        raise SystemExit("\n".join(["no part of this benchmark may be passed over:", *sweep.skipped]))
-    return book.of(sweep.shared)
+        raise SystemExit("\n".join(["no part of this benchmark may be skipped:", *sweep.skipped]))
+    return folder.complete(sweep.shared)
 
 
 def trained_run(runs: Path, seed: int) -> Path:

@@ -233,8 +233,8 @@ def sweep(config: SweepConfig) -> None:
     """Plot the trade-off of feature caching: quality against seconds, FLOPs and memory, beside uncached runs.
 
     Every combination of the lists is sampled from one checkpoint, evaluated and timed; the table and the plot say which
-    of them are worth it. What a setting cannot do is passed over with a line. A sweep that was stopped resumes where it
-    stopped.
+    of them are worth it. Combinations that are impossible are skipped with a line. A sweep that was stopped resumes
+    where it stopped.
     """
     from haste.sweep.measure import run_sweep
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from haste.errors import UserError, in_one_line
 from haste.evaluation.evaluate import NAMES
@@ -33,15 +35,16 @@ from haste.training.samples import MISSING
 IMAGE_SIDE = 520  # pixels on the page; larger images are made smaller
 LARGEST_IMAGE = 64 * 2**20  # pixels
 LONGEST = 200  # characters of a setting that are shown
-_MEASURED = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", "samples", "seconds", "evaluated_by"}
 _STEP = re.compile(r"[0-9]{1,15}")
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Metrics of one checkpoint. how: what they were measured of and against; only those of one `how` compare.
+    """Metrics of one checkpoint.
 
-    values: by the keys of `evaluation.evaluate.NAMES`.
+    Args:
+        how: what was measured, and against what; only metrics of the same `how` can be compared.
+        values: by the keys of `haste.evaluation.evaluate.NAMES`.
     """
 
     how: str
@@ -51,8 +54,15 @@ class Quality:
 
 @dataclass(frozen=True)
 class Run:
-    """folder: as it was given, to be typed again. stop: the step at which alignment ended, None if it did not or there
-    was none. remarks: what was left out."""
+    """A run of `haste train`, as its folder holds it.
+
+    Args:
+        folder: as it was given, for commands on the page.
+        log: the lines of log.jsonl.
+        samples: the image of each step, in the order of the steps.
+        stop: the step at which alignment ended; None if it did not, or there was none.
+        remarks: sentences on what cannot be read.
+    """
 
     folder: Path
     name: str
@@ -61,7 +71,7 @@ class Run:
     samples: Mapping[int, Path]
     quality: Sequence[Quality]
     stop: int | None
-    remarks: Sequence[str] = field(default=())
+    remarks: Sequence[str] = ()
 
     @property
     def steps(self) -> int:
@@ -73,7 +83,7 @@ class Run:
         return any(line["aligned"] for line in self.log)
 
     def setting(self, name: str, default: object = "") -> str:
-        """A setting as text that fits into a table."""
+        """A setting as text for a table."""
         return shown(self.settings.get(name, default))
 
     def curve(self, key: str) -> list[tuple[int, float]]:
@@ -81,7 +91,7 @@ class Run:
         return [(line["step"], line[key]) for line in self.log if line.get(key) is not None]
 
     def median(self, key: str, aligned: bool) -> float | None:
-        """Over the lines of the log with alignment or without it; the first line, which warms up, is left out."""
+        """The median over the lines with or without alignment, except the first line, which includes the warm-up."""
         values = [line[key] for line in self.log[1:] if line["aligned"] == aligned and line.get(key) is not None]
         return statistics.median(values) if values else None
 
@@ -92,34 +102,32 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """UserError if the folder holds no run that has begun."""
+    """Read a run's folder. Raises UserError if no run has begun in it."""
     log, damaged = read_log(folder / "log.jsonl")
     if not log:
-        raise UserError(f"{folder} holds no log.jsonl with a line in it; it must be the folder of a run of haste train")
+        raise UserError(f"RUNS must be folders of runs of haste train, got {folder}, which has no line of a log.jsonl")
     settings = read_json(folder / "args.json", "the settings of a run")
     name = shown(folder.resolve().name)
     remarks = [f"{name}: {damaged} lines of log.jsonl cannot be read and are left out."] if damaged else []
-    samples, quality = find_samples(folder), read_quality(folder, name, remarks)
-    if not samples:
+    quality, damaged = read_quality(folder)
+    if damaged:
+        remarks.append(f"{name}: {damaged} records of evaluations cannot be read and are left out.")
+    images = [path for path in (folder / "samples").glob("*.png") if _STEP.fullmatch(path.stem)]
+    if not images:
         remarks.append(f"{name} has no samples: {why_missing(folder)}.")
+    samples = dict(sorted((int(path.stem), path) for path in images))
     return Run(folder, name, settings, log, samples, quality, alignment_end(log), remarks)
 
 
 def shown(value: object) -> str:
-    """Any value as text that UTF-8 can hold, without control characters, shortened."""
+    """Any value as text without control characters that UTF-8 can hold, shortened."""
     text = str(value).encode("utf-8", "replace").decode()
     text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def find_samples(folder: Path) -> dict[int, Path]:
-    """Step → its samples, in the order of the steps. Whether a file is a whole PNG shows when it is read."""
-    names = {path.stem: path for path in (folder / "samples").glob("*.png") if _STEP.fullmatch(path.stem)}
-    return {step: names[stem] for step, stem in sorted((int(stem), stem) for stem in names)}
-
-
 def why_missing(folder: Path) -> str:
-    """The reason that the trainer has left, or the usual one."""
+    """Why a run has no samples: the reason that the trainer has written, or the usual one."""
     path = folder / "samples" / MISSING
     if path.is_file():
         with path.open("rb") as file:
@@ -128,16 +136,12 @@ def why_missing(folder: Path) -> str:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A PNG file as (H, W, 3) uint8, made smaller where it is large. UserError if it is no whole one."""
-    from PIL import Image
-
+    """A PNG file as (H, W, 3) uint8, at most IMAGE_SIDE pixels wide and high. Raises UserError for a damaged one."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > LARGEST_IMAGE:
-                raise UserError(f"{path} has {image.width} x {image.height} pixels")
-            image = image.convert("RGB")  # type: ignore[assignment]
-    except UserError:
-        raise
+        with Image.open(path, formats=["PNG"]) as file:
+            if file.width * file.height > LARGEST_IMAGE:
+                raise ValueError(f"{file.width} x {file.height} pixels")
+            image = file.convert("RGB")
     except Exception as error:  # a damaged file leads PIL to raise anything
         raise UserError(f"{path} is no whole PNG: {in_one_line(error)}") from error
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
@@ -146,65 +150,57 @@ def read_image(path: Path) -> np.ndarray:
 
 # ---- reading evaluations ----
 
+_NOT_SAMPLING = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", "samples", "seconds", "evaluated_by",
+                 "num_steps"}  # fmt: skip
+_USUAL = {"mode": "ode", "heun": False, "cfg_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "global_seed": 0,
+          "labels": "balanced", "ema": True, "cache": "none"}  # fmt: skip
 
-def read_quality(folder: Path, name: str, remarks: list[str]) -> list[Quality]:
-    """What `haste evaluate` has left in a run's folder, of digits and of other data; the newest of each checkpoint."""
-    found: dict[tuple[str, int], Quality] = {}
-    unreadable = 0
+
+def read_quality(folder: Path) -> tuple[list[Quality], int]:
+    """The results of `haste evaluate` in a run's folder, the newest of each checkpoint, and how many are damaged."""
     try:
         records, damaged = read_lines(folder / RECORDS)
     except UserError:
         records, damaged = [], 1
-    unreadable += damaged
-    entries: list[Quality | None] = [digits_quality(record) for record in records]
+    entries = [digits_quality(record) for record in records]
     for path in sorted((folder / "samples").glob("*-evaluation.json")):
         try:
             entries += [samples_quality(entry) for entry in read_evaluations(path)]
         except UserError:
-            unreadable += 1
-    for quality in entries:
-        if quality is None:
-            unreadable += 1
-        elif quality.values:
-            found[quality.how, quality.step] = quality
-    if unreadable:
-        remarks.append(f"{name}: {unreadable} records of evaluations cannot be read and are left out.")
-    return sorted(found.values(), key=lambda quality: (quality.how, quality.step))
+            damaged += 1
+    newest = {(quality.how, quality.step): quality for quality in entries if quality is not None and quality.values}
+    return [newest[key] for key in sorted(newest)], damaged + entries.count(None)
 
 
 def digits_quality(record: Mapping[str, Any]) -> Quality | None:
-    """A line of evaluation.jsonl; None if it is something else. A checkpoint without a step is passed over."""
+    """A line of evaluation.jsonl; None if it is something else. A checkpoint without a step has no values."""
     step, samples = record.get("step"), record.get("samples")
     if step is None and "checkpoint" in record:
         return Quality("", 0, {})
-    if not is_step(step) or not is_step(samples):
+    if step is None or not is_step(step) or not is_step(samples):
         return None
-    values = {"fd": finite(record.get("fd")), "label_accuracy": finite(record.get("label_accuracy"))}
-    return Quality(
-        f"{samples:,} samples, {sampling_text(record)}; classifier of the digits against the real digits",
-        step,
-        {key: value for key, value in values.items() if value is not None},
-    )
+    how = f"{samples:,} samples, {sampling_text(record)}; classifier of the digits against the real digits"
+    return Quality(how, step, finite_values({key: record.get(key) for key in ("fd", "label_accuracy")}))
 
 
 def sampling_text(record: Mapping[str, Any]) -> str:
     """'25 steps, cfg_scale 1.5, cache taylor': how the samples of a line of evaluation.jsonl were made.
 
-    What has its usual value is left out.
+    Settings that have their usual value are left out.
     """
-    usual = {"mode": "ode", "heun": False, "cfg_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0,
-             "global_seed": 0, "labels": "balanced", "ema": True, "cache": "none"}  # fmt: skip
     others = [
         f"{shown(name)} {shown(value)}"
         for name, value in record.items()
-        if name not in _MEASURED and name != "num_steps" and usual.get(name, "") != value
+        if name not in _NOT_SAMPLING and _USUAL.get(name, "") != value
     ]
     return ", ".join([f"{shown(record.get('num_steps', '?'))} steps", *others])
 
 
 def samples_quality(entry: Any) -> Quality | None:
-    """An entry of samples/<step>-...-evaluation.json; None if it is something else. One without metrics or of a
-    checkpoint without a step is passed over."""
+    """An entry of samples/<step>-...-evaluation.json; None if it is something else.
+
+    One without metrics, or of a checkpoint without a step, has no values.
+    """
     if not isinstance(entry, Mapping) or not isinstance(entry.get("settings"), Mapping):
         return None
     settings, metrics = entry["settings"], entry.get("metrics", {})
@@ -213,23 +209,21 @@ def samples_quality(entry: Any) -> Quality | None:
     stem, _, sampling = str(settings.get("samples", "")).partition("-")
     if not _STEP.fullmatch(stem):
         return Quality("", 0, {})
-    values = {
-        key: finite(metric.get("value"))
-        for key, metric in metrics.items()
-        if key in NAMES and isinstance(metric, Mapping)
-    }
     count, network, reference = (shown(settings.get(name, "?")) for name in ("count", "network", "reference"))
     how = f"{count} samples ({shown(sampling)}); features of {network} against {reference}"
-    return Quality(how, int(stem), {key: value for key, value in values.items() if value is not None})
+    values = {key: metrics[key].get("value") for key in NAMES if isinstance(metrics.get(key), Mapping)}
+    return Quality(how, int(stem), finite_values(values))
 
 
-def measured_ways(runs: Iterable[Run]) -> list[str]:
+def finite_values(values: Mapping[str, Any]) -> dict[str, float]:
+    """The values that are numbers."""
+    return {key: number for key, value in values.items() if (number := finite(value)) is not None}
+
+
+def measured_ways(runs: Sequence[Run]) -> list[str]:
     """Every `how` of any run, those that most runs have first."""
-    counts: dict[str, int] = {}
-    for run in runs:
-        for how in {quality.how for quality in run.quality}:
-            counts[how] = counts.get(how, 0) + 1
-    return sorted(counts, key=lambda how: -counts[how])
+    counts = Counter(how for run in runs for how in dict.fromkeys(quality.how for quality in run.quality))
+    return [how for how, _ in counts.most_common()]
 
 
 # ---- the page ----
@@ -341,8 +335,8 @@ def difference_panels(runs: Sequence[Run]) -> list[Panel]:
     for key, title in DIFFERENCES.items():
         base = runs[0].curve(key)
         points = {number: run.curve(key) for number, run in enumerate(runs) if number and base}
-        curves = [difference(number, known, base) for number, known in points.items() if known]
-        curves = [curve for curve in curves if curve is not None]
+        found = (difference(number, known, base) for number, known in points.items() if known)
+        curves = [curve for curve in found if curve is not None]
         if curves:
             panels.append(Panel(f"{title}, difference", curves, last_step(runs), zero=True))
     return panels

@@ -1,6 +1,6 @@
 """A sweep from its settings to its files: every point is sampled, evaluated and timed; then a table and a plot.
 
-What is known of a point is on the disk before the next one begins, so a sweep that was killed resumes where it stopped.
+What was measured of a point is on the disk before the next one begins, so that a killed sweep resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -29,35 +29,38 @@ from haste.evaluation.runs import choose_features
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint
 from haste.generation.sample_dir import measure_full_steps
-from haste.io import writing
+from haste.io import write_text
 from haste.registry import EXTRACTORS
-from haste.resumable import hold
 from haste.sweep.config import SweepConfig, long_name, point_fields, shared_fields
-from haste.sweep.records import LEGEND, RecordBook, Row, advise, make_rows, recommend, table
+from haste.sweep.records import LEGEND, PLOT, TABLE, Record, Row, SweepDir, advise, make_rows, recommend, table
 from haste.tables import markdown_table, text_table
 from haste.training.checkpoint import as_before, checkpoint_identity
 from haste.validation import build
 from haste_ext.bench.measure import describe_machine, peak_extra_bytes
 
+# ---- one point ----
+
 FLOP_IMAGES = 2
 
 
 def count_cost(sampler: Sampler, batch: int) -> dict[str, Any]:
-    """What does not depend on the machine's mood, of a run of `batch` images.
+    """Measure the costs of a run of `batch` images that do not vary with the load of the machine.
 
-    flops: per image, as torch.utils.flop_counter counts them in a real run: two per multiply-add of every matrix
-    product and convolution, attention's included. Elementwise work and the operations of haste_ext count nothing.
-    peak_bytes: the highest memory during a run beyond what was held before it, weights for example; None if unknown.
-    cache_bytes: what the cached features hold at the end of the run. calls, full_calls: evaluations of the model.
-    full_steps: their numbers; None without a cache.
+    Returns:
+        flops: per image, as torch.utils.flop_counter counts them in a real run: two per multiply-add of every matrix
+            product and convolution, attention's included. Elementwise work and haste_ext's operations count nothing.
+        peak_bytes: the highest memory during a run beyond what was held before it; None if unknown.
+        cache_bytes: what the cached features hold at the end of the run.
+        calls, full_calls: evaluations of the model.
+        full_steps: their numbers; None without a cache.
     """
     start = sampler.start_of(range(batch))
     sampler.warm_up(batch)
-    if sampler.cache is not None:
-        sampler.cache.release()  # its memory is part of the peak
+    cache = sampler.cache
+    if cache is not None:
+        cache.release()  # its memory is part of the peak
     peak = peak_extra_bytes(lambda: (sampler.run(start),), start.noise.device.type, calls=1)
     calls, full = sampler.calls
-    cache = sampler.cache
     return {
         "flops": count_flops(sampler),
         "peak_bytes": peak,
@@ -69,7 +72,7 @@ def count_cost(sampler: Sampler, batch: int) -> dict[str, Any]:
 
 
 def count_flops(sampler: Sampler) -> float:
-    """Per image. Without CUDA graphs, as what a graph replays is not counted."""
+    """FLOPs per image. Without CUDA graphs, as the counter does not see what a graph replays."""
     counted = sampler.with_settings(sampler.settings)
     with flop_counter() as counter:
         counted.run(counted.start_of(range(FLOP_IMAGES)))
@@ -77,7 +80,7 @@ def count_flops(sampler: Sampler) -> float:
 
 
 def time_run(sampler: Sampler, batch: int) -> float:
-    """Seconds per image of one run of `batch` images, after what a first call sets up: on a GPU, a whole run."""
+    """Seconds per image of one run of `batch` images, after a warm-up: on a GPU, a whole run."""
     start = sampler.start_of(range(batch))
     on_gpu = start.noise.is_cuda
     if on_gpu:
@@ -98,26 +101,32 @@ def time_run(sampler: Sampler, batch: int) -> float:
             gc.enable()
 
 
-COMPARED = 256  # images that are held beside the reference's
+# ---- all points ----
+
+COMPARED = 256  # images whose fidelity to the reference's is measured
 
 Progress = Callable[[str, int], None]
+"""progress(name of a point, number of its images that are done since the last call)"""
 
 
 @dataclass
 class Sweep:
-    """Measures `points` of one checkpoint. The first is the reference: the longest run with every step in full.
+    """Measures points of one checkpoint.
 
-    samples: images to sample of each point. batch: how many at once. repeats: how often each point is timed.
+    Cached points that the model or the number of steps does not allow are skipped; `skipped` holds the reasons.
 
-    cuda_graphs: on a GPU cached runs replay CUDA graphs, as with haste sample --cuda-graphs; uncached runs never do.
-
-    A cached point that the model or the number of steps does not allow is passed over; `skipped` says why.
+    Args:
+        points: the first is the reference, the longest uncached run.
+        samples: images to sample of each point.
+        batch: images sampled at once.
+        repeats: how often each point is timed.
+        cuda_graphs: on a GPU, cached runs replay CUDA graphs; uncached runs never do.
     """
 
     loaded: LoadedCheckpoint
     points: list[SamplingConfig]
     evaluator: Evaluator
-    book: RecordBook
+    folder: SweepDir
     samples: int
     batch: int
     repeats: int
@@ -125,14 +134,13 @@ class Sweep:
     skipped: list[str] = field(default_factory=list)
 
     @cached_property
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> Record:
         """What the records of this sweep have in common."""
-        device = str(next(self.loaded.model.parameters()).device.type)
-        machine = describe_machine(device)
+        machine = describe_machine(next(self.loaded.model.parameters()).device.type)
         return {
             **checkpoint_identity(self.loaded.checkpoint),
             "model": self.loaded.label,
-            **({"convention": "sit"} if self.loaded.rounded else {}),  # how it is guided and rounded
+            **({"convention": "sit"} if self.loaded.rounded else {}),  # SiT's guidance and rounding
             "settings": shared_fields(self.points[0]),
             "samples": self.samples,
             "batch": min(self.batch, self.samples),
@@ -143,13 +151,13 @@ class Sweep:
 
     @property
     def images(self) -> int:
-        """How many images `run` samples in all, if no point is passed over and none is known."""
+        """The number of images of `run`, if no point is skipped and none is known."""
         return len(self.points) * (self.samples + self.repeats * self.shared["batch"])
 
     def run(self, progress: Progress = lambda name, count: None) -> None:
-        """Measures what is not known yet. `progress` hears a point's name and how many of its images are done."""
-        self.book.rename(as_before(self.shared, self.loaded.checkpoint), self.shared)
-        possible = [settings for settings in self.points if self._measure_quality(settings, progress)]
+        """Measure what is not known yet."""
+        self.folder.rename(as_before(self.shared, self.loaded.checkpoint), self.shared)
+        possible = [settings for settings in self.points if self._measure(settings, progress)]
         for turn in range(self.repeats):
             self._time(possible, turn, progress)
 
@@ -158,20 +166,25 @@ class Sweep:
         return Sampler(self.loaded, self.points[0])
 
     def _sampler(self, settings: SamplingConfig) -> Sampler:
-        """One with a cache of its own, so that a cache's memory is held for one point at a time."""
+        """A sampler with a cache of its own, so that only one point at a time holds the memory of a cache."""
         sampler = self._reference.with_settings(settings)
         if settings.error_threshold:  # as haste sample: the same full steps for all images, measured once
-            steps = self._known(settings).get("full_steps")
-            steps = steps or measure_full_steps(sampler)
-            sampler = sampler.with_full_steps(steps)
+            sampler = sampler.with_full_steps(self._known(settings).get("full_steps") or measure_full_steps(sampler))
         if self.cuda_graphs and settings.cache != "none":
             sampler.speed_up(compile=False, cuda_graphs=True)
         return sampler
 
-    def _measure_quality(self, settings: SamplingConfig, progress: Progress) -> bool:
-        """Sample one point's images, and whether that is possible. A full run's errors are the command's."""
+    def _known(self, settings: SamplingConfig) -> Record:
+        return self.folder.find(self.shared, point_fields(settings))
+
+    def _add(self, settings: SamplingConfig, **measured: Any) -> None:
+        self.folder.add(self.shared, point_fields(settings), **measured)
+
+    def _measure(self, settings: SamplingConfig, progress: Progress) -> bool:
+        """Measure cost and quality of one point; False if it is impossible, which of an uncached point is an error."""
+        name = long_name(settings)
         if "fd" in self._known(settings):
-            progress(long_name(settings), self.samples)
+            progress(name, self.samples)
             return True
         try:
             sampler = self._sampler(settings)
@@ -180,118 +193,82 @@ class Sweep:
         except UserError as error:
             if settings.cache == "none":
                 raise
-            self.skipped.append(f"{long_name(settings)}: {error}")
-            progress(long_name(settings), self.samples + self.repeats * self.shared["batch"])
+            self.skipped.append(f"{name}: {error}")
+            progress(name, self.samples + self.repeats * self.shared["batch"])
             return False
-        self.book.keep(self.shared, point_fields(settings), **cost, **self._sample(settings, sampler, progress))
-        return True
-
-    def _known(self, settings: SamplingConfig) -> dict[str, Any]:
-        return self.book.find(self.shared, point_fields(settings))
-
-    def _sample(self, settings: SamplingConfig, sampler: Sampler, progress: Progress) -> dict[str, Any]:
-        """The quality of one point's images."""
         parts, labels, first = [], [], []
         for start in range(0, self.samples, self.batch):
             indices = range(start, min(start + self.batch, self.samples))
-            images, asked = sampler.sample(indices)
+            images, requested = sampler.sample(indices)
             parts.append(self.evaluator.extractor(images))
-            labels.append(asked)
+            labels.append(requested)
             first.append(images[: max(COMPARED - start, 0)])
-            progress(long_name(settings), len(indices))
+            progress(name, len(indices))
         scores = self.evaluator.values(concatenate(parts), np.concatenate(labels), ("fd", "label_accuracy"))
-        return {**scores, **self._fidelity(settings, np.concatenate(first))}
+        self._add(settings, **cost, **scores, **self._fidelity(settings, np.concatenate(first)))
+        return True
 
     def _fidelity(self, settings: SamplingConfig, images: np.ndarray) -> dict[str, Any]:
-        """With the reference's images. In the SDE another number of steps is other noise, and nothing is alike."""
+        """PSNR and SSIM with the reference's images. In the SDE another number of steps has other noise: none."""
         reference = self.points[0]
         if settings is reference or (settings.mode == "sde" and settings.num_steps != reference.num_steps):
             return {"psnr": None, "ssim": None}
-        return compare_images(images, self._baseline).pooled()
+        return compare_images(images, self._reference_images).pooled()
 
     @cached_property
-    def _baseline(self) -> np.ndarray:
-        """The reference's first images, sampled again: what fidelity is measured against."""
+    def _reference_images(self) -> np.ndarray:
         count = min(COMPARED, self.samples)
         batches = (range(start, min(start + self.batch, count)) for start in range(0, count, self.batch))
         return np.concatenate([self._reference.sample(indices)[0] for indices in batches])
 
     def _time(self, points: list[SamplingConfig], turn: int, progress: Progress) -> None:
-        """One turn of every point that lacks it, in an order of its own, the reference first.
+        """Time every point that lacks this turn, in an order of its own, the reference first.
 
-        A machine drifts, so the ratio to the reference is taken within a turn; one that was cut short by a kill goes on
-        with a reference of its own.
+        The speed of a machine drifts, so ratios to the reference are taken within a turn. A turn that was interrupted
+        resumes with another run of the reference.
         """
-        lacking = [settings for settings in points if len(self._seconds(settings)) <= turn]
+        batch = self.shared["batch"]
+        lacking = [settings for settings in points if len(self._known(settings).get("seconds", [])) <= turn]
         for settings in points:
             if settings not in lacking:
-                progress(long_name(settings), self.shared["batch"])
+                progress(long_name(settings), batch)
         if not lacking:
             return
-        reference = self._seconds_of_a_run(points[0])
+        reference = time_run(self._sampler(points[0]), batch)
         for settings in random.Random(turn).sample(lacking, len(lacking)):
-            own = reference if settings is points[0] else self._seconds_of_a_run(settings)
+            own = reference if settings is points[0] else time_run(self._sampler(settings), batch)
             known = self._known(settings)
-            self.book.keep(
-                self.shared,
-                point_fields(settings),
+            self._add(
+                settings,
                 seconds=[*known.get("seconds", []), own],
                 reference_seconds=[*known.get("reference_seconds", []), reference],
             )
-            progress(long_name(settings), self.shared["batch"])
-
-    def _seconds(self, settings: SamplingConfig) -> list[float]:
-        return self._known(settings).get("seconds", [])
-
-    def _seconds_of_a_run(self, settings: SamplingConfig) -> float:
-        return time_run(self._sampler(settings), self.shared["batch"])
+            progress(long_name(settings), batch)
 
 
-RECORDS, TABLE, PLOT = "sweep.jsonl", "sweep.md", "sweep.png"
+# ---- the command ----
 
 
 def run_sweep(config: SweepConfig) -> None:
-    """Measure what is not known yet, then plot, from the records alone."""
-    known = config.plot_only and config.output
-    loaded = None if known else load_checkpoint(config.ckpt, config.ema, convention=config.convention)
-    folder = config.output or loaded.run / "sweep"
-    for name in (TABLE, PLOT):
-        if (folder / name).exists() and not (folder / RECORDS).exists():
-            raise UserError(f"--output is {folder}, which holds a {name} but no {RECORDS}; it must be another folder")
-    with hold(folder, f"{folder} is being filled", "give another --output, or wait until it has ended"):
-        book = RecordBook(folder / RECORDS)
-        shared = None if config.plot_only else measure_points(config, loaded, book)
-        records = book.of(shared)
-        with writing(f"a plot or a table in {folder}", "what was measured is kept, and --plot-only writes them"):
-            write_files(folder, make_rows(records), records[0]["sweep"], config.tolerance)
+    """Measure what is not known yet; write the table and the plot from the records alone."""
+    if config.plot_only and config.output:
+        loaded, output = None, config.output
+    else:
+        loaded = load_checkpoint(config.ckpt, config.ema, convention=config.convention)
+        output = config.output or loaded.run / "sweep"
+    folder = SweepDir(output)
+    with folder.hold():
+        shared = None if config.plot_only or loaded is None else measure_points(config, loaded, folder)
+        records = folder.complete(shared)
+        with folder.writing():
+            write_files(output, make_rows(records), records[0]["sweep"], config.tolerance)
 
 
-@dataclass
-class Machine:
-    """Of the machine what the table tells."""
-
-    gpu: dict[str, Any] | None
-    processor: Any
-    threads: Any
-    torch: Any
-
-
-@dataclass
-class Shared:
-    """Of what the records of a sweep share what is plotted; with --plot-only it comes from a file."""
-
-    model: str
-    samples: int
-    batch: int
-    evaluated_by: Any
-    machine: Machine
-
-
-def measure_points(config: SweepConfig, loaded: LoadedCheckpoint, book: RecordBook) -> dict:
-    """Measure under a progress bar; what the records of this sweep share."""
+def measure_points(config: SweepConfig, loaded: LoadedCheckpoint, folder: SweepDir) -> Record:
+    """Measure under a progress bar; returns what the records of this sweep share."""
     evaluator = open_evaluator(config, loaded)
     counts = (config.num_fid_samples, config.per_proc_batch_size, config.repeats)
-    sweep = Sweep(loaded, config.points, evaluator, book, *counts, config.cuda_graphs)
+    sweep = Sweep(loaded, config.points, evaluator, folder, *counts, config.cuda_graphs)
     with progress_bar(total=sweep.images, unit="image", desc="sweep") as bar:
 
         def progress(name: str, images: int) -> None:
@@ -299,19 +276,20 @@ def measure_points(config: SweepConfig, loaded: LoadedCheckpoint, book: RecordBo
             bar.update(images)
 
         sweep.run(progress)
-    for sentence in sweep.skipped:
-        print(f"passed over: {sentence}")
+    for reason in sweep.skipped:
+        print(f"skipped: {reason}")
     return sweep.shared
 
 
 def open_evaluator(config: SweepConfig, loaded: LoadedCheckpoint) -> Evaluator:
-    """The network and the reference that the flags name, or what follows from the run; prints a caution.
+    """The network and the reference of the flags, or else of the run.
 
-    Raises UserError for too few samples before it reads the reference, which may take hours.
+    Raises:
+        UserError: too few samples; before the reference is read, which may take hours.
     """
     data = loaded.config.data_dir
     if config.features == STORED:
-        raise UserError("--features is stored, and images are sampled; it must be a network")
+        raise UserError("--features must be a network, as images are sampled, got stored")
     features, reference = choose_features(config.features or (data if data in EXTRACTORS else None), config.reference)
     folder = config.classifier_dir or loaded.run.resolve().parent / "classifier"
     count = config.num_fid_samples
@@ -320,26 +298,36 @@ def open_evaluator(config: SweepConfig, loaded: LoadedCheckpoint) -> Evaluator:
     return evaluator
 
 
-def write_files(folder: Path, rows: list[Row], shared: dict, tolerance: float) -> None:
-    """Print the table and the advice; write them and the plot."""
+@dataclass
+class _Machine:
+    gpu: dict[str, Any] | None
+    processor: Any
+    threads: Any
+    torch: Any
+
+
+@dataclass
+class _Shared:
+    """The part of what records share that is written below a table; with --plot-only it comes from a file."""
+
+    model: str
+    samples: int
+    batch: int
+    evaluated_by: Any
+    machine: _Machine
+
+
+def write_files(folder: Path, rows: list[Row], sweep: Record, tolerance: float) -> None:
+    """Print the table and the advice; write them, and the plot."""
     from haste.sweep.plot import plot_sweep
 
-    build(Shared, shared, "the sweep of a record")
+    shared = build(_Shared, sweep, "the sweep of a record")
+    machine = shared.machine
     advice = advise(rows, tolerance)
-    title = f"{shared['model']}, beside {rows[0].settings.describe()}: {shared['samples']:,} images a point"
+    title = f"{shared.model}, beside {rows[0].settings.describe()}: {shared.samples:,} images a point"
     plot_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))
-    write_table(folder / TABLE, rows, title, shared, advice)
+    where = machine.gpu["name"] if machine.gpu else f"{machine.processor}, {machine.threads} thread(s)"
+    made = f"Batches of {shared.batch}; torch {machine.torch}, {where}. FD by {shared.evaluated_by}."
+    parts = [f"# {title}", f"![]({PLOT})", markdown_table(table(rows)).rstrip(), LEGEND, made, advice]
+    write_text(folder / TABLE, "\n\n".join(parts) + "\n")
     print(f"\n{text_table(table(rows))}\n\n{advice}\n\ntable  {folder / TABLE}\nplot   {folder / PLOT}")
-
-
-def write_table(path: Path, rows: list[Row], title: str, shared: dict, advice: str) -> None:
-    """The table with what it takes to read it."""
-    from haste.io import write_text
-
-    machine = shared["machine"]
-    where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} thread(s)"
-    made = f"Batches of {shared['batch']}; torch {machine['torch']}, {where}. FD by {shared['evaluated_by']}."
-    text = (
-        "\n\n".join([f"# {title}", f"![]({PLOT})", markdown_table(table(rows)).rstrip(), LEGEND, made, advice]) + "\n"
-    )
-    write_text(path, text)

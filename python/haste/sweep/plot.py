@@ -94,7 +94,8 @@ def plot_panel(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure,
 
 
 def positions(rows: Sequence[Row], cost: Measure, quality: Measure) -> tuple[list[float], list[float]]:
-    known = [(cost.value(row), quality.value(row)) for row in rows if quality.value(row) is not None]
+    """x and y of the points of known quality."""
+    known = [(cost.value(row) or 0.0, y) for row in rows if (y := quality.value(row)) is not None]
     return [x for x, _ in known], [y for _, y in known]
 
 
@@ -109,7 +110,7 @@ def scale_axes(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure)
     """Costs on a logarithmic axis; quality too where it spans much."""
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
-    values = [quality.value(row) for row in rows if quality.value(row) is not None]
+    _, values = positions(rows, cost, quality)
     if quality is FD and max(values) > LOG_FROM * min(values):
         axes.set_yscale("log")
         plain_numbers(axes.yaxis)
@@ -132,7 +133,7 @@ def write_labels(
     """
     shown = [row for row in rows if quality.value(row) is not None]
     shown.sort(key=lambda row: (not row.uncached, cost.value(row)))
-    points = [(cost.value(row), quality.value(row)) for row in shown]
+    points = list(zip(*positions(shown, cost, quality), strict=True))
     sizes = [RING_POINTS if row is chosen else 7.0 for row in shown]
     taken = [square(place[0], place[1], size * axes.figure.dpi / 72)
              for place, size in zip(axes.transData.transform(points), sizes, strict=True)]  # fmt: skip

@@ -44,7 +44,7 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys, caplog):
         ("none", 8), ("none", 4), ("taylor", 8), ("reuse", 8),
     ]  # fmt: skip
     assert records[0]["sweep"]["checkpoint"] == "0000004.pt" and records[0]["sweep"]["settings"]["labels"] == "balanced"
-    assert "passed over: Taylor per model, interval 3, order 9, 8 steps: --order must be at most" in out
+    assert "skipped: Taylor per model, interval 3, order 9, 8 steps: --order must be at most" in out
     assert "70 samples in 64 feature dimensions and is biased upwards" in caplog.text
     table = (folder / "sweep.md").read_text()
     for record in records:
@@ -62,7 +62,7 @@ def test_a_folder_of_something_else_or_of_a_sweep_that_runs_is_refused(run, caps
     folder.mkdir()
     (folder / "sweep.md").write_text("mine")
     flags = ("--ckpt", str(run), *QUICK, "--output", str(folder))
-    assert "which holds a sweep.md but no sweep.jsonl" in refusal(capsys, *flags)
+    assert "--output must be a new folder, or one with a sweep, got" in refusal(capsys, *flags)
     assert [path.name for path in folder.iterdir()] == ["sweep.md"]
     with hold(run / "busy", "it is"):
         assert "busy is in use by this process" in refusal(capsys, *flags[:-1], str(run / "busy"))
@@ -125,7 +125,7 @@ def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, m
         (("--error-thresholds", "0", "nan"), "--error-thresholds must be a number from 0 to 1,000,000, got nan"),
         (("--tolerance", "-1"), "--tolerance must be a number from 0 to 1,000,000, got -1.0"),
         (("--reference", "nowhere"), "nowhere, which does not exist"),
-        (("--features", "stored"), "--features is stored, and images are sampled"),
+        (("--features", "stored"), "--features must be a network, as images are sampled, got stored"),
         (("--features", "inception:weights.pth"), "--reference must be given with --features inception:weights.pth"),
         (("--plot-only",), "hold no full run"),
     ],

@@ -225,7 +225,7 @@ def test_names_of_runs_are_text_and_nothing_else(tmp_path, without_figures):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("none", "holds no log.jsonl with a line in it; it must be the folder of a run"),
+        ("none", "RUNS must be folders of runs of haste train, got "),
         ("bare", "args.json must be the settings of a run"),
     ],
 )

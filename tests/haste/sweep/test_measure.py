@@ -13,7 +13,7 @@ from haste.generation.pipeline import Sampler, load_checkpoint
 from haste.sweep import measure
 from haste.sweep.config import Grid, plan, point_fields
 from haste.sweep.measure import Sweep, count_cost, count_flops, time_run
-from haste.sweep.records import RecordBook
+from haste.sweep.records import SweepDir
 from haste.training.checkpoint import as_before
 
 
@@ -82,8 +82,8 @@ def evaluator():
 @pytest.fixture(scope="module")
 def whole(loaded, evaluator, tmp_path_factory):
     """A sweep that ran from beginning to end, and what it said on the way."""
-    book = RecordBook(tmp_path_factory.mktemp("whole") / "sweep.jsonl")
-    sweep = Sweep(loaded, POINTS, evaluator, book, **QUICK)
+    folder = SweepDir(tmp_path_factory.mktemp("whole"))
+    sweep = Sweep(loaded, POINTS, evaluator, folder, **QUICK)
     sweep.seen = []
     sweep.run(lambda name, images: sweep.seen.append(images))
     return sweep
@@ -92,13 +92,13 @@ def whole(loaded, evaluator, tmp_path_factory):
 @pytest.fixture
 def make_sweep(loaded, evaluator, tmp_path):
     def make(points=POINTS, **settings) -> Sweep:
-        return Sweep(loaded, points, evaluator, RecordBook(tmp_path / "sweep.jsonl"), **{**QUICK, **settings})
+        return Sweep(loaded, points, evaluator, SweepDir(tmp_path / "sweep"), **{**QUICK, **settings})
 
     return make
 
 
 def records_of(sweep: Sweep) -> list[dict]:
-    return [sweep.book.find(sweep.shared, point_fields(settings)) for settings in sweep.points]
+    return [sweep.folder.find(sweep.shared, point_fields(settings)) for settings in sweep.points]
 
 
 def test_every_point_is_judged_and_timed(whole):
@@ -146,7 +146,7 @@ def test_a_sweep_that_was_killed_goes_on_and_comes_to_the_same(make_sweep, whole
         assert {name: after[name] for name in MEASURED} == {name: before[name] for name in MEASURED}
         assert len(after["seconds"]) == len(after["reference_seconds"]) == 2
     for record in timed:
-        kept = resumed.book.find(resumed.shared, record["point"])["seconds"]
+        kept = resumed.folder.find(resumed.shared, record["point"])["seconds"]
         assert kept[: len(record["seconds"])] == record["seconds"]
 
 
@@ -161,7 +161,7 @@ def test_a_second_run_measures_nothing_and_other_settings_measure_anew(make_swee
     assert all("fd" not in record for record in records_of(make_sweep(samples=80)))
 
 
-def test_what_the_number_of_steps_does_not_allow_is_passed_over_with_a_sentence(make_sweep):
+def test_what_the_number_of_steps_does_not_allow_is_skipped_with_a_sentence(make_sweep):
     impossible = plan(BASE, [Grid(caches=("taylor",), intervals=(3,), orders=(1, 7), steps=(8,))], ())
     sweep = make_sweep(impossible, repeats=1)
     seen = []
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_was_trained_again_is_another_sweep(make_sweep, loaded
     loaded.checkpoint.touch()
     assert make_sweep().shared == before
     again = load_checkpoint(write_run(tmp_path, steps=(4,), seed=1))
-    assert Sweep(again, POINTS, evaluator, RecordBook(tmp_path / "sweep.jsonl"), **QUICK).shared != before
+    assert Sweep(again, POINTS, evaluator, SweepDir(tmp_path / "sweep"), **QUICK).shared != before
 
 
 def test_a_sweep_of_an_earlier_version_knows_its_checkpoint_by_its_time(make_sweep, whole, loaded, monkeypatch):
@@ -217,9 +217,9 @@ def test_a_sweep_of_an_earlier_version_knows_its_checkpoint_by_its_time(make_swe
     sweep = make_sweep()
     for settings, record in zip(whole.points, records_of(whole), strict=True):
         measured = {name: value for name, value in record.items() if name not in ("sweep", "point")}
-        sweep.book.keep(before, point_fields(settings), **measured)
+        sweep.folder.add(before, point_fields(settings), **measured)
     sweep.run()
-    assert records_of(sweep) == records_of(whole) and sweep.book.of(before) == []
+    assert records_of(sweep) == records_of(whole) and sweep.folder.complete(before) == []
 
 
 def test_the_full_steps_of_an_adaptive_schedule_are_measured_once_and_the_same_for_all(make_sweep, monkeypatch):

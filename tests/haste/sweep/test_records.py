@@ -8,7 +8,7 @@ from haste.generation.config import SamplingConfig
 from haste.sweep import records as points
 from haste.sweep.config import point_fields, shared_fields
 from haste.sweep.records import (
-    RecordBook,
+    SweepDir,
     advise,
     average,
     front,
@@ -26,37 +26,37 @@ A, B = {"num_steps": 50, "cache": "none"}, {"num_steps": 50, "cache": "taylor", 
 
 
 def test_what_is_kept_is_on_the_disk_and_belongs_to_its_sweep_and_point(tmp_path):
-    book = RecordBook(tmp_path / "sweep.jsonl")
-    book.keep(SWEEP, A, fd=1.0)
-    book.keep(SWEEP, A, seconds=[0.5])
-    book.keep(OTHER, A, fd=3.0)
-    again = RecordBook(tmp_path / "sweep.jsonl")
+    folder = SweepDir(tmp_path)
+    folder.add(SWEEP, A, fd=1.0)
+    folder.add(SWEEP, A, seconds=[0.5])
+    folder.add(OTHER, A, fd=3.0)
+    again = SweepDir(tmp_path)
     assert again.find(SWEEP, A) == {"sweep": SWEEP, "point": A, "fd": 1.0, "seconds": [0.5]}
     assert again.find(OTHER, A)["fd"] == 3.0
     assert again.find(SWEEP, B) == {"sweep": SWEEP, "point": B}
 
 
 def test_only_points_that_were_timed_are_complete_and_the_last_sweep_is_the_default(tmp_path):
-    book = RecordBook(tmp_path / "sweep.jsonl")
-    assert book.of() == []
-    book.keep(SWEEP, A, seconds=[0.5])
-    book.keep(SWEEP, B, fd=1.0)
-    assert [record["point"] for record in book.of(SWEEP)] == [A]
-    book.keep(OTHER, B, seconds=[0.5])
-    assert [record["sweep"] for record in book.of()] == [OTHER]
+    folder = SweepDir(tmp_path)
+    assert folder.complete() == []
+    folder.add(SWEEP, A, seconds=[0.5])
+    folder.add(SWEEP, B, fd=1.0)
+    assert [record["point"] for record in folder.complete(SWEEP)] == [A]
+    folder.add(OTHER, B, seconds=[0.5])
+    assert [record["sweep"] for record in folder.complete()] == [OTHER]
 
 
 def test_a_kill_while_writing_leaves_what_was_known(tmp_path, monkeypatch):
-    book = RecordBook(tmp_path / "sweep.jsonl")
-    book.keep(SWEEP, A, fd=1.0)
+    folder = SweepDir(tmp_path)
+    folder.add(SWEEP, A, fd=1.0)
 
     def killed(path, write):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(points, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        book.keep(SWEEP, A, fd=2.0)
-    assert RecordBook(tmp_path / "sweep.jsonl").find(SWEEP, A)["fd"] == 1.0
+        folder.add(SWEEP, A, fd=2.0)
+    assert SweepDir(tmp_path).find(SWEEP, A)["fd"] == 1.0
 
 
 @pytest.mark.parametrize("line", [b'{"step": 3}', b"[]", b"\xff", b"[" * 100_000])
@@ -64,7 +64,7 @@ def test_a_file_that_holds_other_lines_is_refused(tmp_path, line):
     path = tmp_path / "sweep.jsonl"
     path.write_bytes(b'{"sweep": {}, "point": {}}\n' + line)
     with pytest.raises(UserError, match=r"line 2 of .*sweep\.jsonl must be a record of haste sweep, "):
-        RecordBook(path)
+        SweepDir(tmp_path)
 
 
 def record(settings: SamplingConfig, seconds, reference_seconds, **values) -> dict:
