@@ -269,7 +269,7 @@ def read_array(stream: IO[bytes], available: int, packed: int | None = None) -> 
     if packed is not None and header.size > max(SMALL_ARRAY, MOST_INFLATION * packed):
         raise ValueError(f"{in_bytes(packed)} inflate to {in_bytes(header.size)}; at most {MOST_INFLATION} to one")
     values = np.empty(math.prod(header.shape), header.dtype)
-    missing = memoryview(values.view(np.uint8))
+    missing = values.view(np.uint8).data
     while missing:
         part = stream.read(min(CHUNK, len(missing)))
         if not part:
