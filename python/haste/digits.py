@@ -327,7 +327,8 @@ def fit_network(network: nn.Sequential, images: Tensor, labels: Tensor, settings
     for _ in range(settings.epochs):
         order = torch.randperm(len(labels))[: batches * settings.batch_size]
         for chosen in order.split(settings.batch_size):
-            logits = network(shift_randomly(images[chosen]))
+            inputs = shift_randomly(images[chosen])[:, 0].unsqueeze(1)  # NCHW strides, which decide the rounding
+            logits = network(inputs)
             loss = F.cross_entropy(logits, labels[chosen], label_smoothing=settings.label_smoothing)
             optimizer.zero_grad()
             loss.backward()

@@ -38,8 +38,7 @@ from haste.tables import format_number, text_table
 
 logger = logging.getLogger(__name__)
 
-ADVISED_FOR_PRDC = 1000
-ADVISED_FOR_INCEPTION_SCORE = 5000
+ADVISED_FOR_PRDC, ADVISED_FOR_INCEPTION_SCORE = 1000, 5000  # images
 
 NAMES = {
     "fd": "FD",
@@ -108,8 +107,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         """A row for each metric, then the notes."""
-        table = text_table([(NAMES[result.key], str(result)) for result in self.results], "<<")
-        return "\n".join([table, *notes(self.results)])
+        rows = [(NAMES[result.key], str(result)) for result in self.results]
+        return "\n".join([text_table(rows, "<<"), *notes(self.results)])
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -145,8 +144,7 @@ def evaluate(
         labels: (N,), the intended classes; known for a sample folder, an .npz with labels and a checkpoint.
         sampling: how to sample from a checkpoint; None for 50 Euler steps and balanced labels.
         metrics: keys of NAMES; `haste.evaluation.metrics` defines them.
-        num_images: the number of images to sample from a checkpoint (1,000 by default), or to read from a folder or
-            file (all by default).
+        num_images: to sample from a checkpoint (default: 1,000), or to read from a folder or file (default: all).
         config: the subsets of KID and all seeds.
         batch_size: images per forward pass.
         classifier_dir: the folder that holds the classifier of the digits.
@@ -162,20 +160,17 @@ def evaluate(
     ):
         raise UserError(f"samples must be images (N, H, W, 3) uint8, got {samples.dtype} {samples.shape}")
     evaluator = Evaluator.load(features, reference, Path(classifier_dir), batch_size, config)
-    if isinstance(samples, (str, Path)) and features != STORED and _is_checkpoint(Path(samples)):
-        samples = load_checkpoint(Path(samples))
-    if isinstance(samples, LoadedCheckpoint):
-        sampler = open_sampler(samples, sampling or SamplingConfig(labels="balanced"))
-        images, labels = sampler.sample_batches(num_images or 1000, batch_size)
-        return evaluator.of_images(ImageArray(images), samples.checkpoint.name, labels, metrics)
     if isinstance(samples, np.ndarray):
         return evaluator.of_images(ImageArray(samples), "images", labels, metrics)
-    return evaluator.of_samples(Path(samples), num_images, metrics, labels)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether a path is that of a checkpoint or a run, not of images."""
-    return path.suffix in (".pt", ".pth", ".safetensors") or (path / "checkpoints").is_dir()
+    if not isinstance(samples, LoadedCheckpoint):
+        path = Path(samples)
+        is_checkpoint = path.suffix in (".pt", ".pth", ".safetensors") or (path / "checkpoints").is_dir()
+        if features == STORED or not is_checkpoint:
+            return evaluator.of_samples(path, num_images, metrics, labels)
+        samples = load_checkpoint(path)
+    sampler = open_sampler(samples, sampling or SamplingConfig(labels="balanced"))
+    images, labels = sampler.sample_batches(num_images or 1000, batch_size)
+    return evaluator.of_images(ImageArray(images), samples.checkpoint.name, labels, metrics)
 
 
 class Evaluator:
@@ -183,7 +178,6 @@ class Evaluator:
 
     Args:
         extractor: the network; None for stored features.
-        reference: in the features of the same network.
         batch_size: images per forward pass.
     """
 
@@ -215,15 +209,13 @@ class Evaluator:
             samples: the number of images to be scored, where an FD is required of them.
 
         Raises:
-            UserError: `samples` are too few for an FD, which is checked first; or something does not exist or does not
-                fit the rest.
+            UserError: `samples` are too few for an FD (checked first); something does not exist or does not fit.
         """
         if features == STORED:
             return cls(None, stored_reference(reference), config, batch_size)
-        if samples is not None and (dimension := feature_dimension(features)) is not None:
-            caution = check_sample_size(samples, dimension)
-            if caution:
-                logger.warning(caution)
+        dimension = None if samples is None else feature_dimension(features)
+        if samples and dimension and (caution := check_sample_size(samples, dimension)):
+            logger.warning(caution)
         extractor = load_extractor(features, classifier_dir)
         return cls(extractor, load_reference(reference, extractor, batch_size), config, batch_size)
 
@@ -239,8 +231,7 @@ class Evaluator:
 
     @cached_property
     def split_half_fd(self) -> float:
-        """FD between two random halves of the reference, for scale. It is not a lower bound: halves are smaller sets
-        than those that are scored, and the FD of small sets is biased upwards."""
+        """FD between two random halves of the reference, for scale; no lower bound, as small sets have a larger FD."""
         return split_half_fd(self.reference.require_features())
 
     def score(
@@ -278,11 +269,12 @@ class Evaluator:
         Raises:
             UserError: another metric could not be computed.
         """
-        results = self.score(features, labels, metrics)
-        for result in results:
+        values: dict[str, float | None] = dict.fromkeys(metrics)
+        for result in self.score(features, labels, metrics):
             if result.value is None:
                 raise UserError(result.note)
-        return {**dict.fromkeys(metrics), **{result.key: result.value for result in results}}
+            values[result.key] = result.value
+        return values
 
     def of_samples(
         self,
@@ -304,10 +296,9 @@ class Evaluator:
             )  # fmt: skip
         if labels is None and self.classes is not None:
             labels = _recorded_labels(samples, images, self.classes)
-        cache = beside(samples, "features")
-        return self.of_images(
-            images, samples.name, labels, metrics, cache if os.access(cache.parent, os.W_OK) else None
-        )
+        folder = beside(samples, "features")
+        cache = folder if os.access(folder.parent, os.W_OK) else None
+        return self.of_images(images, samples.name, labels, metrics, cache)
 
     def of_images(
         self,

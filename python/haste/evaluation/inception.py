@@ -1,11 +1,11 @@
 """Inception v3 (Szegedy et al., arXiv 1512.00567) as the Fréchet Inception distance uses it, from weights on disk.
 
-Published FIDs rest on one TensorFlow network of 5 December 2015 with 1,008 classes. Its weights go about in two files:
-the state dict pt_inception-2015-12-05-6726825d.pth and the TorchScript module inception-2015-12-05.pt. Of the latter,
-the tensors alone are read: its own program, which could do anything, does not run. This network differs from the one in
-the paper and in other libraries: average pools do not count the padding, and the last block's pool takes the maximum.
+Published FIDs use one TensorFlow network of 5 December 2015 with 1,008 classes. Its weights are available in two files:
+the state dict pt_inception-2015-12-05-6726825d.pth and the TorchScript module inception-2015-12-05.pt. Only the tensors
+of the latter are read; its program, which could do anything, does not run. The network differs from the paper's and
+from those of other libraries: average pools do not count the padding, and the last block uses a max pool.
 
-Not compared with the real weights: these are not shipped, and no machine that tested this file had them.
+Not tested with the original weights, which are not shipped.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Convolution(nn.Module):
 
 
 def row(in_channels: int, out_channels: int, length: int = 7) -> Convolution:
-    """1 × length, of the same size as before."""
+    """A 1 × length convolution that keeps the size."""
     return Convolution(in_channels, out_channels, (1, length), padding=(0, length // 2))
 
 
 def column(in_channels: int, out_channels: int, length: int = 7) -> Convolution:
-    """length × 1, of the same size as before."""
+    """A length × 1 convolution that keeps the size."""
     return Convolution(in_channels, out_channels, (length, 1), padding=(length // 2, 0))
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """3 × 3, of the same size as before; at the border over the pixels that are there."""
+    """A 3 × 3 average pool that keeps the size and does not count the padding."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -127,7 +127,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 × 8: figure 7 (Mixed_7b, Mixed_7c). pool: what stands before the last branch's convolution."""
+    """8 × 8: figure 7 (Mixed_7b, Mixed_7c). pool: of the last branch, "average" or "maximum"."""
 
     def __init__(self, channels: int, pool: str) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """The network; its parameters have the names of the public state dict."""
+    """The network, with the parameter names of the public state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,9 +181,9 @@ class Inception(nn.Module):
         self.fc = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) uint8 to features (B, 2048) and class probabilities (B, 1008), float32.
+        """Compute features (B, 2048) and class probabilities (B, 1008), float32, of images (B, 3, H, W) uint8.
 
-        The probabilities are taken without the last layer's bias, as the Inception score always was.
+        The probabilities omit the last layer's bias, as in the published Inception score.
         """
         features = self.features(normalise(resize(images.float())))
         return features, F.linear(features, self.fc.weight).softmax(dim=1)
@@ -202,10 +202,10 @@ class Inception(nn.Module):
 
 
 def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """(B, C, H, W) float to (B, C, size, size), bilinear as in TensorFlow 1: pixel i looks at i·H/size.
+    """Resize (B, C, H, W) float to (B, C, size, size), bilinear as in TensorFlow 1.
 
-    Corners are aligned at the first pixel alone, and nothing is smoothed where images become smaller. F.interpolate
-    looks at (i + ½)·H/size − ½; the difference moves a published FID.
+    Pixel i samples position i·H/size, without antialiasing. F.interpolate samples (i + ½)·H/size − ½, which changes the
+    FID.
     """
 
     def along(x: Tensor, dim: int) -> Tensor:
@@ -223,28 +223,29 @@ def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """0 … 255 to −1 … 0.992: (x − 128) / 128, as the network was trained."""
+    """(x − 128) / 128, as in the network's training: 0 … 255 to −1 … 0.992."""
     return (pixels - 128.0) / 128.0
 
 
 def load_inception(path: Path) -> Inception:
-    """The network with the weights of either file, or of a state dict in safetensors, in eval mode.
+    """Load the network from either file, or from a state dict in safetensors, in eval mode. Executes nothing in it.
 
-    Nothing in a file is executed. Raises UserError if the file is missing or is none of these.
+    Raises:
+        UserError: the file does not exist or is none of these.
     """
+    wanted = "--features inception must be inception-2015-12-05.pt or pt_inception-2015-12-05-6726825d.pth"
     if not path.is_file():
-        raise UserError(f"the weights of Inception are {path}, which is no file; it must be inception-2015-12-05.pt or "
-                        "pt_inception-2015-12-05-6726825d.pth")  # fmt: skip
+        raise UserError(f"{wanted}, got {path}, which is no file")
     state = load_weights(path, "--features inception")
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}; it must hold the state dict of Inception")
+        raise UserError(f"{wanted}, got {path}, which holds a {type(state).__name__}")
     if "layers.conv.weight" in state:
         state = by_own_names(state)
     network = Inception()
     try:
-        network.load_state_dict(dict(state))  # a plain dict: old files have no count of batches, and need none
+        network.load_state_dict(dict(state))  # a plain dict, as old files have no num_batches_tracked
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} does not hold the weights of FID's Inception: {in_one_line(error)}") from error
+        raise UserError(f"{wanted}, got {path}: {in_one_line(error)}") from error
     return network.eval()
 
 
@@ -252,7 +253,7 @@ def load_inception(path: Path) -> Inception:
 
 
 def _numbered(name: str, targets: list[str]) -> dict[str, str]:
-    """name, name_1, name_2, ... and what they are called here."""
+    """Map name, name_1, name_2, ... to the names here."""
     return {f"{name}_{index}" if index else name: target for index, target in enumerate(targets)}
 
 
@@ -293,7 +294,7 @@ _PARTS = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean",
 
 
 def convolution_names() -> dict[str, str]:
-    """From each convolution of the TorchScript module to its name here."""
+    """Map each convolution of the TorchScript module to its name here."""
     names = {f"layers.{theirs}": ours for theirs, ours in _numbered("conv", _STEM).items()}
     for theirs, place in _numbered("mixed", list(_MIXED)).items():
         names |= {f"layers.{theirs}.{inner}": f"Mixed_{place}.{ours}" for inner, ours in _BLOCKS[_MIXED[place]].items()}
@@ -301,8 +302,7 @@ def convolution_names() -> dict[str, str]:
 
 
 def by_own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of `Inception` from the tensors of the TorchScript module; what has no place here keeps its name.
-    Its batch norms have no scale, which is 1 then."""
+    """The state dict of `Inception` from the tensors of the TorchScript module, whose batch norms have no scale (1)."""
     names = {"output.weight": "fc.weight", "output.bias": "fc.bias"}
     state = {}
     for theirs, ours in convolution_names().items():

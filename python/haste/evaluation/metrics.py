@@ -13,12 +13,12 @@ from haste.errors import UserError, require
 # ‖root·root − matrix‖ / ‖matrix‖ of a healthy decomposition is about 1e-15 times the dimension.
 ROOT_TOLERANCE = 1e-8
 
-# What a covariance may fall short of symmetry, or of having no negative eigenvalue, by its rounding to single precision
-# (6e-8 of an entry, times the root of some thousand dimensions): relative to its largest entry or eigenvalue.
+# Tolerated asymmetry and negative eigenvalues of a covariance in single precision, relative to its largest entry or
+# eigenvalue: 6e-8 per entry, times the root of some thousand dimensions.
 ROUNDING = 1e-5
 
-BLOCK = 4096  # feature vectors that are converted to double precision at once
-BLOCK_ENTRIES = 2**24  # distances that are held at once: 128 MiB in double precision
+BLOCK = 4096  # feature vectors that are converted to double precision at a time
+BLOCK_ENTRIES = 2**24  # distances in memory at a time: 128 MiB in double precision
 
 # Below this many samples per feature dimension the estimated covariance is too noisy to compare small FDs.
 ADVISED_SAMPLES_PER_DIMENSION = 10
@@ -26,7 +26,7 @@ ADVISED_SAMPLES_PER_DIMENSION = 10
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 SPLITS = 10  # of the Inception score
-SUM_ROUNDING = 1e-2  # by which probabilities may miss a sum of 1: those of bfloat16
+SUM_ROUNDING = 1e-2  # tolerated deviation of probabilities from a sum of 1, as in bfloat16
 HALVES_SEED = 271828
 
 
@@ -38,17 +38,17 @@ class MeanAndDeviation(NamedTuple):
 
 
 def _check_matrix(matrix: np.ndarray, what: str, columns: str) -> np.ndarray:
-    """As an array, if it is a matrix (samples, columns) of finite real numbers; UserError if not."""
+    """Convert to an array. Raises UserError unless it is a matrix (samples, columns) of finite real numbers."""
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[1] == 0 or matrix.dtype.kind not in "iuf":
         raise UserError(f"{what} must be a matrix of numbers (samples, {columns}), got {matrix.dtype} {matrix.shape}")
     if not np.isfinite(matrix).all():
-        raise UserError(f"{what} hold values that are not finite; the samples or the network are broken")
+        raise UserError(f"{what} are not finite; the samples or the network are broken")
     return matrix
 
 
 def _check_pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features of both sides; UserError if they are none, or of other dimensions."""
+    """Convert features to arrays. Raises UserError unless they are matrices of the same dimension."""
     a, b = (_check_matrix(features, "features", "dimension") for features in (a, b))
     _check_dimensions(a.shape[1], b.shape[1])
     return a, b
@@ -56,7 +56,7 @@ def _check_pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_dimensions(a: int, b: int) -> None:
     if a != b:
-        raise UserError(f"features have {a} and {b} dimensions; both sides need the same network")
+        raise UserError(f"samples and reference must have features of the same network, got {a} and {b} dimensions")
 
 
 # ---- FD ----
@@ -64,7 +64,7 @@ def _check_dimensions(a: int, b: int) -> None:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (D,) and covariance (D, D), both float64, of `count` feature vectors; None: stored without their number."""
+    """Mean (D,) and covariance (D, D), both float64, of `count` feature vectors (None if that is unknown)."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -80,11 +80,10 @@ def fit_gaussian(features: np.ndarray, what: str = "samples") -> Gaussian:
 
     Args:
         features: (N, D), any real dtype; computed in float64.
-        what: what they are of, for messages.
+        what: the kind of images, for messages.
 
     Raises:
-        UserError: the features are no matrix, not finite, too few, or so large that their squares are beyond double
-            precision.
+        UserError: the features are no matrix, not finite, too few, or so large that their squares overflow float64.
     """
     features = _check_matrix(features, "features", "dimension")
     count, dimension = features.shape
@@ -97,21 +96,21 @@ def fit_gaussian(features: np.ndarray, what: str = "samples") -> Gaussian:
             scatter += centred.T @ centred
     if not np.isfinite(scatter).all():
         largest = np.abs(features).max()
-        raise UserError(f"features are as large as {largest:.1e}, whose squares are beyond double precision")
+        raise UserError(f"features must have squares within double precision, got {largest:.1e}")
     return Gaussian(mean, scatter / (count - 1), count)
 
 
 def check_sample_size(count: int, dimension: int, what: str = "samples") -> str | None:
-    """One sentence of caution if `count` samples make the FD noisy in `dimension` dimensions, else None.
+    """A caution if `count` samples are so few that the FD is biased, else None.
 
-    Raises UserError if they are no more than the dimensions: the covariance is then singular, and the FD would measure
-    the sample size.
+    Raises:
+        UserError: there are no more samples than dimensions: the covariance is singular.
     """
     advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
     if count <= dimension:
         raise UserError(
             f"{count} {what} are too few for an FD in {dimension} feature dimensions; it needs more than {dimension}, "
-            f"and {advised} are advised"
+            f"better {advised}"
         )
     if count >= advised:
         return None
@@ -122,31 +121,28 @@ def check_sample_size(count: int, dimension: int, what: str = "samples") -> str 
 
 
 def fault_of_moments(mean: np.ndarray, covariance: np.ndarray) -> str | None:
-    """What is wrong with a mean and a covariance, float64, as the end of a sentence about them; None if nothing is.
+    """Why a mean and a covariance, float64, are invalid, for the end of a sentence; None if they are valid.
 
-    Rounding to single precision is admitted: asymmetry and negative eigenvalues up to ROUNDING.
+    Asymmetry and negative eigenvalues up to ROUNDING are tolerated.
     """
     if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
-        return f"mu has shape {mean.shape} and sigma {covariance.shape}; they must be (D,) and (D, D)"
+        return f"mu and sigma must be (D,) and (D, D), got {mean.shape} and {covariance.shape}"
     for name, array in (("mu", mean), ("sigma", covariance)):
         if not np.isfinite(array).all():
-            return f"{name} holds values that are not finite"
+            return f"{name} is not finite"
     scale = np.abs(covariance).max()
     if scale == 0:
-        return "sigma is all zeros, as of a single image; it must be the covariance of many"
+        return "sigma is all zeros, as for a single image"
     asymmetry = np.abs(covariance - covariance.T)
     if asymmetry.max() > ROUNDING * scale:
         i, j = np.unravel_index(asymmetry.argmax(), asymmetry.shape)
-        return (
-            f"sigma is not symmetric, {covariance[i, j]:.6g} at ({i}, {j}) and {covariance[j, i]:.6g} at ({j}, {i}); "
-            "it must be a covariance"
-        )
+        return f"sigma is not symmetric, {covariance[i, j]:.6g} at ({i}, {j}) and {covariance[j, i]:.6g} at ({j}, {i})"
     variances = covariance.diagonal()
     if variances.min() < -ROUNDING * scale:
-        return f"sigma has the variance {variances.min():.6g} at {variances.argmin()}; none may be negative"
+        return f"sigma has the negative variance {variances.min():.6g} at {variances.argmin()}"
     values = np.linalg.eigvalsh((covariance + covariance.T) / 2)
     if values[0] < -ROUNDING * values[-1]:
-        return f"sigma has the eigenvalue {values[0]:.6g} beside {values[-1]:.6g}; a covariance has none below 0"
+        return f"sigma has the negative eigenvalue {values[0]:.6g} beside {values[-1]:.6g}"
     return None
 
 
@@ -155,16 +151,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
         d² = |μ_a − μ_b|² + tr(A) + tr(B) − 2·tr((A^½ B A^½)^½)
 
-    FID in the features of FID's Inception, FD-DINOv2 in DINOv2's. The usual form takes the root of A·B, which is not
-    symmetric, with a general Schur method whose answer has been silently wrong in some library versions. A^½ B A^½ is
-    symmetric positive semi-definite and has the same eigenvalues, so two symmetric eigen-decompositions suffice.
+    It is FID in the features of FID's Inception, FD-DINOv2 in those of DINOv2. Common implementations take the root of
+    A·B, which is not symmetric, by a Schur method that has been silently wrong in some library versions. A^½ B A^½ is
+    symmetric positive semi-definite with the same eigenvalues, so two symmetric eigendecompositions suffice.
 
     Returns:
-        Never below 0.
+        At least 0.
 
     Raises:
         UserError: the dimensions differ.
-        ArithmeticError: a matrix root fails its residual check, or the distance is beyond double precision.
+        ArithmeticError: a matrix root fails its residual check, or the distance overflows.
     """
     _check_dimensions(a.dimension, b.dimension)
     root_a = symmetric_root(a.covariance)
@@ -175,14 +171,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     distance = mean_part + covariance_part
     if not np.isfinite(distance):
         raise ArithmeticError(f"the FD is {distance}; the features are too large for double precision")
-    return max(distance, 0.0)  # equal Gaussians may come out at minus one rounding error
+    return max(distance, 0.0)  # rounding may make it negative for equal Gaussians
 
 
 def symmetric_root(matrix: np.ndarray) -> np.ndarray:
     """The positive semi-definite root of a symmetric positive semi-definite matrix (D, D), float64.
 
-    Eigenvalues that are negative by rounding alone (ROUNDING) count as 0. Raises ArithmeticError if the square of the
-    root is not the matrix again, which is also what happens when one is further below 0.
+    Eigenvalues that are negative by rounding (ROUNDING) count as 0. Raises ArithmeticError if the square of the root is
+    not the matrix, as for eigenvalues further below 0.
     """
     symmetric = (matrix + matrix.T) / 2.0
     values, vectors = np.linalg.eigh(symmetric)
@@ -213,17 +209,17 @@ def kid(
 ) -> MeanAndDeviation:
     """Kernel Inception distance: MMD² under the kernel (x·y / D + 1)³ (Bińkowski et al., arXiv 1801.01401, section 4).
 
-    For equal distributions it is 0 on average, at any number of samples, and may come out below 0. As in the paper it
-    is averaged over random subsets, each without replacement.
+    For equal distributions its expectation is 0, at any number of samples, and a value may be negative. As in the
+    paper it is averaged over random subsets, each without replacement.
 
     Args:
         a, b: features (N, D) and (M, D), any real dtype; computed in float64.
-        subsets, subset_size: three matrices (subset_size, subset_size) are held at a time.
+        subsets, subset_size: of the average; three matrices (subset_size, subset_size) are in memory at a time.
         seed: of the subsets.
 
     Raises:
-        UserError: the features are no finite matrices, of other dimensions, or fewer than a subset.
-        ArithmeticError: the kernel is beyond double precision.
+        UserError: the features are no finite matrices of one dimension, or fewer than a subset.
+        ArithmeticError: the kernel overflows.
     """
     a, b = _check_pair(a, b)
     most = min(len(a), len(b))
@@ -260,34 +256,34 @@ def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class PRDC(NamedTuple):
-    """All from 0 to 1, but density, which exceeds 1 where samples gather in the densest places of the real set."""
+    """All from 0 to 1, except for density, which exceeds 1 if samples concentrate in dense regions of real images."""
 
-    precision: float  # share of the samples that lie in a ball around a real image
-    recall: float  # share of the real images that lie in a ball around a sample
-    density: float  # real balls that a sample lies in, on average, over k
-    coverage: float  # share of the real images whose ball holds a sample
+    precision: float  # fraction of samples inside a ball around a real image
+    recall: float  # fraction of real images inside a ball around a sample
+    density: float  # mean number of real balls around a sample, divided by k
+    coverage: float  # fraction of real images with a sample inside their ball
 
 
 def prdc(samples: np.ndarray, reference: np.ndarray) -> PRDC:
-    """Precision, recall, density, coverage: how samples lie among real images, by balls around nearest neighbours.
+    """Precision, recall, density and coverage of samples among real images.
 
-    A set stands for the union of balls around its points, each as large as the distance to the point's k-th nearest
-    neighbour in the set. Improved precision and recall: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2,
+    A set is represented by balls around its points, whose radius is the distance to the k-th nearest neighbour in the
+    set. Improved precision and recall: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2,
     k = 3. Density and coverage: Naeem et al., arXiv 2002.09797, equations 3 and 4, k = 5.
 
     Args:
         samples, reference: features (N, D) and (M, D), any real dtype; computed in float64, block by block. A point on
-            the surface of a ball is inside, but for rounding.
+            the surface of a ball is inside, up to rounding.
 
     Raises:
-        UserError: the features are no finite matrices, of other dimensions, or no more than k.
-        ArithmeticError: distances are beyond double precision.
+        UserError: the features are no finite matrices of one dimension, or no more than k.
+        ArithmeticError: distances overflow.
     """
     samples, reference = _check_pair(samples, reference)
     fewest = min(len(samples), len(reference))
     if fewest <= DENSITY_NEIGHBOURS:
-        raise UserError(f"{fewest} images are too few; it takes more than {DENSITY_NEIGHBOURS} on either side")
-    # Distances do not change when all points move; near the origin x² + y² − 2xy loses fewest digits.
+        raise UserError(f"samples and real images must be more than {DENSITY_NEIGHBOURS} each, got {fewest}")
+    # Translation leaves distances unchanged, and x² + y² − 2xy loses fewest digits near the origin.
     centre = reference.mean(axis=0, dtype=np.float64)
     samples, reference = samples - centre, reference - centre
     with np.errstate(over="ignore"):
@@ -317,13 +313,13 @@ def neighbour_radii(points: np.ndarray, neighbours: tuple[int, ...]) -> np.ndarr
     """Squared distance of each point (N, D) to its k-th nearest other one, for every k given: (len(neighbours), N)."""
     radii = np.empty((len(neighbours), len(points)))
     for rows, distances in distance_blocks(points, points):
-        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = -1.0  # itself, and first in the order
+        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = -1.0  # sort the point itself first
         radii[:, rows] = np.partition(distances, neighbours, axis=1)[:, neighbours].T
     return radii
 
 
 def distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Squared Euclidean distances of x (N, D) to y (M, D), float64: some rows of x at a time, (n, M)."""
+    """Yield slices of rows of x (N, D) with their squared Euclidean distances (n, M) to y (M, D), float64."""
     x_norms, y_norms = (np.einsum("nd,nd->n", points, points) for points in (x, y))
     size = max(BLOCK_ENTRIES // len(y), 1)
     for start in range(0, len(x), size):
@@ -341,25 +337,25 @@ def distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.nd
 def inception_score(probabilities: np.ndarray, *, seed: int = 0) -> MeanAndDeviation:
     """exp(E_x KL(p(y|x) ‖ p(y))), p(y) being the mean of p(y|x) (Salimans et al., arXiv 1606.03498, section 4).
 
-    Between 1 and the number of classes: are images clear of class, and of many classes? It is taken over ten equal
-    parts. These are random: samples of class after class would otherwise fall into parts of few classes each.
+    Between 1 and the number of classes; high if images are classified with confidence and into many classes. Computed
+    over ten equal parts, which are random since samples may be sorted by class.
 
     Args:
         probabilities: p(y|x) (N, classes), any real dtype; computed in float64.
         seed: of the parts.
 
     Raises:
-        UserError: these are no probabilities, or fewer than parts.
+        UserError: these are no probabilities, or fewer than the parts.
     """
     probabilities = _check_matrix(probabilities, "class probabilities", "classes")
     lowest, sums = probabilities.min(initial=0.0), probabilities.sum(axis=1, dtype=np.float64)
     if lowest < 0 or (np.abs(sums - 1) > SUM_ROUNDING).any():
         raise UserError(
-            f"class probabilities reach down to {lowest:.3g}, with sums from {sums.min():.3g} to {sums.max():.3g}; "
-            "they must be from 0 to 1 with sums of 1, which logits become by a softmax"
+            "class probabilities must be from 0 to 1 with sums of 1, as after a softmax, got a minimum of "
+            f"{lowest:.3g} and sums from {sums.min():.3g} to {sums.max():.3g}"
         )
     if len(probabilities) < SPLITS:
-        raise UserError(f"{len(probabilities)} samples are too few; it is taken over {SPLITS} parts of them")
+        raise UserError(f"samples must be at least {SPLITS}, one for each part of them, got {len(probabilities)}")
     order = np.random.default_rng(seed).permutation(len(probabilities))
     scores = []
     for part in np.array_split(order, SPLITS):

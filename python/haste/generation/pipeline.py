@@ -36,9 +36,6 @@ IMAGE_CHANNELS = (1, 3)
 PUBLISHED = "ema"  # the VAE that generate.py of REPA, HASTE and SiT decodes with
 
 
-# ---- the checkpoint ----
-
-
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """A trained model with the settings of its run.
@@ -126,19 +123,16 @@ def load_checkpoint(
     """
     path = Path(path).expanduser()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
     files = run_checkpoints(path)[::-1] if path.is_dir() else [path]
     for file in files:
         try:
             content = read_checkpoint(file, assume, convention)
-            model = loaded_model(content, ema, fused_attn).to(device)
+            model, settings = loaded_model(content, ema, fused_attn).to(device), sampling_config(content, file)
+            return LoadedCheckpoint(model, content["model_config"], settings, file, what_is_recorded(content))
         except BrokenCheckpoint as error:
             if not path.is_dir():
                 raise
             logger.warning("%s; trying the one before", error)
-            continue
-        settings = sampling_config(content, file)
-        return LoadedCheckpoint(model, content["model_config"], settings, file, what_is_recorded(content))
     raise UserError(f"all {len(files)} checkpoints in {path / 'checkpoints'} are damaged")
 
 
@@ -220,10 +214,8 @@ def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: i
     listed = list(range(num_classes)) if policy == "balanced" else _listed_classes(policy)
     unknown = [label for label in listed if not 0 <= label < num_classes]
     if unknown:
-        raise UserError(
-            f"--labels must be classes of the model, 0 to {num_classes - 1}, got {shorten(unknown[0])} in "
-            f"{shorten(policy)}"
-        )
+        found = f"{shorten(unknown[0])} in {shorten(policy)}"
+        raise UserError(f"--labels must be classes from 0 to {num_classes - 1}, got {found}")
     return np.array(listed, dtype=np.int64)[np.asarray(indices) % len(listed)]
 
 
@@ -285,7 +277,7 @@ class Sampler:
 
     @property
     def rows(self) -> int:
-        """Rows of a batch per image: two with guidance (cond and uncond), also if these are separate batches."""
+        """Rows per image: two with guidance (cond and uncond), also if these are separate batches."""
         return 2 if self.settings.cfg_scale > 1 else 1
 
     def with_full_steps(self, steps: Sequence[int]) -> Sampler:
@@ -293,7 +285,7 @@ class Sampler:
         settings = replace(
             self.settings,
             full_steps=describe_steps(steps),
-            order=min(self.settings.resolved_order, len(steps) - 1),  # there is never more to forecast from
+            order=min(self.settings.resolved_order, len(steps) - 1),
             interval=None,
             first_enhance=None,
             error_threshold=0.0,
@@ -321,8 +313,7 @@ class Sampler:
 
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
-        """Run the model on `count` images, with a cache up to the first forecast step, and the VAE on one image: what
-        is measured afterwards does not include the work of first calls."""
+        """Run the model on `count` images, with a cache up to the first forecast step, and the VAE, before timing."""
         model = self.loaded.model
         rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())

@@ -100,7 +100,7 @@ def test_a_root_with_not_a_number_in_it_is_reported(monkeypatch):
 
 
 def test_too_few_samples_are_refused_with_the_number_that_would_do():
-    with pytest.raises(UserError, match="64 samples are too few .* it needs more than 64, and 640"):
+    with pytest.raises(UserError, match="64 samples are too few .* it needs more than 64, better 640"):
         fit_gaussian(np.zeros((64, 64)))
 
 
@@ -118,7 +118,7 @@ def test_few_samples_come_with_a_caution_and_many_without():
         (np.zeros((10, 0)), "must be a matrix"),
         (np.zeros((10, 2), dtype=complex), "must be a matrix of numbers"),
         (np.full((10, 2), np.inf), "not finite"),
-        (np.array([[1e200], [-1e200], [0]]), "as large as 1.0e[+]200, whose squares are beyond double precision"),
+        (np.array([[1e200], [-1e200], [0]]), "must have squares within double precision, got 1.0e[+]200"),
     ],
 )
 def test_features_that_are_none_are_refused(features, message):
@@ -305,7 +305,7 @@ def test_features_that_are_not_finite_have_no_prdc(value):
 
 
 def test_too_few_points_and_two_networks_are_refused():
-    with pytest.raises(UserError, match="5 images are too few; it takes more than 5"):
+    with pytest.raises(UserError, match="must be more than 5 each, got 5"):
         prdc(np.zeros((5, 2)), np.zeros((9, 2)))
     with pytest.raises(UserError, match="2 and 3 dimensions"):
         prdc(np.zeros((9, 2)), np.zeros((9, 3)))
@@ -344,7 +344,7 @@ def test_few_samples_bias_it_downwards():
 
 
 def test_fewer_samples_than_parts_are_refused():
-    with pytest.raises(UserError, match="9 samples are too few; it is taken over 10 parts"):
+    with pytest.raises(UserError, match="samples must be at least 10, .* got 9"):
         inception_score(np.full((9, 3), 1 / 3))
 
 
@@ -352,8 +352,8 @@ def test_fewer_samples_than_parts_are_refused():
     ("probabilities", "message"),
     [
         (np.full((20, 3), np.nan), "not finite"),
-        (np.tile([1.5, -0.5, 0], (20, 1)), "reach down to -0.5"),
-        (np.tile([3.0, 2.0, 1.0], (20, 1)), "sums from 6 to 6; they must be .* which logits become by a softmax"),
+        (np.tile([1.5, -0.5, 0], (20, 1)), "class probabilities must be from 0 to 1 .* -0.5"),
+        (np.tile([3.0, 2.0, 1.0], (20, 1)), "class probabilities must be .* sums from 6 to 6"),
         (np.zeros((20, 0)), r"must be a matrix of numbers \(samples, classes\), got float64 \(20, 0\)"),
         (np.full(20, 0.5), "must be a matrix of numbers"),
     ],

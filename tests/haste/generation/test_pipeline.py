@@ -86,8 +86,8 @@ def test_labels_follow_the_policy():
     ("policy", "message"),
     [
         ("all", "must be random, balanced, classes such as 3,1,4, or a file of them, got all"),
-        ("3,10", "--labels must be classes of the model, 0 to 9, got 10"),
-        ("-1", "--labels must be classes of the model, 0 to 9, got -1"),
+        ("3,10", "--labels must be classes from 0 to 9, got 10"),
+        ("-1", "--labels must be classes from 0 to 9, got -1"),
     ],
 )
 def test_labels_that_do_not_exist_are_refused(policy, message):

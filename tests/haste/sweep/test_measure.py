@@ -173,7 +173,7 @@ def test_what_the_number_of_steps_does_not_allow_is_skipped_with_a_sentence(make
 
 
 def test_what_is_wrong_with_every_point_is_the_commands_error(make_sweep):
-    with pytest.raises(UserError, match="--labels must be classes of the model, 0 to 9"):
+    with pytest.raises(UserError, match="--labels must be classes from 0 to 9"):
         make_sweep(plan(SamplingConfig(labels="12"), [GRID], ())).run()
 
 
