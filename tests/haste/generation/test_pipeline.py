@@ -280,7 +280,7 @@ def test_a_vae_that_does_not_fit_is_refused(student, tmp_path):
     bare = load_checkpoint(write_bare(tmp_path / "bare.pt"))
     with pytest.raises(UserError, match="--vae must have latents of 4 channels, .* with 16"):
         latent_format(bare, str(wide))
-    with pytest.raises(UserError, match="which does not exist; it must be mse or ema"):
+    with pytest.raises(UserError, match="--vae must be mse, ema, .*which does not exist"):
         Sampler(student, SamplingConfig(vae="./none"))
 
 
