@@ -1,8 +1,10 @@
-"""Every private part of torch that haste uses, so that a new torch is checked in one place."""
+"""Every private part of torch and transformers that haste uses, so that a new version is checked in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,3 +33,37 @@ def flop_counter() -> FlopCounterMode:
 
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={cpu_attention: attention})
+
+
+# ---- transformers, which is imported where it is needed ----
+
+
+def sdpa_attention() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The SDPA entry of transformers' attention interface, and that of its masks."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_attention_forward, sdpa_mask
+
+
+def cached_file_if_any(source: str, file_name: str, **arguments: Any) -> str | None:
+    """The path of a file of a hub name, downloaded if needed; None if it cannot be had."""
+    from transformers.utils import cached_file
+
+    no_errors = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(source, file_name, **no_errors, **arguments)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from logging its table of weights that are missing or do not fit."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(is_other)  # another level would let it log more elsewhere
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)

@@ -1,4 +1,4 @@
-"""Alignment of a model with frozen vision encoders: which layers, which losses, and both in one module.
+"""Alignment of a student, the diffusion transformer, with frozen vision encoders: layers, losses, and both in a module.
 
 The method is HASTE's (arXiv 2505.16792, section 3.2), which contains REPA's (arXiv 2410.06940).
 """
@@ -17,20 +17,22 @@ from haste.errors import UserError
 from haste.models import ModelOutput, PublishedAlignment, families
 from haste.teachers.encoder import GridRule, TeacherOutput, VisionTeacher
 
+# ---- which layers ----
+
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Pairs of layers, both counted from 0: student[i] learns from teacher[i]."""
+    """Pairs of layers, counted from 0: the attention of student[i] is aligned with that of teacher[i]."""
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
 
     @classmethod
     def parse(cls, text: str) -> LayerMap:
-        """Read '4:8,5:9': student layers 4 and 5 learn from teacher layers 8 and 9.
+        """Parse '4:8,5:9': student layers 4 and 5 are aligned with teacher layers 8 and 9.
 
         Raises:
-            UserError: no such text.
+            UserError: another text.
         """
         try:
             pairs = [tuple(int(layer) for layer in pair.split(":")) for pair in text.split(",")]
@@ -41,28 +43,26 @@ class LayerMap:
         return cls(student, teacher)
 
     def check_student(self, depth: int) -> None:
-        """Raise UserError if the map names a layer that a student of this depth does not have."""
+        """Raise UserError if a student of this depth lacks one of the layers."""
         for layer in self.student:
             if not 0 <= layer < depth:
-                raise UserError(f"the layer map asks for layer {layer} of the student, which has {depth} layers; "
-                                f"student layers must be 0 to {depth - 1}")  # fmt: skip
+                raise UserError(f"--layer-map must name student layers from 0 to {depth - 1}, got {layer}")
 
     def __str__(self) -> str:
         return ",".join(f"{s}:{t}" for s, t in zip(self.student, self.teacher, strict=True))
 
 
-REPA_DEPTH = 8  # counted from 1; HASTE's are the families' own
+REPA_DEPTH = 8  # counted from 1
 
 
 def _published(model: str) -> PublishedAlignment | None:
-    """HASTE's layers for a size of any family, named such as SiT-XL/2; None where there are none."""
+    """HASTE's layers for a published size such as SiT-XL/2."""
     size = model.split("/")[0]
-    found = [f.published_alignment[size] for f in families() if size in f.published_alignment]
-    return found[0] if found else None
+    return next((f.published_alignment[size] for f in families() if size in f.published_alignment), None)
 
 
 def choose_encoder_depth(model: str, depth: int, attention: bool) -> int:
-    """The block, counted from 1, whose features are aligned when nobody says which.
+    """The default of --encoder-depth: the block, counted from 1, whose features are aligned.
 
     Args:
         model: name of a size.
@@ -74,14 +74,13 @@ def choose_encoder_depth(model: str, depth: int, attention: bool) -> int:
 
 
 def choose_layer_map(text: str, model: str) -> LayerMap:
-    """The layer map that was given, or, if none was, HASTE's for this model.
+    """Parse --layer-map; if it is empty, return HASTE's for this model.
 
     Args:
-        text: as `LayerMap.parse` reads it; may be empty.
         model: name of a size, such as SiT-XL/2.
 
     Raises:
-        UserError: a text that is no map; none is given and none published.
+        UserError: a text that is no layer map, or none for a model without a published one.
     """
     if text:
         return LayerMap.parse(text)
@@ -93,11 +92,13 @@ def choose_layer_map(text: str, model: str) -> LayerMap:
     return LayerMap.parse(published.layer_map)
 
 
+# ---- the losses ----
+
 QueriesKeys = Sequence[tuple[Tensor, Tensor]]
 
 
 class AlignmentLosses(NamedTuple):
-    """L_A and L_R, scalars in fp32; None for the one that is off."""
+    """L_A and L_R, scalars in fp32; None for one that is off."""
 
     attention: Tensor | None
     feature: Tensor | None
@@ -106,12 +107,12 @@ class AlignmentLosses(NamedTuple):
 def alignment_losses(
     queries_keys: QueriesKeys, features: Sequence[Tensor], teachers: Sequence[TeacherOutput], *, prefix: int = 0
 ) -> AlignmentLosses:
-    """Both losses of one batch; one is off where the student's side of it is empty.
+    """Both losses of a batch. A loss is off if its argument is empty.
 
     Args:
-        queries_keys, prefix: as for `attention_loss`; the first teacher's attention is the model for it.
+        queries_keys, prefix: as for `attention_loss`, with the first teacher.
         features: as for `feature_loss`.
-        teachers: what each teacher returned.
+        teachers: the outputs of the teachers.
     """
     attention = attention_loss(queries_keys, teachers[0], prefix=prefix) if queries_keys else None
     feature = feature_loss(features, teachers) if features else None
@@ -121,11 +122,11 @@ def alignment_losses(
 def attention_loss(queries_keys: QueriesKeys, teacher: TeacherOutput, *, prefix: int = 0) -> Tensor:
     """L_A: cross-entropy of the student's attention against the teacher's (arXiv 2505.16792, section 3.2).
 
-    The mean over batch, heads and queries, then over the layer pairs. The first min(H_s, H_t) heads are aligned, and
-    tokens in front of the image's are left out as queries and as keys, on both sides.
+    The mean over batch, heads and queries, then over the layer pairs. The first min(H_s, H_t) heads are aligned.
+    Prefix tokens are left out as queries and as keys, on both sides.
 
     Args:
-        queries_keys: per layer of the student, in the map's order, q and k as attention used them, each
+        queries_keys: q and k of each student layer of the layer map, as attention used them, each
             (B, H_s, prefix + N, D); any strides, fp32, fp16 or bf16.
         teacher: with q and k of as many layers, (B, H_t, its prefix + N, D_t).
         prefix: tokens of the student in front of the image's, such as a text's.
@@ -141,7 +142,7 @@ def attention_loss(queries_keys: QueriesKeys, teacher: TeacherOutput, *, prefix:
 
 
 def feature_loss(features: Sequence[Tensor], teachers: Sequence[TeacherOutput]) -> Tensor:
-    """L_R, the loss of REPA (arXiv 2410.06940): −cosine per token of projected hidden state and teacher feature.
+    """L_R, REPA's loss (arXiv 2410.06940): −cosine per token of projected hidden state and teacher feature.
 
     The mean over batch and tokens, then over the teachers.
 
@@ -156,11 +157,14 @@ def feature_loss(features: Sequence[Tensor], teachers: Sequence[TeacherOutput]) 
     return torch.stack([haste_ext.token_cosine_loss(z, teacher.patch_tokens) for z, teacher in pairs]).mean()
 
 
-class Aligner(nn.Module):
-    """HASTE's and REPA's alignment of a student, of any kind, with frozen vision encoders.
+# ---- both in a module ----
 
-    In a trainer of your own, with a student of 16 x 16 tokens that returns its q and k, and a projector per teacher
-    onto `aligner.z_dims[i]` features:
+
+class Aligner(nn.Module):
+    """HASTE's and REPA's alignment of any student with frozen vision encoders.
+
+    In your own trainer, with a student of 16 x 16 tokens that returns its q and k, and a projector per teacher onto
+    `aligner.z_dims[i]` features:
 
         aligner = Aligner.from_pretrained("dinov2-vit-b", "4:8,5:9", grid=16)
         ...
@@ -168,17 +172,17 @@ class Aligner(nn.Module):
         losses = aligner.losses([(q4, k4), (q5, k5)], [projector(hidden)], outputs)
         loss = velocity_loss + aligner.weigh(losses)
 
-    It holds the only references to the teachers, so that dropping it frees them: HASTE drops it after some steps.
+    It has the only references to the teachers. HASTE drops it after some steps, which frees them.
 
     Args:
         teachers: one or more; the first one's attention is aligned, and all features.
-        layer_map: None when attention is not aligned. The first teacher's layers are meant.
-        proj_coeff, attn_coeff: weights of L_R and L_A; what has weight 0 is not needed and not computed.
+        layer_map: the layers of student and first teacher; None: attention is not aligned.
+        proj_coeff, attn_coeff: weights of L_R and L_A. 0: the loss is not computed.
 
     Attributes:
         student_layers: the student's layers, from 0, whose q and k `losses` takes, in this order.
         project: whether `losses` takes projected features.
-        z_dims: their widths, one per teacher; empty where `project` is false.
+        z_dims: their widths, one per teacher; empty if `project` is false.
     """
 
     def __init__(
@@ -189,6 +193,8 @@ class Aligner(nn.Module):
         self.student_layers = layer_map.student if layer_map is not None and attn_coeff else ()
         self.proj_coeff = proj_coeff
         self.attn_coeff = attn_coeff
+        self.project = proj_coeff != 0
+        self.z_dims: tuple[int, ...] = tuple(teacher.width for teacher in teachers) if self.project else ()
 
     @classmethod
     def from_pretrained(
@@ -201,19 +207,19 @@ class Aligner(nn.Module):
         image_size: int | None = None,
         grid_rule: GridRule = "match",
     ) -> Aligner:
-        """Load the teachers; each keeps only what the losses call for.
+        """Load the teachers, each without the layers that no loss needs.
 
         Args:
-            names: of one teacher or several: folders, hub names, or short names as of `--enc-type`.
+            names: of one teacher or several: folders, hub names, or short names as for `--enc-type`.
             layer_map: such as "4:8,5:9", student:teacher, from 0. None: attention is not aligned.
-            grid: tokens along a side of the student's image. None: as many as the teacher has.
-            proj_coeff, attn_coeff: weights of L_R and L_A. 0: that loss is off; without L_R only the first teacher is
-                loaded, and no later layers than the map names.
-            image_size, grid_rule: the pixels per side that the teachers see, and what to do where their grid is not
-                the student's; see VisionTeacher.
+            grid: tokens along a side of the student's image. None: the teacher's.
+            proj_coeff, attn_coeff: weights of L_R and L_A. 0: the loss is off; without L_R only the first teacher is
+                loaded.
+            image_size, grid_rule: the teachers' image size in pixels, and what to do if their grid differs from the
+                student's; see VisionTeacher.
 
         Raises:
-            UserError: no such teacher, a layer that it does not have, a grid or size that does not fit.
+            UserError: an unknown teacher, a layer that it does not have, a grid or size that does not fit.
             ValueError: both losses are off.
         """
         names = [names] if isinstance(names, str) else names
@@ -229,20 +235,12 @@ class Aligner(nn.Module):
                 features=features,
                 grid_rule=grid_rule,
             )
-            for index, name in enumerate(names if features else names[:1])  # the others would have nothing to do
+            for index, name in enumerate(names if features else names[:1])
         ]
         return cls(teachers, layer_map, proj_coeff, attn_coeff)
 
-    @property
-    def project(self) -> bool:
-        return self.proj_coeff != 0
-
-    @property
-    def z_dims(self) -> tuple[int, ...]:
-        return tuple(teacher.width for teacher in self.teachers) if self.project else ()
-
     def describe(self, num_heads: int) -> str:
-        """The teachers of a student of so many heads, and what is done where the two differ, in one line."""
+        """The teachers and the aligned heads of a student with this number of heads, in one line."""
         teachers = ", ".join(teacher.describe() for teacher in self.teachers)
         if not self.student_layers:
             return teachers
@@ -255,7 +253,7 @@ class Aligner(nn.Module):
         return f"{teachers}; {heads} are aligned"
 
     def teacher_outputs(self, images: Tensor) -> list[TeacherOutput]:
-        """What every teacher makes of the images, without gradient.
+        """The outputs of all teachers, without gradient.
 
         Args:
             images: (B, C, H, W), float, in [-1, 1], of any size; C is 1 or the teacher's.
@@ -273,17 +271,17 @@ class Aligner(nn.Module):
         """L_A and L_R of a batch, without their weights.
 
         Args:
-            queries_keys: per layer of `student_layers` q and k as attention used them, each (B, H, prefix + N, D), any
-                strides. The first min(H, teacher's heads) are aligned; D may be another than the teacher's.
-            features: per teacher (B, N, z_dims[i]); empty where `project` is false.
+            queries_keys: q and k of each of `student_layers` as attention used them, each (B, H, prefix + N, D), any
+                strides. The first min(H, teacher's heads) are aligned; D may differ from the teacher's.
+            features: per teacher (B, N, z_dims[i]); empty if `project` is false.
             outputs: what `teacher_outputs` returned for the same images.
             prefix: tokens of q and k in front of the image's N, such as a text's.
 
         Returns:
-            Two scalars, fp32; None for the one that is off.
+            Two scalars, fp32; None for one that is off.
 
         Raises:
-            ValueError: other numbers of layers or features than the aligner needs, shapes that do not fit.
+            ValueError: a wrong number of layers or features, or shapes that do not fit.
         """
         if len(queries_keys) != len(self.student_layers):
             raise ValueError(f"queries_keys must have a pair for each of the layers {self.student_layers}, got "
@@ -299,10 +297,10 @@ class Aligner(nn.Module):
         return sum(coefficient * loss for coefficient, loss in weighted if loss is not None)
 
     def forward(self, output: ModelOutput, images: Tensor) -> tuple[Tensor, AlignmentLosses]:
-        """Both losses of a batch of one of haste's models, weighted and each by itself.
+        """Both losses of a batch of one of haste's models: their weighted sum, and each without its weight.
 
         Args:
-            output: of a model that was asked for `student_layers` and, if `project`, for its projections.
+            output: of the model, called with `student_layers` and `project`.
             images: as for `teacher_outputs`.
         """
         outputs = self.teacher_outputs(images)

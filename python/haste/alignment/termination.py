@@ -1,15 +1,15 @@
-"""When alignment ends, and how strong it is until then. Once it has ended it never comes back.
+"""When alignment ends, and its weight until then.
 
 The trainer calls, before each step:
 
     if rule.wants_probe(step):
         rule.observe(step, rule.measure(model, aligner, batches))
     if rule.due(step):
-        rule.stopped_at = step  # and frees the teachers
+        rule.stopped_at = step  # and frees the teachers; alignment does not start again
     loss = L_v + rule.weight(step) * (proj_coeff * L_R + attn_coeff * L_A)
 
-What a rule measures, it measures on images, noise and times that are the same at every probe, and without touching the
-random state, the gradients or the mode of the run that is being probed.
+All probes use the same images, noise and times. They do not change the random state, the gradients or the mode of the
+model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from haste.models import get_family
 from haste.transport import velocity_loss
 
 ProbeBatch = tuple[Tensor, Tensor, Tensor]
-"""What is diffused (B, C, S, S), the images for the teachers (B, C, R, R), the labels (B,)."""
+"""Inputs of the model (B, C, S, S), images for the teachers (B, C, R, R), labels (B,)."""
 
 Reduce = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes."""
@@ -36,8 +36,10 @@ Reduce = Callable[[Tensor], Tensor]
 NOISE_SEED = 0
 
 
+# ---- measurements ----
+
+
 def _of_one_process(tensor: Tensor) -> Tensor:
-    """The sum over one process."""
     return tensor
 
 
@@ -52,28 +54,20 @@ def gradient_cosine(
 ) -> float:
     """The cosine between the gradients of proj_coeff·L_R + attn_coeff·L_A and of L_v, in the parameters of one block.
 
-    The automatic trigger of HASTE (arXiv 2505.16792, appendix A.2).
+    It is the automatic trigger of HASTE (arXiv 2505.16792, appendix A.2). Each gradient is that of the mean over all
+    images at one time, whatever the batch size; the cosines are averaged over the times.
 
-    A gradient is that of the mean over all images at one time, so the size of the batches does not matter; the
-    cosines are averaged over the times. Of several processes, each brings its own images.
-
-    model: the plain module, not a wrapper that shards or synchronises it.
-    block: counted from 0, not beyond the last that a loss of the aligner looks at: it would have no gradient.
+    Args:
+        model: without a wrapper that shards or synchronizes it.
+        batches: this process's images.
+        block: counted from 0, at most the last one that a loss of the aligner reads, else it has no gradient.
     """
-    family = get_family(model)
-    parameters = [p for p in family.blocks(model)[block].parameters() if p.requires_grad]
+    parameters = [p for p in get_family(model).blocks(model)[block].parameters() if p.requires_grad]
     totals = [torch.zeros((), device=parameters[0].device)] * len(times)  # become (2, number of parameters)
-    with _probing(model, parameters[0].device):
-        for x, images, labels, noise in _with_noise(batches):
-            targets = aligner.teacher_outputs(images)
-            for index, time in enumerate(times):
-                t = torch.full((len(x),), time, device=x.device)
-                x_t, target = family.interpolate(model, x, noise, t, path_type)
-                output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
-                losses = aligner.losses(output.queries_keys, output.projections, targets, output.prefix)
-                alignment = _gradient(aligner.weigh(losses), parameters)
-                velocity = _gradient(velocity_loss(output.velocity, target), parameters)
-                totals[index] = totals[index] + len(x) * torch.stack([alignment, velocity])
+    with _probing(model):
+        for index, images, alignment, velocity in _probe_losses(model, aligner, batches, times, path_type):
+            gradients = torch.stack([_gradient(alignment, parameters), _gradient(velocity, parameters)])
+            totals[index] = totals[index] + images * gradients
     cosines = [torch.cosine_similarity(*reduce(total).double(), dim=0) for total in totals]
     return torch.stack(cosines).mean().item()
 
@@ -87,62 +81,68 @@ def mean_alignment_loss(
     path_type: str = "linear",
     reduce: Reduce = _of_one_process,
 ) -> float:
-    """The mean over images and times of proj_coeff·L_R + attn_coeff·L_A. Of several processes, each brings its own
-    images."""
-    family = get_family(model)
+    """The mean over images and times of proj_coeff·L_R + attn_coeff·L_A.
+
+    Args:
+        batches: this process's images.
+    """
     total = torch.zeros(2)  # the sum of the losses and their number
-    with _probing(model, next(model.parameters()).device):
-        for x, images, labels, noise in _with_noise(batches):
-            targets = aligner.teacher_outputs(images)
-            for time in times:
-                t = torch.full((len(x),), time, device=x.device)
-                x_t, _ = family.interpolate(model, x, noise, t, path_type)
-                output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
-                losses = aligner.losses(output.queries_keys, output.projections, targets, output.prefix)
-                loss = aligner.weigh(losses)
-                total = total.to(loss.device) + len(x) * torch.stack([loss, torch.ones_like(loss)])
+    with _probing(model):
+        for _, images, loss, _ in _probe_losses(model, aligner, batches, times, path_type):
+            total = total.to(loss.device) + images * torch.stack([loss, torch.ones_like(loss)])
     loss, number = reduce(total).tolist()
     return loss / number
 
 
 @contextmanager
-def _probing(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """No label is dropped in the meantime, and everything is computed in the type of the weights: gradients that no
-    scaler has lifted would vanish in fp16."""
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Eval mode, so that no label is dropped, in the weights' type: in fp16, gradients without a scaler underflow."""
     training = model.training
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:
         model.train(training)
 
 
-def _with_noise(batches: Iterable[ProbeBatch]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Each batch with noise of its own, made on the CPU: the same at every probe and on every device."""
-    generator = torch.Generator().manual_seed(NOISE_SEED)
+def _probe_losses(
+    model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], times: Sequence[float], path_type: str
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """The index of the time, the number of images, alignment loss and velocity loss, for each batch at each time."""
+    family = get_family(model)
+    generator = torch.Generator().manual_seed(NOISE_SEED)  # of the CPU: the same noise on every device
     for x, images, labels in batches:
-        yield x, images, labels, torch.randn(x.shape, generator=generator).to(x.device)
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        outputs = aligner.teacher_outputs(images)
+        for index, time in enumerate(times):
+            t = torch.full((len(x),), time, device=x.device)
+            x_t, target = family.interpolate(model, x, noise, t, path_type)
+            output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
+            losses = aligner.losses(output.queries_keys, output.projections, outputs, output.prefix)
+            yield index, len(x), aligner.weigh(losses), velocity_loss(output.velocity, target)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The gradient as one float32 vector, 0 where the loss does not depend on a parameter; the graph stays."""
-    # L_A reaches only the queries and keys of the last block that it looks at.
+    # L_A reaches only the queries and keys of the last block that it reads.
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     return torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
+# ---- rules ----
+
 NEVER = -1
-RULES = ("fixed", "cosine-ramp", "gradient-cosine", "plateau")
 
 
 class Termination:
-    """HASTE's default rule (arXiv 2505.16792): alignment holds with full weight while step < τ.
+    """HASTE's rule (arXiv 2505.16792): alignment has full weight while step < τ. Also the base of the other rules.
 
-    It is also the base of the other rules: with them, τ is the step at which alignment ends at the latest.
+    Args:
+        early_stop_point: τ, or -1 for never.
 
-    early_stop_point: τ, or -1 for never.
-    stopped_at: the step before which alignment ended; None while it has not. The trainer sets it.
+    Attributes:
+        stopped_at: the step before which alignment ended, set by the trainer; None while it lasts.
     """
 
     def __init__(self, early_stop_point: int) -> None:
@@ -150,38 +150,39 @@ class Termination:
         self.stopped_at: int | None = None
 
     def weight(self, step: int) -> float:
-        """What both alignment losses are multiplied by in this step; above 0 wherever due() has not been true."""
+        """The factor of both alignment losses in this step, above 0 until `due`."""
         return 1.0
 
     def due(self, step: int) -> bool:
-        """Whether alignment must end before the step with this number, counted from 0."""
+        """Whether alignment must end before this step, counted from 0."""
         return self.stopped_at is None and self.early_stop_point != NEVER and step >= self.early_stop_point
 
     def wants_probe(self, step: int) -> bool:
-        """Whether something must be measured, and given to observe(), before this step."""
+        """Whether `measure` and `observe` must be called before this step."""
         return False
 
     def measure(
         self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = _of_one_process
     ) -> float:
-        """What observe() is given, from images that are the same at every probe.
+        """Measure the value for `observe`.
 
-        The run's random state is left alone. reduce: the sum over processes, each of which brings its own
-        images. It computes in fp32, so batches should be half as large as in a half-precision step.
+        Args:
+            batches: this process's images. Computed in fp32, so half the size of a half-precision step's is safe.
         """
-        raise RuntimeError(f"{type(self).__name__} measures nothing")
+        raise NotImplementedError
 
     def observe(self, step: int, value: float) -> None:
-        raise RuntimeError(f"{type(self).__name__} measures nothing")
+        """Record a measurement."""
+        raise NotImplementedError
 
     @property
     def plan(self) -> str:
-        """When alignment is to end, in a few words."""
+        """When alignment will end, for the log."""
         return "to the end" if self.early_stop_point == NEVER else f"until step {self.early_stop_point}"
 
     @property
     def reason(self) -> str:
-        """Why alignment ends, in a few words."""
+        """Why alignment ends, for the log."""
         return f"--early-stop-point is {self.early_stop_point}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,13 +210,9 @@ class CosineRamp(Termination):
 
 
 class ProbedTermination(Termination):
-    """A rule that looks at a measurement every `every` steps from step `start` on.
+    """A rule that measures every `every` steps from step `start` on. The measurements are saved in checkpoints."""
 
-    What was measured is part of the state, so that a resumed run decides as an unbroken one.
-    TIMES: at which the probe images are noised.
-    """
-
-    TIMES = (0.02, 0.1, 0.5, 0.8)
+    TIMES = (0.02, 0.1, 0.5, 0.8)  # of the probe images' noise
 
     def __init__(self, early_stop_point: int, start: int, every: int, path_type: str) -> None:
         super().__init__(early_stop_point)
@@ -225,11 +222,11 @@ class ProbedTermination(Termination):
         self.observed: list[tuple[int, float]] = []
 
     def triggered(self) -> bool:
-        """Whether what was observed calls for the end."""
+        """Whether the measurements call for the end."""
         raise NotImplementedError
 
     def finding(self) -> str:
-        """What was observed, once triggered."""
+        """The measurement that triggered the end, for the log."""
         raise NotImplementedError
 
     def due(self, step: int) -> bool:
@@ -256,10 +253,11 @@ class ProbedTermination(Termination):
 
 
 class GradientCosine(ProbedTermination):
-    """HASTE's automatic trigger (appendix A.2): at one block the gradients of all alignment and of L_v point apart.
+    """HASTE's automatic trigger (appendix A.2): the gradients of alignment and of L_v at one block oppose each other.
 
-    block: whose parameters' gradients are compared, counted from 0.
-    threshold: alignment ends when the mean cosine is below it.
+    Args:
+        block: counted from 0.
+        threshold: alignment ends when the mean cosine is below it.
     """
 
     def __init__(
@@ -287,9 +285,10 @@ class GradientCosine(ProbedTermination):
 
 
 class Plateau(ProbedTermination):
-    """The mean alignment loss of the probe images has not fallen for `patience` probes.
+    """The alignment loss of the probe images has not fallen for `patience` probes.
 
-    min_delta: by less than this, a loss counts as not fallen below the lowest one before it.
+    Args:
+        min_delta: a loss has fallen if it is below the lowest one before it by more than this.
     """
 
     def __init__(
@@ -316,7 +315,7 @@ class Plateau(ProbedTermination):
         return f"the alignment loss is not below {lowest:.4f} by more than {self.min_delta} after {since} more probes"
 
     def _lowest(self) -> tuple[float, int]:
-        """The lowest loss, and how many probes have come since."""
+        """The lowest loss, and the number of probes since."""
         lowest, since = math.inf, 0
         for _, value in self.observed:
             if value < lowest - self.min_delta:
@@ -327,10 +326,13 @@ class Plateau(ProbedTermination):
 
 
 def make_termination(config: Any) -> Termination:
-    """The rule that --termination names, of a TrainConfig that is resolved.
+    """The rule that --termination names.
+
+    Args:
+        config: a resolved TrainConfig.
 
     Raises:
-        UserError: settings with which it cannot work.
+        UserError: settings with which the rule cannot work.
     """
     if not config.teachers:
         return Termination(NEVER)
@@ -339,28 +341,23 @@ def make_termination(config: Any) -> Termination:
         return Termination(tau)
     if config.termination == "cosine-ramp":
         if tau == NEVER:
-            raise UserError("--early-stop-point must be a step, at which --termination cosine-ramp is at 0, got -1")
+            raise UserError("--early-stop-point must be a step with --termination cosine-ramp, got -1")
         if not 0 <= config.ramp_start < tau:
             raise UserError(
                 f"--ramp-start must be at least 0 and below --early-stop-point, {tau}, got {config.ramp_start}"
             )
         return CosineRamp(tau, config.ramp_start)
     schedule = (tau, config.probe_start, config.probe_every, config.path_type)
-    if config.termination == "gradient-cosine":
-        blocks = aligned_blocks(config)
-        if config.probe_block > max(blocks):
-            raise UserError(
-                f"--probe-block must be 1 to {max(blocks)}, the last block that alignment reaches, or 0, "
-                f"got {config.probe_block}"
-            )
-        block = config.probe_block or blocks[0]
-        return GradientCosine(*schedule, block=block - 1, threshold=config.probe_threshold)
     if config.termination == "plateau":
         return Plateau(*schedule, patience=config.plateau_patience, min_delta=config.plateau_min_delta)
-    raise UserError(f"--termination must be {', '.join(RULES)}, got {config.termination!r}")
-
-
-def aligned_blocks(config: Any) -> list[int]:
-    """The last block, counted from 1, that each alignment loss reads: that of features first."""
+    # The last block, counted from 1, that each alignment loss reads: the features' first.
     blocks = [config.encoder_depth] if config.aligns_features else []
-    return blocks + [1 + max(LayerMap.parse(config.layer_map).student)] if config.aligns_attention else blocks
+    if config.aligns_attention:
+        blocks.append(1 + max(LayerMap.parse(config.layer_map).student))
+    if config.probe_block > max(blocks):
+        raise UserError(
+            f"--probe-block must be 1 to {max(blocks)}, the last block that alignment reads, or 0, "
+            f"got {config.probe_block}"
+        )
+    block = config.probe_block or blocks[0]
+    return GradientCosine(*schedule, block=block - 1, threshold=config.probe_threshold)

@@ -1,9 +1,8 @@
-"""A frozen vision transformer that shows its attention and its features."""
+"""A frozen vision transformer that returns its attention and its features."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from haste._compat import sdpa_attention, without_load_report
 from haste.errors import UserError
 from haste.teachers.families import Family, Normalisation, find_family, find_layers, resolve_teacher
 from haste.teachers.loading import (
@@ -31,32 +29,32 @@ from haste.weights import loading_arguments, reason
 
 # ---- q and k of any transformers model ----
 
+# transformers calls every attention layer through a table of functions. Our entry hands q and k, after rotary embedding
+# and before softmax, to the active recording, and then calls SDPA. No model is patched.
+
 ATTENTION_NAME = "haste_recording_sdpa"
 
 QueriesKeys = tuple[Tensor, Tensor]
 
+sdpa_attention_forward, sdpa_mask = sdpa_attention()
+
 
 class Recording:
-    """The q and k that the wanted attention modules used, by layer index."""
+    """The q and k of the listed attention modules, by layer index."""
 
     def __init__(self, layer_of_module: dict[nn.Module, int]) -> None:
-        self._layer_of_module = layer_of_module
+        self.layer_of_module = layer_of_module
         self.queries_keys: dict[int, QueriesKeys] = {}
 
-    def keep(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
-        layer = self._layer_of_module.get(module)
-        if layer is not None:
-            self.queries_keys[layer] = (query, key)
 
-
-# A context variable and not an attribute of the modules: several teachers, threads and other users of the same
-# transformers model never see each other's recordings.
+# A context variable and no attribute of the modules: several teachers, threads and other users of the same model never
+# see each other's recordings.
 _active: ContextVar[Recording | None] = ContextVar("haste_active_recording", default=None)
 
 
 @contextmanager
 def record(layer_of_module: dict[nn.Module, int]) -> Iterator[Recording]:
-    """Record the listed attention modules while the context is open."""
+    """Record q and k while the context is open."""
     recording = Recording(layer_of_module)
     token = _active.set(recording)
     try:
@@ -69,8 +67,8 @@ def _recording_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
 ) -> tuple[Tensor, None]:
     recording = _active.get()
-    if recording is not None:
-        recording.keep(module, query, key)
+    if recording is not None and module in recording.layer_of_module:
+        recording.queries_keys[recording.layer_of_module[module]] = (query, key)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
@@ -81,19 +79,20 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 # ---- the teacher ----
 
 GridRule = Literal["match", "interpolate"]
-"""Where the teacher's own grid of tokens is not the student's. match: the images are resized until it is, and the
-teacher's positions are resampled to it, as HASTE and REPA do. interpolate: the teacher sees images of its own size,
-or of the size asked for, and its queries, keys and features are interpolated over the grid."""
+"""What to do if the teacher's own grid of tokens is not the student's. match: resize the images until it is, and
+resample the teacher's positions, as HASTE and REPA do. interpolate: keep the teacher's own image size, or the one asked
+for, and interpolate its queries, keys and features over the grid."""
 
 
 @dataclass
 class TeacherOutput:
-    """What one teacher returns for one batch, on the student's grid of N tokens.
+    """What a teacher returns for a batch, on the student's grid of N tokens.
 
-    queries_keys: for each of its `layers`, in that order, (q, k), each (B, H, prefix + N, D).
-    prefix: number of leading class and register tokens in q and k.
-    patch_tokens: (B, N, C), the last layer's patch tokens after the final norm, without the prefix; None without
-        `features`. CLIP and MAE give them before the norm, as in REPA.
+    Attributes:
+        queries_keys: (q, k) of each of its `layers`, in that order, each (B, H, prefix + N, D).
+        prefix: number of leading class and register tokens in q and k.
+        patch_tokens: (B, N, C), the last layer's patch tokens after the final norm, without the prefix; before the
+            norm for CLIP and MAE, as in REPA. None without `features`.
     """
 
     queries_keys: list[QueriesKeys]
@@ -102,13 +101,13 @@ class TeacherOutput:
 
 
 class VisionTeacher(nn.Module):
-    """Runs the encoder without gradient, in eval mode, on the student's own images.
+    """A frozen encoder. Always in eval mode and without gradient. Use `from_pretrained` to create one.
 
-    Make one with `from_pretrained`. The images are resized (bicubic, as HASTE and REPA do) and normalised with the
-    encoder's own mean and standard deviation.
+    Images are resized (bicubic, as HASTE and REPA do) and normalised with the encoder's own mean and deviation.
 
-    grid: tokens per side that the encoder has at `image_size` pixels.
-    student_grid: tokens per side of what it gives out; where they differ, it is interpolated.
+    Args:
+        grid: tokens per side that the encoder has at `image_size` pixels.
+        student_grid: tokens per side of the output, which is interpolated if the two differ.
     """
 
     def __init__(
@@ -127,8 +126,7 @@ class VisionTeacher(nn.Module):
         config = encoder.config
         blocks = find_layers(encoder, config.num_hidden_layers)
         if not features:
-            # Nothing after the last recorded layer is needed, so it need not exist.
-            del blocks[max(layers) + 1 :]
+            del blocks[max(layers) + 1 :]  # nothing reads their output
         self.name = name
         self.encoder = encoder.eval().requires_grad_(False)
         self.layers = tuple(layers)
@@ -160,11 +158,11 @@ class VisionTeacher(nn.Module):
         Args:
             name: a local folder, a hub name, or one of HASTE's and REPA's short names.
             layers: whose q and k are returned, from 0.
-            grid: tokens per side that the student has. None: as many as the teacher has.
+            grid: tokens per side that the student has. None: the teacher's.
             image_size: pixels per side that the teacher sees. Default: grid x patch size, or the encoder's own size
                 when no grid is given or when tokens are interpolated.
             features: return the final patch tokens; without them, later layers are dropped.
-            grid_rule: what to do where the two grids differ.
+            grid_rule: what to do if the two grids differ.
 
         Raises:
             UserError: a folder that is missing or no model, an unknown family, a layer that the encoder does not have,
@@ -174,9 +172,12 @@ class VisionTeacher(nn.Module):
         source = resolve_teacher(name)
         config = load_config(name, source)
         family = find_family(name, config)
-        _check_layers(name, layers, config.num_hidden_layers)
+        for layer in layers:
+            if not 0 <= layer < config.num_hidden_layers:
+                last = config.num_hidden_layers - 1
+                raise UserError(f"--layer-map must name layers from 0 to {last} of the teacher {name}, got {layer}")
         if not layers and not features:
-            raise ValueError("a teacher without layers and without features has nothing to do")
+            raise ValueError("a teacher must return layers or features, got neither")
         image_size = _choose_image_size(name, config, grid, image_size, grid_rule)
         own = image_size // patch_size_of(name, config)
         return cls(
@@ -192,7 +193,7 @@ class VisionTeacher(nn.Module):
         )
 
     def train(self, mode: bool = True) -> VisionTeacher:
-        """A teacher stays in eval mode, whatever its owner does."""
+        """A teacher stays in eval mode, whatever the mode of the module that holds it."""
         return super().train(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -200,10 +201,7 @@ class VisionTeacher(nn.Module):
         if images.shape[1] == 1 and self.num_channels == 3:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != self.num_channels:
-            raise UserError(
-                f"the images have {images.shape[1]} channels and the teacher takes {self.num_channels}; "
-                "they must agree, or the images must be grey"
-            )
+            raise UserError(f"images must have 1 channel or the teacher's {self.num_channels}, got {images.shape[1]}")
         images = ((images + 1) / 2 - self.mean) / self.std
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic")
@@ -224,7 +222,7 @@ class VisionTeacher(nn.Module):
         return output if self.grid == self.student_grid else self._interpolate(output)
 
     def _interpolate(self, output: TeacherOutput) -> TeacherOutput:
-        """The same on the student's grid. The prefix has no place on a grid and is left out."""
+        """The same on the student's grid, without the prefix, which has no place on a grid."""
 
         def resample(tokens: Tensor) -> Tensor:
             return resample_tokens(tokens, self.grid, self.student_grid)
@@ -237,7 +235,7 @@ class VisionTeacher(nn.Module):
         )
 
     def describe(self) -> str:
-        """What it sees and what becomes of its tokens, in a few words."""
+        """Name, image size and grid of tokens, for the log."""
         size, grid, wanted = self.image_size, self.grid, self.student_grid
         tokens = f"{grid} x {grid} tokens" + (f" interpolated to {wanted} x {wanted}" if grid != wanted else "")
         return f"{self.name} ({size} x {size} pixels, {tokens})"
@@ -246,90 +244,51 @@ class VisionTeacher(nn.Module):
 def _load_encoder(name: str, source: str, family: Family, grid: int) -> nn.Module:
     """The encoder with positions for grid x grid patches, and without the parts that a teacher does not use."""
     try:
-        with _without_report():
+        with without_load_report():  # it also lists weights that are not used, such as a text side's
             model, info = AutoModel.from_pretrained(
                 source,
                 attn_implementation=ATTENTION_NAME,
                 dtype=torch.float32,
                 output_loading_info=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # else transformers advises to set this; refused below, with the shapes
+                ignore_mismatched_sizes=True,  # they are refused below, with their shapes
                 **loading_arguments(source),
             )
     except Exception as error:  # transformers', safetensors', the hub's own errors
         raise UserError(f"the teacher {name} cannot be loaded: {reason(error)}") from error
     encoder = getattr(model, "vision_model", model)  # the text side of a two-tower model is dropped here
     family.strip(encoder)
-    _refuse_other_shapes(name, encoder, info["mismatched_keys"])
-    _refuse_missing_weights(name, encoder, info["missing_keys"])
+    # transformers initializes weights that do not fit or are missing at random, which would make a useless teacher.
+    own = {parameter for parameter, _ in encoder.named_parameters()}
+    for key, found, wanted in sorted(info["mismatched_keys"]):
+        weight = key.removeprefix("vision_model.")
+        if weight in own:
+            has, needs = (" x ".join(map(str, shape)) for shape in (found, wanted))
+            raise UserError(f"{weight} of the teacher {name} must be {needs} by its config.json, got {has}")
+    lacking = sorted(own & {key.removeprefix("vision_model.") for key in info["missing_keys"]})
+    if lacking:
+        raise UserError(f"the teacher {name} lacks {len(lacking)} weights of its encoder, such as {lacking[0]}")
     if family.takes_patches:
         encoder.embeddings = NaFlexPatches(encoder.embeddings, grid)
     else:
-        own = own_image_size(name, encoder.config) // patch_size_of(name, encoder.config)
-        resample_positions(encoder.embeddings, own, grid)
+        own_grid = own_image_size(name, encoder.config) // patch_size_of(name, encoder.config)
+        resample_positions(encoder.embeddings, own_grid, grid)
     return encoder
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Without transformers' table of weights that do not fit, on its log: those of the encoder are refused below, and
-    the others, such as a text side's, are not used."""
-    log = logging.getLogger("transformers.modeling_utils")
-    log.addFilter(_is_no_report)  # another level would let it say more elsewhere
-    try:
-        yield
-    finally:
-        log.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
-
-
-def _refuse_missing_weights(name: str, encoder: nn.Module, missing: Iterable[str]) -> None:
-    """transformers draws weights that a checkpoint lacks at random, which here would teach nonsense."""
-    lacking = sorted(_own_weights(encoder) & {key.removeprefix("vision_model.") for key in missing})
-    if lacking:
-        raise UserError(f"the teacher {name} lacks {len(lacking)} weights of its encoder, such as {lacking[0]}")
-
-
-def _refuse_other_shapes(
-    name: str, encoder: nn.Module, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]
-) -> None:
-    """Of those, too, it draws new ones. mismatched: name, shape in the file, and shape that config.json asks for."""
-    shapes = {key.removeprefix("vision_model."): shapes for key, *shapes in mismatched}
-    for key in sorted(_own_weights(encoder) & shapes.keys()):
-        found, wanted = (" x ".join(map(str, shape)) for shape in shapes[key])
-        raise UserError(f"the teacher {name} cannot be loaded: its weight {key} is {found}; its config.json asks for "
-                        f"{wanted}")  # fmt: skip
-
-
-def _own_weights(encoder: nn.Module) -> set[str]:
-    return {parameter for parameter, _ in encoder.named_parameters()}
-
-
-def _check_layers(name: str, layers: Sequence[int], depth: int) -> None:
-    outside = [layer for layer in layers if not 0 <= layer < depth]
-    if outside:
-        raise UserError(
-            f"the layer map asks for layer {outside[0]} of the teacher {name}, which has {depth} layers; "
-            f"teacher layers must be 0 to {depth - 1}"
-        )
 
 
 def _choose_image_size(
     name: str, config: PretrainedConfig, grid: int | None, image_size: int | None, grid_rule: GridRule
 ) -> int:
     patch = patch_size_of(name, config)
-    match = grid is not None and grid_rule == "match"
+    wanted = grid if grid_rule == "match" else None
     if image_size is None:
-        return grid * patch if match else own_image_size(name, config)
+        return own_image_size(name, config) if wanted is None else wanted * patch
     if image_size < 1 or image_size % patch:
-        raise UserError(f"--teacher-resolution is {image_size}; it must be a multiple of {patch}, the patch of {name}")
+        raise UserError(f"--teacher-resolution must be a multiple of {patch}, the patch of {name}, got {image_size}")
     own = image_size // patch
-    if match and own != grid:
+    if wanted is not None and wanted != own:
         raise UserError(
-            f"the teacher {name} at {image_size} pixels has {own} x {own} tokens and the student has {grid} x {grid}; "
-            f"--teacher-resolution {grid * patch} would fit, or --teacher-grid interpolate"
+            f"--teacher-resolution must be {wanted * patch}, at which the teacher {name} has the student's {grid} x "
+            f"{grid} tokens, got {image_size}, at which it has {own} x {own}; or give --teacher-grid interpolate"
         )
     return image_size

@@ -1,12 +1,11 @@
-"""What differs between the families of vision transformers in transformers, and the teachers that have short names.
+"""The families of vision transformers in transformers that can be teachers, and the short names of teachers.
 
-A family is known by its config's `model_type`. Adding one is one line here and one case in the tests; so is a name.
+A family is the `model_type` of a config. A new one is one line here and one case in the tests; so is a short name.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from haste.errors import UserError
 
 
 class Normalisation(NamedTuple):
-    """What pixels in [0, 1] lose and are divided by, per channel."""
+    """Mean and standard deviation of pixels in [0, 1], per channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -32,27 +31,34 @@ HALF = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Family:
-    """How to run one family of encoders.
+    """How to run a family of encoders.
 
-    prefix_tokens: number of leading class and register tokens, from the config.
-    normalisation: what the published weights were trained with; a checkpoint's own file comes first.
-    hub_normalisation_is_wrong: the published checkpoints' file holds transformers' default, HALF, by mistake.
-    resamples: forward() must be told that the images may have another size than the config says.
-    unused_norm: the final norm, if REPA compares the tokens before it.
-    masks_patches: the encoder drops random patches unless told to keep them all, in order (MAE).
-    takes_patches: the encoder takes patches of images of any shape (NaFlex) instead of images.
+    Args:
+        class_tokens: number of class and distillation tokens in front of the patches.
+        normalisation: of the published weights; that of a checkpoint's own file takes precedence.
+        registers: register tokens follow the class token.
+        hub_normalisation_is_wrong: the published checkpoints' file has transformers' default, HALF, by mistake.
+        resamples: forward() must be told that the images may have another size than the config's.
+        unused_norm: the final norm, if REPA compares the tokens before it.
+        masks_patches: the encoder drops random patches unless told to keep all, in order (MAE).
+        takes_patches: the encoder takes patches of images of any shape instead of images (NaFlex).
     """
 
-    prefix_tokens: Callable[[PretrainedConfig], int]
+    class_tokens: int
     normalisation: Normalisation
+    registers: bool = False
     hub_normalisation_is_wrong: bool = False
     resamples: bool = True
     unused_norm: str | None = None
     masks_patches: bool = False
     takes_patches: bool = False
 
+    def prefix_tokens(self, config: PretrainedConfig) -> int:
+        """The number of class and register tokens in front of the patches."""
+        return self.class_tokens + (config.num_register_tokens if self.registers else 0)
+
     def forward_arguments(self, images: Tensor, num_patches: int) -> dict[str, object]:
-        """Keyword arguments of the model's forward() beside the pixels."""
+        """Keyword arguments of the encoder's forward() besides the pixels."""
         if self.takes_patches:
             return {"pixel_attention_mask": None, "spatial_shapes": None}
         arguments: dict[str, object] = {"interpolate_pos_encoding": True} if self.resamples else {}
@@ -62,7 +68,7 @@ class Family:
         return arguments
 
     def strip(self, encoder: nn.Module) -> None:
-        """Take out what neither patch tokens nor attention come from: poolers, and a norm that is not wanted."""
+        """Remove poolers and an unused norm, which neither patch tokens nor attention need."""
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None
         if getattr(encoder, "use_head", False):
@@ -74,58 +80,42 @@ class Family:
             encoder.config.mask_ratio = 0.0
 
 
-def _no_prefix(config: PretrainedConfig) -> int:
-    return 0
-
-
-def _class_token(config: PretrainedConfig) -> int:
-    return 1
-
-
-def _class_and_distillation(config: PretrainedConfig) -> int:
-    return 2
-
-
-def _class_and_registers(config: PretrainedConfig) -> int:
-    return 1 + config.num_register_tokens
-
-
 FAMILIES: dict[str, Family] = {
-    "dinov2": Family(_class_token, IMAGENET, resamples=False),
-    "dinov2_with_registers": Family(_class_and_registers, IMAGENET, resamples=False),
-    "dinov3_vit": Family(_class_and_registers, IMAGENET, resamples=False),
-    "vit": Family(_class_token, HALF),
-    "deit": Family(_class_and_distillation, IMAGENET),
+    "dinov2": Family(1, IMAGENET, resamples=False),
+    "dinov2_with_registers": Family(1, IMAGENET, registers=True, resamples=False),
+    "dinov3_vit": Family(1, IMAGENET, registers=True, resamples=False),
+    "vit": Family(1, HALF),
+    "deit": Family(2, IMAGENET),
     # transformers applies CLIP's last norm to the class token alone, as in CLIP's training.
-    "clip_vision_model": Family(_class_token, CLIP),
-    "siglip_vision_model": Family(_no_prefix, HALF),
-    "siglip2_vision_model": Family(_no_prefix, HALF, takes_patches=True),
-    "vit_mae": Family(_class_token, IMAGENET, unused_norm="layernorm", masks_patches=True),
-    "ijepa": Family(_no_prefix, IMAGENET, hub_normalisation_is_wrong=True),
+    "clip_vision_model": Family(1, CLIP),
+    "siglip_vision_model": Family(0, HALF),
+    "siglip2_vision_model": Family(0, HALF, takes_patches=True),
+    "vit_mae": Family(1, IMAGENET, unused_norm="layernorm", masks_patches=True),
+    "ijepa": Family(0, IMAGENET, hub_normalisation_is_wrong=True),
 }
 
-# Two-tower checkpoints, of which only the image side is a teacher.
+# Checkpoints of images and text, of which only the image side is a teacher.
 VISION_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
 
 
 def require_known(name: str, model_type: object) -> None:
-    """UserError if a config's model_type is none whose vision side is a known family."""
-    known = sorted(set(FAMILIES) | set(VISION_TOWERS))
+    """Raise UserError unless a config's model_type is a known family, or has the image side of one."""
+    known = sorted({*FAMILIES, *VISION_TOWERS})
     if model_type not in known:
         raise UserError(
-            f"the teacher {name} is a {str(model_type)[:40]!r} model; a teacher must be one of {', '.join(known)}"
+            f"the teacher {name} must be a model of one of the families {', '.join(known)}, got "
+            f"{str(model_type)[:40]!r}"
         )
 
 
 def find_family(name: str, config: PretrainedConfig) -> Family:
-    """The family of a vision config; UserError if its model_type is not a known one."""
-    if config.model_type not in FAMILIES:
-        require_known(name, None)
+    """The family of the config of an image side. UserError for an unknown one."""
+    require_known(name, config.model_type)
     return FAMILIES[config.model_type]
 
 
 def find_layers(model: nn.Module, depth: int) -> nn.ModuleList:
-    """The list of transformer layers: the one ModuleList that is as long as the config says the encoder is deep."""
+    """The list of transformer layers: the only ModuleList of that length."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if len(lists) != 1:
         raise RuntimeError(f"expected one list of {depth} layers in {type(model).__name__}, found {len(lists)}")
@@ -133,7 +123,7 @@ def find_layers(model: nn.Module, depth: int) -> nn.ModuleList:
 
 
 class Shape(NamedTuple):
-    """What a config says of an encoder. image_size: pixels per side that it was configured for."""
+    """The shape of an encoder in its config; image_size and patch in pixels."""
 
     model_type: str
     width: int
@@ -143,14 +133,13 @@ class Shape(NamedTuple):
 
 
 class Published(NamedTuple):
-    """The weights' name on the hub, and their shape."""
+    """The name of weights on the hub, and their shape."""
 
     hub_name: str
     shape: Shape
 
 
-# Short names, the same weights on the Hugging Face hub, and what their configs say. REPA's and HASTE's commands use the
-# first group.
+# Short names, the weights on the Hugging Face hub, and their Shape. REPA's and HASTE's commands use the first group.
 _PUBLISHED = {
     "dinov2-vit-s": ("facebook/dinov2-small", "dinov2", 384, 12, 14, 518),
     "dinov2-vit-b": ("facebook/dinov2-base", "dinov2", 768, 12, 14, 518),
@@ -181,34 +170,29 @@ UNAVAILABLE = ("mocov3-vit-s", "mocov3-vit-b", "mocov3-vit-l")
 
 
 def resolve_teacher(name: str) -> str:
-    """What from_pretrained() takes for the name of a teacher.
+    """The argument of from_pretrained() for a teacher.
 
     Args:
-        name: a published short name, a folder, or a hub name.
+        name: a short name, a folder, or a hub name.
 
     Raises:
-        UserError: a folder is missing or holds no config.json; the name is none of the three.
+        UserError: a folder that is missing or has no config.json, or another name.
     """
     if name in PUBLISHED:
         return PUBLISHED[name].hub_name
     if name in UNAVAILABLE:
         raise UserError(
-            f"the teacher {name} cannot be had: MoCo v3 is not among the models of transformers; take another, or give "
-            "the folder of its weights saved as a ViTModel with save_pretrained()"
+            f"a teacher must be a model of transformers, which lacks MoCo v3, got {name}; its weights can be used from "
+            "a folder, saved as a ViTModel with save_pretrained()"
         )
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"the teacher folder {name} holds no config.json; save one there with save_pretrained()")
+            raise UserError(f"a teacher must be a folder written by save_pretrained(), got {name}, without config.json")
         return str(folder)
-    if _looks_like_hub_name(name):
-        return name
-    known = ", ".join(PUBLISHED)
+    if name.count("/") == 1 and not name.startswith((".", "~", os.sep)) and not name.endswith("/"):
+        return name  # on the hub
     raise UserError(
-        f"the teacher {name!r} does not exist; it must be a folder written by save_pretrained(), "
-        f"a hub name such as facebook/dinov2-base, or one of {known}"
+        f"a teacher must be a folder written by save_pretrained(), a hub name such as facebook/dinov2-base, or one of "
+        f"{', '.join(PUBLISHED)}, got {name!r}"
     )
-
-
-def _looks_like_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "~", os.sep)) and not name.endswith("/")

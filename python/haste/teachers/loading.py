@@ -1,6 +1,6 @@
-"""What a teacher's files say of it: its config, held against what can be run before anything is built, and its mean.
+"""The files of a teacher: its config and normalisation, checked before a model is built, and its grid of positions.
 
-And whether two names mean the same teacher, told by their configs: no weights are loaded and no hub is asked.
+`same_teacher` compares two names by their configs, without loading weights or asking the hub.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig
-from transformers.utils import cached_file
 
+from haste._compat import cached_file_if_any
 from haste.errors import UserError, in_one_line
 from haste.io import in_bytes, read_json
 from haste.registry import TEACHERS, plugin
@@ -37,28 +37,9 @@ from haste.weights import loading_arguments, require_source, weights_size
 
 logger = logging.getLogger(__name__)
 
+# ---- the config ----
+
 LARGEST_SIDE = 4096  # pixels
-
-
-def patch_size_of(name: str, config: PretrainedConfig) -> int:
-    return _side(name, "patch_size", config.patch_size)
-
-
-def own_image_size(name: str, config: PretrainedConfig) -> int:
-    """Pixels per side that the encoder was configured for."""
-    if hasattr(config, "image_size"):
-        return _side(name, "image_size", config.image_size)
-    return round(config.num_patches**0.5) * patch_size_of(name, config)  # NaFlex
-
-
-def _side(name: str, key: str, value: int | list[int] | tuple[int, ...]) -> int:
-    sides = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not sides or any(type(side) is not int or not 1 <= side <= LARGEST_SIDE for side in sides):
-        raise UserError(f"the teacher {name} has {key} {str(value)[:40]}; it must be 1 to {LARGEST_SIDE:,} pixels")
-    if len(set(sides)) != 1:
-        raise UserError(f"the teacher {name} has {key} {tuple(sides)}; it must be square")
-    return sides[0]
-
 
 # The least and the most of what a config may ask for. The largest encoders have 80 layers of 3,200.
 SIZES = {
@@ -72,20 +53,21 @@ SIZES = {
 }
 OPTIONAL = ("intermediate_size", "num_register_tokens", "num_patches")  # not every family has them
 
-# Numbers of a model per byte of its files, at most. Half of a two-tower model may be left out, and there are weights of
-# one byte; what is missing is refused by name later, but not before memory was taken for it.
+# The most parameters per byte of a model's files, so that no memory is taken for weights that are not there. Half of a
+# two-tower model may be left out, and a weight may have one byte.
 MOST_NUMBERS_PER_BYTE = 4
 
 
 def load_config(name: str, source: str, flag: str = "--enc-type") -> PretrainedConfig:
-    """The config of the image side of the checkpoint, its sizes within bounds. No program that comes with it is run.
+    """Load the config of the image side of a checkpoint. Runs no code that comes with it.
 
     Args:
-        flag: what gave the name, for the sentence.
+        name: of the teacher, for messages.
+        source: as `resolve_teacher` returns it.
+        flag: that gave the name, for messages.
 
     Raises:
-        UserError: there is none, it is of a family that is not known, or asks for what the weights beside it cannot
-            hold.
+        UserError: no config, an unknown family, sizes out of bounds, or more parameters than the files can hold.
     """
     require_source(name, source, flag)
     values = read_checkpoint_json(name, source, "config.json", "the config of a teacher")
@@ -93,35 +75,49 @@ def load_config(name: str, source: str, flag: str = "--enc-type") -> PretrainedC
         raise UserError(f"the teacher {name} cannot be loaded: it has no config.json")
     require_known(name, values.get("model_type"))
     if values.get("quantization_config") is not None:
-        raise UserError(f"the teacher {name} is quantised; its weights must be in float32, float16 or bfloat16")
+        raise UserError(f"the teacher {name} must have weights in float32, float16 or bfloat16, got quantized ones")
     for part in (values, values.get("vision_config"), values.get("text_config")):
         _check_sizes(name, part if isinstance(part, dict) else {})  # transformers makes lists of these lengths
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading_arguments(source))
-    except Exception as error:  # a config of the wrong kinds of values leads transformers to raise anything
+    except Exception as error:  # transformers raises anything for values of a wrong type
         raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
     tower = config.vision_config if config.model_type in VISION_TOWERS else config
     _check_sizes(name, {key: getattr(tower, key, None) for key in SIZES})
-    patch_size_of(name, tower)
     own_image_size(name, tower)
+    patch_size_of(name, tower)
     if Path(source).is_dir():
         _require_weights(name, Path(source), config)
     return tower
 
 
 def read_checkpoint_json(name: str, source: str, file_name: str, what: str) -> dict[str, Any] | None:
-    """The content of a JSON file of the checkpoint; None if it has no such file."""
+    """The content of a JSON file of a checkpoint; None if it has no such file."""
     if Path(source).is_dir():
         path = Path(source) / file_name
         return read_json(path, what) if os.path.lexists(path) else None
-    found = cached_file(
-        source,
-        file_name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **loading_arguments(source),
-    )
+    found = cached_file_if_any(source, file_name, **loading_arguments(source))
     return None if found is None else read_json(Path(found), what)
+
+
+def patch_size_of(name: str, config: PretrainedConfig) -> int:
+    return _side(name, "patch_size", config.patch_size)
+
+
+def own_image_size(name: str, config: PretrainedConfig) -> int:
+    """Pixels per side in the config."""
+    if hasattr(config, "image_size"):
+        return _side(name, "image_size", config.image_size)
+    return round(config.num_patches**0.5) * patch_size_of(name, config)  # NaFlex
+
+
+def _side(name: str, key: str, value: int | list[int] | tuple[int, ...]) -> int:
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not sides or any(type(side) is not int or not 1 <= side <= LARGEST_SIDE for side in sides):
+        raise UserError(f"{key} of the teacher {name} must be 1 to {LARGEST_SIDE:,} pixels, got {str(value)[:40]}")
+    if len(set(sides)) != 1:
+        raise UserError(f"{key} of the teacher {name} must be square, got {tuple(sides)}")
+    return sides[0]
 
 
 def _check_sizes(name: str, values: dict[str, Any]) -> None:
@@ -130,16 +126,16 @@ def _check_sizes(name: str, values: dict[str, Any]) -> None:
         if value is None and key in OPTIONAL:
             continue
         if type(value) is not int or not least <= value <= most:
-            raise UserError(f"the teacher {name} has {key} {str(value)[:40]}; it must be {least} to {most:,}")
+            raise UserError(f"{key} of the teacher {name} must be {least} to {most:,}, got {str(value)[:40]}")
 
 
 def _require_weights(name: str, folder: Path, config: PretrainedConfig) -> None:
-    """UserError if the config asks for far more numbers than the files beside it have bytes."""
+    """Raise UserError if the config asks for far more parameters than the files can hold."""
     size = weights_size(folder, f"the teacher {name}")
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(config, trust_remote_code=False)
-    except Exception as error:  # sizes that do not go together
+    except Exception as error:  # sizes that do not fit together
         raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
     numbers = sum(parameter.numel() for parameter in model.parameters())
     if numbers > MOST_NUMBERS_PER_BYTE * size:
@@ -149,11 +145,23 @@ def _require_weights(name: str, folder: Path, config: PretrainedConfig) -> None:
         )
 
 
+# ---- normalisation ----
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """The settings of an image processor that matter here; None for its default."""
+
+    do_normalize: bool | None = None
+    image_mean: float | list[float] | None = None
+    image_std: float | list[float] | None = None
+
+
 def load_normalisation(name: str, source: str, family: Family, num_channels: int) -> Normalisation:
-    """The checkpoint's own, from its processor's file; where it has none, the family's, and a line in the log."""
+    """The normalisation in the checkpoint's processor file; without one, the family's."""
     settings = _read_processor(name, source)
     if settings is None:
-        logger.info("the teacher %s has no preprocessor_config.json; its family's mean and deviation are used", name)
+        logger.info("the teacher %s has no preprocessor_config.json; using its family's mean and deviation", name)
         return _per_channel(*family.normalisation, num_channels)
     if settings.do_normalize is False:
         return _per_channel(0.0, 1.0, num_channels)
@@ -164,42 +172,31 @@ def load_normalisation(name: str, source: str, family: Family, num_channels: int
         num_channels,
     )
     if family.hub_normalisation_is_wrong and own == _per_channel(*HALF, num_channels):
-        logger.info("the teacher %s comes with transformers' default mean; the one it was trained with is used", name)
+        logger.info("the teacher %s has transformers' default mean; using the one that it was trained with", name)
         return _per_channel(*family.normalisation, num_channels)
     return own
 
 
-@dataclass(frozen=True)
-class _Processor:
-    """What matters here of an image processor's settings. None, or absent: left at the default."""
-
-    do_normalize: bool | None = None
-    image_mean: float | list[float] | None = None
-    image_std: float | list[float] | None = None
-
-
 def _read_processor(name: str, source: str) -> _Processor | None:
-    """The image processor's settings; processors of images and text may keep them inside another file."""
-    what = "the settings of an image processor"
-    settings = read_checkpoint_json(name, source, "preprocessor_config.json", what)
-    where = "preprocessor_config.json"
+    """The image processor's settings, which processors of images and text keep inside another file."""
+    where, what = "preprocessor_config.json", "the settings of an image processor"
+    settings = read_checkpoint_json(name, source, where, what)
     if settings is None:
         where = "processor_config.json"
         settings = (read_checkpoint_json(name, source, where, what) or {}).get("image_processor")
     if settings is None:
         return None
     processor = build(_Processor, settings, f"{where} of the teacher {name}")
-    for key, least in (("image_mean", -math.inf), ("image_std", 0.0)):
+    for key, least, wanted in (("image_mean", -math.inf, "finite"), ("image_std", 0.0, "finite and above 0")):
         value = getattr(processor, key)
         numbers = [] if value is None else [value] if isinstance(value, float) else value
         if value == [] or not all(math.isfinite(number) and number > least for number in numbers):
-            what = "finite" if key == "image_mean" else "finite and above 0"
-            raise UserError(f"{key} in {where} of the teacher {name} is {str(value)[:60]}; it must be {what}")
+            raise UserError(f"{key} in {where} of the teacher {name} must be {wanted}, got {str(value)[:60]}")
     return processor
 
 
 def _per_channel(mean: float | Sequence[float], std: float | Sequence[float], num_channels: int) -> Normalisation:
-    """One value per channel; where the numbers differ, as for grey images, the mean over the channels."""
+    """One value per channel; if there are not as many, as for grey images, the mean over the channels."""
 
     def spread(value: float | Sequence[float]) -> tuple[float, ...]:
         values = (value,) if isinstance(value, (int, float)) else tuple(value)
@@ -208,10 +205,13 @@ def _per_channel(mean: float | Sequence[float], std: float | Sequence[float], nu
     return Normalisation(spread(mean), spread(std))
 
 
+# ---- the same teacher, or another ----
+
+
 def same_teacher(one: str, other: str) -> bool | None:
     """Whether two names of --enc-type load the same teacher: the same name, or encoders of the same shape.
 
-    None if a folder that one of them names is not here.
+    None if one of them is a folder that does not exist.
     """
     if _source(one) == _source(other):
         return True
@@ -223,13 +223,13 @@ def same_teacher(one: str, other: str) -> bool | None:
 
 
 def own_resolution(name: str) -> int | None:
-    """Pixels per side that a teacher was configured for; None if that is not known here."""
+    """Pixels per side in a teacher's config; None if it is not known here."""
     shape = shape_of(name)
     return None if shape is None else shape.image_size
 
 
 def shape_of(name: str) -> Shape | None:
-    """Of a published name or a folder; None for another hub name and for a folder that is missing or no encoder's."""
+    """The shape of a short name or a folder; None for another hub name and for a folder without an encoder."""
     if name in TEACHERS:
         return Shape(*plugin(TEACHERS, name).shape())
     published = {known.hub_name: known.shape for known in PUBLISHED.values()}
@@ -247,7 +247,7 @@ def shape_of(name: str) -> Shape | None:
 
 
 def _source(name: str) -> str:
-    """A hub name, or the absolute path of a folder; what is neither stays."""
+    """A hub name, or the absolute path of a folder; other names unchanged."""
     try:
         source = resolve_teacher(name)
     except UserError:
@@ -256,18 +256,18 @@ def _source(name: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name can be nothing but a path: it is no short name, and hub names have one slash."""
+    """Whether a name can only be a path; hub names have one slash."""
     return name.startswith((".", "~", "/")) or name.count("/") > 1
 
 
-# ---- positions ----
+# ---- positions and tokens on another grid ----
 
 
 def resample_positions(embeddings: nn.Module, own_grid: int, grid: int) -> None:
-    """Give an encoder's `embeddings` the learned positions of another grid, once and for all.
+    """Resample the learned positions in an encoder's `embeddings` to another grid, in place.
 
-    Bicubic with antialiasing, as timm does it and with it REPA and HASTE; transformers would do it in each forward
-    pass, without. Rotary positions (DINOv3) are computed for any grid and need nothing.
+    Bicubic with antialiasing, as in timm, REPA and HASTE; transformers would do it in each forward pass, without
+    antialiasing. Rotary positions (DINOv3) are computed for any grid.
     """
     if own_grid == grid:
         return
@@ -282,15 +282,16 @@ def resample_positions(embeddings: nn.Module, own_grid: int, grid: int) -> None:
 
 @torch.no_grad()
 def resample_table(table: Tensor, own_grid: int, grid: int, mode: str) -> Tensor:
-    """(P + own_grid², C) to (P + grid², C): the positions of class and register tokens stay in front."""
+    """(P + own_grid², C) to (P + grid², C), without changing the P positions of class and register tokens."""
     prefix, patches = table[: -(own_grid**2)], table[-(own_grid**2) :]
     return torch.cat([prefix, _resize(patches[None], own_grid, grid, mode)[0]])
 
 
 class NaFlexPatches(nn.Module):
-    """SigLIP 2 NaFlex's embeddings for square images of one size, whose positions are resampled only once.
+    """SigLIP 2 NaFlex's embeddings for square images of one size.
 
-    It takes images (B, C, H, W) where the original takes their patches, a mask and shapes.
+    It takes images (B, C, H, W), where the original takes their patches, a mask and shapes, and resamples the positions
+    only once.
     """
 
     def __init__(self, embeddings: nn.Module, grid: int) -> None:
@@ -298,7 +299,7 @@ class NaFlexPatches(nn.Module):
         self.patch_size = embeddings.patch_size
         self.patch_embedding = embeddings.patch_embedding
         table = embeddings.position_embedding.weight
-        positions = resample_table(table, round(len(table) ** 0.5), grid, "bilinear")  # as SigLIP 2 does it
+        positions = resample_table(table, round(len(table) ** 0.5), grid, "bilinear")  # as in SigLIP 2
         self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, images: Tensor, spatial_shapes: None = None) -> Tensor:
@@ -309,9 +310,6 @@ def cut_patches(images: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) to (B, N, p·p·C), row by row, channels last in each patch."""
     patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, rows, p, columns, p)
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-# ---- tokens ----
 
 
 def resample_tokens(tokens: Tensor, own_grid: int, grid: int) -> Tensor:

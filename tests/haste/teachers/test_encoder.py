@@ -233,12 +233,18 @@ def test_interpolation_leaves_a_grid_that_fits_alone(dinov2_folder):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"layers": [3]}, "asks for layer 3 of the teacher .* which has 3 layers; teacher layers must be 0 to 2"),
-        ({"layers": [-1]}, "asks for layer -1"),
-        ({"grid": 6, "image_size": 16}, "4 x 4 tokens and .* 6 x 6; --teacher-resolution 24 .* --teacher-grid interp"),
-        ({"image_size": 18}, "--teacher-resolution is 18; it must be a multiple of 4"),
-        ({"image_size": 0}, "--teacher-resolution is 0; it must be a multiple of 4"),
-        ({"grid": 6, "image_size": 18, "grid_rule": "interpolate"}, "--teacher-resolution is 18; it must be a multip"),
+        ({"layers": [3]}, "--layer-map must name layers from 0 to 2 of the teacher .* got 3"),
+        ({"layers": [-1]}, "--layer-map must name layers .* got -1"),
+        (
+            {"grid": 6, "image_size": 16},
+            "--teacher-resolution must be 24, .* 6 x 6 tokens, got 16, .* 4 x 4; or give --teacher-grid interp",
+        ),
+        ({"image_size": 18}, "--teacher-resolution must be a multiple of 4, .* got 18"),
+        ({"image_size": 0}, "--teacher-resolution must be a multiple of 4, .* got 0"),
+        (
+            {"grid": 6, "image_size": 18, "grid_rule": "interpolate"},
+            "--teacher-resolution must be a multiple of 4, .* got 18",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(dinov2_folder, arguments, sentence):
@@ -249,9 +255,9 @@ def test_what_does_not_fit_is_refused(dinov2_folder, arguments, sentence):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"model_type": "bert"}, "is a 'bert' model; a teacher must be one of .*dinov2"),
-        ({"model_type": "dinov2", "patch_size": [4, 2]}, r"has patch_size \(4, 2\); it must be square"),
-        ({"model_type": "no-such-model"}, "is a 'no-such-model' model; a teacher must be one of"),
+        ({"model_type": "bert"}, "must be a model of one of the families .*dinov2.*, got 'bert'"),
+        ({"model_type": "dinov2", "patch_size": [4, 2]}, r"patch_size of the teacher .* must be square, got \(4, 2\)"),
+        ({"model_type": "no-such-model"}, "must be a model of one of the families .* got 'no-such-model'"),
     ],
 )
 def test_a_folder_that_holds_no_teacher_is_refused(tmp_path, config, sentence):
@@ -283,12 +289,12 @@ def test_a_folder_whose_weights_have_another_patch_is_refused_with_both_shapes_a
     assert '"patch_size": 4' in text
     (tmp_path / "config.json").write_text(text.replace('"patch_size": 4', '"patch_size": 2'))
     logging.getLogger("transformers").addHandler(caplog.handler)  # which keeps its lines from the root's handlers
-    with pytest.raises(UserError, match=r"its weight \S+ is [\dx ]+; its config.json asks for [\dx ]+$"):
+    with pytest.raises(UserError, match=r"must be [\dx ]+ by its config.json, got [\dx ]+$"):
         VisionTeacher.from_pretrained(str(tmp_path))
     logging.getLogger("transformers").removeHandler(caplog.handler)
     assert caplog.text == ""
 
 
 def test_wrong_number_of_channels_is_refused(dinov2_folder):
-    with pytest.raises(UserError, match="the images have 4 channels and the teacher takes 3"):
+    with pytest.raises(UserError, match="images must have 1 channel or the teacher's 3, got 4"):
         VisionTeacher.from_pretrained(str(dinov2_folder))(torch.rand(1, 4, 16, 16))

@@ -221,10 +221,10 @@ def test_two_teachers_each_get_a_projector(make_config, teacher_folder):
         ({"data_dir": "cats"}, "--data-dir must be .* got 'cats'"),
         ({"resolution": 16}, "--resolution must be 8"),
         ({"encoder_depth": 4}, "--encoder-depth must be 1 to 3, .* got 4"),
-        ({"layer_map": "0:1,3:2"}, "asks for layer 3 of the student, which has 3 layers"),
-        ({"layer_map": "0:1,1:3"}, "asks for layer 3 of the teacher .* which has 3 layers"),
-        ({"enc_type": "/no/such/teacher"}, "the teacher '/no/such/teacher' does not exist"),
-        ({"teacher_resolution": 6}, "has 3 x 3 tokens and the student has 4 x 4; --teacher-resolution 8 would fit"),
+        ({"layer_map": "0:1,3:2"}, "--layer-map must name student layers from 0 to 2, got 3"),
+        ({"layer_map": "0:1,1:3"}, "--layer-map must name layers from 0 to 2 of the teacher .* got 3"),
+        ({"enc_type": "/no/such/teacher"}, "a teacher must be a folder .* got '/no/such/teacher'"),
+        ({"teacher_resolution": 6}, "--teacher-resolution must be 8, .* 4 x 4 tokens, got 6, at which it has 3 x 3"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_step(make_config, change, sentence):
