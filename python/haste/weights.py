@@ -34,6 +34,7 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torc
 # Modules that torch blocks even as safe globals.
 BLOCKED = {"sys", "os", "posix", "nt"}
 
+TENSOR_ENTRIES = re.compile(r"[^/]*/(data\.pkl|byteorder|data/.*)", re.DOTALL)  # of a TorchScript archive
 PATHS = {f"pathlib.{kind}" for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
 SCALARS = {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
 FILLED = {"collections.defaultdict": dict, "collections.Counter": dict, "collections.deque": list}  # built item by item
@@ -160,7 +161,8 @@ def _read_zip(path: Path, foreign: bool) -> Any:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             script = any(entry.filename.endswith("/constants.pkl") or "/code/" in entry.filename for entry in entries)
-            entries = [entry for entry in entries if not script or _is_of_tensors(entry.filename)]
+            if script:
+                entries = [entry for entry in entries if TENSOR_ENTRIES.fullmatch(entry.filename)]
             _refuse_inflation(entries, path)
             # torch.load does not verify the checksums of torch.save.
             if not script and archive.testzip() is not None:
@@ -205,11 +207,6 @@ def _refuse_deep_tuples(data: bytes) -> None:
         return
     if sum(code.name.startswith("TUPLE") for code, _, _ in pickletools.genops(data)) > MOST_TUPLES:
         raise _Refused(f"it holds more than {MOST_TUPLES:,} tuples")
-
-
-def _is_of_tensors(name: str) -> bool:
-    inside = name.partition("/")[2]
-    return inside in ("data.pkl", "byteorder") or inside.startswith("data/")
 
 
 def _without_program(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> io.BytesIO:

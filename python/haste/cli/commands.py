@@ -43,21 +43,21 @@ class PrepareConfig:
     """The settings of `haste prepare`, which are its flags."""
 
     source: Path
-    """The images. Classes are the folders at the top, in alphabetical order, or what a dataset.json says."""
+    """Folder, zip or Hugging Face data set of images. Labels: a dataset.json, or the top folders in sorted order."""
     dest: Path
-    """The folder that gets images/ and vae-sd/, for `haste train --data-dir`."""
+    """Output folder for images/ and vae-sd/, to be used as --data-dir of haste train."""
     resolution: int = 256
-    """Pixels per side of the cropped images."""
+    """Image resolution in pixels after the center crop."""
     vae: str = "mse"
-    """What makes the latents: mse or ema (Stable Diffusion's), a hub name, a folder; or none for images alone."""
+    """VAE that encodes the latents: mse or ema (Stable Diffusion's), a hub name or a folder; none for images only."""
     zip: bool = False
-    """Pack the finished folders into images.zip and vae-sd.zip."""
+    """Pack the output into images.zip and vae-sd.zip."""
     on_bad_file: OnBadFile = "refuse"
-    """What to do about an image that cannot be read: stop, or name it and leave it out."""
+    """Stop at an image that cannot be read, or skip it with a warning."""
     batch_size: int = 32
-    """Images that are encoded together."""
+    """Batch size for the VAE."""
     num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Processes that read and crop."""
+    """Number of worker processes that read and crop images. [default: the number of cores]"""
 
     def check(self) -> None:
         """Raise UserError for numbers out of bounds, and for a destination inside the source."""

@@ -14,7 +14,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +50,7 @@ def encode_npy(moments: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """One of the two folders: the names of its files, and their size when they are complete."""
 
     folder: str
@@ -202,9 +201,7 @@ class Preparation:
     batch_size: int
     num_workers: int
     on_bad_file: OnBadFile
-
-    def __post_init__(self) -> None:
-        self.faults: list[BadFile] = []
+    faults: list[BadFile] = field(default_factory=list)
 
     def run(self, numbers: list[int]) -> Iterator[int]:
         """Write the files of these numbers, and yield the size of each finished batch.

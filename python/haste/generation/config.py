@@ -89,9 +89,9 @@ class SamplingConfig(CacheConfig):
     cfg_scale: float = 1.0
     """Classifier-free guidance scale; 1 disables guidance."""
     guidance_low: float = 0.0
-    """Lower end of the guidance interval in time; 0 is the image ..."""
+    """Lower end of the guidance interval; time 0 is the image."""
     guidance_high: float = 1.0
-    """... and its upper end; 1 is pure noise."""
+    """Upper end of the guidance interval; time 1 is pure noise."""
     guidance_mode: Literal["batched", "separate"] = "batched"
     """Run cond and uncond as one batch, or as two with half the memory."""
     global_seed: int = 0

@@ -149,10 +149,10 @@ def run_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; UserError if there are none."""
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
-        wanted = "a checkpoint file or the folder of a run of haste train"
+        wanted = "--ckpt or --run must be the folder of a run of haste train"
         if list_checkpoints(run):  # checkpoints/ itself
-            raise UserError(f"--ckpt must be {wanted}, such as {run.absolute().parent}, got its folder {run}")
-        raise UserError(f"--ckpt must be {wanted}, got {run}, which holds no checkpoints")
+            raise UserError(f"{wanted}, such as {run.absolute().parent}, got its folder {run}")
+        raise UserError(f"{wanted}, got {run}, which holds no checkpoints")
     return checkpoints
 
 

@@ -114,14 +114,14 @@ def test_averaged_weights_unless_told_otherwise(run):
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--ckpt must be a checkpoint file or .*, which holds no checkpoints"):
+    with pytest.raises(UserError, match="--ckpt or --run must be .*, which holds no checkpoints"):
         load_checkpoint(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load_checkpoint(tmp_path / "0000400.pt")
 
 
 def test_the_folder_of_checkpoints_inside_a_run_names_the_run(run):
-    with pytest.raises(UserError, match=f"--ckpt must be .*such as {run}, got"):
+    with pytest.raises(UserError, match=f"--ckpt or --run must be .*such as {run}, got"):
         load_checkpoint(run / "checkpoints")
 
 
