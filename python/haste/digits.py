@@ -99,7 +99,7 @@ class TeacherConfig:
 
 
 class Teacher:
-    """The teacher as `haste.registry` wants it."""
+    """The entry in `haste.registry.TEACHERS`."""
 
     @staticmethod
     def prepare(folder: Path, settings: TeacherConfig | None = None) -> Path:

@@ -1,17 +1,17 @@
-"""The processes of a command: how they share a model, how they stop together, and their progress bars.
+"""The processes of a command: sharding a model, stopping together, and progress bars.
 
-accelerate reads all of this from how the run was launched; what it launches is one of
+accelerate reads the kind of run from its launcher:
 
     python -m haste train ...                                                      one process
-    accelerate launch --multi_gpu -m haste train ...                               DDP: a copy each
-    accelerate launch --use_fsdp --fsdp_version 2 -m haste train ...               FSDP2: a shard each
+    accelerate launch --multi_gpu -m haste train ...                               DDP
+    accelerate launch --use_fsdp --fsdp_version 2 -m haste train ...               FSDP2
 
-and for two machines of eight GPUs, on each with its own rank, 0 and 1,
+or, for two machines of eight GPUs, on each machine with its rank, 0 or 1:
 
     accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 0 \\
         --main_process_ip 10.0.0.1 --main_process_port 29500 -m haste train ...
 
-where --output-dir is a folder that both see.
+with --output-dir on a file system that both share.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 
 class StopRequest:
-    """While this context is open, the first SIGINT or SIGTERM is only noted; a second one acts as usual.
+    """While this context is open, the first SIGINT or SIGTERM is recorded; a second one acts as usual.
 
-    Several processes must stop after the same step, and each may hear at another one, or alone. So they vote at every
-    step, on the CPU and a step late: nobody waits for a vote that is still on its way. A second signal is noted there
-    like the first: launchers pass on to their processes what these have received already.
+    Several processes must stop after the same step, but a signal may reach them at different steps, or only one of
+    them. So they vote at every step, on the CPU, and read the result a step later, which takes no waiting. There, a
+    second signal is recorded like the first, as launchers forward signals that the processes have received already.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -66,11 +66,11 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._vote is not None and kind is None:
-            self._vote.wait()  # no process leaves while another counts on its vote
+            self._vote.wait()  # no process leaves while another waits for its vote
         self._restore()
 
     def poll(self) -> signal.Signals | None:
-        """The signal on account of which to stop, if any; the same in every process. To be called once a step."""
+        """The signal for which to stop, the same in every process; None if there is none. To be called once a step."""
         if self._voters is None:
             return self.received
         decided = 0
@@ -99,7 +99,13 @@ PATIENCE = timedelta(days=1)
 
 
 class Processes:
-    """rank: the number of this process, from 0. count: of all. device: this process's own."""
+    """The processes of a command that samples.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: number of processes.
+        device: of this process.
+    """
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -112,59 +118,48 @@ class Processes:
         return self.rank == 0
 
     def agree(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns in the first process, in all of them; the others wait and do not call it.
-
-        A UserError is raised in the first; the others leave silently.
-        """
-        if self.count == 1:
-            return function()
-        answer: list = [None, None]
-        if self.first:
-            try:
-                answer = [function(), None]
-            except UserError as error:
-                answer = [None, error]
-        broadcast_object_list(answer)
-        result, error = answer
-        if error is not None:
-            raise error if self.first else SystemExit(2)
-        return result
+        """`in_first`."""
+        return in_first(function)
 
     def gather(self, value: Result) -> list[Result]:
-        """Every process's value, in the order of the ranks, in all of them."""
+        """The values of all processes, in the order of the ranks."""
         return gather_object([value]) if self.count > 1 else [value]
 
     def leave(self) -> None:
-        """Dissolve the group."""
+        """Destroy the process group."""
         if self.count > 1:
             self._state.destroy_process_group()
 
 
-def in_first(accelerator: Accelerator, function: Callable[[], object]) -> None:
-    """Call `function` in the first process, while the others wait. After a UserError there, which the first one raises,
-    all leave."""
-    problem = None
-    if accelerator.is_main_process:
+def in_first(function: Callable[[], Result]) -> Result:
+    """Call `function` in the first process, while the others wait, and return its result in all.
+
+    A UserError is raised in the first process; the others exit silently.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if state.is_main_process:
         try:
-            function()
+            answer = [function(), None]
         except UserError as error:
-            problem = error
-    failed = torch.tensor(float(problem is not None), device=accelerator.device)
-    if accelerator.reduce(failed, reduction="sum") > 0:
-        raise problem or SystemExit(2)
+            answer = [None, error]
+    broadcast_object_list(answer)
+    result, error = answer
+    if error is not None:
+        raise error if state.is_main_process else SystemExit(2)
+    return result
 
 
 def sharding() -> bool:
-    """Whether FSDP was asked for."""
+    """Whether the command was launched with FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], accelerator: Accelerator) -> None:
-    """FSDP2: block by block each process keeps its shard of the weights, in place.
-
-    The shards stay in fp32 and autocast rounds what a matrix product reads, as in one process.
-    """
-    # What it warns of, changing an output in place, nothing here does.
+    """FSDP2, block by block and in place. The shards stay in fp32; autocast rounds as in one process."""
+    # It warns of changing an output in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in blocks:
@@ -173,13 +168,13 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], accelerator: Accelerato
 
 
 def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """DDP. Every buffer and every weight starts out the same, as all processes have the same seed."""
+    """DDP. All processes have the same seed, so weights and buffers are the same at the start."""
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def synchronizing(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Around forward and backward: gradients are exchanged in the last of a step's micro-batches only."""
+    """Context of forward and backward: gradients are exchanged only in the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     elif isinstance(model, DistributedDataParallel) and not last:
@@ -188,33 +183,33 @@ def synchronizing(model: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is sharded; every process must call it."""
+    """A tensor without sharding. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, or all of one that is not sharded."""
+    """This process's shard of a tensor, or the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, sharded as `like` is."""
+    """Shard a tensor, which is the same in every process, as `like` is sharded."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-RARELY = 10.0  # seconds between two lines of a bar in a file or a pipe, where each stays
+RARELY = 10.0  # seconds between two lines of a bar in a file or a pipe
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
-    """A tqdm bar on standard error; where that is no terminal, it is printed at most every RARELY seconds.
+    """A tqdm bar on standard error, printed at most every RARELY seconds if that is no terminal.
 
-    Set its postfix with refresh=False, which would print it at once.
+    Set its postfix with refresh=False, else it is printed at once.
 
     Args:
-        iterable: what the bar goes along with, or None for one that is moved by `update`.
-        options: tqdm's own, such as total, desc and unit.
+        iterable: to iterate over; None for a bar that `update` moves.
+        options: tqdm's arguments, such as total, desc and unit.
     """
     from tqdm import tqdm
 
@@ -224,7 +219,7 @@ def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
 
 
 def watched() -> bool:
-    """Whether standard error is a terminal; not if it is closed."""
+    """Whether standard error is open and a terminal."""
     try:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):

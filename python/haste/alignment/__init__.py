@@ -1,4 +1,4 @@
-"""What aligning a student with its teachers means: which layers, which losses, and one run's use of both."""
+"""Alignment of a student with its teachers: layers, losses, and when alignment ends."""
 
 from haste.alignment.aligner import (
     Aligner,

@@ -87,7 +87,7 @@ def prepare(config: PrepareConfig) -> None:
     latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
     destination = Destination(config.dest.expanduser(), source, config.resolution, latents)
     with ExitStack() as stack:
-        in_first(accelerator, lambda: stack.enter_context(destination.hold()))
+        in_first(lambda: stack.enter_context(destination.hold()))
         if not destination.finished:
             prepare_missing(config, accelerator, source, destination, None if latents is None else VAE(latents))
         if accelerator.is_main_process:

@@ -230,12 +230,14 @@ def prefetch(loader: DataLoader) -> Iterator[Any]:
 
 
 class Loader:
-    """This process's local batch of every micro-batch.
+    """The local batches of this process in a training run.
 
-    What is random in a batch, such as a latent sampled from its mean and standard deviation, is a function of the seed,
-    the micro-batch and the process: it needs no place in a checkpoint.
+    The random numbers of a batch, such as of latents sampled from their mean and standard deviation, are a function of
+    the seed, the micro-batch and the process, and need not be saved.
 
-    start: the step to begin with. images: whether a teacher looks at the images.
+    Args:
+        start: first step.
+        images: whether a teacher needs the images.
     """
 
     def __init__(
@@ -261,12 +263,12 @@ class Loader:
         )
 
     def next(self, step: int, number: int) -> Batch:
-        """The local batch of a step's micro-batch with this number; to be called in order."""
+        """The local batch of a step's micro-batch with this number. To be called in order."""
         self._seed(step * self.config.gradient_accumulation_steps + number)
         return next(self._batches)
 
     def probe(self) -> Iterator[Batch]:
-        """The images of a probe, the same ones every time. Half as many at once: a probe computes in fp32."""
+        """The batches of a probe, the same ones every time. They have half the size, as a probe computes in fp32."""
         processes = self.accelerator.num_processes
         size = max(1, self.config.batch_size // processes // 2) * processes
         self._seed(0)

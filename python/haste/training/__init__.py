@@ -1,1 +1,1 @@
-"""Training a SiT: settings and presets, the loop, checkpoints."""
+"""Training: settings and presets, the loop, checkpoints."""

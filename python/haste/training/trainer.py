@@ -91,8 +91,8 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = make_accelerator(config)
     folder = RunDir(config)
     with ExitStack() as stack:
-        in_first(accelerator, lambda: stack.enter_context(folder.hold()))
-        in_first(accelerator, folder.settle)
+        in_first(lambda: stack.enter_context(folder.hold()))
+        in_first(folder.settle)
         checkpoint = read_newest_checkpoint(folder.checkpoints, folder.branches.step_to_read(config.resume_step))
         if checkpoint is not None:
             folder.check_same_config(checkpoint["args"])
@@ -244,7 +244,7 @@ class Trainer:
     def _run(self) -> signal.Signals | None:
         """Run the loop. Returns the signal that ended it early, or None."""
         config = self.config
-        in_first(self.accelerator, self._create_folder)
+        in_first(self._create_folder)
         self.trackers.start(config)
         if config.preset:
             logger.info("preset %s: %s", config.preset, describe_run(config))
