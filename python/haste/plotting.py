@@ -20,12 +20,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from haste.io import remove_abandoned, write_atomically
 
-matplotlib.use("Agg")  # no screen is needed, and none is looked for
+matplotlib.use("Agg")  # no screen is needed
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one theme; `series` are told apart by colour-blind readers and on grey paper."""
+    """Colours of one theme; those of `series` differ also for colour-blind readers and in grey."""
 
     name: str
     background: str
@@ -45,7 +45,7 @@ THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
 
 @contextmanager
 def styled(theme: Theme) -> Iterator[None]:
-    """Plot inside this block in the given theme."""
+    """Use a theme for the plots inside this block."""
     settings = {
         "figure.facecolor": theme.background, "axes.facecolor": theme.background, "savefig.facecolor": theme.background,
         "text.color": theme.text, "axes.labelcolor": theme.text, "axes.titlecolor": theme.text,
@@ -64,7 +64,7 @@ def styled(theme: Theme) -> Iterator[None]:
 
 
 def _legible(text: object) -> str:
-    """Text that matplotlib can set: of file names with odd bytes, question marks."""
+    """Text that matplotlib can set, with question marks for what UTF-8 cannot hold."""
     return str(text).encode("utf-8", "replace").decode()
 
 
@@ -91,12 +91,12 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(png))
 
 
-GRID_INCHES = 13.0  # a grid is at most so wide
-GRID_TILE_INCHES = 0.5  # an image of a grid is at least so wide,
-LARGEST_TILE = 256  # and at most so many pixels
+GRID_INCHES = 13.0  # the largest width of a grid
+GRID_TILE_INCHES = 0.5  # the smallest width of an image of a grid
+LARGEST_TILE = 256  # the largest, in pixels
 GAP_INCHES, LABEL_INCHES = 0.06, 0.2  # between images, and above each for its label
 LETTERS_PER_INCH = 15  # of a label
-SMOOTHING_WINDOWS = 40  # a curve is smoothed over this fraction of its length to either side
+SMOOTHING_WINDOWS = 40  # a curve is smoothed over 1/40 of its length to each side
 
 LOSSES = {
     "loss": "Velocity loss (mean squared error)",
@@ -114,8 +114,10 @@ def plot_grid(
     columns: int = 10,
     theme: Theme = LIGHT,
 ) -> None:
-    """A grid of images (N, H, W, 3) uint8, each under its label, as far as there is room: small ones enlarged without
-    smoothing, those of more than LARGEST_TILE pixels made smaller with it."""
+    """Plot a grid of images (N, H, W, 3) uint8, each under its label, cut to the image's width.
+
+    Small images are enlarged without smoothing; those of more than LARGEST_TILE pixels are made smaller.
+    """
     side = images.shape[1]
     with styled(theme):
         tile = max(GRID_TILE_INCHES, min(side, LARGEST_TILE) / plt.rcParams["savefig.dpi"])
@@ -138,9 +140,11 @@ def plot_grid(
 def plot_losses(
     path: Path, log: Sequence[Mapping], *, title: str, stop: int | None = None, theme: Theme = LIGHT
 ) -> None:
-    """The losses of one run from the records of its log.jsonl: faint as logged, bold smoothed.
+    """Plot the losses of one run, faint as logged and bold smoothed.
 
-    Losses that the run did not have are left out. `stop` marks the step at which alignment ended.
+    Args:
+        log: the lines of its log.jsonl. Losses that the run did not have are left out.
+        stop: the step at which alignment ended, to be marked.
     """
     present = [name for name in LOSSES if any(record.get(name) is not None for record in log)]
     with styled(theme):
@@ -161,13 +165,13 @@ def plot_losses(
 
 
 Scores = Mapping[str, Mapping[int, Sequence[Mapping]]]
-"""Method → seed → records with step, fd and label_accuracy, in the order of the steps."""
+"""Records with step, fd and label_accuracy in the order of the steps, by method and seed."""
 
 
 def plot_scores(path: Path, scores: Scores, *, title: str, stop: int | None = None, theme: Theme = LIGHT) -> None:
-    """FD (log scale) and label accuracy over training steps: one line per method, its mean over seeds.
+    """Plot FD (log scale) and label accuracy over training steps: one line per method, its mean over seeds.
 
-    With several seeds the band spans the lowest to the highest seed.
+    With several seeds a band spans the lowest to the highest.
     """
     with _score_panels(path, title, stop, theme) as (left, right):
         for place, (method, seeds) in enumerate(scores.items()):
@@ -184,7 +188,7 @@ def plot_scores(path: Path, scores: Scores, *, title: str, stop: int | None = No
 def plot_advantage(
     path: Path, scores: Scores, baseline: str, *, title: str, stop: int | None = None, theme: Theme = LIGHT
 ) -> None:
-    """The same scores relative to one method's at the same step and seed, where these differ little on their range.
+    """Plot the scores relative to those of one method at the same step and seed, which shows small differences.
 
     Only seeds that the baseline has are shown. Bands as in plot_scores.
     """
@@ -202,11 +206,11 @@ def plot_advantage(
 
 @contextmanager
 def _score_panels(path: Path, title: str, stop: int | None, theme: Theme) -> Iterator[tuple[Axes, Axes]]:
-    """Two panels over training steps; afterwards the axes of steps, the end of alignment, one legend, the heading."""
+    """Yield two panels over training steps; then set the axes of steps, the end of alignment, a legend, the heading."""
     with styled(theme):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12.0, 3.8))
         yield left, right
-        for axes, height in ((left, 0.94), (right, 0.03)):  # where the curves are not
+        for axes, height in ((left, 0.94), (right, 0.03)):  # away from the curves
             _thousands(axes)
             axes.set(xlabel="Training step", xlim=(0, None))
             if stop is not None:
@@ -222,9 +226,11 @@ def _score_panels(path: Path, title: str, stop: int | None, theme: Theme) -> Ite
 def plot_step_errors(
     path: Path, errors: np.ndarray, *, title: str, full_steps: Sequence[int] = (), theme: Theme = LIGHT
 ) -> None:
-    """The relative error of a cached run's state after every step, (steps, images): mean, lowest to highest.
+    """Plot the relative error of a cached run's state after every step: the mean, and lowest to highest.
 
-    `full_steps`, counted from 0, have a dot. Where the states still agree but for rounding, nothing is shown.
+    Args:
+        errors: (steps, images). Zeros, where the states still agree, are left out.
+        full_steps: counted from 0, to be marked with a dot.
     """
     steps = np.arange(1, len(errors) + 1)
     positive = np.where(errors > 0, errors, np.nan)
@@ -251,17 +257,17 @@ def plot_step_errors(
 
 
 def _steps_of(seeds: Mapping[int, Sequence[Mapping]]) -> list[int]:
-    """The steps at which a method was evaluated."""
+    """The steps of a method."""
     return [record["step"] for record in next(iter(seeds.values()))]
 
 
 def _values_of(seeds: Mapping[int, Sequence[Mapping]], key: str) -> np.ndarray:
-    """One score of a method, (seeds, points)."""
+    """One score of a method, (seeds, steps)."""
     return np.array([[record[key] for record in records] for records in seeds.values()])
 
 
 def _plot_series(axes: Axes, place: int, method: str, steps: Sequence[int], values: np.ndarray, theme: Theme) -> None:
-    """One method's values (seeds, points): their mean and, with several seeds, the band from lowest to highest.
+    """Plot a method's values (seeds, steps): their mean and, with several seeds, the band from lowest to highest.
 
     From the fourth method on lines are dashed: methods that agree for a while would hide each other.
     """
@@ -272,7 +278,7 @@ def _plot_series(axes: Axes, place: int, method: str, steps: Sequence[int], valu
 
 
 def smooth(values: np.ndarray, windows: int = SMOOTHING_WINDOWS) -> np.ndarray:
-    """Centred running mean over such a fraction of the curve to either side, shorter at its ends, same length (N,)."""
+    """The running mean (N,), over 1/windows of the curve to each side, shorter at its ends."""
     half = max(len(values) // windows, 1)
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -281,21 +287,21 @@ def smooth(values: np.ndarray, windows: int = SMOOTHING_WINDOWS) -> np.ndarray:
 
 
 def robust_limits(values: np.ndarray) -> tuple[float, float]:
-    """Limits of a y axis that a few extreme early values do not flatten."""
+    """The limits of a y axis, without a few extreme early values."""
     low, high = float(values.min()), float(np.quantile(values, 0.99))
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
 
 
 def _mark_step(axes: Axes, step: int, text: str, theme: Theme, height: float = 0.94) -> None:
-    """A dashed vertical line at a training step, named at this share of the panel's height."""
+    """Mark a training step by a dashed line, with a text at this share of the height."""
     axes.axvline(step, color=theme.muted, linestyle="--", linewidth=1.0)
     axes.annotate(text, (step, height), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
                   fontsize=8, color=theme.muted)  # fmt: skip
 
 
 def heading(figure: plt.Figure, title: str, gap: float = 0.42) -> None:
-    """The figure's title, left-aligned, `gap` inches above the panels."""
+    """Write the title of a figure, left-aligned, `gap` inches above the panels."""
     top = max(axes.get_position().y1 for axes in figure.axes)
     offset = gap / figure.get_figheight()
     left = min(axes.get_position().x0 for axes in figure.axes)

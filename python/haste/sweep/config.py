@@ -1,4 +1,4 @@
-"""What a sweep measures: every combination of the settings it is asked for, and uncached sampling beside them."""
+"""The points of a sweep: every combination of the requested settings, and uncached sampling beside them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from haste.validation import check_numbers
 
 @dataclass(frozen=True)
 class Grid:
-    """The values of each setting; a point takes one of each. None stands for the setting's own default."""
+    """Values of each setting, of which a point has one each. None is the default of the setting."""
 
     caches: Sequence[str]
     granularities: Sequence[str] = ("module",)
@@ -30,7 +30,7 @@ class Grid:
     steps: Sequence[int] = (50,)
 
     def settings(self, base: SamplingConfig) -> Iterator[SamplingConfig]:
-        """Every combination that means something, each once, upon `base`: reuse has no order, delta-dit gates alone."""
+        """Yield every combination, the other settings from `base`. reuse has no order; delta-dit has gates alone."""
         for steps, cache, interval in product(self.steps, self.caches, self.intervals):
             own: dict[str, Sequence[Any]]
             if cache == "delta-dit":
@@ -44,9 +44,9 @@ class Grid:
 
 
 def plan(base: SamplingConfig, grids: Sequence[Grid], uncached_steps: Sequence[int]) -> list[SamplingConfig]:
-    """The points of a sweep, each once: the full runs from the longest on, then the cached ones in their order.
+    """List the points of a sweep, each once: the uncached runs from the longest on, then the cached ones in order.
 
-    A grid's own number of steps is run in full as well: it is what its cached runs are compared with.
+    The numbers of steps of the grids are among the uncached runs: cached runs are compared with them.
     """
     counts = sorted({*uncached_steps, *(steps for grid in grids for steps in grid.steps)}, reverse=True)
     uncached = [replace(base, num_steps=count) for count in counts]
@@ -55,28 +55,29 @@ def plan(base: SamplingConfig, grids: Sequence[Grid], uncached_steps: Sequence[i
 
 
 def point_fields(settings: SamplingConfig) -> dict[str, Any]:
-    """What tells the points of one sweep apart, as plain values."""
+    """The settings in which the points of a sweep differ, as plain values."""
     return {"num_steps": settings.num_steps, **settings.cache_fields()}
 
 
 def shared_fields(settings: SamplingConfig) -> dict[str, Any]:
-    """What the points of one sweep have in common, as plain values: guidance, seed, labels and the like."""
+    """The settings that the points of a sweep share, as plain values: guidance, seed, labels and the like."""
     return {name: value for name, value in settings.sampling_fields().items() if name not in point_fields(settings)}
 
 
 def point_key(settings: SamplingConfig) -> str:
+    """`point_fields` as text."""
     return json.dumps(point_fields(settings), sort_keys=True)
 
 
 def series_name(settings: CacheConfig) -> str:
-    """'Taylor per module': the points that one colour and marker stand for."""
+    """'Taylor per module': the name of the points with one colour and marker."""
     if settings.cache == "none":
         return "uncached"
     return "Δ-DiT" if settings.cache == "delta-dit" else f"{settings.cache.capitalize()} per {settings.granularity}"
 
 
 def short_name(settings: SamplingConfig) -> str:
-    """What is written beside a point of a series: its interval and order, '4/2'; of uncached sampling its steps."""
+    """The label of a point in a plot: interval and order, such as '4/2'; of uncached sampling the steps."""
     if settings.cache == "none":
         return str(settings.num_steps)
     words = str(settings.resolved_interval)
@@ -102,7 +103,7 @@ class SweepConfig(SamplingConfig):
     ckpt: Path
     """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
 
-    # What every point has one of, a sweep has lists of.
+    # Of these settings of a point a sweep has lists, below.
     cache: Suppress[Fixed[str]] = "none"  # type: ignore[assignment]
     granularity: Suppress[Fixed[str]] = "module"  # type: ignore[assignment]
     interval: Suppress[Fixed[None]] = None
@@ -113,7 +114,7 @@ class SweepConfig(SamplingConfig):
     gate: Suppress[Fixed[None]] = None
     cached_blocks: Suppress[Fixed[None]] = None
     caches: tuple[Literal["reuse", "taylor", "newton", "hermite", "delta-dit"], ...] = ("taylor", "newton")
-    """What stands in for a forecast step, as --cache of haste sample."""
+    """What replaces the model in a forecast step, as --cache of haste sample."""
     granularities: tuple[Literal["module", "block", "model", "output"], ...] = ("module", "model")
     """What is forecast, as --granularity."""
     intervals: tuple[int, ...] = (3, 4, 5, 6)
@@ -125,7 +126,7 @@ class SweepConfig(SamplingConfig):
     gates: tuple[int, ...] = ()
     """delta-dit: where the cached blocks change, as --gate. [default: 0.6 of the steps]"""
     steps: tuple[int, ...] = (50,)
-    """Steps of the cached runs, each of which is run in full as well."""
+    """Steps of the cached runs; each number is also run uncached."""
     num_steps: tuple[int, ...] = (10, 12, 14, 17, 20, 25)  # type: ignore[assignment]
     """Steps of the uncached runs that caching has to beat."""
 
@@ -137,50 +138,43 @@ class SweepConfig(SamplingConfig):
     """Classes to sample: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4, or a text
     file with one on each line."""
     repeats: int = 3
-    """How often each point is timed; all take turns."""
+    """How often each point is timed, in turn with all others."""
     cuda_graphs: bool = False
     """On a GPU: cached runs replay CUDA graphs, as with haste sample; uncached runs never do. Not tried on a GPU."""
     features: str | None = None
-    """Whose features, as for haste evaluate: inception:PATH, a teacher's name or folder, or digits. [default: digits,
-    for a run on digits]"""
+    """The network of the features, as for haste evaluate: inception:PATH, a teacher's name or folder, or digits.
+    [default: digits, for a run on digits]"""
     reference: str | None = None
-    """The real side: a folder of images, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
+    """The real images: a folder of images, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
     --features digits]"""
     classifier_dir: Path | None = None
-    """Where the classifier of the digits is kept; by default classifier/ beside the runs."""
+    """Folder of the classifier of the digits. [default: classifier/ beside the runs]"""
     tolerance: float = 0.05
-    """A setting is good enough if its FD is so much above the full run's at most, as a share of it."""
+    """How much the FD of a setting may be above that of the uncached run, as a share of it, to be recommended."""
     output: Path | None = None
-    """Where sweep.jsonl, sweep.md and sweep.png go; by default sweep/ in the run's folder."""
+    """Folder for sweep.jsonl, sweep.md and sweep.png. [default: sweep/ in the run's folder]"""
     plot_only: bool = False
-    """Measure nothing: the table and the plot of the sweep that was measured last."""
+    """Measure nothing; write the table and the plot of the last sweep."""
 
     def check(self) -> None:
         check_numbers(self)
         self.base.check()
         if not self.steps:
-            raise UserError("--steps is empty; it must be one number of steps or more")
+            raise UserError("--steps must be one number of steps or more, got none")
 
     def resolved(self) -> SweepConfig:
-        """The same without what has no effect."""
+        """The same settings, without those that have no effect."""
         return self.effective()
 
     @property
     def base(self) -> SamplingConfig:
-        """What all points share."""
+        """The settings that all points share."""
         shared = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
         chosen = {"num_steps": max(self.steps, default=1), "labels": list_labels(self.labels)}
         return SamplingConfig(**{**shared, **chosen})
 
     @property
     def points(self) -> list[SamplingConfig]:
-        grid = Grid(
-            caches=self.caches,
-            granularities=self.granularities,
-            intervals=self.intervals,
-            orders=self.orders,
-            error_thresholds=self.error_thresholds,
-            gates=self.gates or (None,),
-            steps=self.steps,
-        )
-        return plan(self.base, [grid], self.num_steps)
+        """Every combination of the lists, and the uncached runs."""
+        values = {field.name: getattr(self, field.name) for field in fields(Grid)}
+        return plan(self.base, [Grid(**{**values, "gates": self.gates or (None,)})], self.num_steps)

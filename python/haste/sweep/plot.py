@@ -1,4 +1,4 @@
-"""The image of a sweep: FD and fidelity against seconds, FLOPs and memory, beside the line of uncached runs."""
+"""The plot of a sweep: FD and fidelity against seconds, FLOPs and memory, beside the line of uncached runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -23,13 +24,13 @@ FORECASTERS = ("taylor", "newton", "hermite", "reuse", "delta-dit")  # in the or
 LOG_FROM = 4.0  # an axis whose values span this factor is logarithmic
 LABEL_POINTS = 7.0
 RING_POINTS = 12.0
-REACHES = (4.5, 9.0, 15.0)  # how far from its marker a label may stand, in points
+REACHES = (4.5, 9.0, 15.0)  # possible distances of a label from its marker, in points
 SIDES = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One axis: what it shows of a row, and how it is called."""
+    """An axis: its value of a row, and its title."""
 
     value: Callable[[Row], float | None]
     title: str
@@ -44,9 +45,10 @@ FIDELITY = Measure(lambda row: row.psnr, "PSNR with the full run, dB (higher is 
 
 
 def plot_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | None = None, theme: Theme = LIGHT) -> None:
-    """One column of panels per cost that is known, one row per measure of quality that is known.
+    """Plot one column of panels per known cost, and one row of panels per known quality.
 
-    chosen: the row that is recommended, to be ringed.
+    Args:
+        chosen: the recommended row, which gets a ring.
     """
     costs = [cost for cost in COSTS if all(cost.value(row) for row in rows)]
     qualities = [quality for quality in (FD, FIDELITY) if any(quality.value(row) for row in rows)]
@@ -79,7 +81,7 @@ def plot_sweep(path: Path, rows: Sequence[Row], *, title: str, chosen: Row | Non
 
 
 def plot_panel(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure, theme: Theme) -> None:
-    """The line of the uncached runs, then each series of cached points in its colour and marker."""
+    """Plot the line of the uncached runs, then each series of cached points in its colour and marker."""
     x, y = positions([row for row in rows if row.uncached], cost, quality)
     line = "none" if cost is MEMORY else "-"  # memory does not follow from the number of steps
     axes.plot(x, y, color=theme.text, linestyle=line, linewidth=1.6, marker="D", markersize=4.5,
@@ -107,7 +109,7 @@ def look(row: Row, theme: Theme) -> tuple[str, str]:
 
 
 def scale_axes(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure) -> None:
-    """Costs on a logarithmic axis; quality too where it spans much."""
+    """Make the axis of cost logarithmic, and that of FD if it spans a factor of LOG_FROM."""
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
     _, values = positions(rows, cost, quality)
@@ -117,8 +119,8 @@ def scale_axes(axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure)
     axes.margins(x=0.08, y=0.08)
 
 
-def plain_numbers(axis) -> None:
-    """1, 1.5, 2, 3, 5, 7, 10, ... written out."""
+def plain_numbers(axis: Axis) -> None:
+    """Write ticks as 1, 1.5, 2, 3, 5, 7, 10, ..."""
     axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())
@@ -127,7 +129,7 @@ def plain_numbers(axis) -> None:
 def write_labels(
     axes: Axes, rows: Sequence[Row], cost: Measure, quality: Measure, theme: Theme, chosen: Row | None = None
 ) -> None:
-    """Each point's short name where it hides no marker, no other name and no line; where there is no room, none.
+    """Write the short name of each point where it hides no marker, label or line; leave it out where it would.
 
     The uncached runs come first, then the points from the cheapest on.
     """
@@ -157,7 +159,7 @@ def write_labels(
 
 
 def along(axes: Axes, line: Line2D) -> np.ndarray:
-    """Places on a line, close to each other, (n, 2), in pixels."""
+    """Close points on a line, (n, 2), in pixels."""
     corners = axes.transData.transform(line.get_xydata())
     return np.concatenate([corners, *(np.linspace(a, b, 100) for a, b in pairwise(corners))])
 
@@ -167,7 +169,7 @@ def square(x: float, y: float, side: float) -> Bbox:
 
 
 def subtitle(figure: plt.Figure, text: str, theme: Theme) -> None:
-    """How to read the image, between its title and its panels."""
+    """Write a line between the title and the panels."""
     box = figure.axes[0].get_position()
     offset = 0.14 / figure.get_figheight()
     figure.text(box.x0, box.y1 + offset, text, fontsize=9, color=theme.muted, va="bottom", ha="left")

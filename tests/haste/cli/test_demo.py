@@ -10,6 +10,7 @@ from haste.cli import demo
 from haste.cli.main import main, read_flags
 from haste.digits import ClassifierConfig
 from haste.errors import UserError
+from haste.evaluation.config import EvaluateConfig
 
 FLAGS = (
     "--max-train-steps", "10", "--num-steps", "8", "--interval", "3", "--order", "1", "--num-images", "16",
@@ -59,13 +60,13 @@ def test_the_commands_it_prints_do_what_it_does(tmp_path):
     expected = [
         config,
         baseline,
-        demo.sample_args(args, config),
-        demo.sample_args(args, config, cached=True),
-        demo.evaluate_args(args, config),
-        demo.evaluate_args(args, baseline),
+        demo.sample_config(args, config),
+        demo.sample_config(args, config, cached=True),
+        demo.evaluate_config(args, config),
+        demo.evaluate_config(args, baseline),
     ]
-    for line, wanted in zip(demo.command_lines(*expected), expected, strict=True):
-        haste, command, *arguments = shlex.split(line)
+    for wanted in expected:
+        haste, command, *arguments = shlex.split(demo.command_line(wanted))
         assert haste == "haste"
         assert read_flags(command, arguments) == wanted
 
@@ -93,18 +94,19 @@ def test_a_shorter_demo_is_shorter_in_all_its_parts():
 
 
 def test_a_demo_that_was_stopped_adds_up_its_seconds(tmp_path):
+    settings = EvaluateConfig()
     first = demo.StageClock(tmp_path / "demo.json")
-    with pytest.raises(KeyboardInterrupt), first.stage("train", "haste train"):
+    with pytest.raises(KeyboardInterrupt), first.stage("evaluate", settings):
         raise KeyboardInterrupt
-    interrupted = first.seconds()["train"]
+    interrupted = first.seconds()["evaluate"]
 
     second = demo.StageClock(tmp_path / "demo.json")
-    with second.stage("train", "haste train"):
+    with second.stage("evaluate", settings):
         pass
-    assert second.seconds()["train"] > interrupted > 0
+    assert second.seconds()["evaluate"] > interrupted > 0
 
     third = demo.StageClock(tmp_path / "demo.json")
-    with third.stage("train", "haste train"):
+    with third.stage("evaluate", settings):
         pass
     assert third.seconds() == second.seconds()
 

@@ -120,7 +120,7 @@ def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, m
         (("--num-fid-samples", "64"), "64 samples are too few"),
         (("--repeats", "0"), "--repeats must be an integer from 1 to 10,000, got 0"),
         (("--num-steps", "0"), "--num-steps must be an integer from 1 to 10,000, got 0"),
-        (("--steps",), "--steps is empty"),
+        (("--steps",), "--steps must be one number of steps or more, got none"),
         (("--intervals", "3", "1000000000"), "--intervals must be an integer from 1 to 10,000, got 1000000000"),
         (("--error-thresholds", "0", "nan"), "--error-thresholds must be a number from 0 to 1,000,000, got nan"),
         (("--tolerance", "-1"), "--tolerance must be a number from 0 to 1,000,000, got -1.0"),
