@@ -1,14 +1,16 @@
-"""Files: atomic writes, reads within limits, and JSON from any source."""
+"""Files: atomic writes, reads within limits, JSON from any source; and access to the Hugging Face hub."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import glob
 import json
 import os
 import re
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -236,3 +238,47 @@ def parse_json(data: bytes | str, source: str, what: str, needs: Iterable[str] =
         if name not in content:
             raise UserError(f"{source} must be {what}, but has no {name!r}")
     return content
+
+
+# ---- the Hugging Face hub ----
+
+HUB_PATIENCE = 2.0  # seconds; the hub's library would try for half a minute
+
+
+@functools.cache
+def is_reachable() -> bool:
+    """Whether the hub, or the mirror that its library is configured with, answers within `HUB_PATIENCE`."""
+    answered = []
+
+    def request() -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)  # raises with HF_HUB_OFFLINE
+        except Exception:  # the library that raises depends on the version
+            return
+        answered.append(True)
+
+    # In a thread, since the timeout does not cover DNS.
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE)
+    return bool(answered)
+
+
+def loading_arguments(source: str) -> dict[str, Any]:
+    """The arguments of from_pretrained() that avoid the hub for a folder, and if the hub does not answer."""
+    return {"local_files_only": Path(source).is_dir() or not is_reachable()}
+
+
+def require_source(name: str, source: str, flag: str) -> None:
+    """Raise UserError unless `source` is a folder, is in the hub's cache, or the hub answers."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir() or is_reachable() or isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return
+    raise UserError(
+        f"{flag} must be a folder of save_pretrained(), or a downloaded name, as the hub cannot be reached (or "
+        f"HF_HUB_OFFLINE is set), got {name}"
+    )

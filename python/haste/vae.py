@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
-from haste.io import in_bytes, read_json
+from haste.io import in_bytes, loading_arguments, read_json, require_source
 from haste.validation import build, shown
-from haste.weights import load_weights, loading_arguments, reason, require_source, weights_size
+from haste.weights import load_weights, reason, weights_size
 
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}

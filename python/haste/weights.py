@@ -1,4 +1,4 @@
-"""Reading files of weights without executing any of their content, and access to the Hugging Face hub.
+"""Reading files of weights without executing any of their content.
 
 Formats: torch.save, now and before 1.6, safetensors, and the tensors of TorchScript. A pickle may name any class. Those
 that torch does not allow by itself are never imported: a `Foreign` takes their place and keeps the arguments.
@@ -7,13 +7,11 @@ that torch does not allow by itself are never imported: a `Foreign` takes their 
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
 import os
 import pickletools
 import re
-import threading
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -382,47 +380,3 @@ def _plain_scalar(value: Foreign) -> Any:
         return np.frombuffer(data, np.dtype(order.replace("|", "") + letters))[0].item()
     except (ValueError, TypeError, AttributeError, IndexError):
         return value
-
-
-# ---- the Hugging Face hub ----
-
-PATIENCE = 2.0  # seconds; the hub's library would try for half a minute
-
-
-@functools.cache
-def is_reachable() -> bool:
-    """Whether the hub, or the mirror that its library is configured with, answers within `PATIENCE`."""
-    answered = []
-
-    def request() -> None:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import get_session
-
-        try:
-            get_session().head(constants.ENDPOINT, timeout=PATIENCE)  # raises with HF_HUB_OFFLINE
-        except Exception:  # the library that raises depends on the version
-            return
-        answered.append(True)
-
-    # In a thread, since the timeout does not cover DNS.
-    thread = threading.Thread(target=request, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return bool(answered)
-
-
-def loading_arguments(source: str) -> dict[str, Any]:
-    """The arguments of from_pretrained() that avoid the hub for a folder, and if the hub does not answer."""
-    return {"local_files_only": Path(source).is_dir() or not is_reachable()}
-
-
-def require_source(name: str, source: str, flag: str) -> None:
-    """Raise UserError unless `source` is a folder, is in the hub's cache, or the hub answers."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(source).is_dir() or is_reachable() or isinstance(try_to_load_from_cache(source, "config.json"), str):
-        return
-    raise UserError(
-        f"{flag} must be a folder of save_pretrained(), or a downloaded name, as the hub cannot be reached (or "
-        f"HF_HUB_OFFLINE is set), got {name}"
-    )

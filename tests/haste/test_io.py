@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from haste import io
 from haste.errors import UserError
 from haste.io import (
     is_free,
@@ -129,3 +130,55 @@ def save_tensors_to_a_full_disk(path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+# ---- the Hugging Face hub ----
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    io.is_reachable.cache_clear()
+    yield
+    io.is_reachable.cache_clear()
+
+
+def answer(monkeypatch, head):
+    class Session:
+        pass
+
+    Session.head = staticmethod(head)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+
+
+def refuse(*arguments, **options):
+    raise OSError("no network")
+
+
+def test_one_attempt_tells_and_is_remembered(monkeypatch):
+    asked = []
+    answer(monkeypatch, lambda url, timeout: asked.append((url, timeout)))
+    assert io.is_reachable() and io.is_reachable()
+    assert len(asked) == 1 and asked[0][1] == io.HUB_PATIENCE <= 2
+
+
+def test_an_error_and_silence_are_no_answer(monkeypatch):
+    answer(monkeypatch, refuse)
+    assert not io.is_reachable()
+    io.is_reachable.cache_clear()
+    monkeypatch.setattr(io, "HUB_PATIENCE", 0.01)
+    answer(monkeypatch, lambda url, timeout: time.sleep(5))
+    assert not io.is_reachable()
+
+
+def test_what_cannot_be_had_is_refused_by_flag_and_the_rest_is_looked_for_at_home(monkeypatch, tmp_path):
+    answer(monkeypatch, refuse)
+    with pytest.raises(UserError, match="--enc-type must be .* the hub cannot be reached .* got somebody/none"):
+        io.require_source("somebody/none", "somebody/none", "--enc-type")
+    io.require_source("x", str(tmp_path), "--enc-type")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, name: f"/cache/{source}/{name}")
+    io.require_source("somebody/known", "somebody/known", "--enc-type")
+    assert io.loading_arguments("somebody/known") == {"local_files_only": True}
+    io.is_reachable.cache_clear()
+    answer(monkeypatch, lambda url, timeout: None)
+    assert io.loading_arguments("somebody/known") == {"local_files_only": False}
+    assert io.loading_arguments(str(tmp_path)) == {"local_files_only": True}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from haste import weights
+from haste import io
 from haste.errors import UserError
 from haste.vae import PUBLISHED_VAES, SD_LATENTS, VAE, LatentFormat
 from hypothesis import HealthCheck, given, settings
@@ -185,7 +185,7 @@ def test_any_values_in_a_config_are_a_format_or_a_refusal(tmp_path, values):
 
 
 def test_a_hub_name_without_a_hub_is_told_at_once_by_its_flag(monkeypatch):
-    monkeypatch.setattr(weights, "is_reachable", lambda: False)
+    monkeypatch.setattr(io, "is_reachable", lambda: False)
     with pytest.raises(UserError, match="--vae must be .* the hub cannot be reached .* got somebody/none"):
         LatentFormat.of("somebody/none")
 

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 
 from haste._compat import sdpa_attention, without_load_report
 from haste.errors import UserError
+from haste.io import loading_arguments
 from haste.teachers.families import Family, Normalisation, find_family, find_layers, resolve_teacher
 from haste.teachers.loading import (
     NaFlexPatches,
@@ -25,7 +26,7 @@ from haste.teachers.loading import (
     resample_positions,
     resample_tokens,
 )
-from haste.weights import loading_arguments, reason
+from haste.weights import reason
 
 # ---- q and k of any transformers model ----
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from haste._compat import cached_file_if_any
 from haste.errors import UserError, in_one_line
-from haste.io import in_bytes, read_json
+from haste.io import in_bytes, loading_arguments, read_json, require_source
 from haste.registry import TEACHERS, plugin
 from haste.teachers.families import (
     HALF,
@@ -33,7 +33,7 @@ from haste.teachers.families import (
     resolve_teacher,
 )
 from haste.validation import build
-from haste.weights import loading_arguments, require_source, weights_size
+from haste.weights import weights_size
 
 logger = logging.getLogger(__name__)
 

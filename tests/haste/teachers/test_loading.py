@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from haste import weights
+from haste import io
 from haste.errors import UserError
 from haste.teachers import VisionTeacher
 from haste.teachers.families import FAMILIES, PUBLISHED
@@ -123,7 +123,7 @@ def test_a_pickle_in_the_weights_does_not_run(folder, tmp_path):
 
 
 def test_a_hub_name_without_a_hub_is_told_at_once_by_its_flag(monkeypatch):
-    monkeypatch.setattr(weights, "is_reachable", lambda: False)
+    monkeypatch.setattr(io, "is_reachable", lambda: False)
     with pytest.raises(UserError, match="--enc-type must be .* the hub cannot be reached .* got somebody/none"):
         VisionTeacher.from_pretrained("somebody/none")
 
