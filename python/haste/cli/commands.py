@@ -155,8 +155,8 @@ def train(config: TrainConfig) -> None:
     """Train a diffusion transformer with HASTE, with REPA, or vanilla.
 
     The quickest look: `haste train --preset digits` trains on real handwritten digits, in minutes without a GPU.
-    `haste train --preset` lists all presets with what they set. Started again, the same command resumes from the last
-    checkpoint; what it leaves out is as the run was begun. On several GPUs: `accelerate launch -m haste train ...`.
+    `haste train --preset` lists all presets with their settings. The same command again resumes from the last
+    checkpoint; settings that are not given keep the run's values. On several GPUs: `accelerate launch -m haste train`.
     """
     from transformers.utils.logging import disable_progress_bar
 
