@@ -75,4 +75,4 @@ def refuse(sentence: str) -> NoReturn:
 def check_record(path: Path, tool: str) -> None:
     """Refuses, before anything is built or counted, a RECORD that `tool` could not write."""
     if path.is_dir() or not path.parent.is_dir():
-        refuse(f"RECORD is {path}; it must be a file in a folder that there is, for tools/{tool} to write")
+        refuse(f"RECORD must be a file in a folder that there is, for tools/{tool} to write, got {path}")

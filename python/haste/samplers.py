@@ -94,16 +94,16 @@ def time_grid(sampler: str, num_steps: int) -> Tensor:
 
 Branches = tuple[str, ...]
 
-LABEL: Branches = ("label",)
-NULL: Branches = ("null",)
-BOTH: Branches = ("label", "null")
+COND: Branches = ("cond",)
+UNCOND: Branches = ("uncond",)
+BOTH: Branches = ("cond", "uncond")
 
 MODES = ("batched", "separate")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """v = v_null + scale·(v_label − v_null)  (arXiv 2207.12598), in steps that start at low ≤ t ≤ high alone
+    """v = v_uncond + scale·(v_cond − v_uncond) (arXiv 2207.12598), in steps that start at low ≤ t ≤ high only
     (arXiv 2404.07724).
 
     scale: 1 is none. mode: batched computes both halves as one batch of twice the size, separate one after the other.
@@ -122,24 +122,24 @@ class Guidance:
         for name, value in (("cfg_scale", self.scale), ("guidance_low", self.low), ("guidance_high", self.high)):
             check_number(name, value, shown=name)
         if not self.low <= self.high:
-            raise UserError(f"guidance_low is {self.low}; it must not be above guidance_high, {self.high}")
+            raise UserError(f"guidance_low must be at most guidance_high, {self.high}, got {self.low}")
         if self.channels is not None and self.channels < 1:
             raise UserError(f"guided_channels must be at least 1, or None for all, got {self.channels}")
         if self.mode not in MODES:
-            raise UserError(f"guidance is {self.mode!r}; it must be {' or '.join(MODES)}")
+            raise UserError(f"guidance must be {' or '.join(MODES)}, got {self.mode!r}")
 
     def calls(self, time: float) -> list[Branches]:
         """The model calls that one velocity takes in a step that starts at `time`, each by its branches."""
         if self.scale == 1 or not self.low <= time <= self.high:
-            return [LABEL]
-        return [BOTH] if self.mode == "batched" else [LABEL, NULL]
+            return [COND]
+        return [BOTH] if self.mode == "batched" else [COND, UNCOND]
 
     def velocity(self, model: Callable, condition: Tensor, null: Tensor | None, dtype: torch.dtype) -> Velocity:
         """The guided velocity field, in double precision, of a model that is called in `dtype`."""
-        of_branches = {LABEL: condition}
+        of_branches = {COND: condition}
         if null is not None:
             null = null.to(condition).expand_as(condition).contiguous()
-            of_branches |= {NULL: null, BOTH: torch.cat([condition, null])}
+            of_branches |= {UNCOND: null, BOTH: torch.cat([condition, null])}
 
         def velocity(x: Tensor, t: Tensor, start: Tensor) -> Tensor:
             rounded, outputs = x.to(dtype), []
@@ -151,25 +151,25 @@ class Guidance:
 
         return velocity
 
-    def combine(self, v_label: Tensor, v_null: Tensor) -> Tensor:
-        """The guided velocity (B, C, ...) of that of the condition and that of none."""
-        guided = v_null + self.scale * (v_label - v_null)
+    def combine(self, v_cond: Tensor, v_uncond: Tensor) -> Tensor:
+        """The guided velocity (B, C, ...)."""
+        guided = v_uncond + self.scale * (v_cond - v_uncond)
         if self.channels is None:
             return guided
-        return torch.cat([guided[:, : self.channels], v_label[:, self.channels :]], dim=1)
+        return torch.cat([guided[:, : self.channels], v_cond[:, self.channels :]], dim=1)
 
 
 class ModelCall(NamedTuple):
     """One call of the model. `step` counts the sampler's steps from 0; `position` is the index of `time` on its grid.
 
     Step and position differ in Heun's second call, which belongs to step i and looks at position i + 1.
-    `branches` tells whose rows the batch holds: "label", "null", or first the one and then the other.
+    `branches` names the rows of the batch: ("cond",), ("uncond",), or ("cond", "uncond") in this order.
     """
 
     step: int
     position: int
     time: float
-    branches: Branches = LABEL
+    branches: Branches = COND
 
 
 def model_calls(sampler: str, num_steps: int, guidance: Guidance | None = None) -> list[ModelCall]:
@@ -213,7 +213,7 @@ def initial_noise(
         source = generator.device if generator is not None else device
         return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=source).to(device)
     if len(generator) != shape[0]:
-        raise ValueError(f"generator has {len(generator)} entries; it must have one per image, {shape[0]}")
+        raise ValueError(f"generator must have one entry per image, {shape[0]}, got {len(generator)}")
     images = [torch.randn(tuple(shape[1:]), generator=g, dtype=dtype, device=g.device).to(device) for g in generator]
     return torch.stack(images) if images else torch.empty(tuple(shape), dtype=dtype, device=device)
 
@@ -247,7 +247,7 @@ def sample(
         num_steps: steps. Euler and Euler–Maruyama call the model once per step, Heun twice but for the last.
         sampler: "euler" or "heun" for the ODE, "euler-maruyama" for the SDE.
         path: the path that the model was trained on, "linear" or "cosine".
-        cfg_scale: v = v_null + cfg_scale·(v_label − v_null). At 1 there is no guidance and no second half of a batch.
+        cfg_scale: v = v_uncond + cfg_scale·(v_cond − v_uncond). At 1 there is no guidance, and no second half batch.
         guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
         guidance: "batched" computes both halves at once, "separate" one after the other, in half of the memory.
         guided_channels: the first n channels are guided. None: all, as HASTE and REPA do. SiT and DiT guide three of
@@ -273,7 +273,7 @@ def sample(
     if cfg_scale == 1:
         null = None
     elif null is None:
-        raise UserError(f"cfg_scale is {cfg_scale}, so null must be given: the condition that stands for none")
+        raise UserError(f"null must be the null condition for a cfg_scale of {cfg_scale}, got None")
     if hasattr(model, "start"):
         model.start(model_calls(sampler, num_steps, guide))
     null = None if null is None else torch.as_tensor(null)
@@ -313,9 +313,9 @@ def _step_noise(given: Iterable[Tensor] | None, generator: Generators, like: Ten
             yield initial_noise(like.shape, generator, dtype=like.dtype, device=like.device)
     for noise in given:
         if noise.shape != like.shape:
-            raise ValueError(f"step_noise has shape {tuple(noise.shape)}; it must be {tuple(like.shape)}, as noise")
+            raise ValueError(f"step_noise must have the shape of noise, {tuple(like.shape)}, got {tuple(noise.shape)}")
         yield noise.to(like)
-    raise ValueError("step_noise ended before the steps; it must have noise for each but the last")
+    raise ValueError("step_noise must have noise for every step but the last, got less")
 
 
 def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
@@ -331,9 +331,10 @@ def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
 
 def _check(model: Callable, noise: Tensor, condition: Tensor, num_steps: int, sampler: str) -> None:
     if sampler not in SAMPLERS:
-        raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     check_number("num_steps", num_steps, shown="num_steps")
     if condition.shape[:1] != noise.shape[:1]:
-        raise ValueError(f"condition has shape {tuple(condition.shape)}; it must have {noise.shape[0]} rows, as noise")
+        shape = tuple(condition.shape)
+        raise ValueError(f"condition must have as many rows as noise, {noise.shape[0]}, got shape {shape}")
     if getattr(model, "training", False):
-        raise ValueError("model is in training mode, where it drops labels at random; call model.eval() first")
+        raise ValueError("model must be in eval mode, got training mode, which drops labels; call model.eval()")

@@ -1,4 +1,4 @@
-"""The path between data and noise, and what a model learns on it (SiT, arXiv 2401.08740; conventions of REPA).
+"""The path between data and noise, and the velocity that a model learns (SiT, arXiv 2401.08740; conventions of REPA).
 
 Time runs from t = 0 (data x) to t = 1 (noise ε). On the way x_t = α(t)·x + σ(t)·ε, and its velocity
 v = dx_t/dt = α'(t)·x + σ'(t)·ε is what the model predicts.
@@ -26,7 +26,7 @@ class Coefficients(NamedTuple):
 
 
 class Path(NamedTuple):
-    """coefficients: of t. time_of_noise_level: the t at which σ(t)/α(t) has a value."""
+    """coefficients: α(t), σ(t), their derivatives. time_of_noise_level: the t at which σ(t)/α(t) is a given level."""
 
     coefficients: Callable[[Tensor], Coefficients]
     time_of_noise_level: Callable[[Tensor], Tensor]
@@ -59,7 +59,7 @@ def get_path(name: str) -> Path:
         UserError: a name that is not in PATHS.
     """
     if name not in PATHS:
-        raise UserError(f"path is {name!r}; it must be one of {', '.join(PATHS)}")
+        raise UserError(f"path must be one of {', '.join(PATHS)}, got {name!r}")
     return PATHS[name]
 
 
@@ -90,7 +90,7 @@ def sample_time(
         return torch.rand(batch, device=device, generator=generator)
     if weighting == "lognormal":
         return chosen.time_of_noise_level(torch.randn(batch, device=device, generator=generator).exp())
-    raise UserError(f"weighting is {weighting!r}; it must be one of {', '.join(WEIGHTINGS)}")
+    raise UserError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:
@@ -114,7 +114,8 @@ def velocity_loss(predicted: Tensor, target: Tensor) -> Tensor:
         ValueError: the two differ in shape (broadcasting would hide a mistake).
     """
     if predicted.shape != target.shape:
-        raise ValueError(f"predicted has shape {tuple(predicted.shape)}; it must be {tuple(target.shape)}, as target")
+        shapes = f"{tuple(target.shape)}, got {tuple(predicted.shape)}"
+        raise ValueError(f"predicted must have the shape of target, {shapes}")
     at_least_float = torch.promote_types(predicted.dtype, torch.float32)
     return (predicted.to(at_least_float) - target).square().flatten(1).mean(dim=1).mean()
 

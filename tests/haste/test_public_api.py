@@ -150,9 +150,9 @@ def test_a_run_from_elsewhere_is_replayed_number_by_number():
     settings = {"num_steps": 5, "sampler": "euler-maruyama"}
     replayed = sample(model, noise, condition, step_noise=map(torch.from_numpy, kicks), **settings)
     np.testing.assert_allclose(replayed.numpy(), x, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="step_noise ended"):
+    with pytest.raises(ValueError, match="step_noise must have noise for every step"):
         sample(model, noise, condition, step_noise=[torch.from_numpy(kicks[0])], **settings)
-    with pytest.raises(ValueError, match="step_noise has shape"):
+    with pytest.raises(ValueError, match="step_noise must have the shape of noise"):
         sample(model, noise, condition, step_noise=[torch.zeros(2)], **settings)
 
 

@@ -10,6 +10,12 @@ from haste_ext import reference
 NAMES = ("student_q", "student_k", "teacher_q", "teacher_k")
 
 
+def operands_types_and_losses(types):
+    """Every operand in every type, the losses in turn: each loss with every operand and with every type."""
+    losses = ("cross_entropy", "kl")
+    return [(operand, dtype, losses[(operand + n) % 2]) for operand in range(4) for n, dtype in enumerate(types)]
+
+
 def operands(dtype, batch=1, heads=(2, 2), tokens=17, dims=(72, 64), seed=0):
     """Student q, k as views of a packed (B, N, 3, H, D) projection, teacher q, k contiguous."""
     generator = torch.Generator().manual_seed(seed)
@@ -75,33 +81,32 @@ def definition(tensors, grad_out, scales=None, **loss):
 
 
 def check_infinite_operand(emulator, tensors, operand, places, **loss):
-    """Rows whose definition in float64 is no finite number are none, nor are their gradients; those that do not read
-    what is put into one head, a value of `places` into its token, stay what they were. For "kl" the definition is that
-    of the cross-entropy, in which a key that is infinitely far below has no part: 0 · log 0 is 0."""
+    """Put infinities into one operand: a value of `places` into its token, each in a head of its own after the first.
+
+    Rows whose definition in float64 is no finite number must be none, and so must their gradients; those that do not
+    read the token, and the first head, must stay what they were. For "kl" the definition is that of the cross-entropy,
+    in which a key that is infinitely far below has no part: 0 · log 0 is 0.
+    """
     clean = forward(emulator, tensors, **loss)[0]
-    for token, value in places.items():
-        check_one_infinity(emulator, tensors, operand, token, value, clean, **loss)
-
-
-def check_one_infinity(emulator, tensors, operand, token, value, clean, **loss):
-    tokens = tensors[0].shape[2]
     tensors = [x.clone() for x in tensors]
-    tensors[operand][0, 1, token, 5] = value
-    grad_out = torch.ones(1, 2, tokens)
+    for head, (token, value) in enumerate(places.items(), start=1):
+        tensors[operand][0, head, token, 5] = value
+    grad_out = torch.ones(clean.shape)
     exact, dq, dk = definition([x.double() for x in tensors], grad_out, **{**loss, "divergence": "cross_entropy"})
-    lost = ~exact.isfinite()
-    assert lost[0, 1].any() and not lost[0, 0].any()
-    queries, block = torch.arange(tokens), loss.get("causal") or tokens
-    reads = queries == token if operand % 2 == 0 else queries // block >= token // block
     rows, *statistics = forward(emulator, tensors, **loss)
-    assert rows[lost].isnan().all()
-    torch.testing.assert_close(rows[0, 1, ~reads], clean[0, 1, ~reads])
-    assert torch.equal(rows[0, 0], clean[0, 0])
     gradients = backward(emulator, tensors, grad_out, saved=(rows, *statistics), **loss)
-    seen = queries // block <= (token if operand % 2 == 0 else tokens) // block  # eager's 0 · ∞ goes further
-    for ours, of_definition in ((gradients["grad_q"], dq), (gradients["grad_k"], dk)):
-        lost = ~of_definition[0, 1].isfinite() & seen[:, None]
-        assert lost.any() and ours[0, 1][lost].isnan().all() and ours[0, 0].isfinite().all()
+    lost = ~exact.isfinite()
+    assert rows[lost].isnan().all() and not lost[0, 0].any() and torch.equal(rows[0, 0], clean[0, 0])
+    assert all(gradient[0, 0].isfinite().all() for gradient in gradients.values())
+    queries, block = torch.arange(clean.shape[2]), loss.get("causal") or clean.shape[2]
+    for head, token in enumerate(places, start=1):
+        assert lost[0, head].any()
+        reads = queries == token if operand % 2 == 0 else queries // block >= token // block
+        torch.testing.assert_close(rows[0, head, ~reads], clean[0, head, ~reads])
+        seen = queries // block <= (token if operand % 2 == 0 else len(queries)) // block  # eager's 0 · ∞ goes further
+        for ours, of_definition in ((gradients["grad_q"], dq), (gradients["grad_k"], dk)):
+            expected = ~of_definition[0, head].isfinite() & seen[:, None]
+            assert expected.any() and ours[0, head][expected].isnan().all()
 
 
 def check(emulator, tensors, grad_out=None, scales=None, seed=0, **loss):

@@ -34,7 +34,7 @@ from haste.models.layers import Modulation, modulate
 # ---- models ----
 
 
-def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTransformer:
+def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTransformer | OpaqueModel:
     """The model as a cache of this granularity sees it.
 
     Raises:
@@ -60,9 +60,6 @@ def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTra
 
 class OpaqueModel:
     """Any model that is called model(x, t, y), known by its output alone."""
-
-    blocks = ()
-    tokens_shape = (0, 0)  # not known before the first call
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -341,20 +338,19 @@ class WholeOutput(CacheGranularity):
     """What the model returns: a forecast call runs no part of it. For any model; where the last layer is modulated by
     time, as SiT's, `WholeModel` is as cheap and closer."""
 
-    def __init__(self, transformer: OpaqueModel) -> None:
-        super().__init__(transformer)
-        self._form = ModelOutput if hasattr(transformer.model, "family") else None
+    def __init__(self, opaque: OpaqueModel) -> None:
+        self.model = opaque.model
+        self._form = "ModelOutput" if hasattr(self.model, "family") else ""  # of the model's answer
 
     def features_shape(self, x: Tensor) -> tuple[int, int]:
         return x.shape[1], x[0, 0].numel()
 
     def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
-        answer = self.transformer.model(x, t, y)
-        if self._form is None:
-            self._form = tuple if isinstance(answer, tuple) else Tensor
+        answer = self.model(x, t, y)
+        self._form = self._form or ("tuple" if isinstance(answer, tuple) else "tensor")
         image = answer if isinstance(answer, Tensor) else answer[0]
         if image.shape != x.shape:
-            name = type(self.transformer.model).__name__
+            name = type(self.model).__name__
             raise UserError(f"--granularity must be module, block or model for {name}, which makes "
                             f"{tuple(image.shape)} of {tuple(x.shape)}, got output")  # fmt: skip
         out[0].copy_(image.flatten(2))
@@ -362,9 +358,9 @@ class WholeOutput(CacheGranularity):
 
     def forecast(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor, weights: Tensor) -> Any:
         image = haste_ext.taylor_extrapolate(features[0], weights).view(x.shape)
-        if self._form is ModelOutput:
+        if self._form == "ModelOutput":
             return ModelOutput(image, [], [])
-        return (image, []) if self._form is tuple else image
+        return (image, []) if self._form == "tuple" else image
 
 
 def _run_blocks(blocks: Iterable[CachedBlock], tokens: Tensor, c: Tensor) -> Tensor:
@@ -373,7 +369,9 @@ def _run_blocks(blocks: Iterable[CachedBlock], tokens: Tensor, c: Tensor) -> Ten
     return tokens
 
 
-def make_granularities(transformer: CachedTransformer, config: CacheConfig) -> list[CacheGranularity]:
+def make_granularities(
+    transformer: CachedTransformer | OpaqueModel, config: CacheConfig
+) -> list[CacheGranularity]:
     """The one that --granularity names; for Δ-DiT (arXiv 2406.01125) the rear and the front group of blocks.
 
     There a forecast step runs all blocks but one group, which is replaced by x + Δ; Δ = F_group(x) − x is kept from the

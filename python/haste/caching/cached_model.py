@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haste.caching.adapters import PublicTransformer, find_transformer, make_granularities
+from haste.caching.adapters import OpaqueModel, PublicTransformer, find_transformer, make_granularities
 from haste.caching.config import FAST, CacheConfig
 from haste.caching.forecaster import CachedFeatures, Correction, Corrections, Forecaster, Timestep
 from haste.caching.schedule import Clock, Plan, ScheduleState
 from haste.errors import UserError
-from haste.samplers import Branches, ModelCall, time_of
+from haste.samplers import BOTH, Branches, ModelCall, time_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class CachedModel(nn.Module):
         for call in calls:
             self._branches_of_step.setdefault(call.step, set()).update(call.branches)
         self._last_position = {call.step: call.position for call in calls}
-        self._branches = [b for b in ("label", "null") if any(b in of for of in self._branches_of_step.values())]
+        self._branches = [b for b in BOTH if any(b in of for of in self._branches_of_step.values())]
         self._clock = clock
         self._features.clear()
         self._corrections.start()
@@ -175,7 +175,7 @@ class CachedModel(nn.Module):
             ValueError: the model is in training mode.
         """
         if self.model.training:
-            raise ValueError("model is in training mode, where it drops labels at random; call model.eval() first")
+            raise ValueError("model must be in eval mode, got training mode, which drops labels; call model.eval()")
         call = self._next_call(t)
         if len(x) % len(call.branches):
             raise UserError(f"x must have as many rows for {' as for '.join(call.branches)}, got {len(x)} rows")
@@ -190,19 +190,24 @@ class CachedModel(nn.Module):
         else:
             output = self._forecast(x, t, y, call)
             self.num_forecast += 1
-        self._clock.count(call)
+        self._running.count(call)
         return output
 
-    def _next_call(self, t: Tensor) -> ModelCall:
+    @property
+    def _running(self) -> Clock:
         if self._clock is None:
             raise UserError("no run has begun; call start(number of steps) before the first call")
-        call = self._clock.next_call(t)
+        return self._clock
+
+    def _next_call(self, t: Tensor) -> ModelCall:
+        clock = self._running
+        call = clock.next_call(t)
         if call is None:
-            if self._clock.coming and not self._warned:
-                logger.warning("%s", self._clock.cut_short())
+            if clock.coming and not self._warned:
+                logger.warning("%s", clock.cut_short())
                 self._warned = True
-            self.start(self._clock.given)
-            call = self._clock.next_call(t)
+            self.start(clock.given)
+            return self._next_call(t)
         return call
 
     def _reserve(self, x: Tensor, call: ModelCall) -> None:
@@ -257,12 +262,14 @@ class CachedModel(nn.Module):
     def _forecast(self, x: Tensor, t: Tensor, y: Tensor, call: ModelCall) -> Any:
         """In one go where all branches have the same history, else branch by branch."""
         weights = [self._weights(branch, _timestep(call)) for branch in call.branches]
-        labels = y if self._clock.times_known and time_of(t) == call.time else None
+        labels = y if self._running.times_known and time_of(t) == call.time else None
         if all(other == weights[0] for other in weights):
             return self._forecast_rows(x, t, y, call.branches, call, labels)
         parts = [
-            self._forecast_rows(*inputs, (branch,), call, labels)
-            for branch, *inputs in zip(call.branches, *(v.chunk(len(weights)) for v in (x, t, y)), strict=True)
+            self._forecast_rows(x_half, t_half, y_half, (branch,), call, labels)
+            for branch, x_half, t_half, y_half in zip(
+                call.branches, *(v.chunk(len(weights)) for v in (x, t, y)), strict=True
+            )
         ]
         return _concatenate(parts)
 
@@ -294,14 +301,14 @@ class CachedModel(nn.Module):
             made = self._functions[self._granularity]["corrections"](t, y, features, weights)
         else:  # neither compiled nor captured
             times = torch.tensor([[timestep.time] for timestep in timesteps], dtype=t.dtype, device=t.device)
-            made = self.granularities[self._granularity].corrections(times, y, features, weights)
+            made = self.granularities[self._granularity].functions["corrections"](times, y, features, weights)
         return dict(zip(timesteps, zip(*made, strict=True), strict=True))
 
     def _coming_timesteps(self, call: ModelCall) -> list[Timestep]:
         """Where this call and those like it up to the next full step stand, each timestep once."""
         timesteps: dict[Timestep, None] = {}
         step = self._step
-        for coming in self._clock.coming:
+        for coming in self._running.coming:
             if coming.step != step:
                 step = coming.step
                 if self._schedule.is_full(step, self.full_steps[-1]) or self._granularity_of(step) != self._granularity:
@@ -391,7 +398,7 @@ def enable_cache(
         config = CacheConfig() if "cache" in settings else FAST
     cached = make_cache(model, replace(config, **settings))
     if cached is None:
-        raise UserError('cache is "none"; it must name a forecaster, or be delta-dit')
+        raise UserError("cache must be one of those of CacheConfig but none, got none")
     plans = [plan for plan in (num_steps, times, model_calls) if plan is not None]
     if len(plans) > 1:
         raise UserError("a run must have one of num_steps, times and model_calls, got several")
@@ -418,7 +425,6 @@ def make_cache(model: nn.Module, config: CacheConfig) -> CachedModel | None:
     Raises:
         UserError: settings that make no sense, a model that no cache knows.
     """
-    config.check_cache()
     if config.cache == "none":
         return None
     if isinstance(model, CachedModel):
@@ -426,18 +432,34 @@ def make_cache(model: nn.Module, config: CacheConfig) -> CachedModel | None:
     return CachedModel(model, config)
 
 
-def cache_bytes(model: nn.Module, config: CacheConfig, rows: int, dtype: torch.dtype | None = None) -> int:
+def cache_bytes(
+    model: nn.Module,
+    config: CacheConfig,
+    rows: int,
+    dtype: torch.dtype | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+) -> int:
     """Bytes that a cache will take: cached features, and the corrections of the forecast steps in a row. (Heun's
     sampler needs one correction more.)
 
     Args:
         rows: images at once, both halves of a guided batch counted.
         dtype: of the features; by default the model's.
+        input_shape: (C, H, W) of one x, as a family's `layout` has it; for granularity "output" alone, as the model
+            itself does not tell it before the first call.
+
+    Raises:
+        ValueError: granularity "output" without input_shape.
     """
     cached = make_cache(model, config)
     if cached is None:
         return 0
-    tokens, dim = cached.transformer.tokens_shape
+    if not isinstance(cached.transformer, OpaqueModel):
+        tokens, dim = cached.transformer.tokens_shape
+    elif input_shape is not None:
+        tokens, dim = input_shape[0], input_shape[1] * input_shape[2]
+    else:
+        raise ValueError('input_shape must be (C, H, W) for granularity "output", got None')
     granularity, slots = cached.granularities[0], cached.forecaster.order + 1
     ahead = 0
     if granularity.looks_ahead:
@@ -447,19 +469,25 @@ def cache_bytes(model: nn.Module, config: CacheConfig, rows: int, dtype: torch.d
 
 
 def check_memory(
-    model: nn.Module, config: CacheConfig, images: int, guided: bool = False, free: int | None = None
+    model: nn.Module,
+    config: CacheConfig,
+    images: int,
+    guided: bool = False,
+    free: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
 ) -> None:
     """Refuse a cache that does not fit into memory.
 
     Args:
         images: at once.
         free: bytes; by default what the device of the model has left.
+        input_shape: as of `cache_bytes`.
 
     Raises:
         UserError: it does not fit; says what would.
     """
     rows = 2 * images if guided else images
-    needed = cache_bytes(model, config, rows)
+    needed = cache_bytes(model, config, rows, input_shape=input_shape)
     free = free_bytes(next(model.parameters()).device) if free is None else free
     if needed <= free:
         return

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from haste.errors import UserError, shorten
@@ -50,6 +50,10 @@ class CacheConfig:
     --num-steps]"""
     cached_blocks: int | None = None
     """delta-dit: so many blocks are skipped. [default: three in four]"""
+
+    def __post_init__(self) -> None:
+        if type(self) is CacheConfig:  # a subclass is checked with all its flags, by its own check()
+            self.check_cache()
 
     # ---- what the settings mean ----
 
@@ -140,17 +144,17 @@ class CacheConfig:
         if steps and (sorted(set(steps)) != steps or steps[0] != 0):
             raise UserError(f"--full-steps must be increasing step numbers that begin with 0, got {self.full_steps}")
         used = self.cache_fields()
-        for name, default in asdict(CacheConfig()).items():
-            value = getattr(self, name)
-            if name not in used and value != default:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {value}, which nothing uses {self._why_unused(name)}")
+        for field in fields(CacheConfig):
+            value = getattr(self, field.name)
+            if field.name not in used and value != field.default:
+                flag, why = field.name.replace("_", "-"), self._why_unused(field.name)
+                raise UserError(f"--{flag} must be left out {why}, which does not use it, got {value}")
         if self.cache == "reuse" and self.resolved_order != 0:
             raise UserError(f"--order must be 0 for --cache reuse, got {self.order}")
 
     def _why_unused(self, name: str) -> str:
         if self.cache == "none":
-            return "without --cache"
+            return "with --cache none"
         if name in ("interval", "first_enhance", "error_threshold") and self.full_steps:
             return "beside --full-steps"
         return f"with --cache {self.cache}"

@@ -44,7 +44,7 @@ class CachedFeatures:
 
     def release(self) -> None:
         """Forget all features and free their memory."""
-        self.storage: Tensor | None = None
+        self.storage = torch.empty(0)
         self.clear()
 
     def clear(self) -> None:
@@ -55,14 +55,14 @@ class CachedFeatures:
         """Make the storage fit; features of another shape, type or device are forgotten."""
         shape = (self.modules, self.slots, rows, tokens, dim)
         storage = self.storage
-        if storage is None or storage.shape != shape or storage.dtype != dtype or storage.device != device:
+        if storage.shape != shape or storage.dtype != dtype or storage.device != device:
             self.release()  # before the new one needs the memory
             with torch.inference_mode(False):  # a later run outside of that mode writes to it too
                 self.storage = torch.empty(shape, dtype=dtype, device=device)
 
     @property
     def bytes(self) -> int:
-        return 0 if self.storage is None else self.storage.nbytes
+        return self.storage.nbytes
 
     def timesteps(self, branch: str) -> list[Timestep]:
         """Those of which this branch's features are held, newest first."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class ScheduleState:
             return step in self.listed
         return step < self.first_enhance or step - last_full >= self.interval
 
-    def report(self, error: float, distance: int, count: int) -> None:
+    def report(self, error: float, distance: float, count: int) -> None:
         """The relative error of a forecast over `distance` steps from `count` cached features."""
         allowed = distance * (self.error_threshold / max(error, 1e-12)) ** (1 / count)
         # A model that gave NaN has an error of NaN, which is within no bound.
@@ -93,12 +94,12 @@ class Clock:
 
     def __init__(self, given: Plan) -> None:
         self.given = given
-        self.times_known = not isinstance(given, Integral)
-        if not self.times_known:  # NumPy's integers too
+        self.times_known = not isinstance(given, Integral)  # NumPy's integers too
+        if isinstance(given, (int, Integral)):
             check_number("num_steps", given, shown="num_steps")
-            self.plan = [ModelCall(step, step, math.nan) for step in range(given)]
+            self.plan = [ModelCall(step, step, math.nan) for step in range(int(given))]
         elif isinstance(given, Sequence) and all(isinstance(each, ModelCall) for each in given):
-            self.plan = list(given)
+            self.plan = list(cast(Sequence[ModelCall], given))
         else:
             self.plan = [ModelCall(step, step, time) for step, time in enumerate(_times(given))]
         self._done = 0
@@ -188,7 +189,7 @@ def _time(t: Tensor) -> float | None:
     return time
 
 
-def _times(given: Sequence[float]) -> list[float]:
+def _times(given: Any) -> list[float]:
     """Times that a caller gives, as numbers."""
     times = given.tolist() if hasattr(given, "tolist") else given
     numbers = isinstance(times, Sequence) and all(isinstance(each, Real) and math.isfinite(each) for each in times)

@@ -209,7 +209,8 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
     batches = deal(missing, min(batch_size, math.ceil(count / processes.count)))
     if batches:
         largest = max(map(len, batches))
-        check_memory(sampler.loaded.model, sampler.settings, largest, guided=sampler.rows == 2)
+        loaded, guided = sampler.loaded, sampler.rows == 2
+        check_memory(loaded.model, sampler.settings, largest, guided, input_shape=loaded.layout.input_shape)
         sampler.warm_up(largest)
     with progress_bar(
         total=count, initial=count - len(missing), unit="image", desc="sample", disable=not processes.first

@@ -94,14 +94,18 @@ class CachedBlock(Protocol):
 
 
 class CachedTransformer(Protocol):
-    """A model as a cache takes it apart: output(blocks(tokens(x), c), c) with c = conditioning(t, condition).
+    """A model as a cache takes it apart: output(blocks(tokens(x), c), c) with c = conditioning(t, condition)."""
 
-    tokens_shape: (N, D) of one image. dtype: of the weights.
-    """
+    @property
+    def blocks(self) -> Sequence[CachedBlock]: ...
 
-    blocks: Sequence[CachedBlock]
-    tokens_shape: tuple[int, int]
-    dtype: torch.dtype
+    @property
+    def tokens_shape(self) -> tuple[int, int]:
+        """(N, D) of one image."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
 
     def tokens(self, x: Tensor) -> Tensor:
         """x as tokens (B, N, D)."""

@@ -185,7 +185,7 @@ class SiT(nn.Module):
         if not 0 <= class_dropout_prob < 1:
             raise UserError(f"class_dropout_prob must be at least 0 and below 1, got {class_dropout_prob}")
         if z_dims and not 1 <= encoder_depth <= depth:
-            raise UserError(f"encoder_depth is {encoder_depth}; it must be between 1 and the depth, {depth}")
+            raise UserError(f"encoder_depth must be from 1 to the depth, {depth}, got {encoder_depth}")
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -243,10 +243,10 @@ class SiT(nn.Module):
         """x (B, C, S, S), t (B,) in [0, 1], y (B,) classes to tokens (B, N, width) and conditioning (B, width)."""
         wanted = (self.in_channels, self.input_size, self.input_size)
         if x.dim() != 4 or x.shape[1:] != wanted:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, {', '.join(map(str, wanted))})")
+            raise ValueError(f"x must have shape (batch, {', '.join(map(str, wanted))}), got {tuple(x.shape)}")
         for name, value in (("t", t), ("y", y)):
             if value.shape != x.shape[:1]:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ({x.shape[0]},), as x")
+                raise ValueError(f"{name} must have shape ({x.shape[0]},), as x, got {tuple(value.shape)}")
         return self.tokens(x), self.conditioning(t, y)
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -285,9 +285,9 @@ class SiT(nn.Module):
         """
         for layer in aligned_layers:
             if not 0 <= layer < len(self.blocks):
-                raise ValueError(f"aligned_layers has {layer}; layers must be between 0 and {len(self.blocks) - 1}")
+                raise ValueError(f"aligned_layers must be from 0 to {len(self.blocks) - 1}, got {layer}")
         if project and not self.projectors:
-            raise ValueError("project is True, but this model has no projectors; build it with z_dims")
+            raise ValueError("project must be False for a model without projectors, got True; build it with z_dims")
 
         tokens, c = self.embed(x, t, y)
         kept: dict[int, QueriesKeys] = {}
@@ -358,12 +358,12 @@ class _Config:
         for name, largest in LARGEST.items():
             value = getattr(self, name)
             if not 1 <= value <= largest:
-                raise UserError(f"{name} of its model must be 1 to {largest}, and is {value}")
+                raise UserError(f"{name} of its model must be from 1 to {largest}, got {value}")
         if (self.input_size // self.patch_size) ** 2 > MOST_TOKENS:
-            raise UserError(f"its model must have {MOST_TOKENS} tokens at most, and has {self.input_size} / "
+            raise UserError(f"its model must have at most {MOST_TOKENS} tokens, got {self.input_size} / "
                             f"{self.patch_size} along a side")  # fmt: skip
         if not 1 / 64 <= self.mlp_ratio <= 64:
-            raise UserError(f"mlp_ratio of its model must be 1/64 to 64, and is {self.mlp_ratio}")
+            raise UserError(f"mlp_ratio of its model must be from 1/64 to 64, got {self.mlp_ratio}")
 
 
 # Far above what anybody trains, and far below what no machine can hold.

@@ -188,7 +188,8 @@ class Sweep:
             return True
         try:
             sampler = self._sampler(settings)
-            check_memory(self.loaded.model, settings, self.shared["batch"], guided=settings.cfg_scale > 1)
+            model, shape, guided = self.loaded.model, self.loaded.layout.input_shape, settings.cfg_scale > 1
+            check_memory(model, settings, self.shared["batch"], guided, input_shape=shape)
             cost = count_cost(sampler, self.shared["batch"])
         except UserError as error:
             if settings.cache == "none":

@@ -56,12 +56,12 @@ def test_full_steps_of_ten(settings, full):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"interval": 3}, "--interval is 3, which nothing uses without --cache"),
-        ({"granularity": "model"}, "--granularity is model, which nothing uses without --cache"),
-        ({"cache": "taylor", "gate": 3}, "--gate is 3, which nothing uses with --cache taylor"),
-        ({"cache": "delta-dit", "order": 1}, "--order is 1, which nothing uses with --cache delta-dit"),
-        ({"cache": "delta-dit", "granularity": "model"}, "--granularity is model, which nothing uses with"),
-        ({"cache": "taylor", "full_steps": "0,3", "interval": 3}, "--interval is 3, which nothing uses beside --full"),
+        ({"interval": 3}, "--interval must be left out with --cache none"),
+        ({"granularity": "model"}, "--granularity must be left out with --cache none"),
+        ({"cache": "taylor", "gate": 3}, "--gate must be left out with --cache taylor"),
+        ({"cache": "delta-dit", "order": 1}, "--order must be left out with --cache delta-dit"),
+        ({"cache": "delta-dit", "granularity": "model"}, "--granularity must be left out with"),
+        ({"cache": "taylor", "full_steps": "0,3", "interval": 3}, "--interval must be left out beside --full-steps"),
         ({"cache": "taylor", "full_steps": "0;3"}, "--full-steps must be step numbers such as .0,1,2,5,9., got .0;3"),
         *(
             ({"cache": "taylor", "full_steps": steps}, "--full-steps must be increasing step numbers that begin with 0")
@@ -78,7 +78,7 @@ def test_full_steps_of_ten(settings, full):
 )
 def test_settings_that_make_no_sense_get_a_sentence(settings, message):
     with pytest.raises(UserError, match=message):
-        CacheConfig(**settings).check_cache()
+        CacheConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_settings_that_make_no_sense_get_a_sentence(settings, message):
 )
 def test_values_that_no_command_line_would_pass_on(settings, sentence):
     with pytest.raises(UserError, match=sentence):
-        CacheConfig(**settings).check_cache()
+        CacheConfig(**settings)
 
 
 @pytest.mark.parametrize(

@@ -181,13 +181,13 @@ def test_what_is_held_is_counted_and_forgotten():
     timesteps = [Timestep(1, 0.5), Timestep(2, 0.25)]
     y = torch.arange(3)
     made = (torch.zeros(3, 4, 8), torch.zeros(3, 8))
-    held.keep(("label",), y, dict.fromkeys(timesteps, made))
+    held.keep(("cond",), y, dict.fromkeys(timesteps, made))
     assert held.most_bytes == 2 * 3 * 5 * 8 * 4
-    assert held.get(("label",), y, timesteps[1])[0].shape == (3, 4, 8)
-    assert held.get(("null",), y, timesteps[1]) is None
-    assert held.get(("label",), y.clone(), timesteps[1]) is None
+    assert held.get(("cond",), y, timesteps[1])[0].shape == (3, 4, 8)
+    assert held.get(("uncond",), y, timesteps[1]) is None
+    assert held.get(("cond",), y.clone(), timesteps[1]) is None
     held.clear()
-    assert held.get(("label",), y, timesteps[1]) is None and held.most_bytes > 0
+    assert held.get(("cond",), y, timesteps[1]) is None and held.most_bytes > 0
     held.start()
     assert held.most_bytes == 0
 

@@ -171,11 +171,11 @@ def test_what_each_cache_forecasts_with():
 
 # ---- the cached features ----
 
-BOTH = ("label", "null")
+BOTH = ("cond", "uncond")
 
 
 def filled(positions: list[int], slots: int = 3) -> CachedFeatures:
-    """Two modules, one row per branch; the feature at position p is p for "label" and p + 0.5 for "null"."""
+    """Two modules, one row per branch; the feature at position p is p for "cond" and p + 0.5 for "uncond"."""
     ring = CachedFeatures(modules=2, slots=slots)
     ring.reserve(2, 3, 4, torch.float32, torch.device("cpu"))
     for position in positions:
@@ -204,10 +204,10 @@ def positions(ring: CachedFeatures, branch: str) -> list[float]:
 def test_it_keeps_the_newest_and_overwrites_the_oldest_in_place():
     ring = filled([0, 1, 5])
     storage = ring.storage.data_ptr()
-    assert positions(ring, "label") == [5, 1, 0] and kept(ring, "label") == [5, 1, 0]
+    assert positions(ring, "cond") == [5, 1, 0] and kept(ring, "cond") == [5, 1, 0]
     for position in (9, 13):
         write(ring, position, BOTH)
-    assert positions(ring, "label") == [13, 9, 5] and kept(ring, "label") == [13, 9, 5]
+    assert positions(ring, "cond") == [13, 9, 5] and kept(ring, "cond") == [13, 9, 5]
     assert ring.storage.data_ptr() == storage and ring.storage.shape == (2, 3, 2, 3, 4)
     assert ring.bytes == 2 * 3 * 2 * 3 * 4 * 4
 
@@ -215,45 +215,45 @@ def test_it_keeps_the_newest_and_overwrites_the_oldest_in_place():
 def test_a_second_snapshot_at_one_position_takes_the_place_of_the_first():
     ring = filled([0, 1])
     write(ring, 1, BOTH, offset=6.0)
-    assert positions(ring, "null") == [1, 0] and kept(ring, "null") == [7.5, 0.5]
+    assert positions(ring, "uncond") == [1, 0] and kept(ring, "uncond") == [7.5, 0.5]
 
 
 def test_branches_that_come_one_after_the_other_share_a_slot():
     ring = filled([])
     for position in (0, 1, 5, 9):
-        write(ring, position, ("label",))
-        write(ring, position, ("null",))
-    assert kept(ring, "label") == [9, 5, 1] and kept(ring, "null") == [9.5, 5.5, 1.5]
+        write(ring, position, ("cond",))
+        write(ring, position, ("uncond",))
+    assert kept(ring, "cond") == [9, 5, 1] and kept(ring, "uncond") == [9.5, 5.5, 1.5]
 
 
 def test_a_branch_that_sits_out_keeps_its_own_until_they_are_overwritten():
     ring = filled([0, 1])
-    write(ring, 5, ("label",))
-    assert kept(ring, "label") == [5, 1, 0] and kept(ring, "null") == [1.5, 0.5]
-    write(ring, 9, ("label",))
-    write(ring, 13, ("label",))
-    assert kept(ring, "label") == [13, 9, 5] and ring.timesteps("null") == []
+    write(ring, 5, ("cond",))
+    assert kept(ring, "cond") == [5, 1, 0] and kept(ring, "uncond") == [1.5, 0.5]
+    write(ring, 9, ("cond",))
+    write(ring, 13, ("cond",))
+    assert kept(ring, "cond") == [13, 9, 5] and ring.timesteps("uncond") == []
 
 
 def test_slots_that_do_not_hold_a_branch_have_weight_zero():
     ring = filled([0, 1], slots=5)
-    write(ring, 5, ("label",))
-    assert ring.by_slot([2.0, -1.0, 4.0], "label") == [4, -1, 2, 0, 0]
-    assert ring.by_slot([2.0, -1.0], "null") == [-1, 2, 0, 0, 0]
+    write(ring, 5, ("cond",))
+    assert ring.by_slot([2.0, -1.0, 4.0], "cond") == [4, -1, 2, 0, 0]
+    assert ring.by_slot([2.0, -1.0], "uncond") == [-1, 2, 0, 0, 0]
 
 
 def test_other_rows_or_another_type_begin_anew_and_a_run_keeps_the_memory():
     ring = filled([0])
     cpu, storage = torch.device("cpu"), ring.storage.data_ptr()
     ring.reserve(2, 3, 4, torch.float32, cpu)
-    assert positions(ring, "label") == [0]
+    assert positions(ring, "cond") == [0]
     ring.clear()
-    assert ring.timesteps("label") == [] and ring.storage.data_ptr() == storage
+    assert ring.timesteps("cond") == [] and ring.storage.data_ptr() == storage
     write(ring, 3, BOTH)
     ring.reserve(4, 3, 4, torch.float32, cpu)
-    assert ring.timesteps("label") == [] and ring.storage.shape[2] == 4
+    assert ring.timesteps("cond") == [] and ring.storage.shape[2] == 4
     write(ring, 4, BOTH)
     ring.reserve(4, 3, 4, torch.bfloat16, cpu)
-    assert ring.timesteps("label") == [] and ring.storage.dtype == torch.bfloat16
+    assert ring.timesteps("cond") == [] and ring.storage.dtype == torch.bfloat16
     ring.release()
     assert ring.storage is None and ring.bytes == 0

@@ -143,7 +143,7 @@ def test_calls_are_counted(run, settings, calls):
     ("settings", "message"),
     [
         ({"heun": True, "mode": "sde"}, "--heun must come with --mode ode"),
-        ({"interval": 3}, "--interval is 3, which nothing uses without --cache"),
+        ({"interval": 3}, "--interval must be left out"),
         ({"global_seed": -1}, "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got -1"),
     ],
 )

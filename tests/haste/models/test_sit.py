@@ -319,7 +319,7 @@ def test_a_block_can_be_checkpointed():
         ({"input_size": 9}, "^input_size must be a multiple of patch_size, 2, got 9"),
         ({"depth": 0}, "^depth must be at least 1, got 0"),
         ({"class_dropout_prob": 1.5}, "^class_dropout_prob must be .* got 1.5"),
-        ({"z_dims": (5,), "encoder_depth": 4}, "encoder_depth is 4; it must be between 1 and the depth, 3"),
+        ({"z_dims": (5,), "encoder_depth": 4}, "encoder_depth must be from 1 to the depth"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, sentence):
@@ -343,12 +343,12 @@ def test_unknown_model():
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"x": torch.zeros(3, 3, 4, 4)}, r"x has shape \(3, 3, 4, 4\); it must be \(batch, 3, 8, 8\)"),
-        ({"t": torch.zeros(2)}, r"t has shape \(2,\); it must be \(3,\)"),
-        ({"y": torch.zeros(3, 1)}, r"y has shape \(3, 1\); it must be \(3,\)"),
-        ({"aligned_layers": (3,)}, "aligned_layers has 3; layers must be between 0 and 2"),
-        ({"aligned_layers": (-1,)}, "aligned_layers has -1"),
-        ({"project": True}, "no projectors"),
+        ({"x": torch.zeros(3, 3, 4, 4)}, r"x must have shape \(batch, 3, 8, 8\)"),
+        ({"t": torch.zeros(2)}, "t must have shape"),
+        ({"y": torch.zeros(3, 1)}, "y must have shape"),
+        ({"aligned_layers": (3,)}, "aligned_layers must be from 0 to 2, got 3"),
+        ({"aligned_layers": (-1,)}, "aligned_layers must be .* got -1"),
+        ({"project": True}, "project must be False"),
     ],
 )
 def test_wrong_calls(change, sentence):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from haste.cli.main import main
 from haste.models import SiT
 from haste.training.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 
@@ -32,15 +34,18 @@ LAUNCHER = [
 ]  # fmt: skip
 
 
-def command(launch: list[str] | None, folder: Path, teacher: Path, steps: int) -> list[str]:
-    launcher = ["accelerate.commands.launch", *launch, *LAUNCHER] if launch else []
-    words = [*launcher, "haste", *SETTINGS, "--output-dir", str(folder), "--enc-type", str(teacher)]
-    return [sys.executable, "-m", *words, "--max-train-steps", str(steps)]
+def words(folder: Path, teacher: Path, steps: int) -> list[str]:
+    return [*SETTINGS, "--output-dir", str(folder), "--enc-type", str(teacher), "--max-train-steps", str(steps)]
 
 
-def run(launch: list[str] | None, folder: Path, teacher: Path, steps: int = STEPS) -> None:
+def command(launch: list[str], folder: Path, teacher: Path, steps: int) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *launch, *LAUNCHER]
+    return [*launcher, "haste", *words(folder, teacher, steps)]
+
+
+def run(launch: list[str], folder: Path, teacher: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(launch, folder, teacher, steps), capture_output=True, text=True, env=environment,
+    done = subprocess.run(command(launch, folder, teacher, STEPS), capture_output=True, text=True, env=environment,
                           timeout=400)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -69,7 +74,8 @@ def assert_same_run(folder: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, teacher_folder) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    run(None, folder, teacher_folder)
+    main(words(folder, teacher_folder, STEPS))
+    AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from attn_align_problems import NAMES, backward, check, check_infinite_operand, definition, forward, operands
+from attn_align_problems import (
+    NAMES,
+    backward,
+    check,
+    check_infinite_operand,
+    definition,
+    forward,
+    operands,
+    operands_types_and_losses,
+)
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,12 +98,10 @@ def test_logits_beyond_float_give_no_nan(emulator, dtype, size):
     assert all((gradient == 0).all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("kind", ("cross_entropy", "kl"))
-@pytest.mark.parametrize("operand", range(4), ids=NAMES)
-def test_an_infinite_operand_shows(emulator, operand, kind, dtype):
-    """In the first, a middle and the last token, of either sign."""
-    tensors = operands(dtype, tokens=70, dims=(24, 16))
+@pytest.mark.parametrize(("operand", "dtype", "kind"), operands_types_and_losses(TYPES))
+def test_an_infinite_operand_shows(emulator, operand, dtype, kind):
+    """In the first, a middle and the last token, of either sign; operands are numbered as in NAMES."""
+    tensors = operands(dtype, heads=(4, 4), tokens=70, dims=(24, 16))
     check_infinite_operand(emulator, tensors, operand, {0: torch.inf, 33: -torch.inf, 69: torch.inf}, divergence=kind)
 
 

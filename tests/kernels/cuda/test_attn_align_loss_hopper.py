@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attn_align_problems import NAMES, backward, check, check_infinite_operand, forward, operands, problem
+from attn_align_problems import (
+    backward,
+    check,
+    check_infinite_operand,
+    forward,
+    operands,
+    operands_types_and_losses,
+    problem,
+)
 
 TYPES = (torch.float16, torch.bfloat16)
 
@@ -115,12 +123,10 @@ def test_products_of_minus_infinity(hopper, kind):
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("kind", ("cross_entropy", "kl"))
-@pytest.mark.parametrize("operand", range(4), ids=NAMES)
-def test_an_infinite_operand_shows(hopper, operand, kind, dtype):
-    """In the first, a middle and the last token, of either sign."""
-    tensors = operands(dtype, tokens=70, dims=(24, 16))
+@pytest.mark.parametrize(("operand", "dtype", "kind"), operands_types_and_losses(TYPES))
+def test_an_infinite_operand_shows(hopper, operand, dtype, kind):
+    """In the first, a middle and the last token, of either sign; operands are numbered as in NAMES."""
+    tensors = operands(dtype, heads=(4, 4), tokens=70, dims=(24, 16))
     check_infinite_operand(hopper, tensors, operand, {0: torch.inf, 33: -torch.inf, 69: torch.inf}, divergence=kind)
 
 

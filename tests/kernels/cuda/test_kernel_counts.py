@@ -126,11 +126,11 @@ def test_a_record_reads_as_it_was_written(counts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     (
-        (["check", "/nope"], "RECORD is /nope; it must be a file that `tools/kernel_counts accept` wrote"),
-        (["check", __file__], f"RECORD is {__file__}; it must be a file that `tools/kernel_counts accept` wrote"),
-        (["accept", "/nope/r"], "RECORD is /nope/r; it must be a file in a folder that there is"),
-        (["loads", "/nope"], "SOURCE is /nope; it must be a .cu file of this tree"),
-        (["loads", __file__], f"SOURCE is {__file__}; it must be a .cu file of this tree"),
+        (["check", "/nope"], "RECORD must be a file that `tools/kernel_counts accept` wrote, got /nope"),
+        (["check", __file__], f"RECORD must be a file that `tools/kernel_counts accept` wrote, got {__file__}"),
+        (["accept", "/nope/r"], "RECORD must be a file in a folder that there is"),
+        (["loads", "/nope"], "SOURCE must be a .cu file of this tree, got /nope"),
+        (["loads", __file__], f"SOURCE must be a .cu file of this tree, got {__file__}"),
     ),
 )
 def test_what_cannot_be_used_is_refused_in_a_sentence(arguments, sentence):

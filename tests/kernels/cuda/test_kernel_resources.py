@@ -95,6 +95,21 @@ def test_table_of_what_was_recorded(tree):
     assert lines[2] == "1 kernels, 2 targets, 2 of them spill"
 
 
+def test_the_machine_code_for_9_0_is_kept_beside_the_object(tree):
+    nvcc = tree.root / "nvcc"
+    nvcc.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\nfor word in sys.argv:\n  if word.startswith('--keep-dir='):\n"
+        "    folder = pathlib.Path(word.removeprefix('--keep-dir='))\n"
+        "    (folder / 'kernel.compute_80.cubin').write_text('80')\n"
+        "    (folder / 'kernel.compute_90a.cubin').write_text('90a')\n"
+    )
+    kept = tree.object.with_name("kernel.cu.o.90.cubin")
+    tree.run("record", "", nvcc, "-gencode=arch=compute_80,code=sm_80", "-c", tree.source, "-o", tree.object)
+    assert not kept.exists()
+    tree.run("record", "", nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-c", tree.source, "-o", tree.object)
+    assert kept.read_text() == "90a" and not list(tree.object.parent.glob("*.kept"))
+
+
 def test_a_failed_compilation_keeps_its_status_and_its_words(tree):
     tree.object.with_name("kernel.cu.o.resources").unlink()
     result = tree.compile(REPORT, status=2)
@@ -160,12 +175,12 @@ def test_one_kernel_more_leaves_the_lines_of_the_others_as_they_are(tree):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     (
-        (["check", "/nope"], "RECORD is /nope; it must be a file that `tools/kernel_resources accept` wrote"),
-        (["check", __file__], f"RECORD is {__file__}; it must be a file that `tools/kernel_resources accept` wrote"),
-        (["accept", "/nope/r"], "RECORD is /nope/r; it must be a file in a folder that there is"),
-        (["record", "/nope"], "COMMAND is /nope ..., which cannot be run (No such file or directory)"),
-        (["record", "", "/"], "COMMAND is / ..., which cannot be run (Permission denied)"),
-        (["table", "/nope"], "OBJECT is /nope, beside which no report lies"),
+        (["check", "/nope"], "RECORD must be a file that `tools/kernel_resources accept` wrote, got /nope"),
+        (["check", __file__], f"RECORD must be a file that `tools/kernel_resources accept` wrote, got {__file__}"),
+        (["accept", "/nope/r"], "RECORD must be a file in a folder that there is"),
+        (["record", "/nope"], "COMMAND must be a compiler's, got /nope ..., which cannot be run (No such file"),
+        (["record", "", "/"], "COMMAND must be a compiler's, got / ..., which cannot be run (Permission denied)"),
+        (["table", "/nope"], "OBJECT must be compiled by `kernel_resources record`, got /nope"),
     ),
 )
 def test_what_cannot_be_used_is_refused_in_a_sentence(tree, arguments, sentence):
