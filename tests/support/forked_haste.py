@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["haste.cli.train", "haste.training.trainer", "haste.generation.sample_dir"])
+FORKS.set_forkserver_preload(["haste.cli.commands", "haste.training.trainer", "haste.generation.sample_dir"])
 
 
 def start_haste(words: list[str], output: Path, **environment: str) -> multiprocessing.Process:

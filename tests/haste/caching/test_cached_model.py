@@ -356,10 +356,10 @@ def test_compiled_any_number_of_forecast_steps_in_a_row_is_served(settings, leng
             torch.testing.assert_close(images, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_any_number_of_batch_sizes_and_models_is_served(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_compiled_any_number_of_batch_sizes_and_models_is_served():
     """torch.compile gives up after some compilations of a function, which all cached models share."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     for depth in range(1, 4):
         compiled, eager = (cache(small_sit(depth), order=1, granularity="model") for _ in range(2))
         compiled.compile(backend="eager")

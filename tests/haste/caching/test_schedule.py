@@ -223,7 +223,7 @@ def test_one_time_for_the_whole_batch():
 def test_a_batch_without_two_halves_is_refused():
     x, y = small_noise(3, torch.float64)
     plan = model_calls("euler", STEPS, Guidance(2.0))
-    with pytest.raises(UserError, match="x must have as many rows for label as for null, got 3 rows"):
+    with pytest.raises(UserError, match="x must have as many rows for cond as for uncond, got 3 rows"):
         fast(model_calls=plan)(x, torch.ones(3).double(), y)
 
 

@@ -134,7 +134,7 @@ def test_a_file_may_be_any_bytes(how, at, data):
         ("model_config", "SiT", "model_config of .* must hold named values"),
         ("model_config/depth", 10**9, "depth of its model must be from 1 to 200"),
         ("model_config/hidden_size", 32, "pos_embed of model of .* must have the shape"),
-        ("model_config/input_size", 8190, "tokens at most"),
+        ("model_config/input_size", 8190, "at most 262144 tokens"),
         ("ema", [1], r"ema of .* must be a dictionary of weights, got \[1\]"),
         ("ema/new", torch.ones(1), "ema of .*: new does not belong"),
         ("latents/scale", (0.1,), "scale of latents of .* must be 4 finite numbers"),
