@@ -10,15 +10,24 @@ TEST_ARGS ?=
 
 BIN     := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-.PHONY: demo test docs build clean
+.PHONY: demo test style types docs tests build clean
 
 demo: build
 	$(BIN)/haste demo $(DEMO_ARGS)
 
-test: build docs
+# Style first, for it takes a second; the others side by side, as types and documentation leave most cores idle.
+test: build style
+	$(MAKE) --no-print-directory -j3 types docs tests
+
+style: build
 	$(BIN)/ruff check .
+
+types: build
 	$(BIN)/mypy
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --dist loadfile $(TEST_ARGS)
+
+# One worker per core, so one thread each. A worker that is done takes tests of another.
+tests: build
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist worksteal $(TEST_ARGS)
 
 docs: build
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
