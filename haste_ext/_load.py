@@ -96,7 +96,7 @@ flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attentio
 
 
 def below_autograd() -> AbstractContextManager:
-    """Calls under it go to the kernels at once, whatever their operands require."""
+    """A context in which calls go straight to the kernels, also with operands that require gradients."""
     return torch._C._AutoDispatchBelowAutograd()
 
 

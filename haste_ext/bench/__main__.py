@@ -122,7 +122,7 @@ def show(argv: Sequence[str]) -> int:
             print(report.table(document))
             continue
         try:
-            from haste_ext.bench.plot import plot_document  # matplotlib is wanted here alone
+            from haste_ext.bench.plot import plot_document  # only plots need matplotlib
         except ModuleNotFoundError as error:
             parser.error(f"plot needs {error.name}: run `pip install {error.name}`")
         folder = args.output or path.parent
@@ -233,7 +233,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_device(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed flags, where --device is to be had."""
+    """Parse the flags and check that --device is available."""
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device must be cpu, got cuda: torch finds no CUDA device here")

@@ -198,7 +198,7 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 def peak_extra_bytes(call: Call, device: str, calls: int = 3) -> int | None:
     """Peak memory during one call beyond what was held before it and beyond its own results; None if unknown.
 
-    On the CPU it is Linux's count (the resident high-water mark), so scratch that no tensor knows of is counted too;
+    On the CPU it is Linux's count (the resident high-water mark), so scratch memory outside of tensors is counted too;
     elsewhere there is no such count. On a GPU it is the caching allocator's, and the operations allocate nowhere else.
     The highest of so many calls, as Linux's mark has been seen to lag behind on a busy machine.
     """
@@ -250,7 +250,7 @@ def _kibibytes(path: str, field: str) -> int:
 def memory_within_the_machine(device: str) -> Iterator[None]:
     """Here a contender that wants more memory than the machine has free gets an error, not the process killed.
 
-    A GPU's allocator says so by itself, and its driver reserves addresses that would be counted here.
+    A GPU's allocator raises by itself, and its driver reserves addresses that would be counted here.
     """
     if device == "cuda" or not Path("/proc/meminfo").exists():
         yield

@@ -1,6 +1,6 @@
-"""What the benchmark knows of the operations: shapes, the ways of writing each, and the least work that it is.
+"""The benchmarked operations: their shapes, the ways of writing each, and the least work that each is.
 
-A new operation is a case and a line of OPERATIONS.
+To add an operation, write its Case and add it to OPERATIONS.
 """
 
 from __future__ import annotations

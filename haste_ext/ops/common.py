@@ -140,7 +140,7 @@ def implement_autograd(operation: str, implementation: Callable[..., object]) ->
 
 
 def refuse_gradient(operation: str, advice: str) -> None:
-    """What has no gradient says so when one is asked for."""
+    """Make the backward of an operation without gradients raise NotImplementedError, with advice."""
     overload = getattr(torch.ops.haste, operation).default
 
     class NoGradient(torch.autograd.Function):
@@ -163,8 +163,8 @@ def refuse_gradient(operation: str, advice: str) -> None:
 
 
 def below_autograd_in_backward() -> AbstractContextManager:
-    """Not where a graph of the backward is asked for: there the operations say that it cannot be had. Nor where torch
-    compiles it: it knows no such context, and needs none."""
+    """`below_autograd` in a backward; but not with create_graph=True, where the operations raise, nor under
+    torch.compile, which does not trace this context."""
     return nullcontext() if torch.is_grad_enabled() or torch.compiler.is_compiling() else below_autograd()
 
 

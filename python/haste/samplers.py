@@ -5,9 +5,9 @@ of them on a model. Every random number can be given: the noise that a run begin
 noise of each step, so a run from elsewhere is replayed number by number. The state is kept in double precision; the
 model is called in its own type.
 
-A model may have a method `start(calls)`, called once before the first call with the list of all that will follow: what
-feature caching plans its full and its skipped steps by. The times that it is called with tell their value to
-`time_of`, and all calls of the same branches have the same tensor as their condition.
+A model may have a method `start(calls)`, called once with the list of all model calls that will follow, by which
+feature caching plans its full and skipped steps. `time_of` gives the value of the times that it is called with, and all
+calls of the same branches have the same tensor as their condition.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Guidance:
             raise UserError(f"guidance must be {' or '.join(MODES)}, got {self.mode!r}")
 
     def calls(self, time: float) -> list[Branches]:
-        """The model calls that one velocity takes in a step that starts at `time`, each by its branches."""
+        """The branches of each model call that one velocity takes in a step that starts at `time`."""
         if self.scale == 1 or not self.low <= time <= self.high:
             return [COND]
         return [BOTH] if self.mode == "batched" else [COND, UNCOND]
@@ -186,7 +186,7 @@ def model_calls(sampler: str, num_steps: int, guidance: Guidance | None = None) 
 
 
 def times_at(time: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(count,), each of them `time`, which `time_of` gives back: to ask a tensor on a GPU for it is to wait for it."""
+    """A tensor (count,) filled with `time`, which `time_of` returns without waiting for a GPU."""
     times = torch.full((count,), time, dtype=dtype, device=device)
     times._time_on_host = (time, version(times))
     return times
@@ -319,7 +319,7 @@ def _step_noise(given: Iterable[Tensor] | None, generator: Generators, like: Ten
 
 
 def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
-    """UserError for the first step of which `finite` is false: asked of a GPU once, after the last step."""
+    """Raise UserError for the first step whose `finite` is false; a GPU is waited for once, after the last step."""
     known = torch.stack(finite).tolist()
     if not all(known):
         step = known.index(False)

@@ -1,16 +1,15 @@
-"""What a cache has to know of a transformer, the models that it knows, and what of them it keeps.
+"""Adapters from models to the interface that a cache needs, and the granularities: what a forecast call replaces.
 
-A family of haste's brings a `CachedTransformer` of its own. A SiT or DiT of the public repositories (SiT, REPA, HASTE,
-DiT) has the same parts under the same names, as its checkpoints show; PublicTransformer puts them together, and holds
-the result against the model's own forward pass before it is trusted.
+A family of haste's has a `CachedTransformer` of its own. A SiT or DiT of the public repositories (SiT, REPA, HASTE,
+DiT) has the same parts under the same names; PublicTransformer puts them together and compares the result with the
+model's own forward pass before the first cached run.
 
-A granularity is what a forecast call replaces. Its calls are pure functions of tensors, so each can be compiled, or
-captured in a CUDA graph:
+The calls of a granularity are pure functions of tensors, so each can be compiled, or captured in a CUDA graph:
 
-    full(x, t, y, out)                      the model's answer; its features are written to out
-    forecast(x, t, y, features, weights)    the same from those of the last full calls
+    full(x, t, y, out)                      the model's output; its features are written to out
+    forecast(x, t, y, features, weights)    the output, from the features of the last full calls
     corrections(t, y, features, weights)    in place of forecast: what several calls add to their tokens, and their
-    corrected(x, added, c)                  conditioning; then the answer of each of them
+    corrected(x, added, c)                  conditioning; then the output of each of these calls
 
 x, t, y as the model takes them, tokens and c (B, N, D) and (B, D), out (modules, B, N, D), features (modules, slots, B,
 N, D), weights (slots,) float32; of S calls at once t (S, 1), c (S, B, D), weights (S, slots), added (S, B, N, D).
@@ -35,31 +34,30 @@ from haste.models.layers import Modulation, modulate
 
 
 def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTransformer | OpaqueModel:
-    """The model as a cache of this granularity sees it.
+    """Return the adapter of a model for a cache of this granularity.
 
     Raises:
-        UserError: a model that no such cache knows.
+        UserError: there is none for this model.
     """
     if hasattr(model, "_orig_mod"):
-        raise UserError("the model is compiled; give enable_cache the model itself, and compile the result by its "
-                        "compile()")  # fmt: skip
+        raise UserError("model must not be compiled before enable_cache; compile the result by its compile()")
     if granularity == "output":
         return OpaqueModel(model)
     if getattr(model, "family", None) in [family.name for family in families()]:
         transformer = get_family(model).cached(model)
         if transformer is None:
-            raise UserError(f"the model is a {type(model).__name__}, whose family {model.family} has no blocks for a "
-                            "cache; --granularity must be output, or its Family have a method cached()")  # fmt: skip
+            raise UserError(f"--granularity must be output for a {type(model).__name__}, whose family {model.family} "
+                            f"has no blocks for a cache, got {granularity or 'the blocks of delta-dit'}")  # fmt: skip
         return transformer
     lacking = _what_is_lacking(model)
     if lacking:
-        raise UserError(f"the model is a {type(model).__name__} {lacking}; a cache takes models of haste's families "
-                        "and such as have the parts of the public SiT and DiT")  # fmt: skip
+        raise UserError("model must be of one of haste's families, or have the parts of the public SiT and DiT, got a "
+                        f"{type(model).__name__} {lacking}; granularity \"output\" takes any model")  # fmt: skip
     return PublicTransformer(model)
 
 
 class OpaqueModel:
-    """Any model that is called model(x, t, y), known by its output alone."""
+    """Any model that is called model(x, t, y); a cache sees its output only."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -76,7 +74,7 @@ BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 
 
 def _what_is_lacking(model: Any) -> str | None:
-    """Of a model as SiT and DiT are; None if it has all of their parts, in their forms."""
+    """Describe what the model lacks of a SiT or DiT; None if it has all of their parts, in their forms."""
     for part in MODEL_PARTS:
         if not hasattr(model, part):
             return f"without {part}"
@@ -102,7 +100,7 @@ def _first(out: Any) -> tuple[Tensor, Any]:
 
 
 class PublicBlock:
-    """A block of a public repository, by its parts."""
+    """A block of a public repository, taken apart."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -121,7 +119,7 @@ class PublicBlock:
         return self.block.mlp(modulate(self.block.norm2(tokens), shift, scale))
 
 
-# What parts that are other things than their names say raise when they are put together.
+# Raised when parts of the right names but of other kinds are put together.
 ODD_PARTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError)
 
 
@@ -129,14 +127,14 @@ class PublicTransformer:
     """A SiT or DiT of a public repository: called model(x, t, y), it returns an image, or a tuple that begins with one.
 
     Raises:
-        UserError: from `verify`, for a model that computes something else than its parts suggest.
+        UserError: from `verify`, for a model that computes something else than its parts put together.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.blocks = [PublicBlock(block) for block in model.blocks]
         self.tokens_shape = tuple(model.pos_embed.shape[1:])
-        self._form: str | None = None  # of the model's answer
+        self._form: str | None = None  # of the model's output: "tensor" or "tuple"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,7 +153,7 @@ class PublicTransformer:
         return (image, []) if self._form == "tuple" else image
 
     def verify(self, x: Tensor, t: Tensor, y: Tensor, gates: bool) -> None:
-        """Run the model once, to see the form of its answer and that it is what its parts compute.
+        """Run the model once: find the form of its output, and check that its parts compute the same.
 
         gates: whether `all_gates` must be right as well.
         """
@@ -163,8 +161,8 @@ class PublicTransformer:
             return
         answer = self.model(x, t, y)
         first = answer[0] if isinstance(answer, tuple) and answer else answer
-        sentence = (f"the model, a {type(self.model).__name__}, computes something else than its blocks and layers in "
-                    "the order of SiT and DiT; a cache takes those, and models of haste's families")  # fmt: skip
+        sentence = (f"model must compute what its parts do in the order of SiT and DiT, got a "
+                    f"{type(self.model).__name__}, which does not; granularity \"output\" takes any model")  # fmt: skip
         try:
             same = isinstance(first, Tensor) and self._computes(first, x, t, y, gates)
         except torch.OutOfMemoryError:
@@ -176,7 +174,7 @@ class PublicTransformer:
         self._form = "tuple" if isinstance(answer, tuple) else "tensor"
 
     def _computes(self, answer: Tensor, x: Tensor, t: Tensor, y: Tensor, gates: bool) -> bool:
-        """Whether the parts, put together, give the model's answer."""
+        """Whether the parts, put together, give the model's output."""
         tokens, c = self.tokens(x), self.conditioning(t, y)
         made = []
         for block in self.blocks:
@@ -225,12 +223,12 @@ def _gates_alone(linear: nn.Linear, activated: Tensor) -> Tensor:
 class CacheGranularity:
     """What of a transformer is cached.
 
-    Methods and no closures: copy.deepcopy of a cached model then makes ones that run the copied model.
+    Its functions are methods, not closures, so that copy.deepcopy of a cached model runs the copied model.
 
     Attributes:
-        modules: features kept of each full call.
-        branch_outputs: they have the type that layers put out, which under autocast is not that of the tokens.
-        looks_ahead: what a forecast call adds to the tokens depends on them in no way.
+        modules: number of features kept of each full call.
+        branch_outputs: the features have the type of the layers' outputs, which under autocast is not the tokens'.
+        looks_ahead: what a forecast call adds to the tokens does not depend on them.
     """
 
     modules = 1
@@ -259,11 +257,11 @@ class CacheGranularity:
 
 
 class PerModule(CacheGranularity):
-    """The output of every attention and MLP before its gate, as TaylorSeer (arXiv 2503.06923) has it.
+    """The output of every attention and MLP before its gate, as in TaylorSeer (arXiv 2503.06923).
 
-    A forecast call still computes every gate at its own time: tokens + Σ_l gate_l(t) ⊙ F̂_l. The sum is known once the
-    time is, so one pass over the features makes that of every call until the next full one. A full one is the block's
-    own forward pass with a copy of either output, and with addcmul, which reads the tokens once less.
+    A forecast call computes every gate at its own time: tokens + Σ_l gate_l(t) ⊙ F̂_l. The sum depends on the time
+    only, so one pass over the features makes the sums of all calls until the next full one. A full call is the block's
+    forward pass, with copies of both outputs and with addcmul, which reads the tokens once less.
     """
 
     branch_outputs = True
@@ -296,7 +294,7 @@ class PerModule(CacheGranularity):
 
 
 class BlockGroup(CacheGranularity):
-    """What blocks first … last − 1 add to the tokens; the others are run in every call.
+    """What blocks first … last − 1 add to the tokens; the other blocks run in every call.
 
     Every block of a group is forecast with the same weights, so the sum of their forecasts is the forecast of their
     sum, tokens + Σ_l Σ_k w_k·F_{l,k} = tokens + Σ_k w_k·(Σ_l F_{l,k}). That sum alone is kept.
@@ -309,7 +307,7 @@ class BlockGroup(CacheGranularity):
 
     def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
         tokens = _run_blocks(self.before, tokens, c)
-        # A copy, as blocks may write to what they are given: as SiT's do where somebody has made them x += ...
+        # A copy, as blocks may write to their input.
         entering, tokens = tokens.clone(), _run_blocks(self.group, tokens, c)
         torch.sub(tokens, entering, out=out[0])
         return _run_blocks(self.after, tokens, c)
@@ -322,7 +320,7 @@ class BlockGroup(CacheGranularity):
 
 
 class WholeModel(CacheGranularity):
-    """The tokens after the last block, as TaylorSeer-Lite has it: a forecast call runs the final layer alone."""
+    """The tokens after the last block, as in TaylorSeer-Lite: a forecast call runs the final layer only."""
 
     def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
         tokens = _run_blocks(self.transformer.blocks, tokens, c)
@@ -335,8 +333,8 @@ class WholeModel(CacheGranularity):
 
 
 class WholeOutput(CacheGranularity):
-    """What the model returns: a forecast call runs no part of it. For any model; where the last layer is modulated by
-    time, as SiT's, `WholeModel` is as cheap and closer."""
+    """The model's output: a forecast call runs no part of the model. For any model; where the last layer is modulated
+    by time, as in SiT, `WholeModel` costs no more and is more accurate."""
 
     def __init__(self, opaque: OpaqueModel) -> None:
         self.model = opaque.model
@@ -372,11 +370,11 @@ def _run_blocks(blocks: Iterable[CachedBlock], tokens: Tensor, c: Tensor) -> Ten
 def make_granularities(
     transformer: CachedTransformer | OpaqueModel, config: CacheConfig
 ) -> list[CacheGranularity]:
-    """The one that --granularity names; for Δ-DiT (arXiv 2406.01125) the rear and the front group of blocks.
+    """Return the granularity that --granularity names; for Δ-DiT (arXiv 2406.01125) the rear and the front blocks.
 
-    There a forecast step runs all blocks but one group, which is replaced by x + Δ; Δ = F_group(x) − x is kept from the
-    last full step. Early steps make an image's outline, which the front blocks carry, so they skip the rear group; late
-    ones make its details and skip the front group (section 3.3).
+    A forecast step of Δ-DiT runs all blocks but one group, which is replaced by x + Δ, with Δ = F_group(x) − x of the
+    last full step. Early steps form the outline, which the front blocks carry, so they skip the rear group; late steps
+    form details and skip the front group (section 3.3).
 
     Raises:
         UserError: more blocks than there are.

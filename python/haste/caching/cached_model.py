@@ -1,7 +1,7 @@
-"""A model of which most calls in a sampling run are not computed in full.
+"""A cached model: in a sampling run most of its calls are forecast from the last full ones.
 
-Three small pieces decide everything: a schedule, which steps are full; a forecaster, how the others are predicted; and
-a granularity, what of the model is predicted. The model itself is not touched.
+A schedule decides which steps are full, a forecaster how the others are predicted, a granularity what of the model is
+predicted. The model itself is not changed.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ MOST_COMPILATIONS = 1000
 
 
 class CachedModel(nn.Module):
-    """Called like the model that it stands for, for sampling, and returns what that returns.
+    """A model with a cache, for sampling: called like the model, it returns what the model returns.
 
-    Every run begins with `start`; `haste.samplers.sample` sees to that. Which call of the run a call is, its time tells
-    (see `Clock`). Where there is nothing to forecast from, as when another batch arrives, or guidance comes back on and
-    its null half has no history, the step is full whatever the schedule says.
+    Every run begins with `start`, which `haste.samplers.sample` calls. The time of a call identifies it in the run (see
+    `Clock`). Without features to forecast from (another batch, or guidance that comes on and whose uncond half has no
+    history) a step is full whatever the schedule.
 
     Args:
-        model: of a family of haste's, or one of the public repositories' SiT and DiT.
-        config: which steps, and how.
+        model: of one of haste's families, or a SiT or DiT of the public repositories.
+        config: the settings of the cache.
 
     Attributes:
         num_full, num_forecast: calls so far in this run.
         full_steps: the steps so far that were full.
 
     Raises:
-        UserError: settings that make no sense, a model that a cache does not know.
+        UserError: contradicting settings, or a model that has no adapter.
     """
 
     def __init__(self, model: nn.Module, config: CacheConfig) -> None:
@@ -74,7 +74,7 @@ class CachedModel(nn.Module):
 
     @property
     def cache_bytes(self) -> int:
-        """What the features take, once there are some, and the most that was made ahead of time in this run."""
+        """Bytes of the features, 0 before the first call, and the most that corrections took in this run."""
         return self._features.bytes + self._corrections.most_bytes
 
     def __getattr__(self, name: str) -> Any:
@@ -90,9 +90,8 @@ class CachedModel(nn.Module):
     def compile(self, **options: Any) -> CachedModel:
         """Compile both kinds of call, each without a graph break.
 
-        The first batch size has kernels of its own; from the second on they serve any. What is made for several
-        forecast calls at once is not compiled: it is little besides one kernel, and every number of them would be
-        another compilation.
+        The first batch size has kernels of its own; from the second on they serve any size. Corrections for several
+        calls at once are not compiled: they are one kernel, and each number of calls would be another compilation.
 
         Args:
             options: of torch.compile.
@@ -107,8 +106,8 @@ class CachedModel(nn.Module):
         return self
 
     def capture(self) -> CachedModel:
-        """Have both kinds of call captured in CUDA graphs when they are first made, and replayed from then on; but not
-        what is made for several at once, as with `compile`.
+        """Capture both kinds of call in CUDA graphs when they are first made, and replay these from then on. As with
+        `compile`, not the corrections for several calls at once.
 
         Raises:
             UserError: the model is on no GPU.
@@ -136,14 +135,14 @@ class CachedModel(nn.Module):
     # ---- a run ----
 
     def start(self, plan: Plan) -> None:
-        """Begin a run and forget the one before.
+        """Begin a run and forget the previous one.
 
         Args:
-            plan: all calls that will follow, as `haste.samplers.model_calls` lists them; or, if each is a step of its
-                own, their times or their number alone.
+            plan: all calls that will follow, as `haste.samplers.model_calls` lists them; or, with one call per step,
+                their times or their number.
 
         Raises:
-            UserError: settings that make no sense for so many steps; see also `Clock`.
+            UserError: settings out of bounds for this number of steps; see also `Clock`.
         """
         clock = Clock(plan)
         calls = clock.plan
@@ -164,14 +163,14 @@ class CachedModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
-        """The model's answer, in full or forecast.
+        """The model's output, computed in full or forecast.
 
         Args:
-            x, t, y: as the model takes them; all of t is one time.
+            x, t, y: as the model takes them; t holds one time for the whole batch.
 
         Raises:
-            UserError: no run has begun, or the call is out of step with its plan, or the batch has no such halves; a
-                model that is not what its parts suggest.
+            UserError: no run has begun, the call is not the next of the plan, the batch has no cond and uncond halves,
+                or the model computes something else than its parts put together.
             ValueError: the model is in training mode.
         """
         if self.model.training:
@@ -211,7 +210,7 @@ class CachedModel(nn.Module):
         return call
 
     def _reserve(self, x: Tensor, call: ModelCall) -> None:
-        """Memory for the features of every branch of the run, in the type that they have."""
+        """Reserve memory for the features of every branch of the run."""
         tokens, dim = self.granularities[0].features_shape(x)
         rows = len(x) // len(call.branches) * len(self._branches)
         dtype = self.transformer.dtype
@@ -220,7 +219,7 @@ class CachedModel(nn.Module):
         self._features.reserve(rows, tokens, dim, dtype, x.device)
 
     def _begin_step(self, step: int) -> None:
-        """Decide whether a step is full. All its calls are alike: Heun's two, and those of both branches."""
+        """Decide whether a step is full, for all of its calls: Heun's two, and cond and uncond."""
         granularity = self._granularity_of(step)
         if granularity != self._granularity:
             self._granularity = granularity
@@ -233,7 +232,7 @@ class CachedModel(nn.Module):
             self.full_steps.append(step)
 
     def _granularity_of(self, step: int) -> int:
-        """Of Δ-DiT's two groups: the rear one while more steps remain than `gate`, this one included."""
+        """The index of the granularity; of Δ-DiT's two the rear blocks while more than `gate` steps remain."""
         gate = self.config.resolved_gate(self._num_steps)
         return int(len(self.granularities) == 2 and self._num_steps - step <= gate)
 
@@ -244,7 +243,7 @@ class CachedModel(nn.Module):
     def _full(self, x: Tensor, t: Tensor, y: Tensor, call: ModelCall) -> Any:
         rows = self._rows(call.branches, len(x))
         predicted = None
-        # Heun's second call: the first is where the full step before may have looked already.
+        # Measured at Heun's second call, as the full step before may have been at the time of the first.
         last = call.position == self._last_position[call.step]
         if self._measure and last and self._holds(call.branches):
             taken = self._features.timesteps(call.branches[0])
@@ -260,7 +259,7 @@ class CachedModel(nn.Module):
         return output
 
     def _forecast(self, x: Tensor, t: Tensor, y: Tensor, call: ModelCall) -> Any:
-        """In one go where all branches have the same history, else branch by branch."""
+        """Forecast all rows at once where the branches have the same history, else branch by branch."""
         weights = [self._weights(branch, _timestep(call)) for branch in call.branches]
         labels = y if self._running.times_known and time_of(t) == call.time else None
         if all(other == weights[0] for other in weights):
@@ -276,8 +275,8 @@ class CachedModel(nn.Module):
     def _forecast_rows(
         self, x: Tensor, t: Tensor, y: Tensor, branches: Branches, call: ModelCall, labels: Tensor | None
     ) -> Any:
-        """The rows of branches that have the same history. labels: those of the whole call; None if the times to come
-        are not known."""
+        """Forecast the rows of branches that have the same history. labels: of the whole call; None if the times of
+        later calls are not known."""
         functions, timestep = self._functions[self._granularity], _timestep(call)
         features = self._features.storage[:, :, self._rows(branches, len(x))]
         if "corrections" not in functions:
@@ -295,7 +294,7 @@ class CachedModel(nn.Module):
     def _make_corrections(
         self, t: Tensor, y: Tensor, features: Tensor, branches: Branches, timesteps: list[Timestep]
     ) -> dict[Timestep, Correction]:
-        """Those of the calls at these timesteps; t (B,) is the time at the first."""
+        """The corrections of the calls at these timesteps; t (B,) is the time of the first."""
         weights = self._on_device([self._weights(branches[0], timestep) for timestep in timesteps])
         if len(timesteps) == 1:
             made = self._functions[self._granularity]["corrections"](t, y, features, weights)
@@ -305,7 +304,7 @@ class CachedModel(nn.Module):
         return dict(zip(timesteps, zip(*made, strict=True), strict=True))
 
     def _coming_timesteps(self, call: ModelCall) -> list[Timestep]:
-        """Where this call and those like it up to the next full step stand, each timestep once."""
+        """The timesteps of this call and of those of the same branches up to the next full step, each once."""
         timesteps: dict[Timestep, None] = {}
         step = self._step
         for coming in self._running.coming:
@@ -320,7 +319,7 @@ class CachedModel(nn.Module):
         return list(timesteps)
 
     def _rows(self, branches: Sequence[str], count: int) -> slice:
-        """Where in the features' rows these branches, of `count` rows together, are."""
+        """The rows of the features that hold these branches, of `count` rows together."""
         each = count // len(branches)
         first = self._branches.index(branches[0]) * each
         return slice(first, first + count)
@@ -368,31 +367,34 @@ def enable_cache(
     model_calls: Sequence[ModelCall] | None = None,
     **settings: Any,
 ) -> CachedModel:
-    """The model with a cache in front of it, for `haste.samplers.sample` or a sampling loop of your own.
+    """Add a cache to a model, for `haste.samplers.sample` or a sampling loop of your own.
 
         fast = enable_cache(model, num_steps=50)
         ...                                      # the loop calls fast(x, t, y) where it called model(x, t, y)
         model = disable_cache(fast)
 
-    Every further run, of the next batch say, begins with fast.start(num_steps); one that begins at the first time of
-    the run before needs no word. The t of every call is read, which a GPU is waited for. The forecast that counts in
-    times, Newton's, goes by it, however the times are spaced, and a call out of step with the plan is refused. Guidance
-    in one batch of twice the size needs nothing more. Where its halves are called one after the other, or a solver
-    calls the model more than once a step, a number does not tell which call is which: pass
-    `haste.samplers.model_calls(...)`, or a list like it with the times that the loop calls with.
+    Every further run, such as of the next batch, begins with fast.start(num_steps), or without it when the loop comes
+    back to the first time of the run. The t of every call is read, for which the host waits for a GPU: Newton's
+    forecast uses it, however the times are spaced, and a call that is not the next of the plan is refused. Guidance in
+    one batch of twice the size needs nothing more. Where cond and uncond are called one after the other, or a solver
+    calls the model more than once per step, a number of steps does not identify the calls: pass
+    `haste.samplers.model_calls(...)`, or such a list with the times of your loop.
 
     Args:
-        model: of one of haste's families, or one of the public repositories' SiT and DiT. It is not touched.
-        config: which steps are full and what stands in for the others. By default newton per model, one full step in
+        model: of one of haste's families, or a SiT or DiT of the public repositories. It is not changed.
+        config: which steps are full and how the others are forecast. By default newton per model, one full step in
             six, order 2.
-        num_steps: start a run of so many calls at once, one per step.
-        times: start a run of calls at these times, one per step; every call is held against them.
-        model_calls: start a run of these.
-        settings: fields of CacheConfig that change `config`; with `cache`, and no config, all others have
+        num_steps: start a run of that many calls, one per step.
+        times: start a run of calls at these times, one per step; the t of every call is compared with them.
+        model_calls: start a run of these calls.
+        settings: fields of CacheConfig that change `config`; with `cache` and without `config`, the others have
             CacheConfig's defaults.
 
+    Returns:
+        The cached model, called like the model.
+
     Raises:
-        UserError: settings that make no sense, a model that no cache knows, more than one plan.
+        UserError: contradicting settings, a model without an adapter, more than one of num_steps, times, model_calls.
     """
     if config is None:
         config = CacheConfig() if "cache" in settings else FAST
@@ -408,7 +410,7 @@ def enable_cache(
 
 
 def disable_cache(model: nn.Module) -> nn.Module:
-    """The model without its cache, whose memory is freed; a model that has none comes back as it is.
+    """Return the model without its cache, whose memory is freed; a model without a cache is returned unchanged.
 
     Args:
         model: what `enable_cache` returned.
@@ -420,10 +422,10 @@ def disable_cache(model: nn.Module) -> nn.Module:
 
 
 def make_cache(model: nn.Module, config: CacheConfig) -> CachedModel | None:
-    """`enable_cache` for settings that may ask for no cache; then None.
+    """`enable_cache` for a config whose cache may be "none"; then None.
 
     Raises:
-        UserError: settings that make no sense, a model that no cache knows.
+        UserError: contradicting settings, or a model without an adapter.
     """
     if config.cache == "none":
         return None
@@ -445,8 +447,8 @@ def cache_bytes(
     Args:
         rows: images at once, both halves of a guided batch counted.
         dtype: of the features; by default the model's.
-        input_shape: (C, H, W) of one x, as a family's `layout` has it; for granularity "output" alone, as the model
-            itself does not tell it before the first call.
+        input_shape: (C, H, W) of one x, from the family's `layout`. Needed for granularity "output", whose features
+            have this shape.
 
     Raises:
         ValueError: granularity "output" without input_shape.
@@ -484,7 +486,7 @@ def check_memory(
         input_shape: as of `cache_bytes`.
 
     Raises:
-        UserError: it does not fit; says what would.
+        UserError: it does not fit; the message has the largest number of images that does.
     """
     rows = 2 * images if guided else images
     needed = cache_bytes(model, config, rows, input_shape=input_shape)
@@ -504,7 +506,7 @@ def check_memory(
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is left of the device's memory."""
+    """Free memory of the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as file:

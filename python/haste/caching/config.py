@@ -1,6 +1,6 @@
-"""The settings of feature caching, as plain values that a command line takes and a record keeps, and all their checks.
+"""The settings of feature caching, as plain values for command lines and records, with all their checks.
 
-`check_cache` holds them against each other, `check_depth` against a model, `check_run` against a number of steps.
+`check_cache` checks the settings themselves, `check_depth` with a model's depth, `check_run` with a number of steps.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ CACHED_SHARE = 0.75
 
 @dataclass(kw_only=True)
 class CacheConfig:
-    """Which steps are computed in full, and what stands in for the others.
+    """Which steps are computed in full, and how the others are forecast.
 
     `CacheConfig(cache="taylor")` alone is TaylorSeer as published for DiT (arXiv 2503.06923): every module's output,
     one full step in four, order 4.
 
     Raises:
-        UserError: from the methods that check, for values out of bounds and such as contradict each other; names the
-            flag of the command line.
+        UserError: values out of bounds, or that contradict each other; names the flag of the command line.
     """
 
     cache: Literal["none", "reuse", "taylor", "newton", "hermite", "delta-dit"] = "none"
@@ -134,7 +133,7 @@ class CacheConfig:
     # ---- checks ----
 
     def check_cache(self) -> None:
-        """Refuse values out of bounds, also a subclass's, and flags that contradict each other."""
+        """Check all numbers, also a subclass's, and that no flag contradicts another."""
         for name in ("cache", "granularity"):
             value, known = getattr(self, name), get_args(get_type_hints(CacheConfig)[name])
             if value not in known:
@@ -160,13 +159,13 @@ class CacheConfig:
         return f"with --cache {self.cache}"
 
     def check_depth(self, depth: int) -> None:
-        """Refuse what a model of so many blocks does not allow."""
+        """Check the settings for a model of `depth` blocks."""
         count = self.resolved_cached_blocks(depth)
         if self.cache == "delta-dit" and not 1 <= count <= depth:
             raise UserError(f"--cached-blocks must be from 1 to the model's {depth} blocks, got {count}")
 
     def check_run(self, num_steps: int) -> None:
-        """Refuse what a run of so many steps does not allow."""
+        """Check the settings for a run of `num_steps` steps."""
         steps = self.full_step_list
         if steps and steps[-1] >= num_steps:
             raise UserError(f"--full-steps must be numbers from 0 to {num_steps - 1} for {num_steps} steps, "

@@ -1,7 +1,7 @@
 """Calls of a cached model as CUDA graphs: captured when first made, replayed for the rest of the run and the next.
 
 A replay reads and writes the memory that was there at capture. Images, times, labels and weights are therefore copied
-into tensors that stay; the cached features stay by themselves, and a full call writes its own into another tensor,
+into tensors that stay; the cached features are read where they are, and a full call writes to another tensor,
 which is copied to the slot of the moment. So one graph of each kind serves all steps and slots. Where guidance changes
 the batch, or the cached features move, others are captured.
 """

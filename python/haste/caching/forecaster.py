@@ -21,7 +21,7 @@ from haste.samplers import Branches
 
 
 class Timestep(NamedTuple):
-    """Where in a run a call of the model stands: the index of its time on the sampler's grid, and the time."""
+    """The place of a model call in a run: the index of its time on the sampler's grid, and the time."""
 
     position: float
     time: float
@@ -98,15 +98,15 @@ Correction = tuple[Tensor, Tensor]
 
 
 class Corrections:
-    """What forecast calls add to their tokens, made for all of them up to the next full one when the first one asks.
+    """What forecast calls add to their tokens, computed for all calls up to the next full one at the first of them.
 
-    It depends on the cached features, the forecast's weights, the labels and the call's time, and not on the image. One
-    pass over the features serves several calls then, and kept is one (B, N, D) for each: beside the features of all
-    modules, little.
+    It depends on the cached features, the forecast's weights, the labels and the call's time, not on the image. So one
+    pass over the features serves several calls, and one (B, N, D) is kept for each, which is little beside the features
+    of all modules.
 
-    Made ahead are those of calls whose time and labels are known: `haste.samplers.sample` tells both. In any other loop
-    they may be others than the run's plan has, and to compare tensors on a GPU is to wait for it: there, every call
-    makes its own. The parameters of the model are not looked at; they must not change between two full steps.
+    Only calls whose time and labels are known in advance are computed ahead, as in `haste.samplers.sample`. In other
+    loops they may differ from the plan, and comparing tensors on a GPU would wait for it: there every call computes its
+    own. The parameters of the model must not change between two full steps.
 
     Attributes:
         most_bytes: the most that was held at once since `start`.
@@ -120,12 +120,11 @@ class Corrections:
         self.most_bytes = 0
 
     def clear(self) -> None:
-        """When a full step is kept: what was made without it is no longer wanted."""
+        """Forget all corrections, when a full step has changed the features."""
         self._held: dict[Branches, tuple[Tensor, int | None, dict[Timestep, Correction]]] = {}
 
     def get(self, branches: Branches, labels: Tensor, timestep: Timestep) -> Correction | None:
-        """labels: of the whole call, of which the branches may be one half. They are known again by what they are, and
-        as they were, not by their values."""
+        """labels: of the whole call, of which the branches may be one half; compared by identity and version."""
         if branches not in self._held:
             return None
         made_for, as_it_was, corrections = self._held[branches]
@@ -133,7 +132,7 @@ class Corrections:
         return corrections.get(timestep) if same else None
 
     def keep(self, branches: Branches, labels: Tensor, corrections: dict[Timestep, Correction]) -> None:
-        """What these branches had is forgotten."""
+        """Replace the corrections of these branches."""
         self._held[branches] = labels, version(labels), corrections
         held = (tensor for *_, made in self._held.values() for correction in made.values() for tensor in correction)
         self.most_bytes = max(self.most_bytes, sum(tensor.nbytes for tensor in held))
@@ -175,7 +174,7 @@ class Forecaster:
     def weights(self, taken: Sequence[Timestep], at: Timestep) -> list[float]:
         """The weights of features taken at these timesteps, newest first, in a forecast.
 
-        Fewer than order + 1, as early in a run, give a forecast of lower order; more get weight 0.
+        Fewer than order + 1, as early in a run, give a forecast of lower order; further ones get weight 0.
         """
         if self.kind == "newton":
             weights = _interpolation([timestep.time for timestep in taken[: self.order + 1]], at.time)

@@ -1,4 +1,4 @@
-"""Which steps of one run are computed in full, and which call of the run a call of the model is."""
+"""Which steps of a run are computed in full, and the place of each model call in the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from haste.validation import check_number
 
 
 class ScheduleState:
-    """Of one run: whether its next step is full. Three rules, as the config says.
+    """Decides step by step which steps of one run are full, by one of three rules.
 
     - The steps of a list.
     - TaylorSeer's (arXiv 2503.06923): the first steps, then one full step every `interval`, counted from the last full
@@ -30,11 +30,11 @@ class ScheduleState:
       config's interval. Distances are those to the newest features, and of Heun's two calls the second is measured.
 
     Attributes:
-        interval: steps from one full step to the next, as it stands.
-        wants_error: `report` is to be told how wrong a forecast of every full step would have been.
+        interval: steps from one full step to the next, at present.
+        wants_error: `report` must be called with the error that a forecast of every full step would have had.
 
     Raises:
-        UserError: a config that makes no sense for so many steps.
+        UserError: a config that is out of bounds for this number of steps.
     """
 
     def __init__(self, config: CacheConfig, num_steps: int) -> None:
@@ -47,7 +47,7 @@ class ScheduleState:
         self.interval = 1 if self.wants_error else self.max_interval  # 1 until something is measured
 
     def is_full(self, step: int, last_full: int | None) -> bool:
-        """Whether `step` is full, when `last_full` was the last full one; None: nothing to forecast from."""
+        """Whether `step` is full. last_full: the last full step; None if there is nothing to forecast from."""
         if last_full is None:
             return True
         if self.listed:
@@ -55,9 +55,9 @@ class ScheduleState:
         return step < self.first_enhance or step - last_full >= self.interval
 
     def report(self, error: float, distance: float, count: int) -> None:
-        """The relative error of a forecast over `distance` steps from `count` cached features."""
+        """Set the interval by the relative error of a forecast over `distance` steps from `count` cached features."""
         allowed = distance * (self.error_threshold / max(error, 1e-12)) ** (1 / count)
-        # A model that gave NaN has an error of NaN, which is within no bound.
+        # NaN, the error of a model that returned NaN, is not >= 1.
         self.interval = int(min(allowed, self.max_interval)) if allowed >= 1 else 1
 
 
@@ -67,29 +67,29 @@ def describe_steps(steps: Sequence[int]) -> str:
 
 
 Plan = int | Sequence[float] | Sequence[ModelCall]
-"""Of a run: the number of its steps, or their times, each with one call of the model; or all calls."""
+"""The plan of a run: its number of steps or their times, with one model call per step; or all model calls."""
 
 SEVERAL = "for guidance in two calls, or a solver that calls more than once a step, pass model_calls="
 ANEW = "before another run call start()"
 
 
 class Clock:
-    """Which call of a run a call of the model is: told by the time that it is called with, held against the plan.
+    """Identifies each model call of a run by its time, and compares it with the plan.
 
-    A call that is out of step with its plan would be forecast from the features of other steps, or of another image.
-    The first time of the run, seen again after others, begins the run anew: the one before was over, or broken off,
-    or its plan is too long (`cut_short`).
+    A call that is not the next of the plan would be forecast from features of other steps, or of another image. The
+    first time of the run, seen again after others, begins a new run: the previous one was over, or broken off, or its
+    plan is too long (`cut_short`).
 
     Args:
-        given: all calls that will follow; or the times of so many, one a step; or their number, and then every call's
-            own time is taken, which must fall, or rise, from call to call.
+        given: all calls that will follow; or their times, one per step; or their number: then the time of each call is
+            taken from the call, and must fall, or rise, from call to call.
 
     Attributes:
-        plan: the calls; of a number alone their times are NaN.
-        times_known: whether the plan's times are known before the calls.
+        plan: the calls; their times are NaN if only their number is given.
+        times_known: whether the plan has the times of the calls.
 
     Raises:
-        UserError: a number of steps that is none, times that neither fall nor rise.
+        UserError: a number of steps out of bounds, or times that neither fall nor rise.
     """
 
     def __init__(self, given: Plan) -> None:
@@ -110,16 +110,16 @@ class Clock:
 
     @property
     def coming(self) -> list[ModelCall]:
-        """The calls of the plan that are not made yet."""
+        """The calls of the plan that have not been made yet."""
         return self.plan[self._done :]
 
     def next_call(self, t: Tensor) -> ModelCall | None:
-        """The next call, at the time of this one; None if this one begins the run anew.
+        """The next call, at time t; None if this call begins a new run.
 
-        A time that does not know its value on the host is asked for it, for which a GPU is waited for.
+        Where t is on a GPU and its value is not known on the host (see `time_of`), reading it waits for the GPU.
 
         Raises:
-            UserError: a call that is out of step with the plan.
+            UserError: a call that is not the next of the plan.
         """
         time = _time(t)
         if time is not None and self._begins_anew(time, t.dtype):
@@ -139,14 +139,13 @@ class Clock:
         return planned
 
     def count(self, call: ModelCall) -> None:
-        """One call was made."""
+        """Count a call that was made."""
         self._done += 1
         self._first = call.time if self._done == 1 else self._first
         self._last = call.time
 
     def cut_short(self) -> str:
-        """What to say of a run that ends here, before its plan is over: its forecasts went by the wrong plan, unless it
-        was broken off."""
+        """The warning for a run that ends before its plan, whose forecasts were then wrong unless it was broken off."""
         plan = "model_calls= or times= must list the" if self.times_known else "num_steps must be the number of"
         return f"the last run had {self._done} of its {len(self.plan)} calls; {plan} calls of a run"
 
@@ -160,13 +159,13 @@ class Clock:
         return self._is(time, self._first, dtype) and not expected
 
     def _is(self, time: float, planned: float, dtype: torch.dtype) -> bool:
-        """Equal but for the rounding of a time that was computed in its type; but never as far as the next time."""
+        """Equal up to the rounding of a time computed in `dtype`, but never as far off as the next time."""
         eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
         rounding = eps * self._scale
         return abs(time - planned) <= max(rounding / 2, min(4 * rounding, self._gap / 3))
 
     def _in_order(self, time: float) -> float:
-        """The time, if it goes on from those before."""
+        """The time, if it continues the order of those before."""
         if time == self._last:
             raise UserError(f"the model was called twice at t = {time:.6g}, and with a number of steps alone each call "
                             f"is a step; {SEVERAL}; {ANEW}")  # fmt: skip
@@ -177,7 +176,7 @@ class Clock:
 
 
 def _time(t: Tensor) -> float | None:
-    """The one time of a call; None of an empty batch."""
+    """The time of a call; None for an empty batch."""
     time = time_of(t)
     if time is None and t.numel():
         low, high = torch.stack(t.detach().aminmax()).tolist()
@@ -190,7 +189,7 @@ def _time(t: Tensor) -> float | None:
 
 
 def _times(given: Any) -> list[float]:
-    """Times that a caller gives, as numbers."""
+    """The times that a caller gives, as floats."""
     times = given.tolist() if hasattr(given, "tolist") else given
     numbers = isinstance(times, Sequence) and all(isinstance(each, Real) and math.isfinite(each) for each in times)
     if not numbers or isinstance(times, str):

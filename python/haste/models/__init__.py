@@ -1,4 +1,4 @@
-"""Diffusion transformers: a file for each family, and the registry by which the rest of haste knows them."""
+"""Diffusion transformers: one file per family, and the registry that the rest of haste uses."""
 
 from haste.models.family import (
     CachedBlock,

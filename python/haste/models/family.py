@@ -1,11 +1,11 @@
 """What a model family is, and the registry of them.
 
 A family is one file: a module with the public parameter names, and a `Family` object that is registered by name.
-Trainer, samplers, checkpoints, caches and reports ask that object; they know no family. A family of one's own needs no
-change of haste: `haste.models.register(MyFamily())`, or an entry point `haste.families` of an installed package, and
-`--model` knows its sizes.
+Trainer, samplers, checkpoints, caches and reports use that object only. A family of your own needs no change of haste:
+`haste.models.register(MyFamily())`, or an entry point `haste.families` of an installed package, and `--model` takes its
+sizes.
 
-Shapes: x is an image or latent (B, C, H, W); t is (B,), or whatever shape `sample_times` gives it, batch first; the
+Shapes: x is an image or latent (B, C, H, W); t is (B,), or of the shape that `sample_times` gives it, batch first; the
 condition is any tensor with the batch first, such as classes (B,) int64 or text features (B, tokens, width).
 """
 
@@ -459,7 +459,7 @@ def infer_config(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict
         args: the settings of the run that wrote them; may be empty.
 
     Raises:
-        UserError: no family knows them, or the one that does has no such size.
+        UserError: the weights are of no family, or of a size that their family does not have.
     """
     for family in _all_families():
         config = family.infer_config(weights, args)
