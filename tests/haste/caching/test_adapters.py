@@ -322,7 +322,7 @@ def test_a_registered_family_brings_its_own_parts(granularity, monkeypatch):
     model = build_model({"family": "own", "depth": 3}).eval()
     expected = sample(enable_cache(small_sit(3), **settings), noise, labels, num_steps=8)
     assert torch.equal(sample(enable_cache(model, **settings), noise, labels, num_steps=8), expected)
-    with pytest.raises(UserError, match="--granularity must be output for a ModuleDict, whose family own has no blocks"):
+    with pytest.raises(UserError, match="--granularity must be output for a ModuleDict, whose family own has"):
         enable_cache(build_model({"family": "own", "depth": 1}))
 
 
