@@ -132,7 +132,7 @@ class TeacherExtractor:
         from haste.teachers.families import find_family, resolve_teacher
         from haste.teachers.loading import load_config, own_image_size
 
-        config = load_config(name, resolve_teacher(name), "--features")
+        config = load_config(name, resolve_teacher(name, "a teacher"), "--features")
         self.pixels = min(own_image_size(name, config), TEACHER_PIXELS)
         self.device = choose_device()
         self.teacher = VisionTeacher.from_pretrained(name, image_size=self.pixels).to(self.device)

@@ -169,11 +169,12 @@ PUBLISHED = {name: Published(hub, Shape(*shape)) for name, (hub, *shape) in _PUB
 UNAVAILABLE = ("mocov3-vit-s", "mocov3-vit-b", "mocov3-vit-l")
 
 
-def resolve_teacher(name: str) -> str:
+def resolve_teacher(name: str, flag: str = "--enc-type") -> str:
     """The argument of from_pretrained() for a teacher.
 
     Args:
         name: a short name, a folder, or a hub name.
+        flag: that gave the name, for messages.
 
     Raises:
         UserError: a folder that is missing or has no config.json, or another name.
@@ -182,17 +183,17 @@ def resolve_teacher(name: str) -> str:
         return PUBLISHED[name].hub_name
     if name in UNAVAILABLE:
         raise UserError(
-            f"a teacher must be a model of transformers, which lacks MoCo v3, got {name}; its weights can be used from "
+            f"{flag} must be a model of transformers, which lacks MoCo v3, got {name}; its weights can be used from "
             "a folder, saved as a ViTModel with save_pretrained()"
         )
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"a teacher must be a folder written by save_pretrained(), got {name}, without config.json")
+            raise UserError(f"{flag} must be a folder written by save_pretrained(), got {name}, without config.json")
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "~", os.sep)) and not name.endswith("/"):
         return name  # on the hub
     raise UserError(
-        f"a teacher must be a folder written by save_pretrained(), a hub name such as facebook/dinov2-base, or one of "
+        f"{flag} must be a folder written by save_pretrained(), a hub name such as facebook/dinov2-base, or one of "
         f"{', '.join(PUBLISHED)}, got {name!r}"
     )

@@ -8,7 +8,7 @@ def test_published_names_become_hub_names():
 
 
 def test_a_name_of_repa_that_transformers_lacks_is_refused_with_what_would_do():
-    with pytest.raises(UserError, match=r"a teacher must be .* got mocov3-vit-b; .* saved as a ViTModel"):
+    with pytest.raises(UserError, match=r"--enc-type must be .* got mocov3-vit-b; .* saved as a ViTModel"):
         resolve_teacher("mocov3-vit-b")
 
 
@@ -20,10 +20,10 @@ def test_hub_names_and_folders_stay(tmp_path):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "dinov2-vit-z", "a/b/c", ""])
 def test_what_is_neither_is_refused_with_the_known_names(name):
-    with pytest.raises(UserError, match="a teacher must be a folder .* one of dinov2-vit-s"):
+    with pytest.raises(UserError, match="--enc-type must be a folder .* one of dinov2-vit-s"):
         resolve_teacher(name)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"a teacher must be .* without config\.json"):
+    with pytest.raises(UserError, match=r"--enc-type must be .* without config\.json"):
         resolve_teacher(str(tmp_path))

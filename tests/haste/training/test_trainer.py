@@ -223,7 +223,7 @@ def test_two_teachers_each_get_a_projector(make_config, teacher_folder):
         ({"encoder_depth": 4}, "--encoder-depth must be 1 to 3, .* got 4"),
         ({"layer_map": "0:1,3:2"}, "--layer-map must name student layers from 0 to 2, got 3"),
         ({"layer_map": "0:1,1:3"}, "--layer-map must name layers from 0 to 2 of the teacher .* got 3"),
-        ({"enc_type": "/no/such/teacher"}, "a teacher must be a folder .* got '/no/such/teacher'"),
+        ({"enc_type": "/no/such/teacher"}, "--enc-type must be a folder .* got '/no/such/teacher'"),
         ({"teacher_resolution": 6}, "--teacher-resolution must be 8, .* 4 x 4 tokens, got 6, at which it has 3 x 3"),
     ],
 )
