@@ -67,11 +67,7 @@ def missing_package(module: str) -> str:
 
 
 def require(module: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        UserError: it is not installed; names the extra.
-    """
+    """Import a module of an optional package. Raises UserError, which names the extra, if it is not installed."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -81,12 +77,7 @@ def require(module: str) -> Any:
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A `__getattr__` for a package that imports its names when they are first used.
-
-    Args:
-        package: its `__name__`.
-        homes: from each public name to the module, relative to the package, that defines it.
-    """
+    """A `__getattr__` for a package that imports names at first use; `homes` maps each to its module in the package."""
 
     def __getattr__(name: str) -> Any:
         if name not in homes:

@@ -53,14 +53,8 @@ def temporary_path(path: Path) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
-    """Write a file through a temporary one that is then renamed: a kill leaves either the old or the new file.
-
-    Args:
-        write: called with the temporary path.
-        durable: also flush to disk, so that this holds for a power failure.
-
-    Raises:
-        OSError: the file cannot be written. This and whatever `write` raises leave the old file unchanged.
+    """Write a file by `write(temporary path)`, then rename it: a kill, and with `durable` a power failure, leaves the
+    old or the new file. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
@@ -107,12 +101,7 @@ def save_tensors(path: Path, content: Any) -> None:
 
 @contextmanager
 def writing(what: str, kept: str = "") -> Iterator[None]:
-    """Convert an OSError of a write, such as for a full disk, to a UserError.
-
-    Args:
-        what: begins the message.
-        kept: ends the message, such as "the same command resumes".
-    """
+    """Convert an OSError of a write to a UserError that begins with `what` and ends with `kept`."""
     try:
         yield
     except OSError as error:
@@ -133,12 +122,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_abandoned(path: Path, held: bool = False) -> None:
-    """Delete unfinished versions of one file or folder.
-
-    Args:
-        held: no other command can be writing it. Otherwise versions of running processes, and recent ones, which may
-            belong to another machine, are kept.
-    """
+    """Delete unfinished versions of a file; those that another process may be writing only if the lock is `held`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_leftover(leftover) and (held or not _is_being_written(leftover) and _age(leftover) > ABANDONED):
             _remove(leftover)
@@ -210,15 +194,7 @@ def _kind(mode: int) -> str:
 
 
 def read_json(path: Path, what: str, needs: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Args:
-        what: the expected content, for messages, such as "the settings of a run".
-        needs: required keys.
-
-    Raises:
-        UserError: the file cannot be read or holds something else; names the file.
-    """
+    """Read a JSON object with the keys `needs`. Raises UserError, naming the file and `what` it must be."""
     try:
         data = read_bytes(path, LARGEST_JSON)
     except OSError as error:

@@ -127,14 +127,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read a .jsonl file.
-
-    Returns:
-        Its objects, and the number of damaged lines, except for a last line truncated by a kill.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Read the objects of a .jsonl file, and count damaged lines except for a truncated last one. Raises UserError."""
     if not os.path.lexists(path):
         return [], 0
     try:
@@ -156,14 +149,7 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
 
 
 def append_line(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
-    """Append one line to a .jsonl file, in place of a last line truncated by a kill.
-
-    Args:
-        durable: flush to disk, so that it survives a power failure.
-
-    Raises:
-        OSError: the file cannot be written; its lines are unchanged.
-    """
+    """Append one line to a .jsonl file, in place of a truncated last one, or raise OSError and leave it as it was."""
     data = json.dumps(record).encode() + b"\n"
     with open(path, "a+b", buffering=0) as file:
         last = _last_line(file)

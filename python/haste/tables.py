@@ -8,12 +8,7 @@ NONE = "–"
 
 
 def text_table(rows: Sequence[Sequence[str]], align: str = "<>") -> str:
-    """Rows in columns of equal width, two spaces apart.
-
-    Args:
-        rows: of equal length, the header, if any, among them.
-        align: for each column "<" or ">"; the last holds for all that follow.
-    """
+    """Align rows in columns, two spaces apart; `align` has < or > for each column, the last for all that follow."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = align + align[-1] * len(widths)
     return "\n".join(

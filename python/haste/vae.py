@@ -47,15 +47,7 @@ class LatentFormat:
 
     @classmethod
     def of(cls, name: str, stats: str | None = None) -> LatentFormat:
-        """Read the format of a VAE from its config.
-
-        Args:
-            name: mse, ema, a hub name or a folder.
-            stats: a file of statistics, see `read_statistics`.
-
-        Raises:
-            UserError: the VAE does not exist or is no AutoencoderKL, or the file does not fit it.
-        """
+        """The format of a VAE by its name, from its config and optionally a file of statistics. Raises UserError."""
         source = resolve_vae(name)
         if source in PUBLISHED_VAES.values():  # known without the hub
             latents = replace(SD_LATENTS, vae=source)
@@ -159,10 +151,7 @@ def resolve_vae(name: str) -> str:
 
 
 def read_statistics(path: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read shift and scale, one number per channel, from a file of tensors.
-
-    The tensors are latents_bias and latents_scale, as in REPA-E's files, or mean and std. UserError for others.
-    """
+    """Read shift and scale from latents_bias and latents_scale, as in REPA-E's files, or from mean and std."""
     values = load_weights(Path(path).expanduser(), "--vae-stats")
     try:
         if "latents_scale" in values:

@@ -257,11 +257,7 @@ BOUNDS: dict[str, Bounds] = {
 
 
 def check_number(name: str, value: Any, shown: str | None = None) -> None:
-    """Raise UserError if a value, or one of a tuple, is out of the bounds of `name`.
-
-    Args:
-        shown: its name in the message; by default the flag.
-    """
+    """Raise UserError if a value, or one of a tuple, is out of the bounds of `name`; `shown` replaces the flag."""
     for each in value if isinstance(value, tuple) else (value,):
         if each not in BOUNDS[name]:
             flag = shown or "--" + name.replace("_", "-")

@@ -115,14 +115,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, flag: str) -> Any:
-    """Read a file of tensors and plain values only, on the CPU.
-
-    Args:
-        flag: the flag that gave the path, for the message.
-
-    Raises:
-        UserError: the file cannot be read, or holds anything else.
-    """
+    """Read a file of tensors and plain values only, on the CPU. Raises UserError, which names `flag`."""
     try:
         if not path.is_file():
             raise ValueError(f"it {_why_no_file(path)}")
@@ -136,13 +129,7 @@ def _why_no_file(path: Path) -> str:
 
 
 def _read(path: Path, foreign: bool = True) -> tuple[Any, dict[str, str] | None]:
-    """The content of a file, and the metadata of safetensors.
-
-    Raises:
-        _Damaged: the file is damaged or of another kind.
-        OSError: it cannot be read.
-        ValueError: it is intact but cannot be used.
-    """
+    """The content of a file, and the metadata of safetensors. Raises _Damaged, OSError or ValueError."""
     with open(path, "rb") as file:
         head = file.read(len(LEGACY))
     if head.startswith(ZIP):
@@ -298,14 +285,7 @@ def reason(error: Exception) -> str:
 
 
 def weights_size(folder: Path, what: str) -> int:
-    """The size in bytes of the weights in a folder of from_pretrained().
-
-    Args:
-        what: names the model in messages.
-
-    Raises:
-        UserError: a file is compressed or damaged.
-    """
+    """The bytes of the weights in a folder of from_pretrained(). Raises UserError for compressed or damaged files."""
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file()]
     for path in files:
         try:
@@ -333,15 +313,7 @@ def to_plain(value: Any, level: int = 0) -> Any:
 
 
 def settings_in(value: Any, source: str) -> dict[str, Any]:
-    """Settings as a dictionary.
-
-    Args:
-        value: a Namespace, a dictionary, a `Foreign` of any class with attributes, or None for no settings.
-        source: names the file and its part in messages.
-
-    Raises:
-        UserError: `value` is something else.
-    """
+    """Settings as a dictionary, from a Namespace, a dictionary, a `Foreign` or None. Raises UserError."""
     if isinstance(value, Foreign) and isinstance(value.state, Mapping):
         value = to_plain(value.state)
     if isinstance(value, argparse.Namespace):

@@ -252,15 +252,7 @@ def read_header(stream: IO[bytes]) -> Header:
 
 
 def read_array(stream: IO[bytes], available: int, packed: int | None = None) -> np.ndarray:
-    """Read the array of an .npy file.
-
-    Args:
-        available: size of the stream in bytes, with the header.
-        packed: its compressed size.
-
-    Raises:
-        ValueError: it is no array, or exceeds the limits; a damaged stream may raise anything else.
-    """
+    """Read an .npy stream of `available` bytes, `packed` in the file. Raises ValueError beyond the limits."""
     header = read_header(stream)
     if header.size > available - stream.tell():
         raise ValueError(f"it is truncated: its header claims {in_bytes(header.size)}")

@@ -138,10 +138,7 @@ def _checksum_of_file(read: Callable[[int], bytes], index: int) -> int | None:
 
 
 def describe_change(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences between two fingerprints, from the start of a run and now, as far as both have the values.
-
-    Up to half of the compared files may differ, since files may have been restored.
-    """
+    """The differences of two fingerprints, as far as known; fewer than half of the compared files may differ."""
     if began.get("images", now["images"]) != now["images"]:
         return [f"{now['images']} images, which were {began['images']}"]
     names = {"names": "other names of files", "labels": "other labels"}
@@ -167,11 +164,7 @@ class Images(NamedTuple):
 
 
 class ImageData(TrainingData):
-    """The images of a source at one resolution.
-
-    Args:
-        vae: encodes them on the training device; None for pixels.
-    """
+    """The images of a source at one resolution; `vae` encodes them on the training device, None is for pixels."""
 
     def __init__(
         self,

@@ -31,10 +31,7 @@ _FORMAT_OF = Image.registered_extensions()
 
 
 def silence_pillow() -> None:
-    """Ignore Pillow's warnings, such as about EXIF entries, which do not change the pixels.
-
-    Permanently, since a temporary filter would affect other threads as well.
-    """
+    """Ignore Pillow's warnings, such as about EXIF; permanently, as a temporary filter affects all threads."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -78,13 +75,10 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Center crop as in ADM, REPA, SiT and DiT.
+    """Center crop to (3, size, size) uint8 as in ADM, REPA, SiT and DiT.
 
     Halve the image by box averages while its shorter side is at least twice `size`, resize it (bicubic) to a shorter
     side of `size`, then crop.
-
-    Returns:
-        (3, size, size) uint8.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -100,15 +94,10 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def to_uint8(images: Tensor, rounded: bool = False) -> np.ndarray:
-    """Convert images to 8 bits like the public samplers.
+    """Convert images (N, 1 or 3, H, W) in [−1, 1] to (N, H, W, 3) uint8 like the public samplers.
 
-    Args:
-        images: (N, C, H, W) in [−1, 1], C = 1 (grey, repeated three times) or 3.
-        rounded: clip(127.5·x + 128, 0, 255) in float32, as in SiT and DiT; otherwise clip(255·(x + 1)/2, 0, 255), as in
-            HASTE and REPA. Both are then truncated, which rounds the first.
-
-    Returns:
-        (N, H, W, 3) uint8.
+    With `rounded`, clip(127.5·x + 128, 0, 255) in float32, as in SiT and DiT; otherwise clip(255·(x + 1)/2, 0, 255), as
+    in HASTE and REPA. Both are then truncated.
     """
     x = images.detach().cpu().permute(0, 2, 3, 1)
     scaled = (127.5 * x.float() + 128.0 if rounded else 255.0 * ((x.double() + 1.0) / 2.0)).numpy()
@@ -127,14 +116,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """Write the ADM evaluator's file, arr_0 (N, H, W, 3) uint8, and the labels (N,), atomically.
-
-    Args:
-        images: (H, W, 3) uint8 each, as many as labels. Written one by one: 50,000 of 256 x 256 pixels are 10 GB.
-
-    Raises:
-        UserError: images differ in size.
-    """
+    """Write arr_0 (N, H, W, 3) uint8, as for the ADM evaluator, image by image, and labels (N,), atomically."""
 
     def write(temporary: Path) -> None:
         remaining = iter(images)
@@ -165,12 +147,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 class ImageSet(Protocol):
-    """Images of one size, in a fixed order.
-
-    Attributes:
-        shape: (height, width, 3).
-        are_jpeg: whether any was a JPEG file.
-    """
+    """Images of one size in a fixed order; `shape` is (height, width, 3), `are_jpeg` whether any was a JPEG file."""
 
     shape: tuple[int, ...]
     are_jpeg: bool
@@ -249,11 +226,7 @@ class ImageFiles:
 
 
 class NpzImages:
-    """The first `count` images of arr_0 (N, H, W, 3) uint8 of an .npz, as for the ADM evaluator; not kept in memory.
-
-    Attributes:
-        labels: (N,), if the file has them.
-    """
+    """The first `count` images of arr_0 (N, H, W, 3) uint8 of an .npz, read in batches, and its labels (N,) if any."""
 
     are_jpeg = False
 

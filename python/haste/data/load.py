@@ -132,10 +132,7 @@ def _open_repa_layout(
     on_bad_file: OnBadFile,
     num_classes: int | None,
 ) -> LatentData:
-    """Open images with latents.
-
-    Labels are from vae-sd/dataset.json, or else images/dataset.json; null labels are one class.
-    """
+    """Open images with latents; labels are from vae-sd/dataset.json, or else images/dataset.json."""
     image_root = root.child(IMAGES)
     if image_root is None:
         raise UserError(f"--data-dir must hold {root.locate(IMAGES)} beside {root.locate(LATENTS)}")

@@ -59,11 +59,7 @@ class Kind(NamedTuple):
 
 
 class Destination(ResumableDir):
-    """The output folder of `haste prepare`.
-
-    Args:
-        latents: None for images without latents.
-    """
+    """The output folder of `haste prepare`; `latents` is None for images only."""
 
     flag, content, record_name = "--dest", "training data", RECORD
 
@@ -187,12 +183,7 @@ class _CropAndWrite:
 
 @dataclass
 class Preparation:
-    """The work of one process.
-
-    Attributes:
-        vae: None for images without latents.
-        faults: the skipped files.
-    """
+    """The work of one process; `vae` is None for images only, `faults` are the skipped files."""
 
     source: ImageSource
     destination: Destination
@@ -204,11 +195,7 @@ class Preparation:
     faults: list[BadFile] = field(default_factory=list)
 
     def run(self, numbers: list[int]) -> Iterator[int]:
-        """Write the files of these numbers, and yield the size of each finished batch.
-
-        Raises:
-            UserError: a file cannot be used and must not be skipped, or the disk cannot be written.
-        """
+        """Write the files of these numbers, and yield the size of each finished batch. Raises UserError."""
         for batch in self._cropped(numbers):
             for problem in (cropped.problem for cropped in batch if cropped.problem is not None):
                 if isinstance(problem, UserError):

@@ -98,11 +98,7 @@ def open_source(path: Path, flag: str) -> ImageSource:
 
 
 def open_files(archive: Archive, path: Path, flag: str) -> FileSource:
-    """Open all image files of an archive. Their labels are from dataset.json, or else from the top folders.
-
-    Raises:
-        UserError: there are no images, their classes are unclear, or REPA's layout is inside a subfolder.
-    """
+    """Open all image files of an archive. Their labels are from dataset.json, or else from the top folders."""
     everything = archive.names()
     below = next((name for name in everything if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
     if below is not None:

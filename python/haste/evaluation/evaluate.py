@@ -174,12 +174,7 @@ def evaluate(
 
 
 class Evaluator:
-    """Scores any number of image sets in the features of one network against one reference.
-
-    Args:
-        extractor: the network; None for stored features.
-        batch_size: images per forward pass.
-    """
+    """Scores any number of image sets in the features of one network (None: stored) against one reference."""
 
     def __init__(
         self,
@@ -203,14 +198,7 @@ class Evaluator:
         config: MetricConfig | None = None,
         samples: int | None = None,
     ) -> Evaluator:
-        """Load the network and the reference by name, as --features and --reference give them.
-
-        Args:
-            samples: the number of images to be scored, where an FD is required of them.
-
-        Raises:
-            UserError: `samples` are too few for an FD (checked first); something does not exist or does not fit.
-        """
+        """Load by the names of --features and --reference; first refuse too few `samples` for an FD."""
         if features == STORED:
             return cls(None, stored_reference(reference), config, batch_size)
         dimension = None if samples is None else feature_dimension(features)
@@ -237,11 +225,7 @@ class Evaluator:
     def score(
         self, features: Features, labels: np.ndarray | None = None, metrics: Collection[str] = tuple(NAMES)
     ) -> list[Result]:
-        """Compute metrics, in the order of NAMES; the label accuracy only if `labels` and `classes` are known.
-
-        Raises:
-            UserError: an unknown metric, labels of another number, or features of another dimension.
-        """
+        """Compute metrics, in the order of NAMES; the label accuracy needs `labels` and `classes`. Raises UserError."""
         reference, config = self.reference, self.config
         unknown = set(metrics) - set(NAMES)
         if unknown:
@@ -264,11 +248,7 @@ class Evaluator:
         return results
 
     def values(self, features: Features, labels: np.ndarray, metrics: Sequence[str]) -> dict[str, float | None]:
-        """The values of metrics by key; None for a label accuracy that this network does not give.
-
-        Raises:
-            UserError: another metric could not be computed.
-        """
+        """The values of metrics by key; None for a label accuracy that the network cannot compute, else UserError."""
         values: dict[str, float | None] = dict.fromkeys(metrics)
         for result in self.score(features, labels, metrics):
             if result.value is None:

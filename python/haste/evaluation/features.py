@@ -162,14 +162,7 @@ class TeacherExtractor:
 
 
 def load_extractor(name: str, classifier_dir: Path) -> Extractor:
-    """Load the network that --features names.
-
-    Args:
-        classifier_dir: the folder in which a plug-in keeps its network.
-
-    Raises:
-        UserError: the name is unknown, or the network cannot be loaded.
-    """
+    """Load the network that --features names; a plug-in keeps its own in `classifier_dir`. Raises UserError."""
     if name in EXTRACTORS:
         return plugin(EXTRACTORS, name)(classifier_dir)
     if name.startswith(INCEPTION):

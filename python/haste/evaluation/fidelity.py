@@ -59,15 +59,7 @@ def _mean_of_worst(values: np.ndarray) -> float:
 def compare_images(
     images: np.ndarray | ImageSet, baseline: np.ndarray | ImageSet, title: str | None = None
 ) -> Fidelity:
-    """Compare images one by one.
-
-    Args:
-        images, baseline: (N, H, W, 3) uint8 each, or image sets.
-        title: of a progress bar; None for no bar.
-
-    Raises:
-        UserError: the sets differ in the number or size of images, or the images are too small for SSIM.
-    """
+    """Compare images (N, H, W, 3) uint8 one by one, under a progress bar if it has a title. Raises UserError."""
     images, baseline = (ImageArray(side) if isinstance(side, np.ndarray) else side for side in (images, baseline))
     (height, width, _), (other_height, other_width, _) = images.shape, baseline.shape
     if (len(images), height, width) != (len(baseline), other_height, other_width):
@@ -105,11 +97,7 @@ def _ssim(image: np.ndarray, baseline: np.ndarray) -> float:
 
 
 def compare_sets(samples: Path, baseline: Path, count: int | None = None) -> Fidelity:
-    """Compare the images of two folders or .npz files, all or the first `count`, under a progress bar.
-
-    Raises:
-        UserError: the sets do not hold the same images.
-    """
+    """Compare two folders or .npz files, all images or the first `count`. Raises UserError for other images."""
     images, others = open_images(samples, "--samples", count), open_images(baseline, "--baseline", count)
     _check_same_images(samples, images, baseline, others)
     return compare_images(images, others, "baseline")
@@ -153,14 +141,7 @@ def fidelity_text(summary: dict[str, Any]) -> str:
 
 
 def step_errors(cached: Sampler, full: Sampler, indices: Sequence[int]) -> np.ndarray:
-    """Relative errors ‖x_cached − x_full‖ / ‖x_full‖ of the states of images after each step.
-
-    Args:
-        indices: the numbers of the n images. Each batch is sampled twice; the states of one run are kept on the CPU.
-
-    Returns:
-        (steps, n), float64.
-    """
+    """Relative errors ‖x_cached − x_full‖ / ‖x_full‖ of the states of images after each step: (steps, n), float64."""
     parts = []
     for start in range(0, len(indices), BATCH):
         batch = list(indices[start : start + BATCH])

@@ -228,11 +228,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def load_inception(path: Path) -> Inception:
-    """Load the network from either file, or from a state dict in safetensors, in eval mode. Executes nothing in it.
-
-    Raises:
-        UserError: the file does not exist or is none of these.
-    """
+    """Load the weights of either file, or of a state dict in safetensors, in eval mode. Raises UserError."""
     wanted = "--features inception must be inception-2015-12-05.pt or pt_inception-2015-12-05-6726825d.pth"
     if not path.is_file():
         raise UserError(f"{wanted}, got {path}, which is no file")

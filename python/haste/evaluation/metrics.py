@@ -101,11 +101,7 @@ def fit_gaussian(features: np.ndarray, what: str = "samples") -> Gaussian:
 
 
 def check_sample_size(count: int, dimension: int, what: str = "samples") -> str | None:
-    """A caution if `count` samples are so few that the FD is biased, else None.
-
-    Raises:
-        UserError: there are no more samples than dimensions: the covariance is singular.
-    """
+    """A caution if so few samples bias the FD, else None. Raises UserError if the covariance would be singular."""
     advised = ADVISED_SAMPLES_PER_DIMENSION * dimension
     if count <= dimension:
         raise UserError(
@@ -121,10 +117,7 @@ def check_sample_size(count: int, dimension: int, what: str = "samples") -> str 
 
 
 def fault_of_moments(mean: np.ndarray, covariance: np.ndarray) -> str | None:
-    """Why a mean and a covariance, float64, are invalid, for the end of a sentence; None if they are valid.
-
-    Asymmetry and negative eigenvalues up to ROUNDING are tolerated.
-    """
+    """Why a mean and a covariance are invalid, beyond ROUNDING, to end a sentence; None if they are valid."""
     if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         return f"mu and sigma must be (D,) and (D, D), got {mean.shape} and {covariance.shape}"
     for name, array in (("mu", mean), ("sigma", covariance)):

@@ -71,11 +71,7 @@ class Reference:
 
 
 def load_reference(source: str, extractor: Extractor, batch_size: int = 64) -> Reference:
-    """Load a reference by name, in the features of `extractor`, under a progress bar.
-
-    Raises:
-        UserError: it does not exist, holds no reference, or belongs to another network.
-    """
+    """Load a reference by name, in the features of `extractor`, under a progress bar. Raises UserError."""
 
     def from_images(images: ImageSet) -> Reference:
         features = extract(extractor, images, batch_size, title="reference")
@@ -162,11 +158,7 @@ def _check_array(array: np.ndarray, name: str, form: str, path: Path, flag: str,
 
 
 def _read_statistics(path: Path, key: str | None) -> Reference:
-    """Read mu and sigma of an .npz, and features if it has them.
-
-    Args:
-        key: the network that they must belong to; None for any.
-    """
+    """Read mu and sigma of an .npz, and features if it has them, of the network `key` or, for None, of any."""
     try:
         arrays = read_npz(path, ("mu", "sigma", "features", "extractor"))
     except BadFile as fault:
@@ -194,11 +186,7 @@ def _read_statistics(path: Path, key: str | None) -> Reference:
 
 
 def save_reference(path: Path, reference: Reference) -> None:
-    """Write the features, the network's key and, if there are enough images, the statistics, for --reference.
-
-    Raises:
-        UserError: the file exists and is not the same reference in the same network, or cannot be written.
-    """
+    """Write features, the network's key and, of enough images, statistics, for --reference. Raises UserError."""
     check_replaceable(path, reference)
     arrays = {"extractor": np.array(reference.extractor), "source": np.array(reference.name)}
     try:

@@ -45,11 +45,7 @@ STEP_IMAGES = 64  # whose states are compared after every step
 
 
 def evaluate_config(config: EvaluateConfig) -> str:
-    """Evaluate what the settings of `haste evaluate` name, and return its text.
-
-    Raises:
-        UserError: something does not exist, cannot be read, or does not fit the rest.
-    """
+    """Evaluate what the settings of `haste evaluate` name, and return the text. Raises UserError."""
     if config.run is None:
         return evaluate_samples(config)
     if {config.features, config.reference} <= {None, *EXTRACTORS}:  # the data's own classifier, which is quickest
@@ -222,11 +218,7 @@ def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, An
 
 
 def evaluate_by_classifier(config: EvaluateConfig) -> tuple[list[dict[str, Any]], Evaluator]:
-    """Compute FD and label accuracy of every checkpoint of a run and plot them; the records, and the evaluator.
-
-    Raises:
-        UserError: there is no classifier of the run's data, or --num-fid-samples are too few for an FD.
-    """
+    """Compute and plot FD and label accuracy of every checkpoint of a run. Raises UserError."""
     config.check()
     require("matplotlib")
     run, count = config.trained, config.num_fid_samples
@@ -284,11 +276,7 @@ def evaluate_checkpoint(
     evaluator: Evaluator,
     progress: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
-    """Sample images from one checkpoint and score them; the dict has step, fd, label_accuracy and seconds.
-
-    Raises:
-        UserError: the run's data has no classifier, or the images are too few.
-    """
+    """Sample images from one checkpoint and score them: step, fd, label_accuracy and seconds. Raises UserError."""
     loaded = load_checkpoint(checkpoint, settings.ema, convention=settings.convention)
     classifier_for(loaded)
     sampler = open_sampler(loaded, settings)

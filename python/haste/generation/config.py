@@ -49,11 +49,7 @@ class PublishedFlags:
         return {name: getattr(self, name) for name in ASSUMED if getattr(self, name) is not None}
 
     def refuse_other(self, loaded: LoadedCheckpoint, factor: int) -> None:
-        """UserError, naming the flag, if one does not match the checkpoint, as far as that is known.
-
-        Args:
-            factor: pixels per latent; 1 for a model of pixels.
-        """
+        """UserError, naming the flag, if one does not match the checkpoint; `factor` is pixels per latent, or 1."""
         settings, layout = loaded.recorded.get("args", {}), loaded.layout
         dims = ",".join(map(str, loaded.recorded.get("z_dims", ()))) or None
         found = {
@@ -155,11 +151,7 @@ class SamplingConfig(CacheConfig):
         return {**fields, **self.cache_fields()}
 
     def effective(self: Settings) -> Settings:
-        """The same settings without those that published commands have to no effect; logs a warning for each.
-
-        Raises:
-            UserError: --guidance-low or --guidance-high is out of bounds, also without guidance.
-        """
+        """The settings without those of published commands that have no effect, with a warning. Raises UserError."""
         idle: dict[str, Any] = {}
         if self.heun and self.mode == "sde":
             idle["heun"] = False

@@ -160,17 +160,11 @@ def run_checkpoints(run: Path) -> list[Path]:
 
 
 def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFormat | None:
-    """The format of a model's latents; None for a model of pixels.
+    """The format of a model's latents, decoded by --vae; None for a model of pixels. Raises UserError.
 
     A checkpoint of another trainer does not record the format: one or three channels are pixels, others latents of
     `vae`. Stable Diffusion's two VAEs have the same latents and differ in the decoder: without --vae, of the command or
     of the run, it is the published one. So a run of REPA's is decoded alike before and after haste resumes it.
-
-    Args:
-        vae: as for --vae; replaces the decoder that the checkpoint names.
-
-    Raises:
-        UserError: the VAE does not exist or does not fit.
     """
     channels, recorded = loaded.layout.input_shape[0], loaded.recorded.get("latents")
     if recorded is not None:
@@ -353,14 +347,7 @@ class Sampler:
     def sample_batches(
         self, count: int, batch_size: int, progress: Callable[[int], None] = lambda images: None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sample the images with the numbers below `count`, in batches.
-
-        Args:
-            progress: called after each batch with its number of images.
-
-        Returns:
-            Images (count, H, W, 3) uint8 and labels (count,) int64.
-        """
+        """Sample the images below `count` in batches: (count, H, W, 3) uint8 and labels (count,) int64."""
         batches = []
         for start in range(0, count, batch_size):
             batches.append(self.sample(range(start, min(start + batch_size, count))))

@@ -177,13 +177,7 @@ class SampleDir(ResumableDir):
 
 @dataclass(frozen=True)
 class Samples:
-    """The result of `haste sample`.
-
-    Attributes:
-        labels: (N,), of the images.
-        folder: where they are.
-        new: how many of them were sampled by this command, not found in the folder.
-    """
+    """The images of a command with labels (N,); `new` of them were sampled, the others were in the folder."""
 
     labels: np.ndarray
     folder: SampleDir
@@ -335,14 +329,7 @@ def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
 
 
 def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None) -> Samples:
-    """Sample the missing images of a command and write the .npz and the grid. Every process takes part.
-
-    Args:
-        loaded: the model of args.ckpt, if it is loaded already.
-
-    Raises:
-        UserError: settings or a checkpoint that cannot work, or a folder of another command.
-    """
+    """Sample the missing images of a command and write .npz and grid, in every process. Raises UserError."""
     args = args.resolved()
     args.check()
     processes = Processes()
