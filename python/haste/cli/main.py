@@ -124,7 +124,7 @@ def read_flags(command: str, arguments: Sequence[str]) -> Any:
         commands.list_presets_if_asked(arguments)
     if {"-h", "--help"} & set(arguments):
         print(wrap_paragraphs(inspect.getdoc(getattr(commands, command)) or ""), end="\n\n")
-    else:
+    elif not arguments or not arguments[0].startswith("--tyro-"):  # tyro's own, for the completion of shells
         check_words(command, arguments, hints, config_class)
     if command == "train":
         default = commands.train_defaults(arguments)

@@ -110,6 +110,12 @@ def test_every_flag_is_read_with_its_own_default(command):
     assert words and read_flags(command, [*needed, *words]) == wanted
 
 
+def test_completion_for_a_shell_is_tyros(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--tyro-print-completion", "bash"])
+    assert not exit_.value.code and "--batch-size" in capsys.readouterr().out
+
+
 def test_help_is_wrapped_to_the_terminal_and_names_a_default_once(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
     with pytest.raises(SystemExit):
