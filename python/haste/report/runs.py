@@ -18,13 +18,12 @@ import numpy as np
 from PIL import Image
 
 from haste.errors import UserError, in_one_line
-from haste.evaluation.evaluate import NAMES
+from haste.evaluation.evaluate import NAMES, Result
 from haste.evaluation.runs import RECORDS, read_evaluations
 from haste.io import read_json
 from haste.plotting import LOSSES
 from haste.report.page import Panel, difference, exact_curve, number_text, smooth_curve, write_page
 from haste.resumable import read_lines
-from haste.tables import format_number
 from haste.training.checkpoint import DIGEST, WRITTEN
 from haste.training.config import TrainConfig
 from haste.training.logging import alignment_end, finite, is_step, read_log
@@ -229,7 +228,7 @@ def measured_ways(runs: Sequence[Run]) -> list[str]:
 # ---- the page ----
 
 CURVES = {**LOSSES, "grad_norm": "Length of the gradient", "images_per_second": "Images per second"}
-DIFFERENCES = {"loss": "Velocity loss", "proj_loss": "Feature loss", "attn_loss": "Attention loss"}
+DIFFERENCES = {key: title.partition(" (")[0] + ", difference" for key, title in LOSSES.items()}
 SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
 LOWER_IS_BETTER = {"fd", "kid"}
@@ -249,7 +248,7 @@ def write_report(runs: Sequence[Run], page: Path) -> None:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """What templates/runs.html shows: quality, curves, samples and numbers of one run, or of several side by side."""
+    """The content of templates/runs.html: quality, curves, samples and numbers of one run, or of several."""
     ways = measured_ways(runs)
     sampled = [run for run in runs if run.samples]
     steps, common = sampled_steps(sampled)
@@ -298,24 +297,21 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
         curves = [exact_curve(number, known) for number, known in points.items() if known]
         title = f"{metric_name(key)} ({'lower' if key in LOWER_IS_BETTER else 'higher'} is better)"
         panels.append(Panel(title, curves, steps[-1], points=True, log=key == "fd", stops=stops))
+
+    def cell(number: int, step: int, key: str) -> str:
+        return str(Result(key, values.get((number, step, key)))).rstrip("%")
+
     of_run = [f", {runs[number].name}" if len(runs) > 1 else "" for number in measured]
     return {
         "how": how,
         "panels": panels,
         "header": ["Step", *(metric_name(key) + name for key in keys for name in of_run)],
-        "rows": [
-            [f"{step:,}", *(metric_text(key, values.get((number, step, key))) for key in keys for number in measured)]
-            for step in steps
-        ],
+        "rows": [[f"{step:,}", *(cell(number, step, key) for key in keys for number in measured)] for step in steps],
     }
 
 
 def metric_name(key: str) -> str:
     return "Read as requested, %" if key == "label_accuracy" else NAMES[key][0].upper() + NAMES[key][1:]
-
-
-def metric_text(key: str, value: float | None) -> str:
-    return format_number(value, 1, 100.0) if key == "label_accuracy" else format_number(value, 5 if key == "kid" else 3)
 
 
 def curve_panels(runs: Sequence[Run]) -> list[Panel]:
@@ -338,7 +334,7 @@ def difference_panels(runs: Sequence[Run]) -> list[Panel]:
         found = (difference(number, known, base) for number, known in points.items() if known)
         curves = [curve for curve in found if curve is not None]
         if curves:
-            panels.append(Panel(f"{title}, difference", curves, last_step(runs), zero=True))
+            panels.append(Panel(title, curves, last_step(runs), zero=True))
     return panels
 
 
@@ -367,7 +363,7 @@ def sample_image(run: Run, step: int) -> np.ndarray | str:
 
 
 def numbers(run: Run) -> list[str]:
-    """What a run reached, and what a step took with alignment and without."""
+    """The row of a run in the table of numbers."""
     ended = "no alignment" if not run.aligned else f"not by step {run.steps:,}" if run.stop is None else f"{run.stop:,}"
     return [
         run.name,
