@@ -144,13 +144,6 @@ def list_presets_if_asked(arguments: Sequence[str]) -> None:
             raise SystemExit(0)
 
 
-def train_defaults(arguments: Sequence[str]) -> TrainConfig:
-    """The settings that typed flags override."""
-    from haste.training.settings import command_config
-
-    return command_config(arguments)
-
-
 def train(config: TrainConfig) -> None:
     """Train a diffusion transformer with HASTE, with REPA, or vanilla.
 

@@ -127,7 +127,9 @@ def read_flags(command: str, arguments: Sequence[str]) -> Any:
     elif not arguments or not arguments[0].startswith("--tyro-"):  # tyro's own, for the completion of shells
         check_words(command, arguments, hints, config_class)
     if command == "train":
-        default = commands.train_defaults(arguments)
+        from haste.training.settings import command_config
+
+        default = command_config(arguments)
     config = tyro.cli(
         config_class,
         prog=f"haste {command}",

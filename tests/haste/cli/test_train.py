@@ -9,10 +9,10 @@ import sys
 
 import pytest
 from haste.cli import main as main_module
-from haste.cli.commands import train_defaults
 from haste.cli.main import main
 from haste.errors import UserError
 from haste.training.config import TrainConfig
+from haste.training.settings import command_config
 
 
 def run_expecting_exit(capsys, *arguments):
@@ -60,7 +60,7 @@ def test_a_preset_sets_defaults_and_flags_override_it(monkeypatch):
     main(["train", "--preset=digits"])
     (changed, plain) = seen
     assert (changed.seed, changed.batch_size, changed.attn_coeff) == (5, 32, 0.0)
-    assert plain == train_defaults(["--preset", "digits"])
+    assert plain == command_config(["--preset", "digits"])
     assert plain.data_dir == "digits" and changed.model == plain.model
 
 
