@@ -73,36 +73,25 @@ def load_dataset(
         raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
     archive = open_archive(path, "--data-dir")
     latents = archive.child(LATENTS)
+    data: TrainingData
     if latents is not None:
-        data: TrainingData = _open_repa_layout(archive, latents, resolution, vae, vae_stats, on_bad_file, num_classes)
+        data = _open_repa_layout(archive, latents, resolution, vae, vae_stats, on_bad_file, num_classes)
     else:
-        data = _open_images(archive, path, resolution, vae, vae_stats, on_bad_file, num_classes)
+        if vae is None and vae_stats is not None:
+            raise UserError(f"--vae-stats must come with --vae or latents, got {vae_stats} alone")
+        if archive.child(IMAGES) is not None:
+            _check_no_other_latents(archive, path)
+        source = open_source(path, "--data-dir")
+        if source.labels is None:
+            logger.info("%s has no labels: all its images are one class", path)
+        encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats))
+        data = ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
     try:
         data[0]  # reports a wrong --resolution before teachers and models are built
     except BadFile as fault:
         if on_bad_file == "refuse":
             raise fault.as_user_error() from fault
     return data
-
-
-def _open_images(
-    archive: Archive,
-    path: Path,
-    resolution: int,
-    vae: str | None,
-    vae_stats: str | None,
-    on_bad_file: OnBadFile,
-    num_classes: int | None,
-) -> ImageData:
-    if vae is None and vae_stats is not None:
-        raise UserError(f"--vae-stats must come with --vae or latents, got {vae_stats} alone")
-    if archive.child(IMAGES) is not None:
-        _check_no_other_latents(archive, path)
-    source = open_source(path, "--data-dir")
-    if source.labels is None:
-        logger.info("%s has no labels: all its images are one class", path)
-    encoder = VAE(LatentFormat.of(vae, vae_stats)) if vae is not None else None
-    return ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
 
 
 def _check_no_other_latents(archive: Archive, path: Path) -> None:
