@@ -322,7 +322,7 @@ def _is_record(record: dict[str, Any]) -> bool:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Append one record, under a lock. UserError if that fails."""
-    with writing(str(path), "the scores that are there are kept, and the same command resumes"), updating(path):
+    with writing(str(path), "existing scores are kept, and the same command resumes"), updating(path):
         append_line(path, record, durable=True)
 
 
