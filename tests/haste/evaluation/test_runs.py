@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -179,3 +180,12 @@ def test_a_caution_is_logged_not_printed(tmp_path, capsys, caplog):
     np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8))
     Evaluator.load("digits", str(tmp_path / "real.npz"), tmp_path, samples=70)
     assert "rests on 70 samples" in caplog.text and capsys.readouterr().out == ""
+
+
+def test_a_missing_package_is_named_before_a_baseline_is_compared(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    config = EvaluateConfig(samples=tmp_path / "a.npz", baseline=str(tmp_path / "a.npz"))
+    with pytest.raises(UserError, match=r"pip install 'haste\[eval\]'"):
+        runs.evaluate_config(config)

@@ -223,3 +223,10 @@ def test_a_process_alone_agrees_with_itself():
     assert (processes.rank, processes.count, processes.first) == (0, 1, True)
     assert processes.agree(lambda: 3) == 3 and processes.gather("x") == ["x"]
     processes.leave()
+
+
+def test_a_missing_package_is_named_before_anything_is_sampled(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'haste\[plot\]'"):
+        sample_to_folder(Args(ckpt=run, sample_dir=tmp_path, num_fid_samples=2, num_steps=2))
+    assert list(tmp_path.iterdir()) == []
