@@ -72,8 +72,13 @@ def test_haste_ext_knows_nothing_of_haste():
 
 
 def private_uses(tree: ast.AST) -> Iterator[str]:
-    """What a file uses of torch that has an underscore in front: names and attributes of torch's, Tensor._version."""
+    """What a file uses of torch and transformers that is private: names, attributes and arguments with an underscore in
+    front, and modules of transformers that its documentation does not list."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
+            yield from [node.module] * (node.module != "transformers.utils.logging")
+        if isinstance(node, ast.keyword) and (node.arg or "").startswith("_"):
+            yield node.arg
         if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "torch":
             yield from (f"{node.module}.{a.name}" for a in node.names if f".{node.module}.{a.name}".count("._"))
         if isinstance(node, ast.Attribute):
@@ -84,14 +89,21 @@ def private_uses(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_private_parts_of_torch_are_used_in_one_file(path):
+def test_private_parts_of_torch_and_transformers_are_used_in_one_file(path):
     if path.name != "_compat.py":
         assert not list(private_uses(ast.parse(path.read_text())))
 
 
 @pytest.mark.parametrize(
     "source",
-    ["import torch\ntorch._foreach_add_(a, b)", "from torch._C import x", "from torch.optim import _f", "t._version"],
+    [
+        "import torch\ntorch._foreach_add_(a, b)",
+        "from torch._C import x",
+        "from torch.optim import _f",
+        "t._version",
+        "from transformers.masking_utils import sdpa_mask",
+        "f(_raise_exceptions=False)",
+    ],  # fmt: skip
 )
 def test_private_uses_are_seen(source):
     assert list(private_uses(ast.parse(source)))

@@ -327,9 +327,7 @@ def test_a_registered_family_brings_its_own_parts(granularity, monkeypatch):
 
 
 def test_a_compiled_model_is_refused_with_the_way_to_do_it():
-    with pytest.raises(
-        UserError, match="model must not be compiled before enable_cache"
-    ):
+    with pytest.raises(UserError, match="model must not be compiled before enable_cache"):
         enable_cache(torch.compile(small_sit()))
 
 
