@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,7 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 NEVER = -1
 
 
+@dataclass
 class Termination:
     """HASTE's rule (arXiv 2505.16792): alignment has full weight while step < τ. Also the base of the other rules.
 
@@ -145,9 +147,8 @@ class Termination:
         stopped_at: the step before which alignment ended, set by the trainer; None while it lasts.
     """
 
-    def __init__(self, early_stop_point: int) -> None:
-        self.early_stop_point = early_stop_point
-        self.stopped_at: int | None = None
+    early_stop_point: int
+    stopped_at: int | None = field(default=None, init=False)
 
     def weight(self, step: int) -> float:
         """The factor of both alignment losses in this step, above 0 until `due`."""
@@ -192,12 +193,11 @@ class Termination:
         self.stopped_at = state["stopped_at"]
 
 
+@dataclass
 class CosineRamp(Termination):
     """The weight falls from 1 before `ramp_start` to 0 at τ along half a cosine: ½(1 + cos π·progress)."""
 
-    def __init__(self, early_stop_point: int, ramp_start: int) -> None:
-        super().__init__(early_stop_point)
-        self.ramp_start = ramp_start
+    ramp_start: int
 
     def weight(self, step: int) -> float:
         left = (self.early_stop_point - step) / (self.early_stop_point - self.ramp_start)
@@ -209,17 +209,15 @@ class CosineRamp(Termination):
         return f"with weights that fall from step {self.ramp_start} to 0 at step {self.early_stop_point}"
 
 
+@dataclass
 class ProbedTermination(Termination):
     """A rule that measures every `every` steps from step `start` on. The measurements are saved in checkpoints."""
 
-    TIMES = (0.02, 0.1, 0.5, 0.8)  # of the probe images' noise
-
-    def __init__(self, early_stop_point: int, start: int, every: int, path_type: str) -> None:
-        super().__init__(early_stop_point)
-        self.start = start
-        self.every = every
-        self.path_type = path_type
-        self.observed: list[tuple[int, float]] = []
+    TIMES: ClassVar = (0.02, 0.1, 0.5, 0.8)  # at which the probe images are noised
+    start: int
+    every: int
+    path_type: str
+    observed: list[tuple[int, float]] = field(default_factory=list, init=False)
 
     def triggered(self) -> bool:
         """Whether the measurements call for the end."""
@@ -252,6 +250,7 @@ class ProbedTermination(Termination):
         self.observed = [(step, value) for step, value in state.get("observed", [])]
 
 
+@dataclass
 class GradientCosine(ProbedTermination):
     """HASTE's automatic trigger (appendix A.2): the gradients of alignment and of L_v at one block oppose each other.
 
@@ -260,12 +259,8 @@ class GradientCosine(ProbedTermination):
         threshold: alignment ends when the mean cosine is below it.
     """
 
-    def __init__(
-        self, early_stop_point: int, start: int, every: int, path_type: str, block: int, threshold: float
-    ) -> None:
-        super().__init__(early_stop_point, start, every, path_type)
-        self.block = block
-        self.threshold = threshold
+    block: int
+    threshold: float
 
     def measure(
         self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = _of_one_process
@@ -284,6 +279,7 @@ class GradientCosine(ProbedTermination):
         return f"the gradients of alignment and velocity have cosine {value:.4f}, below {self.threshold}"
 
 
+@dataclass
 class Plateau(ProbedTermination):
     """The alignment loss of the probe images has not fallen for `patience` probes.
 
@@ -291,12 +287,8 @@ class Plateau(ProbedTermination):
         min_delta: a loss has fallen if it is below the lowest one before it by more than this.
     """
 
-    def __init__(
-        self, early_stop_point: int, start: int, every: int, path_type: str, patience: int, min_delta: float
-    ) -> None:
-        super().__init__(early_stop_point, start, every, path_type)
-        self.patience = patience
-        self.min_delta = min_delta
+    patience: int
+    min_delta: float
 
     def measure(
         self, model: nn.Module, aligner: Aligner, batches: Iterable[ProbeBatch], reduce: Reduce = _of_one_process

@@ -367,9 +367,7 @@ def _run_blocks(blocks: Iterable[CachedBlock], tokens: Tensor, c: Tensor) -> Ten
     return tokens
 
 
-def make_granularities(
-    transformer: CachedTransformer | OpaqueModel, config: CacheConfig
-) -> list[CacheGranularity]:
+def make_granularities(transformer: CachedTransformer | OpaqueModel, config: CacheConfig) -> list[CacheGranularity]:
     """Return the granularity that --granularity names; for Δ-DiT (arXiv 2406.01125) the rear and the front blocks.
 
     A forecast step of Δ-DiT runs all blocks but one group, which is replaced by x + Δ, with Δ = F_group(x) − x of the

@@ -11,13 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from haste.errors import UserError, in_one_line
@@ -296,20 +296,25 @@ class Trackers:
         """Log the numbers of a record."""
         values = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
         if self.accelerator.trackers:
-            self._backlog.add(lambda: self._write(values, step))
+            self._add(lambda: self.accelerator.log(values, step=step))
 
     def log_image(self, image: np.ndarray, step: int) -> None:
         """Log an image (H, W, 3) uint8 as `samples`. To be called by the first process."""
         for tracker in self.accelerator.trackers:
-            self._backlog.add(lambda tracker=tracker: log_image(tracker, image, step))  # type: ignore[misc]
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            self._add(partial(tracker.log_images, {"samples": image[None]}, step=step, **layout))
 
-    def _write(self, values: dict[str, float], step: int) -> None:
-        try:
-            self.accelerator.log(values, step=step)
-        except Exception:
-            for tracker in self.accelerator.trackers:
-                begin_another_file(tracker)
-            raise
+    def _add(self, write: Callable[[], None]) -> None:
+        def attempt() -> None:
+            try:
+                write()
+            except Exception:
+                for tracker in self.accelerator.trackers:
+                    if tracker.name == "tensorboard":  # its thread ends with an error; the next record starts another
+                        tracker.writer.file_writer = tracker.writer.all_writers = None
+                raise
+
+        self._backlog.add(attempt)
 
     def close(self) -> None:
         """End every tracker and the process group."""
@@ -327,18 +332,3 @@ class Trackers:
 def project(config: TrainConfig) -> str:
     """The project of the run: "haste", or for wandb its own WANDB_PROJECT."""
     return (os.environ.get("WANDB_PROJECT") if "wandb" in config.trackers else None) or "haste"
-
-
-def log_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
-    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-    try:
-        tracker.log_images({"samples": image[None]}, step=step, **layout)
-    except Exception:
-        begin_another_file(tracker)
-        raise
-
-
-def begin_another_file(tracker: GeneralTracker) -> None:
-    """tensorboard's writing thread ends with its first error; let the next record start another one."""
-    if tracker.name == "tensorboard":
-        tracker.writer.file_writer = tracker.writer.all_writers = None
