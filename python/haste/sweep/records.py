@@ -167,7 +167,7 @@ def make_rows(records: Sequence[Record]) -> list[Row]:
     points = [(_checked_settings(record), record) for record in records]
     uncached = sorted((p for p in points if p[0].cache == "none"), key=lambda point: -point[0].num_steps)
     if not uncached:
-        raise UserError("the records hold no full run to compare with; let haste sweep measure one")
+        raise UserError("records of haste sweep must hold an uncached run, got none; measure one without --plot-only")
     reference = uncached[0][1]
     return [
         Row(

@@ -127,7 +127,7 @@ def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, m
         (("--reference", "nowhere"), "nowhere, which does not exist"),
         (("--features", "stored"), "--features must be a network, as images are sampled, got stored"),
         (("--features", "inception:weights.pth"), "--reference must be given with --features inception:weights.pth"),
-        (("--plot-only",), "hold no full run"),
+        (("--plot-only",), "must hold an uncached run"),
     ],
 )
 def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):

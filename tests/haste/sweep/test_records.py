@@ -100,7 +100,7 @@ def test_speed_ups_are_over_the_longest_full_run_within_a_turn():
 
 @pytest.mark.parametrize("records", [[], [record(CACHED, [1.0], [2.0])]])
 def test_without_a_full_run_there_is_nothing_to_compare_with(records):
-    with pytest.raises(UserError, match="the records hold no full run to compare with"):
+    with pytest.raises(UserError, match="must hold an uncached run"):
         make_rows(records)
 
 
