@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["haste.cli.commands", "haste.training.trainer", "haste.generation.sample_dir"])
+FORKS.set_forkserver_preload(
+    [
+        "haste.cli.commands",
+        "haste.training.trainer",
+        "haste.generation.sample_dir",
+        "haste.data.prepare",
+        "sklearn.datasets",
+    ]
+)
 
 
 def start_haste(words: list[str], output: Path, **environment: str) -> multiprocessing.Process:
@@ -15,6 +24,18 @@ def start_haste(words: list[str], output: Path, **environment: str) -> multiproc
     process = FORKS.Process(target=_run, args=(words, str(output), environment))
     process.start()
     return process
+
+
+def start_ranks(words: list[str], outputs: list[Path]) -> list[multiprocessing.Process]:
+    """Start `haste WORDS` as processes that work together, one per output, as a launcher does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": str(len(outputs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start_haste(words, output, **together, ACCELERATE_USE_CPU="true", RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, output in enumerate(outputs)
+    ]
 
 
 def finish(process: multiprocessing.Process, output: Path) -> str:

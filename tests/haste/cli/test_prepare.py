@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked_haste import finish, start_haste, start_ranks
 from haste.cli.main import main
 from haste.data import BatchOrder, batches, load_dataset
 from haste.data.images import center_crop
@@ -176,14 +173,13 @@ def test_a_command_that_was_killed_goes_on_with_what_is_missing(source, tmp_path
 def test_kill_9(source, tmp_path):
     """The process and its workers, at whatever moment; the half-written file that it may leave goes away."""
     write_classes(source, 200)
-    command = [sys.executable, "-c", "from haste.cli.main import main; main()", "prepare", "--vae", "none"]
     flags = ["--source", str(source), "--resolution", "128", "--num-workers", "1", "--dest"]
-    process = subprocess.Popen([*command, *flags, str(tmp_path / "out")], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list((tmp_path / "out").glob("images/*/*.png"))) < 20:
+    process = start_haste(["prepare", "--vae", "none", *flags, str(tmp_path / "out")], tmp_path / "printed.txt")
+    while process.is_alive() and len(list((tmp_path / "out").glob("images/*/*.png"))) < 20:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(list((tmp_path / "out").glob("images/*/*.png"))) < 200
     (tmp_path / "out/images/00000/.img00000199.png.1.tmp").write_bytes(b"half")
     time.sleep(0.1)
@@ -210,23 +206,12 @@ def test_ctrl_c_ends_a_command_after_its_batch(source, tmp_path, monkeypatch, ca
 
 
 def test_each_of_several_processes_takes_its_share(source, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "haste", "prepare", "--source", str(source), "--vae", "none", "--resolution", "8"]
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [*command, "--num-workers", "0", "--dest", str(tmp_path / "two")],
-            env={**os.environ, **launched, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert [out.count("is ready for haste train") for out, _ in outputs] == [1, 0]
-    assert ["6/6" in progress for _, progress in outputs] == [True, True]
+    outputs = [tmp_path / "rank0.txt", tmp_path / "rank1.txt"]
+    words = ["prepare", "--source", str(source), "--vae", "none", "--resolution", "8", "--num-workers", "0"]
+    ranks = start_ranks([*words, "--dest", str(tmp_path / "two")], outputs)
+    printed = [finish(rank, output) for rank, output in zip(ranks, outputs, strict=True)]
+    assert [text.count("is ready for haste train") for text in printed] == [1, 0]
+    assert ["6/6" in text for text in printed] == [True, True]
     prepare(source, tmp_path / "one", "none")
     assert_same_files(tmp_path / "one", tmp_path / "two")
 

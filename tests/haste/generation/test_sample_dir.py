@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from digits_run import write_run
 from drawn_images import read_npz
+from forked_haste import start_ranks
 from haste.distributed import Processes
 from haste.errors import UserError
 from haste.generation.config import SampleConfig as Args
@@ -128,10 +130,9 @@ def test_a_damaged_record_is_named(tmp_path, content):
         SampleDir(tmp_path, SETTINGS)
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "haste",
 ]  # fmt: skip
 COUNT = 24
 
@@ -150,34 +151,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def start(launcher: list[str], run: Path, folder: Path, steps: int, *flags: str) -> subprocess.Popen:
-    words = [sys.executable, *launcher, "haste", "sample", "--ckpt", str(run), "--sample-dir", str(folder)]
-    words += ["--num-fid-samples", str(COUNT), "--per-proc-batch-size", "2", "--num-steps", str(steps), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, env=environment, start_new_session=True, **pipes)
+def words(run: Path, folder: Path, steps: int) -> list[str]:
+    flags = ["--num-fid-samples", str(COUNT), "--per-proc-batch-size", "2", "--num-steps", str(steps)]
+    return ["sample", "--ckpt", str(run), "--sample-dir", str(folder), *flags]
 
 
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-3000:]
-    return out, err
+def outputs(folder: Path) -> list[Path]:
+    return [folder.with_name(f"rank{rank}.txt") for rank in range(2)]
 
 
-def kill_in_the_middle(process: subprocess.Popen, folder: Path) -> dict[str, int]:
-    """Kill a command and its workers once a few images are there; these, with the times of their writing."""
+def kill_in_the_middle(ranks: list[Process], folder: Path, printed: Path) -> dict[str, int]:
+    """Kill processes that work together once a few images are there; these, with the times of their writing."""
     deadline = time.monotonic() + 100
     while len(list(folder.glob("*.png"))) < 3:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
+        assert all(rank.is_alive() for rank in ranks) and time.monotonic() < deadline, printed.read_text()[-3000:]
         time.sleep(0.01)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:  # all at once, or a launcher would end its workers gently
-        member.suspend()
+    for rank in ranks:  # all at once: none ends by the other's death
+        os.kill(rank.pid, signal.SIGSTOP)
     kept = written(folder)
-    for member in family:
-        member.kill()
-    process.communicate()
+    for rank in ranks:
+        rank.kill()
+        rank.join()
     return kept
 
 
@@ -188,11 +182,14 @@ def written(folder: Path) -> dict[str, int]:
 def test_two_processes_that_were_killed_go_on_and_equal_one_byte_for_byte(tmp_path, run, one_thread):
     steps = 120  # so many that a kill finds some of the images missing
     two, one = (tmp_path / name / f"0000004-euler-{steps}-cfg1-seed0" for name in ("two", "one"))
-    kept = kill_in_the_middle(start(TORCHRUN, run, tmp_path / "two", steps), two)
+    first, second = outputs(tmp_path / "two")
+    kept = kill_in_the_middle(start_ranks(words(run, tmp_path / "two", steps), [first, second]), two, first)
     assert 3 <= len(kept) < COUNT and not two.with_name(two.name + ".npz").exists()
 
-    out, _ = finish(start(ACCELERATE, run, tmp_path / "two", steps))
-    assert out.count(f"{COUNT} images at") == 1  # one process tells
+    done = subprocess.run([*ACCELERATE, *words(run, tmp_path / "two", steps)], capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"{COUNT} images at") == 1  # one process tells
     assert kept.items() <= written(two).items()
     settings = {"num_fid_samples": COUNT, "per_proc_batch_size": 2, "num_steps": steps}
     sample_to_folder(Args(ckpt=run, sample_dir=tmp_path / "one", **settings))
@@ -206,9 +203,12 @@ def test_of_several_processes_one_says_what_is_wrong(tmp_path, run):
     folder = tmp_path / "0000004-euler-2-cfg1-seed0"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    process = start(TORCHRUN, run, tmp_path, 2)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and err.count("haste sample: ") == 1
+    printed = outputs(tmp_path / "out")
+    for rank in start_ranks(words(run, tmp_path, 2), printed):
+        rank.join(timeout=120)
+        assert rank.exitcode not in (0, None)
+    err = "".join(path.read_text() for path in printed)
+    assert err.count("haste sample: ") == 1
     assert "--sample-dir must be a new folder" in err and str(folder) in err
 
 

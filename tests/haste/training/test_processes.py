@@ -1,4 +1,4 @@
-"""Two processes through accelerate's launcher: DDP and FSDP2 do what one process does, and stop together."""
+"""Two processes do what one does, by DDP and, through accelerate's launcher, by FSDP2; and they stop together."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked_haste import finish, start_ranks
 from haste.cli.main import main
 from haste.models import SiT
 from haste.training.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
@@ -24,30 +25,19 @@ SETTINGS = [
     "--gradient-accumulation-steps", "2", "--early-stop-point", "6", "--logging-steps", "1",
     "--checkpointing-steps", "4",
 ]  # fmt: skip
-DDP = ["--multi_gpu"]  # accelerate's word for several processes of one machine; here they are on its CPU
-FSDP2 = ["--use_fsdp", "--fsdp_version", "2"]
-
-
 LAUNCHER = [
+    sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2",
     "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-    "--main_process_port", "0", "-m",
+    "--main_process_port", "0", "-m", "haste",
 ]  # fmt: skip
 
 
-def words(folder: Path, teacher: Path, steps: int) -> list[str]:
+def words(folder: Path, teacher: Path, steps: int = STEPS) -> list[str]:
     return [*SETTINGS, "--output-dir", str(folder), "--enc-type", str(teacher), "--max-train-steps", str(steps)]
 
 
-def command(launch: list[str], folder: Path, teacher: Path, steps: int) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *launch, *LAUNCHER]
-    return [*launcher, "haste", *words(folder, teacher, steps)]
-
-
-def run(launch: list[str], folder: Path, teacher: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(launch, folder, teacher, STEPS), capture_output=True, text=True, env=environment,
-                          timeout=400)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def outputs(folder: Path) -> list[Path]:
+    return [folder / "rank0.txt", folder / "rank1.txt"]
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -74,13 +64,15 @@ def assert_same_run(folder: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, teacher_folder) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    main(words(folder, teacher_folder, STEPS))
+    main(words(folder, teacher_folder))
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
 def test_a_copy_each_equals_one_process(tmp_path, teacher_folder, one_process):
-    run(DDP, tmp_path, teacher_folder)
+    ranks = start_ranks(words(tmp_path, teacher_folder), outputs(tmp_path))
+    for rank, output in zip(ranks, outputs(tmp_path), strict=True):
+        finish(rank, output)
     assert_same_run(tmp_path, one_process)
 
 
@@ -88,7 +80,9 @@ def test_a_share_each_goes_on_from_one_process_and_equals_it(tmp_path, teacher_f
     shutil.copytree(one_process, tmp_path, dirs_exist_ok=True)
     for step in (8, 10):
         checkpoint_path(tmp_path / "run" / "checkpoints", step).unlink()
-    run(FSDP2, tmp_path, teacher_folder)  # from step 4 on, over the end of alignment
+    done = subprocess.run([*LAUNCHER, *words(tmp_path, teacher_folder)], capture_output=True, text=True, timeout=400,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]  # from step 4 on, over the end of alignment
     assert_same_run(tmp_path, one_process)
     saved = last(tmp_path)
     student = SiT(**saved["model_config"], z_dims=(16,))
@@ -99,18 +93,18 @@ def test_a_share_each_goes_on_from_one_process_and_equals_it(tmp_path, teacher_f
 
 
 def test_two_processes_stop_after_the_same_step_and_save_it(tmp_path, teacher_folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(DDP, tmp_path, teacher_folder, 100_000), stderr=subprocess.PIPE, text=True, env=environment
-    )
+    ranks = start_ranks(words(tmp_path, teacher_folder, 100_000), outputs(tmp_path))
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 300
     while not (log.is_file() and len(log.read_text().splitlines()) >= 5):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        assert all(rank.is_alive() for rank in ranks) and time.monotonic() < deadline, outputs(tmp_path)[0].read_text()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
+    for rank in reversed(ranks):
+        rank.terminate()
+    for rank in ranks:
+        rank.join(timeout=120)
+        assert rank.exitcode == 128 + signal.SIGTERM
+    errors = outputs(tmp_path)[0].read_text()
     step = int(list_checkpoints(tmp_path / "run" / "checkpoints")[-1].stem)
     assert f"stopped by SIGTERM after step {step}, which is saved" in errors
     assert read_log(tmp_path)[-1]["step"] == step
