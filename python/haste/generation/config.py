@@ -19,9 +19,6 @@ LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 m
 if TYPE_CHECKING:  # flags are checked without torch
     from haste.generation.pipeline import LoadedCheckpoint
 
-# Settings that a file of bare weights does not have.
-ASSUMED = ("num_classes", "encoder_depth", "path_type")
-
 
 @dataclass(kw_only=True)
 class PublishedFlags:
@@ -46,7 +43,8 @@ class PublishedFlags:
 
     def assumed(self) -> dict[str, Any]:
         """The settings for a checkpoint without settings."""
-        return {name: getattr(self, name) for name in ASSUMED if getattr(self, name) is not None}
+        given = {"num_classes": self.num_classes, "encoder_depth": self.encoder_depth, "path_type": self.path_type}
+        return {name: value for name, value in given.items() if value is not None}
 
     def refuse_other(self, loaded: LoadedCheckpoint, factor: int) -> None:
         """UserError, naming the flag, if one does not match the checkpoint; `factor` is pixels per latent, or 1."""

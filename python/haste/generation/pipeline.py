@@ -32,7 +32,6 @@ from haste.weights import BrokenCheckpoint
 
 logger = logging.getLogger(__name__)
 
-IMAGE_CHANNELS = (1, 3)
 PUBLISHED = "ema"  # the VAE that generate.py of REPA, HASTE and SiT decodes with
 
 
@@ -180,7 +179,7 @@ def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFor
         return replace(latents, vae=other.vae)  # with the shift and scale of training
     if "latents" in loaded.recorded and vae is not None:
         raise UserError(f"--vae must be left out for a model of pixels, got {vae}")
-    if "latents" in loaded.recorded or (vae is None and channels in IMAGE_CHANNELS):
+    if "latents" in loaded.recorded or (vae is None and channels in (1, 3)):
         return None
     latents = LatentFormat.of(vae or PUBLISHED)
     if latents.channels != channels:
