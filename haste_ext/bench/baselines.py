@@ -211,14 +211,13 @@ def prepare_of_blocks(snapshots: Tensor, weights: Tensor, gates: Tensor, residua
 def recurrence_of_blocks(differences: list[dict[int, Tensor]], gates: Tensor, residual: Tensor) -> Tensor:
     """As TaylorSeer writes it, module by module."""
     for cache, gate in zip(differences, gates, strict=True):
-        residual = residual + gate.unsqueeze(1) * taylor_forecast(cache)
+        residual = recurrence_of_module(cache, residual, gate)
     return residual
 
 
 def weighted_sum_of_blocks(snapshots: Tensor, weights: Tensor, gates: Tensor, residual: Tensor) -> Tensor:
     for layer, gate in zip(snapshots, gates, strict=True):
-        forecast = sum(weight * snapshot for weight, snapshot in zip(weights, layer, strict=True))
-        residual = residual + gate.unsqueeze(1) * forecast
+        residual = weighted_sum_of_module(layer, weights, residual, gate)
     return residual
 
 

@@ -130,8 +130,9 @@ def contender_rows(op: Operation, case: Case, forward_only: bool, min_seconds: f
         return [{"name": c.name, "absent": why, "failed": c.name == op.ours} for c in op.contenders]
     for contender in op.contenders:
         row = rows[contender.name] = {"name": contender.name}
-        if why := contender.missing(case):
-            row["absent"] = why
+        missing = contender.missing(case)
+        if missing is not None:
+            row["absent"] = missing
             continue
         try:
             function = compiled(contender.function) if contender.compiled else contender.function

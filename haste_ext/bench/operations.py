@@ -197,6 +197,10 @@ class ModuleCase(Case):
     width: int
     order: int
 
+    @property
+    def modules(self) -> int:
+        return 1
+
     def inputs(self, near: bool = False) -> list[Tensor]:
         """snapshots (K, B, N, D), weights (K,), residual (B, N, D), gate (B, D)."""
         stream = (self.batch, self.tokens, self.width)
@@ -209,20 +213,22 @@ class ModuleCase(Case):
 
     def phases(self) -> list[Phase]:
         values, slots = self.batch * self.tokens * self.width, self.order + 1
-        size = (slots + 2) * values + self.batch * self.width
-        return [Phase(size * self.element_size + 4 * slots, other_flops=(2 * slots + 2) * values)]
+        size = (self.modules * slots + 2) * values + self.modules * self.batch * self.width
+        return [Phase(size * self.element_size + 4 * slots, other_flops=self.modules * (2 * slots + 2) * values)]
 
     def float64_bytes_per_sample(self) -> int:
-        return (self.order + 6) * 8 * self.tokens * self.width
+        return (self.modules * (self.order + 1) + 6) * 8 * self.tokens * self.width
 
 
 @dataclass(frozen=True)
-class NetworkCase(Case):
+class NetworkCase(ModuleCase):
     """Every attention and MLP output of a SiT: 2 · depth modules with order + 1 snapshots each."""
 
-    width: int
-    order: int
     layers: int
+
+    @property
+    def modules(self) -> int:
+        return self.layers
 
     def inputs(self, near: bool = False) -> list[Tensor]:
         """snapshots (L, K, B, N, D), weights (K,), gates (L, B, D), residual (B, N, D)."""
@@ -233,14 +239,6 @@ class NetworkCase(Case):
             self.randn(self.layers, self.batch, self.width, seed=1),
             self.randn(*stream, seed=2),
         ]
-
-    def phases(self) -> list[Phase]:
-        values, slots = self.batch * self.tokens * self.width, self.order + 1
-        size = (self.layers * slots + 2) * values + self.layers * self.batch * self.width
-        return [Phase(size * self.element_size + 4 * slots, other_flops=self.layers * (2 * slots + 2) * values)]
-
-    def float64_bytes_per_sample(self) -> int:
-        return (self.layers * (self.order + 1) + 6) * 8 * self.tokens * self.width
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class SiTBlock(nn.Module):
         Everything goes out by return, so that activation checkpointing may run this twice.
         """
         m = self.modulation(c)
+        queries_keys: QueriesKeys | None
         branch, queries_keys = self.attention_branch(tokens, m.shift_attn, m.scale_attn)
         if not keep_queries_keys:
             queries_keys = None  # frees the projection before the MLP needs its memory
