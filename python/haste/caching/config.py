@@ -29,26 +29,27 @@ class CacheConfig:
     """
 
     cache: Literal["none", "reuse", "taylor", "newton", "hermite", "delta-dit"] = "none"
-    """none: every step in full. Others forecast most steps from the last full ones: reuse repeats the last, taylor is
-    TaylorSeer, newton interpolates over the true times, hermite is HiCache. delta-dit skips one part of the blocks."""
+    """Forecaster. none: compute every step in full. reuse: repeat the last full step. taylor: TaylorSeer. newton:
+    polynomial through the last full steps at their actual times. hermite: HiCache. delta-dit: skip some blocks."""
     granularity: Literal["module", "block", "model", "output"] = "module"
-    """What is forecast: the output of every attention and MLP, what every block adds, the tokens after the last, or
-    what the model returns, which is all that is known of some families."""
+    """What is cached and forecast: the output of each attention and MLP (module), the sum of what the blocks add
+    (block), the tokens after the last block (model), or the model's output (output), which works for any model."""
     interval: int | None = None
-    """One full step every so many. [default: 4; with --error-threshold at most every 10; delta-dit: 2]"""
+    """Steps from one full step to the next. [default: 4; with --error-threshold at most 10; delta-dit: 2]"""
     order: int | None = None
-    """Order of the forecast; order + 1 full steps are kept. [default: 4; reuse and delta-dit: 0]"""
+    """Order of the forecast, from the last order + 1 full steps. [default: 4; reuse and delta-dit: 0]"""
     first_enhance: int | None = None
-    """So many steps at the beginning are full. [default: 2; delta-dit: 1]"""
+    """Number of full steps at the beginning. [default: 2; delta-dit: 1]"""
     full_steps: str = ""
-    """The full steps by their numbers, such as 0,1,2,5,9, in place of --interval."""
+    """Indices of the full steps, such as 0,1,2,5,9. Replaces --interval."""
     error_threshold: float = 0.0
-    """Full steps as far apart as this relative error of a forecast allows, at most --interval. 0: evenly apart."""
+    """Choose the full steps by this limit on the measured relative error of a forecast, at most --interval apart. 0:
+    off."""
     gate: int | None = None
-    """delta-dit: the rear blocks are skipped while more steps than this remain, then the front ones. [default: 0.6 of
-    --num-steps]"""
+    """delta-dit: number of remaining steps at which it changes from skipping the rear blocks to skipping the front
+    blocks. [default: 0.6 of --num-steps]"""
     cached_blocks: int | None = None
-    """delta-dit: so many blocks are skipped. [default: three in four]"""
+    """delta-dit: number of blocks to skip. [default: three in four]"""
 
     def __post_init__(self) -> None:
         if type(self) is CacheConfig:  # a subclass is checked with all its flags, by its own check()

@@ -101,7 +101,7 @@ class SweepConfig(SamplingConfig):
     """The settings of `haste sweep`, which are its flags."""
 
     ckpt: Path
-    """A checkpoint file, or the folder of a run: then its newest whole checkpoint."""
+    """Checkpoint file, or run folder for its latest checkpoint."""
 
     # Of these settings of a point a sweep has lists, below.
     cache: Suppress[Fixed[str]] = "none"  # type: ignore[assignment]
@@ -114,47 +114,46 @@ class SweepConfig(SamplingConfig):
     gate: Suppress[Fixed[None]] = None
     cached_blocks: Suppress[Fixed[None]] = None
     caches: tuple[Literal["reuse", "taylor", "newton", "hermite", "delta-dit"], ...] = ("taylor", "newton")
-    """What replaces the model in a forecast step, as --cache of haste sample."""
+    """Values of --cache of haste sample."""
     granularities: tuple[Literal["module", "block", "model", "output"], ...] = ("module", "model")
-    """What is forecast, as --granularity."""
+    """Values of --granularity."""
     intervals: tuple[int, ...] = (3, 4, 5, 6)
-    """One full step in n, as --interval."""
+    """Values of --interval."""
     orders: tuple[int, ...] = (2, 4)
-    """Orders of the forecast, as --order."""
+    """Values of --order."""
     error_thresholds: tuple[float, ...] = (0.0,)
-    """Bounds on the error of a forecast, as --error-threshold; 0: evenly spaced full steps."""
+    """Values of --error-threshold; 0: evenly spaced full steps."""
     gates: tuple[int, ...] = ()
-    """delta-dit: where the cached blocks change, as --gate. [default: 0.6 of the steps]"""
+    """Values of --gate, for delta-dit. [default: 0.6 of the steps]"""
     steps: tuple[int, ...] = (50,)
-    """Steps of the cached runs; each number is also run uncached."""
+    """Numbers of sampling steps of the cached runs; each is also run uncached."""
     num_steps: tuple[int, ...] = (10, 12, 14, 17, 20, 25)  # type: ignore[assignment]
-    """Steps of the uncached runs that caching has to beat."""
+    """Numbers of sampling steps of the uncached runs to compare with."""
 
     num_fid_samples: int = 1000
-    """Images to sample of each point."""
+    """Number of images to sample per setting."""
     per_proc_batch_size: int = 128
-    """Images per batch, in which they are also timed."""
+    """Batch size for sampling and timing."""
     labels: str = "balanced"
-    """Classes to sample: random, balanced (0, 1, 2, ... in turn), or classes to take in turn, such as 3,1,4, or a text
-    file with one on each line."""
+    """Class labels: random, balanced (0, 1, 2, ... in turn), or a list to cycle through, such as 3,1,4 or a text file
+    with one class per line."""
     repeats: int = 3
-    """How often each point is timed, in turn with all others."""
+    """Number of timings per setting, interleaved with those of all others."""
     cuda_graphs: bool = False
-    """On a GPU: cached runs replay CUDA graphs, as with haste sample; uncached runs never do. Not tried on a GPU."""
+    """Replay the calls of cached models as CUDA graphs, as haste sample does. Not yet tried on a GPU."""
     features: str | None = None
-    """The network of the features, as for haste evaluate: inception:PATH, a teacher's name or folder, or digits.
-    [default: digits, for a run on digits]"""
+    """Feature extractor: inception:PATH, the name or folder of a teacher, or digits. [default: digits, for digits]"""
     reference: str | None = None
-    """The real images: a folder of images, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
+    """Real images: an image folder, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
     --features digits]"""
     classifier_dir: Path | None = None
-    """Folder of the classifier of the digits. [default: classifier/ beside the runs]"""
+    """Folder of the digits classifier. [default: classifier/ next to the runs]"""
     tolerance: float = 0.05
-    """How much the FD of a setting may be above that of the uncached run, as a share of it, to be recommended."""
+    """Maximum relative increase of FD over the uncached run for a setting to be recommended."""
     output: Path | None = None
-    """Folder for sweep.jsonl, sweep.md and sweep.png. [default: sweep/ in the run's folder]"""
+    """Output folder for sweep.jsonl, sweep.md and sweep.png. [default: sweep/ in the run folder]"""
     plot_only: bool = False
-    """Measure nothing; write the table and the plot of the last sweep."""
+    """Only rewrite the table and the plot of the last sweep."""
 
     def check(self) -> None:
         check_numbers(self)
