@@ -112,7 +112,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it must be a file that this script wrote") from error
+        raise UserError(f"{path} must be a file that this script wrote; it cannot be read ({error})") from error
 
 
 def write_results(folder: Path, document: Mapping[str, Any]) -> None:

@@ -103,7 +103,7 @@ def test_rows_of_the_list(tmp_path):
         "| memcheck | `k` | `w` | |",
     ):
         page.write_text(PAGE.read_text() + row + "\n")
-        with pytest.raises(ValueError, match=r"page.md holds the row .*; it must be \| tool \| `kernel`"):
+        with pytest.raises(ValueError, match=r"rows of page.md must be \| tool \| `kernel`"):
             sanitizer.judged_false_positives(page)
 
 

@@ -25,10 +25,10 @@ def claim(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if held := [name for name in FILES if os.path.lexists(folder / name)]:
-            raise ValueError(f"FOLDER is {folder}, which holds {', '.join(held)}; it must hold no files of another run")
-        (folder / LOG).open("xb").close()  # of two runs that begin at once, one is told that it exists
+            raise ValueError(f"FOLDER must hold no files of another run, got {folder}, which holds {', '.join(held)}")
+        (folder / LOG).open("xb").close()  # of two runs that begin at once, one gets an error
     except OSError as error:
-        raise ValueError(f"FOLDER is {folder}; it must be a folder that can be written ({error.strerror})") from error
+        raise ValueError(f"FOLDER must be a folder that can be written, got {folder} ({error.strerror})") from error
 
 
 def keep(run: Run) -> None:

@@ -65,7 +65,7 @@ def describe(torch, sanitizer: str) -> dict:
 
 
 def ask(*command: str) -> str | None:
-    """What a program prints; None where there is none or it says nothing in time."""
+    """What a program prints; None if there is no such program or it prints nothing in time."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except (OSError, subprocess.TimeoutExpired):

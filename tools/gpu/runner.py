@@ -82,14 +82,14 @@ def run_plan(plan: Sequence[Stage], run: Run, keep: Callable[[Run], None]) -> bo
         if outcome is None:
             continue
         run.outcomes[stage.name] = outcome
-        print(f"{stage.name}: {told(outcome)}", flush=True)
+        print(f"{stage.name}: {describe(outcome)}", flush=True)
         if stage.kind == "probe" and outcome.status != PASSED:
             return False
         keep(run)
     return all(outcome.status in (PASSED, NOT_JUDGED) for outcome in run.outcomes.values())
 
 
-def told(outcome: Outcome) -> str:
+def describe(outcome: Outcome) -> str:
     return f"{outcome.status}, {outcome.seconds:.0f} s{'; ' + outcome.note if outcome.note else ''}"
 
 
@@ -135,7 +135,7 @@ def settle(stage: Stage, groups: Sequence[str], run: Run, outcome: Outcome, code
 
 
 def judge(stage: Stage, groups: Sequence[str], run: Run, outcome: Outcome, code: int | None) -> None:
-    """A sanitizer's stage by what its log says, in place of its exit status."""
+    """Judge a sanitizer's stage by its log instead of its exit status."""
     log = stage.output_path(run)
     text = log.read_text(errors="replace") if log.exists() else ""
     with Log(run.folder) as kept:

@@ -77,7 +77,7 @@ def judged_false_positives(page: Path) -> list[Judged]:
     for row in rows:
         match = ROW.match(row)
         if match is None or match[1] not in TOOLS:
-            raise ValueError(f"{page.name} holds the row {row!r}; it must be | tool | `kernel` | `words` | reason |")
+            raise ValueError(f"rows of {page.name} must be | tool | `kernel` | `words` | reason |, got {row!r}")
         found.append(Judged(*match.groups()))
     return found
 
@@ -100,7 +100,7 @@ class Verdict:
 def verdict(
     tool: str, version: str | None, log: str, operations: Sequence[str], mbarriers: bool, known: Iterable[Judged]
 ) -> Verdict:
-    """What the log of one run says of these operations. mbarriers: whether their kernels wait on such."""
+    """Judge these operations by the log of one run. mbarriers: whether their kernels wait on mbarriers."""
     found = Verdict(whole="SUMMARY" in log)
     for finding in findings(log):
         first = finding.splitlines()[0]

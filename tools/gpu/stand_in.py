@@ -1,4 +1,4 @@
-"""Rehearsal: stand-ins for the stages' programs, which need no GPU and can fail, hang or crash as they are told.
+"""Rehearsal: stand-ins for the stages' programs, which need no GPU and fail, hang or crash on request.
 
 A stand-in leaves what its stage's program would: records of tests, a sanitizer's log, JSON. Told a fault, it does half
 of it and then ends by that fault. All times are a twentieth of the real ones.
@@ -27,13 +27,13 @@ OPERATIONS = {"shared": ("token_cosine_loss", "taylor_extrapolate_blocks")}  # e
 
 
 def rehearsed(plan: Sequence, faults: Mapping[str, str]) -> list:
-    """The plan with a stand-in in the place of each program. ValueError for a fault or a stage that there is not."""
+    """Replace each program of the plan by a stand-in. Raises ValueError for an unknown fault or stage."""
     names = [stage.name for stage in plan]
     for name, fault in faults.items():
         if name not in names:
-            raise ValueError(f"--rehearse names the stage {name!r}; it must be one of {', '.join(names)}")
+            raise ValueError(f"stages of --rehearse must be of {', '.join(names)}, got {name!r}")
         if fault not in FAULTS:
-            raise ValueError(f"--rehearse says that {name} {fault}; it must be one of {', '.join(FAULTS)}")
+            raise ValueError(f"--rehearse must be STAGE=FAULT with a fault of {', '.join(FAULTS)}, got {name}={fault}")
     return [replace(stage, command=stand_in(stage, faults.get(stage.name, ""))) for stage in plan]
 
 
