@@ -120,7 +120,8 @@ def test_a_run_that_is_not_whole_is_named(tree, words, sentence):
     for arguments in ([], ["check"], ["write"]):
         result = ledger(tree, *arguments)
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-        assert result.stderr.startswith("benchmarks/gpu/2026-01-31-h200/machine.json must be ") and sentence in result.stderr
+        assert result.stderr.startswith("benchmarks/gpu/2026-01-31-h200/machine.json must be ")
+        assert sentence in result.stderr
     assert (tree / "haste_ext/README.md").read_text() == PAGE
 
 
