@@ -124,7 +124,7 @@ def test_help_is_wrapped_to_the_terminal_and_names_a_default_once(capsys, monkey
     assert max(map(len, out.splitlines())) <= 90
     assert "Every combination of the lists is sampled from one checkpoint, evaluated and timed; the\n" in out
     text = " ".join(out.replace("│", " ").split())
-    assert "[default: digits, for a run on digits] --reference" in text and "(default: )" not in text
+    assert "[default: digits, for digits] --reference" in text and "(default: )" not in text
 
 
 def haste(*arguments, **options):
