@@ -21,6 +21,7 @@ test: build style
 
 style: build
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: build
 	$(BIN)/mypy

@@ -102,7 +102,9 @@ def generator(build_dir: Path, ninja: str | None) -> list[str]:
     gone = [
         entry
         for entry, (kind, value) in known.items()
-        if kind == "FILEPATH" and os.path.isabs(value) and not os.path.exists(value)
+        if kind == "FILEPATH"
+        and os.path.isabs(value)
+        and not os.path.exists(value)
         # Told each time.
         and entry not in ("CMAKE_MAKE_PROGRAM", "Python_EXECUTABLE")
     ]

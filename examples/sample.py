@@ -1,5 +1,6 @@
 """Sample from a run or a checkpoint, uncached and with the recommended cache, and write both rows as one PNG.
 
+Usage:
     python examples/sample.py exps/haste --num-steps 50
 """
 

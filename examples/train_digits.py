@@ -1,5 +1,6 @@
 """Train a small SiT on real handwritten digits from Python; the same again resumes.
 
+Usage:
     python examples/train_digits.py --method haste          # three minutes on two cores
     python examples/train_digits.py --method vanilla --steps 100
 """

@@ -96,9 +96,7 @@ class Attention:
         operands = (x, self.q, self.k, self.v, self.output, self.logsumexp)
         if self.q.is_cuda:
             bounds, dropout = self.cuda_state[:4], self.cuda_state[4:]
-            return _load.flash_attention_backward(
-                *operands, *bounds, 0.0, False, *dropout, scale=self.scale
-            )[2]
+            return _load.flash_attention_backward(*operands, *bounds, 0.0, False, *dropout, scale=self.scale)[2]
         return _load.flash_attention_cpu_backward(*operands, 0.0, False, scale=self.scale)[2]
 
 
