@@ -49,6 +49,8 @@ def _run(words: list[str], output: str, environment: dict[str, str]) -> None:
     import torch
     from haste.cli.main import main
 
+    # As in a process of its own: forkserver's workers would outlive a killed command, being children of the server.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment)
     torch.set_num_threads(1)
     target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
