@@ -20,7 +20,10 @@ FORKS.set_forkserver_preload(
 
 
 def start_haste(words: list[str], output: Path, **environment: str) -> multiprocessing.Process:
-    """Start `haste WORDS`, with one thread; what it prints is written to `output`."""
+    """Start `haste WORDS`, with one thread; what it prints is written to `output`.
+
+    Not for a command that is killed while it has workers: they are forked from the same process, and outlive it.
+    """
     process = FORKS.Process(target=_run, args=(words, str(output), environment))
     process.start()
     return process

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from forked_haste import finish, start_haste, start_ranks
+from forked_haste import finish, start_ranks
 from haste.cli.main import main
 from haste.data import BatchOrder, batches, load_dataset
 from haste.data.images import center_crop
@@ -174,12 +176,13 @@ def test_kill_9(source, tmp_path):
     """The process and its workers, at whatever moment; the half-written file that it may leave goes away."""
     write_classes(source, 200)
     flags = ["--source", str(source), "--resolution", "128", "--num-workers", "1", "--dest"]
-    process = start_haste(["prepare", "--vae", "none", *flags, str(tmp_path / "out")], tmp_path / "printed.txt")
-    while process.is_alive() and len(list((tmp_path / "out").glob("images/*/*.png"))) < 20:
+    command = [sys.executable, "-m", "haste", "prepare", "--vae", "none", *flags, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list((tmp_path / "out").glob("images/*/*.png"))) < 20:
         time.sleep(0.002)
     process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "out").glob("images/*/*.png"))) < 200
     (tmp_path / "out/images/00000/.img00000199.png.1.tmp").write_bytes(b"half")
     time.sleep(0.1)
