@@ -81,10 +81,11 @@ def make_teacher(case: Case) -> VisionTeacher:
 
 
 class GivenTeacher(nn.Module):
-    """Says the same at every step and takes no time."""
+    """A teacher that returns the same output at every step and takes no time."""
 
     def __init__(self, said: TeacherOutput, variant: Variant) -> None:
         super().__init__()
+        self.width = said.patch_tokens.shape[-1]
         self.said = TeacherOutput(
             said.queries_keys if variant.attn_coeff else [],
             said.prefix,

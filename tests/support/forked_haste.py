@@ -20,10 +20,7 @@ FORKS.set_forkserver_preload(
 
 
 def start_haste(words: list[str], output: Path, **environment: str) -> multiprocessing.Process:
-    """Start `haste WORDS`, with one thread; what it prints is written to `output`.
-
-    Not for a command that is killed while it has workers: they are forked from the same process, and outlive it.
-    """
+    """Start `haste WORDS`, with one thread; what it prints is written to `output`."""
     process = FORKS.Process(target=_run, args=(words, str(output), environment))
     process.start()
     return process
