@@ -226,7 +226,7 @@ def test_images_that_differ_are_not_timed():
         ({"rounds": 0}, "--rounds must be at least 1, got 0"),
         ({"device": "tpu"}, "--device must be cpu or cuda, got 'tpu'"),
         ({"model": ["tiny"], "batch_size": [10**9]}, "tiny at --resolution 64 and --batch-size 1000000000 cannot be"),
-        ({"plot_only": True}, "results.json cannot be read"),
+        ({"plot_only": True}, "results.json must be a file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, flags, message):

@@ -170,7 +170,7 @@ def test_a_case_measured_again_takes_its_former_place(tmp_path):
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"rounds": 0}, "--rounds must be at least 1, got 0"),
         ({"device": "tpu"}, "--device must be cpu or cuda, got 'tpu'"),
-        ({"plot_only": True}, "results.json cannot be read"),
+        ({"plot_only": True}, "results.json must be a file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, flags, message):
