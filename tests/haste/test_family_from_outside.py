@@ -34,10 +34,6 @@ class BitsModel(nn.Module):
         self.projectors = nn.ModuleList(nn.Linear(width, z) for z in z_dims)
         self.last = nn.Linear(width, 4)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.last.weight.dtype
-
     def times(self, t: Tensor) -> Tensor:
         """(B, tokens)."""
         return t if t.dim() == 2 else t[:, None].expand(-1, self.grid**2)
@@ -171,6 +167,14 @@ def test_its_output_is_cached(run):
     assert 0 < (cached - uncached).norm() < 0.1 * uncached.norm()
     assert haste.disable_cache(fast) is model
     assert torch.equal(sample(model, noise, bits, **settings), uncached)
+
+
+def test_the_sampler_caches_its_output_and_nothing_else(run):
+    settings = {"labels": [1, 8], "num_steps": 20, "cache": "taylor", "interval": 4, "order": 1}
+    cached = haste.sample(run, granularity="output", **settings)
+    assert cached.shape == (2, 8, 8, 3) and (cached != haste.sample(run, labels=[1, 8], num_steps=20)).any()
+    with pytest.raises((ValueError, haste.UserError), match="granularity"):
+        haste.sample(run, granularity="model", **settings)
 
 
 def test_a_cache_that_needs_blocks_is_refused(run):

@@ -360,7 +360,8 @@ class Sampler:
         labels = choose_labels(settings.labels, settings.global_seed, indices, self.loaded.num_classes)
         generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
         shape = (len(indices), *self.loaded.layout.input_shape)
-        noise = initial_noise(shape, generators, dtype=self.loaded.model.dtype, device=self.device)
+        dtype = next(self.loaded.model.parameters()).dtype  # a family's module need not have one of its own
+        noise = initial_noise(shape, generators, dtype=dtype, device=self.device)
         return Start(noise, torch.from_numpy(labels).to(self.device), generators)
 
     def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:

@@ -298,7 +298,7 @@ class Family(ABC):
         return solve(model, noise, condition)
 
     def cached(self, model: nn.Module) -> CachedTransformer | None:
-        """The model as caches take it apart; None: they refuse it."""
+        """The model as caches take it apart; None: only its output can be cached, with `--granularity output`."""
         return None
 
     # ---- files of others ----
