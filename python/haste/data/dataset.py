@@ -49,6 +49,7 @@ class TrainingData(ABC):
 
     Attributes:
         resolution: pixels per side of the images.
+        image_channels: of the images that a teacher is given.
         channels, input_size: of the model's inputs.
         latents: the format of the latents; None for pixels.
         on_bad_file: "refuse" files that cannot be used, or "skip" them.
@@ -70,6 +71,7 @@ class TrainingData(ABC):
         self.resolution = resolution
         self.num_classes = num_classes
         self.latents = latents
+        self.image_channels = channels
         self.channels = channels if latents is None else latents.channels
         self.input_size = resolution if latents is None else latents.input_size(resolution)
         self.on_bad_file = on_bad_file

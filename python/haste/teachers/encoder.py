@@ -197,11 +197,15 @@ class VisionTeacher(nn.Module):
         """A teacher stays in eval mode, whatever the mode of the module that holds it."""
         return super().train(False)
 
+    def takes(self, channels: int) -> bool:
+        """Whether images with this many channels can be given; grey ones count as colored."""
+        return channels == self.num_channels or (channels, self.num_channels) == (1, 3)
+
     def preprocess(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, num_channels, image_size, image_size), normalised."""
         if images.shape[1] == 1 and self.num_channels == 3:
             images = images.expand(-1, 3, -1, -1)
-        if images.shape[1] != self.num_channels:
+        if not self.takes(images.shape[1]):
             raise UserError(f"images must have 1 channel or the teacher's {self.num_channels}, got {images.shape[1]}")
         images = ((images + 1) / 2 - self.mean) / self.std
         if images.shape[-2:] != (self.image_size, self.image_size):

@@ -41,7 +41,7 @@ from haste.resumable import ResumableDir, append_line, hold, updating
 from haste.training.checkpoint import list_checkpoints
 from haste.training.config import TrainConfig
 from haste.training.logging import Backlog
-from haste.training.settings import differing_settings, write_config
+from haste.training.settings import differing_settings, has_begun, write_config
 from haste.validation import build
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,10 @@ class RunDir(ResumableDir):
         self.branches = Branches(self.path)
         self._log = self.path / "log.jsonl"
         self._lines = Backlog(str(self._log))
+
+    def reopen(self) -> None:
+        if has_begun(self.path):
+            super().reopen()
 
     def may_begin(self) -> bool:
         return True  # runs of HASTE and REPA have no args.json of haste

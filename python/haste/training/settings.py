@@ -236,8 +236,18 @@ def _public_label_dropout(cfg_prob: float, legacy: bool) -> float:
     return 1 - math.sqrt(kept)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether the run in a folder has a checkpoint or a log line. A start that failed before leaves only settings."""
+    if any((folder / "checkpoints").glob("*.pt")):
+        return True
+    logs = (folder / name for name in ("log.jsonl", "log.txt"))  # log.txt is HASTE's and REPA's
+    return any(log.is_file() and log.stat().st_size > 0 for log in logs)
+
+
 def _recorded(folder: Path, step: int) -> dict[str, Any] | None:
-    """The settings in a run's args.json, else in its newest checkpoint; None if it has neither."""
+    """The settings in a run's args.json, else in its newest checkpoint; None if it has not begun."""
+    if not has_begun(folder):
+        return None
     file, checkpoints = folder / "args.json", folder / "checkpoints"
     if file.is_file():
         return known_settings(read_json(file, "the settings of a run"), str(file))

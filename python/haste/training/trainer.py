@@ -159,6 +159,16 @@ def build_aligner(config: TrainConfig, model_config: dict[str, Any]) -> Aligner 
     )
 
 
+def check_channels(config: TrainConfig, dataset: TrainingData, aligner: Aligner) -> None:
+    """Raise UserError if a teacher takes images of another number of channels than the data has."""
+    for name, teacher in zip(config.teachers, aligner.teachers, strict=True):
+        if not teacher.takes(dataset.image_channels):
+            raise UserError(
+                f"--enc-type must be a teacher of images with {dataset.image_channels} channels, as those of "
+                f"--data-dir {config.data_dir}, got {name}, whose images have {teacher.num_channels}"
+            )
+
+
 class RandomNumbers(NamedTuple):
     """Noise (B, C, S, S), times (B, ...) and whether the label is dropped, (B,) bool, of a step."""
 
@@ -199,7 +209,11 @@ class Trainer:
         self.local_size = config.batch_size // accelerator.num_processes  # images per process and micro-batch
         self.step_size = config.batch_size * config.gradient_accumulation_steps
         self.retention = Retention(folder.checkpoints, config.checkpoints_total_limit)
-        self.last_step = min(config.max_train_steps, max(1, config.epochs * len(dataset) // self.step_size))
+        of_epochs = max(1, config.epochs * len(dataset) // self.step_size)
+        self.last_step = min(config.max_train_steps, of_epochs)
+        self.end = f"--epochs {config.epochs} of {len(dataset):,} images in steps of {self.step_size:,}"
+        if config.max_train_steps <= of_epochs:
+            self.end = f"--max-train-steps {config.max_train_steps}"
         self.step = 0 if checkpoint is None else checkpoint["steps"]
         self.termination = make_termination(config)
         if checkpoint is not None and checkpoint["termination"] is not None:
@@ -215,6 +229,7 @@ class Trainer:
             with accelerator.main_process_first():  # which downloads or trains the teachers that are missing
                 self.aligner = build_aligner(config, self.model_config)
         if self.aligner is not None:
+            check_channels(config, dataset, self.aligner)
             self.aligner.to(self.device)
         set_seed(config.seed)
         initial = checkpoint
@@ -249,6 +264,7 @@ class Trainer:
         if config.preset:
             logger.info("preset %s: %s", config.preset, describe_run(config))
         logger.info("%s", self._describe())
+        logger.info("training ends after step %d: %s", self.last_step, self.end)
         self.loader = Loader(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
         samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator)
         self.metrics = Metrics(self.accelerator, config, self.model_config)

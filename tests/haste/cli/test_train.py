@@ -129,6 +129,7 @@ def test_a_command_that_goes_on_need_not_say_again_how_the_run_was_begun(monkeyp
     monkeypatch.setattr("haste.cli.commands.train", seen.append)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "args.json").write_text('{"attn_coeff": 0.5, "early_stop_point": 7, "seed": 3, "batch_size": 8}')
+    (tmp_path / "a" / "log.txt").write_text("[2025-01-01] Experiment directory created\n")
     main(["train", "--output_dir", str(tmp_path), "--exp-name=a", "--seed", "4"])
     (config,) = seen
     assert (config.attn_coeff, config.early_stop_point, config.seed, config.batch_size) == (0.5, 7, 4, 8)

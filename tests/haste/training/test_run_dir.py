@@ -22,6 +22,8 @@ def test_a_new_folder_holds_the_settings(make_config):
 def test_another_run_is_refused_and_left_as_it_was(make_config):
     folder = RunDir(make_config())
     folder.create(0)
+    RunDir(make_config(seed=2))  # nothing has been trained: it is no run yet
+    folder.log({"step": 1})
     before = (folder.path / "args.json").read_text()
     with pytest.raises(UserError, match=r"--exp-name .* other settings: --seed \(0, now 1\); --attn-coeff"):
         RunDir(make_config(attn_coeff=0.0, seed=1))
@@ -44,6 +46,7 @@ def test_a_folder_that_cannot_be_made_is_reported(make_config, tmp_path):
 def test_settings_that_cannot_be_read_are_reported(make_config):
     folder = RunDir(make_config())
     folder.create(0)
+    folder.log({"step": 1})
     (folder.path / "args.json").write_text("{")
     with pytest.raises(UserError, match=r"args\.json must be the record of a run"):
         RunDir(make_config())

@@ -29,6 +29,7 @@ def record(tmp_path):
             torch.save(parts, run / "checkpoints" / "0000004.pt")
         else:
             (run / "args.json").write_text(json.dumps(settings))
+            (run / "log.jsonl").write_text('{"step": 1}\n')
         return ["--output-dir", str(tmp_path), "--exp-name", "run"]
 
     return write
@@ -75,6 +76,12 @@ def test_where_no_run_is_nothing_is_followed(record, tmp_path, name):
     record({"seed": 5})
     arguments = ["--output-dir", str(tmp_path), "--exp-name", name]
     assert command_config(arguments) == TrainConfig()
+
+
+def test_a_start_that_failed_before_any_log_line_leaves_nothing_to_follow(record, tmp_path):
+    flags = record({**asdict(TrainConfig()), "seed": 5})
+    (tmp_path / "run" / "log.jsonl").unlink()
+    assert command_config(flags).seed == 0
 
 
 def test_what_is_told_can_be_typed(record, capsys):

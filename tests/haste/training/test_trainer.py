@@ -17,6 +17,7 @@ from haste.teachers import VisionTeacher
 from haste.training.checkpoint import checkpoint_path, loaded_model, read_checkpoint
 from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
+from PIL import Image
 from training_runs import assert_same_bits, final_state, read_log
 
 import haste_ext
@@ -314,3 +315,36 @@ def test_a_model_of_its_own_size_is_resumed_and_loaded(make_config):
 def test_sizes_that_do_not_fit_are_refused_by_name(make_config, change, sentence):
     with pytest.raises(UserError, match=sentence):
         train(make_config(**change))
+
+
+def test_images_that_the_teacher_cannot_be_given_are_refused_before_the_folder_is_made(make_config, tmp_path):
+    for number in range(4):
+        folder = tmp_path / "images" / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    config = make_config(data_dir=str(tmp_path / "images"))
+    with pytest.raises(UserError, match=r"--enc-type must be a teacher of images with 3 channels, .* --data-dir .* 1"):
+        train(config)
+    assert not RunDir(config).path.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"epochs": 1, "max_train_steps": 1000},
+            "training ends after step 449: --epochs 1 of 1,797 images in steps of 4",
+        ),
+        ({"max_train_steps": 2}, "training ends after step 2: --max-train-steps 2"),
+    ],
+)
+def test_the_log_says_what_ends_training(make_config, caplog, monkeypatch, settings, sentence):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Trainer, "_train_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(**settings))
+    assert sentence in caplog.text
+
+
+def interrupt(self):
+    raise KeyboardInterrupt
