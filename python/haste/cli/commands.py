@@ -83,7 +83,7 @@ def prepare(config: PrepareConfig) -> None:
     show_messages()
     # One of several processes may finish hours before another.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    source = open_source(config.source.expanduser(), "--source")
+    source = open_source(config.source.expanduser(), "--source", config.on_bad_file)
     latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
     destination = Destination(config.dest.expanduser(), source, config.resolution, latents)
     with ExitStack() as stack:

@@ -19,7 +19,7 @@ import numpy as np
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
 from haste.data.images import is_image
-from haste.data.sources import LABEL_FILE, LATENTS, FileSource, choose_labels, listed_labels, open_source
+from haste.data.sources import LABEL_FILE, LATENTS, FileSource, check_missing, choose_labels, listed_labels, open_source
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.io import parse_json
 from haste.registry import DATASETS, plugin
@@ -64,6 +64,11 @@ def load_dataset(
         UserError: the data does not exist or does not fit these settings.
     """
     if data_dir in DATASETS:
+        for flag, given in (("vae", vae), ("vae-stats", vae_stats)):
+            if given is not None:
+                raise UserError(
+                    f"--{flag} must be left out with --data-dir {data_dir}, whose pixels are used, got {given}"
+                )
         images, labels = plugin(DATASETS, data_dir)()
         if resolution != images.shape[-1]:
             raise UserError(f"--resolution must be {images.shape[-1]}, as the {data_dir} images, got {resolution}")
@@ -81,7 +86,7 @@ def load_dataset(
             raise UserError(f"--vae-stats must come with --vae or latents, got {vae_stats} alone")
         if archive.child(IMAGES) is not None:
             _check_no_other_latents(archive, path)
-        source = open_source(path, "--data-dir")
+        source = open_source(path, "--data-dir", on_bad_file)
         if source.labels is None:
             logger.info("%s has no labels: all its images are one class", path)
         encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats))
@@ -137,7 +142,8 @@ def _open_repa_layout(
     labelled, found = (image_root, image_names) if by_image else (latents, moment_names)
     listed = listed_labels(labelled)
     lone += [labelled.locate(name) for name in (listed or {}).keys() - set(found)]
-    _check_counterparts(lone, on_bad_file)
+    where = f"{IMAGES}, {LATENTS} or {LABEL_FILE}"
+    check_missing(f"{len(lone)} files have no counterpart in {where}", lone, on_bad_file)
     images, moments = list(pairs.values()), list(pairs)
     labels = choose_labels(listed, images if by_image else moments, labelled.locate(LABEL_FILE))
     if labels is None:
@@ -165,16 +171,6 @@ def pair_files(image_names: list[str], moment_names: list[str]) -> dict[str, str
 
 def _key(name: str) -> str:
     return name.rsplit(".", 1)[0].replace("-mean-std-", "")
-
-
-def _check_counterparts(lone: list[str], on_bad_file: OnBadFile) -> None:
-    """Refuse, or log, files without a counterpart."""
-    if not lone:
-        return
-    what = f"{len(lone)} files have no counterpart in {IMAGES}, {LATENTS} or {LABEL_FILE}, the first being {min(lone)}"
-    if on_bad_file == "refuse":
-        raise UserError(f"{what}; restore them, or skip such files with --on-bad-file skip")
-    logger.warning("skipped: %s", what)
 
 
 def _latent_format(record: dict[str, Any], where: str, vae: str | None, vae_stats: str | None) -> LatentFormat:

@@ -12,7 +12,7 @@ import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.images import IMAGE_FORMATS, image_format, is_image
-from haste.errors import BadFile, UserError, in_one_line, require
+from haste.errors import BadFile, OnBadFile, UserError, in_one_line, require
 from haste.io import MOST_CLASSES, parse_json, read_json
 from haste.validation import check, shown
 
@@ -86,18 +86,22 @@ class FileSource:
         return hashlib.sha256(self.listing() + labels).hexdigest()
 
 
-def open_source(path: Path, flag: str) -> ImageSource:
-    """Open the images at `path`. Raises UserError, naming `flag`, if there are none or their classes are unclear."""
+def open_source(path: Path, flag: str, on_bad_file: OnBadFile = "refuse") -> ImageSource:
+    """Open the images at `path`.
+
+    Raises:
+        UserError: there are none, their classes are unclear, or with "refuse" listed ones are missing; names `flag`.
+    """
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         return HuggingFaceSource(path, flag)
     archive = open_archive(path, flag)
     inner = archive.child("images")
     if inner is not None and not any(is_image(name) for name in archive.names() if not name.startswith("images/")):
         archive = inner  # the images of REPA's layout
-    return open_files(archive, path, flag)
+    return open_files(archive, path, flag, on_bad_file)
 
 
-def open_files(archive: Archive, path: Path, flag: str) -> FileSource:
+def open_files(archive: Archive, path: Path, flag: str, on_bad_file: OnBadFile = "refuse") -> FileSource:
     """Open all image files of an archive. Their labels are from dataset.json, or else from the top folders."""
     everything = archive.names()
     below = next((name for name in everything if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
@@ -114,8 +118,21 @@ def open_files(archive: Archive, path: Path, flag: str) -> FileSource:
     if others:
         logger.warning("skipped %d files of other formats, such as %s", len(others), others[0])
     if archive.has(LABEL_FILE):
-        return FileSource(archive, names, choose_labels(listed_labels(archive), names, archive.locate(LABEL_FILE)))
+        listed, where = listed_labels(archive), archive.locate(LABEL_FILE)
+        missing = [archive.locate(name) for name in (listed or {}).keys() - set(everything)]
+        check_missing(f"{len(missing)} of the files that {where} lists are missing", missing, on_bad_file)
+        return FileSource(archive, names, choose_labels(listed, names, where))
     return FileSource(archive, names, *_labels_of_folders(names, path, flag))
+
+
+def check_missing(what: str, files: list[str], on_bad_file: OnBadFile) -> None:
+    """Refuse, or log, missing files, if there are any; `what` begins the message."""
+    if not files:
+        return
+    what = f"{what}, the first being {min(files)}"
+    if on_bad_file == "refuse":
+        raise UserError(f"{what}; restore them, or skip such files with --on-bad-file skip")
+    logger.warning("skipped: %s", what)
 
 
 def _labels_of_folders(names: list[str], path: Path, flag: str) -> tuple[np.ndarray | None, list[str] | None]:

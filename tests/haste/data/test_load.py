@@ -67,6 +67,25 @@ def test_data_that_does_not_exist_or_fit_is_refused(arguments, sentence):
         load_dataset(*arguments)
 
 
+@pytest.mark.parametrize("name", ["vae", "vae_stats"])
+def test_a_setting_of_latents_is_refused_for_pixels_in_memory(name):
+    flag = name.replace("_", "-")
+    with pytest.raises(UserError, match=f"--{flag} must be left out with --data-dir digits, .* got x"):
+        load_dataset("digits", 8, **{name: "x"})
+
+
+def test_a_listed_image_that_is_missing_is_refused_or_skipped(repa_folder, caplog):
+    shutil.rmtree(repa_folder / "vae-sd")
+    labels = [[image_name(number), number % 2] for number in range(6)]
+    (repa_folder / "images" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    (repa_folder / "images" / image_name(2)).unlink()
+    with pytest.raises(UserError, match=r"1 of the files that .*dataset.json lists .*img00000002.png; .*--on-bad-file"):
+        load_dataset(str(repa_folder), 16)
+    data = load_dataset(str(repa_folder), 16, on_bad_file="skip")
+    assert everything(data).label.tolist() == [0, 1, 1, 0, 1]
+    assert "skipped: 1 of the files" in caplog.text
+
+
 def test_settings_that_do_not_fit_a_folder_are_refused(class_folder, vae_folder):
     folder = str(class_folder)
     with pytest.raises(UserError, match="--vae-stats must come with --vae"):
