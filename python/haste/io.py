@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +89,32 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """Call torch.save atomically."""
+    """Call torch.save atomically. Equal content gives equal bytes, in any process."""
     import torch  # imported here, as it takes seconds and few commands need it
 
     def write(temporary: Path) -> None:
         try:
-            torch.save(content, temporary)
+            with open(temporary, "wb") as file:  # given a path, torch would write its name, with the process, inside
+                torch.save(_without_shared_parts(content), file)
         except RuntimeError as error:  # raised by torch for a full disk
             raise OSError(in_one_line(error)) from error
 
     write_atomically(path, write)
+
+
+def _without_shared_parts(value: Any) -> Any:
+    """The same value with one object for equal strings and new containers: pickle writes an object that it has met
+    before in another way than an equal one, and which are one object depends on how the process came by them.
+    """
+    if type(value) is str:
+        return sys.intern(value)
+    if type(value) is Namespace:
+        return Namespace(**_without_shared_parts(vars(value)))
+    if type(value) is dict:
+        return {_without_shared_parts(key): _without_shared_parts(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_shared_parts, value))
+    return value
 
 
 @contextmanager

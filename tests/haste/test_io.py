@@ -4,6 +4,7 @@ import resource
 import signal
 import subprocess
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,22 @@ def test_a_full_disk_is_one_sentence(tmp_path):
         with writing("a.pt", "what is there is kept"):
             save_tensors_to_a_full_disk(tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_content_has_equal_bytes_whatever_object_it_is_made_of(tmp_path):
+    def content(word):
+        return {
+            "a": word,
+            "args": Namespace(x=word, y="".join(["di", "gits"])),
+            "list": [(1.5, word)],
+            "t": torch.ones(2),
+        }
+
+    save_tensors(tmp_path / "a.pt", content("".join(["dig", "its"])))
+    save_tensors(tmp_path / "b.pt", content("digits"))
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    read = torch.load(tmp_path / "a.pt", weights_only=False)
+    assert read["args"] == Namespace(x="digits", y="digits") and read["list"] == [(1.5, "digits")]
 
 
 def save_tensors_to_a_full_disk(path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
+import shutil
 import signal
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from haste.errors import UserError
 from haste.training import run_dir, samples
 from haste.training import trainer as trainer_module
 from haste.training.checkpoint import checkpoint_path, read_checkpoint, read_newest_checkpoint
+from haste.training.config import TrainConfig
 from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
 from image_files import save_vae, write_classes
@@ -36,6 +40,18 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_config, unbroken,
     result = train(make_config())
     assert_same_bits(final_state(result), unbroken)
     assert [line["step"] for line in read_log(result.folder)] == list(range(1, 13))
+
+
+def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(make_config):
+    def anew(config):  # strings of their own, as those of a command line or a file
+        return TrainConfig(**json.loads(json.dumps(asdict(config))))
+
+    checkpoint = train(make_config()).folder / "checkpoints" / "0000012.pt"
+    unbroken = checkpoint.read_bytes()
+    shutil.rmtree(checkpoint.parent.parent)
+    train(anew(make_config(max_train_steps=6)))
+    train(anew(make_config()))
+    assert checkpoint.read_bytes() == unbroken
 
 
 def names(folder):
