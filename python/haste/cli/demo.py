@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
-from haste.caching.config import FAST
+from haste.caching.config import FAST, CacheConfig
 from haste.cli import commands
 from haste.errors import UserError
 from haste.evaluation.config import EvaluateConfig
@@ -20,6 +20,7 @@ from haste.training.config import TrainConfig
 from haste.validation import DEFAULT_STEPS, check, check_numbers
 
 EVALUATION_STEPS = 25  # of the evaluated samples; more would be the longest of all stages
+FEWEST_EVALUATED = 65  # samples; the covariance of the classifier's 64 features needs more than 64
 POINTS = 5  # checkpoints of the run, each of which is evaluated
 
 
@@ -49,6 +50,36 @@ class DemoConfig:
         check_numbers(self)
         if self.max_train_steps < POINTS:
             raise UserError(f"--max-train-steps must be at least {POINTS}, got {self.max_train_steps}")
+        if self.num_fid_samples < FEWEST_EVALUATED:
+            raise UserError(f"--num-fid-samples must be at least {FEWEST_EVALUATED}, more than the classifier has "
+                            f"features, got {self.num_fid_samples}")  # fmt: skip
+        self.cache.check_run(self.num_steps)
+
+    @property
+    def cache(self) -> CacheConfig:
+        """The cache settings of the forecast samples."""
+        return replace(FAST, interval=self.interval, order=self.order)
+
+    def check_folder(self) -> None:
+        """Raise UserError if --output-dir holds the runs of a demo with other settings."""
+        from haste.training.settings import differing_settings, has_begun, known_settings
+
+        for config in (train_config(self), baseline_config(self)):
+            folder = Path(config.output_dir).expanduser() / config.exp_name
+            record = folder / "args.json"
+            if not (has_begun(folder) and record.is_file()):
+                continue
+            saved = known_settings(read_json(record, "the settings of a run"), str(record))
+            if differing_settings(saved, config):
+                flags = [
+                    f"--{name.replace('_', '-')} {saved.get(name)}, now {getattr(self, name)}"
+                    for name in ("max_train_steps", "seed")
+                    if saved.get(name) != getattr(self, name)
+                ]
+                raise UserError(
+                    f"--output-dir must be another folder, got {self.output_dir}, which holds {folder.name}, a run "
+                    f"with other settings: {'; '.join(flags) or 'see ' + str(record)}"
+                )
 
 
 def run_demo(demo: DemoConfig) -> None:
@@ -61,6 +92,7 @@ def run_demo(demo: DemoConfig) -> None:
     full, cached = sample_config(demo, config), sample_config(demo, config, cached=True)
     evaluated = evaluate_config(demo, config)
 
+    demo.check_folder()
     clock = StageClock(demo.output_dir / "demo.json")
     with clock.stage("train the teacher, and the model with HASTE", config):
         commands.train(config)
@@ -118,7 +150,7 @@ def sample_config(demo: DemoConfig, config: TrainConfig, cached: bool = False) -
         num_steps=demo.num_steps,
         labels="balanced",
         global_seed=demo.seed,
-        **(replace(FAST, interval=demo.interval, order=demo.order).cache_fields() if cached else {}),
+        **(demo.cache.cache_fields() if cached else {}),
     )
 
 

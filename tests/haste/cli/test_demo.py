@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from haste.cli.main import main, read_flags
 from haste.digits import ClassifierConfig
 from haste.errors import UserError
 from haste.evaluation.config import EvaluateConfig
+from haste.training.config import resolve
 
 FLAGS = (
     "--max-train-steps", "10", "--num-steps", "8", "--interval", "3", "--order", "1", "--num-images", "16",
@@ -111,9 +114,33 @@ def test_a_demo_that_was_stopped_adds_up_its_seconds(tmp_path):
     assert third.seconds() == second.seconds()
 
 
-def test_a_run_too_short_to_be_judged_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--max-train-steps", "4"), "--max-train-steps must be at least 5, got 4"),
+        (("--num-fid-samples", "64"), "--num-fid-samples must be at least 65, .* got 64"),
+        (("--num-steps", "2"), "--interval must be at most the number of steps, 2, got 6"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_once(tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as exit_:
-        main(["demo", "--output-dir", str(tmp_path / "demo"), "--max-train-steps", "4"])
+        main(["demo", "--output-dir", str(tmp_path / "demo"), *flags])
     assert exit_.value.code == 2
-    assert re.search("--max-train-steps must be at least 5, got 4", capsys.readouterr().err)
+    assert re.search(sentence, capsys.readouterr().err)
     assert not (tmp_path / "demo").exists()
+
+
+def test_the_fewest_samples_are_one_more_than_the_classifiers_features():
+    assert ClassifierConfig().features + 1 == demo.FEWEST_EVALUATED
+
+
+def test_another_demo_in_the_same_folder_is_refused_by_the_flags_of_the_demo(tmp_path):
+    first = demo.DemoConfig(output_dir=tmp_path, max_train_steps=20)
+    run = tmp_path / "digits"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"step": 1}\n')
+    (run / "args.json").write_text(json.dumps(asdict(resolve(demo.train_config(first), 10))))
+    first.check_folder()
+    second = demo.DemoConfig(output_dir=tmp_path, max_train_steps=30)
+    with pytest.raises(UserError, match="--output-dir must be another folder, .*: --max-train-steps 20, now 30$"):
+        second.check_folder()
