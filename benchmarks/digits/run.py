@@ -155,7 +155,7 @@ def write_table(results: dict[str, Any]) -> None:
     lines = ["# Digits: vanilla SiT, REPA, HASTE\n", describe(results)]
     for title, key, scale, digits in (
         ("FD", "fd", 1.0, 2),
-        ("Read as requested, %", "label_accuracy", 100.0, 1),
+        ("Label accuracy, %", "label_accuracy", 100.0, 1),
     ):
         rows = []
         for method, seeds in scores.items():

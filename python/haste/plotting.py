@@ -179,7 +179,7 @@ def plot_scores(path: Path, scores: Scores, *, title: str, stop: int | None = No
             _plot_series(left, place, method, steps, _values_of(seeds, "fd"), theme)
             _plot_series(right, place, method, steps, 100.0 * _values_of(seeds, "label_accuracy"), theme)
         left.set(title="FD to real digits (lower is better)", yscale="log")
-        right.set(title="Samples that show the requested digit (%)")
+        right.set(title="Label accuracy (%)")
         left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         left.yaxis.set_minor_locator(NullLocator())

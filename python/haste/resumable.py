@@ -75,7 +75,7 @@ class ResumableDir:
         return is_free(self.path)
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """'num_steps 4, now 5' for each setting that differs from the record."""
+        """'num_steps 4, not 5' for each setting that differs from the record."""
         return differences({name: saved[name] for name in self.settings if name in saved}, self.settings)
 
     def check_same_config(self, saved: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ class ResumableDir:
         if found:
             others = " and others" if len(found) > 3 else ""
             raise UserError(
-                f"{self.flag} must be another folder, got {self.path}, which holds {self.content} with other settings: "
+                f"{self.flag} must be another folder, got {self.path}, which holds {self.content} with "
                 f"{'; '.join(found[:3])}{others}"
             )
 
@@ -115,9 +115,9 @@ class ResumableDir:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """'num_steps 4, now 5' for each name whose values differ."""
+    """'num_steps 4, not 5' for each name whose values differ."""
     return [
-        f"{name} {shorten(saved.get(name, 'unset'))}, now {shorten(wanted.get(name, 'unset'))}"
+        f"{name} {shorten(saved.get(name, 'unset'))}, not {shorten(wanted.get(name, 'unset'))}"
         for name in dict.fromkeys([*saved, *wanted])
         if saved.get(name) != wanted.get(name)
     ]

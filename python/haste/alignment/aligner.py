@@ -40,6 +40,8 @@ class LayerMap:
         except ValueError as error:
             raise UserError(f"--layer-map must be pairs student:teacher of layers counted from 0, such as 4:8,5:9, "
                             f"got {text!r}") from error  # fmt: skip
+        if len(set(student)) < len(student):
+            raise UserError(f"--layer-map must name each layer of the student once, got {text!r}")
         return cls(student, teacher)
 
     def check_student(self, depth: int) -> None:

@@ -199,11 +199,13 @@ def print_samples(samples: Samples) -> None:
     folder, sampled, count = samples.folder, samples.sampled, len(samples.labels)
     if samples.new:
         speed = f"{sampled.images_per_second:.1f} images/s ({sampled.seconds:.2f} s for {sampled.images})"
-        came = f"{count} images at {speed}"
+        full = f"{sampled.full_per_image} of {sampled.calls_per_image} model calls were full"
+        print(f"{count} images at {speed}; {full}")
     else:
-        came = f"{count} images were there already"
-    print(f"{came}; {sampled.full_per_image} of {sampled.calls_per_image} model calls were full")
-    print(f"images  {folder.path}\nnpz       {folder.npz}\ngrid      {folder.grid}")
+        print(f"{count} images were there already")
+    held = folder.held
+    part = f", the first {count} of the folder's {held} images" if held > count else ""
+    print(f"images  {folder.path}\nnpz       {folder.npz}{part}\ngrid      {folder.grid}")
 
 
 # ---- haste evaluate, sweep, report, demo ----
@@ -245,9 +247,13 @@ class ReportConfig:
     """The page. None: report.html, in the run's folder if there is one run, else here."""
 
     def check(self) -> None:
-        """Raise UserError where no run is given."""
+        """Raise UserError if no run is given, or one twice."""
         if not self.runs:
             raise UserError("RUNS must be one or more folders of runs, such as exps/digits, got none")
+        places = [folder.expanduser().resolve() for folder in self.runs]
+        twice = next((folder for folder, place in zip(self.runs, places, strict=True) if places.count(place) > 1), None)
+        if twice is not None:
+            raise UserError(f"RUNS must be different folders, got {twice} more than once")
 
 
 def report(config: ReportConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -101,6 +102,7 @@ class EvaluateConfig(SamplingConfig):
             raise UserError(f"--samples must be a folder or a file, got {self.samples}, which does not exist")
         if self.features == STORED and self.samples is None:
             raise UserError(f"--features stored must come with --samples that hold features, got {given[0]}")
+        check_classifier_dir(self.classifier_dir)
         if self.baseline is not None:
             self._check_baseline(self.baseline)
 
@@ -121,3 +123,17 @@ class EvaluateConfig(SamplingConfig):
                 "--baseline full must come with --ckpt and a cache (--cache or --fast), or be a folder of samples, got "
                 + ("--samples" if self.ckpt is None else "--cache none")
             )
+
+
+def check_classifier_dir(folder: Path | None) -> None:
+    """Raise UserError, before a classifier is trained, if --classifier-dir cannot be a folder that holds it."""
+    if folder is None:
+        return
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UserError(
+            f"--classifier-dir must be a folder, got {folder}"
+            + ("" if nearest == folder else f", where {nearest} is a file")
+        )
+    if nearest != folder and not os.access(nearest, os.W_OK):
+        raise UserError(f"--classifier-dir must be a folder that can be made, got {folder}: {nearest} is read-only")

@@ -198,12 +198,17 @@ class Evaluator:
         config: MetricConfig | None = None,
         samples: int | None = None,
     ) -> Evaluator:
-        """Load by the names of --features and --reference; first refuse too few `samples` for an FD."""
+        """Load by the names of --features and --reference; first refuse too few --num-fid-samples for an FD."""
         if features == STORED:
             return cls(None, stored_reference(reference), config, batch_size)
         dimension = None if samples is None else feature_dimension(features)
-        if samples and dimension and (caution := check_sample_size(samples, dimension)):
-            logger.warning(caution)
+        if samples and dimension:
+            if samples <= dimension:
+                raise UserError(
+                    f"--num-fid-samples must be above {dimension}, the number of features, for an FD, got {samples}"
+                )
+            if caution := check_sample_size(samples, dimension):
+                logger.warning(caution)
         extractor = load_extractor(features, classifier_dir)
         return cls(extractor, load_reference(reference, extractor, batch_size), config, batch_size)
 

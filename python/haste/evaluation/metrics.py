@@ -216,6 +216,8 @@ def kid(
     """
     a, b = _check_pair(a, b)
     most = min(len(a), len(b))
+    if most < 2:
+        raise UserError(f"a KID must have 2 samples and 2 real images or more, got {len(a)} and {len(b)}")
     if not 2 <= subset_size <= most:
         raise UserError(
             f"--kid-subset-size must be from 2 to {most:,}, the smaller number of images, got {subset_size:,}"

@@ -78,6 +78,12 @@ def evaluate_samples(config: EvaluateConfig) -> str:
         if evaluator.classes is not None and evaluator.reference.name in DATASETS:
             parts[-1] += f"\n{describe_reference(evaluator)}"
         keep(samples, evaluation)
+        if config.baseline is None and all(result.value is None for result in evaluation.results):
+            flag, which = ("--num-fid-samples", "") if config.samples is None else ("--samples", f"{samples} with ")
+            raise UserError(
+                f"{flag} must be enough for one metric at least, got {which}{evaluation.settings['count']}: "
+                + " ".join(notes(evaluation.results))
+            )
     if config.baseline is not None:
         parts += compare_with_baseline(config, config.baseline, samples, count)
     return "\n\n".join([*parts, f"kept in  {beside(samples, 'evaluation.json')}"])
@@ -100,10 +106,17 @@ def evaluate_run(config: EvaluateConfig) -> str:
 def open_evaluator(config: EvaluateConfig, features: str | None) -> Evaluator:
     """Load the network and the reference, and save the reference with --save-reference."""
     features, reference = choose_features(features, config.reference)
+    return load_evaluator(config, features, reference, config.per_proc_batch_size)
+
+
+def load_evaluator(
+    config: EvaluateConfig, features: str, reference: str, batch_size: int, samples: int | None = None
+) -> Evaluator:
+    """`Evaluator.load`, and save the reference with --save-reference."""
     if config.save_reference is not None:
         check_replaceable(config.save_reference)
     metrics = MetricConfig(kid_subset_size=config.kid_subset_size)
-    evaluator = Evaluator.load(features, reference, config.folder_of_classifier, config.per_proc_batch_size, metrics)
+    evaluator = Evaluator.load(features, reference, config.folder_of_classifier, batch_size, metrics, samples)
     if config.save_reference is not None:
         save_reference(config.save_reference, evaluator.reference)
     return evaluator
@@ -224,8 +237,10 @@ def evaluate_by_classifier(config: EvaluateConfig) -> tuple[list[dict[str, Any]]
     require("matplotlib")
     run, count = config.trained, config.num_fid_samples
     checkpoints = run_checkpoints(run)
+    with writing(str(run / RECORDS)), updating(run / RECORDS):
+        pass  # a folder that cannot be written is refused before anything is sampled
     name = classifier_for(load_checkpoint(run, config.ema, convention=config.convention))
-    evaluator = Evaluator.load(name, name, config.folder_of_classifier, CLASSIFIED_AT_ONCE, samples=count)
+    evaluator = load_evaluator(config, name, name, CLASSIFIED_AT_ONCE, count)
     with progress_bar(total=len(checkpoints) * count, unit="image", desc="evaluate") as bar:
 
         def progress(checkpoint: Path, images: int) -> None:

@@ -151,9 +151,6 @@ class SamplingConfig(CacheConfig):
     def effective(self: Settings) -> Settings:
         """The settings without those of published commands that have no effect, with a warning. Raises UserError."""
         idle: dict[str, Any] = {}
-        if self.heun and self.mode == "sde":
-            idle["heun"] = False
-            logger.warning("--heun has no effect with --mode sde: it is a sampler of the ODE")
         for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
             check_number(name, getattr(self, name))
             if self.cfg_scale == 1 and getattr(self, name) != default:

@@ -137,6 +137,11 @@ class SampleDir(ResumableDir):
         """The numbers below `count` without an image."""
         return [index for index in range(count) if not image_path(self.path, index).is_file()]
 
+    @property
+    def held(self) -> int:
+        """The number of images in the folder, which may be more than one command asks for."""
+        return sum(1 for _ in self.path.glob("[0-9]*.png"))
+
     def write(self, indices: Sequence[int], images: np.ndarray) -> None:
         """Write images (n, H, W, 3) uint8 under these numbers. Any process may call it."""
         if not self.record.is_file():

@@ -178,7 +178,7 @@ def benchmark_numbers(runs: list[BenchmarkRun]) -> dict[str, Any]:
     panels, rows = [], []
     for key, title, scale, digits in (
         ("fd", "FD, lower is better", 1.0, 2),
-        ("label_accuracy", "Read as requested, %", 100.0, 1),
+        ("label_accuracy", "Label accuracy, %", 100.0, 1),
     ):
         curves = []
         for number, method in enumerate(methods):

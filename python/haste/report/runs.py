@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Run:
     """Read a run's folder. Raises UserError if no run has begun in it."""
     log, damaged = read_log(folder / "log.jsonl")
     if not log:
-        raise UserError(f"RUNS must be folders of runs of haste train, got {folder}, which has no line of a log.jsonl")
+        raise UserError(f"RUNS must be the folder of a run, got {folder}, which has no log.jsonl")
     settings = read_json(folder / "args.json", "the settings of a run")
     name = shown(folder.resolve().name)
     remarks = [f"{name}: {damaged} lines of log.jsonl cannot be read and are left out."] if damaged else []
@@ -227,7 +227,7 @@ def measured_ways(runs: Sequence[Run]) -> list[str]:
 
 # ---- the page ----
 
-CURVES = {**LOSSES, "grad_norm": "Length of the gradient", "images_per_second": "Images per second"}
+CURVES = {**LOSSES, "grad_norm": "Gradient norm", "images_per_second": "Images per second"}
 DIFFERENCES = {key: title.partition(" (")[0] + ", difference" for key, title in LOSSES.items()}
 SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
@@ -311,7 +311,7 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
 
 
 def metric_name(key: str) -> str:
-    return "Read as requested, %" if key == "label_accuracy" else NAMES[key][0].upper() + NAMES[key][1:]
+    return "Label accuracy, %" if key == "label_accuracy" else NAMES[key][0].upper() + NAMES[key][1:]
 
 
 def curve_panels(runs: Sequence[Run]) -> list[Panel]:

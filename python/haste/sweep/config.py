@@ -13,6 +13,7 @@ from tyro.conf import Fixed, Suppress
 
 from haste.caching.config import CacheConfig
 from haste.errors import UserError
+from haste.evaluation.config import check_classifier_dir
 from haste.generation.config import SamplingConfig, list_labels
 from haste.validation import check_numbers
 
@@ -126,9 +127,9 @@ class SweepConfig(SamplingConfig):
     gates: tuple[int, ...] = ()
     """Values of --gate, for delta-dit. [default: 0.6 of the steps]"""
     steps: tuple[int, ...] = (50,)
-    """Numbers of sampling steps of the cached runs; each is also run uncached."""
+    """Step counts of the runs with a cache. The largest, uncached, is the reference of the sweep."""
     num_steps: tuple[int, ...] = (10, 12, 14, 17, 20, 25)  # type: ignore[assignment]
-    """Numbers of sampling steps of the uncached runs to compare with."""
+    """Step counts of further runs without a cache: the alternative to caching."""
 
     num_fid_samples: int = 1000
     """Number of images to sample per setting."""
@@ -158,8 +159,10 @@ class SweepConfig(SamplingConfig):
     def check(self) -> None:
         check_numbers(self)
         self.base.check()
-        if not self.steps:
-            raise UserError("--steps must be one number of steps or more, got none")
+        for name in ("caches", "granularities", "intervals", "orders", "error_thresholds", "steps"):
+            if not getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} must have one value or more, got none")
+        check_classifier_dir(self.classifier_dir)
 
     def resolved(self) -> SweepConfig:
         """The same settings, without those that have no effect."""

@@ -261,6 +261,8 @@ def run_sweep(config: SweepConfig) -> None:
     with folder.hold():
         shared = None if config.plot_only or loaded is None else measure_points(config, loaded, folder)
         records = folder.complete(shared)
+        if not records and config.plot_only:
+            raise UserError(f"--plot-only needs an earlier sweep, got {output}, which holds none")
         with folder.writing():
             write_files(output, make_rows(records), records[0]["sweep"], config.tolerance)
 

@@ -167,7 +167,7 @@ def make_rows(records: Sequence[Record]) -> list[Row]:
     points = [(_checked_settings(record), record) for record in records]
     uncached = sorted((p for p in points if p[0].cache == "none"), key=lambda point: -point[0].num_steps)
     if not uncached:
-        raise UserError("records of haste sweep must hold an uncached run, got none; measure one without --plot-only")
+        raise UserError("records of a sweep must hold an uncached run, got none")
     reference = uncached[0][1]
     return [
         Row(
@@ -226,7 +226,7 @@ and the peak beyond the weights, which on the CPU is Linux's count and scatters 
 images that the first row samples from the same noise."""
 
 HEAD = ("setting", "full", "ms/image", "speed-up", "GFLOPs", "FLOPs speed-up", "kept", "cache MiB", "peak MiB",
-        "FD", "accuracy %", "PSNR dB", "SSIM")  # fmt: skip
+        "FD", "label accuracy %", "PSNR dB", "SSIM")  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

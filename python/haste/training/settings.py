@@ -270,7 +270,7 @@ def _recorded(folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
-    """'--seed (0, now 1)' for each setting with which `new` computes something else than a run with settings `old`.
+    """'--seed 0, not 1' for each setting with which `new` computes something else than a run with settings `old`.
 
     Resolved settings are compared, not how they were given. A setting that `old` lacks, because another trainer or an
     older version recorded it, is not compared.
@@ -290,7 +290,7 @@ def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
     typed_before, typed_now = asdict(before), asdict(after)
     followers = (_unused(before) ^ _unused(after)) - SWITCHES  # they differ because another setting does
     return [
-        f"--{name.replace('_', '-')} ({typed_before[name]}, now {typed_now[name]})"
+        f"--{name.replace('_', '-')} {typed_before[name]}, not {typed_now[name]}"
         for name in new_values
         if name in recorded
         and name not in followers

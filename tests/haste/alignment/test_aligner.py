@@ -246,6 +246,11 @@ def test_a_malformed_map_is_refused(text):
         LayerMap.parse(text)
 
 
+def test_a_student_layer_has_one_teacher_layer():
+    with pytest.raises(UserError, match="--layer-map must name each layer of the student once, got '0:0,0:1'"):
+        LayerMap.parse("0:0,0:1")
+
+
 def test_a_model_without_a_published_map_needs_one():
     with pytest.raises(UserError, match="--layer-map must be given for SiT-S/2, .* but for SiT-B, SiT-L, SiT-XL"):
         choose_layer_map("", "SiT-S/2")

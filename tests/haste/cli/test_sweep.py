@@ -110,24 +110,27 @@ def test_a_run_on_other_images_needs_to_be_told_what_measures(tmp_path, capsys):
 
 def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "load_reference", lambda *_: pytest.fail("the real side was read"))
-    assert "64 samples are too few" in refusal(capsys, "--ckpt", str(run), "--num-fid-samples", "64")
+    assert "--num-fid-samples must be above 64" in refusal(capsys, "--ckpt", str(run), "--num-fid-samples", "64")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--num-fid-samples", "0"), "--num-fid-samples must be an integer from 1 to 10,000,000, got 0"),
-        (("--num-fid-samples", "64"), "64 samples are too few"),
+        (("--num-fid-samples", "64"), "--num-fid-samples must be above 64, the number of features, for an FD, got 64"),
         (("--repeats", "0"), "--repeats must be an integer from 1 to 10,000, got 0"),
         (("--num-steps", "0"), "--num-steps must be an integer from 1 to 10,000, got 0"),
-        (("--steps",), "--steps must be one number of steps or more, got none"),
+        (("--steps",), "--steps must have one value or more, got none"),
+        (("--caches",), "--caches must have one value or more, got none"),
+        (("--mode", "sde", "--heun"), "--heun must come with --mode ode, got --mode sde"),
+        (("--classifier-dir", __file__), f"--classifier-dir must be a folder, got {__file__}"),
         (("--intervals", "3", "1000000000"), "--intervals must be an integer from 1 to 10,000, got 1000000000"),
         (("--error-thresholds", "0", "nan"), "--error-thresholds must be a number from 0 to 1,000,000, got nan"),
         (("--tolerance", "-1"), "--tolerance must be a number from 0 to 1,000,000, got -1.0"),
         (("--reference", "nowhere"), "nowhere, which does not exist"),
         (("--features", "stored"), "--features must be a network, as images are sampled, got stored"),
         (("--features", "inception:weights.pth"), "--reference must be given with --features inception:weights.pth"),
-        (("--plot-only",), "must hold an uncached run"),
+        (("--plot-only",), "--plot-only needs an earlier sweep, got "),
     ],
 )
 def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message):

@@ -171,9 +171,38 @@ def test_json_of_something_else_is_refused(tmp_path, content):
 
 def test_too_few_samples_are_refused_before_a_classifier_is_trained(tmp_path):
     run = write_run(tmp_path)
-    with pytest.raises(UserError, match="60 samples are too few"):
+    with pytest.raises(UserError, match="--num-fid-samples must be above 64, .* got 60"):
         runs.evaluate_by_classifier(EvaluateConfig(run=run, num_steps=2, num_fid_samples=60))
     assert not (tmp_path / "classifier").exists()
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_anything_is_sampled(tmp_path):
+    run = write_run(tmp_path)
+    (run / ".evaluation.jsonl.lock").mkdir()
+    with pytest.raises(UserError, match="evaluation.jsonl cannot be written"):
+        runs.evaluate_by_classifier(EvaluateConfig(run=run, num_steps=2, num_fid_samples=70))
+    assert not (tmp_path / "classifier").exists()
+
+
+def test_the_reference_of_a_run_is_saved(tmp_path, evaluator, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "load_extractor", lambda name, folder: evaluator.extractor)
+    saved = tmp_path / "ref.npz"
+    config = EvaluateConfig(run=write_run(tmp_path), num_steps=2, num_fid_samples=70, save_reference=saved)
+    runs.evaluate_by_classifier(config)
+    with np.load(saved) as arrays:
+        assert np.allclose(arrays["mu"], evaluator.reference.gaussian.mean)
+
+
+def test_samples_that_allow_no_metric_are_refused_unless_they_have_a_baseline(tmp_path, capsys):
+    for name, count in (("one", 1), ("real", 9)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+        np.savez(tmp_path / f"{name}_features.npz", features=images.reshape(count, -1).astype(np.float32))
+    stored = {"samples": tmp_path / "one_features.npz", "features": "stored"}
+    with pytest.raises(UserError, match="--samples must be enough for one metric at least, got .* with 1: No "):
+        runs.evaluate_samples(EvaluateConfig(**stored, reference=str(tmp_path / "real_features.npz")))
+    pair = EvaluateConfig(samples=tmp_path / "one.npz", baseline=str(tmp_path / "one.npz"))
+    assert "SSIM" in runs.compare_with_baseline(pair, pair.baseline, pair.samples, None)[1]
 
 
 def test_a_caution_is_logged_not_printed(tmp_path, capsys, caplog):

@@ -177,7 +177,7 @@ def test_quality_is_shown_for_every_checkpoint_and_every_run(tmp_path, without_f
     main(["report", *map(str, runs), "--output", str(page)])
     text = text_of(page.read_text())
     assert "700 samples, 25 steps; classifier of the digits against the real digits." in text
-    assert "|Step|FD, plain|FD, haste|Read as requested, %, plain|" in text
+    assert "|Step|FD, plain|FD, haste|Label accuracy, %, plain|" in text
     assert "|20|9.000|8.000|90.0|90.0|" in text and "|40|6.000|5.000|90.0|90.0|" in text
 
 
@@ -217,15 +217,22 @@ def test_a_run_without_a_teacher_had_no_alignment_that_could_end(tmp_path, witho
 
 def test_names_of_runs_are_text_and_nothing_else(tmp_path, without_figures):
     run = write_log(tmp_path, "a $\\frac{$ <b>&", stop=None)
-    main(["report", str(run), str(run), "--output", str(tmp_path / "page.html")])
+    main(["report", str(run), "--output", str(tmp_path / "page.html")])
     html = (tmp_path / "page.html").read_text()
     assert "a $\\frac{$ &lt;b&gt;&amp;" in html and "<b>&" not in html
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
+    run = write_log(tmp_path, "one", stop=None)
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(run), f"{run}/../one", "--output", str(tmp_path / "page.html")])
+    assert left.value.code == 2 and "RUNS must be different folders, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("none", "RUNS must be folders of runs of haste train, got "),
+        ("none", "RUNS must be the folder of a run, got "),
         ("bare", "args.json must be the settings of a run"),
     ],
 )

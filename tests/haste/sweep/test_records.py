@@ -157,7 +157,7 @@ def test_markdown_has_a_row_per_point_and_every_number():
         "cache MiB": "1.5",
         "peak MiB": "–",
         "FD": "2.500",
-        "accuracy %": "90.0",
+        "label accuracy %": "90.0",
         "PSNR dB": "41.2",
         "SSIM": "0.900",
     }

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_another_run_is_refused(make_config):
     folder = RunDir(make_config())
     folder.create(0)
     (other.folder / "checkpoints" / "0000004.pt").rename(folder.checkpoints / "0000004.pt")
-    with pytest.raises(UserError, match=r"other settings: --seed \(1, now 0\)"):
+    with pytest.raises(UserError, match=r"a run with --seed 1, not 0"):
         train(make_config())
 
 

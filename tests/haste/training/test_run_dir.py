@@ -25,7 +25,7 @@ def test_another_run_is_refused_and_left_as_it_was(make_config):
     RunDir(make_config(seed=2))  # nothing has been trained: it is no run yet
     folder.log({"step": 1})
     before = (folder.path / "args.json").read_text()
-    with pytest.raises(UserError, match=r"--exp-name .* other settings: --seed \(0, now 1\); --attn-coeff"):
+    with pytest.raises(UserError, match=r"--exp-name .* a run with --seed 0, not 1; --attn-coeff"):
         RunDir(make_config(attn_coeff=0.0, seed=1))
     assert (folder.path / "args.json").read_text() == before
 

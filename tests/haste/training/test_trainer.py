@@ -298,7 +298,7 @@ def test_a_model_of_its_own_size_is_resumed_and_loaded(make_config):
     assert size.items() <= checkpoint["model_config"].items()
     assert len(loaded_model(checkpoint).blocks) == 2
     assert train(replace(config, max_train_steps=5)).step == 5
-    with pytest.raises(UserError, match=r"--depth \(2, now 3\)"):
+    with pytest.raises(UserError, match=r"--depth 2, not 3"):
         train(replace(config, depth=3, max_train_steps=6))
 
 
