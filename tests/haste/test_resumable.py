@@ -38,7 +38,7 @@ def test_the_same_settings_reopen_a_folder_with_its_record(tmp_path):
 
 def test_other_settings_are_refused_by_flag_and_name(tmp_path):
     begun(tmp_path / "s")
-    with pytest.raises(UserError, match="^--sample-dir must .* holds samples .*: steps 4, not 5; cfg unset, not 2$"):
+    with pytest.raises(UserError, match="^--sample-dir must .* holds samples with steps 4, not 5; cfg unset, not 2$"):
         Samples(tmp_path / "s", {**SETTINGS, "steps": 5, "cfg": 2})
     with pytest.raises(UserError, match="c unset, not 3 and others$"):
         Samples(tmp_path / "s", {**SETTINGS, **{"a": 1, "b": 2, "c": 3, "d": 4}})

@@ -238,9 +238,9 @@ def test_a_destination_of_another_command_is_left_alone(source, tmp_path, vae, c
     prepare(source, tmp_path / "out", vae)
     before = contents(tmp_path / "out")
     line = refusal(capsys, source, tmp_path / "out", vae, "--resolution", "16")
-    assert "--dest must be another folder" in line and line.endswith(": resolution 8, not 16")
+    assert "--dest must be another folder" in line and line.endswith(" with resolution 8, not 16")
     (source / "ant" / "00.png").unlink()
-    assert ": images 12, not 11; source " in refusal(capsys, source, tmp_path / "out", vae)
+    assert " with images 12, not 11; source " in refusal(capsys, source, tmp_path / "out", vae)
     assert contents(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out" / "images")
     (tmp_path / "out" / "prepare.json").unlink()

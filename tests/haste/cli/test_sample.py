@@ -114,7 +114,7 @@ def test_a_checkpoint_that_was_trained_again_does_not_mix_with_its_old_samples(r
     main(["sample", "--ckpt", str(run), *QUICK])  # its content is the same
     checkpoint.write_bytes((run / "checkpoints" / "0000002.pt").read_bytes())
     message = refusal(capsys, "--ckpt", str(run), *QUICK)
-    assert re.search("--sample-dir .*: the checkpoint's content [0-9a-f]{12}, not [0-9a-f]{12}", message)
+    assert re.search("--sample-dir .* with the checkpoint's content [0-9a-f]{12}, not [0-9a-f]{12}", message)
 
 
 def test_a_folder_of_an_earlier_version_knows_its_checkpoint_by_the_time_it_was_written(run, capsys):

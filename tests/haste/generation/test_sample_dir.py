@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_folder_of_another_command_is_refused_with_what_differs(tmp_path):
     SampleDir(tmp_path / "s", SETTINGS).write([0], IMAGES[:1])
-    with pytest.raises(UserError, match="--sample-dir must be another .*: num_steps 4, not 5$"):
+    with pytest.raises(UserError, match="--sample-dir must be another .* with num_steps 4, not 5$"):
         SampleDir(tmp_path / "s", {**SETTINGS, "num_steps": 5})
     with pytest.raises(UserError, match="interval unset, not 3"):
         SampleDir(tmp_path / "s", {**SETTINGS, "interval": 3})
