@@ -237,7 +237,7 @@ def test_exactly_one_thing_is_judged(capsys, flags):
 
 def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
     run = write_run(tmp_path)
-    assert "64 samples are too few" in refusal(capsys, "--run", run, "--num-fid-samples", "64")
+    assert "--num-fid-samples must be above 64" in refusal(capsys, "--run", run, "--num-fid-samples", "64")
     assert not (run / "evaluation.jsonl").exists()
     assert "nowhere, which does not exist" in refusal(capsys, "--samples", tmp_path / "nowhere")
     assert "holds no checkpoints" in refusal(capsys, "--run", tmp_path)
@@ -270,6 +270,8 @@ def test_what_was_drawn_before_is_opened_before_the_reference_is_read(tmp_path, 
         (("--samples", ".", "--baseline", "nowhere"), "--baseline must be a folder, an .npz, or full, got nowhere"),
         (("--samples", ".", "--features", "stored", "--baseline", "."), "got --features stored"),
         (("--ckpt", "run", "--features", "stored"), "--features stored must come with --samples"),
+        (("--ckpt", "run", "--mode", "sde", "--heun"), "--heun must come with --mode ode, got --mode sde"),
+        (("--ckpt", "run", "--classifier-dir", __file__), f"--classifier-dir must be a folder, got {__file__}"),
         (("--samples", ".", "--kid-subset-size", "1"), "--kid-subset-size must be an integer from 2 to"),
         (("--samples", ".", "--per-proc-batch-size", "0"), "--per-proc-batch-size must be an integer from 1 to"),
     ],
