@@ -244,7 +244,7 @@ def plot_step_errors(
         full = np.array(full_steps, dtype=int)
         if len(full):
             axes.plot(full + 1, mean[full], "o", color=theme.series[1], markersize=4.5, label="full step")
-        axes.set(xlabel="Sampling step", xlim=(0, len(errors)), yscale="log" if (errors > 0).any() else "linear")
+        axes.set(xlabel="Sampling step", xlim=(0, 1.01 * len(errors)), yscale="log" if (errors > 0).any() else "linear")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         if (errors > 0).any():  # rounding, far below the forecasts' errors, would flatten them

@@ -95,7 +95,7 @@ class ResumableDir:
         Raises:
             UserError: another command holds it, or it cannot be written.
         """
-        with hold(self.path, f"{self.flag} {self.path} is in use", f"choose another {self.flag}, or wait"):
+        with hold(self.path, f"{self.flag} {self.path} is in use", f"choose another {self.flag}, or wait", self.flag):
             self.reopen()  # another command may have changed it
             yield
 
@@ -185,7 +185,7 @@ _held: set[Path] = set()
 
 
 @contextmanager
-def hold(folder: Path, taken: str, way_out: str = "choose another, or wait") -> Iterator[None]:
+def hold(folder: Path, taken: str, way_out: str = "choose another, or wait", flag: str = "the path") -> Iterator[None]:
     """Lock a folder; create it if it does not exist, and remove it if it stays empty.
 
     On a file system without locks it only logs a warning.
@@ -193,6 +193,7 @@ def hold(folder: Path, taken: str, way_out: str = "choose another, or wait") -> 
     Args:
         taken: begins the message if the folder is locked, such as "--exp-name x is being trained".
         way_out: ends the message.
+        flag: that gives the folder.
 
     Raises:
         UserError: another process, or this one, holds the folder, or it cannot be written.
@@ -204,7 +205,7 @@ def hold(folder: Path, taken: str, way_out: str = "choose another, or wait") -> 
             folder.mkdir(parents=True, exist_ok=True)
             file = _lock(path, wait=False)
         except OSError as error:
-            raise UserError(f"the folder {folder} cannot be used: {error.strerror}") from error
+            raise UserError(f"{flag} must be a folder that can be written, got {folder}: {error.strerror}") from error
         if file is None:
             raise UserError(f"{taken} by {_owner(path)}; {way_out}")
         try:

@@ -179,7 +179,10 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run cannot be used"), hold(tmp_path / "file" / "run", "it is"):
+    with (
+        pytest.raises(UserError, match="must be a folder that can be written, got .*file/run: Not"),
+        hold(tmp_path / "file" / "run", "it is"),
+    ):
         pass
 
 

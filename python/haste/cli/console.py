@@ -41,6 +41,7 @@ LESS_MEMORY = {
     "sweep": "a smaller --per-proc-batch-size takes less",
 }
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+RESUMED = {"haste sample", "haste evaluate", "haste sweep", "haste demo"}  # train and prepare tell it themselves
 CLOSED_PIPE = 128 + signal.SIGPIPE  # what shells report of a program whose reader has closed the pipe
 
 
@@ -58,7 +59,7 @@ def exit_on_error(command: str, words: Sequence[str]) -> Iterator[None]:
         finally:
             flush_output()
     except KeyboardInterrupt:
-        print_error(f"{command}: interrupted")
+        print_error(f"{command}: interrupted" + ("; the same command resumes" if command in RESUMED else ""))
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and any(map(reader_left, (sys.stdout, sys.stderr))):

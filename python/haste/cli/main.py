@@ -93,7 +93,8 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
         return command, arguments
     parser.parse_known_args([command])
     kind = "flag" if command.startswith("-") else "command"
-    raise UserError(unknown(kind, command, COMMANDS, f"the commands are {', '.join(COMMANDS)}"))
+    known = ("--help", "--version") if kind == "flag" else COMMANDS
+    raise UserError(unknown(kind, command, known, f"the commands are {', '.join(COMMANDS)}"))
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -224,7 +225,11 @@ def check_words(command: str, words: Sequence[str], hints: Mapping[str, Any], co
 def unknown(kind: str, word: str, known: Collection[str], otherwise: str) -> str:
     """'unknown flag --batchsize; did you mean --batch-size?', or what is said where no name is near."""
     name = word.replace("_", "-")
-    near = [each for each in known if each.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    near = (
+        [each for each in known if each.startswith(name)]
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        or [each for each in known if name.lstrip("-") in each.lstrip("-").split("-")]
+    )
     return f"unknown {kind} {shorten(word)}; " + (f"did you mean {one_of(near)}?" if near else otherwise)
 
 

@@ -139,8 +139,10 @@ def read_image(path: Path) -> np.ndarray:
     """Read one image, (H, W, 3) uint8. Raises UserError if that fails."""
     try:
         return np.asarray(decode_image(read_bytes(path), str(path)))
-    except (OSError, BadFile) as error:
-        raise UserError(f"the image {path} cannot be read: {in_one_line(error)}") from error
+    except BadFile as fault:
+        raise UserError(f"the image {fault}") from fault
+    except OSError as error:
+        raise UserError(f"the image {path} cannot be read: {error.strerror or in_one_line(error)}") from error
 
 
 # ---- sets of images, read a batch at a time ----

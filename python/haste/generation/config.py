@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -14,6 +16,7 @@ from haste.validation import DEFAULT_STEPS, check_number
 
 logger = logging.getLogger(__name__)
 
+LONGEST_LIST = 20  # characters of a list in the name of a folder
 LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
 
 if TYPE_CHECKING:  # flags are checked without torch
@@ -129,11 +132,11 @@ class SamplingConfig(CacheConfig):
             parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
         parts.append(f"seed{self.global_seed}")
         if self.labels != "random":
-            parts.append("balanced" if self.labels == "balanced" else "listed")
+            parts.append("balanced" if self.labels == "balanced" else f"labels{_list_name(self.labels.split(','))}")
         fields = self.cache_fields()
         if self.cache != "none":
             parts += [str(fields[name]) for name in ("cache", "granularity") if name in fields]
-            parts += [f"f{len(self.full_step_list)}"] if self.full_steps else []
+            parts += [f"full{_list_name(self.full_step_list)}"] if self.full_steps else []
             letters = {"error_threshold": "e", "interval": "i", "order": "o", "gate": "g", "cached_blocks": "n"}
             parts += [f"{letter}{fields[name]:g}" for name, letter in letters.items() if fields.get(name) is not None]
         return "-".join(parts)
@@ -207,6 +210,13 @@ class SampleConfig(SamplingConfig, PublishedFlags):
                     raise UserError(f"--{flag} must be left out with --fast, which sets it, got {value}")
             chosen = asdict(fast_config(self.num_steps, noisy=self.mode == "sde"))
         return replace(self, fast=False, labels=list_labels(self.labels), **chosen).effective()
+
+
+def _list_name(values: Sequence[object]) -> str:
+    """'3_1_4' for the name of a folder; of a longer list the length and a digest."""
+    name = "_".join(str(value).strip() for value in values)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= LONGEST_LIST else f"{len(values)}_{digest}"
 
 
 def list_labels(policy: str) -> str:

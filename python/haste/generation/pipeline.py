@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,11 @@ class LoadedCheckpoint:
         return count
 
     @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes by label; empty if the checkpoint does not know them."""
+        return self.recorded.get("class_names") or ()
+
+    @property
     def run(self) -> Path:
         """The run's folder: the parent of checkpoints/, or the checkpoint's own folder."""
         folder = self.checkpoint.parent
@@ -122,7 +128,9 @@ def load_checkpoint(
     """
     path = Path(path).expanduser()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    files = run_checkpoints(path)[::-1] if path.is_dir() else [path]
+    if not os.path.lexists(path):
+        raise BrokenCheckpoint(f"--ckpt must be a checkpoint or the folder of a run, got {path}, which does not exist")
+    files = run_checkpoints(path, "--ckpt")[::-1] if path.is_dir() else [path]
     for file in files:
         try:
             content = read_checkpoint(file, assume, convention)
@@ -144,11 +152,11 @@ def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
     return {"z_dims": z_dims, **known}
 
 
-def run_checkpoints(run: Path) -> list[Path]:
+def run_checkpoints(run: Path, flag: str = "--run") -> list[Path]:
     """The checkpoints of a run folder, oldest first; UserError if there are none."""
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
-        wanted = "--ckpt or --run must be the folder of a run of haste train"
+        wanted = f"{flag} must be the folder of a run of haste train"
         if list_checkpoints(run):  # checkpoints/ itself
             raise UserError(f"{wanted}, such as {run.absolute().parent}, got its folder {run}")
         raise UserError(f"{wanted}, got {run}, which holds no checkpoints")
@@ -210,6 +218,15 @@ def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: i
         found = f"{shorten(unknown[0])} in {shorten(policy)}"
         raise UserError(f"--labels must be classes from 0 to {num_classes - 1}, got {found}")
     return np.array(listed, dtype=np.int64)[np.asarray(indices) % len(listed)]
+
+
+def number_labels(policy: str, names: Sequence[str]) -> str:
+    """A --labels policy with the names of classes replaced by their numbers: 'cat,dog' as '3,5'."""
+    numbers = {name: str(number) for number, name in enumerate(names)}
+    words = [word.strip() for word in policy.split(",")]
+    if policy in ("random", "balanced") or not any(word in numbers and not word.isdecimal() for word in words):
+        return policy
+    return ",".join(word if word.isdecimal() else numbers.get(word, word) for word in words)
 
 
 def _listed_classes(policy: str) -> list[int]:
@@ -357,7 +374,8 @@ class Sampler:
     def start_of(self, indices: Sequence[int]) -> Start:
         """The labels, initial noise and generators of the images with these numbers."""
         settings = self.settings
-        labels = choose_labels(settings.labels, settings.global_seed, indices, self.loaded.num_classes)
+        policy = number_labels(settings.labels, self.loaded.class_names)
+        labels = choose_labels(policy, settings.global_seed, indices, self.loaded.num_classes)
         generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
         shape = (len(indices), *self.loaded.layout.input_shape)
         dtype = next(self.loaded.model.parameters()).dtype  # a family's module need not have one of its own

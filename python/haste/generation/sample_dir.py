@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -30,9 +30,9 @@ from haste.caching import check_memory
 from haste.caching.schedule import describe_steps
 from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
-from haste.errors import require
+from haste.errors import UserError, require
 from haste.generation.config import SampleConfig, SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels, load_checkpoint
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels, load_checkpoint, number_labels
 from haste.io import read_json, remove_abandoned, writing
 from haste.resumable import ResumableDir, differences
 from haste.training.checkpoint import DIGEST, WRITTEN, as_before, checkpoint_identity
@@ -160,7 +160,10 @@ class SampleDir(ResumableDir):
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, count, CHUNK):
                 numbers = range(start, min(start + CHUNK, count))
-                yield from pool.map(read_image, [image_path(self.path, number) for number in numbers])
+                try:
+                    yield from pool.map(read_image, [image_path(self.path, number) for number in numbers])
+                except UserError as error:
+                    raise UserError(f"{error}; remove it and run the command again") from error
 
     def collect(self, labels: np.ndarray) -> None:
         """Write the first images and their labels (N,) to the .npz beside the folder. UserError if that fails."""
@@ -341,6 +344,7 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     loaded = loaded or _load(args, processes.device)
     sampler = Sampler(loaded, args)
+    args = replace(args, labels=number_labels(args.labels, loaded.class_names))
     args.refuse_other(loaded, 1 if sampler.latents is None else sampler.latents.factor)
     count = args.num_fid_samples
     labels = choose_labels(args.labels, args.global_seed, range(count), loaded.num_classes)
@@ -390,6 +394,6 @@ def write_grid(args: SampleConfig, loaded: LoadedCheckpoint, folder: SampleDir, 
     shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
     images = np.stack(list(folder.read(shown)))
     order = np.argsort(labels[:shown], kind="stable")
-    names = dict(enumerate(loaded.recorded.get("class_names") or ()))
+    names = dict(enumerate(loaded.class_names))
     titles = [names.get(label, str(label)) for label in labels[order].tolist()]
     plot_grid(folder.grid, images[order], titles, title=f"{loaded.label}: {args.describe()}")

@@ -133,6 +133,7 @@ class Panel:
         log: a logarithmic axis of values.
         zero: a line at 0, for differences.
         stops: (run, step) where the alignment of a run ended.
+        bounds: the lowest and the highest possible value.
     """
 
     title: str
@@ -142,6 +143,7 @@ class Panel:
     log: bool = False
     zero: bool = False
     stops: Sequence[tuple[int, int]] = ()
+    bounds: tuple[float, float] = (-np.inf, np.inf)
 
     def png(self, theme: Theme) -> bytes:
         """The plot, without its title, as a PNG file."""
@@ -154,7 +156,7 @@ class Panel:
                 if curve.faint is not None:
                     axes.plot(curve.steps, curve.faint, color=style["color"], alpha=0.25, linewidth=1.0)
                 marker = "o" if self.points or len(curve.steps) == 1 else None
-                axes.plot(curve.steps, curve.values, **style, marker=marker)
+                axes.plot(curve.steps, curve.values, **style, marker=marker, clip_on=marker is None)
             for run, step in self.stops:
                 axes.axvline(step, color=line_style(run, theme)["color"], linestyle=":", linewidth=1.2)
             axes.set(xlabel="Training step", xlim=(0, max(self.last_step, 1)))
@@ -173,7 +175,7 @@ class Panel:
         else:
             low, high = (values.min(), values.max()) if self.points else robust_limits(values)
             margin = 0.06 * (high - low) or 0.1 * max(1.0, abs(high))
-            axes.set_ylim(low - margin, high + margin)
+            axes.set_ylim(max(low - margin, self.bounds[0]), min(high + margin, self.bounds[1]))
             axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
 

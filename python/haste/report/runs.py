@@ -232,6 +232,7 @@ DIFFERENCES = {key: title.partition(" (")[0] + ", difference" for key, title in 
 SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
 LOWER_IS_BETTER = {"fd", "kid"}
+SHARES = {"precision", "recall", "coverage", "label_accuracy"}  # from 0 to 1
 
 
 def write_report(runs: Sequence[Run], page: Path) -> None:
@@ -296,7 +297,8 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
                   for n in measured}  # fmt: skip
         curves = [exact_curve(number, known) for number, known in points.items() if known]
         title = f"{metric_name(key)} ({'lower' if key in LOWER_IS_BETTER else 'higher'} is better)"
-        panels.append(Panel(title, curves, steps[-1], points=True, log=key == "fd", stops=stops))
+        bounds = (0.0, scale) if key in SHARES else (-np.inf, np.inf)
+        panels.append(Panel(title, curves, steps[-1], points=True, log=key == "fd", stops=stops, bounds=bounds))
 
     def cell(number: int, step: int, key: str) -> str:
         return str(Result(key, values.get((number, step, key)))).rstrip("%")

@@ -374,6 +374,19 @@ def as_before(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {**fields, WRITTEN: path.stat().st_mtime_ns}
 
 
+def initial_checkpoint(path: Path) -> Path:
+    """The file of --init-from: itself, or the latest checkpoint of a run's folder. UserError if there is none."""
+    wanted = "--init-from must be a checkpoint or the folder of a run"
+    if not os.path.lexists(path):
+        raise UserError(f"{wanted}, got {path}, which does not exist")
+    if not path.is_dir():
+        return path
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
+        raise UserError(f"{wanted}, got {path}, which holds no checkpoints")
+    return checkpoints[-1]
+
+
 def content_digest(path: Path) -> str:
     """12 hexadecimal digits that identify a checkpoint's content, without reading all of it.
 

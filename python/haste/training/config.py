@@ -42,7 +42,8 @@ class TrainConfig:
     """Name of the run, and of its folder in --output-dir. An existing run is resumed; settings that are not given keep
     the values that the run recorded."""
     init_from: str = ""
-    """Checkpoint of haste, HASTE, REPA or SiT. A new run starts from its weights and EMA weights."""
+    """Checkpoint of haste, HASTE, REPA or SiT, or run folder for its latest checkpoint. A new run starts from its
+    weights and EMA weights."""
     convention: Literal["repa", "sit"] | None = None
     """Who trained the --init-from file, if its content does not show it: repa (REPA and HASTE) or sit (SiT's own
     trainer, whose weights are converted)."""
@@ -217,7 +218,7 @@ class TrainConfig:
     @property
     def teachers(self) -> list[str]:
         """The teachers to load; none if nothing is aligned."""
-        if self.enc_type in (None, "None") or (self.proj_coeff == 0 and self.attn_coeff == 0):
+        if self.enc_type is None or self.enc_type.lower() == "none" or (self.proj_coeff == 0 and self.attn_coeff == 0):
             return []
         return [name.strip() for name in self.enc_type.split(",")]
 
@@ -303,7 +304,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
     same_size = {name: None for name in SIZES if getattr(config, name) == size.get(name)}
     return replace(
         config,
-        enc_type="None" if config.enc_type is None else config.enc_type,  # as REPA records it
+        enc_type="None" if (config.enc_type or "none").lower() == "none" else config.enc_type,  # as REPA records it
         num_classes=num_classes if config.num_classes is None else config.num_classes,
         encoder_depth=encoder_depth,
         layer_map=layer_map,

@@ -83,7 +83,9 @@ class RunDir(ResumableDir):
 
     def hold(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """Keep other processes from training here. UserError if one does."""
-        return hold(self.path, f"--exp-name {self.config.exp_name} is being trained in {self.path}")
+        return hold(
+            self.path, f"--exp-name {self.config.exp_name} is being trained in {self.path}", flag="--output-dir"
+        )
 
     def settle(self) -> None:
         """Finish a move of files that was interrupted. UserError if the folder cannot be written."""

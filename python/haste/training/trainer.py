@@ -38,6 +38,7 @@ from haste.training.checkpoint import (
     Checkpoint,
     capture_rng,
     checkpoint_path,
+    initial_checkpoint,
     read_checkpoint,
     read_newest_checkpoint,
     restore_rng,
@@ -234,7 +235,7 @@ class Trainer:
         set_seed(config.seed)
         initial = checkpoint
         if checkpoint is None and config.init_from:
-            path = Path(config.init_from).expanduser()
+            path = initial_checkpoint(Path(config.init_from).expanduser())
             initial = {**read_checkpoint(path, convention=config.convention), "opt": None}
         self.state = self._build_state(initial)
         if checkpoint is not None and checkpoint["rng"] is not None:

@@ -79,6 +79,9 @@ def test_anything_else_is_a_bug_and_says_what_to_send(monkeypatch, capsys, error
 
 def test_ctrl_c_and_exits_keep_their_status(capsys):
     assert end(KeyboardInterrupt(), capsys) == (130, "haste train: interrupted\n")
+    with pytest.raises(SystemExit), exit_on_error("haste sample", []):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "haste sample: interrupted; the same command resumes\n"
     assert end(SystemExit(143), capsys) == (143, "")
 
 

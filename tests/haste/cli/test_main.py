@@ -57,6 +57,8 @@ def test_flags_are_known_by_their_beginning(flags, typed, spelled):
         ("trian", "haste: unknown command trian; did you mean train?"),
         ("xyz", "haste: unknown command xyz; the commands are prepare, train, "),
         ("--foo", "haste: unknown flag --foo; the commands are prepare, train, "),
+        ("--verison", "haste: unknown flag --verison; did you mean --version?"),
+        ("sample --seed 5", "haste sample: unknown flag --seed; did you mean --global-seed?"),
         ("train --batchsize 3", "haste train: unknown flag --batchsize; did you mean --batch-size?"),
         ("train --heun", "haste train: unknown flag --heun; `haste train --help` lists all flags"),
         ("sample --num 5", "haste sample: unknown flag --num; did you mean --num-classes, --num-steps or --num-"),

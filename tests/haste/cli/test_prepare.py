@@ -267,7 +267,9 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_in_one_line(so
     )
     (tmp_path / "file").write_text("in the way")
     assert "which holds something else" in refusal(capsys, source, tmp_path / "file", "none")
-    assert "file/out cannot be used: Not a directory" in refusal(capsys, source, tmp_path / "file" / "out", "none")
+    assert f"--dest must be a folder that can be written, got {tmp_path}/file/out: Not a" in refusal(
+        capsys, source, tmp_path / "file" / "out", "none"
+    )
 
 
 def test_flags_that_make_no_sense(source, tmp_path, vae, capsys):

@@ -37,7 +37,7 @@ def refusal(capsys, *arguments) -> str:
 
 def test_images_npz_and_grid_of_a_run(run, capsys):
     main(["sample", "--ckpt", str(run), *QUICK, "--labels", "3,1"])
-    folder = run / "samples" / "0000004-euler-4-cfg1-seed0-listed"
+    folder = run / "samples" / "0000004-euler-4-cfg1-seed0-labels3_1"
     images, labels = read_npz(folder.with_name(folder.name + ".npz"))
     assert images.shape == (6, 8, 8, 3) and labels.tolist() == [3, 1, 3, 1, 3, 1]
     assert (read_images(folder) == images).all()
@@ -96,6 +96,9 @@ def test_a_second_start_draws_nothing_and_a_larger_number_adds(run, capsys):
     main(["sample", "--ckpt", str(run), *QUICK])
     assert capsys.readouterr().out.startswith("6 images were there already\n")
     assert (folder / "sample.json").read_text() == record
+    main(["sample", "--ckpt", str(run), *QUICK, "--num-fid-samples", "3"])
+    npz = folder.with_name(folder.name + ".npz")
+    assert len(read_npz(npz)[0]) == 3 and f"{npz}, the first 3 of the folder's 6 images\n" in capsys.readouterr().out
     main(["sample", "--ckpt", str(run), *QUICK, "--num-fid-samples", "8"])
     assert json.loads((folder / "sample.json").read_text())["sampled"]["images"] == 8
     assert (read_images(folder)[:6] == before).all()
@@ -289,7 +292,7 @@ def test_flags_may_be_abbreviated(run):
 
 
 def test_a_checkpoint_that_is_missing_or_none_is_refused(run, tmp_path, capsys):
-    assert "no.pt does not exist" in refusal(capsys, "--ckpt", str(tmp_path / "no.pt"))
+    assert "no.pt, which does not exist" in refusal(capsys, "--ckpt", str(tmp_path / "no.pt"))
     (tmp_path / "text.pt").write_text("not a checkpoint")
     assert "is not a valid checkpoint" in refusal(capsys, "--ckpt", str(tmp_path / "text.pt"))
     (tmp_path / "empty").mkdir()

@@ -19,6 +19,7 @@ from haste.generation.pipeline import (
     image_generator,
     latent_format,
     load_checkpoint,
+    number_labels,
     run_checkpoints,
 )
 from haste.samplers import initial_noise, sample
@@ -113,15 +114,21 @@ def test_averaged_weights_unless_told_otherwise(run):
     assert torch.equal(trained.state_dict()[name], file["model"][name])
 
 
+def test_labels_may_be_names_that_the_checkpoint_knows():
+    assert number_labels("dog, 1,cat", ["cat", "1", "dog"]) == "2,1,0"
+    assert number_labels("random", ["random", "cat"]) == "random" and number_labels("3,1", []) == "3,1"
+    assert number_labels("cow,cat", ["cat"]) == "cow,0"  # refused with the classes that there are
+
+
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--ckpt or --run must be .*, which holds no checkpoints"):
+    with pytest.raises(UserError, match="--ckpt must be .*, which holds no checkpoints"):
         load_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="--ckpt must be .*0000400.pt, which does not exist"):
         load_checkpoint(tmp_path / "0000400.pt")
 
 
 def test_the_folder_of_checkpoints_inside_a_run_names_the_run(run):
-    with pytest.raises(UserError, match=f"--ckpt or --run must be .*such as {run}, got"):
+    with pytest.raises(UserError, match=f"--ckpt must be .*such as {run}, got"):
         load_checkpoint(run / "checkpoints")
 
 
@@ -170,9 +177,10 @@ def test_the_settings_that_decide_the_images_leave_out_an_unused_cache():
         ({"heun": True, "num_steps": 25, "cfg_scale": 1.5, "global_seed": 3}, "heun-25-cfg1.5-seed3"),
         ({"mode": "sde", "cfg_scale": 1.8, "guidance_high": 0.7}, "euler-maruyama-50-cfg1.8-from0-to0.7-seed0"),
         ({"labels": "balanced"}, "euler-50-cfg1-seed0-balanced"),
-        ({"labels": "3,1,4", "cache": "reuse"}, "euler-50-cfg1-seed0-listed-reuse-module-i4-o0"),
+        ({"labels": "3,1,4", "cache": "reuse"}, "euler-50-cfg1-seed0-labels3_1_4-reuse-module-i4-o0"),
         ({"cache": "newton", "granularity": "model"}, "euler-50-cfg1-seed0-newton-model-i4-o4"),
-        ({"cache": "taylor", "full_steps": "0,1,5", "order": 1}, "euler-50-cfg1-seed0-taylor-module-f3-o1"),
+        ({"cache": "taylor", "full_steps": "0,1,5", "order": 1}, "euler-50-cfg1-seed0-taylor-module-full0_1_5-o1"),
+        ({"labels": "0,1,2,3,4,5,6,7,8,9,1"}, "euler-50-cfg1-seed0-labels11_e5dddffe"),
         ({"cache": "taylor", "error_threshold": 0.1}, "euler-50-cfg1-seed0-taylor-module-e0.1-i10-o4"),
         ({"cache": "delta-dit", "gate": 30, "cached_blocks": 21}, "euler-50-cfg1-seed0-delta-dit-i2-g30-n21"),
     ],

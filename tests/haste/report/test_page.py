@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from haste.plotting import DARK, LIGHT
@@ -200,6 +201,14 @@ def test_curves_of_several_runs_are_smoother():
 def test_any_numbers_can_be_shown(points, log):
     content = Panel("", [exact_curve(0, points)], points[-1][0], points=True, log=log).png(LIGHT)
     assert Image.open(io.BytesIO(content)).width > 400
+
+
+def test_an_axis_ends_where_values_end():
+    shown = Panel("", [exact_curve(0, [(4, 0.02)])], 4, points=True, bounds=(0.0, 1.0))
+    _, axes = plt.subplots()
+    shown._scale(axes)
+    assert axes.get_ylim() == (0.0, pytest.approx(0.12))
+    plt.close()
 
 
 def test_a_panel_is_legible_on_a_telephone():

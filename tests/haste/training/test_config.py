@@ -33,7 +33,7 @@ def test_teachers_are_those_that_have_something_to_teach():
     assert TrainConfig(enc_type="a", proj_coeff=0.0, attn_coeff=0.5).teachers == ["a"]
     assert TrainConfig(enc_type="a", proj_coeff=0.0).teachers == []
     assert TrainConfig(enc_type="None").teachers == []  # as REPA's commands have it
-    assert TrainConfig(enc_type=None).teachers == []
+    assert TrainConfig(enc_type="none").teachers == [] == TrainConfig(enc_type=None).teachers
 
 
 @pytest.mark.parametrize(

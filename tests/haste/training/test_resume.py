@@ -18,7 +18,7 @@ from haste.data import Loader
 from haste.errors import UserError
 from haste.training import run_dir, samples
 from haste.training import trainer as trainer_module
-from haste.training.checkpoint import checkpoint_path, read_checkpoint, read_newest_checkpoint
+from haste.training.checkpoint import checkpoint_path, initial_checkpoint, read_checkpoint, read_newest_checkpoint
 from haste.training.config import TrainConfig
 from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
@@ -166,6 +166,19 @@ def test_a_new_run_may_begin_with_the_weights_of_another(make_config):
         for name, value in given[part].items():
             assert torch.equal(begun[part][name], value) != name.startswith("projectors."), name
     assert begun["opt"]["state"] == {}
+
+
+def test_init_from_takes_the_folder_of_a_run(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="--init-from must be a checkpoint or the folder of a run, .* does not exist"):
+        initial_checkpoint(run)
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="--init-from must be .*, which holds no checkpoints"):
+        initial_checkpoint(run)
+    for step in (4, 12):
+        checkpoint_path(run / "checkpoints", step).touch()
+    newest = checkpoint_path(run / "checkpoints", 12)
+    assert initial_checkpoint(run) == initial_checkpoint(newest) == newest
 
 
 def test_weights_of_another_size_are_refused(make_config):

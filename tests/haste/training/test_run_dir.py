@@ -39,8 +39,11 @@ def test_the_same_run_may_get_a_later_end(make_config):
 
 def test_a_folder_that_cannot_be_made_is_reported(make_config, tmp_path):
     (tmp_path / "file").write_text("")
+    folder = RunDir(make_config(output_dir=str(tmp_path / "file")))
     with pytest.raises(UserError, match="cannot be used"):
-        RunDir(make_config(output_dir=str(tmp_path / "file"))).create(0)
+        folder.create(0)
+    with pytest.raises(UserError, match="--output-dir must be a folder that can be written"), folder.hold():
+        pass
 
 
 def test_settings_that_cannot_be_read_are_reported(make_config):
