@@ -261,7 +261,7 @@ def load_extractor(cache: Path, settings: ClassifierConfig | None = None) -> Cla
     path = cache / f"digits-classifier-{settings.digest()}.pt"
     if path.exists():
         return read_classifier(path, settings)
-    logger.info("training the classifier of the digits, which no run sees, for %d epochs", settings.epochs)
+    logger.info("training a digit classifier, used only to score samples, for %d epochs", settings.epochs)
     classifier = train_classifier(settings)
     content = {
         "network": classifier.network.state_dict(),

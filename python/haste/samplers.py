@@ -23,7 +23,7 @@ from torch import Tensor
 from haste._compat import version
 from haste.errors import UserError
 from haste.transport import get_path, score_from_velocity
-from haste.validation import DEFAULT_STEPS, check_number
+from haste.validation import DEFAULT_STEPS, check_number, shown
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x, t, start) at x (B, ...) float64 and time t, in a step that starts at the time `start`, which decides
@@ -173,7 +173,12 @@ class ModelCall(NamedTuple):
 
 
 def model_calls(sampler: str, num_steps: int, guidance: Guidance | None = None) -> list[ModelCall]:
-    """Every model call of a run, in order; guidance: None is none."""
+    """Every model call of a run, in order; guidance: None is none.
+
+    Raises:
+        UserError: an unknown sampler, or a number of steps out of bounds.
+    """
+    _check_steps(sampler, num_steps)
     grid = time_grid(sampler, num_steps).tolist()
     listed = []
     for step in range(num_steps):
@@ -329,10 +334,14 @@ def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
         )
 
 
-def _check(model: Callable, noise: Tensor, condition: Tensor, num_steps: int, sampler: str) -> None:
+def _check_steps(sampler: str, num_steps: int) -> None:
     if sampler not in SAMPLERS:
-        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, got {shown(sampler)}")
     check_number("num_steps", num_steps, shown="num_steps")
+
+
+def _check(model: Callable, noise: Tensor, condition: Tensor, num_steps: int, sampler: str) -> None:
+    _check_steps(sampler, num_steps)
     if condition.shape[:1] != noise.shape[:1]:
         shape = tuple(condition.shape)
         raise ValueError(f"condition must have as many rows as noise, {noise.shape[0]}, got shape {shape}")

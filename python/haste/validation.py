@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from haste.errors import UserError, in_one_line, shorten
@@ -21,8 +22,8 @@ T = TypeVar("T", bound=Any)
 def build(cls: type[T], values: Any, source: str) -> T:
     """Build a dataclass from plain values, such as the content of JSON or a checkpoint; ignores unknown names.
 
-    Fields may be int, float, str, bool, None, Literal, lists, tuples and dicts of these, unions, and dataclasses of
-    such fields. An int is accepted for a float, and a list for a tuple.
+    Fields may be int, float, str, bool, None, Path, Literal, lists, tuples and dicts of these, unions, and dataclasses
+    of such fields. An int is accepted for a float, a list for a tuple, and NumPy's numbers for Python's.
 
     Args:
         source: names the file and its part in messages.
@@ -71,9 +72,14 @@ def check(value: Any, wanted: Any, name: str) -> Any:
         }
     if is_dataclass(wanted):
         return build(wanted, value, name)  # type: ignore[arg-type]
-    if wanted is float:
-        if type(value) in (int, float) and (abs(value) <= _LARGEST or value in (math.inf, -math.inf)):
-            return float(value)
+    if wanted is float and isinstance(value, Real) and not isinstance(value, bool):
+        number: Any = value if isinstance(value, Integral) else float(value)
+        if abs(number) <= _LARGEST or number in (math.inf, -math.inf):
+            return float(number)
+    elif wanted is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    elif wanted is Path and isinstance(value, (str, os.PathLike)):
+        return Path(value)
     elif isinstance(wanted, type) and type(value) is wanted:
         return value
     raise _wrong_type(name, wanted, value)
@@ -97,7 +103,7 @@ def _check_items(values: Any, origin: type, arguments: tuple[Any, ...], name: st
 
 
 def check_types(settings: Any) -> None:
-    """Check the type of every field of a dataclass that is not frozen.
+    """Check the type of every field of a dataclass.
 
     Where a field takes text, a path becomes text; where it takes a number, an int becomes a float.
 
@@ -107,9 +113,9 @@ def check_types(settings: Any) -> None:
     for name, wanted in _hints(type(settings)).items():  # type: ignore[arg-type]
         value = getattr(settings, name)
         if isinstance(value, os.PathLike):
-            setattr(settings, name, check(os.fspath(value), wanted, name))
+            object.__setattr__(settings, name, check(os.fspath(value), wanted, name))  # also of a frozen one
         elif type(value) is not wanted:  # so NaN is a float; its bounds refuse it
-            setattr(settings, name, check(value, wanted, name))
+            object.__setattr__(settings, name, check(value, wanted, name))
 
 
 @cache
@@ -123,7 +129,9 @@ def _type_name(wanted: Any) -> str:
         return " or ".join(_type_name(argument) for argument in arguments)
     if get_origin(wanted) is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    names = {
+        int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path", type(None): "nothing",
+    }  # fmt: skip
     return names.get(wanted, getattr(wanted, "__name__", str(wanted)))
 
 
@@ -261,7 +269,8 @@ def check_number(name: str, value: Any, shown: str | None = None) -> None:
     for each in value if isinstance(value, tuple) else (value,):
         if each not in BOUNDS[name]:
             flag = shown or "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be {BOUNDS[name]}, got {shorten(each)}")
+            found = shorten(repr(each) if isinstance(each, str) else each)
+            raise UserError(f"{flag} must be {BOUNDS[name]}, got {found}")
 
 
 def check_numbers(settings: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,17 @@ def test_two_families_cannot_share_the_name_of_a_size():
 
     with pytest.raises(ValueError, match="bits and other both have the size Bits-S"):
         register(Other())
+
+
+def test_fast_forecasts_its_output(run):
+    fast = haste.sample(run, labels=[1, 8], num_steps=12, fast=True)
+    spelled = {"cache": "newton", "granularity": "output", "interval": 6, "order": 2}
+    assert (fast == haste.sample(run, labels=[1, 8], num_steps=12, **spelled)).all()
+    assert (fast != haste.sample(run, labels=[1, 8], num_steps=12)).any()
+
+
+def test_fast_is_recorded_as_it_is(run, tmp_path):
+    haste.sample(run, labels=[1, 8], num_steps=12, fast=True, folder=tmp_path)
+    (record,) = tmp_path.rglob("sample.json")
+    settings = json.loads(record.read_text())["settings"]
+    assert (settings["cache"], settings["granularity"]) == ("newton", "output")

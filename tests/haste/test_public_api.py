@@ -204,3 +204,55 @@ def test_a_trainer_of_ones_own_aligns_a_model_that_haste_does_not_know(tmp_path)
         optimizer.step()
         optimizer.zero_grad()
     assert t.shape == (8,) and alignment[-1] < alignment[0] - 0.2
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"mode": "euler"}, "mode must be one of 'ode', 'sde', got 'euler'"),
+        ({"num_images": 0}, "num_images must be an integer from 1"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1"),
+        ({"labels": []}, "labels must be one class or more"),
+        ({"folder": 3}, "folder must be a path"),
+        ({"per_proc_batch_size": 8}, "settings must be .*, got per_proc_batch_size; pass it as batch_size"),
+        ({"ckpt": "a"}, "settings must be .*, got ckpt; pass it as checkpoint"),
+    ],
+)
+def test_sample_names_its_argument(settings, named):
+    with pytest.raises((haste.UserError, TypeError), match=f"^{named}"):
+        haste.sample("no-such-run", **settings)
+
+
+@pytest.mark.parametrize("given", [3, None, torch.nn.Linear(1, 1)])
+def test_sample_takes_a_path_or_a_loaded_checkpoint(given):
+    with pytest.raises(haste.UserError, match="^checkpoint must be a path"):
+        haste.sample(given)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(1), [1], None])
+def test_evaluate_refuses_other_samples_before_it_reads_the_reference(given):
+    with pytest.raises(
+        haste.UserError, match="^samples must be a NumPy array of images, a path or a loaded checkpoint"
+    ):
+        haste.evaluate(given, "digits", "no-such-reference")
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [({"ema": "no"}, "ema"), ({"convention": "x"}, "convention"), ({"device": "cud"}, "device"),
+     ({"fused_attn": 1}, "fused_attn")],
+)  # fmt: skip
+def test_load_checkpoint_names_its_argument(settings, named):
+    with pytest.raises(haste.UserError, match=f"^{named} must be "):
+        haste.load_checkpoint("no-such-run", **settings)
+
+
+def test_train_takes_a_config():
+    with pytest.raises(haste.UserError, match="^config must be a TrainConfig, .* got 'digits'$"):
+        haste.train("digits")
+
+
+@pytest.mark.parametrize("grid", [0, "4"])
+def test_an_aligner_has_a_grid_of_tokens(grid):
+    with pytest.raises(haste.UserError, match="^grid must be an integer from 1 .*, got "):
+        haste.Aligner.from_pretrained("no-such-teacher", grid=grid)

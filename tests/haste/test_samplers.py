@@ -276,3 +276,10 @@ def test_times_know_their_value_until_they_are_written_to():
 def test_in_inference_mode_too():
     with torch.inference_mode():
         assert time_of(times_at(0.25, 2, torch.float32, torch.device("cpu"))) == 0.25
+
+
+def test_calls_of_an_unknown_sampler_are_refused():
+    with pytest.raises(UserError, match="^sampler must be one of euler, heun, euler-maruyama, got 'huen'$"):
+        model_calls("huen", 5)
+    with pytest.raises(UserError, match="^num_steps must be an integer from 1 to 10,000, got '5'$"):
+        model_calls("heun", "5")

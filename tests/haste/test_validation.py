@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
@@ -136,5 +137,34 @@ def test_whole_numbers_are_whole_and_may_be_numpys():
 
 def test_none_passes_where_it_is_the_default_alone():
     check_numbers(SampleConfig(ckpt="a"))
-    with pytest.raises(UserError, match="--num-steps must be an integer from 1 to 10,000, got None"):
-        check_numbers(SampleConfig(ckpt="a", num_steps=None))
+    with pytest.raises(UserError, match="num_steps must be an integer, got None"):
+        SampleConfig(ckpt="a", num_steps=None)
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"mode": "SDE"}, "mode must be one of 'ode', 'sde', got 'SDE'"),
+        ({"mode": 3}, "mode must be one of 'ode', 'sde', got 3"),
+        ({"ema": "no"}, "ema must be true or false, got 'no'"),
+        ({"fast": "no"}, "fast must be true or false, got 'no'"),
+        ({"heun": "no"}, "heun must be true or false, got 'no'"),
+        ({"convention": "x"}, "convention must be one of 'repa', 'sit' or nothing, got 'x'"),
+        ({"interval": "4"}, "interval must be an integer or nothing, got '4'"),
+        ({"sample_dir": 3}, "sample_dir must be a path or nothing, got 3"),
+    ],
+)
+def test_settings_of_another_type_are_refused_when_they_are_made(settings, named):
+    with pytest.raises(UserError, match=f"^{named}$"):
+        SampleConfig(ckpt="a", **settings)
+
+
+def test_numbers_of_numpy_and_names_of_files_become_pythons():
+    config = SampleConfig(ckpt="a", num_steps=np.int64(7), cfg_scale=np.float32(1.5), sample_dir="b")
+    assert (config.ckpt, config.sample_dir) == (Path("a"), Path("b"))
+    assert type(config.num_steps) is int and type(config.cfg_scale) is float
+
+
+def test_text_keeps_its_quotes_where_a_number_belongs():
+    with pytest.raises(UserError, match="^num_steps must be an integer from 1 to 10,000, got '4'$"):
+        check_number("num_steps", "4", "num_steps")

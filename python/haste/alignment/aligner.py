@@ -16,6 +16,7 @@ import haste_ext
 from haste.errors import UserError
 from haste.models import ModelOutput, PublishedAlignment, families
 from haste.teachers.encoder import GridRule, TeacherOutput, VisionTeacher
+from haste.validation import SIDE, shown
 
 # ---- which layers ----
 
@@ -28,8 +29,11 @@ class LayerMap:
     teacher: tuple[int, ...]
 
     @classmethod
-    def parse(cls, text: str) -> LayerMap:
+    def parse(cls, text: str, name: str = "layer_map") -> LayerMap:
         """Parse '4:8,5:9': student layers 4 and 5 are aligned with teacher layers 8 and 9.
+
+        Args:
+            name: what errors call the text.
 
         Raises:
             UserError: another text.
@@ -38,7 +42,7 @@ class LayerMap:
             pairs = [tuple(int(layer) for layer in pair.split(":")) for pair in text.split(",")]
             student, teacher = zip(*pairs, strict=True)
         except ValueError as error:
-            raise UserError(f"--layer-map must be pairs student:teacher of layers counted from 0, such as 4:8,5:9, "
+            raise UserError(f"{name} must be pairs student:teacher of layers counted from 0, such as 4:8,5:9, "
                             f"got {text!r}") from error  # fmt: skip
         if len(set(student)) < len(student):
             raise UserError(f"--layer-map must name each layer of the student once, got {text!r}")
@@ -85,7 +89,7 @@ def choose_layer_map(text: str, model: str) -> LayerMap:
         UserError: a text that is no layer map, or none for a model without a published one.
     """
     if text:
-        return LayerMap.parse(text)
+        return LayerMap.parse(text, "--layer-map")
     published = _published(model)
     if not published or not published.layer_map:
         known = [name for f in families() for name, own in f.published_alignment.items() if own.layer_map]
@@ -224,6 +228,8 @@ class Aligner(nn.Module):
             UserError: an unknown teacher, a layer that it does not have, a grid or size that does not fit.
             ValueError: both losses are off.
         """
+        if grid is not None and grid not in SIDE:
+            raise UserError(f"grid must be {SIDE}, or None for the teacher's, got {shown(grid)}")
         names = [names] if isinstance(names, str) else names
         layer_map = LayerMap.parse(layer_map) if isinstance(layer_map, str) else layer_map
         aligned = layer_map.teacher if layer_map is not None and attn_coeff else ()

@@ -22,6 +22,7 @@ from haste.caching.forecaster import CachedFeatures, Correction, Corrections, Fo
 from haste.caching.schedule import Clock, Plan, ScheduleState
 from haste.errors import UserError
 from haste.samplers import BOTH, Branches, ModelCall, time_of
+from haste.validation import shown
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class CachedModel(nn.Module):
         config: the settings of the cache.
 
     Attributes:
+        defaults: settings of the config that nobody chose; they shrink to fit a short run.
         num_full, num_forecast: calls so far in this run.
         full_steps: the steps so far that were full.
 
@@ -63,6 +65,7 @@ class CachedModel(nn.Module):
         self._corrections = Corrections()
         self._functions = [granularity.functions for granularity in self.granularities]
         self._clock: Clock | None = None
+        self.defaults: frozenset[str] = frozenset()
         self._warned = False  # of a run that ended before its plan
         self.training = model.training  # and every part of the model stays in its own mode
 
@@ -147,7 +150,7 @@ class CachedModel(nn.Module):
         clock = Clock(plan)
         calls = clock.plan
         self._num_steps = calls[-1].step + 1 if calls else 0
-        self._schedule = ScheduleState(self.config, self._num_steps)
+        self._schedule = ScheduleState(self.config.fitted(self._num_steps, self.defaults), self._num_steps)
         self._branches_of_step: dict[int, set[str]] = {}
         for call in calls:
             self._branches_of_step.setdefault(call.step, set()).update(call.branches)
@@ -162,11 +165,11 @@ class CachedModel(nn.Module):
         self.num_full = self.num_forecast = 0
 
     @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Any:
         """The model's output, computed in full or forecast.
 
         Args:
-            x, t, y: as the model takes them; t holds one time for the whole batch.
+            x, t, y: as the model takes them; t holds one time for the whole batch, or is that number.
 
         Raises:
             UserError: no run has begun, the call is not the next of the plan, the batch has no cond and uncond halves,
@@ -175,6 +178,8 @@ class CachedModel(nn.Module):
         """
         if self.model.training:
             raise ValueError("model must be in eval mode, got training mode, which drops labels; call model.eval()")
+        if not isinstance(t, Tensor):
+            t = torch.full((len(x),), float(t), dtype=self.dtype, device=x.device)
         call = self._next_call(t)
         if len(x) % len(call.branches):
             raise UserError(f"x must have as many rows for {' as for '.join(call.branches)}, got {len(x)} rows")
@@ -396,11 +401,25 @@ def enable_cache(
     Raises:
         UserError: contradicting settings, a model without an adapter, more than one of num_steps, times, model_calls.
     """
-    if config is None:
-        config = CacheConfig() if "cache" in settings else FAST
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {shown(model)}")
+    if not isinstance(config, CacheConfig | None):
+        raise UserError(f"config must be a CacheConfig, got {shown(config)}; settings are keywords, such as "
+                        "cache='taylor' or num_steps=50")  # fmt: skip
+    for call in model_calls or ():
+        if not isinstance(call, ModelCall):
+            raise UserError(f"model_calls must be what haste.samplers.model_calls returns, got {shown(model_calls)}")
+    defaults: set[str] = set()
+    if config is None and "cache" in settings:
+        config = CacheConfig()
+    elif config is None:
+        config, defaults = FAST, {"interval", "order"} - set(settings)
+        if settings.get("full_steps") and "interval" in defaults:
+            settings["interval"] = None
     cached = make_cache(model, replace(config, **settings))
     if cached is None:
-        raise UserError("cache must be one of those of CacheConfig but none, got none")
+        raise UserError("cache must be reuse, taylor, newton, hermite or delta-dit, got none")
+    cached.defaults = frozenset(defaults)
     plans = [plan for plan in (num_steps, times, model_calls) if plan is not None]
     if len(plans) > 1:
         raise UserError("a run must have one of num_steps, times and model_calls, got several")

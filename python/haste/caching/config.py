@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from haste.errors import UserError, shorten
-from haste.validation import check_numbers
+from haste.validation import check_numbers, check_types
 
 # Of Δ-DiT, as published for PixArt-α: 12 of 20 steps, 21 of 28 blocks.
 GATE_SHARE = 0.6
@@ -52,6 +53,7 @@ class CacheConfig:
     """delta-dit: number of blocks to skip. [default: three in four]"""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if type(self) is CacheConfig:  # a subclass is checked with all its flags, by its own check()
             self.check_cache()
 
@@ -83,13 +85,24 @@ class CacheConfig:
     def resolved_order(self) -> int:
         if self.order is not None:
             return self.order
-        return 0 if self.cache in ("reuse", "delta-dit") else 4
+        default = 0 if self.cache in ("reuse", "delta-dit") else 4
+        return min(default, len(self.full_step_list) - 1) if self.full_steps else default
 
     def resolved_gate(self, num_steps: int) -> int:
         return round(GATE_SHARE * num_steps) if self.gate is None else self.gate
 
     def resolved_cached_blocks(self, depth: int) -> int:
         return round(CACHED_SHARE * depth) if self.cached_blocks is None else self.cached_blocks
+
+    def fitted(self, num_steps: int, names: Iterable[str]) -> CacheConfig:
+        """The same settings, of which interval and order, if named, shrink to what a run of num_steps steps allows."""
+        chosen = self
+        if "interval" in names and chosen.interval is not None:
+            chosen = replace(chosen, interval=min(chosen.interval, num_steps))
+        full = chosen.planned_full_steps(num_steps)
+        if "order" in names and chosen.order is not None and full is not None:
+            chosen = replace(chosen, order=min(chosen.order, max(0, len(full) - 1)))
+        return chosen
 
     def planned_full_steps(self, num_steps: int) -> list[int] | None:
         """The full steps of an undisturbed run, from 0; None if they depend on measured errors.
@@ -135,10 +148,6 @@ class CacheConfig:
 
     def check_cache(self) -> None:
         """Check all numbers, also a subclass's, and that no flag contradicts another."""
-        for name in ("cache", "granularity"):
-            value, known = getattr(self, name), get_args(get_type_hints(CacheConfig)[name])
-            if value not in known:
-                raise UserError(f"--{name} must be {', '.join(known[:-1])} or {known[-1]}, got {shorten(value)}")
         check_numbers(self)
         steps = self.full_step_list
         if steps and (sorted(set(steps)) != steps or steps[0] != 0):
@@ -166,24 +175,24 @@ class CacheConfig:
             raise UserError(f"--cached-blocks must be from 1 to the model's {depth} blocks, got {count}")
 
     def check_run(self, num_steps: int) -> None:
-        """Check the settings for a run of `num_steps` steps."""
+        """Check the given settings for a run of `num_steps` steps; defaults have effect as far as the run allows."""
         steps = self.full_step_list
         if steps and steps[-1] >= num_steps:
             raise UserError(f"--full-steps must be numbers from 0 to {num_steps - 1} for {num_steps} steps, "
                             f"got {steps[-1]}")  # fmt: skip
-        counts = {} if steps else {"interval": self.resolved_interval, "first-enhance": self.resolved_first_enhance}
+        counts = {} if steps else {"interval": self.interval, "first-enhance": self.first_enhance}
         if self.error_threshold:
-            del counts["interval"]  # the most that it may become
+            counts.pop("interval", None)  # the most that it may become
         for flag, count in counts.items():
-            if count > num_steps:
+            if count is not None and count > num_steps:
                 raise UserError(f"--{flag} must be at most the number of steps, {num_steps}, got {count}")
         gate = self.resolved_gate(num_steps)
         if self.cache == "delta-dit" and not 0 <= gate <= num_steps:
             raise UserError(f"--gate must be from 0 to the number of steps, {num_steps}, got {gate}")
         full = self.planned_full_steps(num_steps)
-        if full is not None and self.resolved_order >= max(1, len(full)):
+        if full is not None and self.order is not None and self.order >= max(1, len(full)):
             raise UserError(f"--order must be at most {len(full) - 1}, as {len(full)} of {num_steps} steps are full, "
-                            f"got {self.resolved_order}")  # fmt: skip
+                            f"got {self.order}")  # fmt: skip
 
 
 # What enable_cache(model) means, and `haste sample --fast` for the ODE.

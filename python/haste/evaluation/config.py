@@ -8,6 +8,7 @@ from pathlib import Path
 
 from haste.errors import UserError
 from haste.generation.config import SampleConfig, SamplingConfig
+from haste.validation import check_types
 
 FULL = "full"  # --baseline: sample it
 STORED = "stored"  # --features
@@ -20,6 +21,9 @@ class MetricConfig:
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(kw_only=True)
@@ -61,14 +65,15 @@ class EvaluateConfig(SamplingConfig):
         """The same settings with --fast and a label file expanded."""
         if self.samples is not None:
             self._check_nothing_is_sampled()
+            return self
         chosen = self.sample_config().resolved()
         names = [field.name for field in fields(SamplingConfig)]
-        return replace(self, fast=False, **{name: getattr(chosen, name) for name in names})
+        return replace(self, **{name: getattr(chosen, name) for name in names})
 
     def sample_config(self, **changes) -> SampleConfig:
         """The settings shared with `haste sample`, with changes."""
         shared = {field.name: getattr(self, field.name) for field in fields(SampleConfig) if hasattr(self, field.name)}
-        return SampleConfig(**{**shared, **changes})
+        return SampleConfig(**{**shared, "ckpt": self.ckpt or self.run or Path(), **changes})
 
     def sampling_config(self) -> SamplingConfig:
         """The settings that decide the sampled images."""

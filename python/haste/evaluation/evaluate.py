@@ -35,6 +35,7 @@ from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import LoadedCheckpoint, choose_labels, load_checkpoint
 from haste.generation.sample_dir import RECORD, open_sampler, read_record
 from haste.tables import format_number, text_table
+from haste.validation import check_number, shown
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,11 @@ def evaluate(
     Raises:
         UserError: something does not exist, cannot be read, or does not fit the rest.
     """
+    if not isinstance(samples, (np.ndarray, Path, str, LoadedCheckpoint)):
+        raise UserError(f"samples must be a NumPy array of images, a path or a loaded checkpoint, got {shown(samples)}")
+    if num_images is not None:
+        check_number("num_images", num_images, "num_images")
+    check_number("per_proc_batch_size", batch_size, "batch_size")
     if isinstance(samples, np.ndarray) and (
         samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[-1] != 3 or not samples.size
     ):

@@ -28,7 +28,7 @@ from haste.evaluation.features import extract
 from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, steps_text, summarise_steps
 from haste.evaluation.reference import check_replaceable, save_reference
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint, run_checkpoints
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, fit_to_family, load_checkpoint, run_checkpoints
 from haste.generation.sample_dir import open_sampler, read_record, sample_to_folder
 from haste.io import read_json, write_json, writing
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES
@@ -172,7 +172,7 @@ def checkpoints_text(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
 def compare_with_baseline(config: EvaluateConfig, given: str, samples: Path, count: int | None) -> list[str]:
     """Compute PSNR and SSIM to the baseline; for --baseline full also the errors of the states after each step."""
     if given == FULL:
-        baseline = sample_to_folder(config.sample_config(**asdict(CacheConfig()))).folder.path
+        baseline = sample_to_folder(config.sample_config(fast=False, **asdict(CacheConfig()))).folder.path
     else:
         baseline = Path(given)
     fidelity = compare_sets(samples, baseline, count).summary()
@@ -191,8 +191,8 @@ def compare_steps(config: EvaluateConfig, samples: Path) -> np.ndarray:
     """Sample the first images again with and without the cache; return and plot the states' errors (steps, images)."""
     from haste.plotting import plot_step_errors
 
-    settings = config.sampling_config()
     loaded = load_checkpoint(config.trained, config.ema, convention=config.convention)
+    settings = fit_to_family(config.sampling_config(), loaded, config.fast)
     cached, full = Sampler(loaded, settings), Sampler(loaded, replace(settings, **asdict(CacheConfig())))
     full_steps = read_record(samples).full_steps
     if full_steps is not None:  # measured by --error-threshold
@@ -239,7 +239,8 @@ def evaluate_by_classifier(config: EvaluateConfig) -> tuple[list[dict[str, Any]]
     checkpoints = run_checkpoints(run)
     with writing(str(run / RECORDS)), updating(run / RECORDS):
         pass  # a folder that cannot be written is refused before anything is sampled
-    name = classifier_for(load_checkpoint(run, config.ema, convention=config.convention))
+    loaded = load_checkpoint(run, config.ema, convention=config.convention)
+    name, config = classifier_for(loaded), fit_to_family(config, loaded, config.fast)
     evaluator = load_evaluator(config, name, name, CLASSIFIED_AT_ONCE, count)
     with progress_bar(total=len(checkpoints) * count, unit="image", desc="evaluate") as bar:
 

@@ -109,6 +109,23 @@ class SamplingConfig(CacheConfig):
         """The name of the sampler in `haste.samplers`."""
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
 
+    # Defaults of the cache shrink to what fits into a short run.
+
+    @property
+    def resolved_interval(self) -> int:
+        known = super().resolved_interval
+        return known if self.interval is not None or self.error_threshold else min(known, self.num_steps)
+
+    @property
+    def resolved_first_enhance(self) -> int:
+        known = super().resolved_first_enhance
+        return known if self.first_enhance is not None else min(known, self.num_steps)
+
+    @property
+    def resolved_order(self) -> int:
+        known, full = super().resolved_order, self.planned_full_steps(self.num_steps)
+        return known if self.order is not None or full is None else min(known, max(0, len(full) - 1))
+
     @property
     def guidance_interval(self) -> tuple[float, float] | None:
         """Lowest and highest time of guided steps; None if all are guided."""
@@ -200,16 +217,18 @@ class SampleConfig(SamplingConfig, PublishedFlags):
     """Replay the calls of a cached model as CUDA graphs. Not yet tried on a GPU."""
 
     def resolved(self) -> SampleConfig:
-        """The same settings with --fast and a label file expanded, and without those that have no effect."""
-        chosen: dict[str, Any] = {}
-        if self.fast:
+        """The same settings with --fast and a label file expanded, and without those that have no effect.
+
+        `fast` stays, for the granularity depends on the model (`fit_to_family`); resolved settings stay as they are.
+        """
+        chosen = asdict(fast_config(self.num_steps, noisy=self.mode == "sde")) if self.fast else {}
+        given = {name: getattr(self, name) for name in chosen}
+        if given != chosen:
             for name, default in asdict(CacheConfig()).items():
-                value = getattr(self, name)
-                if value != default:
+                if self.fast and given[name] != default:
                     flag = name.replace("_", "-")
-                    raise UserError(f"--{flag} must be left out with --fast, which sets it, got {value}")
-            chosen = asdict(fast_config(self.num_steps, noisy=self.mode == "sde"))
-        return replace(self, fast=False, labels=list_labels(self.labels), **chosen).effective()
+                    raise UserError(f"--{flag} must be left out with --fast, which sets it, got {given[name]}")
+        return replace(self, labels=list_labels(self.labels), **chosen).effective()
 
 
 def _list_name(values: Sequence[object]) -> str:

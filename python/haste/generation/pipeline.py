@@ -23,12 +23,13 @@ from haste.caching import make_cache
 from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
 from haste.errors import UserError, shorten
-from haste.generation.config import SamplingConfig
+from haste.generation.config import SamplingConfig, Settings
 from haste.models import Convention, Family, Layout, get_family
 from haste.samplers import Guidance, initial_noise, model_calls, solver, times_at
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
 from haste.training.config import TrainConfig
 from haste.vae import PUBLISHED_VAES, VAE, LatentFormat
+from haste.validation import check, shown
 from haste.weights import BrokenCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def load_checkpoint(
     path: Path | str,
     ema: bool = True,
     *,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     fused_attn: bool = True,
     assume: Mapping[str, Any] | None = None,
     convention: Convention | None = None,
@@ -126,21 +127,36 @@ def load_checkpoint(
     Raises:
         UserError: there is no checkpoint, or it cannot be read.
     """
-    path = Path(path).expanduser()
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not os.path.lexists(path):
+    source: Path = check(path, Path, "path").expanduser()
+    check(ema, bool, "ema")
+    check(fused_attn, bool, "fused_attn")
+    check(convention, Convention | None, "convention")
+    device = _to_device(device)
+    if not os.path.lexists(source):
         raise BrokenCheckpoint(f"--ckpt must be a checkpoint or the folder of a run, got {path}, which does not exist")
-    files = run_checkpoints(path, "--ckpt")[::-1] if path.is_dir() else [path]
+    files = run_checkpoints(source, "--ckpt")[::-1] if source.is_dir() else [source]
     for file in files:
         try:
             content = read_checkpoint(file, assume, convention)
             model, settings = loaded_model(content, ema, fused_attn).to(device), sampling_config(content, file)
             return LoadedCheckpoint(model, content["model_config"], settings, file, what_is_recorded(content))
         except BrokenCheckpoint as error:
-            if not path.is_dir():
+            if not source.is_dir():
                 raise
             logger.warning("%s; trying the one before", error)
-    raise UserError(f"all {len(files)} checkpoints in {path / 'checkpoints'} are damaged")
+    raise UserError(f"all {len(files)} checkpoints in {source / 'checkpoints'} are damaged")
+
+
+def _to_device(device: torch.device | str | None) -> torch.device:
+    """The device of the argument `device`; None is the GPU, if there is one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UserError(
+            f"device must be a torch.device, or the name of one such as cuda, got {shown(device)}"
+        ) from None
 
 
 def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
@@ -250,6 +266,13 @@ class Start(NamedTuple):
     noise: Tensor
     labels: Tensor
     generators: list[torch.Generator]
+
+
+def fit_to_family(settings: Settings, loaded: LoadedCheckpoint, fast: bool) -> Settings:
+    """The settings that `fast` chose; for a family whose blocks caches cannot take apart, of granularity output."""
+    if fast and loaded.family.cached(loaded.model) is None:
+        return replace(settings, granularity="output")
+    return settings
 
 
 class Sampler:

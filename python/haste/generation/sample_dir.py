@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -32,11 +33,18 @@ from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
 from haste.errors import UserError, require
 from haste.generation.config import SampleConfig, SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, Sampler, choose_labels, load_checkpoint, number_labels
+from haste.generation.pipeline import (
+    LoadedCheckpoint,
+    Sampler,
+    choose_labels,
+    fit_to_family,
+    load_checkpoint,
+    number_labels,
+)
 from haste.io import read_json, remove_abandoned, writing
 from haste.resumable import ResumableDir, differences
 from haste.training.checkpoint import DIGEST, WRITTEN, as_before, checkpoint_identity
-from haste.validation import build
+from haste.validation import build, check, check_number, shown
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +54,11 @@ THREADS = 8  # files that are read or written at a time
 CHUNK = 256  # images in memory while the .npz is written
 ALL_THERE = "the images are complete, and the same command tries again"
 CALIBRATION_IMAGES = 8  # on which --error-threshold measures the full steps
+
+# Arguments of `sample`, by the name of the setting that each of them is.
+RENAMED = {
+    "ckpt": "checkpoint", "num_fid_samples": "num_images", "per_proc_batch_size": "batch_size", "sample_dir": "folder",
+}  # fmt: skip
 
 # Of the grid: images up to SMALL pixels wide are shown MANY at a time, larger ones FEW, in their own size.
 SMALL, MANY, FEW = 64, 100, 40
@@ -307,22 +320,33 @@ def sample(
         UserError: settings or a checkpoint that cannot work, named by the flag; a folder of other images.
         TypeError: an unknown setting.
     """
+    for name, argument in RENAMED.items():
+        if name in settings:
+            raise TypeError(f"settings must be fields of SamplingConfig, got {name}; pass it as {argument}")
+    if not isinstance(checkpoint, (LoadedCheckpoint, str, os.PathLike)):
+        raise UserError(f"checkpoint must be a path, or what load_checkpoint returns, got {shown(checkpoint)}")
+    sample_dir: Path | None = check(folder, Path | None, "folder")
     loaded = checkpoint if isinstance(checkpoint, LoadedCheckpoint) else None
     listed = None if labels is None or isinstance(labels, str) else np.atleast_1d(np.asarray(labels)).tolist()
+    if listed == []:
+        raise UserError("labels must be one class or more, got []")
     count = num_images if num_images is not None else 16 if listed is None else len(listed)
+    check_number("num_images", count, "num_images")
+    check_number("per_proc_batch_size", batch_size, "batch_size")
     args = SampleConfig(
         ckpt=loaded.checkpoint if loaded is not None else Path(checkpoint).expanduser(),  # type: ignore[arg-type]
         labels=str(labels or "random") if listed is None else ",".join(map(str, listed)),
         num_fid_samples=count,
         per_proc_batch_size=batch_size,
-        sample_dir=None if folder is None else Path(folder),
+        sample_dir=sample_dir,
         **settings,
     )
     if folder is not None:
         return sample_to_folder(args, loaded).images
     args = args.resolved()
     args.check()
-    return open_sampler(loaded or _load(args, None), args).sample_batches(count, batch_size)[0]
+    loaded = loaded or _load(args, None)
+    return open_sampler(loaded, fit_to_family(args, loaded, args.fast)).sample_batches(count, batch_size)[0]
 
 
 def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
@@ -343,6 +367,7 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
     processes = Processes()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     loaded = loaded or _load(args, processes.device)
+    args = fit_to_family(args, loaded, args.fast)
     sampler = Sampler(loaded, args)
     args = replace(args, labels=number_labels(args.labels, loaded.class_names))
     args.refuse_other(loaded, 1 if sampler.latents is None else sampler.latents.factor)

@@ -49,6 +49,7 @@ from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
 from haste.training.state import TrainState
 from haste.transport import velocity_loss
+from haste.validation import shown
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def train(config: TrainConfig) -> TrainResult:
         UserError: settings that cannot work, a folder with another run, a loss that is not finite. Saved files are
             kept.
     """
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"config must be a TrainConfig, such as TrainConfig.from_preset('digits'), got {shown(config)}")
     config.check()
     config.check_model()
     dataset = load_dataset(

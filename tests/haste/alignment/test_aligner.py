@@ -242,7 +242,9 @@ def test_a_typed_map_is_read_and_written_back():
 
 @pytest.mark.parametrize("text", ["4", "4:8:9", "a:b", "4:8,", ","])
 def test_a_malformed_map_is_refused(text):
-    with pytest.raises(UserError, match="--layer-map must be pairs student:teacher"):
+    with pytest.raises(UserError, match="^--layer-map must be pairs student:teacher"):
+        choose_layer_map(text, "SiT-B/2")
+    with pytest.raises(UserError, match="^layer_map must be pairs student:teacher"):
         LayerMap.parse(text)
 
 

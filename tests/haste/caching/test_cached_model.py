@@ -528,3 +528,44 @@ def test_what_is_free_is_asked_of_the_machine():
     check_memory(small_sit(), CacheConfig(cache="taylor"), 2)
     with pytest.raises(UserError, match="GiB are free"):
         check_memory(small_sit(), CacheConfig(cache="taylor"), 2**50)
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, named",
+    [
+        ((50,), {}, "config must be a CacheConfig, got 50"),
+        (("taylor",), {}, "config must be a CacheConfig, got 'taylor'"),
+        (({"interval": 4},), {}, "config must be a CacheConfig, got {'interval': 4}"),
+        ((), {"model_calls": [1, 2, 3, 4]}, r"model_calls must be .*, got \[1, 2, 3, 4\]"),
+        ((), {"cache": "none"}, "cache must be reuse, taylor, newton, hermite or delta-dit, got none"),
+    ],
+)
+def test_likely_mistakes_of_enable_cache_are_refused_by_name(arguments, settings, named):
+    with pytest.raises(UserError, match=f"^{named}"):
+        enable_cache(small_sit(), *arguments, **settings)
+
+
+def test_the_class_of_a_model_is_no_model():
+    with pytest.raises(UserError, match="^model must be a torch.nn.Module, got <class"):
+        enable_cache(SiT)
+
+
+def test_defaults_that_nobody_chose_fit_a_short_run():
+    x, _ = small_noise()
+    for num_steps in (1, 2, 5):
+        cached = enable_cache(small_sit(), num_steps=num_steps)
+        for step in range(num_steps):
+            cached(x, torch.full((2,), 1 - step / num_steps), torch.zeros(2, dtype=torch.int64))
+        assert cached.full_steps == [0, 1][:num_steps]
+    assert enable_cache(small_sit(), full_steps="0,1", num_steps=5).config.interval is None
+    for chosen in ({"interval": 6}, {"order": 2}):
+        with pytest.raises(UserError, match=f"--{next(iter(chosen))} must be at most"):
+            enable_cache(small_sit(), num_steps=5, **chosen)
+
+
+def test_a_time_may_be_a_number():
+    x, labels = small_noise()
+    cached = enable_cache(small_sit(), num_steps=8)
+    by_number = cached(x, 1.0, labels)
+    cached.start(8)
+    assert torch.equal(by_number[0], cached(x, torch.ones(2), labels)[0])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from caching_models import small_sit
-from haste.caching import CacheConfig, enable_cache
+from haste.caching import FAST, CacheConfig, enable_cache
 from haste.caching.schedule import describe_steps
 from haste.errors import UserError
 from hypothesis import given
@@ -24,7 +24,7 @@ def test_records_hold_what_decides_the_images_and_no_more():
     assert CacheConfig().cache_fields() == {"cache": "none"}
     assert CacheConfig(cache="reuse").cache_fields()["order"] == 0
     assert CacheConfig(cache="newton", full_steps="0,3").cache_fields() == {
-        "cache": "newton", "full_steps": "0,3", "order": 4, "granularity": "module"
+        "cache": "newton", "full_steps": "0,3", "order": 1, "granularity": "module"
     }  # fmt: skip
     assert CacheConfig(cache="delta-dit", gate=9).cache_fields() == {
         "cache": "delta-dit", "interval": 2, "first_enhance": 1, "gate": 9, "cached_blocks": None
@@ -84,10 +84,10 @@ def test_settings_that_make_no_sense_get_a_sentence(settings, message):
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"cache": "tayler"}, "--cache must be none, reuse, taylor, .* or delta-dit, got tayler"),
-        ({"cache": "taylor", "granularity": "modules"}, "--granularity must be module, .* or output, got modules"),
-        ({"cache": "taylor", "full_steps": [0, 1, 4]}, "--full-steps must be step numbers such as .*, got .0, 1, 4"),
-        ({"cache": "taylor", "interval": "4"}, "--interval must be an integer from 1 to 10,000, got 4"),
+        ({"cache": "tayler"}, "cache must be one of 'none', 'reuse', 'taylor', .*, got 'tayler'"),
+        ({"cache": "taylor", "granularity": "modules"}, "granularity must be one of 'module', .*, got 'modules'"),
+        ({"cache": "taylor", "full_steps": [0, 1, 4]}, r"full_steps must be text, got \[0, 1, 4\]"),
+        ({"cache": "taylor", "interval": "4"}, "interval must be an integer or nothing, got '4'"),
         (
             {"cache": "taylor", "error_threshold": float("inf")},
             "--error-threshold must be a number from 0 to 1,000,000, got inf",
@@ -106,13 +106,21 @@ def test_values_that_no_command_line_would_pass_on(settings, sentence):
         ({"first_enhance": 9}, "--first-enhance must be at most the number of steps, 8, got 9"),
         ({"first_enhance": 9, "error_threshold": 0.1}, "--first-enhance must be at most the number of steps, 8, got 9"),
         ({"full_steps": "0,9"}, "--full-steps must be numbers from 0 to 7 for 8 steps, got 9"),
-        ({"interval": 4}, "--order must be at most 2, as 3 of 8 steps are full, got 4"),
+        ({"interval": 4, "order": 4}, "--order must be at most 2, as 3 of 8 steps are full, got 4"),
         ({"cache": "delta-dit", "gate": 9}, "--gate must be from 0 to the number of steps, 8, got 9"),
     ],
 )
 def test_what_a_number_of_steps_does_not_allow(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         CacheConfig(**{"cache": "taylor", **settings}).check_run(8)
+
+
+def test_a_default_shrinks_to_what_the_run_allows():
+    CacheConfig(cache="newton").check_run(1)
+    CacheConfig(cache="newton", full_steps="0,1,2").check_run(8)
+    assert CacheConfig(cache="newton", full_steps="0,1,2").resolved_order == 2
+    assert FAST.fitted(5, {"interval", "order"}) == replace(FAST, interval=5, order=1)
+    assert FAST.fitted(50, {"interval", "order"}) == FAST
 
 
 def test_an_interval_that_bounds_a_measured_one_may_be_longer_than_the_run():
