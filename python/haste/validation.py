@@ -114,7 +114,9 @@ def check_types(settings: Any) -> None:
         value = getattr(settings, name)
         if isinstance(value, os.PathLike):
             object.__setattr__(settings, name, check(os.fspath(value), wanted, name))  # also of a frozen one
-        elif type(value) is not wanted:  # so NaN is a float; its bounds refuse it
+        elif isinstance(value, tuple) and any(each != each for each in value):
+            continue  # NaN, here as below, is a float; its bounds refuse it
+        elif type(value) is not wanted:
             object.__setattr__(settings, name, check(value, wanted, name))
 
 
