@@ -355,7 +355,6 @@ class OtherSignature(PublicModel):
 
 
 FOREIGN = {
-    "no module": lambda: lambda x, t, y: x,
     "blocks are a number": lambda: changed("blocks", 3),
     "blocks are a linear layer": lambda: changed("blocks", nn.Linear(2, 2)),
     "blocks are numbers": lambda: changed("blocks", [1, 2]),
