@@ -46,5 +46,5 @@ def test_example_runs(command, folder, monkeypatch, capsys):
 def test_a_missing_checkpoint_is_one_sentence(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["sample.py", "nowhere"])
-    with pytest.raises(SystemExit, match="^sample.py: the checkpoint nowhere does not exist$"):
+    with pytest.raises(SystemExit, match="^sample.py: --ckpt must be .*nowhere, which does not exist$"):
         runpy.run_path(str(EXAMPLES / "sample.py"), run_name="__main__")

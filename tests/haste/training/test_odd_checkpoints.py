@@ -185,8 +185,8 @@ def test_what_predicts_noise_is_said_before_what_is_missing_to_go_on(tmp_path):
 
 
 def test_a_device_and_a_file_that_is_not_there_are_told_apart(tmp_path):
-    for path, what in ((Path("/dev/zero"), "is no regular file"), (tmp_path / "none.pt", "does not exist")):
-        with pytest.raises(UserError, match=f"the checkpoint {path} {what}"):
+    for path, what in ((Path("/dev/zero"), " is no regular file"), (tmp_path / "none.pt", ", which does not exist")):
+        with pytest.raises(UserError, match=f"{path}{what}"):
             load_checkpoint(path, device=torch.device("cpu"))
 
 
