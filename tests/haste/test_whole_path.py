@@ -13,7 +13,7 @@ import pytest
 import torch
 from forked_haste import finish, start_haste
 from haste.training.checkpoint import list_checkpoints, read_checkpoint
-from transformers import Dinov2Config, Dinov2Model
+from small_models import save_teacher
 
 STEPS = 32
 OUTPUT = "output.txt"
@@ -21,13 +21,7 @@ OUTPUT = "output.txt"
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=2, num_channels=1
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    Dinov2Model(config).save_pretrained(folder)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def start(folder: Path, teacher: Path, *extra: str) -> multiprocessing.Process:

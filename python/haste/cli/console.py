@@ -61,7 +61,7 @@ def exit_on_error(command: str, words: Sequence[str]) -> Iterator[None]:
     except KeyboardInterrupt:
         print_error(f"{command}: interrupted" + ("; the same command resumes" if command in RESUMED else ""))
         raise SystemExit(130) from None
-    except Exception as error:
+    except Exception as error:  # one sentence if the user can correct it, else a traceback
         if isinstance(error, BrokenPipeError) and any(map(reader_left, (sys.stdout, sys.stderr))):
             discard(sys.stdout)
             raise SystemExit(CLOSED_PIPE) from None

@@ -288,7 +288,7 @@ class Trackers:
         named = {"wandb": {"name": config.exp_name}}
         try:
             self.accelerator.init_trackers(project(config), config=settings, init_kwargs=named)
-        except Exception as error:
+        except Exception as error:  # of tensorboard, wandb or the network
             why = in_one_line(error)
             raise UserError(f"--report-to must name trackers that start, got {config.report_to}: {why}") from error
 
@@ -308,7 +308,7 @@ class Trackers:
         def attempt() -> None:
             try:
                 write()
-            except Exception:
+            except Exception:  # raised again below
                 for tracker in self.accelerator.trackers:
                     if tracker.name == "tensorboard":  # its thread ends with an error; the next record starts another
                         tracker.writer.file_writer = tracker.writer.all_writers = None
@@ -323,7 +323,7 @@ class Trackers:
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
-            except Exception as error:
+            except Exception as error:  # as above; the run itself has ended well
                 logger.error("%s could not write its last entries: %s", tracker.name, in_one_line(error))
         self.accelerator.trackers = []
         self.accelerator.end_training()

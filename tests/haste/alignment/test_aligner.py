@@ -9,22 +9,15 @@ from haste.alignment.aligner import attention_loss
 from haste.errors import UserError
 from haste.models import SiT
 from haste.teachers import TeacherOutput
+from small_models import save_teacher
 from torch import nn
 from torch.nn import functional as F
-from transformers import Dinov2Config, Dinov2Model
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two teachers of different width."""
-    paths = []
-    for width in (16, 24):
-        torch.manual_seed(width)
-        config = Dinov2Config(
-            hidden_size=width, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=2, num_channels=1
-        )
-        paths.append(tmp_path_factory.mktemp(f"width{width}"))
-        Dinov2Model(config).save_pretrained(paths[-1])
+    paths = [save_teacher(tmp_path_factory.mktemp(f"width{n}"), seed=n, hidden_size=n) for n in (16, 24)]
     return [str(path) for path in paths]
 
 

@@ -10,20 +10,15 @@ from haste.alignment import Aligner, LayerMap
 from haste.alignment.termination import NOISE_SEED, gradient_cosine, mean_alignment_loss
 from haste.models import ModelOutput, SiT
 from haste.transport import interpolate, velocity_loss
+from small_models import save_teacher
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model
 
 TIMES = (0.1, 0.6)
 
 
 @pytest.fixture(scope="module")
 def aligner(tmp_path_factory) -> Aligner:
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2, num_channels=1
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    Dinov2Model(config).save_pretrained(folder)
+    folder = save_teacher(tmp_path_factory.mktemp("teacher"), num_hidden_layers=2)
     return Aligner.from_pretrained([str(folder)], LayerMap((0,), (1,)), grid=4, proj_coeff=0.25, attn_coeff=2.0)
 
 

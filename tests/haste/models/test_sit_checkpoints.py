@@ -10,6 +10,7 @@ from haste.errors import UserError
 from haste.models import SiT, get_family, infer_config
 from haste.models.sit_checkpoints import SiTCheckpoints
 from haste.training.checkpoint import loaded_model, read_checkpoint
+from small_models import SHAPE, WITH_PROJECTORS, random_sit
 
 CHECKPOINTS = SiTCheckpoints()
 
@@ -91,25 +92,10 @@ def test_sits_sampler_guides_three_of_more_channels():
     assert CHECKPOINTS.guided_channels("repa", 4) is None
 
 
-SHAPE = {
-    "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
-    "num_classes": 10, "encoder_depth": 2,
-}  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def _a_known_size_of_that_shape(monkeypatch):
     size = {"depth": 3, "hidden_size": 16, "num_heads": 2, "patch_size": 2}
     monkeypatch.setitem(get_family("sit").sizes, "SiT-Tiny/2", size)
-
-
-def random_sit(**changes) -> SiT:
-    torch.manual_seed(0)
-    model = SiT(**{**SHAPE, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 class PublicSiT(SiT):
@@ -151,9 +137,6 @@ def test_repas_older_names():
              "decoder_blocks.12.mlp.fc1.bias", "pos_embed"]  # fmt: skip
     renamed = list(CHECKPOINTS.rename(dict.fromkeys(names)))
     assert renamed == [*names[:8], "blocks.8.mlp.fc1.bias", "blocks.20.mlp.fc1.bias", "pos_embed"]
-
-
-WITH_PROJECTORS = {"z_dims": (6,), "projector_dim": 8}
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"class_dropout_prob": 0.0}, WITH_PROJECTORS])

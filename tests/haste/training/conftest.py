@@ -7,23 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from haste.models import get_family
 from haste.training.config import TrainConfig
-from transformers import Dinov2Config, Dinov2Model
+from small_models import save_teacher
 
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 layers of 2 heads, width 16, 4 x 4 patches of 2 pixels, one channel."""
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=2, num_channels=1
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    Dinov2Model(config).save_pretrained(folder)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ from haste.training.checkpoint import (
 )
 from haste.training.run_dir import Retention
 from haste.training.trainer import train
+from small_models import WITH_PROJECTORS, random_sit
 
 SMALL = {
     "depth": 1, "hidden_size": 8, "num_heads": 1, "patch_size": 2, "input_size": 4, "in_channels": 1, "num_classes": 2,
@@ -309,24 +310,6 @@ def test_a_damaged_file_has_a_digest_and_what_is_none_is_refused(tmp_path):
 
 
 # ---- weights of any trainer ----
-
-
-SHAPE = {
-    "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
-    "num_classes": 10, "encoder_depth": 2,
-}  # fmt: skip
-
-
-def random_sit(**changes) -> SiT:
-    torch.manual_seed(0)
-    model = SiT(**{**SHAPE, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-WITH_PROJECTORS = {"z_dims": (6,), "projector_dim": 8}
 
 
 FILE = Path("0400000.pt")

@@ -23,8 +23,8 @@ from haste.training.config import TrainConfig
 from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
 from image_files import save_vae, write_classes
+from small_models import save_teacher
 from training_runs import assert_same_bits, final_state, read_log
-from transformers import Dinov2Config, Dinov2Model
 
 
 @pytest.fixture
@@ -323,13 +323,7 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def colour_teacher(tmp_path_factory):
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4, num_channels=3
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    Dinov2Model(config).save_pretrained(folder)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"), patch_size=4, num_channels=3)
 
 
 @pytest.mark.parametrize("stop", [4, 8])

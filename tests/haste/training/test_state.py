@@ -1,6 +1,6 @@
 import torch
-from haste.models import SiT
 from haste.training.state import EMA, reorder_state, with_projectors
+from small_models import WITH_PROJECTORS, random_sit
 from torch import nn
 
 
@@ -18,24 +18,6 @@ def test_the_average_follows_its_formula_and_is_apart_from_the_model():
         torch.testing.assert_close(average, value)
         assert not average.requires_grad
     assert not ema.model.training
-
-
-SHAPE = {
-    "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
-    "num_classes": 10, "encoder_depth": 2,
-}  # fmt: skip
-
-
-def random_sit(**changes) -> SiT:
-    torch.manual_seed(0)
-    model = SiT(**{**SHAPE, **changes})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-WITH_PROJECTORS = {"z_dims": (6,), "projector_dim": 8}
 
 
 def test_projectors_go_back_to_their_place_and_an_optimizers_state_goes_with_the_names():
