@@ -27,8 +27,8 @@ from haste.errors import UserError, lazily
 
 if TYPE_CHECKING:
     from haste.alignment.aligner import Aligner, LayerMap
-    from haste.caching.cached_model import disable_cache, enable_cache
     from haste.caching.config import CacheConfig
+    from haste.caching.enable import cached, disable_cache, enable_cache
     from haste.evaluation.evaluate import evaluate
     from haste.generation.config import SamplingConfig
     from haste.generation.pipeline import LoadedCheckpoint, load_checkpoint
@@ -47,6 +47,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UserError",
+    "cached",
     "disable_cache",
     "enable_cache",
     "evaluate",
@@ -65,8 +66,9 @@ __getattr__ = lazily(
         "SamplingConfig": "generation.config",
         "TrainConfig": "training.config",
         "TrainResult": "training.trainer",
-        "disable_cache": "caching.cached_model",
-        "enable_cache": "caching.cached_model",
+        "cached": "caching.enable",
+        "disable_cache": "caching.enable",
+        "enable_cache": "caching.enable",
         "evaluate": "evaluation.evaluate",
         "load_checkpoint": "generation.pipeline",
         "sample": "generation.sample_dir",

@@ -1,6 +1,8 @@
 """Feature caching: which steps are full (schedule), how the others are forecast (forecaster), of what (adapters).
 
-Reading order: config, schedule, forecaster, adapters, cached_model.
+Reading order: enable, config, schedule, forecaster. Then, for models of haste's families and the public SiT and DiT,
+adapters and cached_model; for any other model and for pipelines discovery, seams, model_cache, clocks, cached_module and
+pipelines.
 """
 
 from haste.caching.config import FAST, CacheConfig, fast_config
@@ -8,12 +10,16 @@ from haste.errors import lazily
 
 # All that brings torch.
 _LAZY = {
+    "CacheReport": "report",
     "CachedModel": "cached_model",
+    "CachedModule": "cached_module",
+    "CachedPipeline": "pipelines",
     "cache_bytes": "cached_model",
+    "cached": "enable",
     "check_memory": "cached_model",
-    "disable_cache": "cached_model",
-    "enable_cache": "cached_model",
-    "make_cache": "cached_model",
+    "disable_cache": "enable",
+    "enable_cache": "enable",
+    "make_cache": "enable",
 }
 __all__ = ["FAST", "CacheConfig", "fast_config", *_LAZY]
 __getattr__ = lazily(__name__, _LAZY)

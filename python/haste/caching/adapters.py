@@ -33,6 +33,11 @@ from haste.models.layers import Modulation, modulate
 # ---- models ----
 
 
+def can_take_apart(model: nn.Module) -> bool:
+    """Whether a model has an adapter: one of haste's families, or with the parts of the public SiT and DiT."""
+    return getattr(model, "family", None) in [family.name for family in families()] or not _what_is_lacking(model)
+
+
 def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTransformer | OpaqueModel:
     """Return the adapter of a model for a cache of this granularity.
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from haste.caching.adapters import OpaqueModel, PublicTransformer, find_transformer, make_granularities
-from haste.caching.config import FAST, CacheConfig
+from haste.caching.config import CacheConfig
 from haste.caching.forecaster import CachedFeatures, Correction, Corrections, Forecaster, Timestep
 from haste.caching.schedule import Clock, Plan, ScheduleState
 from haste.errors import UserError
 from haste.samplers import BOTH, Branches, ModelCall, time_of
-from haste.validation import shown
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,9 @@ class CachedModel(nn.Module):
     Args:
         model: of one of haste's families, or a SiT or DiT of the public repositories.
         config: the settings of the cache.
+        defaults: settings of the config that nobody chose; they shrink to fit a short run.
 
     Attributes:
-        defaults: settings of the config that nobody chose; they shrink to fit a short run.
         num_full, num_forecast: calls so far in this run.
         full_steps: the steps so far that were full.
 
@@ -50,22 +49,19 @@ class CachedModel(nn.Module):
         UserError: contradicting settings, or a model that has no adapter.
     """
 
-    def __init__(self, model: nn.Module, config: CacheConfig) -> None:
+    def __init__(self, model: nn.Module, config: CacheConfig, defaults: frozenset[str] = frozenset()) -> None:
         super().__init__()
         config.check_cache()
         self.model = model
         self.config = config
         self.transformer = find_transformer(model, "" if config.cache == "delta-dit" else config.granularity)
         self.granularities = make_granularities(self.transformer, config)
-        kind = config.cache if config.cache in ("newton", "hermite") else "taylor"  # of order 0 it is reuse
-        counted = not (config.full_steps or config.error_threshold)
-        first = max(0, config.resolved_first_enhance - 2) if counted else 0
-        self.forecaster = Forecaster(kind, config.resolved_order, first)
+        self.forecaster = Forecaster.of(config)
         self._features = CachedFeatures(self.granularities[0].modules, self.forecaster.order + 1)
         self._corrections = Corrections()
         self._functions = [granularity.functions for granularity in self.granularities]
         self._clock: Clock | None = None
-        self.defaults: frozenset[str] = frozenset()
+        self.defaults = defaults
         self._warned = False  # of a run that ended before its plan
         self.training = model.training  # and every part of the model stays in its own mode
 
@@ -360,97 +356,7 @@ def _concatenate(parts: Sequence[Any]) -> Any:
     return type(first)(images, *first[1:]) if hasattr(first, "_fields") else (images, *first[1:])
 
 
-# ---- from settings to a cached model and back, and how much memory it takes ----
-
-
-def enable_cache(
-    model: nn.Module,
-    config: CacheConfig | None = None,
-    *,
-    num_steps: int | None = None,
-    times: Sequence[float] | None = None,
-    model_calls: Sequence[ModelCall] | None = None,
-    **settings: Any,
-) -> CachedModel:
-    """Add a cache to a model, for `haste.samplers.sample` or a sampling loop of your own.
-
-        fast = enable_cache(model, num_steps=50)
-        ...                                      # the loop calls fast(x, t, y) where it called model(x, t, y)
-        model = disable_cache(fast)
-
-    Every further run, such as of the next batch, begins with fast.start(num_steps), or without it when the loop comes
-    back to the first time of the run. The t of every call is read, for which the host waits for a GPU: Newton's
-    forecast uses it, however the times are spaced, and a call that is not the next of the plan is refused. Guidance in
-    one batch of twice the size needs nothing more. Where cond and uncond are called one after the other, or a solver
-    calls the model more than once per step, a number of steps does not identify the calls: pass
-    `haste.samplers.model_calls(...)`, or such a list with the times of your loop.
-
-    Args:
-        model: of one of haste's families, or a SiT or DiT of the public repositories. It is not changed.
-        config: which steps are full and how the others are forecast. By default newton per model, one full step in
-            six, order 2.
-        num_steps: start a run of that many calls, one per step.
-        times: start a run of calls at these times, one per step; the t of every call is compared with them.
-        model_calls: start a run of these calls.
-        settings: fields of CacheConfig that change `config`; with `cache` and without `config`, the others have
-            CacheConfig's defaults.
-
-    Returns:
-        The cached model, called like the model.
-
-    Raises:
-        UserError: contradicting settings, a model without an adapter, more than one of num_steps, times, model_calls.
-    """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model must be a torch.nn.Module, got {shown(model)}")
-    if not isinstance(config, CacheConfig | None):
-        raise UserError(f"config must be a CacheConfig, got {shown(config)}; settings are keywords, such as "
-                        "cache='taylor' or num_steps=50")  # fmt: skip
-    for call in model_calls or ():
-        if not isinstance(call, ModelCall):
-            raise UserError(f"model_calls must be what haste.samplers.model_calls returns, got {shown(model_calls)}")
-    defaults: set[str] = set()
-    if config is None and "cache" in settings:
-        config = CacheConfig()
-    elif config is None:
-        config, defaults = FAST, {"interval", "order"} - set(settings)
-        if settings.get("full_steps") and "interval" in defaults:
-            settings["interval"] = None
-    cached = make_cache(model, replace(config, **settings))
-    if cached is None:
-        raise UserError("cache must be reuse, taylor, newton, hermite or delta-dit, got none")
-    cached.defaults = frozenset(defaults)
-    plans = [plan for plan in (num_steps, times, model_calls) if plan is not None]
-    if len(plans) > 1:
-        raise UserError("a run must have one of num_steps, times and model_calls, got several")
-    if plans:
-        cached.start(plans[0])
-    return cached
-
-
-def disable_cache(model: nn.Module) -> nn.Module:
-    """Return the model without its cache, whose memory is freed; a model without a cache is returned unchanged.
-
-    Args:
-        model: what `enable_cache` returned.
-    """
-    if not isinstance(model, CachedModel):
-        return model
-    model.release()
-    return model.model
-
-
-def make_cache(model: nn.Module, config: CacheConfig) -> CachedModel | None:
-    """`enable_cache` for a config whose cache may be "none"; then None.
-
-    Raises:
-        UserError: contradicting settings, or a model without an adapter.
-    """
-    if config.cache == "none":
-        return None
-    if isinstance(model, CachedModel):
-        raise UserError("the model has a cache already; disable_cache it before another is enabled")
-    return CachedModel(model, config)
+# ---- memory ----
 
 
 def cache_bytes(
@@ -472,9 +378,9 @@ def cache_bytes(
     Raises:
         ValueError: granularity "output" without input_shape.
     """
-    cached = make_cache(model, config)
-    if cached is None:
+    if config.cache == "none":
         return 0
+    cached = CachedModel(model, config)
     if not isinstance(cached.transformer, OpaqueModel):
         tokens, dim = cached.transformer.tokens_shape
     elif input_shape is not None:

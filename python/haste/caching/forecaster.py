@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from haste._compat import version
+from haste.caching.config import CacheConfig
 from haste.samplers import Branches
 
 
@@ -170,6 +171,14 @@ class Forecaster:
     kind: Literal["taylor", "hermite", "newton"]
     order: int
     first: int = 0
+
+    @classmethod
+    def of(cls, config: CacheConfig) -> Forecaster:
+        """The forecaster that the settings of a cache name."""
+        kind = config.cache if config.cache in ("newton", "hermite") else "taylor"  # of order 0 it is reuse
+        counted = not (config.full_steps or config.error_threshold)
+        first = max(0, config.resolved_first_enhance - 2) if counted else 0
+        return cls(kind, config.resolved_order, first)  # type: ignore[arg-type]
 
     def weights(self, taken: Sequence[Timestep], at: Timestep) -> list[float]:
         """The weights of features taken at these timesteps, newest first, in a forecast.

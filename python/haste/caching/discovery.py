@@ -1,0 +1,353 @@
+"""What a model's blocks are, and what of them the rest of the model reads: found by running it, not from a list of models.
+
+One run finds the blocks in the order in which they are executed. Whether they can be skipped is then tried: stubs that
+answer with NaN take their places, and the model's answer must stay as it is, bit for bit. So a model that no one has
+seen before is either cut correctly or refused.
+
+A stub is a shallow copy of a block with another forward pass, so that whatever the model reads of the block, such as a
+submodule, is there. Stubs stand in the model for the length of a call and never longer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from haste.errors import UserError
+
+Run = Callable[[tuple, dict], Any]
+"""run(args, kwargs) calls the model, without compilation."""
+
+
+class NoSeamError(UserError):
+    """A model that cannot be cached at a granularity; the message ends with the way out."""
+
+
+# ---- the tensors of a nested structure ----
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in _parts(value) for tensor in tensors(part)]
+
+
+def floats(value: Any) -> list[Tensor]:
+    """The floating-point tensors among `tensors`."""
+    return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
+
+
+def refill(value: Any, filling: Iterator[Tensor]) -> Any:
+    """The same structure with its floating-point tensors taken from `filling`."""
+    if isinstance(value, Tensor):
+        return next(filling) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(refill(part, filling) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(refill(part, filling) for part in value)
+    if is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        return replace(value, **{name: refill(part, filling) for name, part in vars(value).items()})
+    if isinstance(value, Mapping):  # diffusers' outputs are mappings that are made of keywords
+        filled = {name: refill(part, filling) for name, part in value.items()}
+        return filled if type(value) is dict else type(value)(**filled)
+    return value
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return list(value)
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(vars(value).values()) if is_dataclass(value) and not isinstance(value, type) else []
+
+
+def hollow(value: Any) -> Any:
+    """The same structure of NaN tensors that take no memory: whatever reads them shows it."""
+    nan = (tensor.new_full((), torch.nan).expand(tensor.shape) for tensor in floats(value))
+    return refill(value, nan)
+
+
+def copied(value: Any) -> Any:
+    """The same structure with copies of its floating-point tensors."""
+    return refill(value, (tensor.clone() for tensor in floats(value)))
+
+
+# ---- stubs ----
+
+
+class Place(NamedTuple):
+    """Where a module hangs: the attribute `name` of `parent`."""
+
+    parent: nn.Module
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.parent, self.name)
+
+
+Answer = Callable[[tuple, dict], Any]
+
+
+@lru_cache(maxsize=None)
+def _stub_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.haste_answer(args, kwargs)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def stub(module: nn.Module, answer: Answer) -> nn.Module:
+    """A module that looks like this one and returns answer(args, kwargs)."""
+    made = nn.Module.__new__(_stub_class(type(module)))
+    # What others have put around the block's forward pass (hooks, offloading, compilation) is for the block alone.
+    nn.Module.__init__(made)
+    own = {"forward", "_compiled_call_impl", *made.__dict__} - {"training", "_parameters", "_buffers", "_modules"}
+    made.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
+    made.__dict__["haste_answer"] = answer
+    return made
+
+
+@contextmanager
+def swapped(stubs: Mapping[Place, nn.Module]) -> Iterator[None]:
+    """Put modules in places of the model for the length of a call."""
+    before = {place: place.module for place in stubs}
+    try:
+        for place, module in stubs.items():
+            setattr(place.parent, place.name, module)
+        yield
+    finally:
+        for place, module in before.items():
+            setattr(place.parent, place.name, module)
+
+
+# ---- the parts of a model ----
+
+
+class Parts(NamedTuple):
+    """The blocks of a model, which stand in lists, and its other modules of the same depth, such as embedders."""
+
+    blocks: list[Place]
+    others: list[Place]
+
+
+def find_parts(model: nn.Module) -> Parts:
+    """The lists of blocks nearest to the root: those of embedders further down are parts of these."""
+    children = [Place(model, name) for name, _ in model.named_children()]
+    lists = [place for place in children if is_block_list(place.module)]
+    if lists:
+        blocks = [Place(place.module, name) for place in lists for name, _ in place.module.named_children()]
+        return Parts(blocks, [place for place in children if place not in lists])
+    found = {place: find_parts(place.module) for place in children}
+    with_blocks = [parts for parts in found.values() if parts.blocks]
+    others = [place for place, parts in found.items() if not parts.blocks]
+    return Parts(
+        [block for parts in with_blocks for block in parts.blocks],
+        others + [other for parts in with_blocks for other in parts.others],
+    )
+
+
+def is_block_list(module: nn.Module) -> bool:
+    """A list, or a sequence of several modules of one class that have parts of their own."""
+    children = list(module.children())
+    if isinstance(module, nn.ModuleList):
+        return bool(children)
+    alike = len({type(child) for child in children}) == 1
+    return isinstance(module, nn.Sequential) and len(children) > 1 and alike and any(children[0].children())
+
+
+# ---- one run of the model, watched ----
+
+
+@dataclass(eq=False)
+class Executed:
+    """A module that ran: what it was called with and what it returned, as structures that take no memory."""
+
+    place: Place
+    entering: Any
+    leaving: Any
+
+
+class Discovery:
+    """What one call of a model showed.
+
+    Args:
+        model: in eval mode.
+        run: calls it.
+        args, kwargs: of that call; kept for further tries until `forget`.
+
+    Attributes:
+        answer: what the model returned.
+        blocks: those that ran, in order.
+        others: the other modules that ran, in order.
+        entered: copies of the tensors that enter a block, of the first block for each combination of shapes, by the
+            block's number.
+        lasts: what the last block of each list returned, by its place, in order of execution.
+
+    Raises:
+        NoSeamError: no blocks ran.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, args: tuple, kwargs: dict) -> None:
+        self.run = run
+        self._call = args, kwargs
+        parts = find_parts(model)
+        ran: list[Executed] = []
+        self.lasts: dict[Place, Any] = {}
+        self.blocks: list[Executed] = []
+        self.entered: dict[int, list[Tensor]] = {}
+        shapes_seen = set()
+
+        def watch(place: Place, is_block: bool) -> nn.Module:
+            module = place.module
+
+            def answer(args: tuple, kwargs: dict) -> Any:
+                entering = hollow((args, kwargs))
+                if is_block and (shapes := tuple(t.shape for t in floats(entering))) not in shapes_seen:
+                    shapes_seen.add(shapes)
+                    self.entered[len(self.blocks)] = floats(copied((args, kwargs)))  # a block may write to its input
+                leaving = module(*args, **kwargs)
+                ran.append(Executed(place, entering, hollow(leaving)))
+                if is_block:
+                    self.blocks.append(ran[-1])
+                    for other in [other for other in self.lasts if other.parent is place.parent]:
+                        del self.lasts[other]
+                    self.lasts[place] = copied(leaving)
+                return leaving
+
+            return stub(module, answer)
+
+        watched = {place: watch(place, place in parts.blocks) for place in [*parts.blocks, *parts.others]}
+        self.answer = self._again(watched)
+        self.others = [executed for executed in ran if executed not in self.blocks]
+        if not self.blocks:
+            raise NoSeamError(f"granularity must be output for a {type(model).__name__}, which has no list of blocks")
+
+    def _again(self, stubs: Mapping[Place, nn.Module]) -> Any:
+        args, kwargs = copied(self._call)  # the model may write to its arguments
+        with swapped(stubs):
+            return self.run(args, kwargs)
+
+    def between(self, first: int, last: int) -> tuple[list[Tensor], Any]:
+        """What enters block `first`, its tensors, and what leaves block last − 1, in another run."""
+        seen: dict[str, Any] = {}
+        blocks = self.blocks[first].place, self.blocks[last - 1].place
+
+        def watch(place: Place) -> nn.Module:
+            module = place.module
+
+            def answer(args: tuple, kwargs: dict) -> Any:
+                if place == blocks[0]:
+                    seen["entering"] = floats(copied((args, kwargs)))
+                leaving = module(*args, **kwargs)
+                if place == blocks[1]:
+                    seen["leaving"] = copied(leaving)
+                return leaving
+
+            return stub(module, answer)
+
+        self._again({place: watch(place) for place in blocks})
+        return seen["entering"], seen["leaving"]
+
+    def holds(self, stubs: Mapping[Place, nn.Module]) -> bool:
+        """Whether the model's answer stays as it is with these stubs in place."""
+        try:
+            answer = self._again(stubs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a model may do anything with what it does not expect
+            return False
+        return all(map(_same, tensors(self.answer), tensors(answer)))
+
+    def forget(self) -> None:
+        """Let go of all tensors of the call."""
+        self._call, self.answer, self.lasts, self.entered = ((), {}), None, {}, {}
+
+    # ---- what leaves the blocks ----
+
+    def sinks(self) -> dict[Place, Any]:
+        """The blocks whose outputs together decide the answer, with these outputs: the last, or the last of each list.
+
+        Raises:
+            NoSeamError: something else that a block returned is read too.
+        """
+        last, *others = list(self.lasts)[::-1]
+        for places in ([last], [last, *others]):
+            sinks = {place: self.lasts[place] for place in places}
+            if self.holds(self.stubs_for(sinks)):
+                return sinks
+        raise NoSeamError("granularity must be output for this model, whose answer depends on more than what its last "
+                          "block returns")  # fmt: skip
+
+    def stubs_for(self, answers: Mapping[Place, Any], first: int = 0, last: int | None = None) -> dict[Place, nn.Module]:
+        """Stubs in place of the blocks first … last − 1, which return NaN but for these answers."""
+        stubs = {}
+        for executed in self.blocks[first:last]:
+            value = answers.get(executed.place, executed.leaving)
+            stubs[executed.place] = stub(executed.place.module, lambda args, kwargs, value=value: value)
+        return stubs
+
+    def live_rows(self, sinks: Mapping[Place, Any]) -> list[Live]:
+        """Which of the tensors that leave the sinks the model reads, and which of their rows (tokens)."""
+        leaving = floats(list(sinks.values()))
+        lengths = sorted({t.shape[1] for block in self.blocks for t in floats(block.entering) if t.dim() == 3})
+        alive: list[Live] = []
+        for index, tensor in enumerate(leaving):
+            rows: list[slice | None] = [None]
+            if tensor.dim() == 3:
+                shorter = [n for n in lengths if 0 < n < tensor.shape[1]]
+                rows = [part for n in shorter for part in (slice(0, n), slice(tensor.shape[1] - n, None))] + rows
+            for part in (slice(0, 0), *rows):
+                kept = torch.full_like(tensor, torch.nan)
+                read = slice(None) if part is None else part
+                if tensor.dim() > 1:
+                    kept[:, read] = tensor[:, read]
+                elif part is None:
+                    kept = tensor
+                tried = [kept if i == index else other for i, other in enumerate(leaving)]
+                if self.holds(self.stubs_for(refill(dict(sinks), iter(tried)))):
+                    if part != slice(0, 0):
+                        alive.append(Live(index, part))
+                    break
+        return alive
+
+
+class Live(NamedTuple):
+    """A tensor that is read, by its number among those that leave the sinks; rows: None is all."""
+
+    index: int
+    rows: slice | None
+
+    def of(self, leaving: Sequence[Tensor]) -> Tensor:
+        tensor = leaving[self.index]
+        return tensor if self.rows is None else tensor[:, self.rows]
+
+
+def fill_live(form: Any, live: Sequence[Live], values: Sequence[Tensor]) -> Any:
+    """Outputs of this form with these values where the model reads them."""
+    filled = floats(form)
+    for (index, rows), value in zip(live, values, strict=True):
+        if rows is None:
+            filled[index] = value
+        else:
+            filled[index] = value.new_zeros(filled[index].shape)
+            filled[index][:, rows] = value
+    return refill(form, iter(filled))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit; on a GPU, where kernels may sum in another order, but for rounding."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.device.type == "cpu" or not a.is_floating_point():
+        return torch.equal(a, b)
+    difference = (a.double() - b.double()).norm()
+    return bool(difference <= 1e-2 * torch.finfo(a.dtype).eps ** 0.5 * a.double().norm())
