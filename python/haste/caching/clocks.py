@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -82,14 +82,14 @@ def signature(named: Mapping[str, Any]) -> Hashable:
     return tuple((name, _signature(named[name])) for name in sorted(named) if name not in COUNTERS)
 
 
-def _signature(value: Any) -> Hashable:
+def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype, value.device)
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, *map(_signature, value))
     if isinstance(value, Mapping):
         return tuple((str(name), _signature(part)) for name, part in value.items())
-    return value if isinstance(value, (int, float, str, type(None))) else type(value)
+    return value if isinstance(value, (int, float, str)) else type(value)
 
 
 class BranchNames:
@@ -146,7 +146,7 @@ class LoopClock:
         self.plan = plan
         self._begin = begin
         self._listed = None
-        if not isinstance(plan, Integral) and len(plan) and isinstance(plan[0], ModelCall):
+        if isinstance(plan, Sequence) and plan and isinstance(plan[0], ModelCall):
             self._listed = Clock(plan)
             self._times: list[float] = []
             self._num_steps = self._listed.plan[-1].step + 1
@@ -265,7 +265,7 @@ class SchedulerClock:
         if now in self._timesteps and now != self._timesteps[self._offset]:
             self._offset = self._timesteps.index(now)
 
-    def moment(self, scheduler: Any) -> tuple[int, int, float, int]:
+    def moment(self, scheduler: Any) -> tuple[int, int, int, float]:
         """Of a model call now: the number of its run, of the evaluation and of the step in the run, and the time.
 
         Raises:

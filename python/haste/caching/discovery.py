@@ -1,4 +1,4 @@
-"""What a model's blocks are, and what of them the rest of the model reads: found by running it, not from a list of models.
+"""What a model's blocks are, and what the rest of it reads of them: found by running it, not from a list of models.
 
 One run finds the blocks in the order in which they are executed. Whether they can be skipped is then tried: stubs that
 answer with NaN take their places, and the model's answer must stay as it is, bit for bit. So a model that no one has
@@ -10,11 +10,10 @@ submodule, is there. Stubs stand in the model for the length of a call and never
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +96,7 @@ class Place(NamedTuple):
 Answer = Callable[[tuple, dict], Any]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stub_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.haste_answer(args, kwargs)
@@ -107,7 +106,7 @@ def _stub_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def stub(module: nn.Module, answer: Answer) -> nn.Module:
     """A module that looks like this one and returns answer(args, kwargs)."""
-    made = nn.Module.__new__(_stub_class(type(module)))
+    made = nn.Module.__new__(_stub_class(type(module)))  # type: ignore[arg-type]
     # What others have put around the block's forward pass (hooks, offloading, compilation) is for the block alone.
     nn.Module.__init__(made)
     own = {"forward", "_compiled_call_impl", *made.__dict__} - {"training", "_parameters", "_buffers", "_modules"}
@@ -229,7 +228,7 @@ class Discovery:
         self.answer = self._again(watched)
         self.others = [executed for executed in ran if executed not in self.blocks]
         if not self.blocks:
-            raise NoSeamError(f"granularity must be output for a {type(model).__name__}, which has no list of blocks")
+            raise NoSeamError(f"granularity must be output for a {type(model).__name__}, which runs no list of blocks")
 
     def _again(self, stubs: Mapping[Place, nn.Module]) -> Any:
         args, kwargs = copied(self._call)  # the model may write to its arguments
@@ -287,7 +286,9 @@ class Discovery:
         raise NoSeamError("granularity must be output for this model, whose answer depends on more than what its last "
                           "block returns")  # fmt: skip
 
-    def stubs_for(self, answers: Mapping[Place, Any], first: int = 0, last: int | None = None) -> dict[Place, nn.Module]:
+    def stubs_for(
+        self, answers: Mapping[Place, Any], first: int = 0, last: int | None = None
+    ) -> dict[Place, nn.Module]:
         """Stubs in place of the blocks first … last − 1, which return NaN but for these answers."""
         stubs = {}
         for executed in self.blocks[first:last]:
@@ -301,11 +302,11 @@ class Discovery:
         lengths = sorted({t.shape[1] for block in self.blocks for t in floats(block.entering) if t.dim() == 3})
         alive: list[Live] = []
         for index, tensor in enumerate(leaving):
-            rows: list[slice | None] = [None]
+            tries: list[slice | None] = [slice(0, 0)]  # nothing of it
             if tensor.dim() == 3:
-                shorter = [n for n in lengths if 0 < n < tensor.shape[1]]
-                rows = [part for n in shorter for part in (slice(0, n), slice(tensor.shape[1] - n, None))] + rows
-            for part in (slice(0, 0), *rows):
+                for n in (n for n in lengths if n < tensor.shape[1]):
+                    tries += [slice(0, n), slice(tensor.shape[1] - n, None)]
+            for part in (*tries, None):
                 kept = torch.full_like(tensor, torch.nan)
                 read = slice(None) if part is None else part
                 if tensor.dim() > 1:
@@ -323,23 +324,23 @@ class Discovery:
 class Live(NamedTuple):
     """A tensor that is read, by its number among those that leave the sinks; rows: None is all."""
 
-    index: int
+    number: int
     rows: slice | None
 
     def of(self, leaving: Sequence[Tensor]) -> Tensor:
-        tensor = leaving[self.index]
+        tensor = leaving[self.number]
         return tensor if self.rows is None else tensor[:, self.rows]
 
 
 def fill_live(form: Any, live: Sequence[Live], values: Sequence[Tensor]) -> Any:
     """Outputs of this form with these values where the model reads them."""
     filled = floats(form)
-    for (index, rows), value in zip(live, values, strict=True):
+    for (number, rows), value in zip(live, values, strict=True):
         if rows is None:
-            filled[index] = value
+            filled[number] = value
         else:
-            filled[index] = value.new_zeros(filled[index].shape)
-            filled[index][:, rows] = value
+            filled[number] = value.new_zeros(filled[number].shape)
+            filled[number][:, rows] = value
     return refill(form, iter(filled))
 
 

@@ -245,9 +245,9 @@ class ModelCache:
         needed, device = sum(spec.bytes for spec in specs) * slots, specs[0].device
         if device.type in ("cpu", "cuda") and needed > (free := free_bytes(device)):
             smaller = "model" if self.config.granularity == "module" else "output"
-            raise UserError(f"the cache of {type(self.model).__name__} must fit into the {free / 2**30:.1f} GiB that are "
-                            f"free, got {needed / 2**30:.1f} GiB; take granularity {smaller}, a lower order, or smaller "
-                            "images")  # fmt: skip
+            raise UserError(f"the cache of {type(self.model).__name__} must fit into the {free / 2**30:.1f} GiB that "
+                            f"are free, got {needed / 2**30:.1f} GiB; take granularity {smaller}, a lower order, or "
+                            "smaller images")  # fmt: skip
         features = []
         for spec in specs:
             features.append(CachedFeatures(spec.modules, slots))

@@ -111,8 +111,8 @@ class _Clock:
             self._scheduler = pipeline.scheduler
             self._clock = SchedulerClock.of(self._scheduler)
             self._replaced += 1
-        run, *rest = self._clock.moment(self._scheduler)
-        return ((self._replaced, run), *rest)
+        run, evaluation, step, time = self._clock.moment(self._scheduler)
+        return (self._replaced, run), evaluation, step, time
 
     @property
     def num_steps(self) -> int:
@@ -156,8 +156,8 @@ class _CachedPart:
             self._names.next_step()
         self._calls += 1
         if self._calls > MOST_CALLS:
-            raise UserError(f"the pipeline's scheduler must be stepped after the model's calls, got {self._calls} calls "
-                            "without; disable_cache(pipeline) to use the model elsewhere")  # fmt: skip
+            raise UserError(f"the pipeline's scheduler must be stepped after calls of the model, got {self._calls} "
+                            "calls without; disable_cache(pipeline) to use the model elsewhere")  # fmt: skip
         named = self._arguments.named(args, kwargs)
         branch = self._names.name(named, self._context, again=False)
         return self.cache.call(

@@ -139,7 +139,7 @@ class Group:
         self._shapes = [value.shape for value in values]
         self._specs = [spec_of(value) for value in values]
         self.description = _describe(last - first, whole, based, values)
-        self._taken: dict[str, Any] = {}
+        self._taken: dict[Place | str, Any] = {}
         self._answers: Any = None
         self._recorders = self._make_recorders(based)
         self._stubs = self._make_stubs(first, last, based)
@@ -160,7 +160,7 @@ class Group:
         inside = {block.place for block in self._blocks[first:last]}
         if not inside.issuperset(self._sinks):
             raise NoSeamError("cache must not be delta-dit for this model, whose answer depends on blocks outside of "
-                              "the group too; take granularity model or output")  # fmt: skip
+                              "the skipped group too; take granularity model or output")  # fmt: skip
         return entering, floats(list(self._sinks.values()))
 
     # ---- the stand-ins ----
@@ -204,7 +204,7 @@ class Group:
         self._taken["bases"] = [None if base is None else entering[base].clone() for base in self._bases]
 
     def _check(self, discovery: Discovery, values: list[Tensor], entering: list[Tensor], extra: Any = None) -> bool:
-        """Whether the model's answer stays with all stubs in place. Raises NoSeamError unless `extra` stubs are tried."""
+        """Whether the answer stays with all stubs in place, and `extra` ones; without these it must (NoSeamError)."""
         filled = fill_live(self._forms, self._live, values)
         self._answers = lambda: filled
         self._taken.clear()
@@ -212,7 +212,8 @@ class Group:
         noted = zip(self._taken.get("bases", []), self._bases, strict=False)
         holds = holds and all(base is None or torch.equal(base, entering[i]) for base, i in noted if i is not None)
         if not holds and extra is None:
-            raise NoSeamError("granularity must be output for this model, which reads more than what leaves its blocks")
+            raise NoSeamError("granularity must be model or output for this model, and cache not delta-dit, as it "
+                              "reads more than what leaves these blocks")  # fmt: skip
         return holds
 
     def _drop_embedders(self, discovery: Discovery, values: list[Tensor], entering: list[Tensor]) -> None:
@@ -300,10 +301,26 @@ def make_seams(config: CacheConfig, discovery: Discovery) -> list[Seam]:
     """
     depth = len(discovery.blocks)
     if config.cache == "delta-dit":
-        config.check_depth(depth)
-        count = config.resolved_cached_blocks(depth)
-        return [Group(discovery, depth - count, depth, based=True), Group(discovery, 0, count, based=True)]
+        first = _first_of_stream(discovery)
+        config.check_depth(depth - first)
+        count = config.resolved_cached_blocks(depth - first)
+        return [
+            Group(discovery, depth - count, depth, based=True),
+            Group(discovery, first, first + count, based=True),
+        ]
+    if config.granularity == "module":
+        raise NoSeamError("granularity must be block, model or output for this model, got module")
     return [Group(discovery, 0, depth, based=config.granularity == "block")]
+
+
+def _first_of_stream(discovery: Discovery) -> int:
+    """The first block of the stream that ends in the answer: blocks before it refine the text, say."""
+    sinks = discovery.sinks()
+    leaving = floats(list(sinks.values()))
+    try:
+        return _first_entered(discovery, [live.of(leaving) for live in discovery.live_rows(sinks)])[0]
+    except NoSeamError:
+        return 0
 
 
 def _describe(count: int, whole: bool, based: bool, values: list[Tensor]) -> str:

@@ -349,22 +349,7 @@ def changed(part: str, value) -> PublicModel:
     return model
 
 
-class OtherSignature(PublicModel):
-    def forward(self, hidden_states, encoder_hidden_states, timestep, pooled):
-        return hidden_states
-
-
 FOREIGN = {
-    "blocks are a number": lambda: changed("blocks", 3),
-    "blocks are a linear layer": lambda: changed("blocks", nn.Linear(2, 2)),
-    "blocks are numbers": lambda: changed("blocks", [1, 2]),
-    "no blocks": lambda: changed("blocks", nn.ModuleList()),
-    "positions are a layer": lambda: changed("pos_embed", nn.Linear(2, 2)),
-    "positions are missing": lambda: changed("pos_embed", None),
-    "positions without a batch": lambda: changed("pos_embed", torch.zeros(16, 32)),
-    "a last layer without weights": lambda: changed("final_layer", nn.Identity()),
-    "a last layer that is a function": lambda: changed("final_layer", torch.relu),
-    "other arguments": lambda: OtherSignature("dit").eval(),
     "another label embedder": lambda: takes_anything(changed("y_embedder", nn.Embedding(11, 32))),
     "another time embedder": lambda: takes_anything(changed("t_embedder", nn.Linear(3, 32))),
     "modulation of another width": lambda: takes_anything(changed("blocks.adaLN_modulation", nn.Linear(32, 5 * 32))),
@@ -448,7 +433,7 @@ def test_of_any_model_the_output_is_forecast():
         torch.testing.assert_close(
             fast(x, t, y.float()), torch.ones_like(x) * (model.weight.sum() * t + y).view(-1, 1, 1, 1)
         )
-    assert calls == [times[step] for step in (0, 1, 5)] and fast.num_forecast == 5
+    assert calls == [times[step] for step in (0, 1, 5)] and fast.report.forecast_calls == 5
 
 
 def test_an_output_of_another_shape_is_refused():

@@ -546,7 +546,7 @@ def test_likely_mistakes_of_enable_cache_are_refused_by_name(arguments, settings
 
 
 def test_the_class_of_a_model_is_no_model():
-    with pytest.raises(UserError, match="^model must be a torch.nn.Module, got <class"):
+    with pytest.raises(UserError, match="^model must be a torch.nn.Module or a pipeline of diffusers, got <class"):
         enable_cache(SiT)
 
 
