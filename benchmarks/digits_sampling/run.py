@@ -56,6 +56,8 @@ GRIDS = (
     Grid(caches=("newton",), intervals=INTERVALS, orders=(4,)),
     Grid(caches=("taylor",), granularities=("model",), intervals=INTERVALS, orders=(4,)),
     Grid(caches=("newton",), granularities=("model",), intervals=INTERVALS, orders=(2, 4)),
+    Grid(caches=("newton",), granularities=("model",), spacings=("even",), intervals=INTERVALS, orders=(2, 4)),
+    Grid(caches=("newton",), granularities=("output",), spacings=("even",), intervals=(4, 6), orders=(2,)),
     Grid(caches=("taylor", "newton"), granularities=("block",), intervals=(4,), orders=(4,)),
     Grid(caches=("hermite",), granularities=("module", "model"), intervals=(4,), orders=(2,)),
     Grid(caches=("reuse",), granularities=("module", "model"), intervals=(4,)),

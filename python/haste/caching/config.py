@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -40,7 +40,11 @@ class CacheConfig:
     order: int | None = None
     """Order of the forecast, from the last order + 1 full steps. [default: 4; reuse and delta-dit: 0]"""
     first_enhance: int | None = None
-    """Number of full steps at the beginning. [default: 2; delta-dit: 1]"""
+    """Number of full steps at the beginning. From 3 on taylor and hermite form differences from the last two of them
+    on, as published. [default: 2; delta-dit: 1]"""
+    spacing: Literal["interval", "even"] = "interval"
+    """interval: one full step every --interval after those at the beginning, as in TaylorSeer. even: full steps at even
+    distances of at most --interval from the first step to the last but one, in place of --first-enhance."""
     full_steps: str = ""
     """Indices of the full steps, such as 0,1,2,5,9. Replaces --interval."""
     error_threshold: float = 0.0
@@ -95,10 +99,14 @@ class CacheConfig:
         return round(CACHED_SHARE * depth) if self.cached_blocks is None else self.cached_blocks
 
     def fitted(self, num_steps: int, names: Iterable[str]) -> CacheConfig:
-        """The same settings, of which interval and order, if named, shrink to what a run of num_steps steps allows."""
+        """The same settings, of which interval and order, if named, shrink to what a run of num_steps steps allows.
+
+        The interval shrinks to a quarter of the run, at least 2.
+        """
         chosen = self
         if "interval" in names and chosen.interval is not None:
-            chosen = replace(chosen, interval=min(chosen.interval, num_steps))
+            longest = max(num_steps // 4, min(2, num_steps // 2), 1)
+            chosen = replace(chosen, interval=min(chosen.interval, longest))
         full = chosen.planned_full_steps(num_steps)
         if "order" in names and chosen.order is not None and full is not None:
             chosen = replace(chosen, order=min(chosen.order, max(0, len(full) - 1)))
@@ -108,13 +116,15 @@ class CacheConfig:
         """The full steps of an undisturbed run, from 0; None if they depend on measured errors.
 
         TaylorSeer's schedule: the first steps, and from the last of them on one every `interval`. Of 50 steps intervals
-        3, 4, 5 and 6 leave 18, 14, 11 and 10 full ones, as published.
+        3, 4, 5 and 6 leave 18, 14, 11 and 10 full ones, as published. For an even spacing see `even_steps`.
         """
         if self.full_steps:
             return self.full_step_list
         if self.error_threshold:
             return None
         first, interval = self.resolved_first_enhance, self.resolved_interval
+        if self.spacing == "even":
+            return even_steps(num_steps, interval)
         return [*range(min(first, num_steps)), *range(first - 1 + interval, num_steps, interval)]
 
     def cache_fields(self) -> dict[str, Any]:
@@ -124,6 +134,8 @@ class CacheConfig:
             return fields
         if self.full_steps:
             fields["full_steps"] = self.full_steps
+        elif self.spacing == "even" and self.cache != "delta-dit" and not self.error_threshold:
+            fields |= {"interval": self.resolved_interval, "spacing": self.spacing}
         else:
             fields |= {"interval": self.resolved_interval, "first_enhance": self.resolved_first_enhance}
         if self.cache == "delta-dit":
@@ -137,6 +149,7 @@ class CacheConfig:
         if self.cache == "none":
             return ""
         when = f"full steps {self.full_steps}" if self.full_steps else f"interval {self.resolved_interval}"
+        when = f"even {when}" if self.spacing == "even" else when
         if self.cache == "delta-dit":
             return f"Δ-DiT, {when}"
         if self.error_threshold:
@@ -164,8 +177,12 @@ class CacheConfig:
     def _why_unused(self, name: str) -> str:
         if self.cache == "none":
             return "with --cache none"
-        if name in ("interval", "first_enhance", "error_threshold") and self.full_steps:
+        if name in ("interval", "first_enhance", "error_threshold", "spacing") and self.full_steps:
             return "beside --full-steps"
+        if name == "spacing" and self.error_threshold:
+            return "beside --error-threshold"
+        if name == "first_enhance" and self.spacing == "even":
+            return "beside --spacing even"
         return f"with --cache {self.cache}"
 
     def check_depth(self, depth: int) -> None:
@@ -195,8 +212,22 @@ class CacheConfig:
                             f"got {self.order}")  # fmt: skip
 
 
-# What enable_cache(model) means, and `haste sample --fast` for the ODE.
-FAST = CacheConfig(cache="newton", granularity="model", interval=6, order=2)
+def even_steps(num_steps: int, interval: int) -> list[int]:
+    """Steps at even distances of at most `interval` from the first step of a run to the last but one; 1: all steps.
+
+    The last step is forecast over a distance of one. Of as many full steps these gave the images closest to the full
+    run's, most of all where the last steps are the longest (docs/benchmarks.md).
+    """
+    last = num_steps - 2
+    if interval == 1 or last < 1:
+        return list(range(num_steps if interval == 1 else 1))
+    gaps = -(-last // interval)
+    return [(2 * index * last + gaps) // (2 * gaps) for index in range(gaps + 1)]
+
+
+# What enable_cache(model) means, and `haste sample --fast` for the ODE: by the measurements and the rule in
+# docs/benchmarks.md.
+FAST = CacheConfig(cache="newton", granularity="model", interval=6, spacing="even", order=2)
 
 LEAST_STEPS = 8  # below, most steps of FAST would be full
 
@@ -205,7 +236,7 @@ def fast_config(num_steps: int, noisy: bool) -> CacheConfig:
     """What `haste sample --fast` means.
 
     Args:
-        num_steps: of the sampler.
+        num_steps: of the sampler. Below 24 the interval shrinks.
         noisy: the sampler adds noise at every step, as the SDE's does. A high order would multiply it.
 
     Raises:
@@ -214,4 +245,27 @@ def fast_config(num_steps: int, noisy: bool) -> CacheConfig:
     if num_steps < LEAST_STEPS:
         raise UserError(f"--num-steps must be at least {LEAST_STEPS} for --fast, which forecasts most of many steps, "
                         f"got {num_steps}; or go without --fast")  # fmt: skip
-    return replace(FAST, order=1) if noisy else FAST
+    chosen = FAST.fitted(num_steps, ("interval", "order"))
+    return replace(chosen, order=1) if noisy else chosen
+
+
+def chosen_config(config: CacheConfig | None, settings: Mapping[str, Any]) -> tuple[CacheConfig, frozenset[str]]:
+    """What the arguments of enable_cache mean.
+
+    Args:
+        config: None for FAST, or with "cache" among the settings for that cache's own defaults.
+        settings: fields of CacheConfig that change it.
+
+    Returns:
+        The config, and the names of those of its settings that nobody chose, for `CacheConfig.fitted`.
+
+    Raises:
+        UserError: contradicting settings.
+        TypeError: a setting that CacheConfig does not have.
+    """
+    if config is not None or "cache" in settings:
+        return replace(config or CacheConfig(), **settings), frozenset()
+    replaced: dict[str, Any] = {"interval": None} if settings.get("full_steps") else {}
+    if any(settings.get(name) for name in ("full_steps", "error_threshold", "first_enhance")):
+        replaced["spacing"] = "interval"
+    return replace(FAST, **{**replaced, **settings}), frozenset({"interval", "order"} - {*settings, *replaced})

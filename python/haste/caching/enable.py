@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +12,7 @@ from torch import nn
 from haste.caching.adapters import can_take_apart
 from haste.caching.cached_model import CachedModel
 from haste.caching.cached_module import CachedModule
-from haste.caching.config import FAST, CacheConfig
+from haste.caching.config import CacheConfig, chosen_config
 from haste.caching.pipelines import CachedPipeline, is_pipeline
 from haste.errors import UserError
 from haste.samplers import ModelCall
@@ -51,8 +50,8 @@ def enable_cache(
         model: a pipeline of diffusers, with one or several transformers; a transformer of diffusers; a model of haste,
             or of the SiT, DiT and REPA repositories; any module that is called with a time. What a model's blocks are
             is found out at its first call; of modules without any the output can be cached (granularity "output").
-        config: which steps are full and how the others are forecast. By default newton per model, one full step in
-            six, order 2.
+        config: which steps are full and how the others are forecast. By default newton per model, order 2, and full
+            steps at even distances of at most six steps, or of a quarter of a shorter run.
         num_steps: start a run of that many steps; not for a pipeline, which brings its own.
         times: start a run at these times, one per step; the time of every call is compared with them.
         model_calls: start a run of these calls.
@@ -94,18 +93,10 @@ def _resolve(config: CacheConfig | None, settings: dict[str, Any]) -> tuple[Cach
     if not isinstance(config, CacheConfig | None):
         raise UserError(f"config must be a CacheConfig, got {shown(config)}; settings are keywords, such as "
                         "cache='taylor' or num_steps=50")  # fmt: skip
-    defaults: set[str] = set()
-    if config is None and "cache" in settings:
-        config = CacheConfig()
-    elif config is None:
-        config, defaults = FAST, {"interval", "order"} - set(settings)
-        if settings.get("full_steps") and "interval" in defaults:
-            settings = {**settings, "interval": None}
-            defaults.remove("interval")
-    config = replace(config, **settings)
+    config, defaults = chosen_config(config, settings)
     if config.cache == "none":
         raise UserError("cache must be reuse, taylor, newton, hermite or delta-dit, got none")
-    return config, frozenset(defaults)
+    return config, defaults
 
 
 def make_cache(

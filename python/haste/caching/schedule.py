@@ -20,7 +20,7 @@ from haste.validation import check_number
 class ScheduleState:
     """Decides step by step which steps of one run are full, by one of three rules.
 
-    - The steps of a list.
+    - The steps of a list, or at even distances (`haste.caching.config.even_steps`).
     - TaylorSeer's (arXiv 2503.06923): the first steps, then one full step every `interval`, counted from the last full
       one: with first_enhance 2 and interval 4 the full steps are 0, 1, 5, 9, ...
     - As far from one full step to the next as a bound on the forecast's error allows. At every full step the forecast
@@ -39,7 +39,7 @@ class ScheduleState:
 
     def __init__(self, config: CacheConfig, num_steps: int) -> None:
         config.check_run(num_steps)
-        self.listed = config.full_step_list
+        self.listed = config.planned_full_steps(num_steps) if config.spacing == "even" else config.full_step_list
         self.first_enhance = config.resolved_first_enhance
         self.error_threshold = config.error_threshold
         self.max_interval = config.resolved_interval

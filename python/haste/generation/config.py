@@ -156,6 +156,7 @@ class SamplingConfig(CacheConfig):
             parts += [f"full{_list_name(self.full_step_list)}"] if self.full_steps else []
             letters = {"error_threshold": "e", "interval": "i", "order": "o", "gate": "g", "cached_blocks": "n"}
             parts += [f"{letter}{fields[name]:g}" for name, letter in letters.items() if fields.get(name) is not None]
+            parts += [fields["spacing"]] if "spacing" in fields else []
         return "-".join(parts)
 
     def sampling_fields(self) -> dict:

@@ -26,21 +26,28 @@ class Grid:
     granularities: Sequence[str] = ("module",)
     intervals: Sequence[int | None] = (None,)
     orders: Sequence[int | None] = (None,)
+    spacings: Sequence[str] = ("interval",)
     error_thresholds: Sequence[float] = (0.0,)
     gates: Sequence[int | None] = (None,)
     steps: Sequence[int] = (50,)
 
     def settings(self, base: SamplingConfig) -> Iterator[SamplingConfig]:
-        """Yield every combination, the other settings from `base`. reuse has no order; delta-dit has gates alone."""
+        """Yield every combination, the other settings from `base`. reuse has no order; delta-dit has gates alone; an
+        error threshold has no spacing."""
         for steps, cache, interval in product(self.steps, self.caches, self.intervals):
             own: dict[str, Sequence[Any]]
             if cache == "delta-dit":
                 own = {"gate": self.gates}
             else:
                 orders = self.orders if cache != "reuse" else (None,)
-                own = {"granularity": self.granularities, "error_threshold": self.error_thresholds, "order": orders}
+                own = {
+                    "granularity": self.granularities, "spacing": self.spacings,
+                    "error_threshold": self.error_thresholds, "order": orders,
+                }  # fmt: skip
             for values in product(*own.values()):
                 chosen = dict(zip(own, values, strict=True))
+                if chosen.get("error_threshold"):
+                    chosen["spacing"] = "interval"
                 yield replace(base, num_steps=steps, cache=cache, interval=interval, **chosen)  # type: ignore[arg-type]
 
 
@@ -86,6 +93,8 @@ def short_name(settings: SamplingConfig) -> str:
         return words if settings.gate is None else f"{words}, b {settings.gate}"
     if settings.cache != "reuse":
         words += f"/{settings.resolved_order}"
+    if settings.spacing == "even":
+        words += " even"
     return f"{words} ≤{settings.error_threshold:g}" if settings.error_threshold else words
 
 
@@ -110,6 +119,7 @@ class SweepConfig(SamplingConfig):
     interval: Suppress[Fixed[None]] = None
     order: Suppress[Fixed[None]] = None
     first_enhance: Suppress[Fixed[None]] = None
+    spacing: Suppress[Fixed[str]] = "interval"  # type: ignore[assignment]
     full_steps: Suppress[Fixed[str]] = ""
     error_threshold: Suppress[Fixed[float]] = 0.0
     gate: Suppress[Fixed[None]] = None
@@ -122,6 +132,8 @@ class SweepConfig(SamplingConfig):
     """Values of --interval."""
     orders: tuple[int, ...] = (2, 4)
     """Values of --order."""
+    spacings: tuple[Literal["interval", "even"], ...] = ("interval",)
+    """Values of --spacing, for the caches but delta-dit."""
     error_thresholds: tuple[float, ...] = (0.0,)
     """Values of --error-threshold; 0: evenly spaced full steps."""
     gates: tuple[int, ...] = ()
@@ -159,7 +171,7 @@ class SweepConfig(SamplingConfig):
     def check(self) -> None:
         check_numbers(self)
         self.base.check()
-        for name in ("caches", "granularities", "intervals", "orders", "error_thresholds", "steps"):
+        for name in ("caches", "granularities", "intervals", "orders", "spacings", "error_thresholds", "steps"):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} must have one value or more, got none")
         check_classifier_dir(self.classifier_dir)

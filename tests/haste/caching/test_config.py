@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 from caching_models import small_sit
 from haste.caching import FAST, CacheConfig, enable_cache
+from haste.caching.config import chosen_config
 from haste.caching.schedule import describe_steps
 from haste.errors import UserError
 from hypothesis import given
@@ -45,6 +48,9 @@ def test_fifty_steps_have_the_published_number_of_full_ones(interval, count):
         ({"interval": 4, "first_enhance": 1}, [0, 4, 8]),
         ({"interval": 3, "first_enhance": 3}, [0, 1, 2, 5, 8]),
         ({"interval": 2, "first_enhance": 1}, [0, 2, 4, 6, 8]),
+        ({"interval": 4, "spacing": "even"}, [0, 4, 8]),
+        ({"interval": 3, "spacing": "even"}, [0, 3, 5, 8]),
+        ({"interval": 1, "spacing": "even"}, list(range(10))),
         ({"full_steps": "0,1,4"}, [0, 1, 4]),
         ({"error_threshold": 0.1}, None),
     ],
@@ -62,6 +68,10 @@ def test_full_steps_of_ten(settings, full):
         ({"cache": "delta-dit", "order": 1}, "--order must be left out with --cache delta-dit"),
         ({"cache": "delta-dit", "granularity": "model"}, "--granularity must be left out with"),
         ({"cache": "taylor", "full_steps": "0,3", "interval": 3}, "--interval must be left out beside --full-steps"),
+        ({"cache": "taylor", "spacing": "even", "full_steps": "0,3"}, "--spacing must be left out beside --full-steps"),
+        ({"cache": "taylor", "spacing": "even", "error_threshold": 0.1}, "--spacing must be left out beside --error"),
+        ({"cache": "taylor", "spacing": "even", "first_enhance": 3}, "--first-enhance must be left out beside --spac"),
+        ({"cache": "delta-dit", "spacing": "even"}, "--spacing must be left out with --cache delta-dit"),
         ({"cache": "taylor", "full_steps": "0;3"}, "--full-steps must be step numbers such as .0,1,2,5,9., got .0;3"),
         *(
             ({"cache": "taylor", "full_steps": steps}, "--full-steps must be increasing step numbers that begin with 0")
@@ -119,8 +129,37 @@ def test_a_default_shrinks_to_what_the_run_allows():
     CacheConfig(cache="newton").check_run(1)
     CacheConfig(cache="newton", full_steps="0,1,2").check_run(8)
     assert CacheConfig(cache="newton", full_steps="0,1,2").resolved_order == 2
-    assert FAST.fitted(5, {"interval", "order"}) == replace(FAST, interval=5, order=1)
-    assert FAST.fitted(50, {"interval", "order"}) == FAST
+    assert FAST.fitted(50, {"interval", "order"}) == FAST.fitted(24, {"interval", "order"}) == FAST
+    assert FAST.fitted(8, {"interval"}) == replace(FAST, interval=2)
+    assert FAST.fitted(8, {"order"}) == replace(FAST, order=1)
+    counts = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 8: 4, 10: 5, 12: 5, 20: 5, 28: 6, 50: 9}
+    for num_steps, count in counts.items():
+        fitted = FAST.fitted(num_steps, {"interval", "order"})
+        assert len(fitted.planned_full_steps(num_steps)) == count
+        fitted.check_run(num_steps)
+
+
+def test_settings_that_nobody_chose_are_those_of_fast_and_give_way():
+    assert chosen_config(None, {}) == (FAST, {"interval", "order"})
+    assert chosen_config(None, {"order": 1}) == (replace(FAST, order=1), {"interval"})
+    listed, defaults = chosen_config(None, {"full_steps": "0,1"})
+    assert listed.cache_fields()["full_steps"] == "0,1" and defaults == {"order"}
+    assert chosen_config(None, {"cache": "taylor"}) == (CacheConfig(cache="taylor"), set())
+    assert chosen_config(CacheConfig(cache="reuse"), {"interval": 3}) == (CacheConfig(cache="reuse", interval=3), set())
+    for name, value in {"error_threshold": 0.1, "first_enhance": 3}.items():
+        chosen = chosen_config(None, {name: value})[0]
+        assert chosen.spacing == "interval" and chosen.cache_fields()[name] == value
+    with pytest.raises(UserError, match="--first-enhance must be left out beside --full-steps"):
+        chosen_config(None, {"full_steps": "0,1", "first_enhance": 3})
+
+
+@given(num_steps=st.integers(1, 200), interval=st.integers(2, 60))
+def test_an_even_spacing_leads_from_the_first_step_to_the_last_but_one(num_steps, interval):
+    steps = CacheConfig(cache="newton", spacing="even", interval=interval).planned_full_steps(num_steps)
+    gaps = [after - before for before, after in pairwise(steps)]
+    assert steps[0] == 0 and steps[-1] == max(0, num_steps - 2)
+    assert all(1 <= gap <= interval for gap in gaps) and max(gaps, default=1) - min(gaps, default=1) <= 1
+    assert len(steps) == 1 + math.ceil(max(0, num_steps - 2) / interval)  # no more than it takes
 
 
 def test_an_interval_that_bounds_a_measured_one_may_be_longer_than_the_run():

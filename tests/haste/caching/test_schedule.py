@@ -34,6 +34,14 @@ def test_the_steps_of_a_run_are_those_of_its_plan(interval, first_enhance):
     assert full == config.planned_full_steps(30)
 
 
+@pytest.mark.parametrize("num_steps, interval", [(30, 4), (29, 6), (8, 2), (5, 1)])
+def test_even_steps_are_full_and_no_others(num_steps, interval):
+    state = schedule(num_steps, interval=interval, spacing="even")
+    planned = CacheConfig(cache="taylor", interval=interval, spacing="even").planned_full_steps(num_steps)
+    assert [step for step in range(num_steps) if state.is_full(step, 0)] == planned
+    assert state.is_full(3, None)  # nothing to forecast from
+
+
 def test_a_list_of_full_steps():
     state = schedule(6, full_steps="0,1,4")
     assert [state.is_full(step, 0) for step in range(6)] == [True, True, False, False, True, False]

@@ -10,6 +10,7 @@ EVERYTHING = Grid(
     granularities=("module", "model"),
     intervals=(3, 5),
     orders=(1, 2),
+    spacings=("interval", "even"),
     error_thresholds=(0.0, 0.1),
     gates=(10, 20),
     steps=(30, 50),
@@ -19,9 +20,9 @@ EVERYTHING = Grid(
 def test_every_combination_that_means_something_is_there_once():
     points = plan(BASE, [EVERYTHING], (10, 20))
     counts = {name: sum(point.cache == name for point in points) for name in ("none", *EVERYTHING.caches)}
-    # taylor: 2 granularities x 2 intervals x 2 orders x 2 errors x 2 numbers of steps; reuse has no order to vary,
-    # delta-dit gates in place of granularity, order and error.
-    assert counts == {"none": 4, "reuse": 16, "taylor": 32, "newton": 32, "delta-dit": 8}
+    # taylor: 2 granularities x 2 intervals x 2 orders x (2 spacings + 1 error) x 2 numbers of steps; reuse has no order
+    # to vary, delta-dit gates in place of granularity, order, spacing and error.
+    assert counts == {"none": 4, "reuse": 24, "taylor": 48, "newton": 48, "delta-dit": 8}
     assert len({point_key(point) for point in points}) == len(points)
     assert plan(BASE, [EVERYTHING, EVERYTHING], (10, 20)) == points
 
@@ -58,6 +59,7 @@ def test_no_two_points_have_one_name():
             "8/4 ≤0.1",
         ),
         ({"cache": "reuse", "granularity": "block", "interval": 2}, "Reuse per block", "2"),
+        ({"cache": "hermite", "interval": 2, "order": 1, "spacing": "even"}, "Hermite per module", "2/1 even"),
         ({"cache": "delta-dit", "gate": 20}, "Δ-DiT", "2, b 20"),
         ({"cache": "delta-dit", "interval": 3}, "Δ-DiT", "3"),
     ],
