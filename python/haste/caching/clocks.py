@@ -63,12 +63,10 @@ class Arguments:
         if found is None:
             raise UserError(f"the model must be called with a time ({', '.join(TIME_ARGUMENTS)}) for its steps to be "
                             f"told apart, got {', '.join(named)}")  # fmt: skip
-        if not isinstance(found, Tensor):
-            return float(found)
-        time = time_of(found)
+        time = time_of(found) if isinstance(found, Tensor) else float(found)
         if time is None:
             low, high = torch.stack(found.detach().aminmax()).tolist() if found.numel() else (math.nan, math.nan)
-            if low != high:
+            if low < high:
                 raise UserError(f"timestep must be one time for the whole batch in a cached model, got {low:.6g} to "
                                 f"{high:.6g}; samplers with a time per token or frame cannot be cached")  # fmt: skip
             time = float(low)

@@ -299,7 +299,8 @@ class Discovery:
     def live_rows(self, sinks: Mapping[Place, Any]) -> list[Live]:
         """Which of the tensors that leave the sinks the model reads, and which of their rows (tokens)."""
         leaving = floats(list(sinks.values()))
-        lengths = sorted({t.shape[1] for block in self.blocks for t in floats(block.entering) if t.dim() == 3})
+        seen = [block.entering for block in self.blocks] + [other.leaving for other in self.others]
+        lengths = sorted({tensor.shape[1] for tensor in floats(seen) if tensor.dim() == 3})
         alive: list[Live] = []
         for index, tensor in enumerate(leaving):
             tries: list[slice | None] = [slice(0, 0)]  # nothing of it
