@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -18,7 +18,8 @@ from haste.errors import UserError
 from haste.samplers import ModelCall
 from haste.validation import shown
 
-_pipelines: WeakKeyDictionary[Any, CachedPipeline] = WeakKeyDictionary()
+# A pipeline keeps its cache alive, by way of its models; not this dictionary, which would keep the pipeline too.
+_pipelines: WeakKeyDictionary[Any, ReferenceType[CachedPipeline]] = WeakKeyDictionary()
 
 
 def enable_cache(
@@ -79,8 +80,9 @@ def enable_cache(
             raise UserError("num_steps must be left out for a pipeline, which says it when it is called")
         if model in _pipelines:
             raise UserError("the pipeline has a cache already; disable_cache it before another is enabled")
-        _pipelines[model] = CachedPipeline(model, config, defaults)
-        return _pipelines[model]
+        pipeline = CachedPipeline(model, config, defaults)
+        _pipelines[model] = ref(pipeline)
+        return pipeline
     made = make_cache(model, config, defaults)
     assert made is not None
     if plans:
@@ -128,8 +130,9 @@ def disable_cache(model: Any) -> Any:
     if isinstance(model, CachedPipeline):
         model = model.pipeline
     if is_pipeline(model):
-        if model in _pipelines:
-            _pipelines.pop(model).disable()
+        pipeline = _pipelines.pop(model, lambda: None)()
+        if pipeline is not None:
+            pipeline.disable()
         return model
     if isinstance(model, (CachedModel, CachedModule)):
         model.release()

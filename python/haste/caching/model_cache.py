@@ -176,7 +176,7 @@ class ModelCache:
         if self._step is None:
             self._first_step = moment.step  # of Wan 2.2's second model not 0
         self._step = moment.step
-        step = moment.step - self._first_step
+        since = 0 if self._schedule.listed else self._first_step  # what is counted from the model's own first step
         gate = self.config.resolved_gate(self._num_steps)
         group = int(self.config.cache == "delta-dit" and self._num_steps - moment.step <= gate)
         if group != self._group:
@@ -184,7 +184,7 @@ class ModelCache:
             for other in self._branches.values():
                 other.features = []  # the groups return tensors of different shapes
         last = self._last_full if branch.taken else None
-        self._step_is_full = self._schedule.is_full(step, None if last is None else last - self._first_step)
+        self._step_is_full = self._schedule.is_full(moment.step - since, None if last is None else last - since)
         self._measure = self._step_is_full and self._schedule.wants_error and bool(branch.taken)
         if self._step_is_full:
             self._last_full = moment.step

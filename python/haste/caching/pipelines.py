@@ -59,7 +59,7 @@ class CachedPipeline:
         for model in models.values():
             check_can_be_cached(model, config)
         clock = _Clock(pipeline)
-        self._models = {name: _CachedPart(model, clock, config, defaults) for name, model in models.items()}
+        self._models = {name: _CachedPart(self, model, clock, config, defaults) for name, model in models.items()}
         self._clock = clock
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,9 +127,12 @@ class _Clock:
 
 
 class _CachedPart:
-    """A model of a pipeline, called through its cache."""
+    """A model of a pipeline, called through its cache. It keeps the cached pipeline alive."""
 
-    def __init__(self, model: nn.Module, clock: _Clock, config: CacheConfig, defaults: frozenset[str]) -> None:
+    def __init__(
+        self, owner: CachedPipeline, model: nn.Module, clock: _Clock, config: CacheConfig, defaults: frozenset[str]
+    ) -> None:
+        self.owner = owner
         self.model = model
         self.cache = ModelCache(model, config, defaults)
         self._clock = clock
