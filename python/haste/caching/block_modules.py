@@ -18,10 +18,8 @@ from torch.utils.hooks import RemovableHandle
 import haste_ext
 from haste.caching.block_table import Activations, Arguments, BlockClass, PerTokenError, block_class
 from haste.caching.discovery import Discovery, Executed, NoSeamError, Place, Run, stub, swapped, tensors
-from haste.caching.seams import StoreSpec
+from haste.caching.forecaster import StoreSpec
 from haste.errors import UserError
-
-TOKENS = "hidden_states"  # the argument of a block that is the image's tokens, or has them
 
 
 class CachedModule(NamedTuple):
@@ -64,20 +62,22 @@ class PerModule:
     """
 
     def __init__(self, discovery: Discovery) -> None:
-        # Projections of the text, one for each block, may stand in a list too.
-        blocks = [executed for executed in discovery.blocks if TOKENS in _arguments(executed)]
+        blocks = [executed for executed in discovery.blocks if _has_image(executed)]
         if not blocks:
-            raise _refused(discovery.blocks[0].place.module, f"which are called without {TOKENS}")
+            raise _refused(discovery.blocks[0].place.module, "which are not called with an image's tokens")
         self._shared = all(_kind_of(executed).tables for executed in blocks)
         self._blocks, count = self._taken_apart(blocks)
         constants = [constant for block in self._blocks for constant in constants_of(block)]
         self._constant = count if any(constant is not None for constant in constants) else None
         self._count = count + (self._constant is not None)
-        self._shape = _arguments(blocks[0])[TOKENS].shape  # (rows, tokens, dim), of the image alone
+        self._shape = _arguments(blocks[0])[
+            self._blocks[0].kind.tokens
+        ].shape  # (rows, tokens, dim), of the image alone
         self._idle: dict[Place, nn.Module] = {}
         features = self._verified(discovery)
         self.initial: list[Tensor] | None = [features]
-        self._spec = StoreSpec(self._count, *self._shape, features.dtype, features.device)
+        rows, tokens, dim = self._shape
+        self._spec = StoreSpec(self._count, rows, tokens, dim, features.dtype, features.device)
         self._drop_embedders(discovery, features)
         modules, shape = sum(len(block.cached) for block in self._blocks), "×".join(map(str, self._shape))
         sums = f" in {self._count} sums" if self._shared else ""
@@ -123,7 +123,7 @@ class PerModule:
         left: list[Tensor] = []
 
         def see(module: nn.Module, args: tuple, output: Any) -> None:
-            tokens = output[last.kind.returns.index(TOKENS)] if isinstance(output, tuple) else output
+            tokens = output[last.kind.returns.index(last.kind.tokens)] if isinstance(output, tuple) else output
             left.append(image_rows(tokens, self._shape[1], last.kind).clone())  # the model's tail may write to it
 
         handle = last.place.module.register_forward_hook(see)
@@ -272,14 +272,14 @@ class ForecastCall:
     def _answer(self, number: int, block: Block, args: tuple, kwargs: dict) -> Any:
         module, kind = self._modules[number], block.kind
         arguments = Arguments.of(module, args, kwargs, self._activations)
-        if any(self._lacks(cached) for cached in block.cached):
-            gates = kind.gates(module, arguments)
-            for cached in block.cached:
-                if self._lacks(cached):
-                    gate = gates[cached.number]
-                    self._gates[cached.feature] = self._features.new_ones(1) if gate is None else gate
+        lacking = [cached for cached in block.cached if self._lacks(cached)]
+        gates = kind.gates(module, arguments) if lacking else []
+        for _, own, feature in lacking:
+            assert feature is not None
+            gate = gates[own]
+            self._gates[feature] = self._features.new_ones(1) if gate is None else gate
         if number == self._last:
-            arguments[TOKENS] = self._with_forecast(arguments[TOKENS], kind)
+            arguments[kind.tokens] = self._with_forecast(arguments[kind.tokens], kind)
         returned = tuple(arguments.get(name) for name in kind.returns)
         return returned if len(returned) > 1 else returned[0]
 
@@ -314,8 +314,15 @@ def _kind_of(executed: Executed) -> BlockClass:
     return kind
 
 
+def _has_image(executed: Executed) -> bool:
+    """Not so a block of the text's stream, or the text's projection for one block of many."""
+    kind = block_class(executed.place.module)
+    return "hidden_states" in _arguments(executed) if kind is None else bool(kind.modules)
+
+
 def _arguments(executed: Executed) -> Arguments:
-    return Arguments.of(executed.place.module, *executed.entering, Activations())
+    args, kwargs = executed.entering
+    return Arguments.of(executed.place.module, args, kwargs, Activations())
 
 
 def _gates(executed: Executed, kind: BlockClass) -> Sequence[Tensor | None]:

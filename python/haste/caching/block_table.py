@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Arguments(dict[str, Any]):
 
     @classmethod
     def of(cls, block: nn.Module, args: tuple, kwargs: dict[str, Any], activations: Activations) -> Arguments:
-        arguments = cls(zip(_names(type(block)), args, strict=False))
+        arguments = cls(zip(_names(block.__class__), args, strict=False))
         arguments.update(kwargs)
         arguments.activations = activations
         return arguments
@@ -102,6 +103,7 @@ class BlockClass:
         gates: (block, arguments) → for each of `modules` its gate, (B, D); None where there is none.
         returns: the arguments that come back changed, in the order in which the block returns them; a single one comes
             back bare.
+        tokens: which argument are the image's tokens, alone or joined with the text's.
         text_first: where image and text are one sequence, the text stands before the image.
         channels_first: what a convolution returns is (B, D, …), not (B, …, D).
         tables: with it, a gate is what `gates` gives, the same for all blocks of the class, plus a constant of the
@@ -111,6 +113,7 @@ class BlockClass:
     modules: tuple[str, ...]
     gates: Gates
     returns: tuple[str, ...] = ("hidden_states",)
+    tokens: str = "hidden_states"
     text_first: bool = True
     channels_first: bool = False
     tables: Callable[[Any], Sequence[Tensor | float | None]] | None = None
@@ -128,11 +131,13 @@ def _modulation(norm: str, of: int, which: Sequence[int], argument: str = "temb"
 
 
 def _sequential(path: str, of: int, which: Sequence[int], argument: str = "temb") -> Gates:
-    """The gates are pieces of a sequence of an activation and a linear layer."""
+    """The gates are pieces of a linear layer at the end of a sequence, after an activation or nothing."""
+    sequence = attrgetter(path)
 
     def gates(block: Any, a: Arguments) -> list[Tensor | None]:
-        activation, linear = getattr(block, path)
-        return list(pieces(linear, a.activations.of(a[argument], activation), of, which))
+        *activation, linear = sequence(block)
+        x = a.activations.of(a[argument], activation[0]) if activation else a[argument]
+        return list(pieces(linear, x, of, which))
 
     return gates
 
@@ -169,6 +174,19 @@ def _nucleus(block: Any, a: Arguments) -> list[Tensor | None]:
     return [gate if gate is None else gate.clamp(-2.0, 2.0).tanh() for gate in made]
 
 
+def _z_image(block: Any, a: Arguments) -> Sequence[Tensor | None]:
+    if a.get("noise_mask") is not None:
+        raise PerTokenError("whose modulation differs between noisy and clean tokens")
+    return _tanh(_sequential("adaLN_modulation", 4, (1, 3), "adaln_input"))(block, a)
+
+
+def _hidream(block: Any) -> BlockClass:
+    """A shell around a two-stream or a joint block."""
+    if not hasattr(block.block, "ff_t"):
+        return HIDREAM
+    return replace(HIDREAM, gates=_sequential("block.adaLN_modulation", 12, (2, 5)), returns=IMAGE_TEXT)
+
+
 def _chroma(which: Sequence[int]) -> Gates:
     """temb (B, 3 … 12, D) has the modulation itself, the image's first."""
     return lambda block, a: [a["temb"][:, index] for index in which]
@@ -184,13 +202,14 @@ def _shared(argument: str, which: Sequence[int | None]) -> Gates:
     return gates
 
 
-def _adaln_single(argument: str, modules: tuple[str, ...]) -> BlockClass:
+def _adaln_single(argument: str, modules: tuple[str, ...], table: str = "scale_shift_table") -> BlockClass:
     """PixArt's adaLN-single (arXiv 2310.00426): self-attention, cross-attention without a gate, MLP."""
     which = (2, 5) if len(modules) == 2 else (2, None, 5)
+    parameter = attrgetter(table)
 
     def tables(block: Any) -> list[Tensor | float | None]:
-        table = block.scale_shift_table.reshape(6, -1)
-        return [1.0 if index is None else table[index] for index in which]
+        constants = parameter(block).reshape(6, -1)
+        return [1.0 if index is None else constants[index] for index in which]
 
     return BlockClass(modules, _shared(argument, which), tables=tables)
 
@@ -214,9 +233,15 @@ HUNYUAN_DOUBLE = replace(DOUBLE, returns=IMAGE_TEXT, text_first=False)
 HUNYUAN_SINGLE = replace(SINGLE, returns=IMAGE_TEXT, text_first=False)
 COGVIEW = BlockClass(("attn1", "ff"), _modulation("norm1", 12, (4, 10), activation=""), IMAGE_TEXT)
 VIDEO = _adaln_single("temb", ("attn1", "attn2", "ffn"))
+TEXT = BlockClass((), lambda block, a: [])  # a block of the text's stream, which no forecast reads
+LUMINA = BlockClass(("norm2", "ffn_norm2"), _tanh(_modulation("norm1", 4, (1, 3))))
+Z_IMAGE = BlockClass(("attention_norm2", "ffn_norm2"), _z_image, ("x",), "x", text_first=False)
+HIDREAM = BlockClass(("block.attn1", "block.ff_i"), _sequential("block.adaLN_modulation", 6, (2, 5)), text_first=False)
+DIT = BlockClass(("attn1", "ff"), _dit)
+PIXART = _adaln_single("timestep", ("attn1", "attn2", "ff"))
 
-
-CLASSES: dict[str, BlockClass] = {
+CLASSES: dict[str, BlockClass | Callable[[Any], BlockClass | None]] = {
+    "BasicTransformerBlock": lambda block: {"ada_norm_zero": DIT, "ada_norm_single": PIXART}.get(block.norm_type),
     "FluxTransformerBlock": DOUBLE,
     "FluxSingleTransformerBlock": SINGLE,
     "Flux2TransformerBlock": _flux2("temb_mod_img", 6, ("attn", "ff"), TEXT_IMAGE),
@@ -255,7 +280,13 @@ CLASSES: dict[str, BlockClass] = {
     "ChromaTransformerBlock": replace(DOUBLE, gates=_chroma((2, 5))),
     "ChromaSingleTransformerBlock": replace(JOINT, gates=_chroma((2,))),
     "NucleusMoEImageTransformerBlock": BlockClass(("attn", "img_mlp"), _nucleus),
-    "LuminaNextDiTBlock": BlockClass(("norm2", "ffn_norm2"), _tanh(_modulation("norm1", 4, (1, 3)))),
+    "LuminaNextDiTBlock": LUMINA,
+    "Lumina2TransformerBlock": lambda block: LUMINA if block.modulation else TEXT,
+    "ZImageTransformerBlock": lambda block: Z_IMAGE if block.modulation else TEXT,
+    "HiDreamBlock": _hidream,
+    "JoyImageTransformerBlock": replace(
+        _adaln_single("temb", ("attn", "img_mlp"), "img_mod.modulate_table"), returns=IMAGE_TEXT
+    ),
     "SanaTransformerBlock": replace(_adaln_single("timestep", ("attn1", "attn2", "ff")), channels_first=True),
     "SanaVideoTransformerBlock": _adaln_single("timestep", ("attn1", "attn2", "ff")),
     "WanTransformerBlock": VIDEO,
@@ -266,15 +297,11 @@ CLASSES: dict[str, BlockClass] = {
     "Krea2TransformerBlock": _adaln_single("temb", ("attn", "ff")),
 }
 
-DIT = BlockClass(("attn1", "ff"), _dit)
-PIXART = _adaln_single("timestep", ("attn1", "attn2", "ff"))
-
 
 def block_class(block: nn.Module) -> BlockClass | None:
     """What is cached of a block; None if the table lacks its class."""
     for cls in type(block).__mro__:
-        if cls.__name__ == "BasicTransformerBlock":
-            return {"ada_norm_zero": DIT, "ada_norm_single": PIXART}.get(getattr(block, "norm_type", ""))
-        if cls.__name__ in CLASSES:
-            return CLASSES[cls.__name__]
+        found = CLASSES.get(cls.__name__)
+        if found is not None:
+            return found if isinstance(found, BlockClass) else found(block)
     return None

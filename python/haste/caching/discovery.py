@@ -225,12 +225,13 @@ class Discovery:
             return stub(module, answer)
 
         watched = {place: watch(place, place in parts.blocks) for place in [*parts.blocks, *parts.others]}
-        self.answer = self._again(watched)
+        self.answer = self.again(watched)
         self.others = [executed for executed in ran if executed not in self.blocks]
         if not self.blocks:
             raise NoSeamError(f"granularity must be output for a {type(model).__name__}, which runs no list of blocks")
 
-    def _again(self, stubs: Mapping[Place, nn.Module]) -> Any:
+    def again(self, stubs: Mapping[Place, nn.Module]) -> Any:
+        """The answer to the call with these stubs in place."""
         args, kwargs = copied(self._call)  # the model may write to its arguments
         with swapped(stubs):
             return self.run(args, kwargs)
@@ -253,13 +254,13 @@ class Discovery:
 
             return stub(module, answer)
 
-        self._again({place: watch(place) for place in blocks})
+        self.again({place: watch(place) for place in blocks})
         return seen["entering"], seen["leaving"]
 
     def holds(self, stubs: Mapping[Place, nn.Module]) -> bool:
         """Whether the model's answer stays as it is with these stubs in place."""
         try:
-            answer = self._again(stubs)
+            answer = self.again(stubs)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model may do anything with what it does not expect

@@ -28,6 +28,21 @@ class Timestep(NamedTuple):
     time: float
 
 
+class StoreSpec(NamedTuple):
+    """The shape of features of one full call: (modules, rows, tokens, dim), which are kept for several calls."""
+
+    modules: int
+    rows: int
+    tokens: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        return self.modules * self.rows * self.tokens * self.dim * self.dtype.itemsize
+
+
 class CachedFeatures:
     """The last `slots` features of `modules` modules, raw, in one tensor `storage` (modules, slots, rows, N, D).
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 import haste_ext
+from haste.caching.block_modules import PerModule
 from haste.caching.config import CacheConfig
 from haste.caching.discovery import (
     Discovery,
@@ -33,21 +34,7 @@ from haste.caching.discovery import (
     stub,
     swapped,
 )
-
-
-class StoreSpec(NamedTuple):
-    """The shape of features of one full call: (modules, rows, tokens, dim), which are kept for several calls."""
-
-    modules: int
-    rows: int
-    tokens: int
-    dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def bytes(self) -> int:
-        return self.modules * self.rows * self.tokens * self.dim * self.dtype.itemsize
+from haste.caching.forecaster import StoreSpec
 
 
 class Seam(Protocol):
@@ -309,7 +296,7 @@ def make_seams(config: CacheConfig, discovery: Discovery) -> list[Seam]:
             Group(discovery, first, first + count, based=True),
         ]
     if config.granularity == "module":
-        raise NoSeamError("granularity must be block, model or output for this model, got module")
+        return [PerModule(discovery)]
     return [Group(discovery, 0, depth, based=config.granularity == "block")]
 
 

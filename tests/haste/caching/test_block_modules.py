@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zoo
+from haste.caching import enable_cache
 from haste.caching.block_modules import PerModule
 from haste.caching.block_table import CLASSES, DOUBLE, pieces
 from haste.caching.discovery import Discovery, NoSeamError, floats, refill
 from haste.caching.forecaster import CachedFeatures, Forecaster, Timestep
 from haste.errors import UserError
 from torch import nn
-
-from tests.support import zoo
 
 pytest.importorskip("diffusers")
 
@@ -165,6 +165,16 @@ def assert_as_published(name, monkeypatch, **changes):
 def test_published_recurrence(name, monkeypatch):
     seam = assert_as_published(name, monkeypatch)
     assert ("sums" in seam.description) == name.startswith(SUMS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_step_full_is_the_model(name):
+    model, call = zoo.tiny_model(name), zoo.tiny_call(name)
+    times = call.times(3)
+    cached = enable_cache(model, times=times[:-1], cache="taylor", granularity="module", interval=1)
+    for ours, plain in zip(zoo.sample(model, call, times, cached), zoo.sample(model, call, times), strict=True):
+        assert all(map(torch.equal, ours, plain))
+    assert cached.report.full_steps == [0, 1, 2]
 
 
 def test_second_attention_of_sd3(monkeypatch):
