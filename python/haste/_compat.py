@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,11 @@ def lerp_all_(values: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -
 def version(tensor: Tensor) -> int | None:
     """It changes when the tensor is written to. None in inference mode, where torch does not count."""
     return None if tensor.is_inference() else tensor._version
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled as a whole, by its compile()."""
+    return module._compiled_call_impl is not None
 
 
 def flop_counter() -> FlopCounterMode:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import haste_ext
+from haste._compat import is_compiled
 from haste.caching.config import CacheConfig
 from haste.errors import UserError, in_one_line
 from haste.models import CachedBlock, CachedTransformer, ModelOutput, families, get_family
@@ -48,6 +49,9 @@ def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTra
         raise UserError("model must not be compiled before enable_cache; compile the result by its compile()")
     if granularity == "output":
         return OpaqueModel(model)
+    if is_compiled(model):
+        raise UserError(f"model must not be compiled before enable_cache, got a compiled {type(model).__name__}; "
+                        "compile the result by its compile(), or take granularity output")  # fmt: skip
     if getattr(model, "family", None) in [family.name for family in families()]:
         transformer = get_family(model).cached(model)
         if transformer is None:
@@ -231,11 +235,13 @@ class CacheGranularity:
     Its functions are methods, not closures, so that copy.deepcopy of a cached model runs the copied model.
 
     Attributes:
+        description: what is cached, for reports.
         modules: number of features kept of each full call.
         branch_outputs: the features have the type of the layers' outputs, which under autocast is not the tokens'.
         looks_ahead: what a forecast call adds to the tokens does not depend on them.
     """
 
+    description: str
     modules = 1
     branch_outputs = False
     looks_ahead = False
@@ -275,6 +281,7 @@ class PerModule(CacheGranularity):
     def __init__(self, transformer: CachedTransformer) -> None:
         super().__init__(transformer)
         self.modules = 2 * len(transformer.blocks)
+        self.description = f"the outputs of {self.modules} attentions and MLPs"
 
     def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
         for index, block in enumerate(self.transformer.blocks):
@@ -309,6 +316,7 @@ class BlockGroup(CacheGranularity):
         super().__init__(transformer)
         blocks = transformer.blocks
         self.before, self.group, self.after = blocks[:first], blocks[first:last], blocks[last:]
+        self.description = f"what {last - first} of {len(blocks)} blocks add to the tokens"
 
     def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
         tokens = _run_blocks(self.before, tokens, c)
@@ -327,6 +335,8 @@ class BlockGroup(CacheGranularity):
 class WholeModel(CacheGranularity):
     """The tokens after the last block, as in TaylorSeer-Lite: a forecast call runs the final layer only."""
 
+    description = "the tokens after the last block"
+
     def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
         tokens = _run_blocks(self.transformer.blocks, tokens, c)
         out[0].copy_(tokens)
@@ -340,6 +350,8 @@ class WholeModel(CacheGranularity):
 class WholeOutput(CacheGranularity):
     """The model's output: a forecast call runs no part of the model. For any model; where the last layer is modulated
     by time, as in SiT, `WholeModel` costs no more and is more accurate."""
+
+    description = "the model's output"
 
     def __init__(self, opaque: OpaqueModel) -> None:
         self.model = opaque.model

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from haste.caching.adapters import OpaqueModel, PublicTransformer, find_transformer, make_granularities
 from haste.caching.config import CacheConfig
 from haste.caching.forecaster import CachedFeatures, Correction, Corrections, Forecaster, Timestep
+from haste.caching.report import CacheReport, Stopwatch, mib
 from haste.caching.schedule import Clock, Plan, ScheduleState
 from haste.errors import UserError
 from haste.samplers import BOTH, Branches, ModelCall, time_of
@@ -62,6 +63,7 @@ class CachedModel(nn.Module):
         self._functions = [granularity.functions for granularity in self.granularities]
         self._clock: Clock | None = None
         self.defaults = defaults
+        self._begin_report()
         self._warned = False  # of a run that ended before its plan
         self.training = model.training  # and every part of the model stays in its own mode
 
@@ -75,6 +77,26 @@ class CachedModel(nn.Module):
     def cache_bytes(self) -> int:
         """Bytes of the features, 0 before the first call, and the most that corrections took in this run."""
         return self._features.bytes + self._corrections.most_bytes
+
+    @property
+    def report(self) -> CacheReport:
+        """What the cache did in this run, or the last."""
+        return CacheReport(
+            full_steps=list(dict.fromkeys(self.full_steps)),
+            forecast_steps=[step for step in self._forecast_steps if step not in self.full_steps],
+            full_calls=self.num_full,
+            forecast_calls=self.num_forecast,
+            seconds_full=self._watches[0].read(),
+            seconds_forecast=self._watches[1].read(),
+            mib=mib([self.cache_bytes]),
+            cached="; ".join(dict.fromkeys(granularity.description for granularity in self.granularities)),
+        )
+
+    def _begin_report(self) -> None:
+        self.full_steps: list[int] = []
+        self._forecast_steps: dict[int, None] = {}
+        self.num_full = self.num_forecast = 0
+        self._watches = Stopwatch(), Stopwatch()  # of full and of forecast calls
 
     def __getattr__(self, name: str) -> Any:
         """The model's own attributes. Its methods, such as DiT's forward_with_cfg, run on the cached model."""
@@ -157,8 +179,7 @@ class CachedModel(nn.Module):
         self._corrections.start()
         self._step: int | None = None
         self._granularity = self._granularity_of(0)
-        self.full_steps: list[int] = []
-        self.num_full = self.num_forecast = 0
+        self._begin_report()
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Any:
@@ -184,12 +205,13 @@ class CachedModel(nn.Module):
         self._reserve(x, call)
         if call.step != self._step or not (self._step_is_full or self._holds(call.branches)):
             self._begin_step(call.step)
+        with self._watches[0 if self._step_is_full else 1].running(x.device):
+            output = (self._full if self._step_is_full else self._forecast)(x, t, y, call)
         if self._step_is_full:
-            output = self._full(x, t, y, call)
             self.num_full += 1
         else:
-            output = self._forecast(x, t, y, call)
             self.num_forecast += 1
+            self._forecast_steps[call.step] = None
         self._running.count(call)
         return output
 

@@ -180,7 +180,7 @@ class Forecaster:
         kind: which of the three.
         order: order + 1 cached features are used.
         first: differences of taylor and hermite begin at this position; what was taken before has no weight, if there
-            is anything else. The published code forms them from step first_enhance − 1 on: `first` is one less.
+            is anything else.
     """
 
     kind: Literal["taylor", "hermite", "newton"]
@@ -189,9 +189,14 @@ class Forecaster:
 
     @classmethod
     def of(cls, config: CacheConfig) -> Forecaster:
-        """The forecaster that the settings of a cache name."""
+        """The forecaster that the settings of a cache name.
+
+        The published code forms differences from step first_enhance − 1 on, with the step before it: the steps before
+        that one take no part. Schedules without such a beginning (a list, an even spacing, an error threshold, whose
+        --first-enhance is a least number of full steps) use all that is there.
+        """
         kind = config.cache if config.cache in ("newton", "hermite") else "taylor"  # of order 0 it is reuse
-        counted = not (config.full_steps or config.error_threshold)
+        counted = not (config.full_steps or config.error_threshold or config.spacing == "even")
         first = max(0, config.resolved_first_enhance - 2) if counted else 0
         return cls(kind, config.resolved_order, first)  # type: ignore[arg-type]
 

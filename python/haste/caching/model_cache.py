@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from haste._compat import is_compiled
 from haste.caching.cached_model import free_bytes
 from haste.caching.config import LEAST_STEPS, CacheConfig
 from haste.caching.discovery import Discovery, Run, floats
@@ -264,11 +265,6 @@ class ModelCache:
 
     def _device(self, branch: Branch) -> torch.device:
         return branch.features[0].storage.device
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the model is compiled as a whole, by its compile()."""
-    return getattr(model, "_compiled_call_impl", None) is not None
 
 
 def _device_of(args: tuple, kwargs: dict) -> torch.device:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -87,6 +88,12 @@ class Stopwatch:
         yield
         ended.record()
         self._events.append((begun, ended))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stopwatch:
+        """A copy of the seconds so far: events cannot be copied."""
+        copied = Stopwatch()
+        copied._seconds = self.read()
+        return copied
 
     def read(self) -> float:
         """The seconds so far."""

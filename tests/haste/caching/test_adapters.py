@@ -160,6 +160,18 @@ class WritingBlock(Block):
         return x.add_(gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
 
+class Projector(nn.Module):
+    """iREPA's: a convolution over the grid of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(32, 48, 3, padding=1)
+
+    def forward(self, tokens):
+        grid = tokens.transpose(1, 2).unflatten(2, (4, 4))
+        return self.convolution(grid).flatten(2).transpose(1, 2)
+
+
 class FirstOf(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -180,7 +192,8 @@ class LabelEmbedder(nn.Module):
 
 
 class PublicModel(nn.Module):
-    """form: "sit" drops half of its channels, "dit" returns them all, "repa" returns a tuple, "odd" adds a residual."""
+    """form: "sit" drops half of its channels, "dit" returns them all, "repa" and "irepa" also return projections of the
+    first block's tokens, "odd" adds a residual."""
 
     def __init__(self, form: str, block: type[Block] = Block) -> None:
         super().__init__()
@@ -191,6 +204,7 @@ class PublicModel(nn.Module):
         self.y_embedder = LabelEmbedder(own.y_embedder)
         self.blocks = nn.ModuleList(block(each) for each in own.blocks)
         self.final_layer = own.final_layer
+        self.projectors = nn.ModuleList([Projector() if form == "irepa" else nn.Linear(32, 48)])
         channels = 2 if form in ("sit", "dit") else 1
         torch.manual_seed(1)
         self.final_layer.linear = nn.Linear(32, 4 * channels)
@@ -203,14 +217,16 @@ class PublicModel(nn.Module):
     def forward(self, x, t, y):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, self.training)
+        projected = []
         for block in self.blocks:
             x = block(x, c)
+            projected = projected or [projector(x) for projector in self.projectors]
         x = self.unpatchify(self.final_layer(x, c))
         if self.form == "odd":
             return x * 1.01
         if self.form == "sit":
             return x.chunk(2, dim=1)[0]
-        return (x, ["projections"]) if self.form == "repa" else x
+        return (x, projected) if self.form.endswith("repa") else x
 
     def forward_with_cfg(self, x, t, y, cfg_scale):
         """Guidance on the first channels, as DiT has it: both halves of the batch get the first one's image."""
@@ -228,19 +244,19 @@ def run(model, form: str = "", steps: int = 8, **settings) -> torch.Tensor:
     x, y = small_noise()
     for step in range(steps):
         out = fast(x, torch.full((2,), 1 - step / steps), y)
-        x = x - (out[0] if form == "repa" else out)[:, :1] / steps
+        x = x - (out[0] if form.endswith("repa") else out)[:, :1] / steps
     return x
 
 
 @pytest.mark.parametrize("granularity", ["module", "block", "model"])
-@pytest.mark.parametrize("form", ["sit", "dit", "repa"])
+@pytest.mark.parametrize("form", ["sit", "dit", "repa", "irepa"])
 @torch.no_grad()
 def test_public_models_are_forecast_as_ours_is(form, granularity):
     model = PublicModel(form).eval()
     settings = {"cache": "taylor", "order": 1, "granularity": granularity}
     torch.testing.assert_close(run(model, form, **settings, interval=1), run(model, form), rtol=1e-4, atol=1e-5)
     own = small_sit(depth=3)
-    if form == "repa":  # the same weights in our own model draw the same, forecasts and all
+    if form.endswith("repa"):  # the same weights in our own model draw the same, forecasts and all
         own.final_layer.linear = model.final_layer.linear
         expected = run(own, "repa", **settings, interval=3)
         torch.testing.assert_close(run(model, form, **settings, interval=3), expected, rtol=1e-4, atol=1e-5)
@@ -259,6 +275,9 @@ def test_public_models_are_forecast_as_ours_is(form, granularity):
 def test_blocks_that_write_to_their_input_draw_the_same(settings):
     images = [run(PublicModel("dit", block).eval(), "dit", interval=3, **settings) for block in (Block, WritingBlock)]
     assert torch.equal(*images)
+    model = PublicModel("dit", WritingBlock).eval()
+    full = run(model, "dit", **{**settings, "interval": 1})
+    torch.testing.assert_close(full, run(model, "dit"), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -365,10 +365,63 @@ def test_compiled_any_number_of_batch_sizes_and_models_is_served():
     for depth in range(1, 4):
         compiled, eager = (cache(small_sit(depth), order=1, granularity="model") for _ in range(2))
         compiled.compile(backend="eager")
-        for batch in range(1, 5) if depth == 1 else (2, 3):
+        for batch in range(1, 11) if depth == 1 else (2, 3):
             noise, labels = small_noise(batch)
             images = sample(compiled, noise, labels, num_steps=4)
             torch.testing.assert_close(images, sample(eager, noise, labels, num_steps=4), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_compiled_as_a_whole_is_cached_by_its_output_or_refused():
+    torch._dynamo.reset()
+    model = small_sit(depth=1)
+    noise, labels = small_noise()
+    eager = sample(cache(model, interval=3, order=1, granularity="output"), noise, labels, num_steps=8)
+    counter = torch._dynamo.testing.CompileCounter()
+    model.compile(backend=counter)
+    images = sample(cache(model, interval=3, order=1, granularity="output"), noise, labels, num_steps=8)
+    torch.testing.assert_close(images, eager, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count >= 1
+    for settings in ({"granularity": "model"}, {"granularity": "module"}, {"forecaster": "delta-dit"}):
+        with pytest.raises(UserError, match="model must not be compiled before enable_cache, got a compiled SiT"):
+            cache(model, **settings)
+
+
+# ---- the report ----
+
+
+def test_a_report_tells_full_from_forecast_steps_and_what_is_held():
+    model = small_sit()
+    noise, labels = small_noise()
+    cached = cache(model, "newton", interval=3, order=1, granularity="model")
+    assert str(cached.report) == "no step has been cached yet"
+    sample(cached, noise, labels, num_steps=8, sampler="heun", cfg_scale=2.0, null=10)
+    report = cached.report
+    assert report.full_steps == [0, 1, 4, 7] and report.forecast_steps == [2, 3, 5, 6]
+    assert (report.full_calls, report.forecast_calls) == (2 * 4 - 1, 2 * 4)
+    assert report.seconds_full > 0 and report.seconds_forecast > 0
+    assert report.mib == cached.cache_bytes / 2**20 > 0
+    assert report.cached in str(report) and "4 of 8 steps in full: 0,1,4,7" in str(report)
+    assert copy.deepcopy(cached).report == report
+    disable_cache(cached)
+    assert cached.report.mib == 0
+
+
+@pytest.mark.parametrize(
+    "settings, cached",
+    [
+        ({"granularity": "module"}, "the outputs of 4 attentions and MLPs"),
+        ({"granularity": "block"}, "what 2 of 2 blocks add to the tokens"),
+        ({"granularity": "model"}, "the tokens after the last block"),
+        ({"granularity": "output"}, "the model's output"),
+        ({"cache": "delta-dit", "cached_blocks": 1}, "what 1 of 2 blocks add to the tokens"),
+    ],
+)
+def test_a_report_names_what_is_cached(settings, cached):
+    model = small_sit()
+    noise, labels = small_noise(1)
+    fast = enable_cache(model, **{"cache": "taylor", "interval": 2, **settings})
+    sample(fast, noise, labels, num_steps=4)
+    assert fast.report.cached == cached
 
 
 def test_what_the_model_has_the_cache_has():

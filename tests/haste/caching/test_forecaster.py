@@ -88,6 +88,22 @@ def test_the_published_code_with_any_first_enhance(interval, order, first_enhanc
         assert got == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "settings, first",
+    [
+        ({"first_enhance": 2}, 0), ({"first_enhance": 3}, 1), ({"first_enhance": 5}, 3),
+        ({"first_enhance": 5, "error_threshold": 0.1}, 0), ({"full_steps": "0,1,2,6,10"}, 0), ({"spacing": "even"}, 0),
+    ],
+)  # fmt: skip
+def test_differences_begin_late_only_where_the_published_code_has_a_beginning(settings, first):
+    """Steps 0, 1, 2 and 6 as a list of full steps are forecast from all three newest, at order 2."""
+    forecaster = Forecaster.of(CacheConfig(cache="taylor", order=2, **settings))
+    assert forecaster.first == first
+    weights = forecaster.weights(at_positions([2, 1, 0]), Timestep(4, 0))
+    late = [1.0, 0.0, 0.0] if first > 1 else taylor(1, [2, 1], 4) + [0.0]
+    assert weights == pytest.approx(late if first else taylor(2, [2, 1, 0], 4))
+
+
 def test_counting_down_gives_the_same():
     """The published coordinate is the number of steps that remain."""
     up, down = [9, 5, 1, 0], [40, 44, 48, 49]

@@ -146,6 +146,19 @@ def test_calls_are_counted(run, settings, calls):
     assert sampler.calls == calls
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_compiled_blocks_serve_any_number_of_batch_sizes(run, monkeypatch):
+    """As `haste sample --compile` without a cache compiles them, by Dynamo alone."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="eager", **options))
+    torch._dynamo.reset()
+    sampler = Sampler(load_checkpoint(run), SamplingConfig(num_steps=2))
+    eager = sampler.sample(range(10))[0].astype(int)
+    sampler.speed_up(compile=True, cuda_graphs=False)
+    for count in range(1, 11):
+        assert np.abs(sampler.sample(range(count))[0].astype(int) - eager[:count]).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -21,7 +21,9 @@ from forked_haste import start_ranks
 from haste.distributed import Processes
 from haste.errors import UserError
 from haste.generation.config import SampleConfig as Args
-from haste.generation.sample_dir import SampleDir, Samples, deal, read_record, sample_to_folder
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler, load_checkpoint
+from haste.generation.sample_dir import SampleDir, Samples, deal, read_record, sample_to_folder, settle_full_steps
 from image_files import cut_short
 
 SETTINGS = {"checkpoint": "0000002.pt", "num_steps": 4, "labels": "random"}
@@ -223,6 +225,29 @@ def test_a_process_alone_agrees_with_itself():
     assert (processes.rank, processes.count, processes.first) == (0, 1, True)
     assert processes.agree(lambda: 3) == 3 and processes.gather("x") == ["x"]
     processes.leave()
+
+
+def test_of_several_processes_one_measures_the_full_steps_for_all(tmp_path, run, monkeypatch):
+    """On images 0 to 7, whichever images a process samples itself."""
+
+    class Second(Processes):
+        def agree(self, function):
+            return [0, 2, 3]  # what the first process found
+
+    loaded = load_checkpoint(run)
+    sampler = Sampler(loaded, SamplingConfig(num_steps=6, cache="newton", order=1, error_threshold=0.1))
+    folder = SampleDir(tmp_path / "s", {})
+    settled = settle_full_steps(sampler, folder, Second())
+    assert settled.settings.full_step_list == folder.full_steps == [0, 2, 3]
+    settled.sample([11])
+    assert settled.cache.full_steps == [0, 2, 3]
+
+    asked, start_of = [], Sampler.start_of
+    monkeypatch.setattr(
+        Sampler, "start_of", lambda self, indices: asked.append(list(indices)) or start_of(self, indices)
+    )
+    assert settle_full_steps(sampler, SampleDir(tmp_path / "t", {}), Processes()).settings.full_step_list[0] == 0
+    assert asked == [list(range(8))]
 
 
 def test_a_missing_package_is_named_before_anything_is_sampled(tmp_path, run, monkeypatch):
