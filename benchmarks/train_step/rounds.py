@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 from cases import Case
-from haste.caching.cached_model import free_bytes
+from haste.caching.memory import free_bytes
 from haste.errors import UserError
 from haste.models import SiT
 from parts import make_parts

@@ -40,6 +40,13 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={cpu_attention: attention})
 
 
+def slice_of(function: Any) -> tuple[int, int, int] | None:
+    """Dimension, start and end of what a function of autograd's graph cuts out; None if it is no slice."""
+    if function.name() != "SliceBackward0":
+        return None
+    return function._saved_dim, function._saved_start, function._saved_end
+
+
 # ---- transformers, which is imported where it is needed ----
 
 

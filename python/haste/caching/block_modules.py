@@ -70,15 +70,17 @@ class PerModule:
         constants = [constant for block in self._blocks for constant in constants_of(block)]
         self._constant = count if any(constant is not None for constant in constants) else None
         self._count = count + (self._constant is not None)
-        self._shape = _arguments(blocks[0])[
-            self._blocks[0].kind.tokens
-        ].shape  # (rows, tokens, dim), of the image alone
+        entering = _arguments(blocks[0])[self._blocks[0].kind.tokens]
+        self._shape = entering.shape  # (rows, tokens, dim), of the image alone
         self._idle: dict[Place, nn.Module] = {}
-        features = self._verified(discovery)
-        self.initial: list[Tensor] | None = [features]
+        self.initial: list[Tensor] | None = None
+        features = entering
+        if not entering.is_meta:  # else only `stores` is of use
+            features = self._verified(discovery)
+            self.initial = [features]
+            self._drop_embedders(discovery, features)
         rows, tokens, dim = self._shape
         self._spec = StoreSpec(self._count, rows, tokens, dim, features.dtype, features.device)
-        self._drop_embedders(discovery, features)
         modules, shape = sum(len(block.cached) for block in self._blocks), "×".join(map(str, self._shape))
         sums = f" in {self._count} sums" if self._shared else ""
         self.description = f"{modules} modules of {len(self._blocks)} blocks{sums} ({shape})"

@@ -10,13 +10,12 @@ import inspect
 import logging
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from haste.caching.adapters import OpaqueModel, PublicTransformer, find_transformer, make_granularities
+from haste.caching.adapters import PublicTransformer, find_transformer, make_granularities
 from haste.caching.config import CacheConfig
 from haste.caching.forecaster import CachedFeatures, Correction, Corrections, Forecaster, Timestep
 from haste.caching.report import CacheReport, Stopwatch, mib
@@ -376,86 +375,3 @@ def _concatenate(parts: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return images
     return type(first)(images, *first[1:]) if hasattr(first, "_fields") else (images, *first[1:])
-
-
-# ---- memory ----
-
-
-def cache_bytes(
-    model: nn.Module,
-    config: CacheConfig,
-    rows: int,
-    dtype: torch.dtype | None = None,
-    input_shape: tuple[int, int, int] | None = None,
-) -> int:
-    """Bytes that a cache will take: cached features, and the corrections of the forecast steps in a row. (Heun's
-    sampler needs one correction more.)
-
-    Args:
-        rows: images at once, both halves of a guided batch counted.
-        dtype: of the features; by default the model's.
-        input_shape: (C, H, W) of one x, from the family's `layout`. Needed for granularity "output", whose features
-            have this shape.
-
-    Raises:
-        ValueError: granularity "output" without input_shape.
-    """
-    if config.cache == "none":
-        return 0
-    cached = CachedModel(model, config)
-    if not isinstance(cached.transformer, OpaqueModel):
-        tokens, dim = cached.transformer.tokens_shape
-    elif input_shape is not None:
-        tokens, dim = input_shape[0], input_shape[1] * input_shape[2]
-    else:
-        raise ValueError('input_shape must be (C, H, W) for granularity "output", got None')
-    granularity, slots = cached.granularities[0], cached.forecaster.order + 1
-    ahead = 0
-    if granularity.looks_ahead:
-        ahead = MOST_AHEAD if config.full_steps else min(MOST_AHEAD, config.resolved_interval - 1)
-    features, corrections = granularity.modules * slots * tokens, ahead * (tokens + 1)  # and the conditioning
-    return (features + corrections) * rows * dim * (dtype or cached.dtype).itemsize
-
-
-def check_memory(
-    model: nn.Module,
-    config: CacheConfig,
-    images: int,
-    guided: bool = False,
-    free: int | None = None,
-    input_shape: tuple[int, int, int] | None = None,
-) -> None:
-    """Refuse a cache that does not fit into memory.
-
-    Args:
-        images: at once.
-        free: bytes; by default what the device of the model has left.
-        input_shape: as of `cache_bytes`.
-
-    Raises:
-        UserError: it does not fit; the message has the largest number of images that does.
-    """
-    rows = 2 * images if guided else images
-    needed = cache_bytes(model, config, rows, input_shape=input_shape)
-    free = free_bytes(next(model.parameters()).device) if free is None else free
-    if needed <= free:
-        return
-    per = "" if config.cache == "delta-dit" else f" per {config.granularity}"
-    message = (f"the cache{per} takes {needed / 2**30:.1f} GiB for {images} images at once, and {free / 2**30:.1f} GiB "
-               "are free")  # fmt: skip
-    if config.granularity == "module" and config.cache != "delta-dit":
-        whole = cache_bytes(model, replace(config, granularity="model"), rows)
-        if whole <= free:
-            raise UserError(f"{message}; --granularity model takes {whole / 2**30:.1f} GiB")
-    fitting = images * free // needed
-    would = f"{fitting} images at once (--per-proc-batch-size) would fit" if fitting else "not even one image fits"
-    raise UserError(f"{message}; {would}")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as file:
-        (available,) = (line for line in file if line.startswith("MemAvailable:"))
-    return 1024 * int(available.split()[1])

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from haste._compat import is_compiled
-from haste.caching.cached_model import free_bytes
 from haste.caching.config import LEAST_STEPS, CacheConfig
 from haste.caching.discovery import Discovery, Run, floats
 from haste.caching.forecaster import CachedFeatures, Forecaster, Timestep
+from haste.caching.memory import check_fits
 from haste.caching.report import CacheReport, Stopwatch, mib
 from haste.caching.schedule import ScheduleState
 from haste.caching.seams import Output, Seam, make_seams
@@ -206,7 +207,8 @@ class ModelCache:
                 answer = self._find_seams(run, eager, args, kwargs, branch)
             seam = branch.seams[self._group]
             if not branch.features:
-                branch.features = self._reserve(seam)
+                discover = partial(Discovery, self.model, eager, args, kwargs)
+                branch.features = self._reserve(seam, discover)
             outs = [each.storage[:, each.slot_for(at, ("",))] for each in branch.features]
             if answer is not None and seam.initial is not None:
                 for out, value in zip(outs, seam.initial, strict=True):
@@ -240,15 +242,10 @@ class ModelCache:
         branch.seams = seams
         return answer
 
-    def _reserve(self, seam: Seam) -> list[CachedFeatures]:
+    def _reserve(self, seam: Seam, discover: Callable[[], Discovery]) -> list[CachedFeatures]:
         slots = self._forecaster.order + 1
         specs = seam.stores()
-        needed, device = sum(spec.bytes for spec in specs) * slots, specs[0].device
-        if device.type in ("cpu", "cuda") and needed > (free := free_bytes(device)):
-            smaller = "model" if self.config.granularity == "module" else "output"
-            raise UserError(f"the cache of {type(self.model).__name__} must fit into the {free / 2**30:.1f} GiB that "
-                            f"are free, got {needed / 2**30:.1f} GiB; take granularity {smaller}, a lower order, or "
-                            "smaller images")  # fmt: skip
+        check_fits(self.model, self.config, slots, specs, discover)
         features = []
         for spec in specs:
             features.append(CachedFeatures(spec.modules, slots))

@@ -112,7 +112,7 @@ class Group:
     def __init__(self, discovery: Discovery, first: int, last: int, based: bool) -> None:
         self._blocks = discovery.blocks
         whole = last == len(self._blocks)
-        self._sinks = discovery.sinks() if whole else {}
+        self._sinks: dict[Place, Any] = discovery.sinks() if whole else {}
         entering, leaving = self._at_both_ends(discovery, first, last, whole)
         self._live = discovery.live_rows(self._sinks) if whole else [Live(i, None) for i in range(len(leaving))]
         if not self._live:
@@ -136,6 +136,10 @@ class Group:
         self.initial: list[Tensor] | None = [
             value if base is None else value - entering[base] for value, base in zip(values, bases, strict=True)
         ]
+        # From here on only their places are of use; the tensors would stay for as long as the seam.
+        self._sinks = dict.fromkeys(self._sinks)
+        self._answers = None
+        self._taken.clear()
 
     def _at_both_ends(self, discovery: Discovery, first: int, last: int, whole: bool) -> tuple[list, list]:
         """The tensors that enter the group and those that leave it."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from digits_run import write_run
 from drawn_images import read_images, read_npz
-from haste.caching import FAST, cached_model, fast_config
+from haste.caching import FAST, fast_config, memory
 from haste.cli.main import main
 from haste.generation import sample_dir
 from haste.generation.config import SampleConfig
@@ -199,7 +199,7 @@ def test_an_order_above_what_few_full_steps_allow_is_no_obstacle_to_measuring_th
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_refused_before_the_first_step(run, capsys, monkeypatch):
-    monkeypatch.setattr(cached_model, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
     flags = ("--ckpt", str(run), *QUICK, "--cache", "taylor", "--interval", "2", "--order", "1")
     assert "the cache per module takes" in refusal(capsys, *flags, "--cfg-scale", "2")
     assert not (run / "samples").exists()
