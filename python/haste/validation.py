@@ -261,6 +261,8 @@ BOUNDS: dict[str, Bounds] = {
     "error_thresholds": ERROR,
     "gates": GATE,
     "repeats": Bounds(1, 10_000),
+    "height": SIDE,
+    "width": SIDE,
     "tolerance": Bounds(0, 1_000_000, Real),
 }
 """The bounds of every numeric flag, beyond which something overflows or exceeds any memory."""

@@ -106,12 +106,31 @@ def long_name(settings: SamplingConfig) -> str:
     return f"{settings.describe_cache()}{gate}, {settings.num_steps} steps"
 
 
+FOR_PIPELINES = ("prompts", "num_images", "height", "width")
+FOR_CHECKPOINTS = (
+    "mode", "heun", "cfg_scale", "guidance_low", "guidance_high", "guidance_mode", "labels", "ema", "vae", "convention",
+    "num_fid_samples", "per_proc_batch_size", "cuda_graphs", "features", "reference", "classifier_dir", "tolerance",
+)  # fmt: skip
+
+
 @dataclass(kw_only=True)
 class SweepConfig(SamplingConfig):
     """The settings of `haste sweep`, which are its flags."""
 
-    ckpt: Path
+    ckpt: Path | None = None
     """Checkpoint file, or run folder for its latest checkpoint."""
+    pipeline: Path | None = None
+    """In place of --ckpt: folder of a diffusers pipeline. Its images are compared with those of its own uncached run
+    of --steps steps; there is no FD."""
+    prompts: str = ""
+    """With --pipeline: a prompt, or a text file with one on each line; of a pipeline for classes, their numbers or
+    names."""
+    num_images: int = 4
+    """With --pipeline: number of images per setting; they cycle through the prompts, each from its own noise."""
+    height: int | None = None
+    """With --pipeline: height of the images in pixels. [default: the pipeline's]"""
+    width: int | None = None
+    """With --pipeline: width of the images in pixels. [default: the pipeline's]"""
 
     # Of these settings of a point a sweep has lists, below.
     cache: Suppress[Fixed[str]] = "none"  # type: ignore[assignment]
@@ -164,17 +183,31 @@ class SweepConfig(SamplingConfig):
     tolerance: float = 0.05
     """Maximum relative increase of FD over the uncached run for a setting to be recommended."""
     output: Path | None = None
-    """Output folder for sweep.jsonl, sweep.md and sweep.png. [default: sweep/ in the run folder]"""
+    """Output folder for sweep.jsonl, sweep.md and sweep.png. [default: sweep/ in the run folder; with --pipeline
+    sweep-NAME/ here]"""
     plot_only: bool = False
     """Only rewrite the table and the plot of the last sweep."""
 
     def check(self) -> None:
         check_numbers(self)
+        self._check_source()
         self.base.check()
         for name in ("caches", "granularities", "intervals", "orders", "spacings", "error_thresholds", "steps"):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} must have one value or more, got none")
         check_classifier_dir(self.classifier_dir)
+
+    def _check_source(self) -> None:
+        """Check that there is a checkpoint or a pipeline, and no flag of the other."""
+        if (self.ckpt is None) == (self.pipeline is None):
+            given = "neither" if self.ckpt is None else "both"
+            raise UserError(f"a sweep must have either --ckpt or --pipeline, got {given}")
+        unused = FOR_PIPELINES if self.pipeline is None else FOR_CHECKPOINTS
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in unused and value != field.default:
+                flag, other = field.name.replace("_", "-"), "--ckpt" if self.pipeline is None else "--pipeline"
+                raise UserError(f"--{flag} must be left out with {other}, which does not use it, got {value}")
 
     def resolved(self) -> SweepConfig:
         """The same settings, without those that have no effect."""
@@ -183,6 +216,8 @@ class SweepConfig(SamplingConfig):
     @property
     def base(self) -> SamplingConfig:
         """The settings that all points share."""
+        if self.pipeline is not None:
+            return SamplingConfig(num_steps=max(self.steps, default=1), global_seed=self.global_seed)
         shared = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
         chosen = {"num_steps": max(self.steps, default=1), "labels": list_labels(self.labels)}
         return SamplingConfig(**{**shared, **chosen})

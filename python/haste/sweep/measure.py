@@ -5,17 +5,12 @@ What was measured of a point is on the disk before the next one begins, so that 
 
 from __future__ import annotations
 
-import gc
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 
 from haste._compat import flop_counter
 from haste.caching import check_memory
@@ -31,8 +26,22 @@ from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint
 from haste.generation.sample_dir import measure_full_steps
 from haste.io import write_text
 from haste.registry import EXTRACTORS
-from haste.sweep.config import SweepConfig, long_name, point_fields, shared_fields
-from haste.sweep.records import LEGEND, PLOT, TABLE, Record, Row, SweepDir, advise, make_rows, recommend, table
+from haste.sweep.config import SweepConfig, long_name, shared_fields
+from haste.sweep.pipeline import Pipeline, PipelineSweep
+from haste.sweep.records import (
+    LEGEND,
+    PIPELINE_LEGEND,
+    PLOT,
+    TABLE,
+    Record,
+    Row,
+    SweepDir,
+    advise,
+    make_rows,
+    recommend,
+    table,
+)
+from haste.sweep.turns import Progress, Turns, stopwatch
 from haste.tables import markdown_table, text_table
 from haste.training.checkpoint import as_before, checkpoint_identity
 from haste.validation import build
@@ -85,32 +94,20 @@ def time_run(sampler: Sampler, batch: int) -> float:
     on_gpu = start.noise.is_cuda
     if on_gpu:
         sampler.run(start)
-        torch.cuda.synchronize()
     else:
         sampler.warm_up(batch)
-    collecting = gc.isenabled()
-    gc.disable()  # a collection takes as long as many steps, and would hit some runs and not others
-    try:
-        begin = perf_counter()
+    with stopwatch(on_gpu) as elapsed:
         sampler.run(start)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return (perf_counter() - begin) / batch
-    finally:
-        if collecting:
-            gc.enable()
+        return elapsed() / batch
 
 
 # ---- all points ----
 
 COMPARED = 256  # images whose fidelity to the reference's is measured
 
-Progress = Callable[[str, int], None]
-"""progress(name of a point, number of its images that are done since the last call)"""
-
 
 @dataclass
-class Sweep:
+class Sweep(Turns):
     """Measures points of one checkpoint.
 
     Cached points that the model or the number of steps does not allow are skipped; `skipped` holds the reasons.
@@ -157,9 +154,7 @@ class Sweep:
     def run(self, progress: Progress = lambda name, count: None) -> None:
         """Measure what is not known yet."""
         self.folder.rename(as_before(self.shared, self.loaded.checkpoint), self.shared)
-        possible = [settings for settings in self.points if self._measure(settings, progress)]
-        for turn in range(self.repeats):
-            self._time(possible, turn, progress)
+        super().run(progress)
 
     @cached_property
     def _reference(self) -> Sampler:
@@ -174,14 +169,7 @@ class Sweep:
             sampler.speed_up(compile=False, cuda_graphs=True)
         return sampler
 
-    def _known(self, settings: SamplingConfig) -> Record:
-        return self.folder.find(self.shared, point_fields(settings))
-
-    def _add(self, settings: SamplingConfig, **measured: Any) -> None:
-        self.folder.add(self.shared, point_fields(settings), **measured)
-
     def _measure(self, settings: SamplingConfig, progress: Progress) -> bool:
-        """Measure cost and quality of one point; False if it is impossible, which of an uncached point is an error."""
         name = long_name(settings)
         if "fd" in self._known(settings):
             progress(name, self.samples)
@@ -222,29 +210,8 @@ class Sweep:
         batches = (range(start, min(start + self.batch, count)) for start in range(0, count, self.batch))
         return np.concatenate([self._reference.sample(indices)[0] for indices in batches])
 
-    def _time(self, points: list[SamplingConfig], turn: int, progress: Progress) -> None:
-        """Time every point that lacks this turn, in an order of its own, the reference first.
-
-        The speed of a machine drifts, so ratios to the reference are taken within a turn. A turn that was interrupted
-        resumes with another run of the reference.
-        """
-        batch = self.shared["batch"]
-        lacking = [settings for settings in points if len(self._known(settings).get("seconds", [])) <= turn]
-        for settings in points:
-            if settings not in lacking:
-                progress(long_name(settings), batch)
-        if not lacking:
-            return
-        reference = time_run(self._sampler(points[0]), batch)
-        for settings in random.Random(turn).sample(lacking, len(lacking)):
-            own = reference if settings is points[0] else time_run(self._sampler(settings), batch)
-            known = self._known(settings)
-            self._add(
-                settings,
-                seconds=[*known.get("seconds", []), own],
-                reference_seconds=[*known.get("reference_seconds", []), reference],
-            )
-            progress(long_name(settings), batch)
+    def _seconds(self, settings: SamplingConfig) -> float:
+        return time_run(self._sampler(settings), self.shared["batch"])
 
 
 # ---- the command ----
@@ -252,9 +219,14 @@ class Sweep:
 
 def run_sweep(config: SweepConfig) -> None:
     """Measure what is not known yet; write the table and the plot from the records alone."""
+    loaded: LoadedCheckpoint | Pipeline | None = None
     if config.plot_only and config.output:
-        loaded, output = None, config.output
+        output = config.output
+    elif config.pipeline is not None:
+        output = config.output or Path(f"sweep-{config.pipeline.resolve().name}")
+        loaded = None if config.plot_only else Pipeline.load(config)
     else:
+        assert config.ckpt is not None  # as SweepConfig has checked
         loaded = load_checkpoint(config.ckpt, config.ema, convention=config.convention)
         output = config.output or loaded.run / "sweep"
     folder = SweepDir(output)
@@ -267,11 +239,15 @@ def run_sweep(config: SweepConfig) -> None:
             write_files(output, make_rows(records), records[0]["sweep"], config.tolerance)
 
 
-def measure_points(config: SweepConfig, loaded: LoadedCheckpoint, folder: SweepDir) -> Record:
+def measure_points(config: SweepConfig, loaded: LoadedCheckpoint | Pipeline, folder: SweepDir) -> Record:
     """Measure under a progress bar; returns what the records of this sweep share."""
-    evaluator = open_evaluator(config, loaded)
-    counts = (config.num_fid_samples, config.per_proc_batch_size, config.repeats)
-    sweep = Sweep(loaded, config.points, evaluator, folder, *counts, config.cuda_graphs)
+    sweep: Sweep | PipelineSweep
+    if isinstance(loaded, Pipeline):
+        sweep = PipelineSweep(loaded, config.points, folder, config.num_images, config.repeats)
+    else:
+        evaluator = open_evaluator(config, loaded)
+        counts = (config.num_fid_samples, config.per_proc_batch_size, config.repeats)
+        sweep = Sweep(loaded, config.points, evaluator, folder, *counts, config.cuda_graphs)
     with progress_bar(total=sweep.images, unit="image", desc="sweep") as bar:
 
         def progress(name: str, images: int) -> None:
@@ -327,10 +303,14 @@ def write_files(folder: Path, rows: list[Row], sweep: Record, tolerance: float) 
     shared = build(_Shared, sweep, "the sweep of a record")
     machine = shared.machine
     advice = advise(rows, tolerance)
-    title = f"{shared.model}, beside {rows[0].settings.describe()}: {shared.samples:,} images a point"
+    steps = f"{rows[0].settings.num_steps} steps" if rows[0].fd is None else rows[0].settings.describe()
+    title = f"{shared.model}, beside {steps}: {shared.samples:,} images a point"
     plot_sweep(folder / PLOT, rows, title=title, chosen=recommend(rows, tolerance))
     where = machine.gpu["name"] if machine.gpu else f"{machine.processor}, {machine.threads} thread(s)"
-    made = f"Batches of {shared.batch}; torch {machine.torch}, {where}. FD by {shared.evaluated_by}."
-    parts = [f"# {title}", f"![]({PLOT})", markdown_table(table(rows)).rstrip(), LEGEND, made, advice]
+    made = f"Batches of {shared.batch}; torch {machine.torch}, {where}."
+    legend = PIPELINE_LEGEND if rows[0].fd is None else LEGEND
+    if rows[0].fd is not None:
+        made += f" FD by {shared.evaluated_by}."
+    parts = [f"# {title}", f"![]({PLOT})", markdown_table(table(rows)).rstrip(), legend, made, advice]
     write_text(folder / TABLE, "\n\n".join(parts) + "\n")
     print(f"\n{text_table(table(rows))}\n\n{advice}\n\ntable  {folder / TABLE}\nplot   {folder / PLOT}")

@@ -109,6 +109,7 @@ class Measured:
         flops: per image.
         peak_bytes, cache_bytes: of a batch; see `haste.sweep.measure.count_cost`.
         calls, full_calls: of the model, per image.
+        fd: None for a pipeline.
         psnr, ssim: fidelity to the images of the reference; None for the reference itself.
     """
 
@@ -117,7 +118,7 @@ class Measured:
     cache_bytes: int
     calls: int
     full_calls: int
-    fd: float
+    fd: float | None
     label_accuracy: float | None
     psnr: float | None
     ssim: float | None
@@ -218,6 +219,14 @@ def _average_row(rows: Sequence[Row]) -> Row:
 
 MIB = 2**20
 
+PIPELINE_LEGEND = """\
+Times are those of whole calls of the pipeline, from prompt to image, the median of the turns; FLOPs, of one image, are
+those of matrix products and convolutions (torch.utils.flop_counter; elementwise work and the operations of haste_ext
+count nothing). The two speed-ups are over the first row, and "kept" is the first over the second. Memory is an image's:
+the cached features, and the peak beyond the weights, which on the CPU is Linux's count and scatters by some MiB. PSNR
+and SSIM are with the images of the first row, from the same prompts and noise. A row without them has the same images,
+or is the first."""
+
 LEGEND = """\
 Times are the model's and the sampler's alone, the median of the turns; FLOPs are those of matrix products and
 convolutions (torch.utils.flop_counter; elementwise work and the operations of haste_ext count nothing). The two
@@ -258,6 +267,12 @@ ACCURACY_MARGIN = 0.01  # how far label accuracy may be below the reference's
 SAME_SPEED = 0.05  # settings whose seconds differ by no more than this are ordered by their fidelity
 
 
+def known_fd(row: Row) -> float:
+    """FD, where there must be one."""
+    assert row.fd is not None
+    return row.fd
+
+
 def front(rows: Sequence[Row], loss: Callable[[Row], float]) -> list[Row]:
     """The Pareto front, fastest first: the rows than which no other is both faster and lower in `loss`."""
     chosen: list[Row] = []
@@ -271,7 +286,7 @@ def good_enough(row: Row, reference: Row, tolerance: float) -> bool:
     """Whether FD is at most 1 + tolerance times the reference's, and label accuracy, if known, within a point of it."""
     accuracy, wanted = row.label_accuracy, reference.label_accuracy
     reads = accuracy is None or wanted is None or accuracy >= wanted - ACCURACY_MARGIN
-    return reads and row.fd <= (1 + tolerance) * reference.fd
+    return reads and known_fd(row) <= (1 + tolerance) * known_fd(reference)
 
 
 def worth_its_cache(row: Row, rows: Sequence[Row]) -> bool:
@@ -284,8 +299,10 @@ def worth_its_cache(row: Row, rows: Sequence[Row]) -> bool:
 def recommend(rows: Sequence[Row], tolerance: float) -> Row | None:
     """The fastest cached row that is good enough and worth its cache; of those about as fast, the one of best fidelity.
 
-    The first row is the reference. None if there is no such row.
+    The first row is the reference. None if there is no such row, or no FD.
     """
+    if rows[0].fd is None:
+        return None
     fit = [
         row for row in rows if not row.uncached and good_enough(row, rows[0], tolerance) and worth_its_cache(row, rows)
     ]
@@ -297,10 +314,12 @@ def recommend(rows: Sequence[Row], tolerance: float) -> Row | None:
 def advise(rows: Sequence[Row], tolerance: float) -> str:
     """Sentences on the Pareto fronts and the recommended setting; the first row is the reference."""
     reference = rows[0]
-    sentences = [_front_sentence("FD", front(rows, lambda row: row.fd))]
+    sentences = [] if reference.fd is None else [_front_sentence("FD", front(rows, known_fd))]
     compared = [row for row in rows if row.psnr is not None]
     if compared:
         sentences.append(_front_sentence("fidelity to the full run", front(compared, lambda row: -(row.psnr or 0.0))))
+    if reference.fd is None:
+        return " ".join([*sentences, _worth_sentence(compared)])
     bar = f"an FD within {tolerance:.0%} of {reference.fd:.3g}, that of {long_name(reference.settings)}"
     chosen = recommend(rows, tolerance)
     if chosen is None:
@@ -320,7 +339,17 @@ def _front_sentence(what: str, rows: Sequence[Row]) -> str:
     return f"On the Pareto front of seconds and {what}, fastest first: {'; '.join(cached)}."
 
 
+def _worth_sentence(rows: Sequence[Row]) -> str:
+    """Which cached settings are closer to the full run than uncached runs that are as fast."""
+    worth = [row for row in rows if not row.uncached and worth_its_cache(row, rows)]
+    if not worth:
+        return "No cached setting is closer to the full run than uncached runs that are as fast."
+    names = "; ".join(map(describe, sorted(worth, key=lambda row: row.seconds)))
+    return f"Closer to the full run than uncached runs that are as fast, fastest first: {names}."
+
+
 def describe(row: Row) -> str:
     """'Taylor per module, interval 4, order 2, 50 steps (2.10× as fast, FD 3.1, 30.2 dB)'."""
+    fd = "" if row.fd is None else f", FD {row.fd:.3g}"
     fidelity = "" if row.psnr is None else f", {row.psnr:.1f} dB"
-    return f"{long_name(row.settings)} ({row.speedup:.2f}× as fast, FD {row.fd:.3g}{fidelity})"
+    return f"{long_name(row.settings)} ({row.speedup:.2f}× as fast{fd}{fidelity})"
