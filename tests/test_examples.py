@@ -14,6 +14,7 @@ COMMANDS = [
     "loss_in_your_trainer.py --steps 3",
     "align_your_own_model.py --steps 2",
     "cache_your_own_model.py --num-steps 10",
+    "cache_a_pipeline.py --num-steps 10",
     "train_digits.py --method vanilla --steps 2 --batch-size 8",
     "sample.py exps/vanilla --num-steps 10",  # of the run that the one before has trained
 ]
