@@ -72,7 +72,11 @@ class CachedModule(nn.Module):
             raise UserError("no run has begun; call start(number of steps) before the first call")
         named = self._arguments.named(args, kwargs)
         moment = self._clock.moment(lambda: self._arguments.time(named), named, self._context)
-        return self._cache.call(self._run, self._run_eagerly, args, kwargs, moment, signature(named))
+        try:
+            return self._cache.call(self._run, self._run_eagerly, args, kwargs, moment, signature(named))
+        except BaseException:
+            self._clock.interrupt()
+            raise
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         return self.model(*args, **kwargs)

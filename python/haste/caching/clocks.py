@@ -26,8 +26,8 @@ from haste.errors import UserError
 from haste.samplers import ModelCall, time_of
 
 # The names of a time and of numbers that follow it, among the arguments of models.
-TIME_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma")
-COUNTERS = (*TIME_ARGUMENTS, "step_index", "step")
+TIME_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "vision_timesteps")
+COUNTERS = (*TIME_ARGUMENTS, "step_index", "step", "r_timestep", "timestep_r")  # of flow maps also where a step ends
 
 # ---- what a call was made with ----
 
@@ -93,12 +93,13 @@ def _signature(value: Any) -> Any:
 class BranchNames:
     """Names the guidance branch of each call of a step.
 
-    With a name from cache_context it is that. Else a call on the same condition, which is to say the same tensors, as a
-    branch of an earlier step continues that branch; else the calls of a step are numbered.
+    With a name from cache_context it is that. Else a call on the same condition, which is to say with the same tensors
+    and a like signature, as a branch of an earlier step continues that branch; else the calls of a step are numbered.
     """
 
     def __init__(self) -> None:
-        self._condition: dict[Hashable, list[Tensor]] = {}  # of each branch; held, so that no other has its identity
+        # Of each branch; the tensors are held, so that no others have their identity.
+        self._condition: dict[Hashable, tuple[Hashable, list[Tensor]]] = {}
         self._used: set[Hashable] = set()
 
     def next_step(self) -> None:
@@ -111,15 +112,17 @@ class BranchNames:
             return context
         times = [value for name, value in named.items() if name in COUNTERS]
         condition = [t for t in tensors(dict(named)) if not any(t is time for time in times)][1:]  # without x
-        for branch, known in self._condition.items():
-            same = len(known) == len(condition) and all(a is b for a, b in zip(known, condition, strict=True))
-            if condition and same and (again or branch not in self._used):
+        made_with = signature(named)
+        for branch, (earlier, known) in self._condition.items():
+            same = earlier == made_with and len(known) == len(condition)
+            same = same and all(a is b for a, b in zip(known, condition, strict=True))
+            if same and (again or branch not in self._used):
                 self._used.add(branch)
                 return branch
         number = len(self._used)
         while number in self._used:
             number += 1
-        self._condition[number] = condition
+        self._condition[number] = made_with, condition
         self._used.add(number)
         return number
 
@@ -130,7 +133,8 @@ class BranchNames:
 class LoopClock:
     """Reads the time of each call and holds it against the plan of the run.
 
-    The calls at one time belong to one step. The first time of the run, seen again after others, begins a new run.
+    The calls at one time belong to one step. The first time of the run, seen again after others or after an error,
+    begins a new run.
 
     Args:
         plan: the number of steps; or their times; or all calls, as `haste.samplers.model_calls` lists them.
@@ -159,17 +163,22 @@ class LoopClock:
         if self._listed is not None:
             self._listed = Clock(self.plan)
         self._seen: list[float] = []
+        self._interrupted = False
         self._names = BranchNames()
         self._begin(self._num_steps)
+
+    def interrupt(self) -> None:
+        """A call has failed; its loop may begin anew."""
+        self._interrupted = True
 
     def moment(self, time: Callable[[], float], named: Mapping[str, Any], context: str | None) -> Moment:
         """The place of the next call. time: reads its time."""
         now = time()
         if self._listed is not None:
             return self._next_listed(now, named)
+        if self._seen and (len(self._seen) > 1 or self._interrupted) and self._same(now, self._seen[0]):
+            self.start()
         if not self._seen or not self._same(now, self._seen[-1]):
-            if len(self._seen) > 1 and self._same(now, self._seen[0]):
-                self.start()
             self._check(now)
             self._seen.append(now)
             self._names.next_step()
@@ -271,7 +280,7 @@ class SchedulerClock:
         """
         if not self._timesteps:
             timesteps = getattr(scheduler, "timesteps", None)
-            self._timesteps = [float(t) for t in timesteps] if timesteps is not None else []
+            self._timesteps = torch.as_tensor(timesteps).double().tolist() if timesteps is not None else []
             if not self._timesteps:
                 raise UserError(f"the pipeline must set the timesteps of its scheduler, got a "
                                 f"{type(scheduler).__name__} without; {OWN_LOOP}")  # fmt: skip
@@ -316,6 +325,7 @@ def watch(instance: Any, methods: Mapping[str, Around]) -> None:
     Unlike functions in the instance's attributes it survives what reinstalls these, as offloading does, and copies of
     the instance know that they are copies.
     """
+    unwatch(instance)  # of a copy
     cls, original = type(instance), weakref.ref(instance)
 
     def around(name: str, how: Around) -> Callable[..., Any]:
@@ -329,7 +339,8 @@ def watch(instance: Any, methods: Mapping[str, Around]) -> None:
 
     own = {name: around(name, how) for name, how in methods.items() if hasattr(cls, name)}
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    instance.__class__ = type(cls.__name__, (cls,), {**named, **own, "_haste_watched": cls})
+    watched = {**named, **own, "_haste_watched": cls, "_haste_original": original}
+    instance.__class__ = _same_as(cls)(cls.__name__, (cls,), watched)
 
 
 def unwatch(instance: Any) -> None:
@@ -340,5 +351,12 @@ def unwatch(instance: Any) -> None:
 
 
 def is_watched(instance: Any) -> bool:
-    """Whether `watch` put a subclass on it, or on what it is a copy of."""
-    return "_haste_watched" in type(instance).__dict__
+    """Whether `watch` put a subclass on it, and not on what it is a copy of."""
+    original = type(instance).__dict__.get("_haste_original")
+    return original is not None and original() is instance
+
+
+def _same_as(cls: type) -> type[type]:
+    """The type of subclasses of cls that are equal to it, for diffusers' from_pipe compares the types of models."""
+    equal = {"__eq__": lambda self, other: self is other or other is cls, "__hash__": lambda self: hash(cls)}
+    return type(type(cls).__name__, (type(cls),), equal)

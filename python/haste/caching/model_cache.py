@@ -108,8 +108,11 @@ class ModelCache:
             raise UserError(f"num_steps must be at least {LEAST_STEPS} for the default settings of a cache, got "
                             f"{num_steps}; go without a cache, or choose interval= or full_steps=")  # fmt: skip
         config = config.fitted(num_steps, self.defaults)
-        if noisy and "order" in self.defaults:
-            config = replace(config, order=min(1, config.resolved_order))
+        if noisy and config.resolved_order > 1:
+            if "order" not in self.defaults:
+                raise UserError("order must be at most 1 with a scheduler that adds noise at every step, which a "
+                                f"higher order multiplies, got {config.resolved_order}")  # fmt: skip
+            config = replace(config, order=1)
         self._schedule = ScheduleState(config, num_steps)
         self._forecaster = Forecaster.of(config)
 
