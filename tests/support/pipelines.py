@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -316,3 +317,59 @@ PIPELINES: dict[str, Callable[[], Tiny]] = {
     "ltx": ltx,
     "cogvideox": cogvideox,
 }
+
+
+class Spy:
+    """Which model calls of a pipeline's runs were full, whatever a cache says.
+
+    Attributes:
+        evaluations: scheduler steps so far, in this run.
+        ran: of each transformer, the evaluation of every call in which its first block ran.
+        blocks: of each transformer, (evaluation, number of the block, over all its lists) of every block that ran.
+    """
+
+    def __init__(self, tiny: Tiny) -> None:
+        self.ran: dict[str, list[int]] = {}
+        self.blocks: dict[str, list[tuple[int, int]]] = {}
+        self._watch_scheduler(tiny.pipe.scheduler)
+        for name in ("transformer", "transformer_2"):
+            if (model := getattr(tiny.pipe, name, None)) is not None:
+                self._watch(name, model)
+        self.clear()
+
+    def clear(self) -> None:
+        self.evaluations = 0
+        self.ran = {name: [] for name in self.blocks}
+        self.blocks = {name: [] for name in self.blocks}
+
+    def _watch_scheduler(self, scheduler: Any) -> None:
+        """By its class, as deepcopies of the scheduler share it but not what is counted here."""
+        kind, spy = type(scheduler), self
+
+        class Counted(kind):
+            @functools.wraps(kind.step)  # pipelines look at the signature
+            def step(self, *args, **kwargs):
+                out = super().step(*args, **kwargs)
+                spy.evaluations += self is scheduler
+                return out
+
+        Counted.__name__, Counted.__module__ = kind.__name__, kind.__module__
+        scheduler.__class__ = Counted
+
+    def _watch(self, name: str, model: nn.Module) -> None:
+        self.blocks[name] = []
+        lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+        for number, block in enumerate(block for blocks in lists for block in blocks):
+            # Of a module in the block: whatever stands in for the block has none of its own.
+            next(child for child in block.children() if not isinstance(child, nn.ModuleList)).register_forward_hook(
+                lambda *_, number=number: self._saw(name, number)
+            )
+
+    def _saw(self, name: str, number: int) -> None:
+        self.blocks[name].append((self.evaluations, number))
+        if number == 0:
+            self.ran[name].append(self.evaluations)
+
+    def full(self, name: str = "transformer") -> list[int]:
+        """The evaluations in which the transformer's first block ran, each once."""
+        return list(dict.fromkeys(self.ran[name]))

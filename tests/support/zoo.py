@@ -7,7 +7,7 @@ dtype, of integers and booleans also the values; tuples, lists and dicts say whi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +123,18 @@ def sample(model: nn.Module, call: Call, steps: int | Sequence[float], calls: An
         answers.append([tensor.clone() for tensor in answer])
         x = x + (following - time) / call.scale * _velocity(x, answer[0])
     return answers
+
+
+@torch.no_grad()
+def last_to_run(model: nn.Module, run: Callable[[], Any]) -> nn.Module:
+    """The module without children that is the last to run in the model: it runs when the blocks do not, too."""
+    ran: list[nn.Module] = []
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [leaf.register_forward_hook(lambda module, *_: ran.append(module)) for leaf in leaves]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return ran[-1]
 
 
 def _velocity(x: Tensor, answer: Tensor) -> Tensor:
