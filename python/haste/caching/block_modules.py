@@ -183,6 +183,7 @@ class FullCall:
     ) -> None:
         self._blocks, self._shape, self._constant, self._summed = blocks, shape, constant, summed
         self._out, self._sums = out, torch.empty(0)
+        self._begun: set[int] = set()  # features that have something in their sum
         self._kept: set[tuple[int, int]] = set()
         self._hooks: list[RemovableHandle] = []
 
@@ -206,7 +207,7 @@ class FullCall:
         if len(self._kept) < len(self._hooks):
             raise UserError("the model must run eagerly for granularity module, which listens to the modules of its "
                             "blocks, got a compiled one; take granularity model")  # fmt: skip
-        if self._summed:
+        if self._summed and self._sums is not self.out:
             self.out.copy_(self._sums)
 
     def _keep(self, number: int, cached: CachedModule, module: nn.Module, args: tuple, output: Any) -> None:
@@ -232,16 +233,22 @@ class FullCall:
                                                f"{tuple(self._shape[1:])}")  # fmt: skip
         return feature
 
-    def _add(self, feature: Tensor, number: int | None, constant: Tensor | float | None) -> None:
-        if not self._sums.numel():  # over many blocks, so not in a type of 8 or 11 bits
-            dtype = torch.promote_types(feature.dtype, torch.float32)
-            self._sums = torch.zeros(self._shape, dtype=dtype, device=feature.device)
-        if number is not None:
-            self._sums[number].add_(feature)
-        if isinstance(constant, Tensor):
-            self._sums[self._constant].addcmul_(feature, constant)
-        elif constant is not None:
-            self._sums[self._constant].add_(feature, alpha=constant)
+    def _add(self, feature: Tensor, own: int | None, constant: Tensor | float | None) -> None:
+        if not self._begun:  # over many blocks, so not in a type of 8 or 11 bits
+            full = self.out.dtype in (torch.float32, torch.float64)
+            self._sums = self.out if full else torch.empty_like(self.out, dtype=torch.float32)
+        for number, factor in ((own, 1.0), (self._constant, constant)):
+            if number is None or factor is None:
+                continue
+            if number not in self._begun:
+                self._begun.add(number)
+                self._sums[number].copy_(feature)
+                if isinstance(factor, Tensor):
+                    self._sums[number].mul_(factor)
+            elif isinstance(factor, Tensor):
+                self._sums[number].addcmul_(feature, factor)
+            else:
+                self._sums[number].add_(feature, alpha=factor)
 
 
 class ForecastCall:

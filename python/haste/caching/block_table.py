@@ -41,17 +41,18 @@ def _names(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 class Activations:
-    """SiLU of the conditioning, in one forward pass: the blocks apply it to the same tensor."""
+    """What modules without weights make of the conditioning: in one forward pass the blocks compute the same of it."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def of(self, x: Tensor, activation: nn.Module) -> Tensor:
-        if type(activation) is not nn.SiLU:
-            return activation(x)
-        if id(x) not in self._made:
-            self._made[id(x)] = x, activation(x)  # x too: while it lives, no other tensor has its id
-        return self._made[id(x)][1]
+    def of(self, x: Tensor, module: nn.Module) -> Tensor:
+        """module(x), by a module that its class and its attributes describe, such as nn.SiLU."""
+        settings = ((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+        key = (id(x), type(module), *settings)
+        if key not in self._made:
+            self._made[key] = x, module(x)  # x too: while it lives, no other tensor has its id
+        return self._made[key][1]
 
 
 def pieces(linear: nn.Module, x: Tensor, of: int, which: Sequence[int]) -> list[Tensor]:
@@ -152,7 +153,9 @@ def _tanh(gates: Gates) -> Gates:
 
 
 def _dit(block: Any, a: Arguments) -> list[Tensor | None]:
-    emb = block.norm1.emb(a["timestep"], a["class_labels"], hidden_dtype=a["hidden_states"].dtype)
+    embedder = block.norm1.emb  # each block has its own
+    projected = a.activations.of(a["timestep"], embedder.time_proj).to(a["hidden_states"].dtype)
+    emb = embedder.timestep_embedder(projected) + embedder.class_embedder(a["class_labels"])
     return list(pieces(block.norm1.linear, block.norm1.silu(emb), 6, (2, 5)))
 
 
