@@ -4,7 +4,8 @@
     haste.load_checkpoint(path)                       the model behind a checkpoint, with what it records
     haste.sample(path, labels=[1, 7])                 images (N, H, W, 3) uint8
     haste.evaluate(images, "digits", "digits")        FD, KID, PRDC and others of images against a reference
-    haste.enable_cache(model, num_steps=50)           skip most of a sampler's work; haste.disable_cache undoes it
+    haste.cached(pipe)                                forecast most steps of a pipeline of diffusers, in a with block
+    haste.enable_cache(model, num_steps=50)           the same in a loop of one's own; haste.disable_cache undoes it
 
 and the pieces, for a trainer or a sampler of one's own:
 
