@@ -1,8 +1,4 @@
-"""Adapters from models to the interface that a cache needs, and the granularities: what a forecast call replaces.
-
-A family of haste's has a `CachedTransformer` of its own. A SiT or DiT of the public repositories (SiT, REPA, HASTE,
-DiT) has the same parts under the same names; PublicTransformer puts them together and compares the result with the
-model's own forward pass before the first cached run.
+"""The granularities of models of haste's families, which bring a `CachedTransformer`: what a forecast call replaces.
 
 The calls of a granularity are pure functions of tensors, so each can be compiled, or captured in a CUDA graph:
 
@@ -17,7 +13,6 @@ N, D), weights (slots,) float32; of S calls at once t (S, 1), c (S, B, D), weigh
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,42 +22,38 @@ from torch import Tensor, nn
 import haste_ext
 from haste._compat import is_compiled
 from haste.caching.config import CacheConfig
-from haste.errors import UserError, in_one_line
+from haste.errors import UserError
 from haste.models import CachedBlock, CachedTransformer, ModelOutput, families, get_family
-from haste.models.layers import Modulation, modulate
 
 # ---- models ----
 
 
-def can_take_apart(model: nn.Module) -> bool:
-    """Whether a model has an adapter: one of haste's families, or with the parts of the public SiT and DiT."""
-    return getattr(model, "family", None) in [family.name for family in families()] or not _what_is_lacking(model)
+def can_take_apart(model: nn.Module, config: CacheConfig) -> bool:
+    """Whether a model is of a family of haste's that has an adapter for this granularity."""
+    if getattr(model, "family", None) not in [family.name for family in families()]:
+        return False
+    return _is_output(config) or get_family(model).cached(model) is not None
 
 
-def find_transformer(model: nn.Module, granularity: str = "module") -> CachedTransformer | OpaqueModel:
-    """Return the adapter of a model for a cache of this granularity.
+def find_transformer(model: nn.Module, config: CacheConfig) -> CachedTransformer | OpaqueModel:
+    """Return the adapter of a model of haste's for a cache.
 
     Raises:
-        UserError: there is none for this model.
+        UserError: there is none for this model, or the model is compiled.
     """
-    if hasattr(model, "_orig_mod"):
-        raise UserError("model must not be compiled before enable_cache; compile the result by its compile()")
-    if granularity == "output":
+    if _is_output(config):
         return OpaqueModel(model)
     if is_compiled(model):
         raise UserError(f"model must not be compiled before enable_cache, got a compiled {type(model).__name__}; "
                         "compile the result by its compile(), or take granularity output")  # fmt: skip
-    if getattr(model, "family", None) in [family.name for family in families()]:
-        transformer = get_family(model).cached(model)
-        if transformer is None:
-            raise UserError(f"--granularity must be output for a {type(model).__name__}, whose family {model.family} "
-                            f"has no blocks for a cache, got {granularity or 'the blocks of delta-dit'}")  # fmt: skip
-        return transformer
-    lacking = _what_is_lacking(model)
-    if lacking:
-        raise UserError("model must be of one of haste's families, or have the parts of the public SiT and DiT, got a "
-                        f"{type(model).__name__} {lacking}; granularity \"output\" takes any model")  # fmt: skip
-    return PublicTransformer(model)
+    transformer = get_family(model).cached(model)
+    if transformer is None:
+        raise UserError(f"model must be of a family whose blocks a cache knows, got a {type(model).__name__}")
+    return transformer
+
+
+def _is_output(config: CacheConfig) -> bool:
+    return config.granularity == "output" and config.cache != "delta-dit"
 
 
 class OpaqueModel:
@@ -76,137 +67,6 @@ class OpaqueModel:
         own = getattr(self.model, "dtype", None)
         first = next(self.model.parameters(), None)
         return own if own is not None else torch.get_default_dtype() if first is None else first.dtype
-
-
-MODEL_PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
-BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
-
-
-def _what_is_lacking(model: Any) -> str | None:
-    """Describe what the model lacks of a SiT or DiT; None if it has all of their parts, in their forms."""
-    for part in MODEL_PARTS:
-        if not hasattr(model, part):
-            return f"without {part}"
-    if not isinstance(model, nn.Module) or not isinstance(model.blocks, (nn.ModuleList, nn.Sequential)):
-        return "whose blocks are no list of modules"
-    for block in model.blocks if len(model.blocks) else [model]:
-        for part in BLOCK_PARTS:
-            if not hasattr(block, part):
-                return f"without blocks.{part}"
-    if not isinstance(model.pos_embed, Tensor) or model.pos_embed.dim() != 3:
-        return "whose pos_embed is no tensor of shape (1, N, D)"
-    if not isinstance(model.final_layer, nn.Module) or next(model.final_layer.parameters(), None) is None:
-        return "whose final_layer has no weights"
-    try:
-        inspect.signature(model.forward).bind(*"xty")
-    except TypeError as error:
-        return f"that is not called as model(x, t, y) ({error})"
-    return None
-
-
-def _first(out: Any) -> tuple[Tensor, Any]:
-    return out if isinstance(out, tuple) else (out, None)
-
-
-class PublicBlock:
-    """A block of a public repository, taken apart."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.adaLN_modulation = block.adaLN_modulation
-
-    def __call__(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Any]:
-        return _first(self.block(tokens, c))
-
-    def modulation(self, c: Tensor) -> Modulation:
-        return Modulation(*self.block.adaLN_modulation(c).chunk(6, dim=1))
-
-    def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
-        return _first(self.block.attn(modulate(self.block.norm1(tokens), shift, scale)))
-
-    def mlp_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return self.block.mlp(modulate(self.block.norm2(tokens), shift, scale))
-
-
-# Raised when parts of the right names but of other kinds are put together.
-ODD_PARTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError)
-
-
-class PublicTransformer:
-    """A SiT or DiT of a public repository: called model(x, t, y), it returns an image, or a tuple that begins with one.
-
-    Raises:
-        UserError: from `verify`, for a model that computes something else than its parts put together.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.blocks = [PublicBlock(block) for block in model.blocks]
-        self.tokens_shape = tuple(model.pos_embed.shape[1:])
-        self._form: str | None = None  # of the model's output: "tensor" or "tuple"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.final_layer.parameters()).dtype
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return self.model.x_embedder(x) + self.model.pos_embed
-
-    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        embedded = self.model.t_embedder(t.flatten()).unflatten(0, t.shape)  # embedders take one dimension
-        return embedded + self.model.y_embedder(y, self.model.training)
-
-    def output(self, tokens: Tensor, c: Tensor) -> Any:
-        image = self._image(tokens, c)
-        image = image.chunk(2, dim=1)[0] if self._half else image
-        return (image, []) if self._form == "tuple" else image
-
-    def verify(self, x: Tensor, t: Tensor, y: Tensor, gates: bool) -> None:
-        """Run the model once: find the form of its output, and check that its parts compute the same.
-
-        gates: whether `all_gates` must be right as well.
-        """
-        if self._form is not None:
-            return
-        answer = self.model(x, t, y)
-        first = answer[0] if isinstance(answer, tuple) and answer else answer
-        sentence = (f"model must compute what its parts do in the order of SiT and DiT, got a "
-                    f"{type(self.model).__name__}, which does not; granularity \"output\" takes any model")  # fmt: skip
-        try:
-            same = isinstance(first, Tensor) and self._computes(first, x, t, y, gates)
-        except torch.OutOfMemoryError:
-            raise
-        except ODD_PARTS as error:
-            raise UserError(f"{sentence} ({in_one_line(error)})") from error
-        if not same:
-            raise UserError(sentence)
-        self._form = "tuple" if isinstance(answer, tuple) else "tensor"
-
-    def _computes(self, answer: Tensor, x: Tensor, t: Tensor, y: Tensor, gates: bool) -> bool:
-        """Whether the parts, put together, give the model's output."""
-        tokens, c = self.tokens(x), self.conditioning(t, y)
-        made = []
-        for block in self.blocks:
-            m = block.modulation(c)
-            made += [m.gate_attn, m.gate_mlp]
-            tokens = tokens + m.gate_attn.unsqueeze(1) * block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
-            tokens = tokens + m.gate_mlp.unsqueeze(1) * block.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
-        if gates and not _close(all_gates(self, c), torch.stack(made)):
-            return False
-        image = self._image(tokens, c)
-        # SiT's own drops the half of its channels that learn_sigma adds; DiT returns both.
-        self._half = 2 * answer.shape[1] == image.shape[1]
-        return _close(image.chunk(2, dim=1)[0] if self._half else image, answer)
-
-    def _image(self, tokens: Tensor, c: Tensor) -> Tensor:
-        return self.model.unpatchify(self.model.final_layer(tokens, c))
-
-
-def _close(made: Tensor, wanted: Tensor) -> bool:
-    """Equal but for rounding, by the norm."""
-    low = made.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(made.device.type)
-    difference = (wanted - made).norm() if made.shape == wanted.shape else torch.tensor(torch.inf)
-    return bool(difference <= (0.05 if low else 1e-3) * wanted.norm() + 1e-12)
 
 
 def all_gates(transformer: CachedTransformer, c: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 import haste_ext
 from haste.caching.block_table import Activations, Arguments, BlockClass, PerTokenError, block_class
-from haste.caching.discovery import Discovery, Executed, NoSeamError, Place, Run, stub, swapped, tensors
+from haste.caching.discovery import Discovery, Executed, NoSeamError, Place, Run, stub, swapped
 from haste.caching.forecaster import StoreSpec
-from haste.errors import UserError
+from haste.errors import UserError, in_one_line
 
 
 class CachedModule(NamedTuple):
@@ -37,9 +37,12 @@ class CachedModule(NamedTuple):
 
 
 class Block(NamedTuple):
+    """more: what the block returns behind the tokens, NaN; None for one that returns what its class says."""
+
     place: Place
     kind: BlockClass
     cached: list[CachedModule]
+    more: tuple | None
 
 
 class PerModule:
@@ -97,7 +100,9 @@ class PerModule:
                     changes = gate is not None or not self._shared
                     feature = features.setdefault(key, len(features)) if changes else None
                     cached.append(CachedModule(path, number, feature))
-            apart.append(Block(executed.place, kind, cached))
+            leaving = executed.leaving
+            more = leaving[1:] if isinstance(leaving, tuple) and len(kind.returns) == 1 else None
+            apart.append(Block(executed.place, kind, cached, more))
         return apart, len(features)
 
     # ---- calls ----
@@ -135,8 +140,14 @@ class PerModule:
         finally:
             handle.remove()
         call = self._on_itself(full.out)
-        discovery.again(call.stubs)
-        if not _adds_up(call.leaving, left[0], call.entering):
+        try:
+            discovery.again(call.stubs)
+            adds_up = _adds_up(call.leaving, left[0], call.entering)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model may do anything with what it does not expect
+            raise _refused(last.place.module, f"which cannot be taken apart ({in_one_line(error)})") from error
+        if not adds_up:
             raise _refused(last.place.module, "whose modules do not make up what the blocks add")
         return full.out
 
@@ -150,7 +161,7 @@ class PerModule:
         blocks = {block.place for block in self._blocks}
         others = [executed for executed in [*discovery.others, *discovery.blocks] if executed.place not in blocks]
         places = [executed.place for executed in others]
-        answer = tensors(discovery.again(self._on_itself(features).stubs))
+        answer = discovery.again(self._on_itself(features).stubs)
         for executed in others:
             if places.count(executed.place) == 1:
                 leaving = executed.leaving
@@ -159,12 +170,12 @@ class PerModule:
                     executed.place: stub(executed.place.module, lambda a, k, leaving=leaving: leaving),
                 }
                 try:
-                    tried = tensors(discovery.again({**idle, **self._on_itself(features).stubs}))
+                    tried = discovery.again({**idle, **self._on_itself(features).stubs})
                 except torch.OutOfMemoryError:
                     raise
                 except Exception:  # a model may do anything with what it does not expect
                     continue
-                if all(map(torch.equal, answer, tried)):
+                if discovery.same(answer, tried):
                     self._idle = idle
 
 
@@ -290,6 +301,8 @@ class ForecastCall:
         if number == self._last:
             arguments[kind.tokens] = self._with_forecast(arguments[kind.tokens], kind)
         returned = tuple(arguments.get(name) for name in kind.returns)
+        if block.more is not None:
+            return returned + block.more
         return returned if len(returned) > 1 else returned[0]
 
     def _lacks(self, cached: CachedModule) -> bool:

@@ -301,10 +301,15 @@ CLASSES: dict[str, BlockClass | Callable[[Any], BlockClass | None]] = {
 }
 
 
+# Of the public repositories: DiT, SiT, REPA, HASTE, whose blocks have different names.
+PUBLIC = BlockClass(("attn", "mlp"), _sequential("adaLN_modulation", 6, (2, 5), "c"), ("x",), "x")
+
+
 def block_class(block: nn.Module) -> BlockClass | None:
     """What is cached of a block; None if the table lacks its class."""
     for cls in type(block).__mro__:
         found = CLASSES.get(cls.__name__)
         if found is not None:
             return found if isinstance(found, BlockClass) else found(block)
-    return None
+    parts = all(hasattr(block, name) for name in (*PUBLIC.modules, "adaLN_modulation"))
+    return PUBLIC if parts and _names(block.__class__)[:2] == ("x", "c") else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haste.caching.adapters import PublicTransformer, find_transformer, make_granularities
+from haste.caching.adapters import find_transformer, make_granularities
 from haste.caching.config import CacheConfig
 from haste.caching.forecaster import CachedFeatures, Correction, Corrections, Forecaster, Timestep
 from haste.caching.report import CacheReport, Stopwatch, mib
@@ -37,7 +37,7 @@ class CachedModel(nn.Module):
     history) a step is full whatever the schedule.
 
     Args:
-        model: of one of haste's families, or a SiT or DiT of the public repositories.
+        model: of one of haste's families.
         config: the settings of the cache.
         defaults: settings of the config that nobody chose; they shrink to fit a short run.
 
@@ -54,7 +54,7 @@ class CachedModel(nn.Module):
         config.check_cache()
         self.model = model
         self.config = config
-        self.transformer = find_transformer(model, "" if config.cache == "delta-dit" else config.granularity)
+        self.transformer = find_transformer(model, config)
         self.granularities = make_granularities(self.transformer, config)
         self.forecaster = Forecaster.of(config)
         self._features = CachedFeatures(self.granularities[0].modules, self.forecaster.order + 1)
@@ -189,7 +189,6 @@ class CachedModel(nn.Module):
 
         Raises:
             UserError: no run has begun, the call is not the next of the plan, the batch has no cond and uncond halves,
-                or the model computes something else than its parts put together.
             ValueError: the model is in training mode.
         """
         if self.model.training:
@@ -199,8 +198,6 @@ class CachedModel(nn.Module):
         call = self._next_call(t)
         if len(x) % len(call.branches):
             raise UserError(f"x must have as many rows for {' as for '.join(call.branches)}, got {len(x)} rows")
-        if isinstance(self.transformer, PublicTransformer):
-            self.transformer.verify(x, t, y, gates=self.granularities[0].looks_ahead)
         self._reserve(x, call)
         if call.step != self._step or not (self._step_is_full or self._holds(call.branches)):
             self._begin_step(call.step)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
 from haste.caching.clocks import Arguments, LoopClock, is_watched, signature
@@ -25,12 +25,11 @@ class CachedModule(nn.Module):
         config, defaults: as of ModelCache.
 
     Raises:
-        UserError: contradicting settings, a compiled wrapper.
+        UserError: contradicting settings.
     """
 
     def __init__(self, model: nn.Module, config: CacheConfig, defaults: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        check_can_be_cached(model, config)
         self.model = model
         self.config = config
         self.training = model.training
@@ -47,6 +46,16 @@ class CachedModule(nn.Module):
     @property
     def full_steps(self) -> list[int]:
         return self.report.full_steps
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the features, 0 before the first call."""
+        return round(self.report.mib * 2**20)
+
+    def compile(self, *args: Any, **kwargs: Any) -> CachedModule:
+        """Compile the model in place, with arguments of torch.compile. Forecast calls, which run little, are not."""
+        self.model.compile(*args, **kwargs)
+        return self
 
     def start(self, plan: Plan) -> None:
         """Begin a run.
@@ -98,18 +107,21 @@ class CachedModule(nn.Module):
             self._context = None
 
     def __getattr__(self, name: str) -> Any:
-        """The model's own attributes."""
+        """The model's own attributes. Other forward passes, such as DiT's forward_with_cfg, run on the cached model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("model"), name)
+            value = getattr(super().__getattr__("model"), name)
+        if name.startswith("forward") and isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self)
+        return value
 
 
-def check_can_be_cached(model: nn.Module, config: CacheConfig) -> None:
+def check_can_be_cached(model: nn.Module) -> None:
     """Refuse what a cache cannot go around.
 
     Raises:
-        UserError: a wrapper of torch.compile, another cache, or a schedule by errors in several processes.
+        UserError: a wrapper of torch.compile, or another cache.
     """
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
@@ -122,7 +134,3 @@ def check_can_be_cached(model: nn.Module, config: CacheConfig) -> None:
         raise UserError(f"the model must have no other cache, got a {name} with cache-dit's on; disable that first")
     if isinstance(model, CachedModule) or is_watched(model):
         raise UserError("the model has a cache already; disable_cache it before another is enabled")
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if config.error_threshold and several and torch.distributed.get_world_size() > 1:
-        raise UserError(f"error_threshold must be 0 in several processes, whose schedules would differ, got "
-                        f"{config.error_threshold:g}; choose interval= or full_steps=")  # fmt: skip

@@ -185,24 +185,28 @@ class Discovery:
 
     Attributes:
         answer: what the model returned.
-        blocks: those that ran, in order.
+        blocks: those that ran, in order; without lists that are aside of the stream of tokens, such as projections of
+            the text.
         others: the other modules that ran, in order.
-        entered: copies of the tensors that enter a block, of the first block for each combination of shapes, by the
-            block's number.
-        lasts: what the last block of each list returned, by its place, in order of execution.
+        entered: copies of the tensors that enter a block, of the first block for each combination of shapes.
+        lasts: what the last block of each list returned, in order of execution.
+        sinks: the blocks whose outputs together decide the answer, with these outputs: the last block, or the last one
+            of each list.
+        live: which of the tensors that leave the sinks the model reads.
 
     Raises:
-        NoSeamError: no blocks ran.
+        NoSeamError: no blocks ran, or the model reads more of them than what leaves the sinks.
     """
 
     def __init__(self, model: nn.Module, run: Run, args: tuple, kwargs: dict) -> None:
         self.run = run
         self._call = args, kwargs
+        self._first_alone = False  # only the first tensor of the answer is wanted
         parts = find_parts(model)
         ran: list[Executed] = []
         self.lasts: dict[Place, Any] = {}
         self.blocks: list[Executed] = []
-        self.entered: dict[int, list[Tensor]] = {}
+        self.entered: dict[Place, list[Tensor]] = {}
         shapes_seen = set()
 
         def watch(place: Place, is_block: bool) -> nn.Module:
@@ -212,7 +216,7 @@ class Discovery:
                 entering = hollow((args, kwargs))
                 if is_block and (shapes := tuple(t.shape for t in floats(entering))) not in shapes_seen:
                     shapes_seen.add(shapes)
-                    self.entered[len(self.blocks)] = floats(copied((args, kwargs)))  # a block may write to its input
+                    self.entered[place] = floats(copied((args, kwargs)))  # a block may write to its input
                 leaving = module(*args, **kwargs)
                 ran.append(Executed(place, entering, hollow(leaving)))
                 if is_block:
@@ -226,9 +230,14 @@ class Discovery:
 
         watched = {place: watch(place, place in parts.blocks) for place in [*parts.blocks, *parts.others]}
         self.answer = self.again(watched)
-        self.others = [executed for executed in ran if executed not in self.blocks]
         if not self.blocks:
             raise NoSeamError(f"granularity must be output for a {type(model).__name__}, which runs no list of blocks")
+        self.others = [executed for executed in ran if executed not in self.blocks]
+        self.sinks = self._find_sinks(type(model).__name__)
+        self.live = self._live_rows()
+        stream = [executed for executed in self.blocks if self._is_in_stream(executed)]
+        self.others = [executed for executed in ran if executed not in stream]
+        self.blocks = stream
 
     def again(self, stubs: Mapping[Place, nn.Module]) -> Any:
         """The answer to the call with these stubs in place."""
@@ -265,41 +274,61 @@ class Discovery:
             raise
         except Exception:  # a model may do anything with what it does not expect
             return False
-        return all(map(_same, tensors(self.answer), tensors(answer)))
+        return self.same(self.answer, answer)
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two answers are the same in all that is wanted of them."""
+        return all(map(_same, self._wanted(a), self._wanted(b)))
+
+    def _wanted(self, answer: Any) -> list[Tensor]:
+        return tensors(answer)[:1] if self._first_alone else tensors(answer)
 
     def forget(self) -> None:
         """Let go of all tensors of the call."""
-        self._call, self.answer, self.lasts, self.entered = ((), {}), None, {}, {}
+        self._call, self.answer, self.lasts, self.sinks, self.entered = ((), {}), None, {}, {}, {}
 
     # ---- what leaves the blocks ----
 
-    def sinks(self) -> dict[Place, Any]:
-        """The blocks whose outputs together decide the answer, with these outputs: the last, or the last of each list.
+    def _find_sinks(self, name: str) -> dict[Place, Any]:
+        """The last block, or the last of each list; of a tuple or list the first tensor may be all that they decide.
 
-        Raises:
-            NoSeamError: something else that a block returned is read too.
+        The others, such as REPA's projections of a block in the middle, are then NaN on forecast calls.
         """
         last, *others = list(self.lasts)[::-1]
+        several = isinstance(self.answer, (tuple, list))
         for places in ([last], [last, *others]):
             sinks = {place: self.lasts[place] for place in places}
-            if self.holds(self.stubs_for(sinks)):
-                return sinks
-        raise NoSeamError("granularity must be output for this model, whose answer depends on more than what its last "
+            for self._first_alone in (False, True)[: 1 + several]:
+                if self.holds(self.stubs_for(sinks)):
+                    return sinks
+        raise NoSeamError(f"granularity must be output for a {name}, whose answer depends on more than what its last "
                           "block returns")  # fmt: skip
+
+    def leaving(self) -> list[Tensor]:
+        """The tensors that leave the sinks and are read."""
+        all_of_them = floats(list(self.sinks.values()))
+        return [live.of(all_of_them) for live in self.live]
+
+    def _is_in_stream(self, executed: Executed) -> bool:
+        """Whether as many numbers leave it as leave the sinks, however they are arranged (video models do it twice)."""
+        sizes = {tensor.numel() for tensor in [*self.leaving(), *floats(list(self.sinks.values()))]}
+        return executed.place in self.sinks or any(tensor.numel() in sizes for tensor in floats(executed.leaving))
 
     def stubs_for(
         self, answers: Mapping[Place, Any], first: int = 0, last: int | None = None
     ) -> dict[Place, nn.Module]:
         """Stubs in place of the blocks first … last − 1, which return NaN but for these answers."""
-        stubs = {}
-        for executed in self.blocks[first:last]:
-            value = answers.get(executed.place, executed.leaving)
-            stubs[executed.place] = stub(executed.place.module, lambda args, kwargs, value=value: value)
-        return stubs
 
-    def live_rows(self, sinks: Mapping[Place, Any]) -> list[Live]:
+        def answering(executed: Executed) -> Answer:
+            if executed.place in answers:
+                return lambda args, kwargs: copied(answers[executed.place])  # what follows may write to it
+            return lambda args, kwargs: executed.leaving
+
+        return {each.place: stub(each.place.module, answering(each)) for each in self.blocks[first:last]}
+
+    def _live_rows(self) -> list[Live]:
         """Which of the tensors that leave the sinks the model reads, and which of their rows (tokens)."""
-        leaving = floats(list(sinks.values()))
+        leaving = floats(list(self.sinks.values()))
         seen = [block.entering for block in self.blocks] + [other.leaving for other in self.others]
         lengths = sorted({tensor.shape[1] for tensor in floats(seen) if tensor.dim() == 3})
         alive: list[Live] = []
@@ -316,7 +345,7 @@ class Discovery:
                 elif part is None:
                     kept = tensor
                 tried = [kept if i == index else other for i, other in enumerate(leaving)]
-                if self.holds(self.stubs_for(refill(dict(sinks), iter(tried)))):
+                if self.holds(self.stubs_for(refill(self.sinks, iter(tried)))):
                     if part != slice(0, 0):
                         alive.append(Live(index, part))
                     break
@@ -347,9 +376,9 @@ def fill_live(form: Any, live: Sequence[Live], values: Sequence[Tensor]) -> Any:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit; on a GPU, where kernels may sum in another order, but for rounding."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
+    """Equal bit for bit; on a GPU, where kernels may sum in another order, but for rounding. By shape on the meta device."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta:
+        return a.shape == b.shape and a.dtype == b.dtype
     if a.device.type == "cpu" or not a.is_floating_point():
         return torch.equal(a, b)
     difference = (a.double() - b.double()).norm()

@@ -11,7 +11,7 @@ from torch import nn
 
 from haste.caching.adapters import can_take_apart
 from haste.caching.cached_model import CachedModel
-from haste.caching.cached_module import CachedModule
+from haste.caching.cached_module import CachedModule, check_can_be_cached
 from haste.caching.config import CacheConfig, chosen_config
 from haste.caching.pipelines import CachedPipeline, is_pipeline
 from haste.errors import UserError
@@ -114,9 +114,8 @@ def make_cache(
     """
     if config.cache == "none":
         return None
-    if isinstance(model, (CachedModel, CachedModule)):
-        raise UserError("the model has a cache already; disable_cache it before another is enabled")
-    if can_take_apart(model):
+    check_can_be_cached(model)
+    if can_take_apart(model, config):
         return CachedModel(model, config, defaults)
     return CachedModule(model, config, defaults)
 

@@ -42,8 +42,8 @@ def cache_bytes(
 
     Args:
         inputs: the keyword arguments of one call of any model, with tensors on its device. The model is run some
-            times, which on the meta device takes a moment and no memory. Or, of a model of haste's families or of the
-            public SiT and DiT, the images at once, both halves of a guided batch counted.
+            times, which on the meta device takes a moment and no memory. Or, of a model of haste's families, the images
+            at once, both halves of a guided batch counted.
         dtype: of the features; by default the model's. With a number of images alone.
         input_shape: (C, H, W) of one x, from the family's `layout`, with a number of images alone. Needed for
             granularity "output", whose features have this shape.
@@ -117,7 +117,7 @@ def _bytes_of_images(
     dtype: torch.dtype | None,
     input_shape: tuple[int, int, int] | None,
 ) -> int:
-    if not can_take_apart(model):
+    if not can_take_apart(model, config):
         raise UserError(f"inputs must be the keyword arguments of a call for a {type(model).__name__}, got {rows}")
     cached = CachedModel(model, config)
     if not isinstance(cached.transformer, OpaqueModel):

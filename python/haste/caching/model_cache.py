@@ -68,10 +68,17 @@ class ModelCache:
     Args:
         model: any module. It is changed only for the length of a call.
         config: the settings; `defaults` are those that nobody chose, which shrink to fit a short run.
+
+    Raises:
+        UserError: contradicting settings, or a schedule by measured errors in several processes.
     """
 
     def __init__(self, model: nn.Module, config: CacheConfig, defaults: frozenset[str] = frozenset()) -> None:
         config.check_cache()
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if config.error_threshold and several and torch.distributed.get_world_size() > 1:
+            raise UserError(f"error_threshold must be 0 in several processes, whose schedules would differ, got "
+                            f"{config.error_threshold:g}; choose interval= or full_steps=")  # fmt: skip
         self.model = model
         self.config = config
         self.defaults = defaults

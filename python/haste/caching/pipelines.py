@@ -57,7 +57,7 @@ class CachedPipeline:
             raise UserError(f"the pipeline must have a scheduler with set_timesteps, got a {name} without; cache its "
                             "model in a loop of your own: enable_cache(model, num_steps=...)")  # fmt: skip
         for model in models.values():
-            check_can_be_cached(model, config)
+            check_can_be_cached(model)
         clock = _Clock(pipeline)
         self._models = {name: _CachedPart(self, model, clock, config, defaults) for name, model in models.items()}
         self._clock = clock

@@ -10,6 +10,7 @@ same shapes. Its features are raw, and a forecast is their weighted sum (forecas
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol
@@ -112,9 +113,9 @@ class Group:
     def __init__(self, discovery: Discovery, first: int, last: int, based: bool) -> None:
         self._blocks = discovery.blocks
         whole = last == len(self._blocks)
-        self._sinks: dict[Place, Any] = discovery.sinks() if whole else {}
+        self._sinks: dict[Place, Any] = discovery.sinks if whole else {}
         entering, leaving = self._at_both_ends(discovery, first, last, whole)
-        self._live = discovery.live_rows(self._sinks) if whole else [Live(i, None) for i in range(len(leaving))]
+        self._live = discovery.live if whole else [Live(i, None) for i in range(len(leaving))]
         if not self._live:
             raise NoSeamError("granularity must be output for this model, which reads nothing that its blocks return")
         values = [live.of(leaving) for live in self._live]
@@ -131,7 +132,7 @@ class Group:
         self._recorders = self._make_recorders(based)
         self._stubs = self._make_stubs(first, last, based)
         self._check(discovery, values, entering)
-        if whole and (not based or first in discovery.entered):  # else each try would run the other blocks
+        if whole and (not based or self._entry in discovery.entered):  # else each try would run the other blocks
             self._drop_embedders(discovery, values, entering)
         self.initial: list[Tensor] | None = [
             value if base is None else value - entering[base] for value, base in zip(values, bases, strict=True)
@@ -196,8 +197,8 @@ class Group:
 
     def _check(self, discovery: Discovery, values: list[Tensor], entering: list[Tensor], extra: Any = None) -> bool:
         """Whether the answer stays with all stubs in place, and `extra` ones; without these it must (NoSeamError)."""
-        filled = fill_live(self._forms, self._live, values)
-        self._answers = lambda: filled
+        # Copies, as what follows may write to them.
+        self._answers = lambda: fill_live(self._forms, self._live, [value.clone() for value in values])
         self._taken.clear()
         holds = discovery.holds({**self._stubs, **(extra or {})})
         noted = zip(self._taken.get("bases", []), self._bases, strict=False)
@@ -262,10 +263,11 @@ class Group:
 
 def _first_entered(discovery: Discovery, values: list[Tensor]) -> tuple[int, list[Tensor]]:
     """The first block that tensors of these shapes enter, and those tensors."""
-    for index, entering in discovery.entered.items():
-        shapes = [tensor.shape for tensor in entering]
-        if all(shapes.count(value.shape) >= [v.shape for v in values].count(value.shape) for value in values):
-            return index, entering
+    wanted = Counter(value.shape for value in values)
+    for number, block in enumerate(discovery.blocks):
+        entering = discovery.entered.get(block.place, [])
+        if wanted <= Counter(tensor.shape for tensor in entering):
+            return number, entering
     raise NoSeamError("granularity must be model or output for this model, as nothing of the shape of what leaves its "
                       "blocks enters one")  # fmt: skip
 
@@ -306,10 +308,8 @@ def make_seams(config: CacheConfig, discovery: Discovery) -> list[Seam]:
 
 def _first_of_stream(discovery: Discovery) -> int:
     """The first block of the stream that ends in the answer: blocks before it refine the text, say."""
-    sinks = discovery.sinks()
-    leaving = floats(list(sinks.values()))
     try:
-        return _first_entered(discovery, [live.of(leaving) for live in discovery.live_rows(sinks)])[0]
+        return _first_entered(discovery, discovery.leaving())[0]
     except NoSeamError:
         return 0
 

@@ -302,7 +302,8 @@ class Sampler:
     def calls(self) -> tuple[int, int]:
         """Model calls (NFE) of the last batch, and how many of them were full, not forecast."""
         if self.cache is not None:
-            return self.cache.num_full + self.cache.num_forecast, self.cache.num_full
+            report = self.cache.report
+            return report.full_calls + report.forecast_calls, report.full_calls
         s = self.settings
         guidance = Guidance(s.cfg_scale, s.guidance_low, s.guidance_high, s.guidance_mode)
         count = len(model_calls(s.sampler, s.num_steps, guidance))
@@ -360,7 +361,7 @@ class Sampler:
             self.cache.start(times)
             for time in times:
                 self.cache(x, times_at(time, rows, like.dtype, like.device), y)
-                if self.cache.num_forecast:
+                if self.cache.report.forecast_calls:
                     break
         self._to_images(x[:1])
 

@@ -153,9 +153,8 @@ def test_the_last_block_decides_by_its_image_rows(in_place):
     found = discover(model)
     assert torch.equal(found.answer, model(**call()))
     assert [executed.place.name for executed in found.blocks] == ["0", "1", "2"]
-    sinks = found.sinks()
-    assert [place.name for place in sinks] == ["2"]
-    assert found.live_rows(sinks) == [Live(0, slice(3, None))]
+    assert [place.name for place in found.sinks] == ["2"]
+    assert found.live == [Live(0, slice(3, None))]
 
 
 def test_of_several_lists_the_last_blocks_may_decide_together():
@@ -170,12 +169,12 @@ def test_of_several_lists_the_last_blocks_may_decide_together():
     model = Two()
     model.sides = nn.ModuleList(Block() for _ in range(3))
     found = discover(model)
-    assert len(found.sinks()) == 2 and len(found.live_rows(found.sinks())) == 2
+    assert len(found.sinks) == 2 and len(found.live) == 2
 
 
 def test_what_reads_another_block_is_refused():
     with pytest.raises(NoSeamError, match="granularity must be output"):
-        discover(Tower(reads="first too")).sinks()
+        discover(Tower(reads="first too"))
 
 
 def test_a_model_without_blocks_is_refused():
@@ -193,6 +192,5 @@ def test_a_model_that_empties_its_arguments_is_run_on_copies_of_them():
     given = call()
     given["extra"] = {"text": given.pop("text")}
     x = given["x"].clone()
-    found = discover(Popping(), given)
-    found.sinks()
+    discover(Popping(), given)
     assert "text" in given["extra"] and torch.equal(given["x"], x)
