@@ -311,8 +311,10 @@ class Discovery:
 
     def _is_in_stream(self, executed: Executed) -> bool:
         """Whether as many numbers leave it as leave the sinks, however they are arranged (video models do it twice)."""
+        leaving = floats(executed.leaving)
         sizes = {tensor.numel() for tensor in [*self.leaving(), *floats(list(self.sinks.values()))]}
-        return executed.place in self.sinks or any(tensor.numel() in sizes for tensor in floats(executed.leaving))
+        unknown = any(tensor.is_meta for tensor in leaving)  # without values which rows are read
+        return unknown or executed.place in self.sinks or any(tensor.numel() in sizes for tensor in leaving)
 
     def stubs_for(
         self, answers: Mapping[Place, Any], first: int = 0, last: int | None = None
@@ -376,7 +378,7 @@ def fill_live(form: Any, live: Sequence[Live], values: Sequence[Tensor]) -> Any:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit; on a GPU, where kernels may sum in another order, but for rounding. By shape on the meta device."""
+    """Equal bit for bit; on a GPU, where kernels may sum in another order, but for rounding; on meta by shape."""
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta:
         return a.shape == b.shape and a.dtype == b.dtype
     if a.device.type == "cpu" or not a.is_floating_point():
