@@ -305,12 +305,16 @@ class SchedulerClock:
 OWN_LOOP = "cache its transformer alone, in a loop of your own: enable_cache(model, num_steps=...)"
 
 
+# Parts of the names of schedulers that add noise at every step whatever their settings are.
+NOISY = ("LCM", "Ancestral", "SDE", "DDPM", "TCD", "SCM", "SASolver", "UnCLIP", "CosineDPM", "CogVideoXDPM", "CMStoch")
+
+
 def is_noisy(scheduler: Any) -> bool:
     """Whether a scheduler of diffusers adds noise at every step."""
     config = getattr(scheduler, "config", {})
     name = type(scheduler).__name__
     by_setting = str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling", False)
-    return bool(by_setting) or any(word in name for word in ("LCM", "Ancestral", "SDE", "DDPMScheduler", "TCD"))
+    return bool(by_setting) or any(word in name for word in NOISY)
 
 
 # ---- methods around those of one instance ----

@@ -155,12 +155,13 @@ def find_parts(model: nn.Module) -> Parts:
 
 
 def is_block_list(module: nn.Module) -> bool:
-    """A list, or a sequence of several modules of one class that have parts of their own."""
+    """A list, or a sequence or dictionary of several modules of one class that have parts of their own."""
     children = list(module.children())
     if isinstance(module, nn.ModuleList):
         return bool(children)
     alike = len({type(child) for child in children}) == 1
-    return isinstance(module, nn.Sequential) and len(children) > 1 and alike and any(children[0].children())
+    several = isinstance(module, (nn.Sequential, nn.ModuleDict)) and len(children) > 1
+    return several and alike and any(children[0].children())
 
 
 # ---- one run of the model, watched ----
@@ -193,6 +194,7 @@ class Discovery:
         sinks: the blocks whose outputs together decide the answer, with these outputs: the last block, or the last one
             of each list.
         live: which of the tensors that leave the sinks the model reads.
+        writes: the model writes to what its blocks return, which then must have memory of its own.
 
     Raises:
         NoSeamError: no blocks ran, or the model reads more of them than what leaves the sinks.
@@ -207,6 +209,7 @@ class Discovery:
         self.lasts: dict[Place, Any] = {}
         self.blocks: list[Executed] = []
         self.entered: dict[Place, list[Tensor]] = {}
+        self.writes = False
         shapes_seen = set()
 
         def watch(place: Place, is_block: bool) -> nn.Module:
@@ -296,11 +299,12 @@ class Discovery:
         """
         last, *others = list(self.lasts)[::-1]
         several = isinstance(self.answer, (tuple, list))
-        for places in ([last], [last, *others]):
-            sinks = {place: self.lasts[place] for place in places}
-            for self._first_alone in (False, True)[: 1 + several]:
-                if self.holds(self.stubs_for(sinks)):
-                    return sinks
+        for self.writes in (False, True):
+            for places in ([last], [last, *others]):
+                sinks = {place: self.lasts[place] for place in places}
+                for self._first_alone in (False, True)[: 1 + several]:
+                    if self.holds(self.stubs_for(sinks)):
+                        return sinks
         raise NoSeamError(f"granularity must be output for a {name}, whose answer depends on more than what its last "
                           "block returns")  # fmt: skip
 
@@ -322,9 +326,9 @@ class Discovery:
         """Stubs in place of the blocks first … last − 1, which return NaN but for these answers."""
 
         def answering(executed: Executed) -> Answer:
-            if executed.place in answers:
-                return lambda args, kwargs: copied(answers[executed.place])  # what follows may write to it
-            return lambda args, kwargs: executed.leaving
+            value = answers.get(executed.place, executed.leaving)
+            may_write = self.writes or executed.place in answers
+            return lambda args, kwargs: copied(value) if may_write else value
 
         return {each.place: stub(each.place.module, answering(each)) for each in self.blocks[first:last]}
 

@@ -141,7 +141,8 @@ class _CachedPart:
         self._run: Any = None
         self._evaluation = -1
         self._calls = 0
-        watch(model, {"__call__": self._call, "cache_context": self._cache_context})
+        own = {"__call__": self._call, "cache_context": self._cache_context, "__reduce_ex__": self._reduce}
+        watch(model, own)
 
     def leave(self) -> None:
         unwatch(self.model)
@@ -172,6 +173,11 @@ class _CachedPart:
             signature(named),
         )
 
+    def _reduce(self, original: bool, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """What copies and pickles are made of: the model's own class."""
+        _, (watched, *parts), *state = call(*args, **kwargs)
+        return _new, (watched.__bases__[0], *parts), *state
+
     def _cache_context(self, original: bool, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         name = args[0] if args else kwargs["name"]
         return self._in_context(name, call(*args, **kwargs)) if original else call(*args, **kwargs)
@@ -184,3 +190,7 @@ class _CachedPart:
                 yield
         finally:
             self._context = None
+
+
+def _new(cls: type, *args: Any) -> Any:
+    return cls.__new__(cls, *args)

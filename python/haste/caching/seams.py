@@ -10,7 +10,6 @@ same shapes. Its features are raw, and a forecast is their weighted sum (forecas
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from haste.caching.discovery import (
     NoSeamError,
     Place,
     Run,
+    copied,
     fill_live,
     floats,
     hollow,
@@ -120,9 +120,10 @@ class Group:
             raise NoSeamError("granularity must be output for this model, which reads nothing that its blocks return")
         values = [live.of(leaving) for live in self._live]
         if based and whole and not first:
-            first, entering = _first_entered(discovery, values)
-        bases = _closest(values, entering) if based else [None] * len(values)
+            first, entering = _first_entered(discovery, self._live, leaving)
+        bases = _bases(self._live, leaving, entering) if based else [None] * len(values)
         self._bases, self._entry = bases, self._blocks[first].place
+        self._writes = discovery.writes
         self._forms = {place: hollow(value) for place, value in self._sinks.items()}
         self._shapes = [value.shape for value in values]
         self._specs = [spec_of(value) for value in values]
@@ -135,7 +136,7 @@ class Group:
         if whole and (not based or self._entry in discovery.entered):  # else each try would run the other blocks
             self._drop_embedders(discovery, values, entering)
         self.initial: list[Tensor] | None = [
-            value if base is None else value - entering[base] for value, base in zip(values, bases, strict=True)
+            value if base is None else value - base.of(entering) for value, base in zip(values, bases, strict=True)
         ]
         # From here on only their places are of use; the tensors would stay for as long as the seam.
         self._sinks = dict.fromkeys(self._sinks)
@@ -185,7 +186,7 @@ class Group:
                     self._note_entering(args, kwargs)
                 if block.place in self._sinks:
                     return self._answers()[block.place]
-                return block.leaving
+                return copied(block.leaving) if self._writes else block.leaving
 
             return stub(block.place.module, answer)
 
@@ -193,16 +194,16 @@ class Group:
 
     def _note_entering(self, args: tuple, kwargs: dict) -> None:
         entering = floats((args, kwargs))
-        self._taken["bases"] = [None if base is None else entering[base].clone() for base in self._bases]
+        self._taken["bases"] = [None if base is None else base.of(entering).clone() for base in self._bases]
 
     def _check(self, discovery: Discovery, values: list[Tensor], entering: list[Tensor], extra: Any = None) -> bool:
         """Whether the answer stays with all stubs in place, and `extra` ones; without these it must (NoSeamError)."""
-        # Copies, as what follows may write to them.
-        self._answers = lambda: fill_live(self._forms, self._live, [value.clone() for value in values])
+        filled = fill_live(self._forms, self._live, values)
+        self._answers = lambda: copied(filled)  # the model may write to it
         self._taken.clear()
         holds = discovery.holds({**self._stubs, **(extra or {})})
         noted = zip(self._taken.get("bases", []), self._bases, strict=False)
-        holds = holds and all(base is None or torch.equal(base, entering[i]) for base, i in noted if i is not None)
+        holds = holds and all(base is None or torch.equal(seen, base.of(entering)) for seen, base in noted)
         if not holds and extra is None:
             raise NoSeamError("granularity must be model or output for this model, and cache not delta-dit, as it "
                               "reads more than what leaves these blocks")  # fmt: skip
@@ -249,7 +250,7 @@ class Group:
                     extrapolate(each, weights, shape, base)
                     for each, shape, base in zip(features, self._shapes, bases, strict=True)
                 ]
-                made.append(fill_live(self._forms, self._live, values))
+                made.append(fill_live(copied(self._forms) if self._writes else self._forms, self._live, values))
             return made[0]
 
         self._answers = answers
@@ -261,27 +262,30 @@ class Group:
             self._taken.clear()
 
 
-def _first_entered(discovery: Discovery, values: list[Tensor]) -> tuple[int, list[Tensor]]:
-    """The first block that tensors of these shapes enter, and those tensors."""
-    wanted = Counter(value.shape for value in values)
+def _first_entered(discovery: Discovery, live: Sequence[Live], leaving: list[Tensor]) -> tuple[int, list[Tensor]]:
+    """The first block that is entered by tensors of the shapes of what leaves, and all that enters it."""
     for number, block in enumerate(discovery.blocks):
-        entering = discovery.entered.get(block.place, [])
-        if wanted <= Counter(tensor.shape for tensor in entering):
+        entering = discovery.entered.get(block.place)
+        if entering is not None and None not in _bases(live, leaving, entering):
             return number, entering
     raise NoSeamError("granularity must be model or output for this model, as nothing of the shape of what leaves its "
                       "blocks enters one")  # fmt: skip
 
 
-def _closest(values: list[Tensor], entering: list[Tensor]) -> list[int | None]:
-    """For each value the number of the entering tensor of its shape that it differs least from; None without one."""
-    chosen: list[int | None] = []
-    for value in values:
-        alike = [
-            i
-            for i, tensor in enumerate(entering)
-            if i not in chosen and (tensor.shape, tensor.dtype) == (value.shape, value.dtype)
-        ]
-        chosen.append(min(alike, key=lambda i: float((value - entering[i]).norm()), default=None))
+def _bases(live: Sequence[Live], leaving: list[Tensor], entering: list[Tensor]) -> list[Live | None]:
+    """For each tensor that leaves that of its shape which enters and differs least from it; None without one.
+
+    Where a part of the tokens is read alone, as that of the image in one sequence with the text, these tokens enter by
+    themselves or as the same part.
+    """
+    chosen: list[Live | None] = []
+    for one in live:
+        value, whole = one.of(leaving), leaving[one.number]
+        alike = [Live(i, None) for i, tensor in enumerate(entering) if tensor.shape == value.shape]
+        if one.rows is not None:
+            alike += [Live(i, one.rows) for i, tensor in enumerate(entering) if tensor.shape == whole.shape]
+        alike = [base for base in alike if base not in chosen and entering[base.number].dtype == value.dtype]
+        chosen.append(min(alike, key=lambda base: float((value - base.of(entering)).norm()), default=None))
     return chosen
 
 
@@ -309,7 +313,8 @@ def make_seams(config: CacheConfig, discovery: Discovery) -> list[Seam]:
 def _first_of_stream(discovery: Discovery) -> int:
     """The first block of the stream that ends in the answer: blocks before it refine the text, say."""
     try:
-        return _first_entered(discovery, discovery.leaving())[0]
+        leaving = floats(list(discovery.sinks.values()))
+        return _first_entered(discovery, discovery.live, leaving)[0]
     except NoSeamError:
         return 0
 

@@ -8,6 +8,7 @@ import diffusers
 import haste
 import pytest
 import torch
+from haste.caching.clocks import is_noisy
 from haste.errors import UserError
 from pipelines import PIPELINES, Spy, Tiny, flux_transformer, pixart, tiny_pipeline
 from zoo import last_to_run
@@ -250,6 +251,28 @@ def test_the_default_refuses_few_steps():
         with pytest.raises(UserError, match="num_inference_steps|steps"):
             tiny(4)
         tiny(20)
+
+
+@pytest.mark.parametrize("name", [
+    "LCMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DDPMScheduler",
+    "DDPMParallelScheduler", "TCDScheduler", "SASolverScheduler", "CogVideoXDPMScheduler", "SCMScheduler",
+    "UnCLIPScheduler", "FlowMatchLCMScheduler",
+])  # fmt: skip
+def test_schedulers_that_add_noise_are_known(name):
+    assert is_noisy(getattr(diffusers, name)())
+
+
+@pytest.mark.parametrize("name", [
+    "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "PNDMScheduler",
+])  # fmt: skip
+def test_solvers_of_the_ode_are_not_noisy(name):
+    assert not is_noisy(getattr(diffusers, name)())
+
+
+def test_settings_that_add_noise_are_known():
+    assert is_noisy(diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"))
+    assert is_noisy(diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
 
 
 def test_the_default_order_falls_to_1_where_noise_is_added():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 
 import accelerate
 import diffusers
@@ -252,6 +253,30 @@ def test_a_deepcopied_pipeline_runs_on_its_own():
     haste.disable_cache(tiny.pipe)
     assert torch.equal(tiny(STEPS), plain)
     assert torch.equal(copied(STEPS), out)
+
+
+def test_a_pickled_model_is_plain():
+    tiny = tiny_pipeline("dit")
+    haste.enable_cache(tiny.pipe, **SETTINGS)
+    right = tiny(STEPS)
+    file = io.BytesIO()
+    torch.save(tiny.pipe.transformer, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded) is type(copy.deepcopy(tiny.pipe.transformer)) is diffusers.DiTTransformer2DModel
+    assert torch.equal(tiny(STEPS), right)
+
+
+def test_a_copy_can_be_cached_too():
+    tiny = tiny_pipeline("dit")
+    haste.enable_cache(tiny.pipe, **SETTINGS)
+    right = tiny(STEPS)
+    copied = copy.copy(tiny)
+    copied.pipe = copy.deepcopy(tiny.pipe)
+    with haste.cached(copied.pipe, **SETTINGS) as fast:
+        assert torch.equal(copied(STEPS), right)
+    assert list(fast.report.full_steps) == FULL
+    assert torch.equal(tiny(STEPS), right)
 
 
 def test_the_weights_may_move_to_another_type_between_runs(model):

@@ -262,6 +262,56 @@ class ReadsTheEmbedding(Model):
         return super().run_blocks(x, c) + x
 
 
+class WritesBetween(Model):
+    """Adds to what each block returned, in place."""
+
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, c)
+            x += 0.1 * c
+        return x
+
+
+class WritesToTheLast(Model):
+    """What the head changes in place is not what is cached."""
+
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        return super().run_blocks(x, c).mul_(2).add_(c)
+
+
+class DictOfBlocks(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({f"layer{i}": block for i, block in enumerate(self.blocks)})
+
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x, c)
+        return x
+
+
+class HasThemInside(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Module()
+        self.trunk.layers = self.blocks
+        del self.blocks
+
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in [*self.trunk.layers[:2], *self.trunk.layers[2:]]:
+            x = block(x, c)
+        return x
+
+
+class KeepsItOnABlock(Model):
+    """The head reads what the first block returned where the block has kept it."""
+
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.kept = block(x, c)
+        return x + self.blocks[0].kept
+
+
 class HidesNaN(Model):
     """What the head reads of an earlier block does not show as NaN."""
 
@@ -295,7 +345,7 @@ def own_loop(fast, steps: int = 9) -> list[Tensor]:
 
 
 OWN_TIMES = [1 - i / 9 for i in range(9)]
-WRONG = [ReadsAnEarlierBlock, HidesNaN, NoBlocks, Noisy]
+WRONG = [ReadsAnEarlierBlock, KeepsItOnABlock, HidesNaN, NoBlocks, Noisy]
 
 
 @pytest.mark.parametrize("granularity", ["model", "block"])
@@ -319,7 +369,12 @@ def test_its_output_is_cached_all_the_same(wrong):
     assert torch.equal(answers[3], answers[1])
 
 
-@pytest.mark.parametrize("right", [Model, InPlace, ReadsTheEmbedding, RunsBlocksTwice])
+RIGHT = [
+    Model, InPlace, ReadsTheEmbedding, RunsBlocksTwice, WritesBetween, WritesToTheLast, DictOfBlocks, HasThemInside,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("right", RIGHT)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_model_of_ones_own(right, granularity):
     model = right()
