@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from haste.caching.cached_model import CachedModel
 from haste.caching.clocks import Arguments, LoopClock, is_watched, signature
 from haste.caching.config import CacheConfig
 from haste.caching.model_cache import ModelCache
@@ -132,5 +133,5 @@ def check_can_be_cached(model: nn.Module) -> None:
                         "disable_cache() first")  # fmt: skip
     if getattr(model, "_is_cached", False):
         raise UserError(f"the model must have no other cache, got a {name} with cache-dit's on; disable that first")
-    if isinstance(model, CachedModule) or is_watched(model):
+    if isinstance(model, (CachedModel, CachedModule)) or is_watched(model):
         raise UserError("the model has a cache already; disable_cache it before another is enabled")
