@@ -59,7 +59,7 @@ class Case:
         return [float(t * self.time_scale) for t in self.scheduler(num_steps).timesteps]
 
     @torch.no_grad()
-    def sample(self, model: Model, num_steps: int = NUM_STEPS) -> Tensor:
+    def sample(self, model: Model, num_steps: int = NUM_STEPS, after_step: Callable[[], object] = int) -> Tensor:
         """Sample with `model`, which is called as the transformer is; returns the final latents."""
         x, guided, scheduler = self.latents, self.guidance > 1, self.scheduler(num_steps)
         for t in scheduler.timesteps:
@@ -71,6 +71,7 @@ class Case:
                 null, condition = out.chunk(2)
                 out = null + self.guidance * (condition - null)
             x = scheduler.step(out, t, x, return_dict=False)[0]
+            after_step()
         return x
 
 

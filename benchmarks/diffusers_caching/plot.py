@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
 from haste.plotting import LIGHT, save, styled
 from matplotlib.axes import Axes
-from report import flops_speedup, speedups
+from report import flops_speedup, speedup
 
 PANEL = (7.0, 4.6)
 MARKS = {"module": "o", "block": "s", "model": "^", "output": "v"}
@@ -38,7 +37,7 @@ def plot_case(axes: Axes, result: Mapping[str, Any]) -> None:
     for row in result["rows"]:
         if not row.get("cpu_seconds") or not row["error"]:
             continue
-        speed, flops = median(speedups(result, row)), flops_speedup(result, row)
+        speed, flops = speedup(result, row), flops_speedup(result, row)
         colour = ours if row["ours"] else LIGHT.text if row["name"].startswith("uncached") else peer
         mark = next((mark for granularity, mark in MARKS.items() if row["ours"] and granularity in row["name"]), "D")
         axes.plot([speed, flops], [row["error"]] * 2, color=colour, linewidth=1.0, alpha=0.5)

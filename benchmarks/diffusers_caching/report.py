@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from haste.tables import NONE, format_number, markdown_table
@@ -14,11 +13,12 @@ UNCACHED = "uncached"
 # The least share of the FLOPs speed-up that the processor's time must show, by granularity.
 TARGETS = {"output": 0.95, "model": 0.92, "block": 0.92, "module": 0.9}
 LEGEND = """\
-Speed-ups are over the first row, within each round, and the median of the rounds: ×CPU of the thread's processor time,
-×wall of the clock, ×FLOPs of what torch's FlopCounterMode counts. Share is ×CPU over ×FLOPs: 1 where a forecast costs
-nothing beyond its products. Error: of the final latents, relative to the first row's, in the 2-norm. Held: the memory
-of all tensors that a run leaves behind. All caches compute the same steps in full, keep float32 and forecast with order
-1. Weights are random: errors compare caches of one model, and say nothing of the quality of images."""
+Speed-ups are over the first row: ×CPU of the thread's processor time, ×wall of the clock, ×FLOPs of what torch's
+FlopCounterMode counts. The time of a run is the sum over its steps of the least of the rounds. Share is ×CPU over
+×FLOPs: 1 where a forecast costs nothing beyond its products. Error: of the final latents, relative to the first row's,
+in the 2-norm. Held: the memory of all tensors that a run leaves behind. All caches compute the same steps in full, keep
+float32 and forecast with order 1. Weights are random: errors compare caches of one model, and say nothing of the
+quality of images."""
 COLUMNS = ("", "×CPU", "×wall", "×FLOPs", "share", "error", "held MiB", "remarks")
 
 
@@ -48,8 +48,8 @@ def row_cells(result: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
         return [row["name"], *[NONE] * (len(COLUMNS) - 2), row.get("absent") or row["fault"]]
     return [
         row["name"],
-        f"{median(speedups(result, row)):.2f}",
-        f"{median(speedups(result, row, 'wall_seconds')):.2f}",
+        f"{speedup(result, row):.2f}",
+        f"{speedup(result, row, 'wall_seconds'):.2f}",
         f"{flops_speedup(result, row):.2f}",
         f"{share(result, row):.2f}",
         f"{row['error']:.1e}" if row["error"] else "0",
@@ -86,12 +86,12 @@ def peers(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 def beats(result: Mapping[str, Any], peer: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     """Whether a peer is faster than the row at an error no larger."""
-    return peer["error"] <= row["error"] and median(speedups(result, peer)) > median(speedups(result, row))
+    return peer["error"] <= row["error"] and speedup(result, peer) > speedup(result, row)
 
 
-def speedups(result: Mapping[str, Any], row: Mapping[str, Any], clock: str = "cpu_seconds") -> list[float]:
-    """Over the uncached run, within each round."""
-    return [base / own for base, own in zip(uncached_of(result)[clock], row[clock], strict=False)]
+def speedup(result: Mapping[str, Any], row: Mapping[str, Any], clock: str = "cpu_seconds") -> float:
+    """Over the uncached run."""
+    return sum(uncached_of(result)[clock]) / sum(row[clock])
 
 
 def flops_speedup(result: Mapping[str, Any], row: Mapping[str, Any]) -> float:
@@ -99,7 +99,7 @@ def flops_speedup(result: Mapping[str, Any], row: Mapping[str, Any]) -> float:
 
 
 def share(result: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    return median(speedups(result, row)) / flops_speedup(result, row)
+    return speedup(result, row) / flops_speedup(result, row)
 
 
 def uncached_of(result: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import gc
 import logging
 import random
 from collections.abc import Mapping
+from itertools import pairwise
 from time import perf_counter, thread_time
 from typing import Any
 
@@ -55,15 +56,17 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def first_run(sampler: Sampler, row: Row) -> Tensor:
-    """Sample once; put into the row what does not change from run to run."""
+    """Sample twice; put into the row what does not change from run to run. FLOPs are the second run's: the first has
+    what is found out once about a model."""
     before = storages()
-    with flop_counter() as counter:
-        latents = sampler()
-    row["num_steps"] = sampler.num_steps
-    row["flops"] = counter.get_total_flops()
+    latents = sampler()
     held = storages()
     held.pop(latents.untyped_storage().data_ptr(), None)
+    row["num_steps"] = sampler.num_steps
     row["cache_bytes"] = sum(size for place, size in held.items() if place not in before)
+    with flop_counter() as counter:
+        sampler()
+    row["flops"] = counter.get_total_flops()
     return latents
 
 
@@ -76,10 +79,10 @@ def storages() -> dict[int, int]:
 
 
 def time_in_rounds(able: Mapping[str, Sampler], latents: Mapping[str, Tensor], rounds: int) -> dict[str, Row]:
-    """Seconds of each variant, of the thread and by the clock, one number of each per round.
+    """Seconds of each step of each variant, of the thread and by the clock: the least of the rounds.
 
-    A machine drifts, so ratios are taken within a round, and every round has another order. A run whose latents differ
-    from the first run's is noted: a cache that carries something over.
+    Whatever else the machine does only adds to a step, and hits other steps in other rounds, each of which has an order
+    of its own. A run whose latents differ from the first run's is noted: a cache that carries something over.
     """
     measured: dict[str, Row] = {name: {"cpu_seconds": [], "wall_seconds": [], "drift": 0.0} for name in able}
     for turn in range(rounds):
@@ -88,14 +91,15 @@ def time_in_rounds(able: Mapping[str, Sampler], latents: Mapping[str, Tensor], r
             if "fault" in row:
                 continue
             gc.collect()
-            cpu, wall = thread_time(), perf_counter()
+            ticks = [(thread_time(), perf_counter())]
             try:
-                again = able[name]()
+                again = able[name](lambda ticks=ticks: ticks.append((thread_time(), perf_counter())))
             except Exception as error:
                 row |= {"fault": f"a later run: {describe(error)}"}
                 continue
-            row["cpu_seconds"].append(thread_time() - cpu)
-            row["wall_seconds"].append(perf_counter() - wall)
+            for clock, times in zip(("cpu_seconds", "wall_seconds"), zip(*ticks, strict=True), strict=True):
+                seconds = [after - before for before, after in pairwise(times)]
+                row[clock] = [min(pair) for pair in zip(row[clock], seconds, strict=True)] if row[clock] else seconds
             row["drift"] = max(row["drift"], relative_error(again, latents[name]))
     return measured
 

@@ -39,9 +39,9 @@ class Sampler:
     begin: Callable[[], object] = lambda: None
     note: str = ""
 
-    def __call__(self) -> Tensor:
+    def __call__(self, after_step: Callable[[], object] = int) -> Tensor:
         self.begin()
-        return self.case.sample(self.model, self.num_steps)
+        return self.case.sample(self.model, self.num_steps, after_step)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_a_case_counts_flops_errors_and_memory(measured):
     assert 0 < modules["error"] < fewer["error"]
     # 6 blocks, 2 modules each, 2 factors of 2 images of 16 tokens of width 64 in float32
     assert modules["cache_bytes"] == 6 * 2 * 2 * 2 * 16 * 64 * 4
-    assert all(len(each["cpu_seconds"]) == 1 for each in measured["rows"][:5])
+    assert [len(each["cpu_seconds"]) for each in measured["rows"][:5]] == [28, 7, 28, 28, 28]
     assert not any(each["drift"] for each in measured["rows"][:5])
 
 
@@ -93,7 +93,7 @@ def test_a_fault_of_a_later_run_is_noted():
 
     def begin():
         runs.append(1)
-        if len(runs) > 1:
+        if len(runs) > 2:
             raise RuntimeError("stale state")
 
     sampler = variants.Sampler(case, case.model, case.model, begin=begin)
