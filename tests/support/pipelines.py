@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
+import pytest
 import torch
 from torch import Tensor, nn
 from zoo import randomize
+
+diffusers = pytest.importorskip("diffusers")
 
 TEXT = 8  # tokens of a prompt
 SIZE = {"height": 64, "width": 64}

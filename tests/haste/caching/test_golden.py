@@ -6,12 +6,13 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-import diffusers
 import haste
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+diffusers = pytest.importorskip("diffusers")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import diffusers
 import pytest
 import torch
 from haste.caching import FAST, CacheConfig, cache_bytes, enable_cache, memory
@@ -12,6 +11,8 @@ from haste.caching.discovery import NoSeamError
 from haste.errors import UserError
 from torch import nn
 from zoo import tiny_call, tiny_model
+
+diffusers = pytest.importorskip("diffusers")
 
 MIB, GIB = 2**20, 2**30
 CLASSES = (

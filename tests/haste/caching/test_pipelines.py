@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import diffusers
 import haste
 import pytest
 import torch
@@ -12,6 +11,8 @@ from haste.caching.clocks import is_noisy
 from haste.errors import UserError
 from pipelines import PIPELINES, Spy, Tiny, flux_transformer, pixart, tiny_pipeline
 from zoo import last_to_run
+
+diffusers = pytest.importorskip("diffusers")
 
 STEPS = 12
 SETTINGS = {"cache": "newton", "granularity": "model", "interval": 3, "order": 1, "first_enhance": 2}

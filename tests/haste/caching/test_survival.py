@@ -7,7 +7,6 @@ import importlib.util
 import io
 
 import accelerate
-import diffusers
 import haste
 import pytest
 import torch
@@ -17,6 +16,8 @@ from pipelines import Spy, flux_transformer, tiny_pipeline
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from zoo import Call, sample, tiny_call, tiny_model
+
+diffusers = pytest.importorskip("diffusers")
 
 STEPS, FULL = 9, [0, 1, 4, 7]
 SETTINGS = {"cache": "newton", "granularity": "model", "interval": 3, "order": 1, "first_enhance": 2}

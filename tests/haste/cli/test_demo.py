@@ -43,7 +43,7 @@ def test_it_ends_in_a_page_and_a_second_run_does_nothing_again(tmp_path, capsys)
     for words in ("HASTE beside the baseline", "without alignment", "no alignment", "The recorded benchmark"):
         assert words in html
     assert "http" not in html and str(folder) in html
-    assert "4 of 8" in html and "8 of 8" in html  # full evaluations with TaylorSeer and without
+    assert "3 of 8" in html and "8 of 8" in html  # full calls with a cache and without
     for run in ("digits", "baseline"):
         assert len(list((folder / run / "checkpoints").glob("*.pt"))) == 5
 
