@@ -272,8 +272,10 @@ class SchedulerClock:
         if now in self._timesteps and now != self._timesteps[self._offset]:
             self._offset = self._timesteps.index(now)
 
-    def moment(self, scheduler: Any) -> tuple[int, int, int, float]:
+    def moment(self, scheduler: Any) -> tuple[int, int, int, float] | None:
         """Of a model call now: the number of its run, of the evaluation and of the step in the run, and the time.
+
+        None after the last step of a run: another pipeline, with a scheduler of its own, shares the model.
 
         Raises:
             UserError: the pipeline steps copies of its scheduler alone.
@@ -289,7 +291,9 @@ class SchedulerClock:
         if self._copies_stepped and not self._evaluation:
             raise UserError(f"the pipeline must step its scheduler, got steps of copies of it alone, as where frames "
                             f"have times of their own; {OWN_LOOP}")  # fmt: skip
-        index = min(self._offset + self._evaluation, len(self._timesteps) - 1)
+        index = self._offset + self._evaluation
+        if index >= len(self._timesteps):
+            return None
         return self.runs, self._evaluation, self._distinct(self._offset, index), self._timesteps[index]
 
     @property

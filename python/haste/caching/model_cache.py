@@ -7,6 +7,7 @@ call was made with, its signature, tells whether it continues the branch: tensor
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from haste._compat import is_compiled
 from haste.caching.config import LEAST_STEPS, CacheConfig
-from haste.caching.discovery import Discovery, Run, floats
+from haste.caching.discovery import Discovery, Run, find_parts, floats
 from haste.caching.forecaster import CachedFeatures, Forecaster, Timestep
 from haste.caching.memory import check_fits
 from haste.caching.report import CacheReport, Stopwatch, mib
@@ -83,6 +84,7 @@ class ModelCache:
         self.config = config
         self.defaults = defaults
         self._seams: OrderedDict[Hashable, list[Seam]] = OrderedDict()
+        self._modules: list[nn.Module] = []
         self._lock = threading.RLock()
         self.begin(0)
 
@@ -128,6 +130,7 @@ class ModelCache:
         report = self.report
         self.begin(0)
         self._seams.clear()
+        self._modules = []
         self._last_report = report
 
     @property
@@ -233,8 +236,11 @@ class ModelCache:
         return answer
 
     def _find_seams(self, run: Run, eager: Run, args: tuple, kwargs: dict, branch: Branch) -> Any:
-        """Give the branch its seams and the memory for its features. Returns the answer to this call if they were found
-        from it."""
+        """Give the branch its seams. Returns the answer to this call if they were found from it."""
+        modules = [place.module for places in find_parts(self.model) for place in places]
+        if len(modules) != len(self._modules) or any(map(operator.is_not, modules, self._modules)):
+            self._seams.clear()  # some were replaced, and seams are of those that were there
+            self._modules = modules
         answer = None
         seams = self._seams.get(branch.signature)
         if seams is None and self.config.granularity == "output" and self.config.cache != "delta-dit":

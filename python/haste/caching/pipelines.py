@@ -103,7 +103,7 @@ class _Clock:
         self._clock = SchedulerClock.of(self._scheduler)
         self._replaced = 0
 
-    def moment(self) -> tuple[tuple[int, int], int, int, float]:
+    def moment(self) -> tuple[tuple[int, int], int, int, float] | None:
         """As SchedulerClock.moment; the number of the run counts schedulers too."""
         pipeline = self._pipeline()
         if pipeline is not None and pipeline.scheduler is not self._scheduler:
@@ -111,7 +111,10 @@ class _Clock:
             self._scheduler = pipeline.scheduler
             self._clock = SchedulerClock.of(self._scheduler)
             self._replaced += 1
-        run, evaluation, step, time = self._clock.moment(self._scheduler)
+        moment = self._clock.moment(self._scheduler)
+        if moment is None:
+            return None
+        run, evaluation, step, time = moment
         return (self._replaced, run), evaluation, step, time
 
     @property
@@ -149,9 +152,10 @@ class _CachedPart:
         self.cache.release()
 
     def _call(self, original: bool, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        if not original:  # a copy of the model
+        moment = self._clock.moment() if original else None
+        if moment is None:  # a copy of the model, or a call that is not of this pipeline
             return call(*args, **kwargs)
-        run, evaluation, step, time = self._clock.moment()
+        run, evaluation, step, time = moment
         if run != self._run:
             self.cache.begin(self._clock.num_steps, self._clock.noisy)
             self._run, self._evaluation, self._names = run, -1, BranchNames()

@@ -192,6 +192,14 @@ def test_a_scheduler_begins_runs_and_ends_evaluations():
     assert follow(scheduler, clock, 5) == [(0, 3.0), (1, 2.0), (1, 2.0), (2, 1.0), (2, 1.0)] and clock.num_steps == 3
 
 
+def test_a_call_after_the_last_step_is_in_no_run():
+    scheduler = Scheduler()
+    clock = SchedulerClock.of(scheduler)
+    scheduler.set_timesteps(3)
+    follow(scheduler, clock, 3)
+    assert clock.moment(scheduler) is None
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_run_may_begin_later(told):
     scheduler = Scheduler()

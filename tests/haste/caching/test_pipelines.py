@@ -293,6 +293,30 @@ def test_settings_that_no_run_can_have_are_refused_at_once():
     assert (type(tiny.pipe.transformer), type(tiny.pipe.scheduler)) == before
 
 
+def test_a_pipeline_with_a_scheduler_of_its_own_gets_the_models_own_answers():
+    """Its calls of the shared transformer are not those of the cached pipeline's run, which is over."""
+    transformer = flux_transformer()
+    one, two = tiny_pipeline("flux"), tiny_pipeline("flux")
+    one.pipe.transformer = two.pipe.transformer = transformer
+    plain = two(STEPS)
+    haste.enable_cache(one.pipe, **SETTINGS)
+    cached = one(STEPS)
+    assert torch.equal(two(STEPS), plain)
+    assert torch.equal(one(STEPS), cached) and not torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("granularity", ["model", "block", "module"])
+def test_a_block_that_is_replaced_between_runs_is_the_one_that_runs(granularity):
+    tiny, _ = enabled("flux", granularity=granularity)
+    tiny(STEPS)
+    blocks = tiny.pipe.transformer.single_transformer_blocks
+    blocks[-1] = copy.deepcopy(blocks[0])
+    replaced = tiny(STEPS)
+    haste.disable_cache(tiny.pipe)
+    haste.enable_cache(tiny.pipe, **{**SETTINGS, "granularity": granularity})
+    assert torch.equal(tiny(STEPS), replaced)
+
+
 def test_two_pipelines_that_share_a_transformer():
     """The second is refused, or both work: the transformer has one cache."""
     transformer = flux_transformer()
