@@ -42,11 +42,14 @@ def plot_case(axes: Axes, result: Mapping[str, Any]) -> None:
         mark = next((mark for granularity, mark in MARKS.items() if row["ours"] and granularity in row["name"]), "D")
         axes.plot([speed, flops], [row["error"]] * 2, color=colour, linewidth=1.0, alpha=0.5)
         axes.plot(speed, row["error"], mark, color=colour, markersize=7)
-        axes.annotate(
-            row["name"].removeprefix("haste "), (speed, row["error"]), xytext=(-7, 4), ha="right",
-            textcoords="offset points", fontsize=7.5, color=colour,
-        )  # fmt: skip
+        if not row["ours"]:
+            axes.annotate(row["name"], (speed, row["error"]), xytext=(-8, -3), ha="right", textcoords="offset points",
+                          fontsize=7.5, color=colour)  # fmt: skip
+    for granularity, mark in MARKS.items():
+        axes.plot([], [], mark, color=ours, label=f"haste, {granularity}")
+    axes.legend(loc="upper left", fontsize=7.5)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axes.margins(x=0.12, y=0.1)
     axes.set_xlim(left=0)
     axes.set_xlabel("Times faster than uncached, processor time (line: to FLOPs)")
