@@ -21,9 +21,13 @@ from haste.models.family import (
     register,
 )
 from haste.models.sit import SIT_MODELS, SiT
+from haste.models.xar import XAR
+from haste.models.xar_family import XAR_SIZES
 
 __all__ = [
     "SIT_MODELS",
+    "XAR",
+    "XAR_SIZES",
     "CachedBlock",
     "CachedTransformer",
     "Convention",

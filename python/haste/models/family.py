@@ -40,15 +40,20 @@ class ModelOutput(NamedTuple):
     velocity: shaped as x. Or what else the model predicts, if its family's `interpolate` has that as the target and
         its `sample` makes a velocity of it.
     queries_keys: for each layer that was asked for, in that order, (q, k) as attention used them, each (B, H, N, D),
-        strided. The image's tokens are the last ones, row by row.
+        strided. The image's tokens are the last ones, row by row, or as `order` says.
     projections: per projector (B, tokens of the image, z_dim); empty unless asked for.
     prefix: rows of q and k in front of the image's, as of a text.
+    causal: tokens of a block, where attention was block-causal over the image's; 0: each saw all.
+    order: (tokens of the image,) int64, on the CPU: which token of the image, row by row, each row of q, k and
+        projections is, after the prefix; None for row by row.
     """
 
     velocity: Tensor
     queries_keys: list[tuple[Tensor, Tensor]]
     projections: list[Tensor]
     prefix: int = 0
+    causal: int = 0
+    order: Tensor | None = None
 
 
 class Layout(NamedTuple):
@@ -56,6 +61,8 @@ class Layout(NamedTuple):
 
     input_shape: (C, H, W) of one x. grid: tokens along a side of the image. depth: layers with attention, from 0.
     num_heads: of each. num_classes: without the null class; None where the condition is not a class.
+    parts: of an image that are sampled one after the other. noise_shape: of the noise of one image, where it is not
+    that of x.
     """
 
     input_shape: tuple[int, int, int]
@@ -63,6 +70,8 @@ class Layout(NamedTuple):
     depth: int
     num_heads: int
     num_classes: int | None
+    parts: int = 1
+    noise_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

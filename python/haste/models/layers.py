@@ -122,6 +122,20 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+def build_projector(width: int, hidden: int, out: int) -> nn.Sequential:
+    """The REPA projector (arXiv 2410.06940): three linear layers with SiLU."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
+    )
+
+
+def initialize_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and a zero bias, if it is a linear map; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Fixed positions of a square grid of tokens, row by row (MAE, arXiv 2111.06377), as DiT and SiT have them.
 

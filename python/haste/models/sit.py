@@ -26,6 +26,8 @@ from haste.models.layers import (
     Modulation,
     PatchEmbedder,
     TimestepEmbedder,
+    build_projector,
+    initialize_linear,
     modulate,
     sincos_positions,
 )
@@ -122,19 +124,6 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(tokens), shift, scale))
 
 
-def build_projector(width: int, hidden: int, out: int) -> nn.Sequential:
-    """The REPA projector (arXiv 2410.06940): three linear layers with SiLU."""
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
-    )
-
-
-def _initialize_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
 class SiT(nn.Module):
     """A diffusion transformer that predicts the velocity of an image at time t, given its class.
 
@@ -214,7 +203,7 @@ class SiT(nn.Module):
         The projectors come last, so that one seed gives the same trunk with them and without.
         """
         for part in (self.t_embedder, self.blocks, self.final_layer):
-            part.apply(_initialize_linear)
+            part.apply(initialize_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a linear map per patch; a view, so in place
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -223,7 +212,7 @@ class SiT(nn.Module):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-        self.projectors.apply(_initialize_linear)
+        self.projectors.apply(initialize_linear)
 
     @property
     def dtype(self) -> torch.dtype:

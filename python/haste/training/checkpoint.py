@@ -14,6 +14,7 @@ import random
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
-    """`model` and `ema` of a file. If it has only one of them, or is a bare file of weights, both are the same.
+    """`model` and `ema` (xAR's `model_ema`) of a file. If it has only one of them, or is a bare file of weights, both
+    are the same.
 
     Raises:
         UserError: a file without weights.
     """
+    names = {"model": "model", "ema": "model_ema" if is_empty(content.get("ema")) else "ema"}
     parts = {
-        part: dense_weights(content[part], f"{part} of {file}")
-        for part in ("model", "ema")
-        if not is_empty(content.get(part))
+        part: dense_weights(content[name], f"{name} of {file}")
+        for part, name in names.items()
+        if not is_empty(content.get(name))
     }
     if not parts:
         parts["model"] = dense_weights(content.get("state_dict", content), str(file))
@@ -188,9 +191,11 @@ def is_projector(name: str) -> bool:
 
 def require_names(model: nn.Module, weights: Weights, source: str) -> None:
     """Raise UserError for the first unexpected and the first missing name. Projectors are not compared."""
-    expected = {name for name in model.state_dict() if not is_projector(name)}
-    foreign = [f"{name} does not belong" for name in weights if not is_projector(name) and name not in expected]
-    missing = [f"{name} is missing" for name in model.state_dict() if name in expected and name not in weights]
+    known = model.state_dict()
+    own = chain(model.named_parameters(), model.named_buffers())  # a state_dict may hold more, which follows from these
+    expected = [name for name, _ in own if name in known and not is_projector(name)]
+    foreign = [f"{name} does not belong" for name in weights if not is_projector(name) and name not in known]
+    missing = [f"{name} is missing" for name in expected if name not in weights]
     if foreign or missing:
         wrong = " and ".join(foreign[:1] + missing[:1])
         raise UserError(f"{source} does not hold the weights of a {get_family(model).title} of its size: {wrong}")

@@ -1,0 +1,301 @@
+"""xAR against golden numbers of the public code (golden/README.md), and its layouts of entities."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from haste.errors import UserError
+from haste.models import XAR, build_model, get_family, infer_config
+from haste.models.entities import Entities
+from haste.transport import velocity_loss
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILY = get_family("xar")
+TINY = {"width": 16, "heads": 2, "encoder_depth": 1, "decoder_depth": 1, "channels": 3, "grid": 8, "num_classes": 10}
+LAYOUTS = [("token", None), ("cell", 4), ("cell", 2), ("subsample", 2), ("subsample", 4), ("scale", 2), ("image", None)]
+
+
+def read(name: str) -> dict[str, torch.Tensor]:
+    arrays = np.load(GOLDEN / name)
+    return {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "config"}
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return read("xar_train.npz")
+
+
+def golden_model(dtype: torch.dtype) -> XAR:
+    config = json.loads(str(np.load(GOLDEN / "xar_model.npz")["config"]))
+    model = build_model({"family": "xar", **config})
+    model.load_state_dict(read("xar_model.npz"), strict=True)
+    return model.to(dtype).eval()
+
+
+def tiny(**changes) -> XAR:
+    torch.manual_seed(0)
+    return build_model({"family": "xar", **TINY, **changes}).eval()
+
+
+def step(model: XAR, golden, dtype: torch.dtype):
+    """The golden training step: output, target and loss."""
+    noise = model.entities.join(golden["noise"].flatten(1, 2)).to(dtype)
+    x_t, target = FAMILY.interpolate(model, golden["latents"].to(dtype), noise, golden["t"], "linear")
+    labels = FAMILY.drop(model, FAMILY.condition(golden["labels"]), golden["label_dropped"])
+    output = model(x_t, golden["t"], labels, aligned_layers=(0, 3))
+    return output, target, velocity_loss(output.velocity, target)
+
+
+# ---- the public code's numbers ----
+
+
+def test_a_training_step_is_the_public_code_s(golden):
+    model = golden_model(torch.float64)
+    output, _, loss = step(model, golden, torch.float64)
+    velocity = model.entities.split(output.velocity)
+    torch.testing.assert_close(velocity, golden["velocity_tokens"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(loss, golden["loss"], rtol=0, atol=1e-9)
+    for (q, k), layer in zip(output.queries_keys, (0, 3), strict=True):
+        torch.testing.assert_close(q[0], golden[f"q{layer}"], rtol=0, atol=1e-9)
+        torch.testing.assert_close(k[0], golden[f"k{layer}"], rtol=0, atol=1e-9)
+    assert output.causal == 64 and output.prefix == 0
+
+
+def test_the_gradients_are_the_public_code_s(golden):
+    model = golden_model(torch.float64)
+    step(model, golden, torch.float64)[2].backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norms = {name[5:] for name in golden if name.startswith("norm:")}
+    assert norms == set(gradients)
+    for name, gradient in gradients.items():
+        assert gradient.norm().item() == pytest.approx(golden[f"norm:{name}"].item(), rel=0, abs=1e-9)
+    whole = [name[5:] for name in golden if name.startswith("grad:")]
+    assert len(whole) == 13
+    for name in whole:
+        torch.testing.assert_close(gradients[name], golden[f"grad:{name}"], rtol=0, atol=1e-9)
+
+
+def test_single_precision_is_as_close_as_the_public_code(golden):
+    model = golden_model(torch.float32)
+    output, _, loss = step(model, golden, torch.float32)
+    velocity = model.entities.split(output.velocity).double()
+    torch.testing.assert_close(velocity, golden["velocity_tokens"], rtol=0, atol=1e-5)
+    assert loss.item() == pytest.approx(golden["loss"].item(), abs=1e-5)
+
+
+def test_the_condition_has_the_truncated_time_of_each_cell(golden):
+    model = golden_model(torch.float64)
+    labels = torch.where(golden["label_dropped"], 1000, golden["labels"])
+    torch.testing.assert_close(model.conditioning(golden["t"], labels), golden["condition"], rtol=0, atol=1e-9)
+
+
+def test_0_28_is_embedded_as_280_as_in_single_precision():
+    model = tiny().double()
+    labels = torch.tensor([1])
+    at_280 = model.conditioning(torch.tensor([[0.2805]]), labels)
+    assert torch.equal(model.conditioning(torch.tensor([[0.28]], dtype=torch.float64), labels), at_280)
+
+
+# ---- public checkpoints ----
+
+
+@pytest.mark.parametrize("size, parameters", [("xAR-B", 172_638_224), ("xAR-L", 608_397_968), ("xAR-H", 1_186_024_096)])
+def test_published_sizes_have_the_published_parameters(size, parameters):
+    shape = FAMILY.sizes[size]
+    half = shape["depth"] // 2
+    with torch.device("meta"):
+        model = build_model(
+            {"family": "xar", "width": shape["hidden_size"], "heads": shape["num_heads"], "encoder_depth": half,
+             "decoder_depth": half, "channels": 16, "grid": 16, "num_classes": 1000}
+        )  # fmt: skip
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_the_state_dict_has_the_public_buffers():
+    state = golden_model(torch.float32).state_dict()
+    assert state["mask"].shape == (1, 1, 256, 256)
+    assert (state["mask"][0, 0, 63, 64:] == -math.inf).all() and not state["mask"][0, 0, 64, :128].any()
+    rope = {name.rpartition(".")[2]: value for name, value in state.items() if "encoder_blocks.0.attn.rope" in name}
+    assert rope["freqs"].shape == (4,) and rope["freqs_cos"].shape == rope["freqs_sin"].shape == (256, 16)
+    assert rope["freqs_cos"][9].tolist()[:2] == pytest.approx([math.cos(1.0)] * 2)  # row 1, column 1
+
+
+def test_public_files_load_strictly_with_their_buffers_and_without():
+    model = golden_model(torch.float32)
+    other = golden_model(torch.float32)
+    torch.nn.init.zeros_(other.pred.weight)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(other.pred.weight, model.pred.weight)
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        other.load_state_dict({**model.state_dict(), "other": torch.zeros(1)})
+
+
+def test_the_config_follows_from_public_weights():
+    model = golden_model(torch.float32)
+    config = infer_config(model.state_dict(), {})
+    found = {**config, "class_dropout_prob": 0.1}
+    assert found == {
+        "family": "xar", "width": 48, "heads": 3, "encoder_depth": 2, "decoder_depth": 2, "mlp_hidden": 128,
+        "channels": 16, "grid": 16, "entity": "cell", "entity_size": 8, "num_classes": 1000, "class_dropout_prob": 0.1,
+    }  # fmt: skip
+    build_model(config).load_state_dict(model.state_dict(), strict=True)
+
+
+# ---- entities ----
+
+
+@pytest.mark.parametrize("kind, size", LAYOUTS)
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_an_image_is_whole_again(kind, size, patch_size):
+    entities = Entities(kind, 8, size, patch_size)
+    x = torch.randn(2, 3, 8 * patch_size, 8 * patch_size)
+    tokens = entities.split(x)
+    assert tokens.shape == (2, entities.total, 3 * patch_size**2)
+    assert torch.equal(entities.join(tokens), x)
+    assert sum(entities.sizes) == entities.total and entities.bounds[-1][1] == entities.total
+    assert sorted(entities.order.tolist()) == list(range(64))
+
+
+def test_cells_are_squares_row_by_row():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    tokens = Entities("cell", 4, 2).split(x)[0, :, 0]
+    assert tokens.view(4, 4).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_subsamples_are_tokens_at_a_distance():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    tokens = Entities("subsample", 4, 2).split(x)[0, :, 0]
+    assert tokens.view(4, 4).tolist() == [[0, 2, 8, 10], [1, 3, 9, 11], [4, 6, 12, 14], [5, 7, 13, 15]]
+
+
+def test_scales_are_means_and_the_last_is_the_image():
+    x = torch.randn(2, 3, 8, 8)
+    entities = Entities("scale", 8, 2)
+    tokens = entities.split(x)
+    assert entities.sizes == (4, 16, 64) and entities.prefix == 20 and entities.causal == 0
+    torch.testing.assert_close(tokens[:, 0], x[:, :, :4, :4].mean((2, 3)))
+    assert torch.equal(tokens[:, 20:], x.flatten(2).transpose(1, 2))
+    assert entities.coordinates[0].tolist() == [1.5, 1.5] and entities.coordinates[-1].tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("kind, size", LAYOUTS)
+def test_a_later_entity_is_not_seen(kind, size):
+    """The velocity of an entity does not change with what comes after it, and does with what came before."""
+    model = tiny(entity=kind, entity_size=size).double()
+    entities, y = model.entities, torch.tensor([1])
+    tokens = torch.randn(1, entities.total, 3, dtype=torch.float64)
+    t = torch.rand(1, entities.count)
+    before = model(tokens, t, y).velocity
+    changed = tokens.clone()
+    last, _ = entities.bounds[-1]
+    changed[:, last:] += 1
+    after = model(changed, t, y).velocity
+    torch.testing.assert_close(after[:, :last], before[:, :last], rtol=0, atol=1e-13)
+    if entities.count > 1:
+        changed = tokens.clone()
+        changed[:, : entities.sizes[0]] += 1
+        assert (model(changed, t, y).velocity[:, last:] - before[:, last:]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("kind, size", LAYOUTS)
+def test_a_call_per_entity_is_the_mask(kind, size, monkeypatch):
+    model = tiny(entity=kind, entity_size=size).double()
+    tokens = torch.randn(2, model.entities.total, 3, dtype=torch.float64)
+    t, y = torch.rand(2, model.entities.count), torch.tensor([1, 2])
+    calls = {}
+    for most in (0, 1000):
+        monkeypatch.setattr("haste.models.xar.SEPARATE_CALLS", most)
+        calls[most] = model(tokens, t, y).velocity
+    torch.testing.assert_close(calls[0], calls[1000], rtol=0, atol=1e-12)
+
+
+def test_a_clean_context_is_what_sampling_sees():
+    """Each noisy entity as a forward pass computes it whose earlier entities are clean, at t = 0."""
+    model = tiny(context="clean", entity_size=4).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    t, y = torch.rand(2, 4), torch.tensor([1, 2])
+    x_t, _ = FAMILY.interpolate(model, x, torch.randn_like(x), t, "linear")
+    assert x_t.shape == (2, 6, 8, 8)
+    split = model.entities.split
+    velocity = split(model(x_t, t, y).velocity)
+    noisy, clean = split(x_t[:, :3]), split(x)
+    for number, (lo, hi) in enumerate(model.entities.bounds):
+        seen = torch.cat([clean[:, :lo], noisy[:, lo:]], dim=1)
+        times = torch.cat([torch.zeros(2, number), t[:, number:]], dim=1)
+        alone = model(seen, times, y).velocity[:, lo:hi]
+        torch.testing.assert_close(velocity[:, lo:hi], alone, rtol=0, atol=1e-12)
+
+
+def test_times_follow_the_context():
+    torch.manual_seed(0)
+    for context, check in (("increasing", lambda d: (d >= 0).all()), ("decreasing", lambda d: (d <= 0).all()),
+                           ("random", lambda d: (d > 0).any() and (d < 0).any())):  # fmt: skip
+        t = FAMILY.sample_times(tiny(context=context), 64, "lognormal", "linear")
+        assert t.shape == (64, 4) and t.min() > 0 and t.max() < 1
+        assert check(t.diff(dim=1))
+
+
+def test_one_time_is_that_of_all_entities():
+    model = tiny()
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
+    t = torch.tensor([0.2, 0.7])
+    assert torch.equal(model(x, t, y).velocity, model(x, t[:, None].expand(2, 4), y).velocity)
+
+
+def test_dropout_acts_in_training_mode_only():
+    model = tiny(dropout=0.5)
+    inputs = torch.randn(2, 3, 8, 8), torch.rand(2, 4), torch.tensor([0, 3])
+    assert torch.equal(model(*inputs).velocity, model(*inputs).velocity)
+    model.train()
+    assert not torch.equal(model(*inputs).velocity, model(*inputs).velocity)
+
+
+def test_projections_are_of_the_image_s_tokens():
+    torch.manual_seed(0)
+    for kind, size in LAYOUTS:
+        config = {"family": "xar", **TINY, "entity": kind, "entity_size": size, "align_depth": 2, "projector_dim": 8}
+        model = build_model(config, z_dims=(5,))
+        output = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 3]), aligned_layers=(1,), project=True)
+        assert output.projections[0].shape == (2, 64, 5)
+        assert output.queries_keys[0][0].shape == (2, 2, output.prefix + 64, 8)
+        assert output.order.shape == (64,)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"entity_size": 3}, "--entity-size"), ({"entity": "scale", "entity_size": 5}, "--entity-size"),
+        ({"entity": "token", "entity_size": 2}, "--entity-size"), ({"entity": "row"}, "--entity"),
+        ({"heads": 3}, "--hidden-size"), ({"encoder_depth": 0, "decoder_depth": 0}, "--depth"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_named(changes, named):
+    with pytest.raises(UserError, match=f"^{named} must"):
+        build_model({"family": "xar", **TINY, **changes})
+
+
+@pytest.mark.parametrize(
+    "x, t, y", [((2, 4, 8, 8), (2,), (2,)), ((2, 3, 8, 8), (2, 3), (2,)), ((2, 3, 8, 8), (2,), (3,))]
+)
+def test_inputs_of_a_wrong_shape_are_named(x, t, y):
+    with pytest.raises(ValueError, match="must have shape"):
+        tiny()(torch.zeros(x), torch.zeros(t), torch.zeros(y, dtype=torch.int64))
+
+
+def test_training_flops_are_counted_by_the_profiler():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = {"family": "xar", **TINY, "entity_size": 4}
+    model = build_model(config)
+    inputs = torch.randn(1, 3, 8, 8), torch.rand(1, 4), torch.tensor([0])
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    counted = counter.get_total_flops()
+    time_embedding = 2 * 4 * (256 * 16 + 16 * 16)
+    attention = 2 * 2 * 2 * 16 * 16 * (16 + 32 + 48 + 64)  # which the counter misses where sdpa is one operation
+    assert FAMILY.training_flops(config) / 3 in (counted - time_embedding, counted - time_embedding + attention)
