@@ -20,9 +20,9 @@ LAYERS = [
     {"generation"},
     {"training"},
     {"alignment", "caching"},
-    {"teachers", "samplers", "data", "distributed", "plotting"},
+    {"teachers", "data", "distributed", "plotting"},
     {"models", "vae"},
-    {"transport", "weights", "validation", "tables", "registry", "torchscript"},
+    {"samplers", "transport", "weights", "validation", "tables", "registry", "torchscript"},
     {"resumable"},
     {"io", "errors", "_compat"},
 ]

@@ -25,7 +25,7 @@ from haste.data.images import to_uint8
 from haste.errors import UserError, shorten
 from haste.generation.config import SamplingConfig, Settings
 from haste.models import Convention, Family, Layout, get_family
-from haste.samplers import Guidance, initial_noise, model_calls, solver, times_at
+from haste.samplers import Guidance, Solver, initial_noise, model_calls, times_at
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
 from haste.training.config import TrainConfig
 from haste.vae import PUBLISHED_VAES, VAE, LatentFormat
@@ -409,7 +409,7 @@ class Sampler:
     def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:
         """Run the sampler without the VAE: (n, C, S, S), on the model's device."""
         settings, family = self.settings, self.loaded.family
-        solve = solver(
+        solve = Solver(
             num_steps=settings.num_steps,
             sampler=settings.sampler,
             path=self.loaded.config.path_type,

@@ -17,7 +17,7 @@ from haste.data.images import to_uint8, write_image
 from haste.errors import UserError
 from haste.io import write_text
 from haste.models import get_family
-from haste.samplers import initial_noise, solver
+from haste.samplers import Solver, initial_noise
 from haste.training.config import TrainConfig
 from haste.training.logging import Backlog
 from haste.vae import VAE
@@ -57,7 +57,7 @@ class TrainingSamples:
             family = get_family(model)
             null = family.null(model)
             scale = 1.0 if null is None else CFG_SCALE
-            solve = solver(num_steps=NUM_STEPS, path=self.config.path_type, cfg_scale=scale, null=null)
+            solve = Solver(num_steps=NUM_STEPS, path=self.config.path_type, cfg_scale=scale, null=null)
             sampled = family.sample(model, noise, family.condition(labels), solve)
             if self._failed or not self.accelerator.is_main_process:
                 return None
