@@ -59,6 +59,7 @@ class Entities:
         self.bounds: list[tuple[int, int]] = list(pairwise(ends))
         self.total = ends[-1]
         self.prefix = self.total - grid**2
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
         self.causal = self.sizes[0] if self.count > 1 and len(set(self.sizes)) == 1 else 0
 
     @property
@@ -92,6 +93,11 @@ class Entities:
         return numbers.view(count, size, count, size).transpose(1, 2).flatten()
 
     @cached_property
+    def inverse(self) -> Tensor:
+        """(grid²,) int64: the place, without the prefix, of each token of the image, row by row."""
+        return self.order.argsort()
+
+    @cached_property
     def coordinates(self) -> Tensor:
         """(N, 2) float64: row and column of each place, in tokens of the whole image."""
         parts = []
@@ -119,19 +125,19 @@ class Entities:
         for side in self._sides:
             scaled = x if side == self.grid else F.adaptive_avg_pool2d(x, side * self.patch_size)
             sequences.append(self._patches(scaled))
-        sequences[-1] = sequences[-1][:, self._on(self.order, x.device)]
+        sequences[-1] = sequences[-1][:, self.on("order", x.device)]
         return sequences[0] if len(sequences) == 1 else torch.cat(sequences, dim=1)
 
     def join(self, tokens: Tensor) -> Tensor:
         """Sequences (B, N, C·patch²) as images (B, C, S, S), made of the places after the prefix."""
         grid, p = self.grid, self.patch_size
-        rows = tokens[:, self.prefix :][:, self._on(self.order.argsort(), tokens.device)]
+        rows = tokens[:, self.prefix :][:, self.on("inverse", tokens.device)]
         rows = rows.reshape(len(rows), grid, grid, p, p, -1)
         return rows.permute(0, 5, 1, 3, 2, 4).reshape(len(rows), -1, grid * p, grid * p)
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per entity (B, K, ...) as one per place (B, N, ...)."""
-        return values[:, self._on(self.owner, values.device)]
+        return values[:, self.on("owner", values.device)]
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, C, S, S) to (B, tokens, patch²·C), row by row, the channels of a patch's pixels last."""
@@ -139,8 +145,12 @@ class Entities:
         rows = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, rows, p, columns, p)
         return rows.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * x.shape[1])
 
-    def _on(self, index: Tensor, device: torch.device) -> Tensor:
-        return index if device.type in ("cpu", "meta") else index.to(device, non_blocking=True)
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """The table of that name on a device; copied there once, as a training step must not wait for copies."""
+        if (name, device) not in self._tables:
+            with torch.inference_mode(False):  # training may use it, too
+                self._tables[name, device] = getattr(self, name).to(device)
+        return self._tables[name, device]
 
     def __repr__(self) -> str:
         return f"Entities({self.kind!r}, grid={self.grid}, size={self.size}, patch_size={self.patch_size})"

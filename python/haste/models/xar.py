@@ -216,6 +216,7 @@ class XAR(nn.Module):
         self.num_classes, self.context, self.align_depth = num_classes, context, align_depth
         self.null_label = num_classes if class_dropout_prob > 0 else None
         self.entities = Entities(entity, grid, entity_size, patch_size)
+        self._geometries: dict[tuple, Geometry] = {}
         hidden = int(width * 4 * 2 / 3) if mlp_hidden is None else mlp_hidden
 
         places, values = self.entities.total, channels * patch_size**2
@@ -297,17 +298,21 @@ class XAR(nn.Module):
         return self.pred(self.decoder_norm(tokens))
 
     def _geometry(self, device: torch.device, streams: int) -> Geometry:
+        """Made once for each device, type and number of streams."""
+        key = (device, self.dtype, streams, SEPARATE_CALLS)
+        if key not in self._geometries:
+            with torch.inference_mode(False):  # training may use it, too
+                self._geometries[key] = self._make_geometry(device, streams)
+        return self._geometries[key]
+
+    def _make_geometry(self, device: torch.device, streams: int) -> Geometry:
         entities = self.entities
-        cos, sin = self.rotary(self.dtype, device)
-        equal = len(set(entities.sizes)) == 1
-        owner = None if equal else entities.owner.to(device)
-        if streams == 1:
-            mask = entities.visible.to(device) if entities.count > SEPARATE_CALLS else None
-            return Geometry(cos, sin, entities.bounds, owner, mask)
-        if owner is not None:
-            owner = torch.cat([owner, owner + entities.count])
-        mask = _two_streams(entities).to(device)
-        return Geometry(cos.repeat(2, 1), sin.repeat(2, 1), entities.bounds, owner, mask)
+        cos, sin = (table.repeat(streams, 1) for table in self.rotary(self.dtype, device))
+        owners = [entities.on("owner", device) + stream * entities.count for stream in range(streams)]
+        owner = None if len(set(entities.sizes)) == 1 else torch.cat(owners)
+        mask = entities.visible if entities.count > SEPARATE_CALLS else None
+        mask = _two_streams(entities) if streams == 2 else mask
+        return Geometry(cos, sin, entities.bounds, owner, None if mask is None else mask.to(device))
 
     # ---- the forward pass ----
 

@@ -104,16 +104,23 @@ def test_0_28_is_embedded_as_280_as_in_single_precision():
 # ---- public checkpoints ----
 
 
-@pytest.mark.parametrize("size, parameters", [("xAR-B", 172_638_224), ("xAR-L", 608_397_968), ("xAR-H", 1_186_024_096)])
-def test_published_sizes_have_the_published_parameters(size, parameters):
+def published(size: str) -> XAR:
+    """A model of a published size, without memory."""
     shape = FAMILY.sizes[size]
     half = shape["depth"] // 2
+    sizes = {"width": shape["hidden_size"], "heads": shape["num_heads"], "encoder_depth": half, "decoder_depth": half}
     with torch.device("meta"):
-        model = build_model(
-            {"family": "xar", "width": shape["hidden_size"], "heads": shape["num_heads"], "encoder_depth": half,
-             "decoder_depth": half, "channels": 16, "grid": 16, "num_classes": 1000}
-        )  # fmt: skip
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+        return build_model({"family": "xar", **sizes, "channels": 16, "grid": 16, "num_classes": 1000})
+
+
+@pytest.mark.parametrize("size, parameters", [("xAR-B", 172_638_224), ("xAR-L", 608_397_968), ("xAR-H", 1_186_024_096)])
+def test_published_sizes_have_the_published_parameters(size, parameters):
+    assert sum(parameter.numel() for parameter in published(size).parameters()) == parameters
+
+
+def test_the_names_and_shapes_are_the_public_ones():
+    names = json.loads((GOLDEN / "xar_base_names.json").read_text())
+    assert {name: list(value.shape) for name, value in published("xAR-B").state_dict().items()} == names
 
 
 def test_the_state_dict_has_the_public_buffers():
@@ -285,6 +292,15 @@ def test_sizes_that_do_not_fit_are_named(changes, named):
 def test_inputs_of_a_wrong_shape_are_named(x, t, y):
     with pytest.raises(ValueError, match="must have shape"):
         tiny()(torch.zeros(x), torch.zeros(t), torch.zeros(y, dtype=torch.int64))
+
+
+def test_a_model_trains_after_inference_mode():
+    model = tiny()
+    inputs = torch.randn(2, 3, 8, 8), torch.rand(2, 4), torch.tensor([0, 3])
+    with torch.inference_mode():
+        model(*inputs)
+    model(*inputs).velocity.sum().backward()
+    assert model.encoder_blocks[0].attn.qkv.weight.grad.abs().max() > 0
 
 
 def test_training_flops_are_counted_by_the_profiler():
