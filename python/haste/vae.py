@@ -1,7 +1,7 @@
 """The VAE between images and latents, and the shift and scale of the latents.
 
 The model is trained on x = (z − shift)·scale, per channel, for latents z of the VAE: Stable Diffusion's has shift 0 and
-scale 0.18215; REPA-E's come with a file of statistics.
+scale 0.18215, MAR's KL-16 shift 0 and scale 0.2325; REPA-E's come with a file of statistics.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from haste import kl16
 from haste.errors import UserError, in_one_line
 from haste.io import in_bytes, loading_arguments, read_json, require_source
 from haste.validation import build, shown
@@ -34,7 +35,7 @@ class LatentFormat:
     """The format of latents.
 
     Attributes:
-        vae: hub name or folder.
+        vae: hub name, folder, or file of KL-16.
         factor: pixels per latent, along a side.
         shift, scale: one number per channel.
     """
@@ -51,6 +52,9 @@ class LatentFormat:
         source = resolve_vae(name)
         if source in PUBLISHED_VAES.values():  # known without the hub
             latents = replace(SD_LATENTS, vae=source)
+        elif kl16.is_file_of_weights(source):
+            kl16.load_kl16(source)  # refuses a file of anything else before data and models are built
+            latents = replace(KL16_LATENTS, vae=source)
         else:
             config = _load_config(name, source)
             latents = cls(source, config.latent_channels, config.factor, *config.scaling())
@@ -100,6 +104,11 @@ class LatentFormat:
 # The latents of REPA's vae-sd folders.
 SD_LATENTS = LatentFormat(PUBLISHED_VAES["mse"], 4, 8, shift=(0.0,) * 4, scale=(0.18215,) * 4)
 
+# The latents of MAR and xAR. Their VAE is a file, on no hub: without --vae it is looked for under this name.
+KL16_LATENTS = LatentFormat(
+    "kl16.ckpt", kl16.CHANNELS, kl16.FACTOR, shift=(0.0,) * kl16.CHANNELS, scale=(kl16.SCALE,) * kl16.CHANNELS
+)
+
 
 class VAE(nn.Module):
     """A frozen AutoencoderKL in fp32. Raises UserError if its weights cannot be loaded."""
@@ -132,21 +141,24 @@ class VAE(nn.Module):
 
 
 def resolve_vae(name: str) -> str:
-    """The hub name or folder of --vae: mse, ema, a hub name, or a folder with a config. UserError for others."""
+    """What --vae names: mse, ema, a hub name, a folder with a config, or a file of weights. UserError for others."""
     if name in PUBLISHED_VAES:
         return PUBLISHED_VAES[name]
     folder = Path(name).expanduser()
+    if name and folder.is_file():
+        return str(folder.resolve())
     if name and folder.is_dir():
         inside = folder / "vae"  # the folder of a whole pipeline
         folder = inside if (inside / "config.json").is_file() else folder
         if not (folder / "config.json").is_file():
             raise UserError(f"--vae must be a folder of save_pretrained(), got {name}, which has no config.json")
         return str(folder.resolve())
-    if name.count("/") == 1 and not name.startswith((".", "~", os.sep)) and not name.endswith("/"):
+    is_hub_name = name.count("/") == 1 and not name.startswith((".", "~", os.sep)) and not name.endswith("/")
+    if is_hub_name and not kl16.is_file_of_weights(name):
         return name
     raise UserError(
-        f"--vae must be {', '.join(PUBLISHED_VAES)}, a hub name such as {PUBLISHED_VAES['mse']}, or a folder of "
-        f"save_pretrained(), got {name!r}, which does not exist"
+        f"--vae must be {', '.join(PUBLISHED_VAES)}, a hub name such as {PUBLISHED_VAES['mse']}, a folder of "
+        f"save_pretrained(), or a file of MAR's KL-16, got {name!r}, which does not exist"
     )
 
 
@@ -239,6 +251,9 @@ def _load_config(name: str, source: str) -> _Config:
 
 
 def _load_model(source: str) -> nn.Module:
+    if kl16.is_file_of_weights(source):
+        return kl16.load_kl16(resolve_vae(source))
+
     from diffusers import AutoencoderKL  # imported here, as it takes a second
 
     _load_config(source, source)

@@ -22,6 +22,7 @@ LAYERS = [
     {"alignment", "caching"},
     {"teachers", "data", "distributed", "plotting"},
     {"models", "vae"},
+    {"kl16"},
     {"samplers", "transport", "weights", "validation", "tables", "registry", "torchscript"},
     {"resumable"},
     {"io", "errors", "_compat"},

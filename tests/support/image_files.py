@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,17 @@ def cut_short(path: Path) -> None:
 def pixels_of(image: Image.Image) -> np.ndarray:
     """(3, H, W) uint8."""
     return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+KL16_NAMES = Path(__file__).with_name("kl16_names.json")
+
+
+def kl16_weights(width: int = 32, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under the names of MAR's KL-16, whose narrowest level has `width` channels instead of 128."""
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for name, sizes in json.loads(KL16_NAMES.read_text()).items():
+        shape = [size * width // 128 if size >= 128 else size for size in sizes]
+        weight = torch.randn(shape, generator=generator)
+        scaled = weight / weight[0].numel() ** 0.5 if weight.dim() > 1 else 0.1 * weight
+        weights[name] = scaled + 1 if "norm" in name and name.endswith("weight") else scaled
+    return weights

@@ -49,7 +49,8 @@ class PrepareConfig:
     resolution: int = 256
     """Image resolution in pixels after the center crop."""
     vae: str = "mse"
-    """VAE that encodes the latents: mse or ema (Stable Diffusion's), a hub name or a folder; none for images only."""
+    """VAE that encodes the latents: mse or ema (Stable Diffusion's), a hub name, a folder, or MAR's file kl16.ckpt;
+    none for images only."""
     zip: bool = False
     """Pack the output into images.zip and vae-sd.zip."""
     on_bad_file: OnBadFile = "refuse"

@@ -99,8 +99,8 @@ class SamplingConfig(CacheConfig):
     ema: bool = True
     """Use the EMA weights."""
     vae: str | None = None
-    """VAE that decodes latents: ema, mse, a hub name or a folder. [default: the one of training; ema for Stable
-    Diffusion's latents, as in generate.py]"""
+    """VAE that decodes latents: ema, mse, a hub name, a folder, or MAR's kl16.ckpt. [default: the one of training; ema
+    for Stable Diffusion's latents, as in generate.py]"""
     convention: Literal["repa", "sit"] | None = None
     """Trainer of a checkpoint that does not record it: repa (also HASTE) or sit (SiT's own)."""
 
