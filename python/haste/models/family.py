@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from haste import transport
 from haste.errors import UserError, in_one_line
+from haste.samplers import Solver
 from haste.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -124,10 +125,6 @@ class CachedTransformer(Protocol):
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         """What the model returns, made of the last tokens."""
-
-
-Solve = Callable[..., Tensor]
-"""solve(model, noise, condition, scale=1.0) -> x: a sampler with its settings. scale: of the guidance, cfg − 1."""
 
 
 Weights = dict[str, Tensor]
@@ -299,10 +296,11 @@ class Family(ABC):
 
     # ---- sampling and caching ----
 
-    def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solve) -> Tensor:
-        """x (B, C, H, W) of noise of that shape.
+    def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solver) -> Tensor:
+        """x (B, C, H, W) of noise of that shape, or of the layout's `noise_shape`.
 
-        A family that makes an image in parts calls `solve` for each part, with the model as that part sees it.
+        A family that makes an image in parts gives `solve.parts` an engine that evaluates them, and takes a `PartCache`
+        in place of the model, which it finds in it.
         """
         return solve(model, noise, condition)
 

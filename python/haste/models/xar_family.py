@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from haste import transport
 from haste.errors import UserError
 from haste.models.entities import Entities
-from haste.models.family import Family, Layout, Solve, register
+from haste.models.family import Family, Layout, register
 from haste.models.xar import XAR, check_sizes
 from haste.models.xar_checkpoints import XARCheckpoints, infer_config
+from haste.samplers import PartCache, Solver
 from haste.validation import build
 
 XAR_SIZES = {
@@ -184,12 +185,13 @@ class XARFamily(Family):
 
     # ---- sampling ----
 
-    def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solve) -> Tensor:
+    def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solver) -> Tensor:
         """Entity by entity, or staggered, as `solve` has it; see xar_sampling.py."""
         from haste.models.xar_sampling import sample_parts
 
-        cache = model if hasattr(model, "begin_parts") else None
-        return sample_parts(model if cache is None else cache.model, noise, condition, solve, cache)
+        if isinstance(model, PartCache):
+            return sample_parts(model.model, noise, condition, solve, model)
+        return sample_parts(model, noise, condition, solve)
 
     # ---- files of others ----
 
