@@ -247,6 +247,13 @@ class Family(ABC):
         """Floating-point operations of forward and backward for one image; None if nobody has counted them."""
         return None
 
+    def dropout(self, config: Mapping[str, Any]) -> float:
+        """The probability of dropout inside the model, not of its condition.
+
+        Above 0 the model is trained in training mode, in which it must drop no condition itself; else in eval mode.
+        """
+        return config.get("dropout") or 0.0
+
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The blocks in the order in which they run: what is compiled, sharded and probed one by one."""
         return model.blocks

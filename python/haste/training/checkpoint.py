@@ -189,6 +189,13 @@ def is_projector(name: str) -> bool:
     return name.startswith("projectors.")
 
 
+def parameters_in(weights: Weights, model: nn.Module) -> Weights:
+    """Those of the weights that the model's optimizer counts: its parameters, and projectors, also freed ones. The rest
+    are buffers, and what a state_dict holds for other readers."""
+    own = {name for name, _ in model.named_parameters()}
+    return {name: value for name, value in weights.items() if name in own or is_projector(name)}
+
+
 def require_names(model: nn.Module, weights: Weights, source: str) -> None:
     """Raise UserError for the first unexpected and the first missing name. Projectors are not compared."""
     known = model.state_dict()
@@ -286,7 +293,8 @@ def check_resumable(checkpoint: Checkpoint, path: Path) -> None:
     steps = check(checkpoint["steps"], int, f"steps of {path}")
     if not 0 <= steps <= LATEST:
         raise UserError(f"steps of {path} must be a number of steps, got {steps}")
-    _check_optimizer(checkpoint["opt"], checkpoint["model"], f"opt of {path}")
+    counted = parameters_in(checkpoint["model"], on_meta(checkpoint["model_config"]))
+    _check_optimizer(checkpoint["opt"], counted, f"opt of {path}")
     for name, kind in (("termination", _Termination), ("data", _Data)):
         if checkpoint.get(name) is not None:
             build(kind, checkpoint[name], f"{name} of {path}")
@@ -298,12 +306,12 @@ def check_resumable(checkpoint: Checkpoint, path: Path) -> None:
         _check_rng(checkpoint["rng"], f"rng of {path}")
 
 
-def _check_optimizer(opt: Any, weights: Weights, source: str) -> None:
-    """AdamW's state: per parameter, in the order of the weights, a step and two moments of its shape, or nothing."""
+def _check_optimizer(opt: Any, parameters: Weights, source: str) -> None:
+    """AdamW's state: per parameter, in the order of the model, a step and two moments of its shape, or nothing."""
     state = opt.get("state") if isinstance(opt, Mapping) else None
     if not isinstance(state, Mapping):
         raise UserError(f"{source} must be the state of AdamW, got {shown(opt)}")
-    for number, (name, weight) in enumerate(weights.items()):
+    for number, (name, weight) in enumerate(parameters.items()):
         entry = state.get(number)
         if entry is None:
             continue

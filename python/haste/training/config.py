@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from haste import registry
 from haste.errors import UserError, shorten
+from haste.training.schedule import check_schedule
 from haste.validation import check_numbers, check_types
 
 SECTIONS = {
@@ -154,15 +155,23 @@ class TrainConfig:
     epochs: int = 1400
     """Maximum number of epochs. Training ends at --max-train-steps or --epochs, whichever comes first."""
     learning_rate: float = 1e-4
-    """Learning rate of AdamW, constant after the warmup."""
-    warmup_steps: int = 0
-    """Number of steps of linear learning rate warmup."""
+    """Learning rate of AdamW between warmup and decay."""
+    warmup_steps: float = 0.0
+    """Number of steps of linear learning rate warmup. Below 1: a share of the run."""
+    decay_steps: float = 0.0
+    """Number of steps, at the end of the run, in which the learning rate falls to --min-learning-rate along half a
+    cosine. Below 1: a share of the run. 0: no decay. A run that is extended follows the schedule of its new length."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of --decay-steps."""
     adam_beta1: float = 0.9
     """beta1 of AdamW."""
     adam_beta2: float = 0.999
     """beta2 of AdamW."""
     adam_weight_decay: float = 0.0
     """Weight decay of AdamW."""
+    adam_decay: Literal["all", "matrices"] = "all"
+    """Which parameters decay: all, or matrices, which leaves out biases and other parameters of one dimension, as xAR
+    does."""
     adam_epsilon: float = 1e-8
     """Epsilon of AdamW."""
     max_grad_norm: float = 1.0
@@ -249,6 +258,7 @@ class TrainConfig:
         check_folder_name("exp_name", self.exp_name)
         check_folder_name("logging_dir", self.logging_dir)
         check_numbers(self)
+        check_schedule(self)
         if set(self.trackers) - set(TRACKERS):
             known = "tensorboard, wandb, both separated by a comma, or none"
             raise UserError(f"--report-to must be {known}, got {shorten(self.report_to)}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from haste._compat import lerp_all_
 from haste.distributed import distribute_like, replicate, shard, sharding, synchronizing, to_local, whole
 from haste.errors import UserError, in_one_line
 from haste.models import ModelOutput, Weights, build_model, get_family
-from haste.training.checkpoint import is_projector, require_names, require_shapes
+from haste.training.checkpoint import is_projector, parameters_in, require_names, require_shapes
 from haste.training.config import TrainConfig
+
+DROPOUT = 1  # beside seed and numbers, so that its random numbers are not those of the images' latents
 
 
 class EMA:
@@ -61,15 +64,16 @@ class TrainState:
             with torch.device("meta"):
                 self.model = build_model(model_config, z_dims)
             self.model.to_empty(device=accelerator.device)
-        # The trainer drops labels for all processes together, which is all that training mode would do.
-        self.model.eval()
+        family = get_family(model_config)
+        # The trainer drops labels for all processes together: without dropout that is all that training mode would do.
+        self.random = family.dropout(model_config) > 0
+        self.model.train(self.random)
         self.ema = EMA(self.model, config.ema_decay)
         self.order: Sequence[str] = ()  # the names in the checkpoint, with those of freed projectors
         self.freed: dict[str, Weights] = {"model": {}, "ema": {}}
         if saved is not None:
             self._load_weights(saved, new_projectors=not resumes)
 
-        family = get_family(model_config)
         if config.compile:  # block by block: all share one compilation
             for block in family.blocks(self.model):
                 block.compile(fullgraph=True)
@@ -79,8 +83,15 @@ class TrainState:
         # accelerate's own wrapper would copy every q and k to fp32.
         copies = accelerator.num_processes > 1 and not sharding()
         self.forward = replicate(self.model, accelerator) if copies else self.model
+        parameters = dict(self.model.named_parameters())
+        groups = parameter_groups(parameters, config.adam_decay)
+        self.optimized = [name for group in groups for name in group]  # in the order of the optimizer
+        without_decay = {"weight_decay": 0.0} if len(groups) > 1 else {}
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [
+                {"params": [parameters[name] for name in group], **(without_decay if number == 0 else {})}
+                for number, group in enumerate(groups)
+            ],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
@@ -96,8 +107,22 @@ class TrainState:
         """Context of forward and backward of a micro-batch; gradients are exchanged in the last one of a step."""
         return synchronizing(self.forward, last)
 
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int], project: bool) -> ModelOutput:
-        return self.forward(x_t, t, condition, layers, project)
+    def __call__(
+        self, x_t: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int], project: bool, number: Sequence[int]
+    ) -> ModelOutput:
+        """The forward pass.
+
+        Args:
+            number: of the step and of the local batch in it, by which dropout is seeded. So a resumed run has the same,
+                and other random numbers of the run do not depend on whether there is dropout.
+        """
+        if not self.random:
+            return self.forward(x_t, t, condition, layers, project)
+        devices = [x_t.device] if x_t.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            entropy = (self.config.seed, *number, DROPOUT)
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+            return self.forward(x_t, t, condition, layers, project)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss."""
@@ -144,17 +169,22 @@ class TrainState:
 
         Freed projectors are included. Every process must call it.
         """
-        own_names = [name for name, _ in self.model.named_parameters()]
         weights = {
             part: with_projectors(_gather(model.state_dict()), self.freed[part], self.order)
             for part, model in (("model", self.model), ("ema", self.ema.model))
         }
-        opt = self.optimizer.state_dict()
-        state = reorder_state(_gather(opt["state"]), own_names, list(weights["model"]))
-        group = {**opt["param_groups"][0], "params": list(range(len(weights["model"])))}
+        opt, counted = self.optimizer.state_dict(), parameters_in(weights["model"], self.model)
+        place = {name: number for number, name in enumerate(counted)}
+        groups = [
+            {**group, "params": [place[name] for name in names]}
+            for group, names in zip(opt["param_groups"], parameter_groups(counted, self.config.adam_decay), strict=True)
+        ]
         return {
             **weights,
-            "opt": {"state": state, "param_groups": [group]},
+            "opt": {
+                "state": reorder_state(_gather(opt["state"]), self.optimized, list(counted)),
+                "param_groups": groups,
+            },
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
@@ -176,10 +206,12 @@ class TrainState:
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         parameters = dict(self.model.named_parameters())
-        state = reorder_state(saved["opt"]["state"], list(saved["model"]), list(parameters))
-        for number, parameter in enumerate(parameters.values()):
+        counted = parameters_in(saved["model"], self.model)
+        state = reorder_state(saved["opt"]["state"], list(counted), self.optimized)
+        for number, name in enumerate(self.optimized):
             if number in state:
-                state[number] = {key: distribute_like(value, parameter) for key, value in state[number].items()}
+                like = parameters[name]
+                state[number] = {key: distribute_like(value, like) for key, value in state[number].items()}
         try:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
@@ -197,7 +229,16 @@ def _gather(tree: Any) -> Any:
     return tree
 
 
-# An optimizer's state has no names: it counts the parameters in the order of the model.
+# An optimizer's state has no names: in a checkpoint it counts the parameters in the order of the model.
+
+
+def parameter_groups(parameters: Mapping[str, Tensor], adam_decay: str) -> list[list[str]]:
+    """The names in each group of the optimizer: all in one, or for "matrices" first those without weight decay."""
+    if adam_decay == "all":
+        return [list(parameters)]
+    # As timm and MAR: positions and other tables have more dimensions, and decay.
+    without = [name for name, value in parameters.items() if value.dim() < 2 or name.endswith(".bias")]
+    return [without, [name for name in parameters if name not in without]]
 
 
 def with_projectors(weights: Weights, projectors: Weights, order: Sequence[str]) -> Weights:

@@ -47,6 +47,7 @@ from haste.training.config import TrainConfig, describe_run, resolve
 from haste.training.logging import Metrics, Trackers, check_trackers
 from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
+from haste.training.schedule import LearningRate
 from haste.training.state import TrainState
 from haste.transport import velocity_loss
 from haste.validation import shown
@@ -213,12 +214,15 @@ class Trainer:
         self.local_size = config.batch_size // accelerator.num_processes  # images per process and micro-batch
         self.step_size = config.batch_size * config.gradient_accumulation_steps
         self.retention = Retention(folder.checkpoints, config.checkpoints_total_limit)
-        of_epochs = max(1, config.epochs * len(dataset) // self.step_size)
+        of_epochs = self._steps_of_epochs(config.epochs)
         self.last_step = min(config.max_train_steps, of_epochs)
+        self.learning_rate = LearningRate.of_run(config, self.last_step)
         self.end = f"--epochs {config.epochs} of {len(dataset):,} images in steps of {self.step_size:,}"
         if config.max_train_steps <= of_epochs:
             self.end = f"--max-train-steps {config.max_train_steps}"
         self.step = 0 if checkpoint is None else checkpoint["steps"]
+        if checkpoint is not None:
+            self._warn_of_another_length(checkpoint["args"])
         self.termination = make_termination(config)
         if checkpoint is not None and checkpoint["termination"] is not None:
             self.termination.load_state_dict(checkpoint["termination"])
@@ -246,6 +250,24 @@ class Trainer:
         else:  # so that runs with different alignment have the same noise, times and dropped labels
             set_seed((config.seed + self.step) % 2**32)
 
+    def _steps_of_epochs(self, epochs: int) -> int:
+        return max(1, epochs * len(self.data) // self.step_size)
+
+    def _warn_of_another_length(self, recorded: dict[str, Any]) -> None:
+        """Log if the run had another length until now, and so another learning rate."""
+        before = min(
+            recorded.get("max_train_steps", self.config.max_train_steps),
+            self._steps_of_epochs(recorded.get("epochs", self.config.epochs)),
+        )
+        try:
+            former = LearningRate.of_run(self.config, before)
+        except UserError:  # a run that was begun when the two need not fit
+            return
+        if self.learning_rate.differs(former):
+            logger.warning(
+                "the learning rate follows the run's length, %d steps; until now that was %d", self.last_step, before
+            )
+
     def _build_state(self, saved: dict[str, Any] | None) -> TrainState:
         z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()
         return TrainState(self.model_config, z_dims, self.config, self.accelerator, saved)
@@ -268,7 +290,7 @@ class Trainer:
         if config.preset:
             logger.info("preset %s: %s", config.preset, describe_run(config))
         logger.info("%s", self._describe())
-        logger.info("training ends after step %d: %s", self.last_step, self.end)
+        logger.info("training ends after step %d: %s; %s", self.last_step, self.end, self.learning_rate)
         self.loader = Loader(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
         samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator)
         self.metrics = Metrics(self.accelerator, config, self.model_config)
@@ -315,14 +337,10 @@ class Trainer:
         numbers = self._random_numbers()
         for number in range(count):
             batch = self.loader.next(self.step, number)
-            local = numbers.local(number * processes + self.accelerator.process_index, self.local_size)
+            local = number * processes + self.accelerator.process_index
             with self.state.micro_batch(last=number == count - 1):
-                self._forward_backward(batch, local)
-        self.metrics.add_norm(self.state.update(self._learning_rate()))
-
-    def _learning_rate(self) -> float:
-        """Constant after a linear warmup."""
-        return self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+                self._forward_backward(batch, numbers.local(local, self.local_size), local)
+        self.metrics.add_norm(self.state.update(self.learning_rate(self.step)))
 
     def _random_numbers(self) -> RandomNumbers:
         config, count = self.config, self.step_size
@@ -333,14 +351,14 @@ class Trainer:
             dropped = torch.rand(count, device=self.device) < config.label_dropout
         return RandomNumbers(noise, t, dropped)
 
-    def _forward_backward(self, batch: Batch, numbers: RandomNumbers) -> None:
-        """Losses and gradients of a local batch."""
+    def _forward_backward(self, batch: Batch, numbers: RandomNumbers, local: int) -> None:
+        """Losses and gradients of the local batch with this number."""
         aligner, family, model = self.aligner, self.family, self.state.model
         condition = family.drop(model, family.condition(batch.labels), numbers.dropped)
         x_t, target = family.interpolate(model, batch.inputs, numbers.noise, numbers.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
-            output = self.state(x_t, numbers.t, condition, layers, project)
+            output = self.state(x_t, numbers.t, condition, layers, project, (self.step, local))
         loss = velocity = velocity_loss(output.velocity, target)
         feature = attention = None
         if aligner is not None:
@@ -394,7 +412,8 @@ class Trainer:
         metrics = self.metrics.read(self.step)
         if metrics is None:
             return
-        record = {"step": self.step, **metrics, "aligned": self.aligner is not None}
+        rate = self.learning_rate(self.step - 1)  # of the last step
+        record = {"step": self.step, **metrics, "learning_rate": rate, "aligned": self.aligner is not None}
         if self.accelerator.is_main_process:
             self.folder.log(record)
         self.trackers.log(record, self.step)

@@ -281,15 +281,6 @@ def test_half_precision_trains_with_fp32_weights(make_config, precision):
     assert {tensor.dtype for tensor in model.values()} == {torch.float32}
 
 
-def test_warmup_raises_the_learning_rate_linearly(make_config):
-    config = make_config(warmup_steps=4, learning_rate=0.1)
-    trainer = Trainer(config, load_dataset("digits", 8), RunDir(config), make_accelerator(config))
-    rates = []
-    for trainer.step in range(6):
-        rates.append(trainer._learning_rate())
-    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
-
-
 def test_a_model_of_its_own_size_is_resumed_and_loaded(make_config):
     config = make_config(model="SiT-B/1", depth=2, hidden_size=32, num_heads=4, layer_map="0:1,1:2", max_train_steps=4)
     folder = train(config).folder
