@@ -203,6 +203,8 @@ BOUNDS: dict[str, Bounds] = {
     "patch_size": Bounds(1, 1024),
     "projector_dim": Bounds(1, 65_536),
     "cfg_prob": SHARE,
+    "entity_size": SIDE,
+    "dropout": SHARE,
     # alignment
     "attn_coeff": COEFFICIENT,
     "proj_coeff": COEFFICIENT,

@@ -111,21 +111,26 @@ class AlignmentLosses(NamedTuple):
 
 
 def alignment_losses(
-    queries_keys: QueriesKeys, features: Sequence[Tensor], teachers: Sequence[TeacherOutput], *, prefix: int = 0
+    queries_keys: QueriesKeys,
+    features: Sequence[Tensor],
+    teachers: Sequence[TeacherOutput],
+    *,
+    prefix: int = 0,
+    causal: int = 0,
 ) -> AlignmentLosses:
     """Both losses of a batch. A loss is off if its argument is empty.
 
     Args:
-        queries_keys, prefix: as for `attention_loss`, with the first teacher.
+        queries_keys, prefix, causal: as for `attention_loss`, with the first teacher.
         features: as for `feature_loss`.
         teachers: the outputs of the teachers.
     """
-    attention = attention_loss(queries_keys, teachers[0], prefix=prefix) if queries_keys else None
+    attention = attention_loss(queries_keys, teachers[0], prefix=prefix, causal=causal) if queries_keys else None
     feature = feature_loss(features, teachers) if features else None
     return AlignmentLosses(attention, feature)
 
 
-def attention_loss(queries_keys: QueriesKeys, teacher: TeacherOutput, *, prefix: int = 0) -> Tensor:
+def attention_loss(queries_keys: QueriesKeys, teacher: TeacherOutput, *, prefix: int = 0, causal: int = 0) -> Tensor:
     """L_A: cross-entropy of the student's attention against the teacher's (arXiv 2505.16792, section 3.2).
 
     The mean over batch, heads and queries, then over the layer pairs. The first min(H_s, H_t) heads are aligned.
@@ -136,12 +141,16 @@ def attention_loss(queries_keys: QueriesKeys, teacher: TeacherOutput, *, prefix:
             (B, H_s, prefix + N, D); any strides, fp32, fp16 or bf16.
         teacher: with q and k of as many layers, (B, H_t, its prefix + N, D_t).
         prefix: tokens of the student in front of the image's, such as a text's.
+        causal: tokens of a block where attention is block-causal over the image's, as xAR's is over cells; both maps
+            are masked alike. 0: each sees all.
 
     Returns:
         A scalar, fp32.
     """
     losses = [
-        haste_ext.attn_align_loss(*student, *target, student_prefix=prefix, teacher_prefix=teacher.prefix)
+        haste_ext.attn_align_loss(
+            *student, *target, student_prefix=prefix, teacher_prefix=teacher.prefix, causal=causal
+        )
         for student, target in zip(queries_keys, teacher.queries_keys, strict=True)
     ]
     return torch.stack(losses).mean()
@@ -161,6 +170,20 @@ def feature_loss(features: Sequence[Tensor], teachers: Sequence[TeacherOutput]) 
     """
     pairs = zip(features, teachers, strict=True)
     return torch.stack([haste_ext.token_cosine_loss(z, teacher.patch_tokens) for z, teacher in pairs]).mean()
+
+
+def reordered(output: TeacherOutput, order: Tensor) -> TeacherOutput:
+    """A teacher's output with the image's tokens in a student's order, and without its prefix.
+
+    Args:
+        order: (N,) int64, on the same device: which of the teacher's tokens, row by row, comes first, and so on.
+    """
+    pairs = [
+        (q[:, :, output.prefix :].index_select(2, order), k[:, :, output.prefix :].index_select(2, order))
+        for q, k in output.queries_keys
+    ]
+    features = None if output.patch_tokens is None else output.patch_tokens.index_select(1, order)
+    return TeacherOutput(pairs, 0, features)
 
 
 # ---- both in a module ----
@@ -274,7 +297,13 @@ class Aligner(nn.Module):
         return [teacher(images) for teacher in self.teachers]
 
     def losses(
-        self, queries_keys: QueriesKeys, features: Sequence[Tensor], outputs: Sequence[TeacherOutput], prefix: int = 0
+        self,
+        queries_keys: QueriesKeys,
+        features: Sequence[Tensor],
+        outputs: Sequence[TeacherOutput],
+        prefix: int = 0,
+        causal: int = 0,
+        order: Tensor | None = None,
     ) -> AlignmentLosses:
         """L_A and L_R of a batch, without their weights.
 
@@ -284,6 +313,9 @@ class Aligner(nn.Module):
             features: per teacher (B, N, z_dims[i]); empty if `project` is false.
             outputs: what `teacher_outputs` returned for the same images.
             prefix: tokens of q and k in front of the image's N, such as a text's.
+            causal: tokens of a block where the student's attention is block-causal over the image's; 0: it is not.
+            order: (N,) int64, which token of the image, row by row, each row of q, k and features is after the prefix;
+                None: they are row by row.
 
         Returns:
             Two scalars, fp32; None for one that is off.
@@ -297,7 +329,13 @@ class Aligner(nn.Module):
         if len(features) != len(outputs) * self.project:
             raise ValueError(f"features must have an entry for each of {len(outputs) * self.project} teachers, got "
                              f"{len(features)}")  # fmt: skip
-        return alignment_losses(queries_keys, features, outputs, prefix=prefix)
+        if order is not None:
+            outputs = [reordered(output, order) for output in outputs]
+        return alignment_losses(queries_keys, features, outputs, prefix=prefix, causal=causal)
+
+    def losses_of(self, output: ModelOutput, outputs: Sequence[TeacherOutput]) -> AlignmentLosses:
+        """`losses` of what one of haste's models returned, called with `student_layers` and `project`."""
+        return self.losses(output.queries_keys, output.projections, outputs, output.prefix, output.causal, output.order)
 
     def weigh(self, losses: AlignmentLosses) -> Tensor:
         """proj_coeff·L_R + attn_coeff·L_A, a scalar."""
@@ -311,6 +349,5 @@ class Aligner(nn.Module):
             output: of the model, called with `student_layers` and `project`.
             images: as for `teacher_outputs`.
         """
-        outputs = self.teacher_outputs(images)
-        losses = self.losses(output.queries_keys, output.projections, outputs, output.prefix)
+        losses = self.losses_of(output, self.teacher_outputs(images))
         return self.weigh(losses), losses

@@ -114,13 +114,13 @@ def _probe_losses(
     family = get_family(model)
     generator = torch.Generator().manual_seed(NOISE_SEED)  # of the CPU: the same noise on every device
     for x, images, labels in batches:
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        noise = torch.randn(family.noise_shape(model, x), generator=generator).to(x.device)
         outputs = aligner.teacher_outputs(images)
         for index, time in enumerate(times):
             t = torch.full((len(x),), time, device=x.device)
             x_t, target = family.interpolate(model, x, noise, t, path_type)
             output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
-            losses = aligner.losses(output.queries_keys, output.projections, outputs, output.prefix)
+            losses = aligner.losses_of(output, outputs)
             yield index, len(x), aligner.weigh(losses), velocity_loss(output.velocity, target)
 
 

@@ -18,6 +18,7 @@ from haste.models.family import (
     infer_config,
     model_depth,
     new_config,
+    own_settings,
     register,
 )
 from haste.models.sit import SIT_MODELS, SiT
@@ -46,5 +47,6 @@ __all__ = [
     "infer_config",
     "model_depth",
     "new_config",
+    "own_settings",
     "register",
 ]

@@ -31,6 +31,7 @@ from haste.validation import shown
 logger = logging.getLogger(__name__)
 
 SIZES = ("depth", "hidden_size", "num_heads", "patch_size")  # arguments that settings may have of their own
+OWN_SETTINGS = ("entity", "entity_size", "context", "dropout")  # settings that not every family has
 ENTRY_POINTS = "haste.families"  # the group under which other packages declare theirs
 DEFAULT = "sit"  # of a config without "family", as all had before there were several
 
@@ -45,7 +46,7 @@ class ModelOutput(NamedTuple):
     projections: per projector (B, tokens of the image, z_dim); empty unless asked for.
     prefix: rows of q and k in front of the image's, as of a text.
     causal: tokens of a block, where attention was block-causal over the image's; 0: each saw all.
-    order: (tokens of the image,) int64, on the CPU: which token of the image, row by row, each row of q, k and
+    order: (tokens of the image,) int64, on the device of x: which token of the image, row by row, each row of q, k and
         projections is, after the prefix; None for row by row.
     """
 
@@ -184,6 +185,7 @@ class Family(ABC):
 
     name: the key "family" of a config. title: how sentences call a model of it, such as "SiT".
     sizes: the arguments behind each published name, which `--model` takes.
+    settings: those of OWN_SETTINGS that its models have, with their defaults; others are refused.
     published_alignment: HASTE's layers, by the part of those names before the slash.
     foreign: how to read the checkpoints of other trainers.
 
@@ -193,6 +195,7 @@ class Family(ABC):
     name: str
     title: str
     sizes: Mapping[str, dict[str, Any]]
+    settings: Mapping[str, Any] = {}
     published_alignment: Mapping[str, PublishedAlignment] = {}
     foreign: ForeignCheckpoints = ForeignCheckpoints()
 
@@ -217,7 +220,7 @@ class Family(ABC):
 
         Args:
             size: the arguments of a published name, or others.
-            settings: a TrainConfig.
+            settings: a TrainConfig, resolved.
             data: what is trained on; it has `channels`, `input_size` and `num_classes`.
         """
 
@@ -296,6 +299,10 @@ class Family(ABC):
     ) -> Tensor:
         """Times to train at, (batch, ...), float32."""
         return transport.sample_time(batch, weighting, path, device=device, generator=generator)
+
+    def noise_shape(self, model: nn.Module, x: Tensor) -> tuple[int, ...]:
+        """The shape of the noise for `interpolate`, of as many images as x has: as `Layout.noise_shape`."""
+        return tuple(x.shape)
 
     def interpolate(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
         """x at time t, and what the model is to predict, both shaped as x; t (B,) or as `sample_times` gives it."""
@@ -430,7 +437,7 @@ def new_config(settings: Any, data: Any) -> dict[str, Any]:
     """The config of a new run's model.
 
     Args:
-        settings: a TrainConfig.
+        settings: a TrainConfig, resolved.
         data: what is trained on; it has `channels`, `input_size` and `num_classes`.
 
     Raises:
@@ -448,15 +455,27 @@ def chosen_size(settings: Any) -> tuple[Family, dict[str, Any]]:
     """The family of --model and the arguments of its size, with the settings' own --depth and so on in their place.
 
     Raises:
-        UserError: --model names no size, or its family has no such argument.
+        UserError: --model names no size, or its family has no such argument or setting.
     """
     family, size = find_size(settings.model)
     own = {name: getattr(settings, name) for name in SIZES if getattr(settings, name) is not None}
-    for name in own:
-        if name not in size:
+    for name in (*SIZES, *OWN_SETTINGS):
+        value = getattr(settings, name)
+        if value is not None and name not in (*size, *family.settings):
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be left out for {family.title}, which has none, got {own[name]}")
+            raise UserError(f"--{flag} must be left out for {family.title}, which has none, got {value}")
     return family, {**size, **own}
+
+
+def own_settings(settings: Any) -> dict[str, Any]:
+    """The settings of a TrainConfig that are its family's own, with the family's defaults for those that are open.
+
+    Raises:
+        UserError: --model names no size.
+    """
+    family, _ = find_size(settings.model)
+    values = {name: getattr(settings, name) for name in family.settings}
+    return {name: family.settings[name] if value is None else value for name, value in values.items()}
 
 
 def model_depth(settings: Any) -> int:

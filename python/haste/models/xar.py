@@ -366,7 +366,7 @@ class XAR(nn.Module):
         entities = self.entities
         return ModelOutput(
             velocity, [kept[layer] for layer in aligned_layers], projections, entities.prefix, entities.causal,
-            entities.order,
+            entities.on("order", x.device),
         )  # fmt: skip
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[int, Tensor]:

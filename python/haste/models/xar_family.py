@@ -71,6 +71,7 @@ class XARFamily(Family):
     name = "xar"
     title = "xAR"
     foreign = XARCheckpoints()
+    settings = {"entity": "cell", "entity_size": None, "context": "random", "dropout": 0.1}
     sizes = {
         **XAR_SIZES,
         # 8 x 8 pixels as 4 x 4 tokens: the parameters of SiT-Digits/2.
@@ -86,6 +87,8 @@ class XARFamily(Family):
                             f"got {data.input_size}")  # fmt: skip
         if settings.attention != "sdpa":
             raise UserError(f"--attention must be sdpa for xAR, got {settings.attention}")
+        if settings.qk_norm:
+            raise UserError("--qk-norm must be left out for xAR, whose published models have none, got True")
         if settings.context == "clean" and settings.aligns_attention:
             raise UserError("--attn-coeff must be 0 with --context clean, whose maps join two streams, got "
                             f"{settings.attn_coeff:g}")  # fmt: skip
@@ -168,10 +171,15 @@ class XARFamily(Family):
             return t.sort(dim=1, descending=model.context == "decreasing").values
         return t
 
+    def noise_shape(self, model: nn.Module, x: Tensor) -> tuple[int, ...]:
+        entities: Entities = model.entities
+        return (len(x), entities.total, model.z_proj.in_features) if entities.prefix else tuple(x.shape)
+
     def interpolate(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
         """As sequences for entities that hold more than the image's tokens; the clean stream after x_t if there is
         one."""
         entities: Entities = model.entities
+        t = t if t.dim() == 2 else t[:, None].expand(-1, entities.count)
         per_place = entities.spread(t)[:, :, None]
         if entities.prefix:
             x = entities.split(x)

@@ -70,7 +70,7 @@ class TrainConfig:
     """Number of data loading processes per training process. Not used for images that are kept in memory."""
 
     model: str = "SiT-XL/2"
-    """Model size and patch size, such as SiT-B/2."""
+    """Model size, and for SiT its patch size, such as SiT-B/2 or xAR-B."""
     depth: int | None = None
     """Number of blocks. Overrides --model."""
     hidden_size: int | None = None
@@ -79,6 +79,17 @@ class TrainConfig:
     """Number of attention heads. Overrides --model."""
     patch_size: int | None = None
     """Patch size in pixels or latents. Overrides --model."""
+    entity: Literal["token", "cell", "subsample", "scale", "image"] | None = None
+    """xAR: what is generated at once: a token, a cell of --entity-size x --entity-size tokens, a subsample (tokens at
+    distances of --entity-size), a scale of the image, or the whole image. None: cell."""
+    entity_size: int | None = None
+    """xAR: tokens along a side of a cell, distance of a subsample's tokens, or tokens along a side of the smallest
+    scale. None: half of the image's for a cell, else 2."""
+    context: Literal["random", "clean", "increasing", "decreasing"] | None = None
+    """xAR: what an entity sees of earlier ones during training: noisy ones at random times, at times that increase or
+    decrease from one to the next, or clean ones. None: random."""
+    dropout: float | None = None
+    """xAR: dropout in attention and MLP during training. None: 0.1."""
     qk_norm: bool = False
     """Normalize queries and keys in the attention of the model."""
     fused_attn: bool = True
@@ -303,7 +314,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
         UserError: an unknown model, or a layer map that cannot be parsed.
     """
     from haste.alignment.aligner import choose_encoder_depth, choose_layer_map
-    from haste.models import find_size, model_depth
+    from haste.models import find_size, model_depth, own_settings
 
     encoder_depth, layer_map = config.encoder_depth, config.layer_map
     if encoder_depth is None:
@@ -319,6 +330,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
         encoder_depth=encoder_depth,
         layer_map=layer_map,
         **same_size,  # type: ignore[arg-type]
+        **own_settings(config),
     )
 
 

@@ -344,7 +344,7 @@ class Trainer:
 
     def _random_numbers(self) -> RandomNumbers:
         config, count = self.config, self.step_size
-        noise = torch.randn(count, *self.layout.input_shape, device=self.device)
+        noise = torch.randn(count, *(self.layout.noise_shape or self.layout.input_shape), device=self.device)
         t = self.family.sample_times(self.state.model, count, config.weighting, config.path_type, device=self.device)
         dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:

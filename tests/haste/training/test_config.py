@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from haste.alignment import LayerMap, choose_layer_map
 from haste.errors import UserError
 from haste.models import model_depth
-from haste.training.config import PRESETS, TrainConfig, describe_run, list_presets
+from haste.training.config import PRESETS, TrainConfig, describe_run, list_presets, resolve
+from haste.training.settings import differing_settings
 from haste.validation import build
 
 
@@ -155,3 +156,23 @@ def test_a_depth_of_ones_own_over_a_preset_is_told_what_belongs_to_it(changes):
         replace(TrainConfig.from_preset("digits"), depth=2, **changes).check_model()
     with pytest.raises(UserError, match="--encoder-depth must be 1 to 2, the depth of the model, got 3$"):
         replace(TrainConfig.from_preset("digits"), depth=2, encoder_depth=3).check_model()
+
+
+@pytest.mark.parametrize("own", [{"entity": "cell"}, {"entity_size": 2}, {"context": "clean"}, {"dropout": 0.1}])
+def test_settings_that_a_family_does_not_have_are_refused(own):
+    config = replace(TrainConfig.from_preset("digits"), **own)
+    ((name, value),) = own.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be left out for SiT, .* got {value}"):
+        config.check_model()
+
+
+def test_a_family_s_own_settings_are_recorded_with_its_defaults():
+    config = TrainConfig(exp_name="a", model="xAR-B", enc_type=None)
+    resolved = resolve(config)
+    assert (resolved.entity, resolved.context, resolved.dropout) == ("cell", "random", 0.1)
+    assert differing_settings(asdict(resolved), replace(config, context="random")) == []
+    assert differing_settings(asdict(resolved), replace(config, dropout=0.0)) == ["--dropout 0.1, not 0.0"]
+    with pytest.raises(UserError, match="--dropout must be a number from 0 to below 1, got 1.0"):
+        replace(config, dropout=1.0).check()
+    with pytest.raises(UserError, match="--entity-size must be an integer from 1"):
+        replace(config, entity_size=0).check()
