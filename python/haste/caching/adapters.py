@@ -30,9 +30,18 @@ from haste.models import CachedBlock, CachedTransformer, ModelOutput, families, 
 
 def can_take_apart(model: nn.Module, config: CacheConfig) -> bool:
     """Whether a model is of a family of haste's that has an adapter for this granularity."""
-    if getattr(model, "family", None) not in [family.name for family in families()]:
+    if not _is_of_a_family(model):
         return False
     return _is_output(config) or get_family(model).cached(model) is not None
+
+
+def is_made_in_parts(model: Any) -> bool:
+    """Whether a model is of a family of haste's whose images are made in parts."""
+    return isinstance(model, nn.Module) and _is_of_a_family(model) and get_family(model).in_parts
+
+
+def _is_of_a_family(model: nn.Module) -> bool:
+    return getattr(model, "family", None) in [family.name for family in families()]
 
 
 def find_transformer(model: nn.Module, config: CacheConfig) -> CachedTransformer | OpaqueModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from haste.errors import UserError, shorten
 from haste.validation import check_numbers, check_types
@@ -16,6 +16,8 @@ from haste.validation import check_numbers, check_types
 # Of Δ-DiT, as published for PixArt-α: 12 of 20 steps, 21 of 28 blocks.
 GATE_SHARE = 0.6
 CACHED_SHARE = 0.75
+
+Settings = TypeVar("Settings", bound="CacheConfig")
 
 
 @dataclass(kw_only=True)
@@ -34,7 +36,8 @@ class CacheConfig:
     polynomial through the last full steps at their actual times. hermite: HiCache. delta-dit: skip some blocks."""
     granularity: Literal["module", "block", "model", "output"] = "module"
     """What is cached and forecast: the output of each attention and MLP (module), the sum of what the blocks add
-    (block), the tokens after the last block (model), or the model's output (output), which works for any model."""
+    (block), the tokens after the last block (model), or the model's output (output), which works for any model and is
+    what is cached where images are made in parts, as by xAR."""
     interval: int | None = None
     """Steps from one full step to the next. [default: 4; with --error-threshold at most 10; delta-dit: 2]"""
     order: int | None = None
@@ -44,7 +47,8 @@ class CacheConfig:
     on, as published. [default: 2; delta-dit: 1]"""
     spacing: Literal["interval", "even"] = "interval"
     """interval: one full step every --interval after those at the beginning, as in TaylorSeer. even: full steps at even
-    distances of at most --interval from the first step to the last but one, in place of --first-enhance."""
+    distances of at most --interval from the first step to the last but one, in place of --first-enhance, and where
+    images are made in parts, without that flag, in each part."""
     full_steps: str = ""
     """Indices of the full steps, such as 0,1,2,5,9. Replaces --interval."""
     error_threshold: float = 0.0
@@ -111,6 +115,25 @@ class CacheConfig:
         if "order" in names and chosen.order is not None and full is not None:
             chosen = replace(chosen, order=min(chosen.order, max(0, len(full) - 1)))
         return chosen
+
+    def in_parts(self: Settings) -> Settings:
+        """The same settings for images that are made in parts, as xAR's: the output is cached, and full steps are at
+        even distances in each part, unless --first-enhance or --full-steps says where.
+
+        Raises:
+            UserError: settings that have no meaning there.
+        """
+        if self.cache == "none":
+            return self
+        for flag, given, instead in (
+            ("cache", self.cache == "delta-dit" and self.cache, "reuse, taylor, newton or hermite"),
+            ("granularity", self.granularity in ("block", "model") and self.granularity, "output"),
+            ("error-threshold", self.error_threshold, "left out"),
+        ):
+            if given:
+                raise UserError(f"--{flag} must be {instead} for a model whose images are made in parts, got {given}")
+        even = not self.full_steps and self.first_enhance is None
+        return replace(self, granularity="output", spacing="even" if even else "interval")
 
     def planned_full_steps(self, num_steps: int) -> list[int] | None:
         """The full steps of an undisturbed run, from 0; None if they depend on measured errors.

@@ -9,10 +9,11 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
-from haste.caching.adapters import can_take_apart
+from haste.caching.adapters import can_take_apart, is_made_in_parts
 from haste.caching.cached_model import CachedModel
 from haste.caching.cached_module import CachedModule, check_can_be_cached
 from haste.caching.config import CacheConfig, chosen_config
+from haste.caching.parts import CachedParts
 from haste.caching.pipelines import CachedPipeline, is_pipeline
 from haste.errors import UserError
 from haste.samplers import ModelCall
@@ -30,7 +31,7 @@ def enable_cache(
     times: Sequence[float] | None = None,
     model_calls: Sequence[ModelCall] | None = None,
     **settings: Any,
-) -> CachedModel | CachedModule | CachedPipeline:
+) -> CachedModel | CachedModule | CachedParts | CachedPipeline:
     """Add a cache to a pipeline of diffusers, or to a model that a loop of your own calls.
 
         enable_cache(pipe)                       # in place; pipe(...) as ever, in a fraction of the time
@@ -72,6 +73,11 @@ def enable_cache(
     for call in model_calls or ():
         if not isinstance(call, ModelCall):
             raise UserError(f"model_calls must be what haste.samplers.model_calls returns, got {shown(model_calls)}")
+    if is_made_in_parts(model):
+        if plans:
+            raise UserError("num_steps, times and model_calls must be left out for a model whose images are made in "
+                            "parts: each run brings its own")  # fmt: skip
+        settings = _in_parts(config, settings)
     config, defaults = _resolve(config, settings)
     if len(plans) > 1:
         raise UserError("a run must have one of num_steps, times and model_calls, got several")
@@ -90,6 +96,14 @@ def enable_cache(
     return made
 
 
+def _in_parts(config: CacheConfig | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the granularity that models have whose images are made in parts."""
+    if settings.get("granularity", "output") != "output":
+        given = settings["granularity"]
+        raise UserError(f"granularity must be output for a model whose images are made in parts, got {given}")
+    return settings if config is not None or "cache" in settings else {**settings, "granularity": "output"}
+
+
 def _resolve(config: CacheConfig | None, settings: dict[str, Any]) -> tuple[CacheConfig, frozenset[str]]:
     """The config, and the names of settings that nobody chose."""
     if not isinstance(config, CacheConfig | None):
@@ -103,7 +117,7 @@ def _resolve(config: CacheConfig | None, settings: dict[str, Any]) -> tuple[Cach
 
 def make_cache(
     model: nn.Module, config: CacheConfig, defaults: frozenset[str] = frozenset()
-) -> CachedModel | CachedModule | None:
+) -> CachedModel | CachedModule | CachedParts | None:
     """`enable_cache` for a model and a config whose cache may be "none"; then None.
 
     Args:
@@ -114,6 +128,8 @@ def make_cache(
     """
     if config.cache == "none":
         return None
+    if is_made_in_parts(model):
+        return CachedParts(model, config, defaults)
     check_can_be_cached(model)
     if can_take_apart(model, config):
         return CachedModel(model, config, defaults)
@@ -133,7 +149,7 @@ def disable_cache(model: Any) -> Any:
         if pipeline is not None:
             pipeline.disable()
         return model
-    if isinstance(model, (CachedModel, CachedModule)):
+    if isinstance(model, (CachedModel, CachedModule, CachedParts)):
         model.release()
         return model.model
     return model
@@ -142,7 +158,7 @@ def disable_cache(model: Any) -> Any:
 @contextmanager
 def cached(
     model: Any, config: CacheConfig | None = None, **settings: Any
-) -> Iterator[CachedModel | CachedModule | CachedPipeline]:
+) -> Iterator[CachedModel | CachedModule | CachedParts | CachedPipeline]:
     """`enable_cache` for the length of a `with` block.
 
         with haste.cached(pipe) as fast:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from haste._compat import slice_of
-from haste.caching.adapters import OpaqueModel, can_take_apart
+from haste.caching.adapters import OpaqueModel, can_take_apart, is_made_in_parts
 from haste.caching.cached_model import MOST_AHEAD, CachedModel
 from haste.caching.config import CacheConfig
 from haste.caching.discovery import Discovery, Executed, NoSeamError, Place, floats, refill, stub
 from haste.caching.forecaster import Forecaster
+from haste.caching.parts import CachedParts
 from haste.caching.seams import Output, StoreSpec, make_seams, spec_of
 from haste.errors import UserError
 from haste.validation import shown
@@ -29,7 +31,7 @@ def cache_bytes(
     config: CacheConfig,
     inputs: int | Mapping[str, Any],
     dtype: torch.dtype | None = None,
-    input_shape: tuple[int, int, int] | None = None,
+    input_shape: Sequence[int] | None = None,
     calls: int = 1,
 ) -> int:
     """Bytes that a cache will take: cached features, and for haste's own models the corrections of the forecast steps
@@ -45,8 +47,8 @@ def cache_bytes(
             times, which on the meta device takes a moment and no memory. Or, of a model of haste's families, the images
             at once, both halves of a guided batch counted.
         dtype: of the features; by default the model's. With a number of images alone.
-        input_shape: (C, H, W) of one x, from the family's `layout`, with a number of images alone. Needed for
-            granularity "output", whose features have this shape.
+        input_shape: (C, H, W) of one x, or what noise has instead, from the family's `layout`, with a number of images
+            alone. Needed for granularity "output", whose features have this shape.
         calls: model calls at one time, such as 2 for guidance in two calls. With the arguments of a call.
 
     Raises:
@@ -69,7 +71,7 @@ def check_memory(
     images: int,
     guided: bool = False,
     free: int | None = None,
-    input_shape: tuple[int, int, int] | None = None,
+    input_shape: Sequence[int] | None = None,
 ) -> None:
     """Refuse a cache of one of haste's models that does not fit into memory.
 
@@ -81,6 +83,7 @@ def check_memory(
     Raises:
         UserError: it does not fit; the message has the largest number of images that does.
     """
+    config = config.in_parts() if is_made_in_parts(model) else config
     rows = 2 * images if guided else images
     needed = cache_bytes(model, config, rows, input_shape=input_shape)
     free = free_bytes(next(model.parameters()).device) if free is None else free
@@ -115,8 +118,10 @@ def _bytes_of_images(
     config: CacheConfig,
     rows: int,
     dtype: torch.dtype | None,
-    input_shape: tuple[int, int, int] | None,
+    input_shape: Sequence[int] | None,
 ) -> int:
+    if is_made_in_parts(model):
+        return _bytes_of_parts(model, config, rows, dtype, input_shape)
     if not can_take_apart(model, config):
         raise UserError(f"inputs must be the keyword arguments of a call for a {type(model).__name__}, got {rows}")
     cached = CachedModel(model, config)
@@ -132,6 +137,20 @@ def _bytes_of_images(
         ahead = MOST_AHEAD if config.full_steps else min(MOST_AHEAD, config.resolved_interval - 1)
     features, corrections = granularity.modules * slots * tokens, ahead * (tokens + 1)  # and the conditioning
     return (features + corrections) * rows * dim * (dtype or cached.dtype).itemsize
+
+
+def _bytes_of_parts(
+    model: nn.Module,
+    config: CacheConfig,
+    rows: int,
+    dtype: torch.dtype | None,
+    input_shape: Sequence[int] | None,
+) -> int:
+    if input_shape is None:
+        raise ValueError("input_shape must be that of one image's noise for images made in parts, got None")
+    cached = CachedParts(model, config)
+    kind = dtype or next(model.parameters()).dtype
+    return (cached.forecaster.order + 1) * rows * prod(input_shape) * kind.itemsize
 
 
 # ---- any model ----

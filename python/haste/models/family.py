@@ -188,6 +188,7 @@ class Family(ABC):
     settings: those of OWN_SETTINGS that its models have, with their defaults; others are refused.
     published_alignment: HASTE's layers, by the part of those names before the slash.
     foreign: how to read the checkpoints of other trainers.
+    in_parts: images are made in parts, by `solve.parts` (`haste.samplers.Solver`), be it of one part.
 
     A config is a dictionary of plain values, which checkpoints hold.
     """
@@ -198,6 +199,7 @@ class Family(ABC):
     settings: Mapping[str, Any] = {}
     published_alignment: Mapping[str, PublishedAlignment] = {}
     foreign: ForeignCheckpoints = ForeignCheckpoints()
+    in_parts: bool = False
 
     # ---- the model ----
 

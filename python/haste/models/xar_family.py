@@ -72,6 +72,7 @@ class XARFamily(Family):
     title = "xAR"
     foreign = XARCheckpoints()
     settings = {"entity": "cell", "entity_size": None, "context": "random", "dropout": 0.1}
+    in_parts = True
     sizes = {
         **XAR_SIZES,
         # 8 x 8 pixels as 4 x 4 tokens: the parameters of SiT-Digits/2.

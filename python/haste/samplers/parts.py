@@ -97,7 +97,7 @@ class PartCache(nn.Module):
 
     model: nn.Module
 
-    def begin(self, plan: Plan) -> None:
+    def begin_parts(self, plan: Plan) -> None:
         """Begin a run of these rounds."""
         raise NotImplementedError
 
@@ -251,7 +251,7 @@ class Solver:
         self._check(noises, scales)
         plan, guidance = self.plan(scales), self.guidance_of(scales)
         if cache is not None:
-            cache.begin(plan)
+            cache.begin_parts(plan)
         methods = self._methods(noises)
         states = [noise.double() for noise in noises]
         requests = [next(method) for method in methods]
