@@ -22,28 +22,38 @@ TEACHERS = {"digits-vit": "haste.digits:Teacher"}
 EXTRACTORS = {"digits": "haste.digits:load_extractor"}
 IMAGE_SIZES = {"digits": 8}
 FEATURE_DIMENSIONS = {"digits": 64}
+
+# A model and a teacher that two processor cores train in minutes.
+_DIGITS = {
+    "exp_name": "digits",
+    "data_dir": "digits",
+    "resolution": 8,
+    "model": "SiT-Digits/2",
+    "enc_type": "digits-vit",
+    "layer_map": "0:0,1:1,2:2,3:3",
+    "encoder_depth": 4,
+    "projector_dim": 256,
+    "attn_coeff": 0.5,
+    "early_stop_point": 500,
+    "batch_size": 64,
+    "max_train_steps": 1000,
+    "learning_rate": 4e-3,
+    "ema_decay": 0.99,
+    "mixed_precision": "no",
+    "logging_steps": 10,
+    "checkpointing_steps": 200,
+    "sampling_steps": 200,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    # A model and a teacher that two processor cores train in minutes.
-    "digits": {
-        "exp_name": "digits",
-        "data_dir": "digits",
-        "resolution": 8,
-        "model": "SiT-Digits/2",
-        "enc_type": "digits-vit",
-        "layer_map": "0:0,1:1,2:2,3:3",
-        "encoder_depth": 4,
-        "projector_dim": 256,
-        "attn_coeff": 0.5,
-        "early_stop_point": 500,
-        "batch_size": 64,
-        "max_train_steps": 1000,
-        "learning_rate": 4e-3,
-        "ema_decay": 0.99,
-        "mixed_precision": "no",
-        "logging_steps": 10,
-        "checkpointing_steps": 200,
-        "sampling_steps": 200,
-    }
+    "digits": _DIGITS,
+    # 4 cells of 2 x 2 tokens.
+    "xar-digits": {
+        **_DIGITS,
+        "exp_name": "xar-digits",
+        "model": "xAR-Digits",
+        "dropout": 0.0,
+        "weighting": "lognormal",
+    },
 }
 
 

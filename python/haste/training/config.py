@@ -385,7 +385,33 @@ def _published_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-PRESETS: dict[str, dict[str, Any]] = {**registry.PRESETS, **_published_presets()}
+# xAR's training (arXiv 2502.20388, appendix). Warmup and decay are its 100 and 200 of 800 epochs, which end the run.
+_XAR = {
+    "resolution": 256, "dropout": 0.1, "weighting": "lognormal", "batch_size": 2048, "max_train_steps": 10**9,
+    "epochs": 800, "learning_rate": 4e-4, "warmup_steps": 0.125, "decay_steps": 0.25, "min_learning_rate": 1e-5,
+    "adam_beta2": 0.96, "adam_weight_decay": 0.02, "adam_decay": "matrices", "mixed_precision": "bf16",
+}  # fmt: skip
+
+# Nobody has published alignment of xAR: layers and depths are those of the SiT above of the same size (H as XL), τ is
+# that after as many images, and nothing of it has been tried at this scale.
+_XAR_SIZES = {"B": "B", "L": "L", "H": "XL"}
+
+
+def _xar_presets() -> dict[str, dict[str, Any]]:
+    """xar-b-256, haste-xar-b-256, repa-xar-b-256 and so on."""
+    presets: dict[str, dict[str, Any]] = {}
+    for size, like in _XAR_SIZES.items():
+        layer_map, depth, tau, repa_depth = _PUBLISHED[like]
+        name, model = f"xar-{size.lower()}-256", {**_XAR, "model": f"xAR-{size}"}
+        steps = tau[256] * 256 // _XAR["batch_size"]  # type: ignore[operator]
+        haste = {"attn_coeff": 0.5, "layer_map": layer_map, "encoder_depth": depth, "early_stop_point": steps}
+        presets[name] = {"exp_name": name, **model, "attn_coeff": 0.0, "proj_coeff": 0.0}
+        presets[f"haste-{name}"] = {"exp_name": f"haste-{name}", **model, **haste}
+        presets[f"repa-{name}"] = {"exp_name": f"repa-{name}", **model, "encoder_depth": repa_depth}
+    return presets
+
+
+PRESETS: dict[str, dict[str, Any]] = {**registry.PRESETS, **_published_presets(), **_xar_presets()}
 """The settings of each preset, by its name."""
 
 

@@ -10,6 +10,7 @@ from haste.alignment import LayerMap, choose_layer_map
 from haste.errors import UserError
 from haste.models import model_depth
 from haste.training.config import PRESETS, TrainConfig, describe_run, list_presets, resolve
+from haste.training.schedule import LearningRate
 from haste.training.settings import differing_settings
 from haste.validation import build
 
@@ -118,7 +119,22 @@ def test_a_preset_is_a_whole_run(name):
 def test_every_size_has_every_method_at_both_resolutions():
     sizes, methods = ("s", "b", "l", "xl"), ("haste", "repa", "baseline")
     wanted = {f"{method}-{size}-{side}" for method in methods for size in sizes for side in (256, 512)}
-    assert wanted | {"digits"} == PRESETS.keys()
+    xar = {f"{method}xar-{size}-256" for method in ("", "haste-", "repa-") for size in ("b", "l", "h")}
+    assert wanted | xar | {"digits", "xar-digits"} == PRESETS.keys()
+
+
+def test_xars_settings():
+    xar = TrainConfig.from_preset("xar-b-256")
+    assert (xar.model, xar.teachers, xar.dropout, xar.weighting) == ("xAR-B", [], 0.1, "lognormal")
+    assert (xar.batch_size, xar.epochs, xar.ema_decay, xar.max_grad_norm) == (2048, 800, 0.9999, 1.0)
+    assert (xar.adam_beta1, xar.adam_beta2, xar.adam_weight_decay, xar.adam_decay) == (0.9, 0.96, 0.02, "matrices")
+    schedule = LearningRate.of_run(xar, 800)  # an epoch in each step
+    assert (schedule.rate, schedule.minimum, schedule.warmup, schedule.decay) == (4e-4, 1e-5, 100, 200)
+    haste = TrainConfig.from_preset("haste-xar-b-256")
+    assert (haste.layer_map, haste.encoder_depth, haste.early_stop_point) == ("2:7,3:9,4:11", 5, 12_500)
+    for size in ("b", "l", "h"):
+        for method in ("", "haste-", "repa-"):
+            TrainConfig.from_preset(f"{method}xar-{size}-256").check_model()
 
 
 def test_the_papers_settings():
