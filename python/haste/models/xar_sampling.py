@@ -1,0 +1,424 @@
+"""Sampling from xAR: one evaluation of the parts in flight against the keys and values of those that are finished.
+
+`PartSampler` is the engine of `haste.samplers.Solver.parts`. It gives the numbers of the public loop with less work:
+
+- Keys and values stand in buffers that are allocated once. Each evaluation writes those of the parts that it is given,
+  and a part's queries read the buffer up to the part's own end. That is the block-causal mask, so none is made, and any
+  number of parts may be in flight, each at a time of its own.
+- A finished part goes through the network once more, at t = 0, together with what is evaluated next: its keys and
+  values are then those that later parts see. The last part never does. Rows of the null class are computed when
+  guidance asks for them, so the first part, which is not guided, has none.
+- The modulation of the blocks depends on class and time alone. It is computed once for all steps of a run where that
+  table fits into memory.
+
+`count_flops` counts a whole run, with whatever a solver does, by running the solver on an engine that only counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from haste.models.xar import XAR, XARBlock, rms_norm
+from haste.samplers import PartCache, Solver
+
+TABLE_BYTES = 2**30  # of a table of modulations, at most
+
+BRANCHES = ("cond", "uncond")  # in the order of their rows
+
+
+class Evaluation(NamedTuple):
+    """One pass through the network.
+
+    first: the first part that it is given. sizes: tokens of each part. times: of each part. branches: names of its
+    rows, each standing for a batch.
+    """
+
+    first: int
+    sizes: tuple[int, ...]
+    times: tuple[float, ...]
+    branches: tuple[str, ...]
+
+
+class PartEngine:
+    """What is evaluated when: which finished parts still have to be written, and for which rows."""
+
+    def __init__(self, model: XAR) -> None:
+        self.entities = model.entities
+        self.dtype = model.dtype
+        self._finished: list[Tensor] = []
+        self._written = dict.fromkeys(BRANCHES, 0)  # parts whose final keys and values stand, by branch
+
+    def velocities(
+        self, first: int, states: Sequence[Tensor], times: Sequence[float], branches: Sequence[str]
+    ) -> list[Tensor]:
+        """The velocities of all parts in flight.
+
+        Args:
+            first: the number of the first one; all before it are finished.
+            states: of each part in flight (B, its tokens, C·patch²), of any floating type.
+            times: of each, in [0, 1].
+            branches: ("cond",), ("uncond",), or ("cond", "uncond").
+
+        Returns:
+            Of each part (len(branches)·B, its tokens, C·patch²), in the order of `branches`, in the model's type.
+
+        Raises:
+            ValueError: parts that do not follow those that are finished, another number of times than of states, or
+                branches that are not those above.
+        """
+        if first != len(self._finished):
+            raise ValueError(f"first must be the number of finished parts, {len(self._finished)}, got {first}")
+        if not 1 <= len(states) <= self.entities.count - first:
+            raise ValueError(f"states must be of 1 to {self.entities.count - first} parts, got {len(states)}")
+        if len(times) != len(states):
+            raise ValueError(f"times must be as many as states, {len(states)}, got {len(times)}")
+        branches = tuple(branches)
+        if not branches or branches not in (BRANCHES, BRANCHES[:1], BRANCHES[1:]):
+            raise ValueError(f"branches must be ('cond',), ('uncond',) or both in this order, got {branches}")
+        begin = max(self._written[branch] for branch in branches)
+        for branch in branches:  # one that was left out for some parts catches up by itself
+            self._evaluate(self._written[branch], self._finished[self._written[branch] : begin], [], [], (branch,))
+        return self._evaluate(begin, self._finished[begin:], states, times, branches)
+
+    def finish(self, part: int, state: Tensor) -> None:
+        """Say that a part is done.
+
+        Args:
+            part: its number; all before it are finished.
+            state: (B, its tokens, C·patch²), as the image will have it.
+
+        Raises:
+            ValueError: another part is next.
+        """
+        if part != len(self._finished):
+            raise ValueError(f"part must be the next one to be finished, {len(self._finished)}, got {part}")
+        self._finished.append(state.to(self.dtype))
+
+    def _evaluate(
+        self,
+        first: int,
+        finished: Sequence[Tensor],
+        states: Sequence[Tensor],
+        times: Sequence[float],
+        branches: tuple[str, ...],
+    ) -> list[Tensor]:
+        if not finished and not states:
+            return []
+        parts = [*finished, *states]
+        sizes = self.entities.sizes[first : first + len(parts)]
+        for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            if part.dim() != 3 or part.shape[1] != size:
+                shape = tuple(part.shape)
+                raise ValueError(f"the state of part {first + number} must be (batch, {size}, values), got {shape}")
+        evaluation = Evaluation(first, tuple(sizes), (*[0.0] * len(finished), *times), branches)
+        velocities = self._run(evaluation, parts)
+        self._written.update(dict.fromkeys(branches, first + len(finished)))
+        return velocities[len(finished) :]
+
+    def _run(self, evaluation: Evaluation, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The velocity of each part (len(branches)·B, its tokens, values)."""
+        raise NotImplementedError
+
+
+class PartSampler(PartEngine):
+    """The engine of one batch of images.
+
+    Args:
+        model: in eval mode, of any floating type, on any device.
+        condition: classes (B,) int64.
+        null: the class that stands for none; None without guidance.
+        times: all at which it will be called; the modulations at others are computed when they are.
+        table_bytes: memory for modulations made ahead; where they need more, each evaluation computes its own.
+
+    Raises:
+        ValueError: a model in training mode.
+    """
+
+    def __init__(
+        self,
+        model: XAR,
+        condition: Tensor,
+        null: Tensor | int | None = None,
+        times: Sequence[float] = (),
+        table_bytes: int = TABLE_BYTES,
+    ) -> None:
+        super().__init__(model)
+        if model.training:
+            raise ValueError("model must be in eval mode, got training mode, which drops features; call model.eval()")
+        self.model = model
+        self.batch = len(condition)
+        self.device = condition.device
+        labels = condition if null is None else torch.cat([condition, _filled(condition, null)])
+        self.modulations = Modulations(model, labels, times, table_bytes)
+        self._cos_sin = _rotations(model, self.device)
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Of the buffers."""
+        return len(self.modulations.labels)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the keys and values take, once there are some."""
+        return sum(x.numel() * x.element_size() for x in (self._keys, self._values) if x is not None)
+
+    @torch.no_grad()
+    def _run(self, evaluation: Evaluation, parts: Sequence[Tensor]) -> list[Tensor]:
+        branches = len(evaluation.branches)
+        begin = 0 if evaluation.branches[0] == "cond" else self.batch
+        rows = slice(begin, begin + branches * self.batch)
+        if rows.stop > self.rows:
+            raise ValueError("null must be the null class for rows without a condition, got None")
+        tokens = torch.cat([part.to(self.dtype) for part in parts], dim=1)
+        tokens = tokens.repeat(branches, 1, 1)
+        modulations = self.modulations.at(evaluation.times, rows)
+        velocities = self._network(tokens, modulations, evaluation, rows)
+        return list(velocities.split(evaluation.sizes, dim=1))
+
+    def _network(self, tokens: Tensor, modulations: Tensor, evaluation: Evaluation, rows: slice) -> Tensor:
+        """Tokens (rows, n, values) and modulations (blocks, rows, parts, 6, width) to velocities as the tokens."""
+        model, first = self.model, self.entities.bounds[evaluation.first][0]
+        encoder_depth = len(model.encoder_blocks)
+        x = model.embed(tokens, first)
+        for index, block in enumerate(model.blocks):
+            if index == encoder_depth:
+                x = model.enter_decoder(x, first)
+            x = self._block(index, block, x, modulations[index], evaluation, rows)
+        return model.finish(x)
+
+    def _block(
+        self, index: int, block: XARBlock, x: Tensor, modulation: Tensor, evaluation: Evaluation, rows: slice
+    ) -> Tensor:
+        sizes, shape = evaluation.sizes, x.shape
+        if len(set(sizes)) == 1:  # tokens that share a modulation side by side
+            x = x.unflatten(1, (len(sizes), sizes[0]))
+            modulation = modulation.unsqueeze(2)
+        else:
+            x = x.unsqueeze(1)
+            counts = torch.tensor(sizes, device=modulation.device)
+            modulation = modulation.repeat_interleave(counts, dim=1, output_size=sum(sizes)).unsqueeze(1)
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(-2)
+        branch = self._attention(index, block, (rms_norm(x) * scale1 + shift1).view(shape), evaluation, rows)
+        x = x + gate1 * branch.view(x.shape)
+        branch = _mlp(block, (rms_norm(x) * scale2 + shift2).view(shape))
+        return (x + gate2 * branch.view(x.shape)).view(shape)
+
+    def _attention(self, index: int, block: XARBlock, x: Tensor, evaluation: Evaluation, rows: slice) -> Tensor:
+        attn, bounds = block.attn, self.entities.bounds
+        batch, length, width = x.shape
+        heads = attn.num_heads
+        begin, first = bounds[evaluation.first][0], evaluation.first
+        end = begin + length
+        qkv = attn.qkv(x).view(batch, length, 3, heads, width // heads)
+        keys, values = self._buffers(qkv.dtype)
+        qk = _rotate(qkv[:, :, :2], self._cos_sin[begin:end])
+        keys[index, rows, :, begin:end] = qk[:, :, 1].transpose(1, 2)
+        values[index, rows, :, begin:end] = qkv[:, :, 2].transpose(1, 2)
+        q = qk[:, :, 0].transpose(1, 2)
+        outputs = []
+        for lo, hi in bounds[first : first + len(evaluation.sizes)]:
+            seen = (index, rows, slice(None), slice(None, hi))
+            outputs.append(attn.sdpa(q[:, :, lo - begin : hi - begin], keys[seen], values[seen]))
+        return attn.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2))
+
+    def _buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (blocks, rows, heads, places, head dim) of the type that the projection has."""
+        if self._keys is None or self._values is None:
+            model = self.model
+            width = model.z_proj.out_features
+            shape = (len(model.blocks), self.rows, model.heads, self.entities.total, width // model.heads)
+            self._keys, self._values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+        return self._keys, self._values
+
+
+def _mlp(block: XARBlock, x: Tensor) -> Tensor:
+    mlp = block.mlp
+    return mlp.fc2(F.gelu(mlp.fc1_g(x)) * mlp.fc1_x(x))
+
+
+def _rotations(model: XAR, device: torch.device) -> Tensor:
+    """cos + i·sin (N, 1, 1, head dim / 2), for q and k side by side."""
+    return torch.complex(*model.rotary(model.dtype, device))[:, None, None]
+
+
+def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate the pairs of channels of x (B, n, 2, H, D), in at least float32, in x's type."""
+    wide = x.to(rotations.real.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+
+
+def _filled(condition: Tensor, null: Tensor | int) -> Tensor:
+    return torch.as_tensor(null).to(condition).expand_as(condition)
+
+
+# ---- modulations ----
+
+
+class Modulations:
+    """The six vectors of each block, by class and time: g₁, g₂, 1 + s₁, 1 + s₂, b₁, b₂.
+
+    Args:
+        labels: (rows,) int64; rows of the same class share an entry.
+        times: those whose entries are made at once.
+        table_bytes: if these need more, none is made, and `at` computes those that it is asked for.
+
+    Attributes:
+        table: (blocks, times · classes, 6, width), or None.
+    """
+
+    def __init__(self, model: XAR, labels: Tensor, times: Sequence[float], table_bytes: int) -> None:
+        self.model = model
+        self.labels = labels
+        self.classes, self._class_of_row = labels.unique(return_inverse=True)
+        self.table: Tensor | None = None
+        times = sorted({0.0, *times})
+        if modulation_bytes(model, len(self.classes), len(times)) <= table_bytes and len(times) > 1:
+            self._position = {time: number for number, time in enumerate(times)}
+            self.table = self._compute(times)
+
+    def at(self, times: Sequence[float], rows: slice) -> Tensor:
+        """Those of each part and row: (blocks, rows, parts, 6, width)."""
+        table, position = self.table, getattr(self, "_position", {})
+        if table is None or not all(time in position for time in times):
+            distinct = sorted(set(times))
+            table, position = self._compute(distinct), {time: number for number, time in enumerate(distinct)}
+        starts = torch.tensor([position[time] * len(self.classes) for time in times]).to(self.labels.device)
+        entries = self._class_of_row[rows, None] + starts
+        return table.index_select(1, entries.flatten()).unflatten(1, tuple(entries.shape))
+
+    @torch.no_grad()
+    def _compute(self, times: Sequence[float]) -> Tensor:
+        """(blocks, times · classes, 6, width)."""
+        model, classes = self.model, self.classes
+        t = torch.tensor(times, dtype=torch.float32, device=classes.device)
+        c = model.conditioning(t.expand(len(classes), -1), classes).transpose(0, 1).flatten(0, 1)
+        table: Tensor | None = None
+        for index, block in enumerate(model.blocks):
+            entries = block.ada_lin(c).unflatten(-1, (6, -1))
+            if table is None:
+                table = entries.new_empty(len(model.blocks), *entries.shape)
+            table[index] = entries
+        assert table is not None
+        table[:, :, 2:4] += 1
+        return table
+
+
+# ---- what a run costs ----
+
+
+def modulation_bytes(model: XAR, classes: int, times: int) -> int:
+    """Bytes of the table of modulations of so many classes, the null class among them, at so many times."""
+    width = model.z_proj.out_features
+    return len(model.blocks) * classes * times * 6 * width * model.dtype.itemsize
+
+
+def cache_bytes(model: XAR, batch: int, guided: bool) -> int:
+    """Bytes of the keys and values of a batch of images; guided runs keep those of the null class as well."""
+    width = model.z_proj.out_features
+    return 2 * len(model.blocks) * batch * (1 + guided) * model.entities.total * width * model.dtype.itemsize
+
+
+class FlopCounter(PartEngine):
+    """An engine that computes nothing: velocities are zero, and the operations that they would take are added up.
+
+    Counted are those of the matrix products, two for each multiplication; of attention what the mask leaves.
+
+    Args:
+        table: modulations are computed once for each class and time, not in every evaluation.
+
+    Attributes:
+        flops: so far, for one image; its modulations are not shared with others of its class.
+        evaluations: passes through the network so far.
+        tokens: that went through it for one image, rows of the null class included.
+    """
+
+    def __init__(self, model: XAR, table: bool = True) -> None:
+        super().__init__(model)
+        self.model = model
+        self.table = table
+        self.flops = self.evaluations = self.tokens = 0
+        self._modulated: set[tuple[str, float]] = set()
+
+    def _run(self, evaluation: Evaluation, parts: Sequence[Tensor]) -> list[Tensor]:
+        branches, ends = len(evaluation.branches), self.entities.bounds[evaluation.first :]
+        self.evaluations += 1
+        self.tokens += branches * sum(evaluation.sizes)
+        seen = sum(size * end for size, (_, end) in zip(evaluation.sizes, ends, strict=False))
+        self.flops += branches * network_flops(self.model, sum(evaluation.sizes), seen)
+        for modulated in {(branch, time) for branch in evaluation.branches for time in evaluation.times}:
+            if not (self.table and modulated in self._modulated):
+                self.flops += modulation_flops(self.model)
+            self._modulated.add(modulated)
+        return [part.new_zeros(branches * len(part), *part.shape[1:]) for part in parts]
+
+
+def network_flops(model: XAR, tokens: int, seen: int) -> int:
+    """Operations of a pass without its modulations; seen: pairs of a query and a key."""
+    width, values = model.z_proj.out_features, model.z_proj.in_features
+    hidden = model.blocks[0].mlp.fc1_g.out_features
+    blocks = tokens * (4 * width + 3 * hidden) * width + 2 * seen * width
+    return 2 * (len(model.blocks) * blocks + tokens * (2 * values + width) * width)
+
+
+def modulation_flops(model: XAR) -> int:
+    """Operations of the modulations of all blocks for one class and time."""
+    width, frequencies = model.z_proj.out_features, model.time_embed.num_frequencies
+    return 2 * width * (len(model.blocks) * 6 * width + frequencies + width)
+
+
+def count_flops(model: XAR, solve: Solver, table: bool = True, cache: PartCache | None = None) -> FlopCounter:
+    """Run a solver on an engine that only counts.
+
+    Args:
+        model: of any type and device; nothing of it is computed.
+        solve: with the settings of the run; its random numbers are left alone.
+        table: see FlopCounter.
+        cache: as of `sample_parts`; forecast steps count nothing.
+
+    Returns:
+        The engine, which has `flops`, `evaluations` and `tokens` of one image.
+    """
+    counter, values = FlopCounter(model, table), model.z_proj.in_features
+    noises = [torch.zeros(1, size, values) for size in model.entities.sizes]
+    silent = dataclasses.replace(solve, step_noise=None, generator=torch.Generator(), progress=None, observe=None)
+    silent.parts(counter, noises, guidance_scales(model.entities.count), cache)
+    return counter
+
+
+# ---- a batch of images ----
+
+
+def guidance_scales(count: int) -> list[float]:
+    """Of so many parts: none for the first, all for the last, linear between them."""
+    return [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
+
+
+def sample_parts(model: XAR, noise: Tensor, condition: Tensor, solve: Solver, cache: PartCache | None = None) -> Tensor:
+    """The images that a solver makes of noise, part by part or staggered.
+
+    Args:
+        model: in eval mode.
+        noise: (B, C, S, S), or the sequence (B, N, C·patch²), which scales need.
+        condition: classes (B,) int64.
+        solve: the sampler with its settings.
+        cache: forecasts some of the velocities.
+
+    Returns:
+        (B, C, S, S), in the type of noise.
+    """
+    entities = model.entities
+    tokens = noise if noise.dim() == 3 else entities.split(noise)
+    scales = guidance_scales(entities.count)
+    null = solve.null if any(guidance.scale != 1 for guidance in solve.guidance_of(scales)) else None
+    engine = PartSampler(model, condition, null, solve.times(scales))
+    parts = solve.parts(engine, tokens.split(entities.sizes, dim=1), scales, cache)
+    return entities.join(torch.cat([part.to(noise.dtype) for part in parts], dim=1))
