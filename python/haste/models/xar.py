@@ -26,7 +26,8 @@ from haste.models.xar_checkpoints import add_public_buffers, drop_public_buffers
 
 QueriesKeys = tuple[Tensor, Tensor]
 
-SEPARATE_CALLS = 16  # entities up to which attention is one call for each, which computes no masked product
+# Attention is one call per entity, which computes no masked product, unless that makes more calls than it saves.
+MOST_CALLS, LEAST_TOKENS = 16, 32
 
 CONTEXTS = ("random", "clean", "increasing", "decreasing")
 
@@ -90,8 +91,9 @@ class Attention(nn.Module):
         """q and k, rotated, and v, each (B, H, N, D)."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], cos, sin).to(qkv.dtype).unbind(0)
+        return q, k, qkv[2]
 
     def finish(self, out: Tensor) -> Tensor:
         """Heads (B, H, N, D) to the output (B, N, width)."""
@@ -145,14 +147,15 @@ class XARBlock(nn.Module):
             modulation = modulation[:, geometry.owner]
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unsqueeze(2).chunk(6, dim=-1)
         groups = (modulation.shape[1], -1)  # tokens that share a modulation
-        x = (rms_norm(tokens).unflatten(1, groups) * (1 + scale1) + shift1).flatten(1, 2)
+        x = torch.addcmul(shift1, rms_norm(tokens).unflatten(1, groups), 1 + scale1).flatten(1, 2)
         queries_keys: QueriesKeys | None
         branch, queries_keys = self.attn(x, geometry)
         if not keep_queries_keys:
             queries_keys = None  # frees the projection before the MLP needs its memory
-        tokens = tokens + (gate1 * branch.unflatten(1, groups)).flatten(1, 2)
-        x = (rms_norm(tokens).unflatten(1, groups) * (1 + scale2) + shift2).flatten(1, 2)
-        return tokens + (gate2 * self.mlp(x).unflatten(1, groups)).flatten(1, 2), queries_keys
+        tokens = torch.addcmul(tokens.unflatten(1, groups), gate1, branch.unflatten(1, groups)).flatten(1, 2)
+        x = torch.addcmul(shift2, rms_norm(tokens).unflatten(1, groups), 1 + scale2).flatten(1, 2)
+        branch = self.mlp(x).unflatten(1, groups)
+        return torch.addcmul(tokens.unflatten(1, groups), gate2, branch).flatten(1, 2), queries_keys
 
 
 class XAR(nn.Module):
@@ -299,7 +302,7 @@ class XAR(nn.Module):
 
     def _geometry(self, device: torch.device, streams: int) -> Geometry:
         """Made once for each device, type and number of streams."""
-        key = (device, self.dtype, streams, SEPARATE_CALLS)
+        key = (device, self.dtype, streams)
         if key not in self._geometries:
             with torch.inference_mode(False):  # training may use it, too
                 self._geometries[key] = self._make_geometry(device, streams)
@@ -310,7 +313,8 @@ class XAR(nn.Module):
         cos, sin = (table.repeat(streams, 1) for table in self.rotary(self.dtype, device))
         owners = [entities.on("owner", device) + stream * entities.count for stream in range(streams)]
         owner = None if len(set(entities.sizes)) == 1 else torch.cat(owners)
-        mask = entities.visible if entities.count > SEPARATE_CALLS else None
+        calls = entities.count == 1 or (entities.count <= MOST_CALLS and min(entities.sizes) >= LEAST_TOKENS)
+        mask = None if calls else entities.visible
         mask = _two_streams(entities) if streams == 2 else mask
         return Geometry(cos, sin, entities.bounds, owner, None if mask is None else mask.to(device))
 

@@ -211,14 +211,15 @@ def test_a_later_entity_is_not_seen(kind, size):
 
 @pytest.mark.parametrize("kind, size", LAYOUTS)
 def test_a_call_per_entity_is_the_mask(kind, size, monkeypatch):
-    model = tiny(entity=kind, entity_size=size).double()
-    tokens = torch.randn(2, model.entities.total, 3, dtype=torch.float64)
-    t, y = torch.rand(2, model.entities.count), torch.tensor([1, 2])
-    calls = {}
-    for most in (0, 1000):
-        monkeypatch.setattr("haste.models.xar.SEPARATE_CALLS", most)
-        calls[most] = model(tokens, t, y).velocity
-    torch.testing.assert_close(calls[0], calls[1000], rtol=0, atol=1e-12)
+    entities = tiny(entity=kind, entity_size=size).entities
+    tokens = torch.randn(2, entities.total, 3, dtype=torch.float64)
+    t, y = torch.rand(2, entities.count), torch.tensor([1, 2])
+    velocities = []
+    for most, least in ((0, 0), (1000, 0)):
+        monkeypatch.setattr("haste.models.xar.MOST_CALLS", most)
+        monkeypatch.setattr("haste.models.xar.LEAST_TOKENS", least)
+        velocities.append(tiny(entity=kind, entity_size=size).double()(tokens, t, y).velocity)
+    torch.testing.assert_close(*velocities, rtol=0, atol=1e-12)
 
 
 def test_a_clean_context_is_what_sampling_sees():
