@@ -23,6 +23,7 @@ from haste.models.entities import Entities
 from haste.models.family import ModelOutput
 from haste.models.layers import TimestepEmbedder, build_projector, initialize_linear
 from haste.models.xar_checkpoints import add_public_buffers, drop_public_buffers
+from haste.samplers import PartCache, Solver
 
 QueriesKeys = tuple[Tensor, Tensor]
 
@@ -56,6 +57,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """x/√(mean x² + 1e-6), at least in float32, in x's type."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight = None if weight is None else weight.to(wide.dtype)
     return F.rms_norm(wide, x.shape[-1:], weight, eps=1e-6).to(x.dtype)
 
 
@@ -372,6 +374,14 @@ class XAR(nn.Module):
             velocity, [kept[layer] for layer in aligned_layers], projections, entities.prefix, entities.causal,
             entities.on("order", x.device),
         )  # fmt: skip
+
+    def sample_in_parts(
+        self, noise: Tensor, condition: Tensor, solve: Solver, cache: PartCache | None = None
+    ) -> Tensor:
+        """Images (B, C, S, S) of noise; see `haste.models.xar_sampling.sample_parts`."""
+        from haste.models.xar_sampling import sample_parts  # which is built on this file
+
+        return sample_parts(self, noise, condition, solve, cache)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[int, Tensor]:
         """The number of streams, and t as (B, K)."""

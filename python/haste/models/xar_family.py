@@ -15,8 +15,7 @@ from haste.models.entities import Entities
 from haste.models.family import Family, Layout, register
 from haste.models.xar import XAR, check_sizes
 from haste.models.xar_checkpoints import XARCheckpoints, infer_config
-from haste.models.xar_sampling import sample_parts
-from haste.samplers import PartCache, Solver
+from haste.samplers import Solver
 from haste.validation import build
 
 XAR_SIZES = {
@@ -197,9 +196,7 @@ class XARFamily(Family):
 
     def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solver) -> Tensor:
         """Entity by entity, or staggered, as `solve` has it; see xar_sampling.py."""
-        if isinstance(model, PartCache):
-            return sample_parts(model.model, noise, condition, solve, model)
-        return sample_parts(model, noise, condition, solve)
+        return model.sample_in_parts(noise, condition, solve)
 
     # ---- files of others ----
 

@@ -414,8 +414,15 @@ def sample_parts(model: XAR, noise: Tensor, condition: Tensor, solve: Solver, ca
 
     Returns:
         (B, C, S, S), in the type of noise.
+
+    Raises:
+        ValueError: images of noise for scales, whose entities hold more.
     """
     entities = model.entities
+    if noise.dim() == 4 and entities.prefix:
+        sizes = f"({entities.total}, {model.z_proj.in_features})"
+        raise ValueError(f"noise must be sequences (batch, *{sizes}) for entities of kind {entities.kind}, got "
+                         f"{tuple(noise.shape)}")  # fmt: skip
     tokens = noise if noise.dim() == 3 else entities.split(noise)
     scales = guidance_scales(entities.count)
     null = solve.null if any(guidance.scale != 1 for guidance in solve.guidance_of(scales)) else None

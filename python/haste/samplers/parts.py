@@ -92,10 +92,14 @@ def model_calls_of(calls: Sequence[PartCall], separate: bool) -> list[Branches]:
 
 
 class PartCache(nn.Module):
-    """A model with a cache for images made in parts, as a family's `sample` is given it in place of the model: it takes
-    `model` out of it, and passes the cache on to `Solver.parts`."""
+    """A model with a cache for images made in parts, given to a family's `sample` in place of the model, whose
+    `sample_in_parts` passes it on to `Solver.parts`."""
 
     model: nn.Module
+
+    def sample_in_parts(self, noise: Tensor, condition: Tensor, solve: Solver) -> Tensor:
+        """The images (B, C, H, W) of noise, some of their velocities forecast."""
+        return self.model.sample_in_parts(noise, condition, solve, self)
 
     def begin_parts(self, plan: Plan) -> None:
         """Begin a run of these rounds."""

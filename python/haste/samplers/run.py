@@ -70,7 +70,8 @@ def sample(
     """Images from noise.
 
     Args:
-        model: called as model(x, t, condition) with x (B, ...), t (B,); returns the velocity, or a ModelOutput.
+        model: called as model(x, t, condition) with x (B, ...), t (B,); returns the velocity, or a ModelOutput. One
+            that makes images in parts, such as xAR, samples them so, as a `Solver` with these settings has it.
         noise: (B, ...), standard normal.
         condition: (B, ...), such as classes (B,) int64.
         num_steps: steps. Euler and Euler–Maruyama call the model once per step, Heun twice but for the last.
@@ -98,6 +99,14 @@ def sample(
     """
     _check(model, noise, condition, num_steps, sampler)
     get_path(path)
+    if hasattr(model, "sample_in_parts"):
+        from haste.samplers.parts import Solver  # which is built on this file
+
+        return model.sample_in_parts(noise, condition, Solver(
+            cfg_scale=cfg_scale, step_noise=step_noise, num_steps=num_steps, sampler=sampler, path=path,
+            guidance_low=guidance_low, guidance_high=guidance_high, guidance=guidance, guided_channels=guided_channels,
+            null=null, generator=generator, progress=progress, observe=observe,
+        ))  # fmt: skip
     guide = Guidance(cfg_scale, guidance_low, guidance_high, guidance, guided_channels)  # type: ignore[arg-type]
     if cfg_scale == 1:
         null = None

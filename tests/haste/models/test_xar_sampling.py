@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import haste
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from haste.models.xar_sampling import (
     modulation_bytes,
     sample_parts,
 )
-from haste.samplers import Solver
+from haste.samplers import Solver, sample
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -364,6 +365,24 @@ def test_counting_leaves_the_random_numbers_alone():
 
 
 # ---- what bad input gets ----
+
+
+def test_the_sampler_of_whole_images_samples_it_in_parts():
+    """With a cache and without."""
+    model = tiny()
+    noise = noise_of(model)
+    settings = {"num_steps": 8, "cfg_scale": 2.0, "null": NULL}
+    expected = sample_parts(model, noise, CLASSES, Solver(**settings))
+    assert torch.equal(sample(model, noise, CLASSES, **settings), expected)
+    fast = haste.enable_cache(model, cache="newton", interval=2, order=1)
+    forecast = sample(fast, noise, CLASSES, **settings)
+    assert fast.report.forecast_calls > 0 and 0 < (forecast - expected).norm() < expected.norm()
+
+
+def test_noise_of_scales_is_a_sequence():
+    model = tiny(entity="scale", entity_size=2)
+    with pytest.raises(ValueError, match="^noise must"):
+        sample(model, torch.randn(3, 3, 8, 8).double(), CLASSES, num_steps=2)
 
 
 def test_bad_input():
