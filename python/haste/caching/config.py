@@ -255,18 +255,19 @@ FAST = CacheConfig(cache="newton", granularity="model", interval=6, spacing="eve
 LEAST_STEPS = 8  # below, most steps of FAST would be full
 
 
-def fast_config(num_steps: int, noisy: bool) -> CacheConfig:
+def fast_config(num_steps: int, noisy: bool, flag: str = "num-steps") -> CacheConfig:
     """What `haste sample --fast` means.
 
     Args:
         num_steps: of the sampler. Below 24 the interval shrinks.
         noisy: the sampler adds noise at every step, as the SDE's does. A high order would multiply it.
+        flag: what says how many steps there are, for messages.
 
     Raises:
         UserError: a run too short to forecast any of it.
     """
     if num_steps < LEAST_STEPS:
-        raise UserError(f"--num-steps must be at least {LEAST_STEPS} for --fast, which forecasts most of many steps, "
+        raise UserError(f"--{flag} must be at least {LEAST_STEPS} for --fast, which forecasts most of many steps, "
                         f"got {num_steps}; or go without --fast")  # fmt: skip
     chosen = FAST.fitted(num_steps, ("interval", "order"))
     return replace(chosen, order=1) if noisy else chosen

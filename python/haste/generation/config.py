@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,7 +79,13 @@ class SamplingConfig(CacheConfig):
     """Sampling settings, named as in SiT's and REPA's generate.py."""
 
     num_steps: int = DEFAULT_STEPS
-    """Number of sampling steps."""
+    """Number of sampling steps; of each part where images are made in parts."""
+    cell_steps: str = ""
+    """Where images are made in parts, such as xAR's cells: the number of steps of each, such as 50,38,26,15, in place
+    of --num-steps."""
+    stagger: int | None = None
+    """Where images are made in parts: each starts this many steps behind the one before it, and all parts under way
+    are one model call; 0 is all at once. [default: a part starts when the one before it is done]"""
     mode: Literal["ode", "sde"] = "ode"
     """Sampler: ode (Euler, deterministic) or sde (Euler-Maruyama, fresh noise at each step)."""
     heun: bool = False
@@ -109,21 +116,40 @@ class SamplingConfig(CacheConfig):
         """The name of the sampler in `haste.samplers`."""
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
 
+    @property
+    def cell_step_list(self) -> list[int]:
+        """--cell-steps as numbers; empty if it is not given."""
+        if not self.cell_steps:
+            return []
+        if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", self.cell_steps):
+            raise UserError(f"--cell-steps must be numbers such as 50,38,26,15, got {shorten(repr(self.cell_steps))}")
+        return [int(word) for word in self.cell_steps.split(",")]
+
+    @property
+    def shortest(self) -> int:
+        """The smallest number of steps of a part; --num-steps without --cell-steps."""
+        return min(self.cell_step_list or [self.num_steps])
+
+    @property
+    def longest(self) -> int:
+        """The largest one."""
+        return max(self.cell_step_list or [self.num_steps])
+
     # Defaults of the cache shrink to what fits into a short run.
 
     @property
     def resolved_interval(self) -> int:
         known = super().resolved_interval
-        return known if self.interval is not None or self.error_threshold else min(known, self.num_steps)
+        return known if self.interval is not None or self.error_threshold else min(known, self.shortest)
 
     @property
     def resolved_first_enhance(self) -> int:
         known = super().resolved_first_enhance
-        return known if self.first_enhance is not None else min(known, self.num_steps)
+        return known if self.first_enhance is not None else min(known, self.shortest)
 
     @property
     def resolved_order(self) -> int:
-        known, full = super().resolved_order, self.planned_full_steps(self.num_steps)
+        known, full = super().resolved_order, self.planned_full_steps(self.longest)
         return known if self.order is not None or full is None else min(known, max(0, len(full) - 1))
 
     @property
@@ -134,7 +160,8 @@ class SamplingConfig(CacheConfig):
 
     def describe(self) -> str:
         """'50 Euler steps, guidance 1.5, Taylor per module, interval 4, order 4', for titles."""
-        parts = [f"{self.num_steps} {self.sampler.title()} steps"]
+        parts = [f"{self.cell_steps or self.num_steps} {self.sampler.title()} steps"]
+        parts += [] if self.stagger is None else [f"stagger {self.stagger}"]
         if self.cfg_scale > 1:
             within = "" if self.guidance_interval is None else " from {:g} to {:g}".format(*self.guidance_interval)
             parts.append(f"guidance {self.cfg_scale:g}{within}")
@@ -144,7 +171,9 @@ class SamplingConfig(CacheConfig):
 
     def short_name(self) -> str:
         """'euler-50-cfg1.5-seed0-taylor-module-i4-o4', for folders: the settings that users vary most."""
-        parts = [self.sampler, str(self.num_steps), f"cfg{self.cfg_scale:g}"]
+        parts = [self.sampler, _list_name(self.cell_step_list or [self.num_steps])]
+        parts += [] if self.stagger is None else [f"stagger{self.stagger}"]
+        parts += [f"cfg{self.cfg_scale:g}"]
         if self.guidance_interval is not None:
             parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
         parts.append(f"seed{self.global_seed}")
@@ -167,6 +196,9 @@ class SamplingConfig(CacheConfig):
         del fields["convention"]  # recorded with the checkpoint
         if self.vae is None:
             del fields["vae"]  # the checkpoint's own
+        for name in ("cell_steps", "stagger"):
+            if fields[name] in ("", None):
+                del fields[name]
         return {**fields, **self.cache_fields()}
 
     def effective(self: Settings) -> Settings:
@@ -177,12 +209,16 @@ class SamplingConfig(CacheConfig):
             if self.cfg_scale == 1 and getattr(self, name) != default:
                 idle[name] = default
                 logger.warning("--%s has no effect with --cfg-scale 1, without guidance", name.replace("_", "-"))
+        if self.cell_steps and self.num_steps != DEFAULT_STEPS:
+            idle["num_steps"] = DEFAULT_STEPS
+            logger.warning("--num-steps has no effect with --cell-steps %s", self.cell_steps)
         return replace(self, **idle)
 
     def check(self) -> None:
         """Raise UserError for values out of bounds and settings that contradict each other."""
         if self.heun and self.mode == "sde":
             raise UserError("--heun must come with --mode ode, got --mode sde")
+        self._check_parts()
         self.check_cache()
         if not self.guidance_low <= self.guidance_high:
             raise UserError(
@@ -192,6 +228,17 @@ class SamplingConfig(CacheConfig):
             value = getattr(self, name)
             if self.cfg_scale == 1 and value != default:
                 raise UserError(f"--{name.replace('_', '-')} must come with --cfg-scale above 1, got {value:g} without")
+
+    def _check_parts(self) -> None:
+        for count in self.cell_step_list:
+            check_number("num_steps", count, shown="--cell-steps")
+        if self.stagger is None:
+            return
+        check_number("stagger", self.stagger)
+        if self.heun:
+            raise UserError(f"--stagger must be left out with --heun, got {self.stagger}")
+        if self.stagger > self.longest:
+            raise UserError(f"--stagger must be at most the number of steps, {self.longest}, got {self.stagger}")
 
 
 @dataclass(kw_only=True)
@@ -222,7 +269,8 @@ class SampleConfig(SamplingConfig, PublishedFlags):
 
         `fast` stays, for the granularity depends on the model (`fit_to_family`); resolved settings stay as they are.
         """
-        chosen = asdict(fast_config(self.num_steps, noisy=self.mode == "sde")) if self.fast else {}
+        flag = "cell-steps" if self.cell_steps else "num-steps"
+        chosen = asdict(fast_config(self.shortest, self.mode == "sde", flag)) if self.fast else {}
         given = {name: getattr(self, name) for name in chosen}
         if given != chosen:
             for name, default in asdict(CacheConfig()).items():

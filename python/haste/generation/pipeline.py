@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from haste.caching import make_cache
+from haste.caching import CacheConfig, make_cache
 from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
 from haste.errors import UserError, shorten
 from haste.generation.config import SamplingConfig, Settings
-from haste.models import Convention, Family, Layout, get_family
-from haste.samplers import Guidance, Solver, initial_noise, model_calls, times_at
+from haste.models import Convention, Family, Layout, SamplingCost, get_family
+from haste.samplers import Guidance, PartCache, Solver, initial_noise, model_calls, times_at
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
 from haste.training.config import TrainConfig
 from haste.vae import PUBLISHED_VAES, VAE, LatentFormat
@@ -63,6 +63,11 @@ class LoadedCheckpoint:
     @property
     def layout(self) -> Layout:
         return self.family.layout(self.model_config)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise of one image."""
+        return self.layout.noise_shape or self.layout.input_shape
 
     @property
     def num_classes(self) -> int:
@@ -261,18 +266,35 @@ Observer = Callable[[int, Tensor], None]
 
 
 class Start(NamedTuple):
-    """The inputs of the sampler: noise (n, C, S, S), labels (n,) int64, and a generator per image for SDE noise."""
+    """The inputs of the sampler: noise (n, C, S, S), or as the layout of the family has it, labels (n,) int64, and a
+    generator per image for SDE noise."""
 
     noise: Tensor
     labels: Tensor
     generators: list[torch.Generator]
 
 
-def fit_to_family(settings: Settings, loaded: LoadedCheckpoint, fast: bool) -> Settings:
-    """The settings that `fast` chose; for a family whose blocks caches cannot take apart, of granularity output."""
+def fit_to_family(settings: Settings, loaded: LoadedCheckpoint, fast: bool = False) -> Settings:
+    """The settings as the model's family has them; those that `fast` chose, for a family whose blocks caches cannot
+    take apart, of granularity output.
+
+    Raises:
+        UserError: settings for images made in parts, and the family makes them whole, or in another number of parts.
+    """
+    _check_parts(settings, loaded)
     if fast and loaded.family.cached(loaded.model) is None:
-        return replace(settings, granularity="output")
-    return settings
+        settings = replace(settings, granularity="output")
+    return settings.in_parts() if loaded.family.in_parts else settings
+
+
+def _check_parts(settings: SamplingConfig, loaded: LoadedCheckpoint) -> None:
+    parts, title = loaded.layout.parts, loaded.family.title
+    for flag, given in (("cell-steps", settings.cell_steps or None), ("stagger", settings.stagger)):
+        if given is not None and parts == 1:
+            raise UserError(f"--{flag} must be left out for this {title}, which makes images in one part, got {given}")
+    count = len(settings.cell_step_list)
+    if count not in (0, parts):
+        raise UserError(f"--cell-steps must have {parts} numbers, one for each part of an image, got {count}")
 
 
 class Sampler:
@@ -284,6 +306,7 @@ class Sampler:
 
     def __init__(self, loaded: LoadedCheckpoint, settings: SamplingConfig) -> None:
         settings.check()
+        settings = fit_to_family(settings, loaded)
         model = loaded.model
         self.null = loaded.family.null(model)
         if settings.cfg_scale > 1 and self.null is None:
@@ -293,6 +316,7 @@ class Sampler:
         self.latents = latent_format(loaded, settings.vae)
         self.vae = None if self.latents is None else VAE(self.latents).to(self.device)
         self.cache = make_cache(model, settings)
+        self._solver = self._new_solver([])
 
     @property
     def device(self) -> torch.device:
@@ -304,6 +328,8 @@ class Sampler:
         if self.cache is not None:
             report = self.cache.report
             return report.full_calls + report.forecast_calls, report.full_calls
+        if self.loaded.family.in_parts:
+            return self._solver.calls, self._solver.calls
         s = self.settings
         guidance = Guidance(s.cfg_scale, s.guidance_low, s.guidance_high, s.guidance_mode)
         count = len(model_calls(s.sampler, s.num_steps, guidance))
@@ -319,6 +345,7 @@ class Sampler:
         settings = replace(
             self.settings,
             full_steps=describe_steps(steps),
+            spacing="interval",
             order=min(self.settings.resolved_order, len(steps) - 1),
             interval=None,
             first_enhance=None,
@@ -330,11 +357,20 @@ class Sampler:
         """A sampler of the same model and VAE with other settings."""
         settings.check()
         other = copy.copy(self)
-        other.settings, other.cache = settings, make_cache(self.loaded.model, settings)
+        other.settings = fit_to_family(settings, self.loaded)
+        other.cache = make_cache(self.loaded.model, other.settings)
+        other._solver = other._new_solver([])
         return other
 
     def speed_up(self, compile: bool, cuda_graphs: bool) -> None:
-        """Compile the model with torch.compile, and replay calls of a cached model on a GPU as CUDA graphs."""
+        """Compile the model with torch.compile, and replay calls of a cached model on a GPU as CUDA graphs.
+
+        Raises:
+            UserError: neither is there for images made in parts; CUDA graphs without a cache, or on no GPU.
+        """
+        if self.loaded.family.in_parts and (compile or cuda_graphs):
+            flag = "compile" if compile else "cuda-graphs"
+            raise UserError(f"--{flag} must be left out for {self.loaded.family.title}, whose images are made in parts")
         if compile and self.cache is not None:
             self.cache.compile()
         elif compile:
@@ -345,10 +381,18 @@ class Sampler:
                 raise UserError("--cuda-graphs must come with a cache (--fast or --cache), got --cache none")
             self.cache.capture()
 
+    def cost(self, count: int) -> SamplingCost | None:
+        """What sampling `count` images at once takes; None if the family does not count it."""
+        family, cache = self.loaded.family, self.cache if isinstance(self.cache, PartCache) else None
+        return family.sampling_cost(self.loaded.model, self._new_solver([]), count, cache)
+
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
         """Run the model on `count` images, with a cache up to the first forecast step, and the VAE, before timing."""
         model = self.loaded.model
+        if self.loaded.family.in_parts:
+            self._warm_up_parts(count)
+            return
         rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())
         x = like.new_zeros(rows, *self.loaded.layout.input_shape)
@@ -364,6 +408,16 @@ class Sampler:
                 if self.cache.report.forecast_calls:
                     break
         self._to_images(x[:1])
+
+    def _warm_up_parts(self, count: int) -> None:
+        """Two steps of every part: the first, which reads the part before, and a later one."""
+        settings = replace(self.settings, num_steps=2, cell_steps="", stagger=None, **asdict(CacheConfig()))
+        family, like = self.loaded.family, next(self.loaded.model.parameters())
+        generators = [torch.Generator().manual_seed(0) for _ in range(count)]
+        condition = family.condition(torch.zeros(count, dtype=torch.int64, device=like.device))
+        noise = like.new_zeros(count, *self.loaded.noise_shape)
+        solve = self.with_settings(settings)._new_solver(generators)
+        self._to_images(family.sample(self.loaded.model, noise, condition, solve)[:1])
 
     def sample(
         self, indices: Sequence[int], progress: Progress | None = None, observe: Observer | None = None
@@ -401,15 +455,23 @@ class Sampler:
         policy = number_labels(settings.labels, self.loaded.class_names)
         labels = choose_labels(policy, settings.global_seed, indices, self.loaded.num_classes)
         generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
-        shape = (len(indices), *self.loaded.layout.input_shape)
+        shape = (len(indices), *self.loaded.noise_shape)
         dtype = next(self.loaded.model.parameters()).dtype  # a family's module need not have one of its own
         noise = initial_noise(shape, generators, dtype=dtype, device=self.device)
         return Start(noise, torch.from_numpy(labels).to(self.device), generators)
 
     def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:
         """Run the sampler without the VAE: (n, C, S, S), on the model's device."""
-        settings, family = self.settings, self.loaded.family
-        solve = Solver(
+        family = self.loaded.family
+        self._solver = self._new_solver(start.generators, progress, observe)
+        model = self.cache or self.loaded.model
+        return family.sample(model, start.noise, family.condition(start.labels), self._solver)
+
+    def _new_solver(
+        self, generators: list[torch.Generator], progress: Progress | None = None, observe: Observer | None = None
+    ) -> Solver:
+        settings = self.settings
+        return Solver(
             num_steps=settings.num_steps,
             sampler=settings.sampler,
             path=self.loaded.config.path_type,
@@ -419,11 +481,12 @@ class Sampler:
             guidance=settings.guidance_mode,
             guided_channels=self.loaded.guided_channels,
             null=self.null,
-            generator=start.generators,
+            generator=generators,
             progress=progress,
             observe=observe,
+            part_steps=settings.cell_step_list,
+            stagger=settings.stagger,
         )
-        return family.sample(self.cache or self.loaded.model, start.noise, family.condition(start.labels), solve)
 
     def _to_images(self, x: Tensor) -> Tensor:
         """Decode model outputs to images (n, 1 or 3, H, W) in [-1, 1]."""

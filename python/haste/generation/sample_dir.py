@@ -225,8 +225,10 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
     if batches:
         largest = max(map(len, batches))
         loaded, guided = sampler.loaded, sampler.rows == 2
-        check_memory(loaded.model, sampler.settings, largest, guided, input_shape=loaded.layout.input_shape)
+        check_memory(loaded.model, sampler.settings, largest, guided, input_shape=loaded.noise_shape)
         sampler.warm_up(largest)
+        if processes.first:
+            log_cost(sampler, largest)
     with progress_bar(
         total=count, initial=count - len(missing), unit="image", desc="sample", disable=not processes.first
     ) as bar:
@@ -249,6 +251,14 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
                 folder.count(size, slowest, *sampler.calls)
                 bar.update(before + size - bar.n)
     return len(missing)
+
+
+def log_cost(sampler: Sampler, count: int) -> None:
+    """Say what a batch of images takes, of a family that counts it."""
+    cost = sampler.cost(count)
+    if cost is not None:
+        logger.info("%.4g GFLOPs per image; keys and values of %d images take %.1f MiB", cost.flops / 1e9, count,
+                    cost.kept_bytes / 2**20)  # fmt: skip
 
 
 def deal(missing: list[int], size: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from haste import transport
 from haste.errors import UserError, in_one_line
-from haste.samplers import Solver
+from haste.samplers import PartCache, Solver
 from haste.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,14 @@ class CachedTransformer(Protocol):
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
         """What the model returns, made of the last tokens."""
+
+
+class SamplingCost(NamedTuple):
+    """flops: of the matrix products for one image. kept_bytes: what a batch keeps from one evaluation to the next, such
+    as keys and values."""
+
+    flops: int
+    kept_bytes: int
 
 
 Weights = dict[str, Tensor]
@@ -319,6 +327,17 @@ class Family(ABC):
         in place of the model, which it finds in it.
         """
         return solve(model, noise, condition)
+
+    def sampling_cost(
+        self, model: nn.Module, solve: Solver, images: int, cache: PartCache | None = None
+    ) -> SamplingCost | None:
+        """What sampling takes with these settings; None if nobody has counted it.
+
+        Args:
+            images: at once.
+            cache: with which it would run.
+        """
+        return None
 
     def cached(self, model: nn.Module) -> CachedTransformer | None:
         """The model as caches take it apart; None: only its output can be cached, with `--granularity output`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from haste import transport
 from haste.errors import UserError
 from haste.models.entities import Entities
-from haste.models.family import Family, Layout, register
+from haste.models.family import Family, Layout, SamplingCost, register
 from haste.models.xar import XAR, check_sizes
 from haste.models.xar_checkpoints import XARCheckpoints, infer_config
 from haste.samplers import Solver
@@ -197,6 +197,14 @@ class XARFamily(Family):
     def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solver) -> Tensor:
         """Entity by entity, or staggered, as `solve` has it; see xar_sampling.py."""
         return model.sample_in_parts(noise, condition, solve)
+
+    def sampling_cost(
+        self, model: nn.Module, solve: Solver, images: int, cache: PartCache | None = None
+    ) -> SamplingCost:
+        from haste.models.xar_sampling import cache_bytes, count_flops
+
+        counted = count_flops(model, solve, cache=cache)
+        return SamplingCost(counted.flops, cache_bytes(model, images, guided=solve.cfg_scale > 1))
 
     # ---- files of others ----
 

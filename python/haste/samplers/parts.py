@@ -173,7 +173,8 @@ class Solver:
         stagger: as of `plan_parts`.
 
     Attributes:
-        rounds: of the last run in parts.
+        rounds, calls: of the last run in parts; a round is one call, or two with guidance in two calls. A cache goes
+            without some of them, which its report has.
     """
 
     cfg_scale: float = 1.0
@@ -194,7 +195,7 @@ class Solver:
 
     def __post_init__(self) -> None:
         self.step_noise = None if self.step_noise is None else iter(self.step_noise)
-        self.rounds = 0
+        self.rounds = self.calls = 0
 
     def __call__(self, model: Callable, noise: Tensor, condition: Tensor, scale: float = 1.0) -> Tensor:
         """`sample` with these settings; `scale` multiplies cfg_scale − 1."""
@@ -274,6 +275,7 @@ class Solver:
             if self.progress is not None:
                 self.progress(number + 1, len(plan))
         self.rounds = len(plan)
+        self.calls = sum(len(model_calls_of(calls, self.guidance == "separate")) for calls in plan)
         _check_finite(finite, [call for calls in plan for call in calls if call.branches], self.steps_of(len(scales)))
         return [state.to(noise.dtype) for state, noise in zip(states, noises, strict=True)]
 

@@ -64,7 +64,9 @@ def plan(base: SamplingConfig, grids: Sequence[Grid], uncached_steps: Sequence[i
 
 def point_fields(settings: SamplingConfig) -> dict[str, Any]:
     """The settings in which the points of a sweep differ, as plain values."""
-    return {"num_steps": settings.num_steps, **settings.cache_fields()}
+    in_parts = {"cell_steps": settings.cell_steps, "stagger": settings.stagger}
+    used = {name: value for name, value in in_parts.items() if value not in ("", None)}
+    return {"num_steps": settings.num_steps, **used, **settings.cache_fields()}
 
 
 def shared_fields(settings: SamplingConfig) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def series_name(settings: CacheConfig) -> str:
 def short_name(settings: SamplingConfig) -> str:
     """The label of a point in a plot: interval and order, such as '4/2'; of uncached sampling the steps."""
     if settings.cache == "none":
-        return str(settings.num_steps)
+        return _steps(settings).removesuffix(" steps")
     words = str(settings.resolved_interval)
     if settings.cache == "delta-dit":
         return words if settings.gate is None else f"{words}, b {settings.gate}"
@@ -101,15 +103,22 @@ def short_name(settings: SamplingConfig) -> str:
 def long_name(settings: SamplingConfig) -> str:
     """'Taylor per module, interval 4, order 2, 50 steps', for tables and sentences."""
     if settings.cache == "none":
-        return f"{settings.num_steps} uncached steps"
+        return _steps(settings).replace("steps", "uncached steps")
     gate = f", gate {settings.gate}" if settings.gate is not None else ""
-    return f"{settings.describe_cache()}{gate}, {settings.num_steps} steps"
+    return f"{settings.describe_cache()}{gate}, {_steps(settings)}"
+
+
+def _steps(settings: SamplingConfig) -> str:
+    """'50 steps', or '50,38,26,15 steps, stagger 12'."""
+    stagger = "" if settings.stagger is None else f", stagger {settings.stagger}"
+    return f"{settings.cell_steps or settings.num_steps} steps{stagger}"
 
 
 FOR_PIPELINES = ("prompts", "num_images", "height", "width")
 FOR_CHECKPOINTS = (
-    "mode", "heun", "cfg_scale", "guidance_low", "guidance_high", "guidance_mode", "labels", "ema", "vae", "convention",
-    "num_fid_samples", "per_proc_batch_size", "cuda_graphs", "features", "reference", "classifier_dir", "tolerance",
+    "mode", "heun", "stagger", "cfg_scale", "guidance_low", "guidance_high", "guidance_mode", "labels", "ema", "vae",
+    "convention", "num_fid_samples", "per_proc_batch_size", "cuda_graphs", "features", "reference", "classifier_dir",
+    "tolerance",
 )  # fmt: skip
 
 
@@ -140,6 +149,7 @@ class SweepConfig(SamplingConfig):
     first_enhance: Suppress[Fixed[None]] = None
     spacing: Suppress[Fixed[str]] = "interval"  # type: ignore[assignment]
     full_steps: Suppress[Fixed[str]] = ""
+    cell_steps: Suppress[Fixed[str]] = ""
     error_threshold: Suppress[Fixed[float]] = 0.0
     gate: Suppress[Fixed[None]] = None
     cached_blocks: Suppress[Fixed[None]] = None
@@ -192,6 +202,8 @@ class SweepConfig(SamplingConfig):
         check_numbers(self)
         self._check_source()
         self.base.check()
+        fewest = min((*self.steps, *self.num_steps), default=1)
+        replace(self.base, num_steps=fewest).check()
         for name in ("caches", "granularities", "intervals", "orders", "spacings", "error_thresholds", "steps"):
             if not getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} must have one value or more, got none")

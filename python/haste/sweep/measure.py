@@ -5,6 +5,7 @@ What was measured of a point is on the disk before the next one begins, so that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +23,11 @@ from haste.evaluation.features import concatenate
 from haste.evaluation.fidelity import compare_images
 from haste.evaluation.runs import choose_features
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, fit_to_family, load_checkpoint
 from haste.generation.sample_dir import measure_full_steps
 from haste.io import write_text
 from haste.registry import EXTRACTORS
-from haste.sweep.config import SweepConfig, long_name, shared_fields
+from haste.sweep.config import SweepConfig, long_name, point_key, shared_fields
 from haste.sweep.pipeline import Pipeline, PipelineSweep
 from haste.sweep.records import (
     LEGEND,
@@ -176,7 +177,7 @@ class Sweep(Turns):
             return True
         try:
             sampler = self._sampler(settings)
-            model, shape, guided = self.loaded.model, self.loaded.layout.input_shape, settings.cfg_scale > 1
+            model, shape, guided = self.loaded.model, self.loaded.noise_shape, settings.cfg_scale > 1
             check_memory(model, settings, self.shared["batch"], guided, input_shape=shape)
             cost = count_cost(sampler, self.shared["batch"])
         except UserError as error:
@@ -239,6 +240,24 @@ def run_sweep(config: SweepConfig) -> None:
             write_files(output, make_rows(records), records[0]["sweep"], config.tolerance)
 
 
+def fitting(points: Sequence[SamplingConfig], loaded: LoadedCheckpoint) -> list[SamplingConfig]:
+    """The points as the model's family has them, each once; those that it cannot have as they are, to be skipped.
+
+    Raises:
+        UserError: an uncached one that it cannot have.
+    """
+    fitted: dict[str, SamplingConfig] = {}
+    for settings in points:
+        try:
+            chosen = fit_to_family(settings, loaded)
+        except UserError:
+            if settings.cache == "none":
+                raise
+            chosen = settings
+        fitted.setdefault(point_key(chosen), chosen)
+    return list(fitted.values())
+
+
 def measure_points(config: SweepConfig, loaded: LoadedCheckpoint | Pipeline, folder: SweepDir) -> Record:
     """Measure under a progress bar; returns what the records of this sweep share."""
     sweep: Sweep | PipelineSweep
@@ -247,7 +266,7 @@ def measure_points(config: SweepConfig, loaded: LoadedCheckpoint | Pipeline, fol
     else:
         evaluator = open_evaluator(config, loaded)
         counts = (config.num_fid_samples, config.per_proc_batch_size, config.repeats)
-        sweep = Sweep(loaded, config.points, evaluator, folder, *counts, config.cuda_graphs)
+        sweep = Sweep(loaded, fitting(config.points, loaded), evaluator, folder, *counts, config.cuda_graphs)
     with progress_bar(total=sweep.images, unit="image", desc="sweep") as bar:
 
         def progress(name: str, images: int) -> None:

@@ -33,13 +33,25 @@ MISSING = "missing.txt"  # in the folder, if no grids can be made: the reason
 
 
 class TrainingSamples:
-    """Writes <step>.png to a folder: images of classes that are spread over all classes, in a square grid."""
+    """Writes <step>.png to a folder: images of classes that are spread over all classes, in a square grid.
 
-    def __init__(self, folder: Path, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
+    Args:
+        noise_shape: of the noise of one image, where that is not the shape of the data.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        data: TrainingData,
+        accelerator: Accelerator,
+        noise_shape: tuple[int, ...] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.data = data
         self.accelerator = accelerator
+        self.noise_shape = noise_shape or (data.channels, data.input_size, data.input_size)
         self._failed = False
         self._files = Backlog(str(folder))
 
@@ -50,8 +62,9 @@ class TrainingSamples:
         is logged once and does not stop training.
         """
         device, classes = self.accelerator.device, self.data.num_classes
-        shape = (COUNT, self.data.channels, self.data.input_size, self.data.input_size)
-        noise = initial_noise(shape, torch.Generator().manual_seed(self.config.seed), device=device)
+        noise = initial_noise(
+            (COUNT, *self.noise_shape), torch.Generator().manual_seed(self.config.seed), device=device
+        )
         labels = torch.arange(COUNT, device=device) * max(classes, COUNT) // COUNT % classes
         try:
             family = get_family(model)

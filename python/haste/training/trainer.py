@@ -292,7 +292,8 @@ class Trainer:
         logger.info("%s", self._describe())
         logger.info("training ends after step %d: %s; %s", self.last_step, self.end, self.learning_rate)
         self.loader = Loader(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
-        samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator)
+        shape = self.layout.noise_shape
+        samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator, shape)
         self.metrics = Metrics(self.accelerator, config, self.model_config)
         hidden = not self.accelerator.is_local_main_process
         bar = progress_bar(total=self.last_step, initial=self.step, desc=config.exp_name, unit="step", disable=hidden)
