@@ -69,3 +69,14 @@ def kl16_weights(width: int = 32, seed: int = 0) -> dict[str, torch.Tensor]:
         scaled = weight / weight[0].numel() ** 0.5 if weight.dim() > 1 else 0.1 * weight
         weights[name] = scaled + 1 if "norm" in name and name.endswith("weight") else scaled
     return weights
+
+
+def write_mar_cache(folder: Path, images: Path, shape: tuple[int, int, int] = (32, 2, 2)) -> Path:
+    """MAR's cached latents of the images in class folders: random moments, another set for the mirror images."""
+    generator = np.random.default_rng(0)
+    for path in sorted(images.rglob("*.png")):
+        target = folder / path.relative_to(images).with_name(f"{path.name}.npz")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        moments, flipped = generator.normal(size=(2, *shape)).astype(np.float32)
+        np.savez(target, moments=moments, moments_flip=flipped)
+    return folder

@@ -17,7 +17,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -294,15 +294,31 @@ def list_npz(path: Path) -> list[str]:
 def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     """Read the arrays of an .npz file that have one of these names. Raises BadFile if that fails."""
     found = set(list_npz(path)).intersection(names)
-    arrays = {}
     with zipfile.ZipFile(path) as archive:
-        for name in found:
-            try:
-                with open_entry(archive, name) as stream:
-                    entry = archive.getinfo(f"{name}.npy")
-                    arrays[name] = read_array(stream, entry.file_size, entry.compress_size)
-            except Exception as error:  # as above
-                raise BadFile(str(path), f"has no readable {name}: {in_one_line(error)}") from error
+        return _read_entries(archive, found, str(path))
+
+
+def decode_npz(data: bytes, names: Collection[str], where: str) -> dict[str, np.ndarray]:
+    """As `read_npz`, of the bytes of a file that messages call `where`."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            found = {name for name in names if f"{name}.npy" in archive.NameToInfo}
+            return _read_entries(archive, found, where)
+    except BadFile:
+        raise
+    except Exception as error:  # zipfile raises anything for a damaged file
+        raise BadFile(where, f"cannot be read as an .npz file: {in_one_line(error)}") from error
+
+
+def _read_entries(archive: zipfile.ZipFile, names: Iterable[str], where: str) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name in names:
+        try:
+            with open_entry(archive, name) as stream:
+                entry = archive.getinfo(f"{name}.npy")
+                arrays[name] = read_array(stream, entry.file_size, entry.compress_size)
+        except Exception as error:  # as above
+            raise BadFile(where, f"has no readable {name}: {in_one_line(error)}") from error
     return arrays
 
 

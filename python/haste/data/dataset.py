@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     Attributes:
         inputs: (B, C, S, S), float32: pixels in [-1, 1], or latents sampled from their posterior, shifted and scaled.
         images: (B, 3 or 1, R, R), float32 in [-1, 1], for the teacher; for pixels the same tensor as `inputs`. None for
-            latents after `without_images`.
+            latents without images, or after `without_images`.
         labels: (B,), int64.
     """
 
@@ -95,6 +95,10 @@ class TrainingData(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that identify the data; see the module."""
         return {"images": len(self)}
+
+    def require_images(self) -> None:
+        """Raise UserError if a teacher gets no images from this data; see --image-dir."""
+        return
 
     def without_images(self) -> TrainingData:
         """The same data for a run without a teacher, possibly with `Batch.images` None."""
@@ -273,15 +277,20 @@ class LatentData(TrainingData):
 
 
 def decode_moments(data: bytes, name: str) -> np.ndarray:
-    """Read an .npy file as float32, without a leading dimension of 1. Raises BadFile if it is damaged or not finite."""
+    """Read an .npy file as `as_moments`. Raises BadFile if it is damaged or not finite."""
     try:
         moments = read_array(io.BytesIO(data), len(data))
-        if moments.dtype.kind not in "biuf":
-            raise ValueError(f"it must hold numbers, got {moments.dtype}")
-        with np.errstate(over="ignore"):
-            single = np.asarray(moments, dtype=np.float32)
     except Exception as error:  # numpy raises anything for a damaged file
         raise BadFile(name, f"is no valid .npy file ({in_one_line(error)})") from error
+    return as_moments(moments, name)
+
+
+def as_moments(array: np.ndarray, name: str) -> np.ndarray:
+    """An array as float32, without a leading dimension of 1. Raises BadFile if it does not hold finite numbers."""
+    if array.dtype.kind not in "biuf":
+        raise BadFile(name, f"must hold numbers, got {array.dtype}")
+    with np.errstate(over="ignore"):
+        single = np.asarray(array, dtype=np.float32)
     if not np.isfinite(single).all():
         raise BadFile(name, "must hold finite numbers within float32, got others")
     return single[0] if single.ndim == 4 and len(single) == 1 else single

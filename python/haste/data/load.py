@@ -1,4 +1,5 @@
-"""Opening --data-dir: images that are cropped, or REPA's layout of images and the moments of their latents,
+"""Opening --data-dir: images that are cropped, MAR's cached latents (mar_cache.py), or REPA's layout of images and the
+moments of their latents,
 
     images/00000/img00000000.png               or images.zip with the same inside
     vae-sd/00000/img-mean-std-00000000.npy     or vae-sd.zip; (2C, S, S): means, then standard deviations
@@ -19,6 +20,7 @@ import numpy as np
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
 from haste.data.images import is_image
+from haste.data.mar_cache import cached_names, open_cache
 from haste.data.sources import LABEL_FILE, LATENTS, FileSource, check_missing, choose_labels, listed_labels, open_source
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.io import parse_json
@@ -46,6 +48,7 @@ def load_dataset(
     *,
     vae: str | None = None,
     vae_stats: str | None = None,
+    image_dir: str | None = None,
     on_bad_file: OnBadFile = "refuse",
     num_classes: int | None = None,
 ) -> TrainingData:
@@ -53,10 +56,13 @@ def load_dataset(
 
     Args:
         data_dir: the name of a small data set, which is kept in memory; a folder or zip in REPA's layout, whose latents
-            are used; or a folder, zip or Hugging Face data set of images, which are center cropped as in ADM.
-        vae: mse, ema, a hub name or a folder. Encodes images without latents on the training device; None trains on
-            their pixels. With REPA's layout it gives scale and shift, which are Stable Diffusion's by default.
+            are used; a folder or zip of MAR's cached latents; or a folder, zip or Hugging Face data set of images,
+            which are center cropped as in ADM.
+        vae: mse, ema, a hub name, a folder or a file of KL-16. Encodes images without latents on the training device;
+            None trains on their pixels. With latents it gives scale and shift, which by default are Stable Diffusion's
+            in REPA's layout, and KL-16's in MAR's.
         vae_stats: a file with the mean and standard deviation of each latent channel, instead of the VAE's scale.
+        image_dir: a folder or zip of the images that MAR's latents were made of, for a teacher.
         on_bad_file: "refuse" files that cannot be used, or "skip" them: another image replaces each.
         num_classes: of the model; None for those of the data.
 
@@ -64,7 +70,7 @@ def load_dataset(
         UserError: the data does not exist or does not fit these settings.
     """
     if data_dir in DATASETS:
-        for flag, given in (("vae", vae), ("vae-stats", vae_stats)):
+        for flag, given in (("vae", vae), ("vae-stats", vae_stats), ("image-dir", image_dir)):
             if given is not None:
                 raise UserError(
                     f"--{flag} must be left out with --data-dir {data_dir}, whose pixels are used, got {given}"
@@ -78,8 +84,15 @@ def load_dataset(
         raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
     archive = open_archive(path, "--data-dir")
     latents = archive.child(LATENTS)
+    cached = [] if latents is not None else cached_names(archive.names())
+    if image_dir is not None and not cached:
+        raise UserError(f"--image-dir must come with MAR's cached latents, got {image_dir} beside the images of {path}")
     data: TrainingData
-    if latents is not None:
+    if cached:
+        data = open_cache(
+            archive, cached, path, resolution, vae, vae_stats, image_dir, on_bad_file, num_classes
+        )  # fmt: skip
+    elif latents is not None:
         data = _open_repa_layout(archive, latents, resolution, vae, vae_stats, on_bad_file, num_classes)
     else:
         if vae is None and vae_stats is not None:
@@ -92,7 +105,8 @@ def load_dataset(
         encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats))
         data = ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
     try:
-        data[0]  # reports a wrong --resolution before teachers and models are built
+        # Reports a wrong --resolution before teachers and models are built; images of their own are `require_images`'s.
+        (data.without_images() if cached else data)[0]
     except BadFile as fault:
         if on_bad_file == "refuse":
             raise fault.as_user_error() from fault

@@ -122,7 +122,7 @@ def open_files(archive: Archive, path: Path, flag: str, on_bad_file: OnBadFile =
         missing = [archive.locate(name) for name in (listed or {}).keys() - set(everything)]
         check_missing(f"{len(missing)} of the files that {where} lists are missing", missing, on_bad_file)
         return FileSource(archive, names, choose_labels(listed, names, where))
-    return FileSource(archive, names, *_labels_of_folders(names, path, flag))
+    return FileSource(archive, names, *labels_of_folders(names, path, flag))
 
 
 def check_missing(what: str, files: list[str], on_bad_file: OnBadFile) -> None:
@@ -135,7 +135,7 @@ def check_missing(what: str, files: list[str], on_bad_file: OnBadFile) -> None:
     logger.warning("skipped: %s", what)
 
 
-def _labels_of_folders(names: list[str], path: Path, flag: str) -> tuple[np.ndarray | None, list[str] | None]:
+def labels_of_folders(names: list[str], path: Path, flag: str) -> tuple[np.ndarray | None, list[str] | None]:
     """Labels, and the names of the classes: the top folders, sorted. None if there are no folders."""
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     classes = sorted(set(tops))

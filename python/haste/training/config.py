@@ -53,10 +53,13 @@ class TrainConfig:
 
     data_dir: str = ""
     """Training images: the layout of REPA, as `haste prepare` writes it; a folder or zip file with one folder per
-    class; a Hugging Face data set on disk; or `digits`, scikit-learn's handwritten digits."""
+    class, of images or of MAR's cached latents; a Hugging Face data set on disk; or `digits`, scikit-learn's
+    handwritten digits."""
+    image_dir: str | None = None
+    """Folder or zip file of the images behind MAR's cached latents, which hold none. Only a teacher needs them."""
     vae: str | None = None
-    """VAE that encodes images during training: mse, ema, a hub name or a folder. None: train on pixels, or on the
-    latents in --data-dir."""
+    """VAE that encodes images during training: mse, ema, a hub name, a folder, or MAR's file kl16.ckpt. None: train on
+    pixels, or on the latents in --data-dir."""
     vae_stats: str | None = None
     """File with the mean and standard deviation of each latent channel, used instead of the VAE's scaling factor."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"

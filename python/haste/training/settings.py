@@ -37,7 +37,7 @@ SOURCES = ("preset", "config", "output_dir", "exp_name", "resume_step")
 """Settings that tell a command where to find the others."""
 
 CHANGEABLE = {
-    "preset", "config", "output_dir", "exp_name", "init_from", "convention", "data_dir", "num_workers",
+    "preset", "config", "output_dir", "exp_name", "init_from", "convention", "data_dir", "image_dir", "num_workers",
     "max_train_steps", "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir",
     "checkpoints_total_limit", "on_nan", "on_bad_file", "attention", "compile", "sampling_steps",
 }  # fmt: skip

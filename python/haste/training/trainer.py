@@ -89,6 +89,7 @@ def train(config: TrainConfig) -> TrainResult:
         config.resolution,
         vae=config.vae,
         vae_stats=config.vae_stats,
+        image_dir=config.image_dir,
         on_bad_file=config.on_bad_file,
         num_classes=config.num_classes,
     )
@@ -234,6 +235,8 @@ class Trainer:
         self.layout = self.family.layout(self.model_config)
         self.aligner: Aligner | None = None
         if self.termination.stopped_at is None:
+            if config.teachers:
+                dataset.require_images()
             with accelerator.main_process_first():  # which downloads or trains the teachers that are missing
                 self.aligner = build_aligner(config, self.model_config)
         if self.aligner is not None:

@@ -22,7 +22,7 @@ from haste.training.checkpoint import checkpoint_path, initial_checkpoint, read_
 from haste.training.config import TrainConfig
 from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
-from image_files import save_vae, write_classes
+from image_files import save_vae, write_classes, write_mar_cache
 from small_models import save_teacher
 from training_runs import assert_same_bits, final_state, read_log
 
@@ -326,14 +326,19 @@ def colour_teacher(tmp_path_factory):
     return save_teacher(tmp_path_factory.mktemp("teacher"), patch_size=4, num_channels=3)
 
 
-@pytest.mark.parametrize("stop", [4, 8])
-def test_a_run_on_latents_made_on_the_way_resumes_bit_for_bit(make_config, image_folder, colour_teacher, stop):
+@pytest.mark.parametrize(("stop", "cached"), [(4, False), (8, False), (4, True)])
+def test_a_run_on_latents_resumes_bit_for_bit(make_config, image_folder, colour_teacher, tmp_path, stop, cached):
+    """Latents made on the way, or MAR's cached ones, of which either the image's or its mirror image's are taken."""
     classes, vae = image_folder
+    data = {"data_dir": str(classes)}
+    if cached:
+        cache = write_mar_cache(tmp_path / "cache", classes, (8, 4, 4))
+        data = {"data_dir": str(cache), "image_dir": str(classes)}
 
     def run(name, steps):
         config = make_config(
-            exp_name=name, max_train_steps=steps, data_dir=str(classes), vae=str(vae), resolution=16,
-            enc_type=str(colour_teacher), num_workers=1,
+            exp_name=name, max_train_steps=steps, vae=str(vae), resolution=16, enc_type=str(colour_teacher),
+            num_workers=1, **data,
         )  # fmt: skip
         return read_checkpoint(checkpoint_path(train(config).folder / "checkpoints", steps))
 
@@ -355,3 +360,12 @@ def test_a_run_without_a_teacher_resumes_bit_for_bit(make_config, teacher):
     unbroken, _, resumed = run("unbroken", 8), run("broken", 4), run("broken", 8)
     assert all(torch.equal(resumed["ema"][name], value) for name, value in unbroken["ema"].items())
     assert not any(name.startswith("projectors.") for name in resumed["model"])
+
+
+def test_cached_latents_need_images_for_a_teacher_only(make_config, image_folder, tmp_path):
+    classes, vae = image_folder
+    cache = write_mar_cache(tmp_path / "cache", classes, (8, 4, 4))
+    settings = {"data_dir": str(cache), "vae": str(vae), "resolution": 16, "num_workers": 0, "max_train_steps": 2}
+    with pytest.raises(UserError, match="--image-dir must be the images .*--enc-type, got none"):
+        train(make_config(**settings))
+    assert train(make_config(**settings, attn_coeff=0.0, proj_coeff=0.0, exp_name="vanilla")).step == 2
