@@ -21,8 +21,9 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _tiny_student(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = get_family("sit").sizes
-    monkeypatch.setitem(sizes, "SiT-Tiny/2", {"depth": 3, "hidden_size": 16, "num_heads": 2, "patch_size": 2})
+    size = {"depth": 3, "hidden_size": 16, "num_heads": 2, "patch_size": 2}
+    monkeypatch.setitem(get_family("sit").sizes, "SiT-Tiny/2", size)
+    monkeypatch.setitem(get_family("xar").sizes, "xAR-Tiny/2", size)
 
 
 @pytest.fixture(autouse=True)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from forked_haste import finish, start_ranks
 from haste.cli.main import main
 from haste.models import SiT
-from haste.training.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
+from haste.training.checkpoint import checkpoint_path, list_checkpoints
+from training_processes import LAUNCHER, assert_same_run, last, outputs, read_log
 
 STEPS = 10
 SETTINGS = [
@@ -25,40 +23,10 @@ SETTINGS = [
     "--gradient-accumulation-steps", "2", "--early-stop-point", "6", "--logging-steps", "1",
     "--checkpointing-steps", "4",
 ]  # fmt: skip
-LAUNCHER = [
-    sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2",
-    "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-    "--main_process_port", "0", "-m", "haste",
-]  # fmt: skip
 
 
 def words(folder: Path, teacher: Path, steps: int = STEPS) -> list[str]:
     return [*SETTINGS, "--output-dir", str(folder), "--enc-type", str(teacher), "--max-train-steps", str(steps)]
-
-
-def outputs(folder: Path) -> list[Path]:
-    return [folder / "rank0.txt", folder / "rank1.txt"]
-
-
-def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-
-
-def last(folder: Path, step: int = STEPS) -> dict:
-    return read_checkpoint(checkpoint_path(folder / "run" / "checkpoints", step))
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """The same images, noise and steps; sums are taken in another order, which Adam's first steps enlarge."""
-    for a, b in zip(read_log(folder), read_log(other), strict=True):
-        assert (a["step"], a["aligned"]) == (b["step"], b["aligned"])
-        for name in ("loss", "proj_loss", "attn_loss", "grad_norm"):
-            assert a[name] == (None if b[name] is None else pytest.approx(b[name], rel=2e-3)), (a["step"], name)
-    a, b = last(folder), last(other)
-    assert torch.equal(a["rng"]["torch"], b["rng"]["torch"])
-    assert list(a["ema"]) == list(b["ema"])
-    for name in a["ema"]:
-        torch.testing.assert_close(a["ema"][name], b["ema"][name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
