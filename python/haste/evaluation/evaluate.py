@@ -32,7 +32,8 @@ from haste.evaluation.metrics import (
 )
 from haste.evaluation.reference import Reference, load_reference, stored_features, stored_reference
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, choose_labels, load_checkpoint
+from haste.generation.labels import choose_labels
+from haste.generation.pipeline import LoadedCheckpoint, load_checkpoint
 from haste.generation.sample_dir import RECORD, open_sampler, read_record
 from haste.tables import format_number, text_table
 from haste.validation import check_number, shown

@@ -101,8 +101,8 @@ class SamplingConfig(CacheConfig):
     global_seed: int = 0
     """Random seed. Images do not depend on the batch size."""
     labels: str = "random"
-    """Class labels: random, balanced (0, 1, 2, ... in turn), or a list to cycle through, such as 3,1,4 or a text file
-    with one class per line."""
+    """Class labels: random, balanced (0, 1, 2, ... in turn), none for images of no class, or a list to cycle through,
+    such as 3,1,4 or a text file with one class per line."""
     ema: bool = True
     """Use the EMA weights."""
     vae: str | None = None
@@ -224,6 +224,8 @@ class SamplingConfig(CacheConfig):
             raise UserError(
                 f"--guidance-low must be at most --guidance-high, {self.guidance_high:g}, got {self.guidance_low:g}"
             )
+        if self.labels == "none" and self.cfg_scale > 1:
+            raise UserError(f"--cfg-scale must be 1 with --labels none, got {self.cfg_scale:g}")
         for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
             value = getattr(self, name)
             if self.cfg_scale == 1 and value != default:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from haste.caching import CacheConfig, make_cache
 from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
-from haste.errors import UserError, shorten
+from haste.errors import UserError
 from haste.generation.config import SamplingConfig, Settings
+from haste.generation.labels import NONE, choose_labels, image_generator, number_labels
 from haste.models import Convention, Family, Layout, SamplingCost, get_family
 from haste.samplers import Guidance, PartCache, Solver, initial_noise, model_calls, times_at
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
@@ -222,45 +223,6 @@ def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFor
 # ---- images ----
 
 
-def image_generator(seed: int, index: int, purpose: Literal["label", "noise"]) -> torch.Generator:
-    """The random generator of image `index` of `seed`."""
-    entropy = (seed, index, ("label", "noise").index(purpose))
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-
-
-def choose_labels(policy: str, seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
-    """The labels (len(indices),) int64 of images under a --labels policy. Raises UserError for an invalid policy."""
-    if policy == "random":
-        chosen = [torch.randint(num_classes, (), generator=image_generator(seed, i, "label")) for i in indices]
-        return np.array([int(label) for label in chosen], dtype=np.int64)
-    listed = list(range(num_classes)) if policy == "balanced" else _listed_classes(policy)
-    unknown = [label for label in listed if not 0 <= label < num_classes]
-    if unknown:
-        found = f"{shorten(unknown[0])} in {shorten(policy)}"
-        raise UserError(f"--labels must be classes from 0 to {num_classes - 1}, got {found}")
-    return np.array(listed, dtype=np.int64)[np.asarray(indices) % len(listed)]
-
-
-def number_labels(policy: str, names: Sequence[str]) -> str:
-    """A --labels policy with the names of classes replaced by their numbers: 'cat,dog' as '3,5'."""
-    numbers = {name: str(number) for number, name in enumerate(names)}
-    words = [word.strip() for word in policy.split(",")]
-    if policy in ("random", "balanced") or not any(word in numbers and not word.isdecimal() for word in words):
-        return policy
-    return ",".join(word if word.isdecimal() else numbers.get(word, word) for word in words)
-
-
-def _listed_classes(policy: str) -> list[int]:
-    try:
-        if not policy.isascii():  # int() reads the digits of other scripts
-            raise ValueError
-        return [int(word) for word in policy.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--labels must be random, balanced, classes such as 3,1,4, or a file of them, got {shorten(policy)}"
-        ) from None
-
-
 Progress = Callable[[int, int], None]
 Observer = Callable[[int, Tensor], None]
 
@@ -311,6 +273,8 @@ class Sampler:
         self.null = loaded.family.null(model)
         if settings.cfg_scale > 1 and self.null is None:
             raise UserError(f"--cfg-scale must be 1 for a model trained with --cfg-prob 0, got {settings.cfg_scale:g}")
+        if settings.labels == NONE and self.null is None:
+            raise UserError("--labels must be classes for a model trained with --cfg-prob 0, got none")
         self.loaded = loaded
         self.settings = settings
         self.latents = latent_format(loaded, settings.vae)
@@ -465,7 +429,14 @@ class Sampler:
         family = self.loaded.family
         self._solver = self._new_solver(start.generators, progress, observe)
         model = self.cache or self.loaded.model
-        return family.sample(model, start.noise, family.condition(start.labels), self._solver)
+        return family.sample(model, start.noise, self._condition(start.labels), self._solver)
+
+    def _condition(self, labels: Tensor) -> Tensor:
+        """Of labels that are all of classes, or all of none."""
+        if self.settings.labels != NONE or self.null is None:
+            return self.loaded.family.condition(labels)
+        null = self.null.to(labels.device)
+        return null.expand(len(labels), *null.shape).contiguous()
 
     def _new_solver(
         self, generators: list[torch.Generator], progress: Progress | None = None, observe: Observer | None = None

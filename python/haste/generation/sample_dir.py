@@ -33,13 +33,12 @@ from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
 from haste.errors import UserError, require
 from haste.generation.config import SampleConfig, SamplingConfig
+from haste.generation.labels import NONE, UNLABELLED, choose_labels, number_labels
 from haste.generation.pipeline import (
     LoadedCheckpoint,
     Sampler,
-    choose_labels,
     fit_to_family,
     load_checkpoint,
-    number_labels,
 )
 from haste.io import read_json, remove_abandoned, writing
 from haste.resumable import ResumableDir, differences
@@ -315,7 +314,8 @@ def sample(
     Args:
         checkpoint: a checkpoint file of haste, HASTE, REPA or SiT, a run folder for its latest readable checkpoint, or
             the result of `load_checkpoint`.
-        labels: classes to cycle through; or "random" (the default), "balanced", or a text file with a class per line.
+        labels: classes to cycle through; or "random" (the default), "balanced", "none" for images of no class, or a
+            text file with a class per line.
         num_images: None for one per label, or 16 without a list of labels.
         batch_size: images at a time; affects speed and memory.
         folder: also write PNGs, an .npz and a grid into a subfolder, as `haste sample --sample-dir`; images that exist
@@ -429,6 +429,6 @@ def write_grid(args: SampleConfig, loaded: LoadedCheckpoint, folder: SampleDir, 
     shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
     images = np.stack(list(folder.read(shown)))
     order = np.argsort(labels[:shown], kind="stable")
-    names = dict(enumerate(loaded.class_names))
+    names = {UNLABELLED: NONE, **dict(enumerate(loaded.class_names))}
     titles = [names.get(label, str(label)) for label in labels[order].tolist()]
     plot_grid(folder.grid, images[order], titles, title=f"{loaded.label}: {args.describe()}")

@@ -15,7 +15,7 @@ from haste.models.entities import Entities
 from haste.models.family import Family, Layout, SamplingCost, register
 from haste.models.xar import XAR, check_sizes
 from haste.models.xar_checkpoints import XARCheckpoints, infer_config
-from haste.samplers import Solver
+from haste.samplers import PartCache, Solver
 from haste.validation import build
 
 XAR_SIZES = {

@@ -254,7 +254,7 @@ def test_labels_from_a_file(run, tmp_path, capsys):
             ("--cfg-scale", "2", "--guidance-low", "0.8", "--guidance-high", "0.7"),
             "--guidance-low must be at most --guidance-high, 0.7, got 0.8",
         ),
-        (("--labels", "cats"), "--labels must be random, balanced, classes such as 3,1,4, or a file of them, got cats"),
+        (("--labels", "cats"), "--labels must be random, balanced, none, classes such as 3,1,4, or a file of them"),
         (("--labels", "3,10"), "--labels must be classes from 0 to 9, got 10 in 3,10"),
         (("--cache", "taylor", "--interval", "0"), "--interval must be an integer from 1 to 10,000, got 0"),
         (("--cache", "taylor", "--order", "-1"), "--order must be an integer from 0 to 20, got -1"),

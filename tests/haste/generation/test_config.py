@@ -10,7 +10,7 @@ import pytest
 import torch
 from drawn_images import read_npz
 from haste.cli.main import main
-from haste.generation.pipeline import image_generator
+from haste.generation.labels import image_generator
 from haste.models import SiT
 from haste.samplers import initial_noise
 from haste.vae import VAE, LatentFormat

@@ -43,7 +43,7 @@ def loaded(run):
         {"cfg_scale": 2.0, "guidance_high": 0.7},
         {"cfg_scale": 2.0, "guidance_low": 0.3, "guidance_mode": "separate", "stagger": 2},
         {"cell_steps": "8,6,4,2"},
-        {"stagger": 0},
+        {"stagger": 0, "labels": "none"},
         {"cache": "taylor", "interval": 3, "order": 1},
         ALL_AT_ONCE,
     ],

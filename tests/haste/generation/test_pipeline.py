@@ -13,13 +13,11 @@ from digits_run import write_run
 from haste.data.images import to_uint8
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig, list_labels
+from haste.generation.labels import choose_labels, image_generator, number_labels
 from haste.generation.pipeline import (
     Sampler,
-    choose_labels,
-    image_generator,
     latent_format,
     load_checkpoint,
-    number_labels,
     run_checkpoints,
 )
 from haste.samplers import initial_noise, sample
@@ -86,7 +84,7 @@ def test_labels_follow_the_policy():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("all", "must be random, balanced, classes such as 3,1,4, or a file of them, got all"),
+        ("all", "must be random, balanced, none, classes such as 3,1,4, or a file of them, got all"),
         ("3,10", "--labels must be classes from 0 to 9, got 10"),
         ("-1", "--labels must be classes from 0 to 9, got -1"),
     ],
@@ -94,6 +92,22 @@ def test_labels_follow_the_policy():
 def test_labels_that_do_not_exist_are_refused(policy, message):
     with pytest.raises(UserError, match=message):
         choose_labels(policy, 0, range(3), 10)
+
+
+def test_images_of_no_class(run, tmp_path):
+    """The null condition, whatever the guidance would make of it; not of a model that was trained without."""
+    sampler = Sampler(load_checkpoint(run), SamplingConfig(num_steps=4, labels="none"))
+    images, labels = sampler.sample(range(3))
+    assert labels.tolist() == [-1] * 3
+    start = sampler.start_of(range(3))
+    null = torch.full((3,), 10)
+    wanted = sample(sampler.loaded.model, start.noise, null, num_steps=4)
+    assert (images == to_uint8(wanted)).all()
+    with pytest.raises(UserError, match="^--cfg-scale must be 1 with --labels none"):
+        sampler.with_settings(SamplingConfig(labels="none", cfg_scale=2.0))
+    without = load_checkpoint(write_run(tmp_path, cfg_prob=0.0))
+    with pytest.raises(UserError, match="^--labels must be classes for a model trained with --cfg-prob 0"):
+        Sampler(without, SamplingConfig(labels="none"))
 
 
 def test_a_run_folder_means_its_newest_whole_checkpoint(tmp_path, caplog):
