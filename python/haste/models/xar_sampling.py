@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haste.models.xar import XAR, XARBlock, rms_norm
+from haste.models.xar import XAR, XARBlock
 from haste.samplers import PartCache, Solver
 
 TABLE_BYTES = 2**30  # of a table of modulations, at most
@@ -206,10 +206,10 @@ class PartSampler(PartEngine):
             counts = torch.tensor(sizes, device=modulation.device)
             modulation = modulation.repeat_interleave(counts, dim=1, output_size=sum(sizes)).unsqueeze(1)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(-2)
-        branch = self._attention(index, block, (rms_norm(x) * scale1 + shift1).view(shape), evaluation, rows)
-        x = x + gate1 * branch.view(x.shape)
-        branch = _mlp(block, (rms_norm(x) * scale2 + shift2).view(shape))
-        return (x + gate2 * branch.view(x.shape)).view(shape)
+        branch = self._attention(index, block, _modulated(x, scale1, shift1).view(shape), evaluation, rows)
+        x = torch.addcmul(x, gate1, branch.view(x.shape))
+        branch = _mlp(block, _modulated(x, scale2, shift2).view(shape))
+        return torch.addcmul(x, gate2, branch.view(x.shape)).view(shape)
 
     def _attention(self, index: int, block: XARBlock, x: Tensor, evaluation: Evaluation, rows: slice) -> Tensor:
         attn, bounds = block.attn, self.entities.bounds
@@ -219,22 +219,24 @@ class PartSampler(PartEngine):
         end = begin + length
         qkv = attn.qkv(x).view(batch, length, 3, heads, width // heads)
         keys, values = self._buffers(qkv.dtype)
-        qk = _rotate(qkv[:, :, :2], self._cos_sin[begin:end])
-        keys[index, rows, :, begin:end] = qk[:, :, 1].transpose(1, 2)
-        values[index, rows, :, begin:end] = qkv[:, :, 2].transpose(1, 2)
-        q = qk[:, :, 0].transpose(1, 2)
-        outputs = []
-        for lo, hi in bounds[first : first + len(evaluation.sizes)]:
-            seen = (index, rows, slice(None), slice(None, hi))
-            outputs.append(attn.sdpa(q[:, :, lo - begin : hi - begin], keys[seen], values[seen]))
+        q, k, v = qkv.unbind(2)
+        rotations = self._cos_sin[begin:end]
+        _rotate(k, rotations, keys[index, rows, begin:end])
+        values[index, rows, begin:end] = v
+        q = _rotate(q, rotations, torch.empty_like(q)).transpose(1, 2)
+        keys, values = keys[index, rows].transpose(1, 2), values[index, rows].transpose(1, 2)
+        outputs = [
+            attn.sdpa(q[:, :, lo - begin : hi - begin], keys[:, :, :hi], values[:, :, :hi])
+            for lo, hi in bounds[first : first + len(evaluation.sizes)]
+        ]
         return attn.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2))
 
     def _buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values (blocks, rows, heads, places, head dim) of the type that the projection has."""
+        """Keys and values (blocks, rows, places, heads, head dim) of the type that the projection has."""
         if self._keys is None or self._values is None:
             model = self.model
             width = model.z_proj.out_features
-            shape = (len(model.blocks), self.rows, model.heads, self.entities.total, width // model.heads)
+            shape = (len(model.blocks), self.rows, self.entities.total, model.heads, width // model.heads)
             self._keys, self._values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
         return self._keys, self._values
 
@@ -244,16 +246,27 @@ def _mlp(block: XARBlock, x: Tensor) -> Tensor:
     return mlp.fc2(F.gelu(mlp.fc1_g(x)) * mlp.fc1_x(x))
 
 
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """RMS(x) ⊙ scale + shift, the norm in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1])
+    return torch.addcmul(shift, x * mean_square.add_(1e-6).rsqrt_().to(x.dtype), scale)
+
+
 def _rotations(model: XAR, device: torch.device) -> Tensor:
-    """cos + i·sin (N, 1, 1, head dim / 2), for q and k side by side."""
-    return torch.complex(*model.rotary(model.dtype, device))[:, None, None]
+    """cos + i·sin (N, 1, head dim / 2)."""
+    return torch.complex(*model.rotary(model.dtype, device))[:, None]
 
 
-def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate the pairs of channels of x (B, n, 2, H, D), in at least float32, in x's type."""
-    wide = x.to(rotations.real.dtype)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+def _rotate(x: Tensor, rotations: Tensor, out: Tensor) -> Tensor:
+    """Rotate the pairs of channels of x (B, n, H, D) into `out`, in at least float32."""
+    wide = rotations.real.dtype
+    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+    if out.dtype == wide:
+        torch.mul(pairs, rotations, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+    else:
+        out.copy_(torch.view_as_real(pairs * rotations).flatten(-2))
+    return out
 
 
 def _filled(condition: Tensor, null: Tensor | int) -> Tensor:
