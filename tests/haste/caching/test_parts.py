@@ -12,7 +12,7 @@ from haste.caching import CacheConfig, CachedParts, cache_bytes, check_memory, d
 from haste.caching.config import even_steps
 from haste.errors import UserError
 from haste.models import build_model
-from haste.samplers import BOTH, COND, UNCOND, Solver, time_grid
+from haste.samplers import BOTH, COND, UNCOND, Solver, sample, time_grid
 
 PARTS, TOKENS, DIM = 4, 4, 4
 GROWING = [part / (PARTS - 1) for part in range(PARTS)]
@@ -219,6 +219,18 @@ def test_enable_cache_takes_a_model_whose_images_are_made_in_parts(model):
     assert disable_cache(cached) is model
     with haste.cached(model, cache="taylor", interval=2) as cached:
         assert cached.config.spacing == "even"
+
+
+def test_the_sampler_of_whole_images_takes_it_too(model):
+    noise, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 1])
+    settings = {"num_steps": 9, "cfg_scale": 2.0, "null": 10}
+    plain = sample(model, noise, labels, **settings)
+    with haste.cached(model, cache="newton", interval=3, order=1) as cached:
+        reached = sample(cached, noise, labels, **settings)
+        assert (cached.report.full_calls, cached.report.forecast_calls) == (4 * len(even_steps(9, 3)), 36 - 16)
+    assert reached.shape == noise.shape and not torch.equal(reached, plain)
+    with haste.cached(model, cache="newton", interval=1) as cached:
+        assert torch.equal(sample(cached, noise, labels, **settings), plain)
 
 
 def test_an_order_that_a_shorter_part_does_not_allow_shrinks(model):
