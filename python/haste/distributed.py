@@ -21,8 +21,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -165,6 +165,20 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], accelerator: Accelerato
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """While this context is open, every process has the whole weights, so that any part of a model can be called, and
+    not only its blocks and the whole. Every process must enter it. A model that is not sharded is left as it is."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
 
 
 def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:

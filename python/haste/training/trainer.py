@@ -13,11 +13,12 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -29,7 +30,7 @@ from haste.alignment import Aligner, choose_layer_map
 from haste.alignment.termination import make_termination
 from haste.data import Batch, Loader, TrainingData, load_dataset
 from haste.data.dataset import describe_change, other_latents
-from haste.distributed import StopRequest, in_first, progress_bar, sharding
+from haste.distributed import StopRequest, in_first, progress_bar, sharding, unsharded
 from haste.errors import UserError, in_one_line
 from haste.io import require_space, save_tensors
 from haste.models import get_family, new_config
@@ -320,7 +321,7 @@ class Trainer:
                 if save or log or sample:
                     self._log(bar)
                 if sample:  # before the checkpoint: a kill between the two would leave the step without samples
-                    grid = samples.sample(self.state.ema.model, self.step)
+                    grid = self._sample(samples)
                     if grid is not None:
                         self.trackers.log_image(grid, self.step)
                 if save:
@@ -330,6 +331,11 @@ class Trainer:
         self.folder.close()
         samples.close()
         return interrupted
+
+    def _sample(self, samples: TrainingSamples) -> np.ndarray | None:
+        model = self.state.ema.model
+        with unsharded(model) if self.layout.parts > 1 else nullcontext():  # whose sampler takes the model apart
+            return samples.sample(model, self.step)
 
     def _create_folder(self) -> None:
         self.folder.create(self.state.checkpoint_size)

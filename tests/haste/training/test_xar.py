@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -47,10 +48,12 @@ def make_trainer(config: TrainConfig) -> Trainer:
 
 def test_it_learns_and_its_alignment_ends(make_xar):
     settings = {"max_train_steps": 45, "early_stop_point": 30, "logging_steps": 15, "checkpointing_steps": 45}
-    first, second, third = read_log(train(make_xar(batch_size=16, learning_rate=8e-3, **settings)).folder)
+    folder = train(make_xar(batch_size=16, learning_rate=8e-3, sampling_steps=45, **settings)).folder
+    first, second, third = read_log(folder)
     assert third["loss"] < 0.5 * first["loss"]
     assert second["proj_loss"] < first["proj_loss"] - 0.1 and second["attn_loss"] < first["attn_loss"]
     assert not third["aligned"] and third["proj_loss"] is None and third["attn_loss"] is None
+    assert [path.name for path in (folder / "samples").iterdir()] == ["0000045.png"]
 
 
 @pytest.mark.parametrize("stop", [5, 10])  # aligned, and after that, in the decay; a step or two after a checkpoint
@@ -135,7 +138,9 @@ def test_sit_is_trained_in_eval_mode(make_config, monkeypatch):
 )
 def test_every_entity_is_trained_and_aligned(make_xar, entity):
     kind, size = entity
-    result = train(make_xar(entity=kind, entity_size=size, max_train_steps=2, batch_size=2))
+    sampling = 2 if kind == "scale" else 0  # whose noise is no image
+    result = train(make_xar(entity=kind, entity_size=size, max_train_steps=2, batch_size=2, sampling_steps=sampling))
+    assert (result.folder / "samples" / "0000002.png").exists() == bool(sampling)
     config = read_checkpoint(checkpoint_path(result.folder / "checkpoints", 2))["model_config"]
     assert config["entity"] == kind and (size is None or config["entity_size"] == size)
     assert all(line["loss"] < 20 and line["attn_loss"] > 0 for line in read_log(result.folder))
@@ -160,15 +165,16 @@ def test_the_other_rules_end_its_alignment(make_xar, rule):
     assert [line["aligned"] for line in read_log(result.folder)] == [step < end for step in range(4)]
 
 
-def test_a_new_run_starts_from_a_bare_file_of_weights(make_xar, tmp_path):
-    torch.manual_seed(1)
-    config = make_trainer(vanilla(make_xar)).model_config
-    weights = build_model(config).state_dict()
-    assert "mask" in weights
-    torch.save(weights, tmp_path / "xAR-Tiny.pth")
-    begun = make_trainer(vanilla(make_xar, init_from=str(tmp_path / "xAR-Tiny.pth"))).state
-    for part in (begun.model, begun.ema.model):
-        assert_same_bits(dict(part.state_dict()), dict(weights))
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_new_run_starts_from_released_weights_and_from_a_file_of_the_public_trainer(make_xar, tmp_path, bare):
+    config, path = make_trainer(vanilla(make_xar)).model_config, tmp_path / "xAR-Tiny.pth"
+    weights, average = (dict(build_model(config).state_dict()) for _ in range(2))
+    args = argparse.Namespace(model="xar_tiny", epochs=800, lr=None, batch_size=64, class_num=1000)
+    torch.save(weights if bare else {"model": weights, "model_ema": average, "epoch": 3, "args": args}, path)
+    assert "mask" in weights and not torch.equal(weights["pred.weight"], average["pred.weight"])
+    begun = make_trainer(vanilla(make_xar, init_from=str(path))).state
+    assert_same_bits(dict(begun.model.state_dict()), weights)
+    assert_same_bits(dict(begun.ema.model.state_dict()), weights if bare else average)
 
 
 def test_its_blocks_are_compiled_whole(make_xar, monkeypatch):
@@ -214,7 +220,7 @@ STEPS = 10
 WORDS = [
     "train", "--preset", "xar-digits", "--exp-name", "run", "--depth", "3", "--hidden-size", "32", "--layer-map",
     "0:1,1:2", "--encoder-depth", "2", "--early-stop-point", "6", "--logging-steps", "1", "--checkpointing-steps", "4",
-    "--sampling-steps", "0", "--dropout", "0.1", "--adam-decay", "matrices", "--adam-weight-decay", "0.02",
+    "--sampling-steps", "10", "--dropout", "0.1", "--adam-decay", "matrices", "--adam-weight-decay", "0.02",
     "--decay-steps", "0.25", "--max-train-steps", str(STEPS),
 ]  # fmt: skip
 HALVES = ["--batch-size", "4", "--gradient-accumulation-steps", "2"]  # the local batches that two processes have
@@ -241,6 +247,7 @@ def test_a_share_each_equals_one_process(tmp_path, teacher_folder, one_process):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path, one_process)
+    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["0000010.png"]
     saved = torch.load(checkpoint_path(tmp_path / "run" / "checkpoints", STEPS), weights_only=False)
     model = build_model(saved["model_config"], z_dims=(16,))
     model.load_state_dict(saved["model"], strict=True)
