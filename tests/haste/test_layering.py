@@ -23,7 +23,7 @@ LAYERS = [
     {"teachers", "data", "distributed", "plotting"},
     {"models", "vae"},
     {"kl16"},
-    {"samplers", "transport", "weights", "validation", "tables", "registry", "torchscript"},
+    {"samplers", "transport", "cuda_graphs", "weights", "validation", "tables", "registry", "torchscript"},
     {"resumable"},
     {"io", "errors", "_compat"},
 ]

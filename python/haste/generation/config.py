@@ -264,7 +264,7 @@ class SampleConfig(SamplingConfig, PublishedFlags):
     compile: bool = False
     """Compile the model with torch.compile; the first batch takes about a minute longer."""
     cuda_graphs: bool = False
-    """Replay the calls of a cached model as CUDA graphs. Not yet tried on a GPU."""
+    """Replay the calls of a model that is cached, or makes images in parts, as CUDA graphs. Not yet tried on a GPU."""
 
     def resolved(self) -> SampleConfig:
         """The same settings with --fast and a label file expanded, and without those that have no effect.

@@ -327,14 +327,19 @@ class Sampler:
         return other
 
     def speed_up(self, compile: bool, cuda_graphs: bool) -> None:
-        """Compile the model with torch.compile, and replay calls of a cached model on a GPU as CUDA graphs.
+        """Compile the model with torch.compile, and replay its calls on a GPU as CUDA graphs.
 
         Raises:
-            UserError: neither is there for images made in parts; CUDA graphs without a cache, or on no GPU.
+            UserError: a compilation where images are made in parts; CUDA graphs without a cache of a model that makes
+                them whole, or on no GPU.
         """
-        if self.loaded.family.in_parts and (compile or cuda_graphs):
-            flag = "compile" if compile else "cuda-graphs"
-            raise UserError(f"--{flag} must be left out for {self.loaded.family.title}, whose images are made in parts")
+        if self.loaded.family.in_parts:
+            if compile:
+                title = self.loaded.family.title
+                raise UserError(f"--compile must be left out for {title}, whose images are made in parts")
+            if cuda_graphs:
+                self.loaded.model.capture()
+            return
         if compile and self.cache is not None:
             self.cache.compile()
         elif compile:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from haste.models.family import ModelOutput
 from haste.models.layers import TimestepEmbedder, build_projector, initialize_linear
 from haste.models.xar_checkpoints import add_public_buffers, drop_public_buffers
 from haste.samplers import PartCache, Solver
+
+if TYPE_CHECKING:
+    from haste.models.xar_sampling import Replays
 
 QueriesKeys = tuple[Tensor, Tensor]
 
@@ -184,6 +187,7 @@ class XAR(nn.Module):
 
     Attributes:
         entities: the layout of the tokens.
+        replays: the CUDA graphs of sampling; None before `capture`.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -222,6 +226,7 @@ class XAR(nn.Module):
         self.null_label = num_classes if class_dropout_prob > 0 else None
         self.entities = Entities(entity, grid, entity_size, patch_size)
         self._geometries: dict[tuple, Geometry] = {}
+        self.replays: Replays | None = None
         hidden = int(width * 4 * 2 / 3) if mlp_hidden is None else mlp_hidden
 
         places, values = self.entities.total, channels * patch_size**2
@@ -374,6 +379,20 @@ class XAR(nn.Module):
             velocity, [kept[layer] for layer in aligned_layers], projections, entities.prefix, entities.causal,
             entities.on("order", x.device),
         )  # fmt: skip
+
+    def capture(self) -> XAR:
+        """Replay evaluations of sampling as CUDA graphs from now on, each captured when it is first made.
+
+        Raises:
+            UserError: the model is on no GPU.
+        """
+        from haste.models.xar_sampling import Replays  # which is built on this file
+
+        device = self.z_proj.weight.device
+        if device.type != "cuda":
+            raise UserError(f"the model must be on a GPU for CUDA graphs, got {device}")
+        self.replays = Replays()
+        return self
 
     def sample_in_parts(
         self, noise: Tensor, condition: Tensor, solve: Solver, cache: PartCache | None = None

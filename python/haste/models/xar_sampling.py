@@ -17,13 +17,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from haste.cuda_graphs import Graphed
 from haste.models.xar import XAR, XARBlock
 from haste.samplers import PartCache, Solver
 
@@ -135,6 +137,7 @@ class PartSampler(PartEngine):
         null: the class that stands for none; None without guidance.
         times: all at which it will be called; the modulations at others are computed when they are.
         table_bytes: memory for modulations made ahead; where they need more, each evaluation computes its own.
+        replays: evaluations of earlier batches as CUDA graphs; None for none.
 
     Raises:
         ValueError: a model in training mode.
@@ -147,6 +150,7 @@ class PartSampler(PartEngine):
         null: Tensor | int | None = None,
         times: Sequence[float] = (),
         table_bytes: int = TABLE_BYTES,
+        replays: Replays | None = None,
     ) -> None:
         super().__init__(model)
         if model.training:
@@ -156,7 +160,9 @@ class PartSampler(PartEngine):
         self.device = condition.device
         labels = condition if null is None else torch.cat([condition, _filled(condition, null)])
         self.modulations = Modulations(model, labels, times, table_bytes)
+        self.replays = replays
         self._cos_sin = _rotations(model, self.device)
+        self._owners: dict[tuple[int, ...], Tensor] = {}
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -166,9 +172,14 @@ class PartSampler(PartEngine):
         return len(self.modulations.labels)
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """Keys and values, once there are some."""
+        return [buffer for buffer in (self._keys, self._values) if buffer is not None]
+
+    @property
     def cache_bytes(self) -> int:
         """What the keys and values take, once there are some."""
-        return sum(x.numel() * x.element_size() for x in (self._keys, self._values) if x is not None)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     @torch.no_grad()
     def _run(self, evaluation: Evaluation, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -180,7 +191,9 @@ class PartSampler(PartEngine):
         tokens = torch.cat([part.to(self.dtype) for part in parts], dim=1)
         tokens = tokens.repeat(branches, 1, 1)
         modulations = self.modulations.at(evaluation.times, rows)
-        velocities = self._network(tokens, modulations, evaluation, rows)
+        self._prepare(evaluation.sizes)
+        network = self._network if self.replays is None else self.replays.network(self)
+        velocities = network(tokens, modulations, evaluation, rows)
         return list(velocities.split(evaluation.sizes, dim=1))
 
     def _network(self, tokens: Tensor, modulations: Tensor, evaluation: Evaluation, rows: slice) -> Tensor:
@@ -203,8 +216,7 @@ class PartSampler(PartEngine):
             modulation = modulation.unsqueeze(2)
         else:
             x = x.unsqueeze(1)
-            counts = torch.tensor(sizes, device=modulation.device)
-            modulation = modulation.repeat_interleave(counts, dim=1, output_size=sum(sizes)).unsqueeze(1)
+            modulation = modulation.index_select(1, self._owners[sizes]).unsqueeze(1)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(-2)
         branch = self._attention(index, block, _modulated(x, scale1, shift1).view(shape), evaluation, rows)
         x = torch.addcmul(x, gate1, branch.view(x.shape))
@@ -218,7 +230,7 @@ class PartSampler(PartEngine):
         begin, first = bounds[evaluation.first][0], evaluation.first
         end = begin + length
         qkv = attn.qkv(x).view(batch, length, 3, heads, width // heads)
-        keys, values = self._buffers(qkv.dtype)
+        keys, values = self._buffers()
         q, k, v = qkv.unbind(2)
         rotations = self._cos_sin[begin:end]
         _rotate(k, rotations, keys[index, rows, begin:end])
@@ -231,14 +243,59 @@ class PartSampler(PartEngine):
         ]
         return attn.finish(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2))
 
-    def _buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values (blocks, rows, places, heads, head dim) of the type that the projection has."""
+    def _prepare(self, sizes: tuple[int, ...]) -> None:
+        """Make what an evaluation reads and must not make itself, as none may be made while a graph is captured."""
+        if len(set(sizes)) > 1 and sizes not in self._owners:
+            counts = torch.tensor(sizes)
+            self._owners[sizes] = torch.arange(len(sizes)).repeat_interleave(counts).to(self.device)
+        self._buffers()
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (blocks, rows, places, heads, head dim) of the type that the projections have."""
         if self._keys is None or self._values is None:
-            model = self.model
+            model, kind = self.model, self.device.type
             width = model.z_proj.out_features
             shape = (len(model.blocks), self.rows, self.entities.total, model.heads, width // model.heads)
-            self._keys, self._values = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+            make = torch.empty if self.replays is None else self.replays.empty
+            self._keys, self._values = (make(shape, dtype=dtype, device=self.device) for _ in range(2))
         return self._keys, self._values
+
+
+class Replays:
+    """Evaluations as CUDA graphs, one for each range of parts, with the keys and values that they read and write.
+
+    An evaluation of a batch of the same size is replayed, whatever the batch. Seven graphs serve a run of four cells: the
+    first evaluation of each but the first takes the finished cell along.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, list[Tensor]] = {}
+        self._networks: dict[tuple, Graphed] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer that no sampler of the present batch has; those of earlier batches are used again."""
+        free = self._buffers.setdefault((shape, dtype, device), [])
+        return free.pop(0) if free else torch.empty(shape, dtype=dtype, device=device)
+
+    def release(self, sampler: PartSampler) -> None:
+        """Take back the buffers of a sampler whose batch is done; graphs keep the sampler, without the batch."""
+        sampler.modulations.table = None
+        for buffer in sampler.buffers:
+            self._buffers[tuple(buffer.shape), buffer.dtype, buffer.device].append(buffer)
+
+    def network(self, sampler: PartSampler) -> Callable[..., Tensor]:
+        """`PartSampler._network`, replayed."""
+
+        def replayed(tokens: Tensor, modulations: Tensor, evaluation: Evaluation, rows: slice) -> Tensor:
+            places = tuple(buffer.data_ptr() for buffer in sampler.buffers)
+            key = (*places, evaluation.first, evaluation.sizes, rows.start, rows.stop)
+            if key not in self._networks:
+                run = partial(sampler._network, evaluation=evaluation, rows=rows)
+                self._networks[key] = Graphed(run)
+            return self._networks[key](tokens, modulations)
+
+        return replayed
 
 
 def _mlp(block: XARBlock, x: Tensor) -> Tensor:
@@ -439,6 +496,10 @@ def sample_parts(model: XAR, noise: Tensor, condition: Tensor, solve: Solver, ca
     tokens = noise if noise.dim() == 3 else entities.split(noise)
     scales = guidance_scales(entities.count)
     null = solve.null if any(guidance.scale != 1 for guidance in solve.guidance_of(scales)) else None
-    engine = PartSampler(model, condition, null, solve.times(scales))
-    parts = solve.parts(engine, tokens.split(entities.sizes, dim=1), scales, cache)
+    engine = PartSampler(model, condition, null, solve.times(scales), replays=model.replays)
+    try:
+        parts = solve.parts(engine, tokens.split(entities.sizes, dim=1), scales, cache)
+    finally:
+        if model.replays is not None:
+            model.replays.release(engine)
     return entities.join(torch.cat([part.to(noise.dtype) for part in parts], dim=1))

@@ -118,7 +118,7 @@ class Sweep(Turns):
         samples: images to sample of each point.
         batch: images sampled at once.
         repeats: how often each point is timed.
-        cuda_graphs: on a GPU, cached runs replay CUDA graphs; uncached runs never do.
+        cuda_graphs: on a GPU, cached runs replay CUDA graphs; uncached runs only where images are made in parts.
     """
 
     loaded: LoadedCheckpoint
@@ -166,7 +166,7 @@ class Sweep(Turns):
         sampler = self._reference.with_settings(settings)
         if settings.error_threshold:  # as haste sample: the same full steps for all images, measured once
             sampler = sampler.with_full_steps(self._known(settings).get("full_steps") or measure_full_steps(sampler))
-        if self.cuda_graphs and settings.cache != "none":
+        if self.cuda_graphs and (settings.cache != "none" or self.loaded.family.in_parts):
             sampler.speed_up(compile=False, cuda_graphs=True)
         return sampler
 

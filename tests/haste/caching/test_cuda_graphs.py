@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import haste.cuda_graphs
 import pytest
 import torch
 from caching_models import small_noise, small_sit
@@ -29,7 +30,7 @@ def captures(monkeypatch) -> list:
 
         return replay, output
 
-    monkeypatch.setattr(cuda_graphs, "capture", stand_in)
+    monkeypatch.setattr(haste.cuda_graphs, "capture", stand_in)
     return captured
 
 

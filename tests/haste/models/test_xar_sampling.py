@@ -10,9 +10,11 @@ import haste
 import numpy as np
 import pytest
 import torch
+from haste.errors import UserError
 from haste.models import XAR, build_model
 from haste.models.xar_sampling import (
     PartSampler,
+    Replays,
     cache_bytes,
     count_flops,
     guidance_scales,
@@ -383,6 +385,51 @@ def test_noise_of_scales_is_a_sequence():
     model = tiny(entity="scale", entity_size=2)
     with pytest.raises(ValueError, match="^noise must"):
         sample(model, torch.randn(3, 3, 8, 8).double(), CLASSES, num_steps=2)
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list:
+    """In place of a capture: a replay computes anew from the captured inputs, into the memory of the first output."""
+    captured = []
+
+    def stand_in(function, inputs):
+        output = function(*inputs)
+        captured.append(tuple(inputs[0].shape))
+
+        def replay():
+            output.copy_(function(*inputs))
+
+        return replay, output
+
+    monkeypatch.setattr("haste.cuda_graphs.capture", stand_in)
+    return captured
+
+
+@pytest.mark.parametrize(("entity", "size"), [("cell", 4), ("scale", 2)])
+def test_replayed_graphs_give_the_same_images_batch_after_batch(entity, size, captures):
+    model = tiny(entity=entity, entity_size=size)
+    settings = {"num_steps": 4, "cfg_scale": 2.0, "null": NULL}
+    batches = [(noise_of(model, seed=seed), CLASSES + seed) for seed in range(3)]
+    expected = [sample_parts(model, noise, labels, Solver(**settings)) for noise, labels in batches]
+    model.replays = Replays()
+    for (noise, labels), images in zip(batches, expected, strict=True):
+        assert torch.equal(sample_parts(model, noise, labels, Solver(**settings)), images)
+        assert len(captures) == 2 * model.entities.count - 1  # the first evaluation of a part but the first, and others
+
+
+def test_graphs_of_a_model_on_no_gpu_are_refused():
+    with pytest.raises(UserError, match="GPU"):
+        tiny().capture()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_on_a_gpu():
+    model = tiny(torch.float32).cuda()
+    noise, settings = noise_of(model).cuda(), {"num_steps": 8, "cfg_scale": 2.0, "null": NULL}
+    expected = sample(model, noise, CLASSES.cuda(), **settings)
+    model.capture()
+    for _ in range(2):
+        torch.testing.assert_close(sample(model, noise, CLASSES.cuda(), **settings), expected, rtol=0, atol=1e-5)
 
 
 def test_bad_input():
