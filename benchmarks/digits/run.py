@@ -127,9 +127,8 @@ def provenance() -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout
 
-    changed = git(
-        "status", "--porcelain", "--", ":/python", ":/haste_ext", ":/csrc", ":/benchmarks/digits/run.py"
-    ).strip()
+    code = (":/python", ":/haste_ext", ":/csrc", ":/benchmarks/digits/*.py")
+    changed = git("status", "--porcelain", "--", *code).strip()
     return {
         "commit": git("rev-parse", "HEAD").strip() + (" with changes" if changed else ""),
         "build": haste_ext.build_info(),
