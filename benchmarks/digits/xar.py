@@ -1,6 +1,6 @@
 """xAR beside SiT on the digits: equal parameters, equal training seconds, three seeds, five points of training.
 
-    python benchmarks/digits/xar.py --timing         seconds of a training step of each method, in turns, on an idle machine
+    python benchmarks/digits/xar.py --timing         seconds of a step of each method, in turns, on an idle machine
     python benchmarks/digits/xar.py                  all runs that are not done yet, then the table
     python benchmarks/digits/xar.py --methods xAR --seeds 0  of that, one run; several may go on side by side
     python benchmarks/digits/xar.py --plot-only      the table from xar.json alone
