@@ -55,7 +55,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stagger 6": {"stagger": 6},
     "stagger 0": {"stagger": 0},
     "stagger 12 and forecast": {"stagger": 12, **FORECAST},
-    "stagger 6 and forecast": {"stagger": 6, **FORECAST},
+    "stagger 8 and forecast": {"stagger": 8, **FORECAST},
+    "stagger 6 and forecast": {"stagger": 6, **FORECAST},  # no multiple of the interval
+    "stagger 4 and forecast": {"stagger": 4, **FORECAST},
 }
 
 
