@@ -90,7 +90,7 @@ class CachedParts(PartCache):
             features.release()
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        raise UserError(f"the cache of a {type(self.model).__name__} must be used by haste.sample, or by its family's "
+        raise UserError(f"the cache of {type(self.model).__name__} must be used by haste.sample, or by its family's "
                         "sample(cached, noise, condition, solve), got a call")  # fmt: skip
 
     # ---- a run ----

@@ -132,8 +132,9 @@ class Entities:
         """Sequences (B, N, C·patch²) as images (B, C, S, S), made of the places after the prefix."""
         grid, p = self.grid, self.patch_size
         rows = tokens[:, self.prefix :][:, self.on("inverse", tokens.device)]
-        rows = rows.reshape(len(rows), grid, grid, p, p, -1)
-        return rows.permute(0, 5, 1, 3, 2, 4).reshape(len(rows), -1, grid * p, grid * p)
+        channels = rows.shape[2] // p**2
+        rows = rows.reshape(len(rows), grid, grid, p, p, channels)
+        return rows.permute(0, 5, 1, 3, 2, 4).reshape(len(rows), channels, grid * p, grid * p)
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per entity (B, K, ...) as one per place (B, N, ...)."""
@@ -143,7 +144,7 @@ class Entities:
         """(B, C, S, S) to (B, tokens, patch²·C), row by row, the channels of a patch's pixels last."""
         p, batch = self.patch_size, len(x)
         rows = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, rows, p, columns, p)
-        return rows.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * x.shape[1])
+        return rows.permute(0, 2, 4, 3, 5, 1).reshape(batch, x.shape[2] * x.shape[3] // p**2, p * p * x.shape[1])
 
     def on(self, name: str, device: torch.device) -> Tensor:
         """The table of that name on a device; copied there once, as a training step must not wait for copies."""

@@ -242,6 +242,14 @@ class Family(ABC):
         """
         return {name: value for name, value in config.items() if name != "family"}
 
+    def check_start(self, config: Mapping[str, Any], other: Mapping[str, Any]) -> None:  # noqa: B027 - may be nothing
+        """Refuse weights of the config `other` whose shapes fit a model of `config`, but which mean something else in
+        it. Replace it where there are such.
+
+        Raises:
+            UserError: names the flag of the training run.
+        """
+
     def depth(self, size: Mapping[str, Any]) -> int:
         """Layers with attention, of a size's arguments or of a config."""
         return size["depth"]
@@ -483,8 +491,9 @@ def chosen_size(settings: Any) -> tuple[Family, dict[str, Any]]:
     for name in (*SIZES, *OWN_SETTINGS):
         value = getattr(settings, name)
         if value is not None and name not in (*size, *family.settings):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be left out for {family.title}, which has none, got {value}")
+            flag, preset = name.replace("_", "-"), getattr(settings, "preset", "")
+            hint = f"; or it is of --preset {preset}, which is for another --model" if preset else ""
+            raise UserError(f"--{flag} must be left out for {family.title}, which has none, got {value}{hint}")
     return family, {**size, **own}
 
 

@@ -218,6 +218,7 @@ class XAR(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(width, heads, encoder_depth, decoder_depth)
+        check_settings(channels, grid, patch_size, num_classes, class_dropout_prob, dropout, context)
         depth = encoder_depth + decoder_depth
         if z_dims and not 1 <= align_depth <= depth:
             raise UserError(f"align_depth must be from 1 to the depth, {depth}, got {align_depth}")
@@ -440,3 +441,23 @@ def check_sizes(width: int, heads: int, encoder_depth: int, decoder_depth: int) 
         raise UserError(f"encoder_depth must be at least 0, and decoder_depth, got {encoder_depth} and {decoder_depth}")
     if width % (4 * heads):
         raise UserError(f"--hidden-size must be a multiple of 4 for each of {heads} heads, for positions, got {width}")
+
+
+def check_settings(
+    channels: int,
+    grid: int,
+    patch_size: int,
+    num_classes: int,
+    class_dropout_prob: float,
+    dropout: float,
+    context: str,
+) -> None:
+    sizes = {"channels": channels, "grid": grid, "patch_size": patch_size, "num_classes": num_classes}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    for name, share in (("class_dropout_prob", class_dropout_prob), ("dropout", dropout)):
+        if not 0 <= share < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, got {share}")
+    if context not in CONTEXTS:
+        raise UserError(f"context must be one of {', '.join(CONTEXTS)}, got {context!r}")

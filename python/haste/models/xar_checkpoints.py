@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from haste.errors import UserError
+from haste.models.entities import Entities
 from haste.models.family import ForeignCheckpoints, Weights
 from haste.validation import check
 
@@ -88,8 +89,7 @@ def infer_config(
         "mlp_hidden": None if hidden is None else len(hidden),
         "channels": channels,
         "grid": grid,
-        "entity": "cell",
-        "entity_size": _infer_cell(weights.get("mask"), grid),
+        **_infer_entities(weights, grid),
         "num_classes": num_classes,
         "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
     }
@@ -109,6 +109,22 @@ def _infer_heads(weights: Mapping[str, Tensor], width: int, published: Mapping[i
 def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
     numbers = {name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)}
     return sum(number.isdecimal() for number in numbers)
+
+
+def _infer_entities(weights: Mapping[str, Tensor], grid: int) -> dict[str, Any]:
+    """Cells or subsamples, by what the first token sees and by the rows and columns that the places are rotated by;
+    without these tables cells of half of the grid, as published."""
+    size = _infer_cell(weights.get("mask"), grid)
+    cosines = weights.get("encoder_blocks.0.attn.rope.freqs_cos")
+    if cosines is None or cosines.dim() != 2 or len(cosines) != grid**2:
+        return {"entity": "cell", "entity_size": size}
+    n = max(cosines.shape[1] // 4, 1)  # the first pair of rows turns by the row itself, that of columns by the column
+    found = cosines[:, [0, 2 * n]] if cosines.shape[1] == 4 * n else cosines[:, :0]
+    for entity, own in (("cell", size), ("subsample", grid // size)):
+        wanted = Entities(entity, grid, own).coordinates.cos()
+        if found.shape == wanted.shape and torch.allclose(found.double(), wanted, atol=1e-2):
+            return {"entity": entity, "entity_size": own}
+    raise UserError("the weights are an xAR whose attn.rope.freqs_cos are in the order of neither cells nor subsamples")
 
 
 def _infer_cell(mask: Tensor | None, grid: int) -> int:

@@ -119,6 +119,14 @@ class XARFamily(Family):
         given = asdict(build(_Config, _own_names(config), f"model_config of {source}"))
         return {name: value for name, value in given.items() if name in _own_names(config)}
 
+    def check_start(self, config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+        """Learned positions are of places, so they fit no other order of the tokens."""
+        own, found = _entities(_own_names(config)), _entities(_own_names(other))
+        if own.grid == found.grid and not torch.equal(own.order, found.order):
+            wanted = f"{found.kind} with --entity-size {found.size}"
+            raise UserError(f"--entity must be {wanted}, in whose order the positions of --init-from are, got "
+                            f"{own.kind} with {own.size}")  # fmt: skip
+
     def depth(self, size: Mapping[str, Any]) -> int:
         return size["depth"] if "depth" in size else size["encoder_depth"] + size["decoder_depth"]
 
@@ -223,7 +231,10 @@ def _own_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of the public model's numbers, which names cells by their number along a side, as XAR's arguments."""
     own = {name: value for name, value in config.items() if name in _Config.__dataclass_fields__}
     if "cells_per_side" in config:
-        own["entity_size"] = config["grid"] // config["cells_per_side"]
+        cells, grid = config["cells_per_side"], config["grid"]
+        if not isinstance(cells, int) or cells < 1 or grid % cells:
+            raise UserError(f"cells_per_side must divide the {grid} tokens along a side of the image, got {cells}")
+        own["entity_size"] = grid // cells
     return own
 
 

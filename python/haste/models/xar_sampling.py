@@ -265,8 +265,8 @@ class PartSampler(PartEngine):
 class Replays:
     """Evaluations as CUDA graphs, one for each range of parts, with the keys and values that they read and write.
 
-    An evaluation of a batch of the same size is replayed, whatever the batch. Seven graphs serve a run of four cells: the
-    first evaluation of each but the first takes the finished cell along.
+    An evaluation of a batch of the same size is replayed, whatever the batch. Seven graphs serve a run of four cells:
+    the first evaluation of each but the first takes the finished cell along.
     """
 
     def __init__(self) -> None:
@@ -486,16 +486,16 @@ def sample_parts(model: XAR, noise: Tensor, condition: Tensor, solve: Solver, ca
         (B, C, S, S), in the type of noise.
 
     Raises:
-        ValueError: images of noise for scales, whose entities hold more.
+        ValueError: noise of another shape, images of noise for scales, whose entities hold more; classes that the model
+            has not.
     """
     entities = model.entities
-    if noise.dim() == 4 and entities.prefix:
-        sizes = f"({entities.total}, {model.z_proj.in_features})"
-        raise ValueError(f"noise must be sequences (batch, *{sizes}) for entities of kind {entities.kind}, got "
-                         f"{tuple(noise.shape)}")  # fmt: skip
-    tokens = noise if noise.dim() == 3 else entities.split(noise)
+    tokens = _as_sequences(model, noise)
+    _check_classes(model, "condition", condition)
     scales = guidance_scales(entities.count)
     null = solve.null if any(guidance.scale != 1 for guidance in solve.guidance_of(scales)) else None
+    if null is not None:
+        _check_classes(model, "null", torch.as_tensor(null).reshape(1))
     engine = PartSampler(model, condition, null, solve.times(scales), replays=model.replays)
     try:
         parts = solve.parts(engine, tokens.split(entities.sizes, dim=1), scales, cache)
@@ -503,3 +503,26 @@ def sample_parts(model: XAR, noise: Tensor, condition: Tensor, solve: Solver, ca
         if model.replays is not None:
             model.replays.release(engine)
     return entities.join(torch.cat([part.to(noise.dtype) for part in parts], dim=1))
+
+
+def _as_sequences(model: XAR, noise: Tensor) -> Tensor:
+    """Noise, of images or of sequences, as (B, N, values)."""
+    entities, values = model.entities, model.z_proj.in_features
+    side = entities.grid * entities.patch_size
+    image, sequence = (model.channels, side, side), (entities.total, values)
+    shape, of_scales = tuple(noise.shape[1:]), entities.prefix > 0
+    if shape == sequence or (shape == image and not of_scales):
+        return noise if shape == sequence else entities.split(noise)
+    wanted = " or ".join(
+        f"(batch, {', '.join(map(str, sizes))})" for sizes in ([] if of_scales else [image]) + [sequence]
+    )
+    raise ValueError(f"noise must have shape {wanted} for entities of kind {entities.kind}, got {tuple(noise.shape)}")
+
+
+def _check_classes(model: XAR, name: str, classes: Tensor) -> None:
+    rows = model.class_emb.num_embeddings
+    if classes.dim() != 1 or classes.is_floating_point():
+        raise ValueError(f"{name} must be classes (batch,) of an integer type, got {classes.dtype} of shape "
+                         f"{tuple(classes.shape)}")  # fmt: skip
+    if classes.numel() and not 0 <= classes.min() <= classes.max() < rows:
+        raise ValueError(f"{name} must be classes from 0 to {rows - 1}, got {classes.min()} to {classes.max()}")

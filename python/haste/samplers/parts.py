@@ -22,7 +22,7 @@ from haste.samplers.guidance import BOTH, COND, UNCOND, Branches, Guidance
 from haste.samplers.methods import Method, Request, begin, evaluations, time_grid
 from haste.samplers.run import BEYOND, Generators, initial_noise, sample
 from haste.transport import get_path
-from haste.validation import DEFAULT_STEPS
+from haste.validation import DEFAULT_STEPS, check_number
 
 # ---- what a family brings ----
 
@@ -126,11 +126,13 @@ def plan_parts(sampler: str, part_steps: Sequence[int], stagger: int | None, gui
         guidance: of each part.
 
     Raises:
-        UserError: an unknown sampler, a number of steps out of bounds, Heun's sampler staggered: its second call in a
-            step is at the time of the next.
+        UserError: an unknown sampler, a number of steps or a stagger out of bounds, Heun's sampler staggered: its
+            second call in a step is at the time of the next.
     """
     if sampler == "heun" and stagger is not None:
         raise UserError(f"stagger must be None for the sampler heun, got {stagger}")
+    if stagger is not None:
+        check_number("stagger", stagger, shown="stagger")
     calls = [_calls_of_part(part, sampler, steps, guidance[part]) for part, steps in enumerate(part_steps)]
     begins = [0]
     for own in calls[:-1]:
@@ -211,6 +213,7 @@ class Solver:
 
     def guidance_of(self, scales: Sequence[float]) -> list[Guidance]:
         """The guidance of each part, of scale 1 + scales[k]·(cfg_scale − 1): in xAR it grows from none, linearly."""
+        check_number("cfg_scale", self.cfg_scale, shown="cfg_scale")  # as it was given, not as it is scaled
         interval = (self.guidance_low, self.guidance_high, self.guidance)
         return [Guidance(self._scaled(scale), *interval) for scale in scales]  # type: ignore[arg-type]
 

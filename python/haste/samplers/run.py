@@ -163,6 +163,9 @@ def _check_finite(finite: list[Tensor], grid: Tensor) -> None:
 
 def _check(model: Callable, noise: Tensor, condition: Tensor, num_steps: int, sampler: str) -> None:
     check_steps(sampler, num_steps)
+    if not isinstance(condition, Tensor):
+        raise ValueError(f"condition must be a tensor, such as classes ({noise.shape[0]},), or of no class the null "
+                         f"one, got {condition}")  # fmt: skip
     if condition.shape[:1] != noise.shape[:1]:
         shape = tuple(condition.shape)
         raise ValueError(f"condition must have as many rows as noise, {noise.shape[0]}, got shape {shape}")

@@ -205,7 +205,7 @@ def require_names(model: nn.Module, weights: Weights, source: str) -> None:
     missing = [f"{name} is missing" for name in expected if name not in weights]
     if foreign or missing:
         wrong = " and ".join(foreign[:1] + missing[:1])
-        raise UserError(f"{source} does not hold the weights of a {get_family(model).title} of its size: {wrong}")
+        raise UserError(f"{source} does not hold the weights of {get_family(model).title} of its size: {wrong}")
 
 
 def require_shapes(model: nn.Module, weights: Weights, source: str) -> None:

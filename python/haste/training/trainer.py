@@ -246,13 +246,23 @@ class Trainer:
         set_seed(config.seed)
         initial = checkpoint
         if checkpoint is None and config.init_from:
-            path = initial_checkpoint(Path(config.init_from).expanduser())
-            initial = {**read_checkpoint(path, convention=config.convention), "opt": None}
+            initial = self._read_initial()
         self.state = self._build_state(initial)
         if checkpoint is not None and checkpoint["rng"] is not None:
             restore_rng(checkpoint["rng"])
         else:  # so that runs with different alignment have the same noise, times and dropped labels
             set_seed((config.seed + self.step) % 2**32)
+
+    def _read_initial(self) -> dict[str, Any]:
+        """The checkpoint of --init-from. Raises UserError if it is of another family, or of another kind of model."""
+        path = initial_checkpoint(Path(self.config.init_from).expanduser())
+        found = read_checkpoint(path, convention=self.config.convention)
+        other = get_family(found["model_config"])
+        if other.name != self.family.name:
+            wanted = f"{self.family.title}, as --model {self.config.model}"
+            raise UserError(f"--init-from must be a checkpoint of {wanted}, got one of {other.title}: {path}")
+        self.family.check_start(self.model_config, found["model_config"])
+        return {**found, "opt": None}
 
     def _steps_of_epochs(self, epochs: int) -> int:
         return max(1, epochs * len(self.data) // self.step_size)

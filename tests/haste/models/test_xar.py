@@ -153,6 +153,23 @@ def test_the_config_follows_from_public_weights():
     build_model(config).load_state_dict(model.state_dict(), strict=True)
 
 
+@pytest.mark.parametrize(
+    "kind, size", [("token", None), ("cell", 2), ("subsample", 2), ("subsample", 4), ("image", None)]
+)
+def test_the_order_of_the_tokens_follows_from_public_weights(kind, size):
+    model = tiny(entity=kind, entity_size=size)
+    config = infer_config({**model.state_dict()}, {})
+    assert torch.equal(build_model(config).entities.order, model.entities.order)
+    assert build_model(config).entities.bounds == model.entities.bounds
+
+
+def test_an_unknown_order_of_the_tokens_is_refused():
+    state = tiny().state_dict()
+    rope = "encoder_blocks.0.attn.rope.freqs_cos"
+    with pytest.raises(UserError, match="freqs_cos"):
+        infer_config({**state, rope: state[rope].flip(0)}, {})
+
+
 # ---- entities ----
 
 
@@ -280,6 +297,10 @@ def test_projections_are_of_the_image_s_tokens():
         ({"entity_size": 3}, "--entity-size"), ({"entity": "scale", "entity_size": 5}, "--entity-size"),
         ({"entity": "token", "entity_size": 2}, "--entity-size"), ({"entity": "row"}, "--entity"),
         ({"heads": 3}, "--hidden-size"), ({"encoder_depth": 0, "decoder_depth": 0}, "--depth"),
+        ({"context": "noisy"}, "context"), ({"dropout": 1.0}, "dropout"), ({"dropout": -0.1}, "dropout"),
+        ({"class_dropout_prob": 5.0}, "class_dropout_prob"), ({"channels": 0}, "channels"), ({"grid": 0}, "grid"),
+        ({"patch_size": 0}, "patch_size"), ({"num_classes": 0}, "num_classes"),
+        ({"cells_per_side": 3}, "cells_per_side"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_named(changes, named):

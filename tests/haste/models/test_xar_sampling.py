@@ -432,6 +432,30 @@ def test_graphs_on_a_gpu():
         torch.testing.assert_close(sample(model, noise, CLASSES.cuda(), **settings), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 4, 4), (3, 16, 16), (48, 3), (64, 4), (80, 3), (64,)])
+def test_noise_of_another_shape_is_refused(shape):
+    model = tiny()
+    with pytest.raises(ValueError, match="^noise must"):
+        sample(model, torch.randn(3, *shape).double(), CLASSES, num_steps=2)
+
+
+@pytest.mark.parametrize("classes", [[3, 7, 11], [3, -1, 3], [3.0, 7.0, 3.0]])
+def test_classes_that_the_model_has_not_are_refused(classes):
+    model = tiny()
+    with pytest.raises(ValueError, match="^condition must"):
+        sample(model, noise_of(model), torch.tensor(classes), num_steps=2)
+
+
+def test_a_null_class_that_the_model_has_not_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="^null must"):
+        sample(model, noise_of(model), CLASSES, num_steps=2, cfg_scale=2.0, null=11)
+
+
+def test_no_images_are_no_images():
+    assert sample(tiny(), torch.empty(0, 3, 8, 8).double(), CLASSES[:0], num_steps=2).shape == (0, 3, 8, 8)
+
+
 def test_bad_input():
     model = tiny()
     noise = noise_of(model).split(16, dim=1)

@@ -177,6 +177,16 @@ def test_a_new_run_starts_from_released_weights_and_from_a_file_of_the_public_tr
     assert_same_bits(dict(begun.ema.model.state_dict()), weights if bare else average)
 
 
+@pytest.mark.parametrize("change", [{"entity": "token"}, {"entity": "subsample"}, {"entity_size": 1}])
+def test_weights_whose_tokens_are_in_another_order_are_refused(make_xar, tmp_path, change):
+    path = tmp_path / "xAR-Tiny.pt"
+    config = make_trainer(vanilla(make_xar)).model_config
+    torch.save({"model": build_model(config).state_dict(), "model_config": config}, path)
+    make_trainer(vanilla(make_xar, init_from=str(path), context="increasing"))
+    with pytest.raises(UserError, match="--entity must be cell with --entity-size 2"):
+        make_trainer(vanilla(make_xar, init_from=str(path), **change))
+
+
 def test_its_blocks_are_compiled_whole(make_xar, monkeypatch):
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: original(self, backend="eager", **kw))
@@ -207,7 +217,7 @@ def test_what_cannot_work_is_refused_before_any_step(make_xar, change, flag):
 
 def test_weights_of_another_family_are_refused(make_config, make_xar):
     sit = train(make_config(exp_name="sit", max_train_steps=1))
-    with pytest.raises(UserError, match="does not fit xAR-Tiny/2: .*does not belong"):
+    with pytest.raises(UserError, match="--init-from must be a checkpoint of xAR, .* got one of SiT"):
         make_trainer(make_xar(init_from=str(sit.folder)))
     shutil.copytree(sit.folder, RunDir(make_xar()).path)
     with pytest.raises(UserError, match="--model SiT-Tiny/2, not xAR-Tiny/2"):
