@@ -53,7 +53,8 @@ class EvaluateConfig(SamplingConfig):
     num_fid_samples: int = 1000
     """Number of images to sample per checkpoint."""
     labels: str = "balanced"
-    """Class labels: random, balanced (0, 1, 2, ... in turn), or a list such as 3,1,4 to cycle through."""
+    """Class labels: random, balanced (0, 1, 2, ... in turn), none for images of no class, which have no label accuracy,
+    or a list such as 3,1,4 to cycle through."""
     per_proc_batch_size: int = 128
     """Batch size for sampling and feature extraction."""
     kid_subset_size: int = 1000

@@ -237,7 +237,8 @@ class Evaluator:
     def score(
         self, features: Features, labels: np.ndarray | None = None, metrics: Collection[str] = tuple(NAMES)
     ) -> list[Result]:
-        """Compute metrics, in the order of NAMES; the label accuracy needs `labels` and `classes`. Raises UserError."""
+        """Compute metrics, in the order of NAMES; the label accuracy needs `classes`, and `labels` that are some of
+        them. Raises UserError."""
         reference, config = self.reference, self.config
         unknown = set(metrics) - set(NAMES)
         if unknown:
@@ -255,7 +256,8 @@ class Evaluator:
             *_attempt(["precision", "recall", "density", "coverage"], metrics, lambda: _prdc(features, reference)),
             *_attempt(["inception_score"], metrics, lambda: _inception_score(features, config)),
         ]
-        if labels is not None and self.classes is not None and "label_accuracy" in metrics:
+        classified = labels is not None and self.classes is not None and (labels < self.classes).any()
+        if classified and "label_accuracy" in metrics:  # images of no class have none
             results.append(Result("label_accuracy", float(np.mean(features.predictions == labels))))
         return results
 

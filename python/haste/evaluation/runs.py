@@ -234,6 +234,9 @@ def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, An
 def evaluate_by_classifier(config: EvaluateConfig) -> tuple[list[dict[str, Any]], Evaluator]:
     """Compute and plot FD and label accuracy of every checkpoint of a run. Raises UserError."""
     config.check()
+    if config.labels == "none":
+        raise UserError("--labels must be classes with --run, which has the accuracy of labels, got none; --ckpt "
+                        "evaluates images of no class")  # fmt: skip
     require("matplotlib")
     run, count = config.trained, config.num_fid_samples
     checkpoints = run_checkpoints(run)

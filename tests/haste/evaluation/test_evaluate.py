@@ -147,6 +147,8 @@ def test_as_plain_numbers_what_cannot_be_had_is_an_error():
     assert found["fd"] > 0 and found["label_accuracy"] == 1.0
     with pytest.raises(UserError, match="2 samples are too few"):
         evaluator.values(Features(features(2), probabilities[:2]), np.zeros(2), ("fd",))
+    nothing = evaluator.values(Features(features(60), probabilities), np.full(60, 4), ("fd", "label_accuracy"))
+    assert nothing == {"fd": found["fd"], "label_accuracy": None}  # of no class
     alone = Evaluator(None, reference(features(50))).values(
         Features(features(60)), np.zeros(60), ("fd", "label_accuracy")
     )

@@ -176,6 +176,12 @@ def test_too_few_samples_are_refused_before_a_classifier_is_trained(tmp_path):
     assert not (tmp_path / "classifier").exists()
 
 
+def test_images_of_no_class_have_no_accuracy_to_follow(tmp_path):
+    with pytest.raises(UserError, match="--labels must be classes with --run"):
+        runs.evaluate_by_classifier(EvaluateConfig(run=write_run(tmp_path), num_steps=2, labels="none"))
+    assert not (tmp_path / "classifier").exists()
+
+
 def test_a_run_that_cannot_be_written_is_refused_before_anything_is_sampled(tmp_path):
     run = write_run(tmp_path)
     (run / ".evaluation.jsonl.lock").mkdir()
