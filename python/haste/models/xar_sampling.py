@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +29,8 @@ from torch import Tensor
 from haste.cuda_graphs import Graphed
 from haste.models.xar import XAR, XARBlock
 from haste.samplers import PartCache, Solver
+
+logger = logging.getLogger(__name__)
 
 TABLE_BYTES = 2**30  # of a table of modulations, at most
 
@@ -490,6 +493,8 @@ def sample_parts(model: XAR, noise: Tensor, condition: Tensor, solve: Solver, ca
             has not.
     """
     entities = model.entities
+    if solve.stagger is not None and model.context == "clean":
+        logger.warning("the model was trained with clean entities before each, and staggered ones are noisy")
     tokens = _as_sequences(model, noise)
     _check_classes(model, "condition", condition)
     scales = guidance_scales(entities.count)

@@ -417,6 +417,14 @@ def test_replayed_graphs_give_the_same_images_batch_after_batch(entity, size, ca
         assert len(captures) == 2 * model.entities.count - 1  # the first evaluation of a part but the first, and others
 
 
+def test_a_stagger_of_a_model_that_saw_clean_cells_is_warned_of(caplog):
+    model = tiny(context="clean", entity_size=4)
+    sample_parts(model, noise_of(model), CLASSES, Solver(num_steps=2))
+    assert not caplog.records
+    sample_parts(model, noise_of(model), CLASSES, Solver(num_steps=2, stagger=1))
+    assert "clean" in caplog.text
+
+
 def test_graphs_of_a_model_on_no_gpu_are_refused():
     with pytest.raises(UserError, match="GPU"):
         tiny().capture()
