@@ -43,6 +43,7 @@ class Args(CommonArgs):
     interval: int = 4
     order: int = 1
     stagger: int | None = None
+    only: list[str] | None = None
     add: bool = False
 
 
@@ -58,6 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> Args:
     add("--interval", type=int, help="One full step in so many, where steps are forecast")
     add("--order", type=int, help="Of the forecast")
     add("--stagger", type=int, help="Steps between cells where they are staggered. Default: a quarter of their number")
+    add("--only", nargs="+", help="Rows of the table to measure beside the published loop. Default: all")
     add("--add", action="store_true", help="Add the rounds to those of the same case in results.json")
     return Args(**vars(parser.parse_args(arguments)))
 
@@ -74,7 +76,7 @@ def measured(args: Args) -> Iterator[dict[str, Any]]:
         steps = args.num_steps or STEPS.get(batch, STEPS[8])
         stagger = args.stagger or max(steps // 4, 1)
         case = make_case(args.model, batch, args.dtype, steps, args.cfg_scale, args.interval, args.order, stagger)
-        result = measure(case, args.rounds or ROUNDS["cpu"])
+        result = measure(case, args.rounds or ROUNDS["cpu"], args.only or ())
         if args.add:
             old = read_results(args.output or HERE / args.device)["results"]
             same = [other for other in old if other["case"] == result["case"]]
