@@ -303,7 +303,7 @@ class Replays:
 
 def _mlp(block: XARBlock, x: Tensor) -> Tensor:
     mlp = block.mlp
-    return mlp.fc2(F.gelu(mlp.fc1_g(x)) * mlp.fc1_x(x))
+    return mlp.fc2(F.gelu(mlp.fc1_g(x)).mul_(mlp.fc1_x(x)))
 
 
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
