@@ -10,7 +10,8 @@ import torch
 from haste.caching import CacheConfig, make_cache
 from haste.errors import UserError
 from haste.models import XAR, build_model, find_size
-from haste.models.xar_sampling import count_flops, guidance_scales, modulation_flops, network_flops, sample_parts
+from haste.models.xar_costs import count_flops, modulation_flops, network_flops
+from haste.models.xar_sampling import guidance_scales, sample_parts
 from haste.samplers import Solver
 from published import PublishedSampler
 from torch import Tensor

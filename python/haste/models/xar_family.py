@@ -209,7 +209,7 @@ class XARFamily(Family):
     def sampling_cost(
         self, model: nn.Module, solve: Solver, images: int, cache: PartCache | None = None
     ) -> SamplingCost:
-        from haste.models.xar_sampling import cache_bytes, count_flops
+        from haste.models.xar_costs import cache_bytes, count_flops
 
         counted = count_flops(model, solve, cache=cache)
         return SamplingCost(counted.flops, cache_bytes(model, images, guided=solve.cfg_scale > 1))

@@ -10,13 +10,10 @@
   guidance asks for them, so the first part, which is not guided, has none.
 - The modulation of the blocks depends on class and time alone. It is computed once for all steps of a run where that
   table fits into memory.
-
-`count_flops` counts a whole run, with whatever a solver does, by running the solver on an engine that only counts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,11 +25,10 @@ from torch import Tensor
 
 from haste.cuda_graphs import Graphed
 from haste.models.xar import XAR, XARBlock
+from haste.models.xar_modulations import TABLE_BYTES, Modulations
 from haste.samplers import PartCache, Solver
 
 logger = logging.getLogger(__name__)
-
-TABLE_BYTES = 2**30  # of a table of modulations, at most
 
 BRANCHES = ("cond", "uncond")  # in the order of their rows
 
@@ -331,140 +327,6 @@ def _rotate(x: Tensor, rotations: Tensor, out: Tensor) -> Tensor:
 
 def _filled(condition: Tensor, null: Tensor | int) -> Tensor:
     return torch.as_tensor(null).to(condition).expand_as(condition)
-
-
-# ---- modulations ----
-
-
-class Modulations:
-    """The six vectors of each block, by class and time: g₁, g₂, 1 + s₁, 1 + s₂, b₁, b₂.
-
-    Args:
-        labels: (rows,) int64; rows of the same class share an entry.
-        times: those whose entries are made at once.
-        table_bytes: if these need more, none is made, and `at` computes those that it is asked for.
-
-    Attributes:
-        table: (blocks, times · classes, 6, width), or None.
-    """
-
-    def __init__(self, model: XAR, labels: Tensor, times: Sequence[float], table_bytes: int) -> None:
-        self.model = model
-        self.labels = labels
-        self.classes, self._class_of_row = labels.unique(return_inverse=True)
-        self.table: Tensor | None = None
-        times = sorted({0.0, *times})
-        if modulation_bytes(model, len(self.classes), len(times)) <= table_bytes and len(times) > 1:
-            self._position = {time: number for number, time in enumerate(times)}
-            self.table = self._compute(times)
-
-    def at(self, times: Sequence[float], rows: slice) -> Tensor:
-        """Those of each part and row: (blocks, rows, parts, 6, width)."""
-        table, position = self.table, getattr(self, "_position", {})
-        if table is None or not all(time in position for time in times):
-            distinct = sorted(set(times))
-            table, position = self._compute(distinct), {time: number for number, time in enumerate(distinct)}
-        starts = torch.tensor([position[time] * len(self.classes) for time in times]).to(self.labels.device)
-        entries = self._class_of_row[rows, None] + starts
-        return table.index_select(1, entries.flatten()).unflatten(1, tuple(entries.shape))
-
-    @torch.no_grad()
-    def _compute(self, times: Sequence[float]) -> Tensor:
-        """(blocks, times · classes, 6, width)."""
-        model, classes = self.model, self.classes
-        t = torch.tensor(times, dtype=torch.float32, device=classes.device)
-        c = model.conditioning(t.expand(len(classes), -1), classes).transpose(0, 1).flatten(0, 1)
-        table: Tensor | None = None
-        for index, block in enumerate(model.blocks):
-            entries = block.ada_lin(c).unflatten(-1, (6, -1))
-            if table is None:
-                table = entries.new_empty(len(model.blocks), *entries.shape)
-            table[index] = entries
-        assert table is not None
-        table[:, :, 2:4] += 1
-        return table
-
-
-# ---- what a run costs ----
-
-
-def modulation_bytes(model: XAR, classes: int, times: int) -> int:
-    """Bytes of the table of modulations of so many classes, the null class among them, at so many times."""
-    width = model.z_proj.out_features
-    return len(model.blocks) * classes * times * 6 * width * model.dtype.itemsize
-
-
-def cache_bytes(model: XAR, batch: int, guided: bool) -> int:
-    """Bytes of the keys and values of a batch of images; guided runs keep those of the null class as well."""
-    width = model.z_proj.out_features
-    return 2 * len(model.blocks) * batch * (1 + guided) * model.entities.total * width * model.dtype.itemsize
-
-
-class FlopCounter(PartEngine):
-    """An engine that computes nothing: velocities are zero, and the operations that they would take are added up.
-
-    Counted are those of the matrix products, two for each multiplication; of attention what the mask leaves.
-
-    Args:
-        table: modulations are computed once for each class and time, not in every evaluation.
-
-    Attributes:
-        flops: so far, for one image; its modulations are not shared with others of its class.
-        evaluations: passes through the network so far.
-        tokens: that went through it for one image, rows of the null class included.
-    """
-
-    def __init__(self, model: XAR, table: bool = True) -> None:
-        super().__init__(model)
-        self.model = model
-        self.table = table
-        self.flops = self.evaluations = self.tokens = 0
-        self._modulated: set[tuple[str, float]] = set()
-
-    def _run(self, evaluation: Evaluation, parts: Sequence[Tensor]) -> list[Tensor]:
-        branches, ends = len(evaluation.branches), self.entities.bounds[evaluation.first :]
-        self.evaluations += 1
-        self.tokens += branches * sum(evaluation.sizes)
-        seen = sum(size * end for size, (_, end) in zip(evaluation.sizes, ends, strict=False))
-        self.flops += branches * network_flops(self.model, sum(evaluation.sizes), seen)
-        for modulated in {(branch, time) for branch in evaluation.branches for time in evaluation.times}:
-            if not (self.table and modulated in self._modulated):
-                self.flops += modulation_flops(self.model)
-            self._modulated.add(modulated)
-        return [part.new_zeros(branches * len(part), *part.shape[1:]) for part in parts]
-
-
-def network_flops(model: XAR, tokens: int, seen: int) -> int:
-    """Operations of a pass without its modulations; seen: pairs of a query and a key."""
-    width, values = model.z_proj.out_features, model.z_proj.in_features
-    hidden = model.blocks[0].mlp.fc1_g.out_features
-    blocks = tokens * (4 * width + 3 * hidden) * width + 2 * seen * width
-    return 2 * (len(model.blocks) * blocks + tokens * (2 * values + width) * width)
-
-
-def modulation_flops(model: XAR) -> int:
-    """Operations of the modulations of all blocks for one class and time."""
-    width, frequencies = model.z_proj.out_features, model.time_embed.num_frequencies
-    return 2 * width * (len(model.blocks) * 6 * width + frequencies + width)
-
-
-def count_flops(model: XAR, solve: Solver, table: bool = True, cache: PartCache | None = None) -> FlopCounter:
-    """Run a solver on an engine that only counts.
-
-    Args:
-        model: of any type and device; nothing of it is computed.
-        solve: with the settings of the run; its random numbers are left alone.
-        table: see FlopCounter.
-        cache: as of `sample_parts`; forecast steps count nothing.
-
-    Returns:
-        The engine, which has `flops`, `evaluations` and `tokens` of one image.
-    """
-    counter, values = FlopCounter(model, table), model.z_proj.in_features
-    noises = [torch.zeros(1, size, values) for size in model.entities.sizes]
-    silent = dataclasses.replace(solve, step_noise=None, generator=torch.Generator(), progress=None, observe=None)
-    silent.parts(counter, noises, guidance_scales(model.entities.count), cache)
-    return counter
 
 
 # ---- a batch of images ----

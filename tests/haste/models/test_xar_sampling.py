@@ -12,15 +12,9 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.models import XAR, build_model
-from haste.models.xar_sampling import (
-    PartSampler,
-    Replays,
-    cache_bytes,
-    count_flops,
-    guidance_scales,
-    modulation_bytes,
-    sample_parts,
-)
+from haste.models.xar_costs import cache_bytes, count_flops
+from haste.models.xar_modulations import modulation_bytes
+from haste.models.xar_sampling import PartSampler, Replays, guidance_scales, sample_parts
 from haste.samplers import Solver, sample
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
