@@ -434,11 +434,12 @@ def _two_streams(entities: Entities) -> Tensor:
 
 
 def check_sizes(width: int, heads: int, encoder_depth: int, decoder_depth: int) -> None:
-    for name, value in (("hidden-size", width), ("num-heads", heads), ("depth", encoder_depth + decoder_depth)):
+    for name, value in (("hidden-size", width), ("num-heads", heads)):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    if min(encoder_depth, decoder_depth) < 0:
-        raise UserError(f"encoder_depth must be at least 0, and decoder_depth, got {encoder_depth} and {decoder_depth}")
+    if min(encoder_depth, decoder_depth) < 1:
+        parts = f"{encoder_depth} and {decoder_depth}"
+        raise UserError(f"--depth must be at least 2, a block of the encoder and one of the decoder, got {parts}")
     if width % (4 * heads):
         raise UserError(f"--hidden-size must be a multiple of 4 for each of {heads} heads, for positions, got {width}")
 

@@ -56,7 +56,7 @@ class _Config:
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
             value = getattr(self, name)
-            if not (0 if "coder" in name else 1) <= value <= largest:
+            if not 1 <= value <= largest:
                 raise UserError(f"{name} of its model must be from 1 to {largest}, got {value}")
         if self.mlp_hidden is not None and not 1 <= self.mlp_hidden <= LARGEST["width"] * 16:
             raise UserError(f"mlp_hidden of its model must be from 1 to {LARGEST['width'] * 16}, got {self.mlp_hidden}")

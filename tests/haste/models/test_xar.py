@@ -296,7 +296,7 @@ def test_projections_are_of_the_image_s_tokens():
     [
         ({"entity_size": 3}, "--entity-size"), ({"entity": "scale", "entity_size": 5}, "--entity-size"),
         ({"entity": "token", "entity_size": 2}, "--entity-size"), ({"entity": "row"}, "--entity"),
-        ({"heads": 3}, "--hidden-size"), ({"encoder_depth": 0, "decoder_depth": 0}, "--depth"),
+        ({"heads": 3}, "--hidden-size"), ({"encoder_depth": 1, "decoder_depth": 0}, "--depth"),
         ({"context": "noisy"}, "context"), ({"dropout": 1.0}, "dropout"), ({"dropout": -0.1}, "dropout"),
         ({"class_dropout_prob": 5.0}, "class_dropout_prob"), ({"channels": 0}, "channels"), ({"grid": 0}, "grid"),
         ({"patch_size": 0}, "patch_size"), ({"num_classes": 0}, "num_classes"),

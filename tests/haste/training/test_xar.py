@@ -190,7 +190,7 @@ def test_weights_whose_tokens_are_in_another_order_are_refused(make_xar, tmp_pat
 def test_its_blocks_are_compiled_whole(make_xar, monkeypatch):
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: original(self, backend="eager", **kw))
-    small = {"depth": 1, "layer_map": "0:1", "encoder_depth": 1, "max_train_steps": 2}
+    small = {"depth": 2, "layer_map": "0:1", "encoder_depth": 1, "max_train_steps": 2}
     logs = [read_log(train(make_xar(exp_name=str(on), compile=on, **small)).folder) for on in (False, True)]
     for a, b in zip(*logs, strict=True):
         assert a["total_loss"] == pytest.approx(b["total_loss"], rel=1e-4)
