@@ -10,7 +10,8 @@ from time import perf_counter
 import torch
 from cases import Case
 from eager import EagerTaylorSeer, full_steps
-from haste.caching import CacheConfig, cuda_graphs, make_cache
+from haste import cuda_graphs
+from haste.caching import CacheConfig, make_cache
 from haste.models import ModelOutput, SiT
 from haste.samplers import initial_noise, sample
 from torch import Tensor
