@@ -14,6 +14,7 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -93,23 +94,10 @@ def do_run(args: Args, method: str, seed: int) -> None:
     if any(run["settings"] == settings for run in stored_results()["runs"]):
         print(f"{method}, seed {seed}: done before")
         return
-    begin = perf_counter()
-    folder = train_to_end(config)
-    trained = perf_counter()
-    evaluator = Evaluator.load("digits", "digits", args.output_dir / "classifier", CLASSIFIED_AT_ONCE)
-    records = evaluate_checkpoints(folder, run_checkpoints(folder), SETTINGS, SAMPLES, evaluator)
-    run = {
-        "method": method,
-        "seed": seed,
-        "settings": settings,
-        "points": [{name: record[name] for name in ("step", "fd", "label_accuracy", "samples")} for record in records],
-        "train_seconds": round(trained - begin, 1),
-        "evaluation_seconds": round(perf_counter() - trained, 1),
-        **provenance(),
-    }
+    run, evaluator, _ = train_and_score(config, args.output_dir / "classifier")
+    run = {"method": method, "seed": seed, "settings": settings, **run}
     results = stored_results()  # again: another process may have added its own runs
-    others = [old for old in results["runs"] if (old["method"], old["seed"]) != (method, seed)]
-    results["runs"] = sorted([*others, run], key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
+    keep_run(results, run, list(METHODS))
     results["sampling"] = SETTINGS.sampling_fields()
     results["classifier"] = {
         "held_out_accuracy": evaluator.extractor.held_out_accuracy,
@@ -119,6 +107,29 @@ def do_run(args: Args, method: str, seed: int) -> None:
         "settings": asdict(evaluator.extractor.settings),
     }
     write_results(HERE, results)
+
+
+def train_and_score(config: TrainConfig, classifier: Path) -> tuple[dict[str, Any], Evaluator, Path]:
+    """Train, and score every checkpoint: the scores with the seconds of both and what made them, with what they were
+    scored, and the run's folder."""
+    begin = perf_counter()
+    folder = train_to_end(config)
+    trained = perf_counter()
+    evaluator = Evaluator.load("digits", "digits", classifier, CLASSIFIED_AT_ONCE)
+    records = evaluate_checkpoints(folder, run_checkpoints(folder), SETTINGS, SAMPLES, evaluator)
+    scores = {
+        "points": [{name: record[name] for name in ("step", "fd", "label_accuracy", "samples")} for record in records],
+        "train_seconds": round(trained - begin, 1),
+        "evaluation_seconds": round(perf_counter() - trained, 1),
+        **provenance(),
+    }
+    return scores, evaluator, folder
+
+
+def keep_run(results: dict[str, Any], run: dict[str, Any], methods: Sequence[str]) -> None:
+    """Put a run in the place of the one of its method and seed, in the order of the methods."""
+    others = [old for old in results["runs"] if (old["method"], old["seed"]) != (run["method"], run["seed"])]
+    results["runs"] = sorted([*others, run], key=lambda run: (list(methods).index(run["method"]), run["seed"]))
 
 
 def provenance() -> dict[str, Any]:

@@ -20,14 +20,11 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
-from haste.evaluation.evaluate import Evaluator
-from haste.evaluation.runs import CLASSIFIED_AT_ONCE, evaluate_checkpoints
-from haste.generation.pipeline import load_checkpoint, run_checkpoints
+from haste.generation.pipeline import load_checkpoint
 from haste.io import write_text
 from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig
@@ -35,7 +32,7 @@ from haste.training.config import TrainConfig
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from _common import train_to_end  # noqa: E402
-from run import SAMPLES, SETTINGS, provenance  # noqa: E402
+from run import SETTINGS, keep_run, provenance, train_and_score  # noqa: E402
 
 RESULTS, TABLE = HERE / "xar.json", HERE / "xar.md"
 BASELINE, BASELINE_STEPS = "SiT", 1000
@@ -151,25 +148,10 @@ def do_run(args: Args, method: str, seed: int) -> None:
     if any(run["settings"] == settings for run in read()["runs"]):
         print(f"{method}, seed {seed}: done before")
         return
-    begin = perf_counter()
-    folder = train_to_end(config)
-    trained = perf_counter()
-    evaluator = Evaluator.load("digits", "digits", args.output_dir / "classifier", CLASSIFIED_AT_ONCE)
-    checkpoints = run_checkpoints(folder)
-    records = evaluate_checkpoints(folder, checkpoints, SETTINGS, SAMPLES, evaluator)
-    run = {
-        "method": method,
-        "seed": seed,
-        "settings": settings,
-        "parameters": parameters(folder),
-        "points": [{name: record[name] for name in ("step", "fd", "label_accuracy", "samples")} for record in records],
-        "train_seconds": round(trained - begin, 1),
-        "evaluation_seconds": round(perf_counter() - trained, 1),
-        **provenance(),
-    }
+    run, evaluator, folder = train_and_score(config, args.output_dir / "classifier")
+    run = {"method": method, "seed": seed, "settings": settings, "parameters": parameters(folder), **run}
     results = read()  # again: another process may have added its own runs
-    others = [old for old in results["runs"] if (old["method"], old["seed"]) != (method, seed)]
-    results["runs"] = sorted([*others, run], key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
+    keep_run(results, run, list(METHODS))
     results["split_half_fd"] = evaluator.split_half_fd
     write(results)
 

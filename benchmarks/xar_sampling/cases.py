@@ -10,7 +10,7 @@ import torch
 from haste.caching import CacheConfig, make_cache
 from haste.errors import UserError
 from haste.models import XAR, build_model, find_size
-from haste.models.xar_costs import count_flops, modulation_flops, network_flops
+from haste.models.xar_costs import cache_bytes, count_flops, modulation_flops, network_flops
 from haste.models.xar_sampling import guidance_scales, sample_parts
 from haste.samplers import Solver
 from published import PublishedSampler
@@ -125,12 +125,11 @@ class Run:
         """What does not change from run to run."""
         model, solve, cache = self.model, self.solver(), self.cache()
         counted = count_flops(model, solve, cache=cache)
-        own = 2 * len(model.blocks) * 2 * self.case.batch * model.entities.total * model.z_proj.out_features
         return {
             "evaluations": counted.evaluations,
             "rounds": len(solve.plan(guidance_scales(model.entities.count))),
             "flops": counted.flops,
-            "cache_bytes": own * model.dtype.itemsize,
+            "cache_bytes": cache_bytes(model, self.case.batch, guided=True),
         }
 
 
@@ -152,16 +151,10 @@ def published_counts(model: XAR, case: Case) -> dict[str, Any]:
     cell, count, steps = model.entities.causal, model.entities.count, case.num_steps
     flops = 0
     for k in range(count):
-        own = 2 * (network_flops(model, cell, cell * cell * (k + 1)) + modulation_flops(model))
-        flops += own * steps
-        if k:  # the cell before it goes along; its queries are masked, which saves no product
-            flops += 2 * (network_flops(model, cell, cell * cell * (k + 1)) + modulation_flops(model))
-    width = model.z_proj.out_features
-    kept = 2 * len(model.blocks) * 2 * case.batch * cell * (count - 1) * width
-    return {
-        "evaluations": count * steps, "rounds": count * steps, "flops": flops,
-        "cache_bytes": kept * model.dtype.itemsize,
-    }  # fmt: skip
+        own = 2 * (network_flops(model, k, (cell,)) + modulation_flops(model))
+        flops += own * (steps + (k > 0))  # the cell before it goes along once; a mask saves no product
+    kept = cache_bytes(model, case.batch, guided=True) * (count - 1) // count  # without the last cell's
+    return {"evaluations": count * steps, "rounds": count * steps, "flops": flops, "cache_bytes": kept}
 
 
 def make_runs(case: Case) -> list[Run]:

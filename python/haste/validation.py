@@ -288,3 +288,11 @@ def check_numbers(settings: Any) -> None:
         value = getattr(settings, field.name)
         if field.name in BOUNDS and not (value is None and field.default is None):
             check_number(field.name, value)
+
+
+def check_limits(config: Any, largest: Mapping[str, int]) -> None:
+    """Raise UserError unless each of these numbers of a model's config is from 1 to its limit."""
+    for name, limit in largest.items():
+        value = getattr(config, name)
+        if not 1 <= value <= limit:
+            raise UserError(f"{name} of its model must be from 1 to {limit}, got {value}")

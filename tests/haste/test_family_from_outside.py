@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from haste.models import Family, Layout, ModelOutput, build_model, family, register
+from haste.models import Family, Layout, ModelOutput, build_model, register, registry
 from haste.samplers import sample
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
@@ -87,7 +87,7 @@ class BitsFamily(Family):
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
+        patch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
         register(BitsFamily())
         yield
 

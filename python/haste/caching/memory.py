@@ -121,7 +121,10 @@ def _bytes_of_images(
     input_shape: Sequence[int] | None,
 ) -> int:
     if is_made_in_parts(model):
-        return _bytes_of_parts(model, config, rows, dtype, input_shape)
+        if input_shape is None:
+            raise ValueError("input_shape must be that of one image's noise for images made in parts, got None")
+        slots = CachedParts(model, config).forecaster.order + 1
+        return slots * rows * prod(input_shape) * (dtype or next(model.parameters()).dtype).itemsize
     if not can_take_apart(model, config):
         raise UserError(f"inputs must be the keyword arguments of a call for a {type(model).__name__}, got {rows}")
     cached = CachedModel(model, config)
@@ -137,20 +140,6 @@ def _bytes_of_images(
         ahead = MOST_AHEAD if config.full_steps else min(MOST_AHEAD, config.resolved_interval - 1)
     features, corrections = granularity.modules * slots * tokens, ahead * (tokens + 1)  # and the conditioning
     return (features + corrections) * rows * dim * (dtype or cached.dtype).itemsize
-
-
-def _bytes_of_parts(
-    model: nn.Module,
-    config: CacheConfig,
-    rows: int,
-    dtype: torch.dtype | None,
-    input_shape: Sequence[int] | None,
-) -> int:
-    if input_shape is None:
-        raise ValueError("input_shape must be that of one image's noise for images made in parts, got None")
-    cached = CachedParts(model, config)
-    kind = dtype or next(model.parameters()).dtype
-    return (cached.forecaster.order + 1) * rows * prod(input_shape) * kind.itemsize
 
 
 # ---- any model ----

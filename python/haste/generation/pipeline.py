@@ -66,11 +66,6 @@ class LoadedCheckpoint:
         return self.family.layout(self.model_config)
 
     @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Of the noise of one image."""
-        return self.layout.noise_shape or self.layout.input_shape
-
-    @property
     def num_classes(self) -> int:
         """The number of class labels. Raises UserError for a model that is not conditioned on classes."""
         count = self.layout.num_classes
@@ -384,7 +379,7 @@ class Sampler:
         family, like = self.loaded.family, next(self.loaded.model.parameters())
         generators = [torch.Generator().manual_seed(0) for _ in range(count)]
         condition = family.condition(torch.zeros(count, dtype=torch.int64, device=like.device))
-        noise = like.new_zeros(count, *self.loaded.noise_shape)
+        noise = like.new_zeros(count, *self.loaded.layout.noise_shape)
         solve = self.with_settings(settings)._new_solver(generators)
         self._to_images(family.sample(self.loaded.model, noise, condition, solve)[:1])
 
@@ -424,7 +419,7 @@ class Sampler:
         policy = number_labels(settings.labels, self.loaded.class_names)
         labels = choose_labels(policy, settings.global_seed, indices, self.loaded.num_classes)
         generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
-        shape = (len(indices), *self.loaded.noise_shape)
+        shape = (len(indices), *self.loaded.layout.noise_shape)
         dtype = next(self.loaded.model.parameters()).dtype  # a family's module need not have one of its own
         noise = initial_noise(shape, generators, dtype=dtype, device=self.device)
         return Start(noise, torch.from_numpy(labels).to(self.device), generators)

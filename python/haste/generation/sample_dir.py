@@ -224,7 +224,7 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
     if batches:
         largest = max(map(len, batches))
         loaded, guided = sampler.loaded, sampler.rows == 2
-        check_memory(loaded.model, sampler.settings, largest, guided, input_shape=loaded.noise_shape)
+        check_memory(loaded.model, sampler.settings, largest, guided, input_shape=loaded.layout.noise_shape)
         sampler.warm_up(largest)
         if processes.first:
             log_cost(sampler, largest)

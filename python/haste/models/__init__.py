@@ -1,4 +1,4 @@
-"""Diffusion transformers: one file per family, and the registry that the rest of haste uses."""
+"""Diffusion transformers: what a family is, the registry that the rest of haste uses, and the families."""
 
 from haste.models.family import (
     CachedBlock,
@@ -11,6 +11,8 @@ from haste.models.family import (
     PublishedAlignment,
     SamplingCost,
     Weights,
+)
+from haste.models.registry import (
     build_model,
     check_config,
     families,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError
-from haste.models.family import Family, Layout, ModelOutput, PublishedAlignment, register
+from haste.models.family import Family, Layout, ModelOutput, PublishedAlignment
 from haste.models.layers import (
     BACKENDS,
     LabelEmbedder,
@@ -31,8 +31,9 @@ from haste.models.layers import (
     modulate,
     sincos_positions,
 )
+from haste.models.registry import register
 from haste.models.sit_checkpoints import SiTCheckpoints
-from haste.validation import build, check
+from haste.validation import build, check, check_limits
 
 QueriesKeys = tuple[Tensor, Tensor]
 
@@ -345,10 +346,7 @@ class _Config:
     projector_dim: int = 2048
 
     def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            if not 1 <= value <= largest:
-                raise UserError(f"{name} of its model must be from 1 to {largest}, got {value}")
+        check_limits(self, LARGEST)
         if (self.input_size // self.patch_size) ** 2 > MOST_TOKENS:
             raise UserError(f"its model must have at most {MOST_TOKENS} tokens, got {self.input_size} / "
                             f"{self.patch_size} along a side")  # fmt: skip

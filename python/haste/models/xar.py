@@ -283,16 +283,20 @@ class XAR(nn.Module):
         return self.class_emb(y)[:, None] + self.time_embed(steps)
 
     @cached_property
-    def _angles(self) -> Tensor:
-        """(N, head dim / 2) float64: rows, then columns, by frequencies 10000^(−j/n), j < n = head dim / 4."""
+    def frequencies(self) -> Tensor:
+        """Of the rotation, (n,) float64: 10000^(−j/n), j < n = head dim / 4."""
         n = self.z_proj.out_features // self.heads // 4
-        frequencies = 10000.0 ** (-torch.arange(n, dtype=torch.float64, device="cpu") / n)
-        return (self.entities.coordinates[:, :, None] * frequencies).flatten(1)
+        return 10000.0 ** (-torch.arange(n, dtype=torch.float64, device="cpu") / n)
+
+    @cached_property
+    def angles(self) -> Tensor:
+        """Of the rotation, (N, head dim / 2) float64: of rows, then of columns."""
+        return (self.entities.coordinates[:, :, None] * self.frequencies).flatten(1)
 
     def rotary(self, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """cos and sin (N, head dim / 2) of all places, of at least float32."""
         dtype = torch.promote_types(dtype, torch.float32)
-        return self._angles.cos().to(device, dtype), self._angles.sin().to(device, dtype)
+        return self.angles.cos().to(device, dtype), self.angles.sin().to(device, dtype)
 
     def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Tokens (B, n, C·patch²) at the places from `first` on to (B, n, width): z_proj, positions, norm."""

@@ -26,10 +26,9 @@ NAMES = ("z_proj.weight", "z_proj_ln.weight", "encoder_pos_embed_learned", "clas
 
 def public_buffers(model: XAR, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Their names and values: the mask, and for each block the tables of the rotation."""
-    visible, angles = model.entities.visible, model._angles
+    visible, angles = model.entities.visible, model.angles
     yield f"{prefix}mask", torch.zeros(visible.shape).masked_fill(~visible, -math.inf)[None, None]
-    n = angles.shape[1] // 2
-    frequencies = (10000.0 ** (-torch.arange(n, dtype=torch.float64, device="cpu") / n)).float()
+    frequencies = model.frequencies.float()
     cos, sin = (table.repeat_interleave(2, dim=1).float() for table in (angles.cos(), angles.sin()))
     for part, blocks in (("encoder", model.encoder_blocks), ("decoder", model.decoder_blocks)):
         for number in range(len(blocks)):

@@ -44,11 +44,10 @@ class FlopCounter(PartEngine):
         self._modulated: set[tuple[str, float]] = set()
 
     def _run(self, evaluation: Evaluation, parts: Sequence[Tensor]) -> list[Tensor]:
-        branches, ends = len(evaluation.branches), self.entities.bounds[evaluation.first :]
+        branches = len(evaluation.branches)
         self.evaluations += 1
         self.tokens += branches * sum(evaluation.sizes)
-        seen = sum(size * end for size, (_, end) in zip(evaluation.sizes, ends, strict=False))
-        self.flops += branches * network_flops(self.model, sum(evaluation.sizes), seen)
+        self.flops += branches * network_flops(self.model, evaluation.first, evaluation.sizes)
         for modulated in {(branch, time) for branch in evaluation.branches for time in evaluation.times}:
             if not (self.table and modulated in self._modulated):
                 self.flops += modulation_flops(self.model)
@@ -56,10 +55,12 @@ class FlopCounter(PartEngine):
         return [part.new_zeros(branches * len(part), *part.shape[1:]) for part in parts]
 
 
-def network_flops(model: XAR, tokens: int, seen: int) -> int:
-    """Operations of a pass without its modulations; seen: pairs of a query and a key."""
+def network_flops(model: XAR, first: int, sizes: Sequence[int]) -> int:
+    """Operations of a pass of the entities from number `first` on, of these sizes, without its modulations."""
     width, values = model.z_proj.out_features, model.z_proj.in_features
-    hidden = model.blocks[0].mlp.fc1_g.out_features
+    hidden, tokens = model.blocks[0].mlp.fc1_g.out_features, sum(sizes)
+    ends = [end for _, end in model.entities.bounds[first : first + len(sizes)]]
+    seen = sum(size * end for size, end in zip(sizes, ends, strict=True))  # pairs of a query and a key
     blocks = tokens * (4 * width + 3 * hidden) * width + 2 * seen * width
     return 2 * (len(model.blocks) * blocks + tokens * (2 * values + width) * width)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from haste import transport
 from haste.errors import UserError
 from haste.models.entities import Entities
-from haste.models.family import Family, Layout, SamplingCost, register
+from haste.models.family import Family, Layout, SamplingCost
+from haste.models.registry import register
 from haste.models.xar import XAR, check_sizes
 from haste.models.xar_checkpoints import XARCheckpoints, infer_config
 from haste.samplers import PartCache, Solver
-from haste.validation import build
+from haste.validation import build, check_limits
 
 XAR_SIZES = {
     "xAR-B": {"depth": 16, "hidden_size": 768, "num_heads": 12, "patch_size": 1},
@@ -29,6 +30,10 @@ LARGEST = {
     "width": 16_384, "heads": 1024, "encoder_depth": 200, "decoder_depth": 200, "channels": 4096, "grid": 512,
     "patch_size": 1024, "num_classes": 10_000_000, "align_depth": 400, "projector_dim": 65_536,
 }  # fmt: skip
+
+
+# What a config of the public model's numbers has besides; all but cells_per_side follow from the others.
+PUBLIC = {"cells_per_side", "tokens_per_cell", "head_dim", "mlp_ratio", "null_label", "latent_scale"}
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,9 @@ class _Config:
     projector_dim: int = 2048
 
     def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            if not 1 <= value <= largest:
-                raise UserError(f"{name} of its model must be from 1 to {largest}, got {value}")
+        check_limits(self, LARGEST)
         if self.mlp_hidden is not None and not 1 <= self.mlp_hidden <= LARGEST["width"] * 16:
             raise UserError(f"mlp_hidden of its model must be from 1 to {LARGEST['width'] * 16}, got {self.mlp_hidden}")
-        for name in ("class_dropout_prob", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} of its model must be at least 0 and below 1, got {getattr(self, name)}")
 
 
 class XARFamily(Family):
@@ -80,6 +79,10 @@ class XARFamily(Family):
     }
 
     def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> XAR:
+        unknown = config.keys() - _Config.__dataclass_fields__.keys() - PUBLIC
+        if unknown:
+            known = ", ".join(_Config.__dataclass_fields__)
+            raise UserError(f"config of an xAR must have names of {known}, got {min(unknown)}")
         return XAR(**_own_names(config), z_dims=z_dims)
 
     def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
@@ -143,13 +146,12 @@ class XARFamily(Family):
 
     def training_flops(self, config: Mapping[str, Any]) -> int:
         """Those of the matrix products: forward, and twice that for backward; of attention what the mask leaves."""
-        config = _own_names(config)
-        entities, width = _entities(config), config["width"]
-        hidden = config.get("mlp_hidden") or int(width * 4 * 2 / 3)
-        seen = sum(size * end for size, (_, end) in zip(entities.sizes, entities.bounds, strict=True))
-        block = entities.total * (4 * width + 3 * hidden) * width + 2 * seen * width + entities.count * 6 * width**2
-        ends = entities.total * (2 * config["channels"] * entities.patch_size**2 + width) * width
-        return 3 * 2 * (self.depth(config) * block + ends)
+        from haste.models.xar_costs import modulation_flops, network_flops
+
+        with torch.device("meta"):
+            model = self.build(_own_names(config))
+        entities = model.entities
+        return 3 * (network_flops(model, 0, entities.sizes) + entities.count * modulation_flops(model))
 
     def size_name(self, config: Mapping[str, Any]) -> str:
         shape = (config["width"], config["heads"], self.depth(config), config.get("patch_size", 1))

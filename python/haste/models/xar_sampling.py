@@ -20,7 +20,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from haste.cuda_graphs import Graphed
@@ -219,7 +218,7 @@ class PartSampler(PartEngine):
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(-2)
         branch = self._attention(index, block, _modulated(x, scale1, shift1).view(shape), evaluation, rows)
         x = torch.addcmul(x, gate1, branch.view(x.shape))
-        branch = _mlp(block, _modulated(x, scale2, shift2).view(shape))
+        branch = block.mlp(_modulated(x, scale2, shift2).view(shape))
         return torch.addcmul(x, gate2, branch.view(x.shape)).view(shape)
 
     def _attention(self, index: int, block: XARBlock, x: Tensor, evaluation: Evaluation, rows: slice) -> Tensor:
@@ -297,9 +296,7 @@ class Replays:
         return replayed
 
 
-def _mlp(block: XARBlock, x: Tensor) -> Tensor:
-    mlp = block.mlp
-    return mlp.fc2(F.gelu(mlp.fc1_g(x)).mul_(mlp.fc1_x(x)))
+# The norm and the rotation as `haste.models.xar` has them, but in place, which gradients would not survive.
 
 
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class Sweep(Turns):
             return True
         try:
             sampler = self._sampler(settings)
-            model, shape, guided = self.loaded.model, self.loaded.noise_shape, settings.cfg_scale > 1
+            model, shape, guided = self.loaded.model, self.loaded.layout.noise_shape, settings.cfg_scale > 1
             check_memory(model, settings, self.shared["batch"], guided, input_shape=shape)
             cost = count_cost(sampler, self.shared["batch"])
         except UserError as error:

@@ -36,7 +36,7 @@ class TrainingSamples:
     """Writes <step>.png to a folder: images of classes that are spread over all classes, in a square grid.
 
     Args:
-        noise_shape: of the noise of one image, where that is not the shape of the data.
+        noise_shape: of the noise of one image.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class TrainingSamples:
         config: TrainConfig,
         data: TrainingData,
         accelerator: Accelerator,
-        noise_shape: tuple[int, ...] | None = None,
+        noise_shape: tuple[int, ...],
     ) -> None:
         self.folder = folder
         self.config = config
         self.data = data
         self.accelerator = accelerator
-        self.noise_shape = noise_shape or (data.channels, data.input_size, data.input_size)
+        self.noise_shape = noise_shape
         self._failed = False
         self._files = Backlog(str(folder))
 

@@ -344,7 +344,7 @@ class Trainer:
 
     def _sample(self, samples: TrainingSamples) -> np.ndarray | None:
         model = self.state.ema.model
-        with unsharded(model) if self.layout.parts > 1 else nullcontext():  # whose sampler takes the model apart
+        with unsharded(model) if self.family.in_parts else nullcontext():  # whose sampler takes the model apart
             return samples.sample(model, self.step)
 
     def _create_folder(self) -> None:
@@ -364,7 +364,7 @@ class Trainer:
 
     def _random_numbers(self) -> RandomNumbers:
         config, count = self.config, self.step_size
-        noise = torch.randn(count, *(self.layout.noise_shape or self.layout.input_shape), device=self.device)
+        noise = torch.randn(count, *self.layout.noise_shape, device=self.device)
         t = self.family.sample_times(self.state.model, count, config.weighting, config.path_type, device=self.device)
         dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:

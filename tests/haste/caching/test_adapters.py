@@ -9,7 +9,7 @@ from haste.caching import disable_cache, enable_cache
 from haste.caching.adapters import BlockGroup, PerModule, WholeModel
 from haste.caching.cached_module import CachedModule
 from haste.errors import UserError
-from haste.models import Family, build_model, family
+from haste.models import Family, build_model, registry
 from haste.samplers import sample
 from torch import Tensor, nn
 
@@ -345,7 +345,7 @@ class OwnFamily(Family):
 @pytest.mark.parametrize("granularity", ["module", "block", "model"])
 @torch.no_grad()
 def test_a_registered_family_brings_its_own_parts(granularity, monkeypatch):
-    monkeypatch.setitem(family._FAMILIES, "own", OwnFamily())
+    monkeypatch.setitem(registry._FAMILIES, "own", OwnFamily())
     settings = {"cache": "newton", "order": 1, "interval": 3, "granularity": granularity}
     noise, labels = small_noise()
     model = build_model({"family": "own", "depth": 3}).eval()

@@ -8,7 +8,7 @@ import sys
 import pytest
 from haste.cli.main import main
 from haste.errors import UserError
-from haste.models import build_model, family, find_size, get_family
+from haste.models import build_model, find_size, get_family, registry
 
 MODULE = """
 from haste.models.sit import SiTFamily
@@ -32,10 +32,10 @@ def distribution(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(f"[haste.families]\ntiny = {value}\n")
 
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
-    family.load_entry_points.cache_clear()
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    registry.load_entry_points.cache_clear()
     yield install
-    family.load_entry_points.cache_clear()
+    registry.load_entry_points.cache_clear()
     sys.modules.pop("another_package", None)
 
 
@@ -45,8 +45,8 @@ def test_a_family_of_another_package_is_found_by_the_name_of_a_size_and_by_its_o
     assert "another_package" not in sys.modules  # only where haste has no such name
     found, size = find_size("Tiny-S/2")
     assert found.name == "tiny-of-another-package" and size["depth"] == 1
-    family._FAMILIES.pop(found.name)
-    family.load_entry_points.cache_clear()
+    registry._FAMILIES.pop(found.name)
+    registry.load_entry_points.cache_clear()
     assert get_family({"family": "tiny-of-another-package"}).title == "Tiny"
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
-from pathlib import Path
 
 import haste
-import numpy as np
 import pytest
 import torch
+from golden_xar import golden_model, read_golden
 from haste.errors import UserError
 from haste.models import XAR, build_model
 from haste.models.xar_costs import cache_bytes, count_flops
@@ -19,7 +17,6 @@ from haste.samplers import Solver, sample
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-GOLDEN = Path(__file__).parent / "golden"
 TINY = {"width": 32, "heads": 2, "encoder_depth": 1, "decoder_depth": 2, "channels": 3, "grid": 8, "num_classes": 10}
 LAYOUTS = [("cell", 4), ("cell", 8), ("token", None), ("subsample", 2), ("scale", 2), ("image", None)]
 CLASSES = torch.tensor([3, 7, 3])
@@ -27,18 +24,6 @@ NULL = 10
 
 
 # ---- models ----
-
-
-def golden_arrays(name: str) -> dict[str, Tensor]:
-    arrays = np.load(GOLDEN / name)
-    return {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "config"}
-
-
-def golden_model(dtype: torch.dtype) -> XAR:
-    config = json.loads(str(np.load(GOLDEN / "xar_model.npz")["config"]))
-    model = build_model({"family": "xar", **config})
-    model.load_state_dict(golden_arrays("xar_model.npz"), strict=True)
-    return model.to(dtype).eval()
 
 
 def tiny(dtype: torch.dtype = torch.float64, **changes) -> XAR:
@@ -135,7 +120,7 @@ def assert_equal(ours: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return golden_arrays("xar_sample_sde.npz")
+    return read_golden("xar_sample_sde.npz")
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +224,15 @@ def test_weights_of_another_family_are_refused(make_config, make_xar):
     shutil.copytree(sit.folder, RunDir(make_xar()).path)
     with pytest.raises(UserError, match="--model SiT-Tiny/2, not xAR-Tiny/2"):
         train(make_xar())
+
+
+@pytest.mark.parametrize("entity", ["cell", "image"])
+def test_shards_are_gathered_for_a_sampler_that_takes_the_model_apart(make_xar, monkeypatch, entity):
+    gathered = []
+    monkeypatch.setattr("haste.training.trainer.unsharded", lambda model: nullcontext(gathered.append(model)))
+    trainer = make_trainer(vanilla(make_xar, entity=entity))
+    trainer._sample(SimpleNamespace(sample=lambda model, step: None))
+    assert gathered == [trainer.state.ema.model]
 
 
 # ---- several processes ----
