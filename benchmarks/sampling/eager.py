@@ -13,7 +13,8 @@ from math import factorial
 
 import torch
 from haste.models import ModelOutput, SiT
-from haste.models.sit import Modulation, SiTBlock
+from haste.models.layers import Modulation
+from haste.models.sit import SiTBlock
 from torch import Tensor
 
 FIRST_ENHANCE = 2  # so many steps at the beginning are full

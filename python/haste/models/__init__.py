@@ -12,6 +12,7 @@ from haste.models.family import (
     SamplingCost,
     Weights,
 )
+from haste.models.mmdit import MMDIT_SIZES, MMDiT
 from haste.models.registry import (
     build_model,
     check_config,
@@ -29,6 +30,7 @@ from haste.models.xar import XAR
 from haste.models.xar_family import XAR_SIZES
 
 __all__ = [
+    "MMDIT_SIZES",
     "SIT_MODELS",
     "XAR",
     "XAR_SIZES",
@@ -38,6 +40,7 @@ __all__ = [
     "Family",
     "ForeignCheckpoints",
     "Layout",
+    "MMDiT",
     "ModelOutput",
     "PublishedAlignment",
     "SamplingCost",

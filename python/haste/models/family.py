@@ -55,7 +55,8 @@ class Layout(NamedTuple):
     input_shape: (C, H, W) of one x. grid: tokens along a side of the image. depth: layers with attention, from 0.
     num_heads: of each. num_classes: without the null class; None where the condition is not a class.
     parts: of an image that are sampled one after the other. sequence_shape: of the noise of one image, where it is not
-    that of x.
+    that of x. condition_shape: of the condition of one image, such as the (tokens, width) of its text's features; None
+    for a class.
     """
 
     input_shape: tuple[int, int, int]
@@ -65,6 +66,7 @@ class Layout(NamedTuple):
     num_classes: int | None
     parts: int = 1
     sequence_shape: tuple[int, ...] | None = None
+    condition_shape: tuple[int, ...] | None = None
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -288,6 +290,10 @@ class Family(ABC):
     def condition(self, labels: Tensor) -> Tensor:
         """What the model is given, of the labels (B,) int64, or of what the data has in their place."""
         return labels
+
+    def set_null(self, model: nn.Module, null: Tensor | None) -> None:  # noqa: B027 - may be nothing
+        """Give the model the condition of one image that stands for none, where the data has it and the weights do not,
+        such as the features of an empty caption; None: there is none."""
 
     def null(self, model: nn.Module) -> Tensor | None:
         """The condition of one image that stands for none; None if the model has been built without."""

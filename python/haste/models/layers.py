@@ -1,10 +1,11 @@
-"""Parts that several families have: attention backends, adaLN, embedders of patches, times and classes, positions."""
+"""Parts that several families have: attention backends, adaLN, embedders of patches, times and classes, the MLP, the
+final layer, positions, and the check of sizes."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,40 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+class Mlp(nn.Module):
+    """Two linear layers with tanh-GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
+
+
+class FinalLayer(nn.Module):
+    """adaLN without a gate, then one linear layer from tokens to patches."""
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Patches (B, N, P·P·C) of a square image, row by row, each as (row, column, channel), to (B, C, S, S)."""
+    batch, count, values = patches.shape
+    grid, p = math.isqrt(count), patch_size
+    patches = patches.view(batch, grid, grid, p, p, values // (p * p)).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(batch, -1, grid * p, grid * p)
+
+
 def build_projector(width: int, hidden: int, out: int) -> nn.Sequential:
     """The REPA projector (arXiv 2410.06940): three linear layers with SiLU."""
     return nn.Sequential(
@@ -156,3 +191,23 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     column = axis[None, :, :].expand(grid, -1, -1)
     row = axis[:, None, :].expand(-1, grid, -1)
     return torch.cat([column, row], dim=2).reshape(grid * grid, width).float()
+
+
+def check_sizes(sizes: Mapping[str, int], shown: Callable[[str], str] = str) -> None:
+    """Raise UserError for sizes that do not fit together, under the names that `shown` gives them."""
+    for name in ("input_size", "patch_size", "hidden_size", "depth", "num_heads"):
+        if sizes[name] < 1:
+            raise UserError(f"{shown(name)} must be at least 1, got {sizes[name]}")
+    for name, divisor in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
+        if sizes[name] % sizes[divisor]:
+            raise UserError(
+                f"{shown(name)} must be a multiple of {shown(divisor)}, {sizes[divisor]}, got {sizes[name]}"
+            )
+    if sizes["hidden_size"] % 4:
+        name, size = shown("hidden_size"), sizes["hidden_size"]
+        raise UserError(f"{name} must be a multiple of 4, for the sine-cosine positions, got {size}")
+
+
+def size_flag(name: str) -> str:
+    """A size as the flags of `haste train` name it."""
+    return "the side of the model's input" if name == "input_size" else f"--{name.replace('_', '-')}"

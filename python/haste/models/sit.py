@@ -2,34 +2,38 @@
 
 The names of its parameters are those of the public checkpoints. Time runs from t = 1 (noise) to t = 0 (data).
 
-Reading order: Attention, Mlp, SiTBlock, FinalLayer, SiT. For alignment the forward
-pass is given `aligned_layers` and returns q and k of those layers as attention used them: views of the one qkv
-projection. No attention map is formed, and nothing is kept of other layers.
+Reading order: Attention, SiTBlock, SiT. For alignment the forward pass is given `aligned_layers` and returns q and k of
+those layers as attention used them: views of the one qkv projection. No attention map is formed, and nothing is kept of
+other layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError
 from haste.models.family import Family, Layout, ModelOutput, PublishedAlignment
 from haste.models.layers import (
     BACKENDS,
+    FinalLayer,
     LabelEmbedder,
+    Mlp,
     Modulation,
     PatchEmbedder,
     TimestepEmbedder,
     build_projector,
+    check_sizes,
     initialize_linear,
     modulate,
     sincos_positions,
+    size_flag,
+    unpatchify,
 )
 from haste.models.registry import register
 from haste.models.sit_checkpoints import SiTCheckpoints
@@ -59,18 +63,6 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         out = self.attend(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (q, k)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with tanh-GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
 
 
 class SiTBlock(nn.Module):
@@ -109,20 +101,6 @@ class SiTBlock(nn.Module):
         tokens = tokens + m.gate_attn.unsqueeze(1) * branch
         tokens = tokens + m.gate_mlp.unsqueeze(1) * self.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
         return tokens, queries_keys
-
-
-class FinalLayer(nn.Module):
-    """adaLN without a gate, then one linear layer from tokens to patches."""
-
-    def __init__(self, width: int, patch_values: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(tokens), shift, scale))
 
 
 class SiT(nn.Module):
@@ -171,7 +149,7 @@ class SiT(nn.Module):
         projector_dim: int = 2048,
     ) -> None:
         super().__init__()
-        _check_sizes({"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
+        check_sizes({"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
                       "num_heads": num_heads})  # fmt: skip
         if not 0 <= class_dropout_prob < 1:
             raise UserError(f"class_dropout_prob must be at least 0 and below 1, got {class_dropout_prob}")
@@ -254,10 +232,7 @@ class SiT(nn.Module):
 
     def finish(self, tokens: Tensor, c: Tensor) -> Tensor:
         """The last tokens (B, N, width) and the conditioning to the velocity (B, C, S, S)."""
-        patches = self.final_layer(tokens, c)
-        grid, p = self.input_size // self.patch_size, self.patch_size
-        patches = patches.view(-1, grid, grid, p, p, self.in_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, self.input_size, self.input_size)
+        return unpatchify(self.final_layer(tokens, c), self.patch_size)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, aligned_layers: Sequence[int] = (), project: bool = False
@@ -290,26 +265,6 @@ class SiT(nn.Module):
             if project and index + 1 == self.encoder_depth:
                 projections = [projector(tokens) for projector in self.projectors]
         return ModelOutput(self.finish(tokens, c), [kept[layer] for layer in aligned_layers], projections)
-
-
-def _check_sizes(sizes: Mapping[str, int], shown: Callable[[str], str] = str) -> None:
-    """Raise UserError for sizes that do not fit together, under the names that `shown` gives them."""
-    for name in ("input_size", "patch_size", "hidden_size", "depth", "num_heads"):
-        if sizes[name] < 1:
-            raise UserError(f"{shown(name)} must be at least 1, got {sizes[name]}")
-    for name, divisor in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
-        if sizes[name] % sizes[divisor]:
-            raise UserError(
-                f"{shown(name)} must be a multiple of {shown(divisor)}, {sizes[divisor]}, got {sizes[name]}"
-            )
-    if sizes["hidden_size"] % 4:
-        name, size = shown("hidden_size"), sizes["hidden_size"]
-        raise UserError(f"{name} must be a multiple of 4, for the sine-cosine positions, got {size}")
-
-
-def _flag(name: str) -> str:
-    """A size as the flags of `haste train` name it."""
-    return "the side of the model's input" if name == "input_size" else f"--{name.replace('_', '-')}"
 
 
 SIT_SIZES = {
@@ -391,7 +346,7 @@ class SiTFamily(Family):
         return SiT(**config, z_dims=z_dims)
 
     def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
-        _check_sizes({**size, "input_size": data.input_size}, _flag)
+        check_sizes({**size, "input_size": data.input_size}, size_flag)
         return {
             **size,
             "input_size": data.input_size,

@@ -1,0 +1,446 @@
+"""MM-DiT, the two-stream transformer of Stable Diffusion 3 (arXiv 2403.03206), as REPA and HASTE train it on MS-COCO.
+
+Text and image are two sequences with weights of their own, which meet in one attention over both. The names of the
+parameters are those of the public checkpoints. Time runs from t = 1 (noise) to t = 0 (data); the text features come
+from a frozen encoder (haste/text.py) and only the time steers the blocks.
+
+Reading order: Stream, JointBlock, MMDiT, MMDiTFamily. For alignment the forward pass returns q and k of the layers that
+are asked for, as the joint attention used them: the text's rows stand in front of the image's, as `ModelOutput.prefix`
+says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from haste.errors import UserError
+from haste.models.family import Family, Layout, ModelOutput, PublishedAlignment
+from haste.models.layers import (
+    BACKENDS,
+    FinalLayer,
+    Mlp,
+    Modulation,
+    PatchEmbedder,
+    TimestepEmbedder,
+    build_projector,
+    check_sizes,
+    modulate,
+    sincos_positions,
+    size_flag,
+    unpatchify,
+)
+from haste.models.registry import register
+from haste.validation import build, check, check_limits
+
+QueriesKeys = tuple[Tensor, Tensor]
+
+
+class StreamAttention(nn.Module):
+    """One stream's projections to and from the joint attention."""
+
+    def __init__(self, width: int, last_text: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        if not last_text:
+            self.proj = nn.Linear(width, width)
+
+
+class Stream(nn.Module):
+    """One stream's half of a joint block.
+
+    Args:
+        last_text: the text's of the last block, which feeds the attention and ends there: no output projection, no MLP,
+            and of the modulation the first two vectors.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float, last_text: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = StreamAttention(width, last_text)
+        if not last_text:
+            self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+            self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if last_text else 6) * width))
+
+    def vectors(self, c: Tensor) -> tuple[Tensor, ...]:
+        """The conditioning (B, width) to this half's vectors, (B, width) each, in the order of `Modulation`."""
+        return self.adaLN_modulation(c).chunk(self.adaLN_modulation[1].out_features // c.shape[-1], dim=1)
+
+    def qkv(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """(B, N, width) to q, k and v side by side, (B, N, 3·width)."""
+        return self.attn.qkv(modulate(self.norm1(tokens), shift, scale))
+
+    def mlp_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The MLP output before its gate, (B, N, width)."""
+        return self.mlp(modulate(self.norm2(tokens), shift, scale))
+
+    def finish(self, tokens: Tensor, attended: Tensor, m: Modulation) -> Tensor:
+        """The next tokens, of the stream's rows of the joint attention's output."""
+        tokens = tokens + m.gate_attn.unsqueeze(1) * self.attn.proj(attended)
+        return tokens + m.gate_mlp.unsqueeze(1) * self.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
+
+
+class JointBlock(nn.Module):
+    """Attention over text and image together, then an MLP for each."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, last: bool, attention: str) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.last = last
+        self.attend = BACKENDS[attention]
+        self.context_block = Stream(width, mlp_ratio, last_text=last)
+        self.x_block = Stream(width, mlp_ratio)
+
+    def attention(self, qkv: Tensor) -> tuple[Tensor, QueriesKeys]:
+        """Of the joint q, k, v (B, N, 3·width): the output (B, N, width), and the q and k, (B, H, N, D), behind it."""
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.attend(q, k, v).transpose(1, 2).flatten(2), (q, k)
+
+    def forward(
+        self, text: Tensor, image: Tensor, c: Tensor, keep_queries_keys: bool = False
+    ) -> tuple[Tensor, Tensor, QueriesKeys | None]:
+        """text (B, L, width), image (B, N, width) and conditioning c (B, width) to the next ones, and q and k of all
+        L + N tokens if they are wanted. The last block returns the text as it came.
+
+        Everything goes out by return, so that activation checkpointing may run this twice.
+        """
+        of_text, of_image = self.context_block.vectors(c), Modulation(*self.x_block.vectors(c))
+        qkv = torch.cat([self.context_block.qkv(text, *of_text[:2]),
+                         self.x_block.qkv(image, of_image.shift_attn, of_image.scale_attn)], dim=1)  # fmt: skip
+        queries_keys: QueriesKeys | None
+        attended, queries_keys = self.attention(qkv)
+        if not keep_queries_keys:
+            queries_keys = None  # frees the projection before the MLPs need its memory
+        del qkv
+        length = text.shape[1]
+        if not self.last:
+            text = self.context_block.finish(text, attended[:, :length], Modulation(*of_text))
+        return text, self.x_block.finish(image, attended[:, length:], of_image), queries_keys
+
+
+class MMDiT(nn.Module):
+    """A two-stream diffusion transformer that predicts the velocity of an image at time t, given text features.
+
+    Args:
+        input_size: side S of the image (or latent).
+        patch_size: side of a patch; S must be a multiple of it. N = (S / patch_size)² tokens.
+        in_channels: channels C of the image.
+        hidden_size: width of both streams, a multiple of 4 and of num_heads; 32·depth in the published models.
+        depth: number of joint blocks.
+        num_heads: attention heads, of both streams together.
+        context_tokens, context_width: the features of one text, (tokens, width). More or fewer tokens are taken, too.
+        mlp_ratio: width of the MLPs over hidden_size.
+        fused_attn: False computes attention step by step, with its map in memory, whatever `attention` says.
+        attention: what computes it: sdpa, flash-attn or xformers.
+        encoder_depth: the projectors read the image's tokens after this block, counted from 1.
+        z_dims: one projector per entry, onto that many features. Empty: no projector.
+        projector_dim: hidden width of the projectors.
+
+    Attributes:
+        null_context: the features (tokens, width) that stand for no text, as of an empty caption; None if they are not
+            known. They are no weights: data and checkpoints bring them.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    family = "mmdit"
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 768,
+        depth: int = 24,
+        num_heads: int = 24,
+        context_tokens: int = 77,
+        context_width: int = 768,
+        mlp_ratio: float = 4.0,
+        fused_attn: bool = True,
+        attention: str = "sdpa",
+        encoder_depth: int = 8,
+        z_dims: Sequence[int] = (),
+        projector_dim: int = 2048,
+    ) -> None:
+        super().__init__()
+        check_sizes({"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
+                     "num_heads": num_heads})  # fmt: skip
+        for name, value in (("context_tokens", context_tokens), ("context_width", context_width)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if z_dims and not 1 <= encoder_depth <= depth:
+            raise UserError(f"encoder_depth must be from 1 to the depth, {depth}, got {encoder_depth}")
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.context_width = context_width
+        self.encoder_depth = encoder_depth
+        self.null_context: Tensor | None = None
+
+        # Nothing is zero at first and all weights are torch's own, as in the public trainers. The order is public, too:
+        # an optimizer's state counts parameters in it.
+        grid = input_size // patch_size
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.context_embedder = nn.Linear(context_width, hidden_size)
+        backend = attention if fused_attn else "plain"
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(hidden_size, num_heads, mlp_ratio, index == depth - 1, backend) for index in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        with torch.random.fork_rng(devices=[]):  # random numbers of a run do not depend on whether there are projectors
+            self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, grid)[None])
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.joint_blocks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters, and of the images that the model wants outside autocast."""
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def tokens_shape(self) -> tuple[int, int]:
+        """(N, width) of one image."""
+        return tuple(self.pos_embed.shape[1:])
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x (B, C, S, S) to the image's tokens (B, N, width) with their positions."""
+        tokens = self.x_embedder(x)
+        return tokens + self.pos_embed.to(tokens.dtype)
+
+    def text(self, context: Tensor) -> Tensor:
+        """Text features (B, L, context_width) to the text's tokens (B, L, width)."""
+        return self.context_embedder(context)
+
+    def conditioning(self, t: Tensor, context: Tensor) -> Tensor:
+        """t (B,) to what steers every block, (B, width); t (S, 1) to (S, B, width) for the B rows of the context."""
+        c = self.t_embedder(t)
+        return c if t.dim() == 1 else c.expand(-1, len(context), -1)
+
+    def output(self, tokens: Tensor, c: Tensor) -> ModelOutput:
+        """What the model returns when nothing is aligned, made of the image's last tokens and the conditioning."""
+        return ModelOutput(self.finish(tokens, c), [], [])
+
+    def finish(self, tokens: Tensor, c: Tensor) -> Tensor:
+        """The image's last tokens (B, N, width) and the conditioning to the velocity (B, C, S, S)."""
+        return unpatchify(self.final_layer(tokens, c), self.patch_size)
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, aligned_layers: Sequence[int] = (), project: bool = False
+    ) -> ModelOutput:
+        """The velocity, and on request what alignment with a teacher reads.
+
+        Args:
+            x: (B, C, S, S), the image at time t.
+            t: (B,), in [0, 1]; 1 is noise.
+            context: (B, L, context_width), the features of each image's text.
+            aligned_layers: joint blocks, counted from 0, whose q and k, (B, H, L + N, D) each, are returned.
+            project: return the projections of the image's tokens after block `encoder_depth`.
+
+        Raises:
+            ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
+        """
+        self._check(x, t, context)
+        for layer in aligned_layers:
+            if not 0 <= layer < len(self.blocks):
+                raise ValueError(f"aligned_layers must be from 0 to {len(self.blocks) - 1}, got {layer}")
+        if project and not self.projectors:
+            raise ValueError("project must be False for a model without projectors, got True; build it with z_dims")
+
+        text, image, c = self.text(context), self.tokens(x), self.conditioning(t, context)
+        kept: dict[int, QueriesKeys] = {}
+        projections: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            text, image, queries_keys = block(text, image, c, keep_queries_keys=index in aligned_layers)
+            if queries_keys is not None:
+                kept[index] = queries_keys
+            if project and index + 1 == self.encoder_depth:
+                projections = [projector(image) for projector in self.projectors]
+        velocity = self.finish(image, c)
+        return ModelOutput(velocity, [kept[layer] for layer in aligned_layers], projections, prefix=context.shape[1])
+
+    def _check(self, x: Tensor, t: Tensor, context: Tensor) -> None:
+        wanted = (self.in_channels, self.input_size, self.input_size)
+        if x.dim() != 4 or x.shape[1:] != wanted:
+            raise ValueError(f"x must have shape (batch, {', '.join(map(str, wanted))}), got {tuple(x.shape)}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must have shape ({x.shape[0]},), as x, got {tuple(t.shape)}")
+        if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != self.context_width:
+            raise ValueError(f"context must have shape ({x.shape[0]}, tokens, {self.context_width}), got "
+                             f"{tuple(context.shape)}")  # fmt: skip
+
+
+# ---- the family ----
+
+MMDIT_SIZES = {"MM-DiT-COCO": {"depth": 24, "hidden_size": 768, "num_heads": 24, "patch_size": 2}}
+"""The published model."""
+
+# Far above what anybody trains, and far below what no machine can hold.
+LARGEST = {
+    "input_size": 8192, "patch_size": 1024, "in_channels": 4096, "hidden_size": 16_384, "depth": 200, "num_heads": 1024,
+    "context_tokens": 2**16, "context_width": 2**16, "encoder_depth": 200, "projector_dim": 65_536,
+}  # fmt: skip
+MOST_TOKENS = 2**18
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The arguments of MMDiT that a checkpoint holds: all but z_dims. Raises UserError for sizes that no MM-DiT has."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    input_size: int
+    in_channels: int
+    context_tokens: int
+    context_width: int
+    mlp_ratio: float = 4.0
+    fused_attn: bool = True
+    attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
+    encoder_depth: int = 8
+    projector_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        check_limits(self, LARGEST)
+        if (self.input_size // self.patch_size) ** 2 > MOST_TOKENS:
+            raise UserError(f"its model must have at most {MOST_TOKENS} tokens, got {self.input_size} / "
+                            f"{self.patch_size} along a side")  # fmt: skip
+        if not 1 / 64 <= self.mlp_ratio <= 64:
+            raise UserError(f"mlp_ratio of its model must be from 1/64 to 64, got {self.mlp_ratio}")
+
+
+# Other names of the arguments, by which the public model is described, and what must not be there.
+PUBLIC = {"width": "hidden_size", "heads": "num_heads", "channels": "in_channels", "projector_width": "projector_dim"}
+IMPLIED = ("family", "head_dim", "grid", "z_dims")  # which follow from others, or are given apart
+ABSENT = ("qk_norm", "pooled_text")
+
+HEAD, TEXT_TOKENS = 32, 77  # of the published model (its texts are CLIP's), which weights alone do not tell
+NAMES = ("pos_embed", "x_embedder.proj.weight", "context_embedder.weight", "joint_blocks.0.x_block.attn.qkv.weight")
+
+
+class MMDiTFamily(Family):
+    """MM-DiT, conditioned on the features of a text."""
+
+    name = "mmdit"
+    title = "MM-DiT"
+    published_alignment = {"MM-DiT-COCO": PublishedAlignment("4:8,5:9,6:10,7:11", encoder_depth=8)}
+    sizes = {
+        **MMDIT_SIZES,
+        # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
+        "MM-DiT-Digits": {"depth": 6, "hidden_size": 96, "num_heads": 4, "patch_size": 2},
+    }
+
+    def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> MMDiT:
+        return MMDiT(**_own_names(config), z_dims=z_dims or config.get("z_dims", ()))
+
+    def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
+        check_sizes({**size, "input_size": data.input_size}, size_flag)
+        if data.text is None:
+            raise UserError(f"--data-dir must hold captions for {self.title}, got {settings.data_dir}, whose images "
+                            "have none; see haste prepare --captions")  # fmt: skip
+        if settings.qk_norm:
+            raise UserError("--qk-norm must be left out for MM-DiT, whose published models have none, got True")
+        return {
+            **size,
+            "input_size": data.input_size,
+            "in_channels": data.channels,
+            "context_tokens": data.text.tokens,
+            "context_width": data.text.width,
+            "fused_attn": settings.fused_attn,
+            "attention": settings.attention,
+            "encoder_depth": settings.encoder_depth,
+            "projector_dim": settings.projector_dim,
+        }
+
+    def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+        own = _own_names(config)
+        given = asdict(build(_Config, own, f"model_config of {source}"))
+        return {name: value for name, value in given.items() if name in own}
+
+    def layout(self, config: Mapping[str, Any]) -> Layout:
+        own = _own_names(config)
+        side, grid = own["input_size"], own["input_size"] // own["patch_size"]
+        return Layout((own["in_channels"], side, side), grid, own["depth"], own["num_heads"], num_classes=None,
+                      condition_shape=(own["context_tokens"], own["context_width"]))  # fmt: skip
+
+    def for_sampling(self, config: Mapping[str, Any], fused_attn: bool = True) -> dict[str, Any]:
+        return {**config, "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
+
+    def training_flops(self, config: Mapping[str, Any]) -> int:
+        """Those of the matrix products: forward, and twice that for backward."""
+        own = _own_names(config)
+        width, patch, depth = own["hidden_size"], own["patch_size"], own["depth"]
+        image, text = (own["input_size"] // patch) ** 2, own["context_tokens"]
+        every_token, joint = (4 + 2 * own.get("mlp_ratio", 4.0)) * width * width, 2 * (image + text) ** 2 * width
+        blocks = depth * ((image + text) * every_token + joint + 12 * width * width)
+        spared = text * (1 + 2 * own.get("mlp_ratio", 4.0)) * width * width + 4 * width * width  # by the last text
+        ends = 2 * image * patch * patch * own["in_channels"] * width + text * own["context_width"] * width
+        return round(3 * 2 * (blocks - spared + ends))
+
+    # ---- the condition ----
+
+    def set_null(self, model: nn.Module, null: Tensor | None) -> None:
+        model.null_context = null
+
+    def null(self, model: nn.Module) -> Tensor | None:
+        return model.null_context
+
+    # ---- files of others ----
+
+    def infer_config(self, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any] | None:
+        if not all(name in weights for name in NAMES):
+            return None
+        for name, dims in zip(NAMES, (3, 4, 2, 2), strict=True):
+            if weights[name].dim() != dims:
+                shape = tuple(weights[name].shape)
+                raise UserError(f"the weights are not those of an MM-DiT: {name} has shape {shape}")
+        (_, tokens, width), (_, channels, patch, _), (_, context_width) = (weights[name].shape for name in NAMES[:3])
+        numbers = {name.split(".")[1] for name in weights if name.startswith("joint_blocks.")}
+        projector = weights.get("projectors.0.0.weight")
+        depth = sum(number.isdecimal() for number in numbers)
+        shape = (depth, width, patch)
+        known = (s for s in self.sizes.values() if shape == (s["depth"], s["hidden_size"], s["patch_size"]))
+        heads = next((size["num_heads"] for size in known), width // HEAD)
+        encoder_depth = check(args.get("encoder_depth"), int | None, "encoder_depth of its settings") or 8
+        return {
+            "depth": depth,
+            "hidden_size": width,
+            "num_heads": max(heads, 1),
+            "patch_size": patch,
+            "input_size": math.isqrt(tokens) * patch,
+            "in_channels": channels,
+            "context_tokens": TEXT_TOKENS,
+            "context_width": context_width,
+            "encoder_depth": min(encoder_depth, depth),
+            "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
+        }
+
+
+def _own_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that may describe the public model by other names, as MMDiT's arguments."""
+    own = {PUBLIC.get(name, name): value for name, value in config.items() if name not in (*IMPLIED, *ABSENT)}
+    if "grid" in config:
+        own["input_size"] = config["grid"] * config["patch_size"]
+    unknown = own.keys() - _Config.__dataclass_fields__.keys()
+    if unknown:
+        known = ", ".join(_Config.__dataclass_fields__)
+        raise UserError(f"config of an MM-DiT must have names of {known}, got {min(unknown)}")
+    for name in ABSENT:
+        if config.get(name):
+            raise UserError(f"{name} of an MM-DiT must be left out, as the published models have none, got "
+                            f"{config[name]}")  # fmt: skip
+    return own
+
+
+register(MMDiTFamily())
