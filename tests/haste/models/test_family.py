@@ -66,12 +66,12 @@ def test_the_command_trains_it_and_samples_from_it(distribution, tmp_path, capsy
 )  # fmt: skip
 def test_one_that_cannot_be_imported_is_warned_of_and_the_name_refused(distribution, value, module, caplog):
     distribution(value, module)
-    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="--model must be one of SiT-"):
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="--model must be one of .*SiT-"):
         find_size("Tiny-S/2")
     assert f"the model family tiny = {value} is left out: " in caplog.text
 
 
 @pytest.mark.parametrize("name", ["nothing", 3])
 def test_an_unknown_family_is_refused_by_name(name):
-    with pytest.raises(UserError, match=f"family must be one of sit.*, got '{name}'"):
+    with pytest.raises(UserError, match=f"family must be one of .*sit.*, got '{name}'"):
         build_model({"family": name})
