@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"alignment", "caching"},
     {"teachers", "data", "distributed", "plotting"},
-    {"models", "vae"},
+    {"models", "vae", "text"},
     {"kl16"},
     {"samplers", "transport", "cuda_graphs", "weights", "validation", "tables", "registry", "torchscript"},
     {"resumable"},
