@@ -80,3 +80,72 @@ def write_mar_cache(folder: Path, images: Path, shape: tuple[int, int, int] = (3
         moments, flipped = generator.normal(size=(2, *shape)).astype(np.float32)
         np.savez(target, moments=moments, moments_flip=flipped)
     return folder
+
+
+def captions_of(index: int) -> list[str]:
+    """One to three captions of photograph number `index`; some photographs have one in common."""
+    colours, things = ("red", "green", "dark"), ("temple", "flower")
+    return [f"a {colours[(index + n) % 3]} photograph of a {things[index % 2]}" for n in range(1 + index % 3)]
+
+
+def write_pairs(folder: Path, count: int = 6, size: tuple[int, int] = (20, 16)) -> Path:
+    """folder/NN.jpg or .png and NN.txt with one caption a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(photographs(count, size)):
+        image.save(folder / f"{index:02d}.{'jpg' if index % 2 else 'png'}")
+        (folder / f"{index:02d}.txt").write_text("\n".join(captions_of(index)) + "\n")
+    return folder
+
+
+def write_coco(root: Path, count: int = 6, split: str = "train2014", size: tuple[int, int] = (20, 16)) -> Path:
+    """MS-COCO's layout, whose lists are in no order: images numbered 10·(index + 1). The path of the annotations."""
+    (root / split).mkdir(parents=True, exist_ok=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for index, image in enumerate(photographs(count, size)):
+        name = f"COCO_{split}_{10 * (index + 1):012d}.jpg"
+        image.save(root / split / name)
+        images.append({"id": 10 * (index + 1), "file_name": name, "height": size[1], "width": size[0]})
+        for n, caption in enumerate(captions_of(index)):
+            annotations.append({"image_id": 10 * (index + 1), "id": 100 * n + index, "caption": f"{caption}\n"})
+    path = root / "annotations" / f"captions_{split}.json"
+    content = {"info": {}, "images": images[::-1], "annotations": sorted(annotations, key=lambda each: each["id"])}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_tars(folder: Path, count: int = 6, per_tar: int = 4, kind: str = "txt") -> Path:
+    """webdataset's tars: 000000000.jpg, .txt (or .json with a caption) and .json of other things."""
+    import io
+    import tarfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, count, per_tar):
+        with tarfile.open(folder / f"{start // per_tar:05d}.tar", "w") as tar:
+            for index in range(start, min(start + per_tar, count)):
+                file = io.BytesIO()
+                photographs(index + 1)[index].save(file, format="JPEG")
+                text = (
+                    "\n".join(captions_of(index)) if kind == "txt" else json.dumps({"caption": captions_of(index)[0]})
+                )
+                members = {"jpg": file.getvalue(), kind: text.encode(), "seg.png": b"another image"}
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"./{index:09d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def write_hub_captions(folder: Path, count: int = 6, column: str = "caption", lists: bool = True) -> Path:
+    """A Hugging Face data set on disk with images, captions, and a label that is text."""
+    import datasets
+
+    text = datasets.Value("string")
+    features = {"image": datasets.Image(), column: datasets.List(text) if lists else text, "label": text}
+    values = {
+        "image": photographs(count),
+        column: [captions_of(index) if lists else captions_of(index)[0] for index in range(count)],
+        "label": ["x"] * count,
+    }
+    datasets.Dataset.from_dict(values, datasets.Features(features)).save_to_disk(folder)
+    return folder

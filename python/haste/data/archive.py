@@ -117,7 +117,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
             continue
         seen.add(identity)
         with os.scandir(root / prefix) as entries:
-            for entry in filter(lambda entry: _is_visible(entry.name), entries):
+            for entry in filter(lambda entry: is_visible(entry.name), entries):
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(f"{prefix}{entry.name}/")
                 elif entry.is_symlink() and os.path.isdir(entry.path):
@@ -160,7 +160,7 @@ class Zip:
     def names(self) -> list[str]:
         inside = [name for name in self._open().namelist() if name.startswith(self.prefix) and not name.endswith("/")]
         names = {name.removeprefix(self.prefix) for name in inside}
-        return sorted(name for name in names if all(map(_is_visible, PurePosixPath(name).parts)))
+        return sorted(name for name in names if all(map(is_visible, PurePosixPath(name).parts)))
 
     def has(self, name: str) -> bool:
         return self.prefix + name in self._open().NameToInfo
@@ -210,7 +210,7 @@ def _is_zip(path: Path) -> bool:
         return False
 
 
-def _is_visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 

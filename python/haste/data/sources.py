@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -191,9 +192,13 @@ def choose_labels(listed: dict[str, Any] | None, names: list[str], where: str) -
 
 
 class HuggingFaceSource:
-    """A data set written by `save_to_disk` of the package datasets; of several splits, the one named train."""
+    """A data set written by `save_to_disk` of the package datasets; of several splits, the one named train.
 
-    def __init__(self, path: Path, flag: str) -> None:
+    Args:
+        labelled: whether it needs readable labels if it has any.
+    """
+
+    def __init__(self, path: Path, flag: str, labelled: bool = True) -> None:
         dataset = _load_from_disk(path, flag)
         kinds = {name: type(feature).__name__ for name, feature in dataset.features.items()}
         images = [name for name, kind in kinds.items() if kind == "Image"]
@@ -202,7 +207,10 @@ class HuggingFaceSource:
             raise UserError(f"{flag} must have one column of images, got {columns} in {path}")
         self.path = path
         self._column = images[0]
-        self.labels, self.num_classes, self.class_names = _labels_of_column(dataset, kinds, path, flag)
+        self.labels, self.num_classes, self.class_names = None, 1, None
+        if labelled:
+            self.labels, self.num_classes, self.class_names = _labels_of_column(dataset, kinds, path, flag)
+        self._dataset = dataset
         import datasets
 
         try:
@@ -234,6 +242,14 @@ class HuggingFaceSource:
 
     def digest(self) -> str:
         return self._rows._fingerprint
+
+    def columns(self, holds: Callable[[Any], bool]) -> list[str]:
+        """The names of the columns whose feature is of a kind."""
+        return [name for name, feature in self._dataset.features.items() if holds(feature)]
+
+    def select(self, column: str) -> Any:
+        """One column as rows, without the others."""
+        return self._dataset.select_columns([column]).with_format(None)
 
 
 def _load_from_disk(path: Path, flag: str) -> Any:
