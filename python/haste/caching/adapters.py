@@ -9,11 +9,16 @@ The calls of a granularity are pure functions of tensors, so each can be compile
 
 x, t, y as the model takes them, tokens and c (B, N, D) and (B, D), out (modules, B, N, D), features (modules, slots, B,
 N, D), weights (slots,) float32; of S calls at once t (S, 1), c (S, B, D), weights (S, slots), added (S, B, N, D).
+
+Of two streams of tokens, such as a text's and the image's, the image's is cached, and a forecast call runs the other
+only where a block reads it. Behind Δ-DiT's front blocks others do: of these the changes of both are kept, the other
+stream's N' tokens in front, out (1, B, N' + N, D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +28,7 @@ import haste_ext
 from haste._compat import is_compiled
 from haste.caching.config import CacheConfig
 from haste.errors import UserError
-from haste.models import CachedBlock, CachedTransformer, ModelOutput, families, get_family
+from haste.models import CachedBlock, CachedTransformer, ModelOutput, Streams, families, get_family
 
 # ---- models ----
 
@@ -123,16 +128,16 @@ class CacheGranularity:
         names = ("full", "corrections", "corrected") if self.looks_ahead else ("full", "forecast")
         return {name: getattr(self, name) for name in names}
 
-    def features_shape(self, x: Tensor) -> tuple[int, int]:
-        """(N, D) of one image of x."""
+    def features_shape(self, input_shape: Sequence[int], y: Tensor | None = None) -> tuple[int, int]:
+        """(N, D) of the features of one image, of shape (C, H, W), under the condition y or one as usual."""
         return self.transformer.tokens_shape
 
     def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
         c = self.transformer.conditioning(t, y)
-        return self.transformer.output(self._run(self.transformer.tokens(x), c, out), c)
+        return self.transformer.output(image_of(self._run(self.transformer.streams(x, y), c, out)), c)
 
-    def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
-        """All blocks in full: the last tokens."""
+    def _run(self, streams: Streams, c: Tensor, out: Tensor) -> Streams:
+        """All blocks in full: what leaves the last one."""
         raise NotImplementedError
 
 
@@ -140,8 +145,7 @@ class PerModule(CacheGranularity):
     """The output of every attention and MLP before its gate, as in TaylorSeer (arXiv 2503.06923).
 
     A forecast call computes every gate at its own time: tokens + Σ_l gate_l(t) ⊙ F̂_l. The sum depends on the time
-    only, so one pass over the features makes the sums of all calls until the next full one. A full call is the block's
-    forward pass, with copies of both outputs and with addcmul, which reads the tokens once less.
+    only, so one pass over the features makes the sums of all calls until the next full one.
     """
 
     branch_outputs = True
@@ -152,16 +156,10 @@ class PerModule(CacheGranularity):
         self.modules = 2 * len(transformer.blocks)
         self.description = f"the outputs of {self.modules} attentions and MLPs"
 
-    def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
+    def _run(self, streams: Streams, c: Tensor, out: Tensor) -> Streams:
         for index, block in enumerate(self.transformer.blocks):
-            m = block.modulation(c)
-            branch = block.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
-            out[2 * index].copy_(branch)
-            tokens = torch.addcmul(tokens, m.gate_attn.unsqueeze(1), branch)
-            branch = block.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
-            out[2 * index + 1].copy_(branch)
-            tokens = torch.addcmul(tokens, m.gate_mlp.unsqueeze(1), branch)
-        return tokens
+            streams = block.record(streams, c, out[2 * index], out[2 * index + 1])
+        return streams
 
     def corrections(self, t: Tensor, y: Tensor, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of S forecast calls at t (S, 1), or one at t (B,)."""
@@ -178,7 +176,8 @@ class BlockGroup(CacheGranularity):
     """What blocks first … last − 1 add to the tokens; the other blocks run in every call.
 
     Every block of a group is forecast with the same weights, so the sum of their forecasts is the forecast of their
-    sum, tokens + Σ_l Σ_k w_k·F_{l,k} = tokens + Σ_k w_k·(Σ_l F_{l,k}). That sum alone is kept.
+    sum, tokens + Σ_l Σ_k w_k·F_{l,k} = tokens + Σ_k w_k·(Σ_l F_{l,k}). That sum alone is kept; of two streams both
+    sums, if there are blocks behind the group that read them.
     """
 
     def __init__(self, transformer: CachedTransformer, first: int, last: int) -> None:
@@ -187,18 +186,40 @@ class BlockGroup(CacheGranularity):
         self.before, self.group, self.after = blocks[:first], blocks[first:last], blocks[last:]
         self.description = f"what {last - first} of {len(blocks)} blocks add to the tokens"
 
-    def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
-        tokens = _run_blocks(self.before, tokens, c)
-        # A copy, as blocks may write to their input.
-        entering, tokens = tokens.clone(), _run_blocks(self.group, tokens, c)
-        torch.sub(tokens, entering, out=out[0])
-        return _run_blocks(self.after, tokens, c)
+    def features_shape(self, input_shape: Sequence[int], y: Tensor | None = None) -> tuple[int, int]:
+        tokens, dim = self.transformer.tokens_shape
+        return (tokens + self.transformer.prefix(y) if len(self.after) else tokens), dim
+
+    def _run(self, streams: Streams, c: Tensor, out: Tensor) -> Streams:
+        streams = _run_blocks(self.before, streams, c)
+        entering = self._joined(streams).clone()  # as blocks may write to their input
+        streams = _run_blocks(self.group, streams, c)
+        torch.sub(self._joined(streams), entering, out=out[0])
+        return _run_blocks(self.after, streams, c)
 
     def forecast(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor, weights: Tensor) -> Any:
         c = self.transformer.conditioning(t, y)
-        tokens = _run_blocks(self.before, self.transformer.tokens(x), c)
-        tokens = haste_ext.taylor_extrapolate(features[0], weights, residual=tokens)
-        return self.transformer.output(_run_blocks(self.after, tokens, c), c)
+        if len(self.before) or len(self.after):
+            streams = self.transformer.streams(x, y)
+            streams = _run_blocks(self.before, streams, c, image_alone=not len(self.after))
+        else:
+            streams = self.transformer.tokens(x)
+        streams = _run_blocks(self.after, self._forecast_of(streams, features[0], weights), c)
+        return self.transformer.output(image_of(streams), c)
+
+    def _joined(self, streams: Streams) -> Tensor:
+        """The tokens whose changes are kept, the other stream's in front of the image's."""
+        if isinstance(streams, tuple) and len(self.after):
+            return torch.cat(streams, dim=1)
+        return image_of(streams)
+
+    def _forecast_of(self, streams: Streams, changes: Tensor, weights: Tensor) -> Streams:
+        if isinstance(streams, tuple) and len(self.after):
+            other, image = streams
+            of_other, of_image = changes.split([other.shape[1], image.shape[1]], dim=-2)
+            forecast = haste_ext.taylor_extrapolate(of_other, weights, residual=other)
+            return forecast, haste_ext.taylor_extrapolate(of_image, weights, residual=image)
+        return haste_ext.taylor_extrapolate(changes, weights, residual=image_of(streams))
 
 
 class WholeModel(CacheGranularity):
@@ -206,10 +227,10 @@ class WholeModel(CacheGranularity):
 
     description = "the tokens after the last block"
 
-    def _run(self, tokens: Tensor, c: Tensor, out: Tensor) -> Tensor:
-        tokens = _run_blocks(self.transformer.blocks, tokens, c)
-        out[0].copy_(tokens)
-        return tokens
+    def _run(self, streams: Streams, c: Tensor, out: Tensor) -> Streams:
+        streams = _run_blocks(self.transformer.blocks, streams, c)
+        out[0].copy_(image_of(streams))
+        return streams
 
     def forecast(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor, weights: Tensor) -> Any:
         c = self.transformer.conditioning(t, y)
@@ -226,8 +247,8 @@ class WholeOutput(CacheGranularity):
         self.model = opaque.model
         self._form = "ModelOutput" if hasattr(self.model, "family") else ""  # of the model's answer
 
-    def features_shape(self, x: Tensor) -> tuple[int, int]:
-        return x.shape[1], x[0, 0].numel()
+    def features_shape(self, input_shape: Sequence[int], y: Tensor | None = None) -> tuple[int, int]:
+        return input_shape[0], prod(input_shape[1:])
 
     def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
         answer = self.model(x, t, y)
@@ -247,10 +268,16 @@ class WholeOutput(CacheGranularity):
         return (image, []) if self._form == "tuple" else image
 
 
-def _run_blocks(blocks: Iterable[CachedBlock], tokens: Tensor, c: Tensor) -> Tensor:
-    for block in blocks:
-        tokens = block(tokens, c)[0]
-    return tokens
+def _run_blocks(blocks: Sequence[CachedBlock], streams: Streams, c: Tensor, image_alone: bool = False) -> Streams:
+    """image_alone: of what leaves the last of them nothing else is read."""
+    for index, block in enumerate(blocks, 1):
+        streams = block.run(streams, c, image_alone and index == len(blocks))
+    return streams
+
+
+def image_of(streams: Streams) -> Tensor:
+    """The image's tokens."""
+    return streams if isinstance(streams, Tensor) else streams[1]
 
 
 def make_granularities(transformer: CachedTransformer | OpaqueModel, config: CacheConfig) -> list[CacheGranularity]:

@@ -198,7 +198,7 @@ class CachedModel(nn.Module):
         call = self._next_call(t)
         if len(x) % len(call.branches):
             raise UserError(f"x must have as many rows for {' as for '.join(call.branches)}, got {len(x)} rows")
-        self._reserve(x, call)
+        self._reserve(x, y, call)
         if call.step != self._step or not (self._step_is_full or self._holds(call.branches)):
             self._begin_step(call.step)
         with self._watches[0 if self._step_is_full else 1].running(x.device):
@@ -228,9 +228,10 @@ class CachedModel(nn.Module):
             return self._next_call(t)
         return call
 
-    def _reserve(self, x: Tensor, call: ModelCall) -> None:
-        """Reserve memory for the features of every branch of the run."""
-        tokens, dim = self.granularities[0].features_shape(x)
+    def _reserve(self, x: Tensor, y: Tensor, call: ModelCall) -> None:
+        """Reserve memory for the features of every branch of the run, as they are at the step of this call."""
+        granularity = self.granularities[self._granularity_of(call.step)]
+        tokens, dim = granularity.features_shape(x.shape[1:], y)
         rows = len(x) // len(call.branches) * len(self._branches)
         dtype = self.transformer.dtype
         if self.granularities[0].branch_outputs and torch.is_autocast_enabled(x.device.type):

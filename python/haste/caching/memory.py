@@ -128,13 +128,10 @@ def _bytes_of_images(
     if not can_take_apart(model, config):
         raise UserError(f"inputs must be the keyword arguments of a call for a {type(model).__name__}, got {rows}")
     cached = CachedModel(model, config)
-    if not isinstance(cached.transformer, OpaqueModel):
-        tokens, dim = cached.transformer.tokens_shape
-    elif input_shape is not None:
-        tokens, dim = input_shape[0], input_shape[1] * input_shape[2]
-    else:
+    if isinstance(cached.transformer, OpaqueModel) and input_shape is None:
         raise ValueError('input_shape must be (C, H, W) for granularity "output", got None')
     granularity, slots = cached.granularities[0], cached.forecaster.order + 1
+    tokens, dim = max(each.features_shape(input_shape or ()) for each in cached.granularities)
     ahead = 0
     if granularity.looks_ahead:
         ahead = MOST_AHEAD if config.full_steps else min(MOST_AHEAD, config.resolved_interval - 1)

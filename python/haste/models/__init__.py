@@ -10,6 +10,7 @@ from haste.models.family import (
     ModelOutput,
     PublishedAlignment,
     SamplingCost,
+    Streams,
     Weights,
 )
 from haste.models.mmdit import MMDIT_SIZES, MMDiT
@@ -45,6 +46,7 @@ __all__ = [
     "PublishedAlignment",
     "SamplingCost",
     "SiT",
+    "Streams",
     "Weights",
     "build_model",
     "check_config",

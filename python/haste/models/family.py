@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -83,27 +83,29 @@ class PublishedAlignment:
     encoder_depth: int
 
 
+Streams: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""What blocks pass on: the image's tokens (B, N, D); of two streams the other's, such as a text's, (B, L, D), and the
+image's."""
+
+
 class CachedBlock(Protocol):
-    """One block as x + gate ⊙ attention(x), then x + gate ⊙ mlp(x), steered by c (B, D)."""
+    """One block: to the image's tokens it adds gate ⊙ attention, then gate ⊙ MLP, steered by c (B, D). Another stream
+    may run beside them."""
 
     adaLN_modulation: nn.Sequential
-    """What makes the modulation: an activation, then one linear layer of 6·D outputs."""
+    """What makes the image's modulation: an activation, then one linear layer of 6·D outputs."""
 
-    def __call__(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Any]:
-        """The next tokens first."""
+    def run(self, streams: Streams, c: Tensor, image_alone: bool = False) -> Streams:
+        """The next streams. image_alone: nothing reads the other one, which may come back as it came."""
 
-    def modulation(self, c: Tensor) -> Any:
-        """shift, scale and gate of attention, then those of the MLP, each (B, D): a `layers.Modulation`."""
-
-    def attention_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
-        """The attention output before its gate first."""
-
-    def mlp_branch(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """The MLP output before its gate."""
+    def record(self, streams: Streams, c: Tensor, attention: Tensor, mlp: Tensor) -> Streams:
+        """As `run`. Writes the image's attention and MLP outputs before their gates to `attention` and `mlp`, (B, N, D)
+        each."""
 
 
 class CachedTransformer(Protocol):
-    """A model as a cache takes it apart: output(blocks(tokens(x), c), c) with c = conditioning(t, condition)."""
+    """A model as a cache takes it apart: output(tokens, c) of the image's tokens after all blocks have run on
+    streams(x, condition), with c = conditioning(t, condition)."""
 
     @property
     def blocks(self) -> Sequence[CachedBlock]: ...
@@ -116,14 +118,21 @@ class CachedTransformer(Protocol):
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
 
+    def prefix(self, condition: Tensor | None = None) -> int:
+        """Tokens of the other stream under this condition, by default one as the model was trained with; 0 if there is
+        no such stream."""
+
     def tokens(self, x: Tensor) -> Tensor:
-        """x as tokens (B, N, D)."""
+        """x as the image's tokens (B, N, D)."""
+
+    def streams(self, x: Tensor, condition: Tensor) -> Streams:
+        """What the first block takes."""
 
     def conditioning(self, t: Tensor, condition: Tensor) -> Tensor:
         """c (B, D); of t (S, 1), at S times of which each holds for the whole batch, (S, B, D)."""
 
     def output(self, tokens: Tensor, c: Tensor) -> Any:
-        """What the model returns, made of the last tokens."""
+        """What the model returns, made of the image's last tokens."""
 
 
 class SamplingCost(NamedTuple):

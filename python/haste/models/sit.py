@@ -102,6 +102,21 @@ class SiTBlock(nn.Module):
         tokens = tokens + m.gate_mlp.unsqueeze(1) * self.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
         return tokens, queries_keys
 
+    # ---- for caches, as `haste.models.CachedBlock` has it ----
+
+    def run(self, tokens: Tensor, c: Tensor, image_alone: bool = False) -> Tensor:
+        return self(tokens, c)[0]
+
+    def record(self, tokens: Tensor, c: Tensor, attention: Tensor, mlp: Tensor) -> Tensor:
+        """The forward pass with copies of both outputs, and with addcmul, which reads the tokens once less."""
+        m = self.modulation(c)
+        branch = self.attention_branch(tokens, m.shift_attn, m.scale_attn)[0]
+        attention.copy_(branch)
+        tokens = torch.addcmul(tokens, m.gate_attn.unsqueeze(1), branch)
+        branch = self.mlp_branch(tokens, m.shift_mlp, m.scale_mlp)
+        mlp.copy_(branch)
+        return torch.addcmul(tokens, m.gate_mlp.unsqueeze(1), branch)
+
 
 class SiT(nn.Module):
     """A diffusion transformer that predicts the velocity of an image at time t, given its class.
@@ -221,6 +236,14 @@ class SiT(nn.Module):
     def tokens(self, x: Tensor) -> Tensor:
         """x (B, C, S, S) to tokens (B, N, width) with their positions."""
         return self.x_embedder(x) + self.pos_embed
+
+    def streams(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the first block takes: the image's tokens alone."""
+        return self.tokens(x)
+
+    def prefix(self, y: Tensor | None = None) -> int:
+        """A class is no stream of tokens."""
+        return 0
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
         """t (B,) and y (B,) to what steers every block, (B, width); t (S, 1) and y (B,) to (S, B, width)."""
