@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from haste.models import SiT
+from haste.models import MMDiT, SiT
 from haste.samplers import initial_noise
 
 
@@ -22,3 +22,20 @@ def small_sit(depth: int = 2, input_size: int = 8) -> SiT:
 def small_noise(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise (batch, 1, 8, 8) and labels (batch,)."""
     return initial_noise((batch, 1, 8, 8), torch.Generator().manual_seed(1), dtype=dtype), torch.arange(batch)
+
+
+def small_mmdit(depth: int = 2) -> MMDiT:
+    """The same of two streams; its texts have 3 tokens of width 12."""
+    torch.manual_seed(0)
+    model = MMDiT(
+        input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=depth, num_heads=4, context_tokens=3,
+        context_width=12,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def small_text(batch: int = 2, tokens: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Features of texts (batch, tokens, 12)."""
+    return torch.randn(batch, tokens, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)

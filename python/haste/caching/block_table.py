@@ -37,7 +37,11 @@ class Arguments(dict[str, Any]):
 
 @lru_cache(maxsize=256)
 def _names(cls: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+    names = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return STREAMS if names == ("args", "kwargs") else names  # as public MM-DiT hands them on
+
+
+STREAMS = ("context", "x", "c")
 
 
 class Activations:
@@ -301,8 +305,12 @@ CLASSES: dict[str, BlockClass | Callable[[Any], BlockClass | None]] = {
 }
 
 
-# Of the public repositories: DiT, SiT, REPA, HASTE, whose blocks have different names.
-PUBLIC = BlockClass(("attn", "mlp"), _sequential("adaLN_modulation", 6, (2, 5), "c"), ("x",), "x")
+# Of the public repositories, DiT, SiT, REPA and HASTE, whose blocks have different names: by what they are called with,
+# the modules, then the layer of the gates. MM-DiT attends over both streams; the image's own of that is its projection.
+PUBLIC = {
+    ("x", "c"): ("attn", "mlp", "adaLN_modulation"),
+    STREAMS: ("x_block.attn.proj", "x_block.mlp", "x_block.adaLN_modulation"),
+}
 
 
 def block_class(block: nn.Module) -> BlockClass | None:
@@ -311,5 +319,14 @@ def block_class(block: nn.Module) -> BlockClass | None:
         found = CLASSES.get(cls.__name__)
         if found is not None:
             return found if isinstance(found, BlockClass) else found(block)
-    parts = all(hasattr(block, name) for name in (*PUBLIC.modules, "adaLN_modulation"))
-    return PUBLIC if parts and _names(block.__class__)[:2] == ("x", "c") else None
+    for names, (*modules, layer) in PUBLIC.items():
+        if _names(block.__class__)[: len(names)] == names and all(_has(block, path) for path in (*modules, layer)):
+            return BlockClass(tuple(modules), _sequential(layer, 6, (2, 5), "c"), names[:-1], "x")
+    return None
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        return attrgetter(path)(block) is not None
+    except AttributeError:
+        return False

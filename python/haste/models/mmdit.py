@@ -110,18 +110,51 @@ class JointBlock(nn.Module):
 
         Everything goes out by return, so that activation checkpointing may run this twice.
         """
-        of_text, of_image = self.context_block.vectors(c), Modulation(*self.x_block.vectors(c))
-        qkv = torch.cat([self.context_block.qkv(text, *of_text[:2]),
-                         self.x_block.qkv(image, of_image.shift_attn, of_image.scale_attn)], dim=1)  # fmt: skip
-        queries_keys: QueriesKeys | None
-        attended, queries_keys = self.attention(qkv)
+        of_text, of_image, attended, queries_keys = self.attend_jointly(text, image, c)
         if not keep_queries_keys:
             queries_keys = None  # frees the projection before the MLPs need its memory
-        del qkv
         length = text.shape[1]
         if not self.last:
             text = self.context_block.finish(text, attended[:, :length], Modulation(*of_text))
         return text, self.x_block.finish(image, attended[:, length:], of_image), queries_keys
+
+    def attend_jointly(
+        self, text: Tensor, image: Tensor, c: Tensor
+    ) -> tuple[tuple[Tensor, ...], Modulation, Tensor, QueriesKeys | None]:
+        """The vectors of both halves, attention's output (B, L + N, width), and the q and k behind it."""
+        of_text, of_image = self.context_block.vectors(c), Modulation(*self.x_block.vectors(c))
+        qkv = torch.cat([self.context_block.qkv(text, *of_text[:2]),
+                         self.x_block.qkv(image, of_image.shift_attn, of_image.scale_attn)], dim=1)  # fmt: skip
+        return of_text, of_image, *self.attention(qkv)
+
+    # ---- for caches, as `haste.models.CachedBlock` has it ----
+
+    @property
+    def adaLN_modulation(self) -> nn.Sequential:
+        """The image's."""
+        return self.x_block.adaLN_modulation
+
+    def run(self, streams: tuple[Tensor, Tensor], c: Tensor, image_alone: bool = False) -> tuple[Tensor, Tensor]:
+        text, image = streams
+        if not image_alone:
+            return self(text, image, c)[:2]
+        _, of_image, attended, _ = self.attend_jointly(text, image, c)
+        return text, self.x_block.finish(image, attended[:, text.shape[1] :], of_image)
+
+    def record(
+        self, streams: tuple[Tensor, Tensor], c: Tensor, attention: Tensor, mlp: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        text, image = streams
+        of_text, m, attended, _ = self.attend_jointly(text, image, c)
+        length = text.shape[1]
+        if not self.last:
+            text = self.context_block.finish(text, attended[:, :length], Modulation(*of_text))
+        branch = self.x_block.attn.proj(attended[:, length:])
+        attention.copy_(branch)
+        image = torch.addcmul(image, m.gate_attn.unsqueeze(1), branch)
+        branch = self.x_block.mlp_branch(image, m.shift_mlp, m.scale_mlp)
+        mlp.copy_(branch)
+        return text, torch.addcmul(image, m.gate_mlp.unsqueeze(1), branch)
 
 
 class MMDiT(nn.Module):
@@ -180,6 +213,7 @@ class MMDiT(nn.Module):
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
+        self.context_tokens = context_tokens
         self.context_width = context_width
         self.encoder_depth = encoder_depth
         self.null_context: Tensor | None = None
@@ -220,7 +254,15 @@ class MMDiT(nn.Module):
 
     def text(self, context: Tensor) -> Tensor:
         """Text features (B, L, context_width) to the text's tokens (B, L, width)."""
-        return self.context_embedder(context)
+        return self.context_embedder(context.to(self.dtype))
+
+    def streams(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first block takes: the text's tokens and the image's."""
+        return self.text(context), self.tokens(x)
+
+    def prefix(self, context: Tensor | None = None) -> int:
+        """The text's tokens, of these features or of those that the model was trained with."""
+        return self.context_tokens if context is None else context.shape[1]
 
     def conditioning(self, t: Tensor, context: Tensor) -> Tensor:
         """t (B,) to what steers every block, (B, width); t (S, 1) to (S, B, width) for the B rows of the context."""
@@ -395,6 +437,9 @@ class MMDiTFamily(Family):
 
     def null(self, model: nn.Module) -> Tensor | None:
         return model.null_context
+
+    def cached(self, model: nn.Module) -> MMDiT:
+        return model
 
     # ---- files of others ----
 
