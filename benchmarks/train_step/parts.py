@@ -21,7 +21,7 @@ def make_parts(haste: Contender) -> dict[str, Call]:
     case, batch, aligner = haste.case, haste.batch, haste.aligner
     with torch.no_grad(), case.autocast():
         t = torch.rand(case.batch, device=case.device)
-        output = haste.model(batch.latents, t, batch.labels, aligner.student_layers, aligner.project)
+        output = haste.model(batch.latents, t, batch.condition, aligner.student_layers, aligner.project)
     pairs = [(leaf(q), leaf(k)) for q, k in output.queries_keys]
     projections = [leaf(z) for z in output.projections]
     return {

@@ -126,9 +126,9 @@ class Contender:
         x_t, target = interpolate(batch.latents, noise, t)
         with self.case.autocast():
             if aligner is None:
-                output = self.model(x_t, t, batch.labels)
+                output = self.model(x_t, t, batch.condition)
             else:
-                output = self.model(x_t, t, batch.labels, aligner.student_layers, aligner.project)
+                output = self.model(x_t, t, batch.condition, aligner.student_layers, aligner.project)
         loss = velocity_loss(output.velocity, target)
         if aligner is not None:
             with self.case.autocast():

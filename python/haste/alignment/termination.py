@@ -29,7 +29,7 @@ from haste.models import get_family
 from haste.transport import velocity_loss
 
 ProbeBatch = tuple[Tensor, Tensor, Tensor]
-"""Inputs of the model (B, C, S, S), images for the teachers (B, C, R, R), labels (B,)."""
+"""Inputs of the model (B, C, S, S), images for the teachers (B, C, R, R), conditions (B, ...)."""
 
 Reduce = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes."""
@@ -113,13 +113,13 @@ def _probe_losses(
     """The index of the time, the number of images, alignment loss and velocity loss, for each batch at each time."""
     family = get_family(model)
     generator = torch.Generator().manual_seed(NOISE_SEED)  # of the CPU: the same noise on every device
-    for x, images, labels in batches:
+    for x, images, condition in batches:
         noise = torch.randn(family.noise_shape(model, x), generator=generator).to(x.device)
         outputs = aligner.teacher_outputs(images)
         for index, time in enumerate(times):
             t = torch.full((len(x),), time, device=x.device)
             x_t, target = family.interpolate(model, x, noise, t, path_type)
-            output = model(x_t, t, family.condition(labels), aligner.student_layers, aligner.project)
+            output = model(x_t, t, family.condition(condition), aligner.student_layers, aligner.project)
             losses = aligner.losses_of(output, outputs)
             yield index, len(x), aligner.weigh(losses), velocity_loss(output.velocity, target)
 

@@ -16,7 +16,7 @@ import io
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from haste.data.sources import FileSource, ImageSource
 from haste.errors import BadFile, OnBadFile, UserError, in_one_line
 from haste.vae import VAE, LatentFormat
 
+if TYPE_CHECKING:
+    from haste.text import TextFormat
+
 
 class Batch(NamedTuple):
     """One batch on the training device.
@@ -36,12 +39,12 @@ class Batch(NamedTuple):
         inputs: (B, C, S, S), float32: pixels in [-1, 1], or latents sampled from their posterior, shifted and scaled.
         images: (B, 3 or 1, R, R), float32 in [-1, 1], for the teacher; for pixels the same tensor as `inputs`. None for
             latents without images, or after `without_images`.
-        labels: (B,), int64.
+        condition: classes (B,), int64; or the features of captions, (B, tokens, width), float32.
     """
 
     inputs: Tensor
     images: Tensor | None
-    labels: Tensor
+    condition: Tensor
 
 
 class TrainingData(ABC):
@@ -55,10 +58,15 @@ class TrainingData(ABC):
         on_bad_file: "refuse" files that cannot be used, or "skip" them.
         skipped: from the names of skipped files to the reasons.
         reads_files: whether worker processes are of use.
+        class_names: by label, where the data has names.
+        text: the format of the features of captions; None for classes.
+        null: those of no caption, (tokens, width), for data with captions that has them.
     """
 
     reads_files = True
-    class_names: Sequence[str] | None = None  # by label, where the data has names
+    class_names: Sequence[str] | None = None
+    text: TextFormat | None = None
+    null: Tensor | None = None
 
     def __init__(
         self,
@@ -83,6 +91,21 @@ class TrainingData(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Any:
         """Read one sample. Raises BadFile."""
+
+    def read(self, index: int, chance: int) -> Any:
+        """As data[index], where a sample is one of several, such as an image with one of its captions: the one that
+        `chance`, below 2⁶⁴, chooses."""
+        return self[index]
+
+    def examples(self, count: int) -> tuple[Tensor, list[str]]:
+        """Conditions (count, ...) for samples to look at, and their titles: classes that are spread over all."""
+        labels = torch.arange(count) * max(self.num_classes, count) // count % self.num_classes
+        names = dict(enumerate(self.class_names or ()))
+        return labels, [names.get(label, str(label)) for label in labels.tolist()]
+
+    def captions(self, count: int) -> list[str] | None:
+        """At most `count` captions, spread over the data; None for data without."""
+        return None
 
     def collate(self, samples: list) -> Any:
         """Stack samples to a batch, on the CPU."""

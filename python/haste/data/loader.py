@@ -108,7 +108,7 @@ def batches(
             f"--batch-size must be a multiple of {num_processes}, the number of processes, got {order.batch_size}"
         )
     device = torch.device(device)
-    reader = _Reader(data)
+    reader = _Reader(data, order.seed)
     workers = useful_workers(num_workers, len(data)) if data.reads_files else 0
     loader = DataLoader(
         reader,
@@ -155,18 +155,22 @@ def _deliver(
 class _Reader:
     """Reads in worker processes. Returns errors, since DataLoader would wrap exceptions in a long traceback."""
 
-    def __init__(self, data: TrainingData) -> None:
+    def __init__(self, data: TrainingData, seed: int) -> None:
         self.data = data
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Any, list[BadFile]]:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Any, list[BadFile]]:
+        """Of an image's number, and its position in the stream of all epochs."""
+        index, position = place
+        chance = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0])
         attempts = 1 if self.data.on_bad_file == "refuse" else min(len(self.data), MOST_BAD_NEIGHBOURS)
         faults: list[BadFile] = []
         for offset in range(attempts):
             try:
-                return self.data[(index + offset) % len(self.data)], faults
+                return self.data.read((index + offset) % len(self.data), chance), faults
             except BadFile as fault:
                 faults.append(fault)
         return None, faults
@@ -180,16 +184,19 @@ class _Reader:
 
 @dataclass
 class _LocalBatches:
-    """The indices of one process's local batches, without end."""
+    """The indices of one process's local batches with their positions in the stream, without end."""
 
     order: BatchOrder
     start_step: int
     process_index: int
     num_processes: int
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.order.batch_size // self.num_processes
         for step in itertools.count(self.start_step):
-            yield self.order.local_batch(step, self.process_index, self.num_processes).tolist()
+            indices = self.order.local_batch(step, self.process_index, self.num_processes).tolist()
+            first = step * self.order.batch_size + self.process_index * size
+            yield list(zip(indices, range(first, first + size), strict=True))
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

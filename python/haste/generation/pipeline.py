@@ -48,7 +48,8 @@ class LoadedCheckpoint:
         checkpoint: the file.
         recorded: its other content: `args`, all settings of the run; `z_dims`, the widths of the projectors;
             `convention`, "repa" or "sit"; in haste's own checkpoints `latents`, their format (None for pixels),
-            and `class_names` by label, if the data has names.
+            and `class_names` by label, if the data has names; of runs on captions `text`, the format of their features,
+            and `captions`, some of them.
     """
 
     model: nn.Module
@@ -164,7 +165,7 @@ def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
     """`LoadedCheckpoint.recorded`, from the result of `read_checkpoint`."""
     last = re.compile(r"projectors\.\d+\.4\.weight")
     z_dims = [weight.shape[0] for name, weight in content["model"].items() if last.fullmatch(name) and weight.dim()]
-    names = ("args", "convention", "latents", "class_names")
+    names = ("args", "convention", "latents", "class_names", "text", "captions")
     known: dict[str, Any] = {name: content[name] for name in names if name in content}
     return {"z_dims": z_dims, **known}
 

@@ -410,6 +410,12 @@ class MMDiTFamily(Family):
         given = asdict(build(_Config, own, f"model_config of {source}"))
         return {name: value for name, value in given.items() if name in own}
 
+    def check_start(self, config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+        own, found = (_own_names(each)["context_width"] for each in (config, other))
+        if own != found:
+            raise UserError(f"--data-dir must have text features of width {found}, as the model of --init-from, got "
+                            f"{own}")  # fmt: skip
+
     def layout(self, config: Mapping[str, Any]) -> Layout:
         own = _own_names(config)
         side, grid = own["input_size"], own["input_size"] // own["patch_size"]

@@ -122,10 +122,14 @@ def new_config(settings: Any, data: Any) -> dict[str, Any]:
         data: what is trained on; it has `channels`, `input_size` and `num_classes`.
 
     Raises:
-        UserError: --model names no size.
+        UserError: --model names no size, or one that is not conditioned on what the data has.
     """
     family, size = chosen_size(settings)
-    return _named(family, family.config_for(size, settings, data))
+    config = family.config_for(size, settings, data)
+    if getattr(data, "text", None) is not None and family.layout(config).condition_shape is None:
+        raise UserError(f"--model must be conditioned on text, such as MM-DiT-COCO, for captions in --data-dir, got "
+                        f"{settings.model}")  # fmt: skip
+    return _named(family, config)
 
 
 def _named(family: Family, config: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +184,8 @@ def infer_config(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict
         config = family.infer_config(weights, args)
         if config is not None:
             return _named(family, config)
-    titles, first = " or ".join(family.title for family in _FAMILIES.values()), next(iter(weights), "none")
-    raise UserError(f"the weights are not those of a {titles}, and the first one is {first}")
+    titles, first = ", ".join(family.title for family in _FAMILIES.values()), next(iter(weights), "none")
+    raise UserError(f"the weights must be those of one of {titles}, and the first one is {first}")
 
 
 def check_config(config: Any, source: str) -> dict[str, Any]:

@@ -79,9 +79,22 @@ def read_checkpoint(
             logger.warning("%s of %s has numbers that are not finite, for example in %s", part, path, broken[0])
     if content.get("class_names") is not None:
         check(content["class_names"], list[str], f"class_names of {path}")
+    if content.get("captions") is not None:
+        check(content["captions"], list[str], f"captions of {path}")
+    _check_null(content.get("null"), get_family(model_config).layout(model_config).condition_shape, path)
     others = content if "model" in content or "ema" in content else {}  # else it is a bare file of weights
     settings = foreign.convert_settings(args, found)
     return {**others, **parts, "model_config": model_config, "args": settings, "convention": found}
+
+
+def _check_null(null: Any, shape: tuple[int, ...] | None, path: Path) -> None:
+    """Raise UserError if a file's condition that stands for none does not fit the model; only the width of text matters
+    to it."""
+    if null is None:
+        return
+    fits = isinstance(null, Tensor) and not why_unusable(null) and shape is not None and null.dim() == len(shape)
+    if not fits or null.shape[-1] != shape[-1] or not torch.isfinite(null).all():  # type: ignore[index]
+        raise UserError(f"null of {path} must hold finite features of shape {shape}, as the model, got {shown(null)}")
 
 
 def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
@@ -102,6 +115,7 @@ def loaded_model(checkpoint: Checkpoint, ema: bool = True, fused_attn: bool = Tr
     weights = checkpoint["ema" if ema else "model"]
     weights = {name: value.float().contiguous() for name, value in weights.items() if not is_projector(name)}
     model.load_state_dict(weights, assign=True)
+    get_family(config).set_null(model, checkpoint.get("null"))
     return model.eval()
 
 

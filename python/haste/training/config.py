@@ -73,7 +73,7 @@ class TrainConfig:
     """Number of data loading processes per training process. Not used for images that are kept in memory."""
 
     model: str = "SiT-XL/2"
-    """Model size, and for SiT its patch size, such as SiT-B/2 or xAR-B."""
+    """Model size, and for SiT its patch size, such as SiT-B/2, xAR-B or MM-DiT-COCO."""
     depth: int | None = None
     """Number of blocks. Overrides --model."""
     hidden_size: int | None = None
@@ -102,8 +102,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the blocks of the model with torch.compile."""
     cfg_prob: float = 0.1
-    """Probability of dropping the label, for classifier-free guidance. With 0 the model has no null label. REPA and
-    HASTE always use 0.1; their runs keep it when they are resumed here."""
+    """Probability of dropping the label or the caption, for classifier-free guidance. With 0 the model has no null
+    label. REPA and HASTE always use 0.1; their runs keep it when they are resumed here."""
 
     legacy: bool = False
     """Drop labels twice, each time with probability --cfg-prob, as REPA's first runs did."""
@@ -414,7 +414,19 @@ def _xar_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-PRESETS: dict[str, dict[str, Any]] = {**registry.PRESETS, **_published_presets(), **_xar_presets()}
+# HASTE's text to image on MS-COCO (arXiv 2505.16792, appendix): 250,000 steps, of which the first 200,000 are aligned.
+# REPA's runs and the baseline end after 150,000. The other settings are the defaults.
+_MMDIT = {"resolution": 256, "model": "MM-DiT-COCO", "max_train_steps": 150_000}
+_COCO_PRESETS: dict[str, dict[str, Any]] = {
+    "mmdit-coco": {"exp_name": "mmdit-coco", **_MMDIT, "attn_coeff": 0.0, "proj_coeff": 0.0},
+    "haste-mmdit-coco": {
+        "exp_name": "haste-mmdit-coco", **_MMDIT, "attn_coeff": 0.5, "layer_map": "4:8,5:9,6:10,7:11",
+        "encoder_depth": 8, "max_train_steps": 250_000, "early_stop_point": 200_000,
+    },
+    "repa-mmdit-coco": {"exp_name": "repa-mmdit-coco", **_MMDIT, "encoder_depth": 8},
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {**registry.PRESETS, **_published_presets(), **_xar_presets(), **_COCO_PRESETS}
 """The settings of each preset, by its name."""
 
 

@@ -33,7 +33,7 @@ MISSING = "missing.txt"  # in the folder, if no grids can be made: the reason
 
 
 class TrainingSamples:
-    """Writes <step>.png to a folder: images of classes that are spread over all classes, in a square grid.
+    """Writes <step>.png to a folder: images of classes or captions that are spread over the data, in a square grid.
 
     Args:
         noise_shape: of the noise of one image.
@@ -61,23 +61,22 @@ class TrainingSamples:
         Every process must call it, as each may hold a shard of the model; only the first one gets the grid. A failure
         is logged once and does not stop training.
         """
-        device, classes = self.accelerator.device, self.data.num_classes
+        device = self.accelerator.device
         noise = initial_noise(
             (COUNT, *self.noise_shape), torch.Generator().manual_seed(self.config.seed), device=device
         )
-        labels = torch.arange(COUNT, device=device) * max(classes, COUNT) // COUNT % classes
+        condition, titles = self.data.examples(COUNT)
         try:
             family = get_family(model)
             null = family.null(model)
             scale = 1.0 if null is None else CFG_SCALE
             solve = Solver(num_steps=NUM_STEPS, path=self.config.path_type, cfg_scale=scale, null=null)
-            sampled = family.sample(model, noise, family.condition(labels), solve)
+            sampled = family.sample(model, noise, family.condition(condition.to(device)), solve)
             if self._failed or not self.accelerator.is_main_process:
                 return None
             if self.data.latents is not None:  # the VAE is loaded for this and freed
                 sampled = VAE(self.data.latents).to(device).decode(sampled)
-            names = dict(enumerate(self.data.class_names or ()))
-            grid = as_grid(to_uint8(sampled), [names.get(label, str(label)) for label in labels.tolist()])
+            grid = as_grid(to_uint8(sampled), titles)
         except UserError as error:  # also raised for weights that give NaN
             if self.accelerator.is_main_process and not self._failed:
                 logger.warning("no samples are made during training: %s", error)

@@ -55,6 +55,8 @@ from haste.validation import shown
 
 logger = logging.getLogger(__name__)
 
+CAPTIONS = 64  # of the data, that a checkpoint holds for samples of captions
+
 
 @dataclass
 class TrainResult:
@@ -142,6 +144,9 @@ def check_same_data(config: TrainConfig, dataset: TrainingData, checkpoint: Chec
     began = checkpoint.get("latents")
     if began and dataset.latents is not None and other_latents(began, asdict(dataset.latents)):
         changed.append("another scale or shift of the latents")
+    text = checkpoint.get("text")
+    if text and dataset.text is not None and text["width"] != dataset.text.width:
+        changed.append(f"text features of width {dataset.text.width}, which was {text['width']}")
     if changed:
         raise UserError(
             f"--data-dir must be the data that this run began with, got {config.data_dir}, which differs: "
@@ -284,7 +289,20 @@ class Trainer:
 
     def _build_state(self, saved: dict[str, Any] | None) -> TrainState:
         z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()
-        return TrainState(self.model_config, z_dims, self.config, self.accelerator, saved)
+        state = TrainState(self.model_config, z_dims, self.config, self.accelerator, saved)
+        for model in (state.model, state.ema.model):
+            self.family.set_null(model, self._null)
+        return state
+
+    @property
+    def _null(self) -> Tensor | None:
+        """What stands for no caption, if captions are dropped. Raises UserError if it is not known."""
+        if not self.config.label_dropout or self.layout.condition_shape is None:
+            return None
+        if self.data.null is None:
+            raise UserError(f"--cfg-prob must be 0 for data without the features of an empty caption, got "
+                            f"{self.config.cfg_prob:g} for --data-dir {self.config.data_dir}")  # fmt: skip
+        return self.data.null
 
     # ---- the loop ----
 
@@ -374,7 +392,7 @@ class Trainer:
     def _forward_backward(self, batch: Batch, numbers: RandomNumbers, local: int) -> None:
         """Losses and gradients of the local batch with this number."""
         aligner, family, model = self.aligner, self.family, self.state.model
-        condition = family.drop(model, family.condition(batch.labels), numbers.dropped)
+        condition = family.drop(model, family.condition(batch.condition), numbers.dropped)
         x_t, target = family.interpolate(model, batch.inputs, numbers.noise, numbers.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
@@ -455,6 +473,9 @@ class Trainer:
             "data": self.fingerprint,
             "latents": None if self.data.latents is None else asdict(self.data.latents),
             "class_names": None if self.data.class_names is None else list(self.data.class_names),
+            "text": None if self.data.text is None else asdict(self.data.text),
+            "null": self._null,
+            "captions": self.data.captions(CAPTIONS),
         }
         path, failure = checkpoint_path(self.folder.checkpoints, self.step), ""
         if self.accelerator.is_main_process:

@@ -247,7 +247,7 @@ def test_a_student_layer_has_one_teacher_layer():
 
 
 def test_a_model_without_a_published_map_needs_one():
-    with pytest.raises(UserError, match="--layer-map must be given for SiT-S/2, .* but for SiT-B, SiT-L, SiT-XL"):
+    with pytest.raises(UserError, match="--layer-map must be given for SiT-S/2, .* but for .*SiT-B, SiT-L, SiT-XL"):
         choose_layer_map("", "SiT-S/2")
 
 

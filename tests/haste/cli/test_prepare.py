@@ -96,7 +96,7 @@ def test_training_reads_back_what_was_prepared(source, tmp_path, vae):
     assert data.latents == LatentFormat.of(str(vae))  # as prepare.json tells
     batch = next(batches(data, BatchOrder(12, 12, seed=0), num_workers=2))
     assert batch.inputs.shape == (12, 4, 2, 2) and batch.images.shape == (12, 3, 8, 8)
-    assert sorted(batch.labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(batch.condition.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_the_names_of_classes_come_through(source, tmp_path, vae):

@@ -68,7 +68,7 @@ def test_a_preset_sets_defaults_and_flags_override_it(monkeypatch):
     ("arguments", "sentence"),
     [
         (["--preset", "letters"], "haste train: --preset must be digits, haste-xl-256 or another"),
-        (["--preset", "digits", "--model", "SiT-Q/2"], "haste train: --model must be one of SiT-S/1, SiT-S/2"),
+        (["--preset", "digits", "--model", "SiT-Q/2"], "haste train: --model must be one of"),
         (
             ["--preset", "digits", "--batch-size", "0"],
             "haste train: --batch-size must be an integer from 1 to 1,048,576, got 0\n",

@@ -25,7 +25,7 @@ def test_a_small_set_from_elsewhere_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setitem(DATASETS, "toys", "toys_plugin:load")
     data = load_dataset("toys", 4)
     assert (len(data), data.channels, data.num_classes) == (5, 3, 3)
-    assert next(batches(data, BatchOrder(5, 5, seed=0))).labels.sort().values.tolist() == [0, 0, 1, 1, 2]
+    assert next(batches(data, BatchOrder(5, 5, seed=0))).condition.sort().values.tolist() == [0, 0, 1, 1, 2]
 
 
 def test_digits_by_name():
@@ -40,7 +40,7 @@ def test_images_of_a_folder_as_pixels(class_folder):
     batch = next(batches(data, BatchOrder(12, 12, seed=0)))
     assert batch.inputs.shape == (12, 3, 8, 8) and batch.inputs.dtype == torch.float32
     assert -1 <= batch.inputs.min() < batch.inputs.max() <= 1
-    assert batch.labels.dtype == torch.int64
+    assert batch.condition.dtype == torch.int64
 
 
 def test_images_of_a_folder_as_latents_made_on_the_fly(class_folder, vae_folder):
@@ -161,7 +161,7 @@ def test_zips_hold_the_same_data(repa_folder, packing):
             shutil.rmtree(root / name)
     data = load_dataset(str(root), 16)
     assert all(torch.equal(a, b) for a, b in zip(everything(data), expected, strict=True))
-    assert len(next(batches(data, BatchOrder(6, 6, seed=0), num_workers=2)).labels) == 6
+    assert len(next(batches(data, BatchOrder(6, 6, seed=0), num_workers=2)).condition) == 6
 
 
 def test_the_names_are_those_of_repas_preprocessing():

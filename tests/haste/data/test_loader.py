@@ -77,7 +77,7 @@ def test_batches_hold_the_images_of_the_order(data, num_workers):
     order = BatchOrder(12, 4, seed=0)
     for step, batch in enumerate(take(batches(data, order, num_workers=num_workers), 5)):
         samples = [data[index] for index in order.batch(step).tolist()]
-        assert torch.equal(batch.labels, torch.stack([sample.label for sample in samples]))
+        assert torch.equal(batch.condition, torch.stack([sample.label for sample in samples]))
         pixels = torch.stack([sample.pixels for sample in samples])
         assert torch.equal(((batch.inputs + 1) * 127.5).round().to(torch.uint8), pixels)
         assert batch.images is batch.inputs
@@ -115,7 +115,7 @@ def test_the_shares_of_several_processes_make_up_the_batch(data):
     shares = [take(batches(data, order, process_index=index, num_processes=3), 4) for index in range(3)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([share[step].inputs for share in shares]), batch.inputs)
-        assert all(len(share[step].labels) == 2 for share in shares)
+        assert all(len(share[step].condition) == 2 for share in shares)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(data):
@@ -199,7 +199,7 @@ def test_data_in_memory_needs_no_workers():
     batch = next(stream)
     assert multiprocessing.active_children() == []
     indices = BatchOrder(len(data), 32, seed=0).batch(0)
-    assert torch.equal(batch.labels, data._labels[indices]) and torch.equal(batch.inputs, data._images[indices])
+    assert torch.equal(batch.condition, data._labels[indices]) and torch.equal(batch.inputs, data._images[indices])
 
 
 def test_there_are_no_more_workers_than_images(class_folder, monkeypatch):

@@ -77,7 +77,7 @@ def test_batches_are_drawn_anew_and_repeat_with_their_generator(cache, class_fol
 
     one, again, other = first(0), first(0, workers=1), first(1)
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
-    assert not torch.equal(one.inputs, other.inputs) and torch.equal(one.labels, other.labels)
+    assert not torch.equal(one.inputs, other.inputs) and torch.equal(one.condition, other.condition)
 
 
 # ---- the teacher's images ----

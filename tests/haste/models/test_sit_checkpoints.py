@@ -154,7 +154,7 @@ def test_without_settings_a_null_class_is_assumed():
 
 
 def test_what_is_no_sit_of_a_known_size_is_refused():
-    with pytest.raises(UserError, match="not those of a .*SiT.*, and the first one is w"):
+    with pytest.raises(UserError, match="must be those of one of .*SiT.*, and the first one is w"):
         infer_config({"w": torch.ones(2)}, {})
     with pytest.raises(UserError, match="depth 2 and width 16, which none of the known sizes has"):
         infer_config(random_sit(depth=2).state_dict(), {})

@@ -120,7 +120,26 @@ def test_every_size_has_every_method_at_both_resolutions():
     sizes, methods = ("s", "b", "l", "xl"), ("haste", "repa", "baseline")
     wanted = {f"{method}-{size}-{side}" for method in methods for size in sizes for side in (256, 512)}
     xar = {f"{method}xar-{size}-256" for method in ("", "haste-", "repa-") for size in ("b", "l", "h")}
-    assert wanted | xar | {"digits", "xar-digits"} == PRESETS.keys()
+    coco = {f"{method}mmdit-coco" for method in ("", "haste-", "repa-")}
+    assert wanted | xar | coco | {"digits", "xar-digits"} <= PRESETS.keys()
+
+
+def test_the_settings_of_text_to_image():
+    haste, repa, vanilla = (TrainConfig.from_preset(f"{method}mmdit-coco") for method in ("haste-", "repa-", ""))
+    assert (haste.model, haste.batch_size, haste.learning_rate, haste.mixed_precision) == (
+        "MM-DiT-COCO",
+        256,
+        1e-4,
+        "fp16",
+    )
+    assert (haste.attn_coeff, haste.proj_coeff, haste.max_train_steps, haste.early_stop_point) == (
+        0.5,
+        0.5,
+        250_000,
+        200_000,
+    )
+    assert (repa.attn_coeff, repa.proj_coeff, repa.max_train_steps, repa.early_stop_point) == (0, 0.5, 150_000, -1)
+    assert vanilla.teachers == [] and vanilla.max_train_steps == 150_000
 
 
 def test_xars_settings():
@@ -162,7 +181,7 @@ def test_an_unknown_preset_is_refused():
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="--model must be one of SiT-S/1, .*SiT-Digits/2.*, got 'SiT-M/2'"):
+    with pytest.raises(UserError, match="--model must be one of .*SiT-S/1, .*SiT-Digits/2.*, got 'SiT-M/2'"):
         model_depth(TrainConfig(model="SiT-M/2"))
 
 
