@@ -101,6 +101,15 @@ class LatentFormat:
         return x / _by_channel(self.scale, x) + _by_channel(self.shift, x)
 
 
+LOGVAR_LIMITS = (-30.0, 20.0)  # of LDM's posterior
+
+
+def with_deviation(moments: Tensor) -> Tensor:
+    """Moments (B, 2C, ...) with the standard deviation, exp(½·clip(logvar, −30, 20)), in place of the log-variance."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return torch.cat([mean, (0.5 * logvar.clamp(*LOGVAR_LIMITS)).exp()], dim=1)
+
+
 # The latents of REPA's vae-sd folders.
 SD_LATENTS = LatentFormat(PUBLISHED_VAES["mse"], 4, 8, shift=(0.0,) * 4, scale=(0.18215,) * 4)
 
@@ -131,6 +140,13 @@ class VAE(nn.Module):
         """Encode images (B, 3, R, R) in [-1, 1] to moments (B, 2C, S, S): means, then standard deviations."""
         distributions = [self._model.encode(part).latent_dist for part in images.float().split(IMAGES_AT_A_TIME)]
         return torch.cat([torch.cat([d.mean, d.std], dim=1) for d in distributions])
+
+    @torch.no_grad()
+    def encode_to_logvar(self, images: Tensor) -> Tensor:
+        """As `encode`, but with the logarithm of the variance in place of the deviation, not clipped: what the VAE's
+        encoder returns, and what MS-COCO's public features hold."""
+        parts = images.float().split(IMAGES_AT_A_TIME)
+        return torch.cat([self._model.encode(part).latent_dist.parameters for part in parts])
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

@@ -88,6 +88,15 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return to_pixels(image.crop((left, top, left + size, top + size)))
 
 
+def square_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Crop the largest centered square and resize it (Lanczos) to (3, size, size) uint8, as U-ViT and REPA do for
+    MS-COCO."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return to_pixels(image.resize((size, size), Image.Resampling.LANCZOS))
+
+
 def to_pixels(image: Image.Image) -> np.ndarray:
     """Convert an RGB image to (3, H, W) uint8."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,15 +20,15 @@ from haste.data.archive import Archive, Folder, open_archive
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
 from haste.data.images import is_image
 from haste.data.mar_cache import cached_names, open_cache
+from haste.data.record import RECORD, latent_format, read_record
 from haste.data.sources import LABEL_FILE, LATENTS, FileSource, check_missing, choose_labels, listed_labels, open_source
 from haste.errors import BadFile, OnBadFile, UserError
-from haste.io import parse_json
 from haste.registry import DATASETS, plugin
-from haste.vae import SD_LATENTS, VAE, LatentFormat
+from haste.vae import VAE, LatentFormat
 
 logger = logging.getLogger(__name__)
 
-IMAGES, RECORD = "images", "prepare.json"
+IMAGES = "images"
 
 
 def image_name(number: int) -> str:
@@ -164,8 +163,8 @@ def _open_repa_layout(
         logger.info("%s has no labels: all its images are one class", root.locate(LATENTS))
         labels = np.zeros(len(pairs), dtype=np.int64)
     classes = count_classes(num_classes, int(labels.max()) + 1)
-    record = _read_record(root)
-    form = _latent_format(record, root.locate(RECORD), vae, vae_stats)
+    record = read_record(root)
+    form = latent_format(record, root.locate(RECORD), vae, vae_stats)
     pair = FileSource(image_root, images), FileSource(latents, moments)
     data = LatentData(*pair, labels, resolution, classes, form, on_bad_file)
     names = record.get("class_names")
@@ -185,24 +184,3 @@ def pair_files(image_names: list[str], moment_names: list[str]) -> dict[str, str
 
 def _key(name: str) -> str:
     return name.rsplit(".", 1)[0].replace("-mean-std-", "")
-
-
-def _latent_format(record: dict[str, Any], where: str, vae: str | None, vae_stats: str | None) -> LatentFormat:
-    """The format of --vae, else the recorded one, else Stable Diffusion's."""
-    values = record.get("latents")
-    recorded = None if values is None else LatentFormat.from_dict(values, f"latents in {where}")
-    latents = LatentFormat.of(vae) if vae is not None else recorded or SD_LATENTS
-    if recorded is not None and (recorded.channels, recorded.factor) != (latents.channels, latents.factor):
-        raise UserError(f"--vae must have the latents of {recorded.vae}, as in {where}, got {vae}")
-    return latents if vae_stats is None else latents.with_statistics(vae_stats)
-
-
-def _read_record(root: Archive) -> dict[str, Any]:
-    """The content of prepare.json; empty if there is none."""
-    if not root.has(RECORD):
-        return {}
-    try:
-        data = root.read(RECORD)
-    except BadFile as fault:
-        raise UserError(f"{fault}; it must be the record of haste prepare") from fault
-    return parse_json(data, root.locate(RECORD), "the record of haste prepare", needs=["latents"])

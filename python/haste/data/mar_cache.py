@@ -22,11 +22,10 @@ from haste.data.dataset import Batch, TrainingData, as_moments, count_classes, f
 from haste.data.images import center_crop, decode_image, is_image
 from haste.data.sources import FileSource, labels_of_folders
 from haste.errors import BadFile, OnBadFile, UserError
-from haste.vae import KL16_LATENTS, LatentFormat
+from haste.vae import KL16_LATENTS, LatentFormat, with_deviation
 
 SUFFIX = ".npz"
 KEYS = ("moments", "moments_flip")
-LOGVAR_LIMITS = (-30.0, 20.0)  # of LDM's posterior
 
 
 def cached_names(names: list[str]) -> list[str]:
@@ -130,9 +129,7 @@ class CachedLatentData(TrainingData):
         moments = raw.moments.to(device, non_blocking=True)
         rows = torch.arange(len(moments), device=device)
         mirrored = torch.rand(len(moments), generator=generator, device=device) < 0.5
-        mean, logvar = moments[rows, mirrored.long()].chunk(2, dim=1)
-        std = (0.5 * logvar.clamp(*LOGVAR_LIMITS)).exp()
-        inputs = self._format.sample_posterior(torch.cat([mean, std], dim=1), generator)
+        inputs = self._format.sample_posterior(with_deviation(moments[rows, mirrored.long()]), generator)
         images = None
         if self._images is not None:
             pixels = to_unit(raw.pixels.to(device, non_blocking=True))

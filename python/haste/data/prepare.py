@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +25,9 @@ from torch.utils.data import DataLoader
 
 from haste.data.dataset import to_unit
 from haste.data.images import center_crop, decode_image
-from haste.data.load import IMAGES, LATENTS, RECORD, image_name, latent_name
+from haste.data.load import IMAGES, LATENTS, image_name, latent_name
 from haste.data.loader import leave_signals_to_the_parent, prefetch, useful_workers
+from haste.data.record import RECORD
 from haste.data.sources import LABEL_FILE, ImageSource
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.io import require_space, write_atomically, write_json
@@ -162,23 +162,70 @@ class Cropped(NamedTuple):
     problem: BadFile | UserError | None
 
 
-class _CropAndWrite:
-    """Crops in worker processes. Returns errors, since DataLoader would wrap exceptions in a long traceback."""
+class Cropper:
+    """Crops in worker processes. Returns errors, since DataLoader would wrap exceptions in a long traceback.
 
-    def __init__(self, source: ImageSource, destination: Destination, resolution: int) -> None:
+    Args:
+        crop: makes (3, R, R) uint8 of an image.
+        write: writes the pixels of an image there as well.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        crop: Callable[[Image.Image], np.ndarray],
+        write: Callable[[int, np.ndarray], None] | None = None,
+    ) -> None:
         self.source = source
-        self.destination = destination
-        self.resolution = resolution
+        self.crop = crop
+        self.write = write
 
     def __getitem__(self, number: int) -> Cropped:
         try:
-            image = decode_image(self.source.read(number), self.source.name(number))
-            pixels = center_crop(image, self.resolution)
-            with self.destination.writing():
-                self.destination.write(self.destination.kinds[0], number, encode_png(pixels))
+            pixels = self.crop(decode_image(self.source.read(number), self.source.name(number)))
+            if self.write is not None:
+                self.write(number, pixels)
         except (BadFile, UserError) as problem:
             return Cropped(number, None, problem)
         return Cropped(number, torch.from_numpy(pixels), None)
+
+
+def cropped_batches(cropper: Cropper, batches: list[list[int]], num_workers: int) -> Iterator[list[Cropped]]:
+    """Crop images by number, a batch at a time, in worker processes."""
+    loader: DataLoader = DataLoader(
+        cropper,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=useful_workers(num_workers, len(batches)),
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_the_parent,
+    )
+    return prefetch(loader)
+
+
+def usable(batch: list[Cropped], on_bad_file: OnBadFile, faults: list[BadFile]) -> list[Cropped]:
+    """Those that could be read; the others are added to `faults`. Raises UserError if none may be left out."""
+    for problem in (cropped.problem for cropped in batch if cropped.problem is not None):
+        if isinstance(problem, UserError):
+            raise problem
+        leave_out(problem, on_bad_file, faults)
+    return [cropped for cropped in batch if cropped.problem is None]
+
+
+def leave_out(fault: BadFile, on_bad_file: OnBadFile, faults: list[BadFile]) -> None:
+    """Log a file that cannot be used and add it to `faults`. Raises UserError with "refuse"."""
+    if on_bad_file == "refuse":
+        raise fault.as_user_error() from fault
+    faults.append(fault)
+    logger.warning("skipped: %s (%d so far)", fault, len(faults))
+
+
+def in_batches(numbers: Sequence[int], size: int) -> list[list[int]]:
+    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+def _write_image(destination: Destination, number: int, pixels: np.ndarray) -> None:
+    with destination.writing():
+        destination.write(destination.kinds[0], number, encode_png(pixels))
 
 
 @dataclass
@@ -196,27 +243,11 @@ class Preparation:
 
     def run(self, numbers: list[int]) -> Iterator[int]:
         """Write the files of these numbers, and yield the size of each finished batch. Raises UserError."""
-        for batch in self._cropped(numbers):
-            for problem in (cropped.problem for cropped in batch if cropped.problem is not None):
-                if isinstance(problem, UserError):
-                    raise problem
-                if self.on_bad_file == "refuse":
-                    raise problem.as_user_error() from problem
-                self.faults.append(problem)
-                logger.warning("skipped: %s (%d so far)", problem, len(self.faults))
-            self._encode([cropped for cropped in batch if cropped.problem is None])
+        crop = functools.partial(center_crop, size=self.resolution)
+        cropper = Cropper(self.source, crop, functools.partial(_write_image, self.destination))
+        for batch in cropped_batches(cropper, in_batches(numbers, self.batch_size), self.num_workers):
+            self._encode(usable(batch, self.on_bad_file, self.faults))
             yield len(batch)
-
-    def _cropped(self, numbers: list[int]) -> Iterator[list[Cropped]]:
-        loader = DataLoader(
-            _CropAndWrite(self.source, self.destination, self.resolution),
-            sampler=numbers,
-            batch_size=self.batch_size,
-            num_workers=useful_workers(self.num_workers, math.ceil(len(numbers) / self.batch_size)),
-            collate_fn=list,
-            worker_init_fn=leave_signals_to_the_parent,
-        )
-        return prefetch(loader)
 
     def _encode(self, images: list[Cropped]) -> None:
         if self.vae is None or not images:
