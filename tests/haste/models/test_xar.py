@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from golden_xar import GOLDEN, golden_model, read_golden
+from golden import GOLDEN, golden_model, read_golden
 from haste.errors import UserError
 from haste.models import XAR, build_model, get_family, infer_config
 from haste.models.entities import Entities
@@ -41,7 +41,7 @@ def step(model: XAR, golden, dtype: torch.dtype):
 
 
 def test_a_training_step_is_the_public_code_s(golden):
-    model = golden_model(torch.float64)
+    model = golden_model("xar", torch.float64)
     output, _, loss = step(model, golden, torch.float64)
     velocity = model.entities.split(output.velocity)
     torch.testing.assert_close(velocity, golden["velocity_tokens"], rtol=0, atol=1e-9)
@@ -53,7 +53,7 @@ def test_a_training_step_is_the_public_code_s(golden):
 
 
 def test_the_gradients_are_the_public_code_s(golden):
-    model = golden_model(torch.float64)
+    model = golden_model("xar", torch.float64)
     step(model, golden, torch.float64)[2].backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     norms = {name[5:] for name in golden if name.startswith("norm:")}
@@ -67,7 +67,7 @@ def test_the_gradients_are_the_public_code_s(golden):
 
 
 def test_single_precision_is_as_close_as_the_public_code(golden):
-    model = golden_model(torch.float32)
+    model = golden_model("xar", torch.float32)
     output, _, loss = step(model, golden, torch.float32)
     velocity = model.entities.split(output.velocity).double()
     torch.testing.assert_close(velocity, golden["velocity_tokens"], rtol=0, atol=1e-5)
@@ -75,7 +75,7 @@ def test_single_precision_is_as_close_as_the_public_code(golden):
 
 
 def test_the_condition_has_the_truncated_time_of_each_cell(golden):
-    model = golden_model(torch.float64)
+    model = golden_model("xar", torch.float64)
     labels = torch.where(golden["label_dropped"], 1000, golden["labels"])
     torch.testing.assert_close(model.conditioning(golden["t"], labels), golden["condition"], rtol=0, atol=1e-9)
 
@@ -110,7 +110,7 @@ def test_the_names_and_shapes_are_the_public_ones():
 
 
 def test_the_state_dict_has_the_public_buffers():
-    state = golden_model(torch.float32).state_dict()
+    state = golden_model("xar", torch.float32).state_dict()
     assert state["mask"].shape == (1, 1, 256, 256)
     assert (state["mask"][0, 0, 63, 64:] == -math.inf).all() and not state["mask"][0, 0, 64, :128].any()
     rope = {name.rpartition(".")[2]: value for name, value in state.items() if "encoder_blocks.0.attn.rope" in name}
@@ -119,8 +119,8 @@ def test_the_state_dict_has_the_public_buffers():
 
 
 def test_public_files_load_strictly_with_their_buffers_and_without():
-    model = golden_model(torch.float32)
-    other = golden_model(torch.float32)
+    model = golden_model("xar", torch.float32)
+    other = golden_model("xar", torch.float32)
     torch.nn.init.zeros_(other.pred.weight)
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(other.pred.weight, model.pred.weight)
@@ -129,7 +129,7 @@ def test_public_files_load_strictly_with_their_buffers_and_without():
 
 
 def test_the_config_follows_from_public_weights():
-    model = golden_model(torch.float32)
+    model = golden_model("xar", torch.float32)
     config = infer_config(model.state_dict(), {})
     found = {**config, "class_dropout_prob": 0.1}
     assert found == {

@@ -7,7 +7,7 @@ from itertools import pairwise
 import haste
 import pytest
 import torch
-from golden_xar import golden_model, read_golden
+from golden import golden_model, read_golden
 from haste.errors import UserError
 from haste.models import XAR, build_model
 from haste.models.xar_costs import cache_bytes, count_flops
@@ -125,7 +125,7 @@ def golden() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_every_velocity_of_a_golden_run(golden, separate):
-    model = golden_model(torch.float64)
+    model = golden_model("xar", torch.float64)
     engine = PartSampler(model, golden["labels"], 1000, golden["times"].tolist())
     branches = [("cond",), ("uncond",)] if separate else [("cond", "uncond")]
     grid = [*torch.linspace(1, 0.04, 5, dtype=torch.float64).tolist(), 0.0]
@@ -142,7 +142,7 @@ def test_every_velocity_of_a_golden_run(golden, separate):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("as_images", [False, True])
 def test_latents_of_a_golden_run(golden, dtype, tolerance, as_images):
-    model = golden_model(dtype)
+    model = golden_model("xar", dtype)
     noise = golden["initial_noise"].flatten(1, 2).to(dtype)
     noise = model.entities.join(noise) if as_images else noise
     solve = Solver(sampler="euler-maruyama", num_steps=5, step_noise=golden["step_noise"].flatten(0, 1))
