@@ -3,14 +3,18 @@
 As the public code of HASTE and REPA does: every block forms q·kᵀ beside its fused attention, the aligned layers' maps
 are kept, softmax comes first and then its logarithm, the cosine goes sample by sample in a Python loop, and after τ
 the maps and the projector still run. In its favour, maps of layers that are not aligned are let go at once, the teacher
-forms the maps of the aligned layers alone, and the four waits for a GPU in every step are not made.
+forms the maps of the aligned layers alone, of MM-DiT's joint attention the image's rows and columns alone are formed,
+and the four waits for a GPU in every step are not made.
 """
 
 from __future__ import annotations
 
 import torch
 from haste.alignment import LayerMap
-from haste.models.sit import Attention, ModelOutput, SiT
+from haste.models import ModelOutput
+from haste.models.layers import Modulation
+from haste.models.mmdit import JointBlock
+from haste.models.sit import Attention
 from haste.teachers import TeacherOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,9 +28,24 @@ class MapAttention(Attention):
         return out, q @ k.mT * q.shape[-1] ** -0.5
 
 
-def materialise_maps(model: SiT) -> None:
-    """From now on every block of the model forms its map; the attention's weights are new and wait to be loaded."""
+class MapJointBlock(JointBlock):
+    """The same of a joint attention: the image's logits, (B, H, N, N)."""
+
+    def attend_jointly(
+        self, text: Tensor, image: Tensor, c: Tensor
+    ) -> tuple[tuple[Tensor, ...], Modulation, Tensor, Tensor]:
+        *others, (q, k) = super().attend_jointly(text, image, c)
+        q, k = (x[:, :, text.shape[1] :] for x in (q, k))
+        return *others, q @ k.mT * q.shape[-1] ** -0.5
+
+
+def materialise_maps(model: nn.Module) -> None:
+    """From now on every block of the model forms its map; SiT's attentions are new, and their weights wait to be
+    loaded."""
     for block in model.blocks:
+        if isinstance(block, JointBlock):
+            block.__class__ = MapJointBlock
+            continue
         attn = block.attn
         block.attn = MapAttention(attn.qkv.in_features, attn.num_heads, qk_norm=False, backend="sdpa")
 

@@ -25,7 +25,7 @@ def make_parts(haste: Contender) -> dict[str, Call]:
     pairs = [(leaf(q), leaf(k)) for q, k in output.queries_keys]
     projections = [leaf(z) for z in output.projections]
     return {
-        "L_A: attention maps": loss_call(haste, pairs, [], aligner.attn_coeff),
+        "L_A: attention maps": loss_call(haste, pairs, [], aligner.attn_coeff, output.prefix),
         "L_R: cosine": loss_call(haste, [], projections, aligner.proj_coeff),
         "L_R: projector, with its AdamW": projector_call(haste, torch.randn_like(projections[0])),
     }
@@ -36,15 +36,18 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def loss_call(haste: Contender, pairs: list[tuple[Tensor, Tensor]], features: list[Tensor], weight: float) -> Call:
-    """The one loss that is on: L_A with q and k, L_R with projected features."""
+def loss_call(
+    haste: Contender, pairs: list[tuple[Tensor, Tensor]], features: list[Tensor], weight: float, prefix: int = 0
+) -> Call:
+    """The one loss that is on: L_A with q and k, in which `prefix` tokens of a text come first, L_R with projected
+    features."""
     (teacher,) = haste.aligner.teachers
     queries_keys = [x for pair in pairs for x in pair]
     others = [torch.zeros_like(x) for x in queries_keys]  # the gradients that attention itself has
 
     def call() -> tuple[()]:
         with haste.case.autocast():
-            attention, feature = alignment_losses(pairs, features, [teacher.said])
+            attention, feature = alignment_losses(pairs, features, [teacher.said], prefix=prefix)
             loss = weight * (feature if attention is None else attention)
         gradients = torch.autograd.grad(loss, queries_keys or features)
         if others:

@@ -1,4 +1,4 @@
-"""The figure, plotted from the JSON document alone: time and peak memory of every variant over those of vanilla SiT."""
+"""The figure, plotted from the JSON document alone: time and peak memory of every variant over vanilla."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def plot_case(left: Axes, right: Axes, result: Mapping) -> None:
     peaks = [row["peak_bytes"] / vanilla["peak_bytes"] if row.get("peak_bytes") else None for row in rows]
     bars(left, rows, times)
     bars(right, rows, [peak and {"median": peak, "p20": peak, "p80": peak} for peak in peaks])
-    left.set_title(f"{title(result)}\nTime of a step over vanilla SiT's (line: p20 – p80)")
-    right.set_title("\nPeak memory over vanilla SiT's")
+    left.set_title(f"{title(result)}\nTime of a step over the vanilla one's (line: p20 – p80)")
+    right.set_title("\nPeak memory over the vanilla step's")
     left.set_yticks(range(len(rows)), [row["name"] for row in rows])
     left.invert_yaxis()
 

@@ -43,7 +43,8 @@ def count(number: int, what: str) -> str:
 def title(result: Mapping) -> str:
     case = result["case"]
     precision = "float32" if case["precision"] == "no" else case["precision"]
-    return f"{case['model']}, {case['tokens']} tokens, batch {case['batch']}, {precision}, {case['device']}"
+    tokens = f"{case['text_tokens']} + {case['tokens']}" if "text_tokens" in case else case["tokens"]
+    return f"{case['model']}, {tokens} tokens, batch {case['batch']}, {precision}, {case['device']}"
 
 
 def step_table(result: Mapping) -> str:
@@ -90,7 +91,7 @@ def verdicts(result: Mapping) -> str:
         f"- The attention loss takes {maps:.2%} of a step: {met(maps)}. Alignment as a whole, the projector included, "
         f"takes {total:.2%}: {met(total)}. By subtraction HASTE costs {difference(result, rows[HASTE])} more."
     ]
-    if "seconds" in rows[STOPPED] and "seconds" in rows[AGAIN]:
+    if all("seconds" in rows.get(name, {}) for name in (STOPPED, AGAIN)):
         lines.append(f"- {stopped_verdict(result, rows)}")
     return "\n".join(lines)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 
 import torch
 from cases import Case
 from haste.caching.memory import free_bytes
 from haste.errors import UserError
-from haste.models import SiT
+from haste.models import build_model
 from parts import make_parts
-from variants import HASTE, VANILLA, Contender, make_contenders
+from variants import HASTE, VANILLA, VARIANTS, Contender, Variant, make_contenders
 
 from haste_ext.bench.compare import why_absent
 from haste_ext.bench.measure import describe_machine, memory_within_the_machine, peak_extra_bytes, times_of
@@ -24,14 +24,14 @@ PART_SECONDS = 0.2  # for which a part is called in each round
 BYTES_PER_PARAMETER = 16  # weight, gradient and two moments, all float32
 
 
-def measure(case: Case, rounds: int) -> dict[str, object]:
-    """What the JSON document holds of one case."""
+def measure(case: Case, rounds: int, variants: Sequence[Variant] = VARIANTS) -> dict[str, object]:
+    """What the JSON document holds of one case; vanilla and HASTE are among the variants."""
     check_memory(case)
     machine = describe_machine(case.device)  # the commit that is measured, whatever becomes of the tree meanwhile
     torch.manual_seed(0)
     with memory_within_the_machine(case.device):
         try:
-            contenders = make_contenders(case)
+            contenders = make_contenders(case, variants)
         except RuntimeError as error:  # torch's word for memory that runs out
             raise UserError(f"{describe(case)} cannot be measured: {why_absent(error)}") from error
         rows = {name: memory_row(contender) for name, contender in contenders.items()}
@@ -60,7 +60,7 @@ def describe(case: Case) -> str:
 def check_memory(case: Case) -> None:
     """UserError if not even the weights, gradients and moments will fit."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in SiT(**case.student).parameters())
+        parameters = sum(p.numel() for p in build_model(case.student).parameters())
     free = free_bytes(torch.device(case.device))
     needed = BYTES_PER_PARAMETER * parameters
     if needed > free:

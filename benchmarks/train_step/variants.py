@@ -15,7 +15,7 @@ import torch
 from cases import ATTN_COEFF, PROJ_COEFF, Case
 from eager import EagerAligner, materialise_maps
 from haste.alignment import Aligner
-from haste.models import SiT
+from haste.models import build_model
 from haste.teachers import TeacherOutput, VisionTeacher
 from haste.transport import interpolate, sample_time, velocity_loss
 from torch import Tensor, nn
@@ -58,17 +58,20 @@ VANILLA, AGAIN, HASTE, ATTENTION, REPA, STOPPED, WITH_TEACHER, EAGER, EAGER_STOP
 
 @dataclass
 class Batch:
-    """What is diffused (B, C, S, S), what the teacher looks at (B, 3, R, R) in [-1, 1], the classes (B,)."""
+    """What is diffused (B, C, S, S), what the teacher looks at (B, 3, R, R) in [-1, 1], and the classes (B,) or the
+    features of captions (B, tokens, width)."""
 
     latents: Tensor
     images: Tensor
-    labels: Tensor
+    condition: Tensor
 
 
 def make_batch(case: Case) -> Batch:
     side = case.student["input_size"]
     latents = torch.randn(case.batch, 4, side, side, device=case.device)
     images = 2 * torch.rand(case.batch, 3, case.resolution, case.resolution, device=case.device) - 1
+    if case.text_shape:
+        return Batch(latents, images, torch.randn(case.batch, *case.text_shape, device=case.device))
     return Batch(latents, images, torch.randint(1000, (case.batch,), device=case.device))
 
 
@@ -111,7 +114,7 @@ def random_output(case: Case, teacher: VisionTeacher, batch: Batch) -> TeacherOu
 class Contender:
     """One variant's training step, as the trainer makes it."""
 
-    def __init__(self, variant: Variant, case: Case, batch: Batch, model: SiT, aligner: nn.Module | None) -> None:
+    def __init__(self, variant: Variant, case: Case, batch: Batch, model: nn.Module, aligner: nn.Module | None) -> None:
         self.variant = variant
         self.case = case
         self.batch = batch
@@ -158,7 +161,7 @@ def make_contenders(case: Case, variants: Iterable[Variant] = VARIANTS) -> dict[
     batch, teacher = make_batch(case), make_teacher(case)
     said = random_output(case, teacher, batch)
     with torch.device(case.device):
-        model = SiT(**case.student, z_dims=(teacher.width,))
+        model = build_model(case.student, z_dims=(teacher.width,))
     first = Contender(HASTE, case, batch, model, make_aligner(HASTE, case, GivenTeacher(said, HASTE)))
     first.step()
     contenders = {}
@@ -181,13 +184,13 @@ def make_aligner(variant: Variant, case: Case, teacher: nn.Module) -> nn.Module 
     return Aligner([teacher], layer_map if variant.attn_coeff else None, variant.proj_coeff, variant.attn_coeff)
 
 
-def share_weights(variant: Variant, case: Case, source: SiT) -> SiT:
+def share_weights(variant: Variant, case: Case, source: nn.Module) -> nn.Module:
     """A model of its own around the very parameters of another."""
     widths = [projector[-1].out_features for projector in source.projectors]
     if not variant.proj_coeff or variant.released:
         widths = []
     with torch.device("meta"):
-        model = SiT(**case.student, z_dims=widths)
+        model = build_model(case.student, z_dims=widths)
         if variant.eager:
             materialise_maps(model)
     model.load_state_dict(source.state_dict(keep_vars=True), strict=False, assign=True)

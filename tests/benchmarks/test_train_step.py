@@ -31,11 +31,11 @@ from variants import (  # noqa: E402
 CASE = make_case("tiny", 64, None, "no", "cpu")
 
 
-@pytest.fixture
-def contenders():
+@pytest.fixture(params=["tiny", "tiny MM-DiT"])
+def contenders(request):
     """With weights at which every layer is heard; the gates of a new model are shut."""
     torch.manual_seed(0)
-    made = make_contenders(CASE)
+    made = make_contenders(make_case(request.param, 64, None, "no", "cpu"))
     with torch.no_grad():
         for parameter in made[HASTE.name].model.parameters():
             if parameter.requires_grad:
@@ -78,21 +78,32 @@ def test_after_tau_the_step_is_vanilla(contenders):
     assert len(stopped.optimizer.state) == len(vanilla.optimizer.state)
 
 
-def test_eager_after_tau_still_forms_its_maps_and_learns_nothing_from_them(contenders):
+def listening(function, maps):
+    def listened(*inputs):
+        *others, logits = function(*inputs)
+        maps.append(logits.shape)
+        return *others, logits
+
+    return listened
+
+
+def test_eager_after_tau_still_forms_its_maps_and_learns_nothing_from_them(contenders, monkeypatch):
     contender = contenders[EAGER_STOPPED.name]
     assert torch.equal(loss_and_gradients(contender)[0], loss_and_gradients(contenders[VANILLA.name])[0])
     maps = []
     for block in contender.model.blocks:
-        block.attn.register_forward_hook(lambda module, inputs, outputs: maps.append(outputs[1].shape))
+        listened, name = (block.attn, "forward") if hasattr(block, "attn") else (block, "attend_jointly")
+        monkeypatch.setattr(listened, name, listening(getattr(listened, name), maps))
     contender.step()
     assert maps == [(CASE.batch, 4, 16, 16)] * 3
 
 
 def test_a_step_moves_the_weights_that_all_contenders_share(contenders):
     first, second = contenders[HASTE.name], contenders[VANILLA.name]
-    before = second.model.blocks[0].attn.qkv.weight.clone()
+    weight = next(second.model.blocks.parameters())
+    before = weight.clone()
     first.step()
-    assert not torch.equal(second.model.blocks[0].attn.qkv.weight, before)
+    assert not torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -114,6 +125,14 @@ def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_pat
     assert (tmp_path / "results.md").read_text() == text
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert text in capsys.readouterr().out
+
+
+def test_rows_can_be_chosen_and_the_text_is_in_the_title(tmp_path):
+    run.main(run.Args(model=["tiny MM-DiT"], resolution=[64], variants=["eager"], rounds=1, output=tmp_path))
+    (result,) = read_results(tmp_path)["results"]
+    assert [row["name"] for row in result["rows"]] == ["vanilla", "HASTE", "eager"]
+    assert report.title(result) == "tiny MM-DiT, 5 + 16 tokens, batch 2, float32, cpu"
+    assert "The attention loss takes" in (tmp_path / "results.md").read_text()
 
 
 def fake_result(**seconds):
@@ -164,7 +183,8 @@ def test_a_case_measured_again_takes_its_former_place(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": ["SiT-Q/2"]}, "--model must be one of SiT-B/2, SiT-L/2, SiT-XL/2, tiny, got 'SiT-Q/2'"),
+        ({"model": ["SiT-Q/2"]}, "--model must be one of SiT-B/2, SiT-L/2, SiT-XL/2, MM-DiT-COCO, tiny, tiny MM-DiT"),
+        ({"variants": ["lazy"]}, "--variants must be of vanilla, vanilla, again, HASTE, L_A alone, .*, got 'lazy'"),
         ({"precision": ["fp8"]}, "--precision must be one of no, bf16, got 'fp8'"),
         ({"resolution": [250]}, "--resolution must be a multiple of 16, such as 256, got 250"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
