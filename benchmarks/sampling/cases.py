@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from haste.errors import UserError
-from haste.models import find_size
+from haste.models import Layout, find_size, get_family
 
 DTYPES = ("float32", "bfloat16")
 
@@ -16,8 +16,8 @@ DTYPES = ("float32", "bfloat16")
 class Geometry:
     """A model, and the images that it makes unless others are asked for.
 
-    model: arguments of SiT. pixels: of the image's side per value of what the model samples, 8 for SD-VAE's latents.
-    cpu_batch: images per run on two processor cores.
+    model: its config, without the side of its input. pixels: of the image's side per value of what the model samples, 8
+    for SD-VAE's latents. cpu_batch: images per run on two processor cores.
     """
 
     model: dict[str, Any]
@@ -26,15 +26,28 @@ class Geometry:
     cpu_batch: int
 
 
+IMAGENET = {"in_channels": 4, "num_classes": 1000}
+CLIP_L = {"in_channels": 4, "context_tokens": 77, "context_width": 768}
+TINY = {"depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "in_channels": 4}
+
+
+def config_of(name: str, **settings: int) -> dict[str, Any]:
+    """Of a published size."""
+    family, size = find_size(name)
+    return {"family": family.name, **size, **settings}
+
+
 GEOMETRIES = {
-    **{name: Geometry(find_size(name)[1], pixels=8, resolution=256, cpu_batch=1) for name in ("SiT-B/2", "SiT-XL/2")},
+    "SiT-B/2": Geometry(config_of("SiT-B/2", **IMAGENET), pixels=8, resolution=256, cpu_batch=1),
+    "SiT-XL/2": Geometry(config_of("SiT-XL/2", **IMAGENET), pixels=8, resolution=256, cpu_batch=1),
+    "MM-DiT-COCO": Geometry(config_of("MM-DiT-COCO", **CLIP_L), pixels=8, resolution=256, cpu_batch=1),
     "digits": Geometry(
-        {**find_size("SiT-Digits/2")[1], "in_channels": 1, "num_classes": 10}, pixels=1, resolution=8, cpu_batch=100
+        config_of("SiT-Digits/2", in_channels=1, num_classes=10), pixels=1, resolution=8, cpu_batch=100
     ),
-    # Measures nothing: to see in seconds that the script works on a machine.
-    "tiny": Geometry(
-        {"depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "num_classes": 10},
-        pixels=8, resolution=64, cpu_batch=2,
+    # Measure nothing: to see in seconds that the script works on a machine.
+    "tiny": Geometry({"family": "sit", **TINY, "num_classes": 10}, pixels=8, resolution=64, cpu_batch=2),
+    "tiny MM-DiT": Geometry(
+        {"family": "mmdit", **TINY, "context_tokens": 5, "context_width": 24}, pixels=8, resolution=64, cpu_batch=2
     ),
 }  # fmt: skip
 
@@ -53,17 +66,22 @@ class Case:
     order: int
 
     @cached_property
-    def sit(self) -> dict[str, Any]:
-        """The arguments of SiT."""
+    def config(self) -> dict[str, Any]:
+        """Of the model."""
         geometry = GEOMETRIES[self.model]
         return {**geometry.model, "input_size": self.resolution // geometry.pixels}
 
     @property
     def tokens(self) -> int:
-        return (self.sit["input_size"] // self.sit["patch_size"]) ** 2
+        return (self.config["input_size"] // self.config["patch_size"]) ** 2
+
+    @property
+    def layout(self) -> Layout:
+        return get_family(self.config).layout(self.config)
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens": self.tokens}
+        text = self.layout.condition_shape
+        return {**asdict(self), "tokens": self.tokens, **({"text_tokens": text[0]} if text else {})}
 
 
 def make_case(

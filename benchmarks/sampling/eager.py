@@ -2,18 +2,20 @@
 
 As arXiv 2503.06923 publishes it. At a full step, with d the distance to the full step before it, every attention and
 MLP output F becomes T_0 = F, T_{i+1} = (T_i − T_i,old) / d; x steps later F̂ = Σ_i T_i · x^i / i! stands in for F. A
-skipped step still runs every block's modulation, for the gates. In the baseline's favour, each term is scaled by one
-number and not by x^i and by 1/i! in turn.
+skipped step still runs every block's modulation, for the gates. Of two streams both are forecast, as it is published
+for FLUX. In the baseline's favour, each term is scaled by one number and not by x^i and by 1/i! in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from math import factorial
 
 import torch
-from haste.models import ModelOutput, SiT
+from haste.models import MMDiT, ModelOutput, SiT
 from haste.models.layers import Modulation
+from haste.models.mmdit import Stream
 from haste.models.sit import SiTBlock
 from torch import Tensor
 
@@ -28,11 +30,11 @@ def full_steps(num_steps: int, interval: int) -> list[int]:
 
 
 class EagerTaylorSeer:
-    """Called like the SiT that it wraps, one model call per step; `start` begins a run."""
+    """Called like the model that it wraps, one model call per step; `start` begins a run."""
 
     training = False
 
-    def __init__(self, model: SiT, interval: int, order: int) -> None:
+    def __init__(self, model: SiT | MMDiT, interval: int, order: int) -> None:
         self.model = model
         self.interval = interval
         self.order = order
@@ -40,7 +42,7 @@ class EagerTaylorSeer:
 
     def start(self, calls: Sequence) -> None:
         self.full_steps = full_steps(len(calls), self.interval)
-        self.cache: dict[tuple[int, str], Terms] = {}
+        self.cache: dict[Hashable, Terms] = {}
         self.last_full = 0
         self.num_full = self.num_forecast = 0
 
@@ -56,28 +58,58 @@ class EagerTaylorSeer:
         step = self.num_full + self.num_forecast
         full = step in self.full_steps
         self.distance = step - self.last_full
+        velocity = (self.joint_velocity if isinstance(self.model, MMDiT) else self.velocity)(x, t, y, full)
+        self.last_full = step if full else self.last_full
+        self.num_full += full
+        self.num_forecast += not full
+        return ModelOutput(velocity, [], [])
+
+    def velocity(self, x: Tensor, t: Tensor, y: Tensor, full: bool) -> Tensor:
         tokens, c = self.model.embed(x, t, y)
         for index, block in enumerate(self.model.blocks):
             m = block.modulation(c)
             for name, gate in (("attn", m.gate_attn), ("mlp", m.gate_mlp)):
-                if full:
-                    feature = compute(block, name, tokens, m)
-                    self.update((index, name), feature)
-                else:
-                    feature = self.forecast((index, name))
+                feature = self.feature((index, name), full, partial(compute, block, name, tokens, m))
                 tokens = tokens + gate.unsqueeze(1) * feature
-        self.last_full = step if full else self.last_full
-        self.num_full += full
-        self.num_forecast += not full
-        return ModelOutput(self.model.finish(tokens, c), [], [])
+        return self.model.finish(tokens, c)
 
-    def update(self, key: tuple[int, str], feature: Tensor) -> None:
+    def joint_velocity(self, x: Tensor, t: Tensor, context: Tensor, full: bool) -> Tensor:
+        model = self.model
+        text, image, c = model.text(context), model.tokens(x), model.conditioning(t, context)
+        for index, block in enumerate(model.joint_blocks):
+            of_text, of_image = block.context_block.vectors(c), block.x_block.vectors(c)
+            rows = (text, image)
+            if full:
+                qkv = [block.context_block.qkv(text, *of_text[:2]), block.x_block.qkv(image, *of_image[:2])]
+                rows = block.attention(torch.cat(qkv, dim=1))[0].split([text.shape[1], image.shape[1]], dim=1)
+            if not block.last:
+                text = self.finish((index, "text"), block.context_block, text, rows[0], Modulation(*of_text), full)
+            image = self.finish((index, "image"), block.x_block, image, rows[1], Modulation(*of_image), full)
+        return model.finish(image, c)
+
+    def finish(
+        self, key: Hashable, half: Stream, tokens: Tensor, attended: Tensor, m: Modulation, full: bool
+    ) -> Tensor:
+        """The next tokens of a stream; `attended`: its rows of the joint attention's output, of a full step."""
+        feature = self.feature((key, "attn"), full, partial(half.attn.proj, attended))
+        tokens = tokens + m.gate_attn.unsqueeze(1) * feature
+        feature = self.feature((key, "mlp"), full, partial(half.mlp_branch, tokens, m.shift_mlp, m.scale_mlp))
+        return tokens + m.gate_mlp.unsqueeze(1) * feature
+
+    def feature(self, key: Hashable, full: bool, compute: Callable[[], Tensor]) -> Tensor:
+        if not full:
+            return self.forecast(key)
+        feature = compute()
+        self.update(key, feature)
+        return feature
+
+    def update(self, key: Hashable, feature: Tensor) -> None:
         old, terms = self.cache.get(key, {}), {0: feature}
         for i in range(min(self.order, len(old))):
             terms[i + 1] = (terms[i] - old[i]) / self.distance
         self.cache[key] = terms
 
-    def forecast(self, key: tuple[int, str]) -> Tensor:
+    def forecast(self, key: Hashable) -> Tensor:
         terms = self.cache[key]
         forecast = terms[0]
         for i in range(1, len(terms)):

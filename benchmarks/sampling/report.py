@@ -47,8 +47,9 @@ def section(result: Mapping) -> str:
 
 def title(result: Mapping) -> str:
     case = result["case"]
+    tokens = f"{case['text_tokens']} + {case['tokens']}" if "text_tokens" in case else case["tokens"]
     return (
-        f"{case['model']}, {case['tokens']} tokens, batch {case['batch']}, {case['num_steps']} steps, {case['dtype']}, "
+        f"{case['model']}, {tokens} tokens, batch {case['batch']}, {case['num_steps']} steps, {case['dtype']}, "
         f"{case['device']}"
     )
 

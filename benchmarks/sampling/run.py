@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> Args:
     """The command line, by argparse: a borrowed machine may lack tyro."""
     parser = make_parser(__doc__, ROUNDS)
     add = parser.add_argument
-    add("--model", nargs="+", help="Of: SiT-B/2, SiT-XL/2, digits, tiny. Default: SiT-B/2 and digits on the CPU, "
+    add("--model", nargs="+", help=f"Of: {', '.join(GEOMETRIES)}. Default: SiT-B/2 and digits on the CPU, "
         "SiT-XL/2 on a GPU")  # fmt: skip
     add("--resolution", type=int, help="Pixels per side. Default: 256, and 8 for the digits")
     add("--batch-size", nargs="+", type=int, help="Images per run. Default: on the CPU 1, and 100 digits; on a GPU "

@@ -12,9 +12,9 @@ from cases import Case
 from eager import EagerTaylorSeer, full_steps
 from haste import cuda_graphs
 from haste.caching import CacheConfig, make_cache
-from haste.models import ModelOutput, SiT
+from haste.models import ModelOutput, build_model
 from haste.samplers import initial_noise, sample
-from torch import Tensor
+from torch import Tensor, nn
 
 # How the model's work reaches the processor: call by call, compiled, or as CUDA graphs that are replayed.
 LAUNCHED, COMPILED, GRAPHS = "", "torch.compile", "CUDA graphs"
@@ -51,11 +51,11 @@ UNCACHED, FEWER, EAGER, MODULE, BLOCK, MODEL, DELTA = VARIANTS = (
 )
 
 
-def make_model(case: Case) -> SiT:
+def make_model(case: Case) -> nn.Module:
     """Weights at which every layer is heard, as in a trained model: a new one's gates are shut."""
     torch.manual_seed(0)
     with torch.device(case.device):
-        model = SiT(**case.sit)
+        model = build_model(case.config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -106,7 +106,7 @@ class Stopwatch:
 class GraphedModel:
     """A model without a cache as one CUDA graph: what a cache in CUDA graphs is compared with."""
 
-    def __init__(self, model: SiT) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.inputs: list[Tensor] = []
 
@@ -120,24 +120,32 @@ class GraphedModel:
         return self.output
 
 
-class Run:
-    """One way to sample the case's batch; the noise and the labels are the same every time."""
+def make_condition(case: Case) -> Tensor:
+    """Classes (B,), or random features of texts (B, tokens, width)."""
+    text, classes = case.layout.condition_shape, case.layout.num_classes
+    if text is None:
+        return torch.arange(case.batch, device=case.device) % classes
+    return torch.randn(case.batch, *text, generator=torch.Generator().manual_seed(2)).to(case.device)
 
-    def __init__(self, variant: Variant, launch: str, case: Case, model: SiT) -> None:
+
+class Run:
+    """One way to sample the case's batch; the noise, and the classes or text features, are the same every time."""
+
+    def __init__(self, variant: Variant, launch: str, case: Case, model: nn.Module) -> None:
         self.variant = variant
         self.launch = launch
         self.case = case
         self.num_steps = len(full_steps(case.num_steps, case.interval)) if variant.fewer_steps else case.num_steps
-        shape = (case.batch, model.in_channels, model.input_size, model.input_size)
+        shape = (case.batch, *case.layout.input_shape)
         self.noise = initial_noise(shape, torch.Generator().manual_seed(1), device=case.device)
-        self.labels = torch.arange(case.batch, device=case.device) % model.num_classes
+        self.condition = make_condition(case)
         self.stopwatch = Stopwatch(self.wrapped(model), model.dtype, case.device)
 
     @property
     def name(self) -> str:
         return f"{self.variant.name}, {self.launch}" if self.launch else self.variant.name
 
-    def wrapped(self, model: SiT) -> Callable[..., ModelOutput]:
+    def wrapped(self, model: nn.Module) -> Callable[..., ModelOutput]:
         """The model as the variant calls it."""
         case, variant = self.case, self.variant
         if variant.eager:
@@ -151,7 +159,7 @@ class Run:
 
     def __call__(self, num_steps: int | None = None) -> Tensor:
         """The images (B, C, S, S), or what fewer steps make of them."""
-        return sample(self.stopwatch, self.noise, self.labels, num_steps=num_steps or self.num_steps)
+        return sample(self.stopwatch, self.noise, self.condition, num_steps=num_steps or self.num_steps)
 
     @property
     def cache_bytes(self) -> int:

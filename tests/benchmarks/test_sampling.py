@@ -24,17 +24,18 @@ with script_folder(ROOT):
 SHORT = {"num_steps": 8, "interval": 2, "order": 2}
 
 
-def tiny(**settings):
-    return make_case("tiny", None, 2, "float32", "cpu", **{**SHORT, **settings})
+def tiny(model="tiny", **settings):
+    return make_case(model, None, 2, "float32", "cpu", **{**SHORT, **settings})
 
 
 def make_run(variant, case):
     return variants.Run(variant, variants.LAUNCHED, case, variants.make_model(case))
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny MM-DiT"])
 @pytest.mark.parametrize(("interval", "order"), [(2, 0), (3, 1), (3, 4), (4, 2)])
-def test_the_eager_baseline_samples_what_haste_samples_per_module(interval, order):
-    case = tiny(num_steps=20, interval=interval, order=order)
+def test_the_eager_baseline_samples_what_haste_samples_per_module(model, interval, order):
+    case = tiny(model, num_steps=20, interval=interval, order=order)
     ours, baseline, uncached = (make_run(v, case)() for v in (variants.MODULE, variants.EAGER, variants.UNCACHED))
     torch.testing.assert_close(ours, baseline, rtol=1e-5, atol=1e-5)
     assert (baseline - uncached).abs().max() > 1e-4, "a forecast is no full step"
@@ -105,6 +106,18 @@ def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_pat
     assert (tmp_path / "results.md").read_text() == text
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert text in capsys.readouterr().out
+
+
+def test_of_mm_dit_the_eager_baseline_keeps_both_streams_and_haste_the_image_s(tmp_path):
+    run.main(run.Args(model=["tiny MM-DiT"], rounds=1, output=tmp_path, **SHORT))
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    rows = {row["name"]: row for row in result["rows"]}
+    per_token = (SHORT["order"] + 1) * 2 * 32 * 4  # batch 2, width 32, float32
+    image, text = 2 * 4 * 16 * per_token, 2 * 3 * 5 * per_token  # of two modules in so many blocks, so many tokens
+    assert rows["eager TaylorSeer"]["cache_bytes"] == image + text
+    assert rows["TaylorSeer whole model"]["cache_bytes"] * 2 * 4 == image
+    assert report.title(result).startswith("tiny MM-DiT, 5 + 16 tokens, batch 2, 8 steps")
+    assert 0 < result["difference"] < 1e-6
 
 
 def test_a_model_in_half_precision_is_verified_and_measured():
@@ -199,7 +212,10 @@ def test_images_that_differ_are_not_timed():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": ["SiT-Q/2"]}, "--model must be one of SiT-B/2, SiT-XL/2, digits, tiny, got 'SiT-Q/2'"),
+        (
+            {"model": ["SiT-Q/2"]},
+            "--model must be one of SiT-B/2, SiT-XL/2, MM-DiT-COCO, digits, tiny, tiny MM-DiT, got 'SiT-Q/2'",
+        ),
         ({"model": ["tiny"], "dtype": "fp8"}, "--dtype must be one of float32, bfloat16, got 'fp8'"),
         ({"model": ["digits"], "resolution": 9}, "--resolution must be a multiple of 2, such as 8, got 9"),
         ({"model": ["tiny"], "batch_size": [0]}, "--batch-size must be at least 1, got 0"),
