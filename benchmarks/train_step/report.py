@@ -17,8 +17,9 @@ Time per training step: median over the rounds, with the 20th and 80th percentil
 vanilla step of the same round. Memory: what is held between steps (weights, AdamW's moments, the teacher or what is
 handed in for it), and the peak during a step. The teacher's queries, keys and patch tokens are handed in, unless it is
 said to be included. "eager" materialises the maps as the public code does, and goes on doing so after τ. The parts are
-timed by themselves, forward and backward; their share is that of the vanilla step of the same round. EMA is left out of
-all steps, which makes the shares look a little larger than they are in training."""
+timed by themselves, forward and backward; their share is that of the vanilla step of the same round, and their peak is
+what they take beyond their operands. EMA is left out of all steps, which makes the shares look a little larger than
+they are in training."""
 
 
 def report(document: Mapping) -> str:
@@ -74,18 +75,21 @@ def peak_cells(row: Mapping, vanilla: Mapping) -> tuple[str, str]:
 
 
 def part_table(result: Mapping) -> str:
-    lines = [["part of alignment", "ms", "share of a vanilla step", "p20 – p80"]]
+    lines = [["part of alignment", "ms", "share of a vanilla step", "p20 – p80", "peak MiB"]]
     for part in result["parts"]:
         time, share = spread(part["seconds"]), spread(ratios(result, part))
         spans = f"{share['p20']:.2%} – {share['p80']:.2%}"
-        lines.append([part["name"], f"{1e3 * time['median']:,.2f}", f"{share['median']:.2%}", spans])
+        peak = part.get("peak_extra_bytes")
+        mib = "–" if peak is None else f"{peak / 2**20:,.1f}"
+        lines.append([part["name"], f"{1e3 * time['median']:,.2f}", f"{share['median']:.2%}", spans, mib])
     return markdown_table(lines).rstrip()
 
 
 def verdicts(result: Mapping) -> str:
     """The two targets: what alignment costs, and what is left of it after τ."""
     rows = {row["name"]: row for row in result["rows"]}
-    shares = {part["name"]: spread(ratios(result, part))["median"] for part in result["parts"]}
+    own = [part for part in result["parts"] if not part["name"].startswith("eager")]
+    shares = {part["name"]: spread(ratios(result, part))["median"] for part in own}
     total, maps = sum(shares.values()), shares[ATTENTION_PART]
     lines = [
         f"- The attention loss takes {maps:.2%} of a step: {met(maps)}. Alignment as a whole, the projector included, "

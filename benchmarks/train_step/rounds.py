@@ -40,6 +40,7 @@ def measure(case: Case, rounds: int, variants: Sequence[Variant] = VARIANTS) -> 
             if name not in able:
                 raise UserError(f"{describe(case)}, {name}, cannot be measured: {rows[name]['absent']}")
         parts = make_parts(able[HASTE.name])
+        part_rows = {name: {"name": name, "peak_extra_bytes": part_peak(call, case)} for name, call in parts.items()}
         seconds, part_seconds = time_in_rounds(able, parts, rounds, case.device)
     for name, times in seconds.items():
         rows[name]["seconds"] = times
@@ -49,7 +50,7 @@ def measure(case: Case, rounds: int, variants: Sequence[Variant] = VARIANTS) -> 
         "settings": {"rounds": rounds, "steps_per_turn": STEPS_PER_TURN[case.device]},
         "parameters": sum(p.numel() for p in able[VANILLA.name].model.parameters()),
         "rows": list(rows.values()),
-        "parts": [{"name": name, "seconds": times} for name, times in part_seconds.items()],
+        "parts": [{**part_rows[name], "seconds": times} for name, times in part_seconds.items()],
     }
 
 
@@ -82,6 +83,12 @@ def memory_row(contender: Contender) -> dict[str, object]:
         held = contender.held_bytes()
         row |= {"held_bytes": held, "peak_bytes": None if extra is None else held + extra}
     return row
+
+
+def part_peak(call: Callable[[], tuple[()]], case: Case) -> int | None:
+    """Bytes beyond what was held; the first call makes what is kept from then on."""
+    call()
+    return peak_extra_bytes(call, case.device)
 
 
 def time_in_rounds(

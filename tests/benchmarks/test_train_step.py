@@ -13,7 +13,9 @@ from haste.errors import UserError
 ROOT = Path(__file__).parents[2] / "benchmarks" / "train_step"
 sys.path.insert(0, str(ROOT))  # its files import each other as those of a script do
 
+import parts  # noqa: E402
 import report  # noqa: E402
+import rounds  # noqa: E402
 import run  # noqa: E402
 from _common import keep, read_results  # noqa: E402
 from cases import make_case  # noqa: E402
@@ -62,6 +64,19 @@ def test_the_eager_baseline_has_hastes_loss_and_gradients(contenders):
             torch.testing.assert_close(eager_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_the_parts_of_the_losses_are_those_of_eager_code(contenders, monkeypatch):
+    """What each part returns, by the gradients that it makes."""
+    made, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given: made.append(grad(*given)) or made[-1])
+    calls = parts.make_parts(contenders[HASTE.name])
+    for name in ("L_A: attention maps", "eager L_A, its maps in memory", "L_R: cosine", "eager L_R: cosine"):
+        calls[name]()
+    attention, eager_attention, feature, eager_feature = made
+    torch.testing.assert_close(attention, eager_attention, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(feature, eager_feature, rtol=1e-3, atol=1e-6)
+    assert len(attention) == 4 and max(gradient.abs().max() for gradient in attention) > 1e-4
+
+
 def test_hastes_loss_is_vanillas_and_both_alignments(contenders):
     losses = {v: loss_and_gradients(contenders[v.name])[0] for v in (VANILLA, ATTENTION, REPA, HASTE)}
     torch.testing.assert_close(losses[HASTE] - losses[VANILLA], losses[ATTENTION] + losses[REPA] - 2 * losses[VANILLA])
@@ -107,7 +122,8 @@ def test_a_step_moves_the_weights_that_all_contenders_share(contenders):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_path, capsys, precision):
+def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_path, capsys, monkeypatch, precision):
+    monkeypatch.setattr(rounds, "PART_SECONDS", 0.01)
     flags = {"model": ["tiny"], "resolution": [64], "precision": [precision], "rounds": 2, "output": tmp_path}
     run.main(run.Args(**flags))
     (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
@@ -127,7 +143,8 @@ def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_pat
     assert text in capsys.readouterr().out
 
 
-def test_rows_can_be_chosen_and_the_text_is_in_the_title(tmp_path):
+def test_rows_can_be_chosen_and_the_text_is_in_the_title(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "PART_SECONDS", 0.01)
     run.main(run.Args(model=["tiny MM-DiT"], resolution=[64], variants=["eager"], rounds=1, output=tmp_path))
     (result,) = read_results(tmp_path)["results"]
     assert [row["name"] for row in result["rows"]] == ["vanilla", "HASTE", "eager"]
@@ -156,7 +173,7 @@ def test_ratios_are_taken_within_a_round_and_noise_is_vanilla_against_vanilla():
     }
     text = report.section(fake_result(**seconds))
     assert "| HASTE | 1,650.0 | 1,320.0 – 1,980.0 | 1.100 | 1.100 – 1.100 | 1 | 2 | 1.000 |" in text
-    assert "| L_R: cosine | 10.00 | 0.75% |" in text
+    assert "| L_R: cosine | 10.00 | 0.75% | 0.60% – 0.90% | – |" in text
     assert "The attention loss takes 0.75% of a step: under 2%" in text and "takes 1.50%: under 2%" in text
     assert "By subtraction HASTE costs 10.0%" in text
     assert "takes 1.005 × vanilla" in text and "are up to 1.0% apart" in text and "the times are equal" in text
@@ -199,8 +216,6 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path, flags, mes
 
 
 def test_memory_that_is_short_is_told_before_anything_is_built(tmp_path, monkeypatch):
-    import rounds
-
     monkeypatch.setattr(rounds, "free_bytes", lambda device: 2**30)
     with pytest.raises(UserError, match=r"SiT-XL/2 needs 10\.\d GiB .* and 1\.0 GiB are free; choose"):
         run.main(run.Args(model=["SiT-XL/2"], output=tmp_path))
