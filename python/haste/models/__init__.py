@@ -13,7 +13,8 @@ from haste.models.family import (
     Streams,
     Weights,
 )
-from haste.models.mmdit import MMDIT_SIZES, MMDiT
+from haste.models.mmdit import MMDiT
+from haste.models.mmdit_family import MMDIT_SIZES
 from haste.models.registry import (
     build_model,
     check_config,
