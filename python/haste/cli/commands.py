@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from haste.cli.demo import DemoConfig
+    from haste.data.caption_folder import CaptionFolder
     from haste.data.prepare import Destination
     from haste.data.sources import ImageSource
+    from haste.distributed import StopRequest
     from haste.evaluation.config import EvaluateConfig
     from haste.generation.config import SampleConfig
     from haste.generation.sample_dir import Samples
@@ -37,15 +39,25 @@ if TYPE_CHECKING:
 
 # ---- haste prepare ----
 
+DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"  # haste.text.CLIP_L's
+
 
 @dataclass(kw_only=True)
 class PrepareConfig:
     """The settings of `haste prepare`, which are its flags."""
 
-    source: Path
-    """Folder, zip or Hugging Face data set of images. Labels: a dataset.json, or the top folders in sorted order."""
+    source: Path | None = None
+    """Folder, zip or Hugging Face data set of images. Labels: a dataset.json, or the top folders in sorted order. With
+    --captions only for images that are not found beside them."""
     dest: Path
-    """Output folder for images/ and vae-sd/, to be used as --data-dir of haste train."""
+    """Output folder, to be used as --data-dir of haste train."""
+    captions: Path | None = None
+    """Images with captions, for text to image: annotations/captions_*.json of MS-COCO, a folder or zip of images with a
+    .txt for each (one caption a line), a tar or a folder of webdataset's tars, or a Hugging Face data set."""
+    text_encoder: str = DEFAULT_TEXT_ENCODER
+    """Text encoder of the captions: a hub name, or a folder of save_pretrained()."""
+    layout: Literal["shards", "repa"] = "shards"
+    """With --captions: shards, which are small and train fast, or REPA's coco256_features."""
     resolution: int = 256
     """Image resolution in pixels after the center crop."""
     vae: str = "mse"
@@ -61,29 +73,54 @@ class PrepareConfig:
     """Number of worker processes that read and crop images. [default: the number of cores]"""
 
     def check(self) -> None:
-        """Raise UserError for numbers out of bounds, and for a destination inside the source."""
+        """Raise UserError for numbers out of bounds, a destination inside the source, and flags that need another."""
         check_numbers(self)
-        if self.dest.expanduser().resolve().is_relative_to(self.source.expanduser().resolve()):
-            raise UserError(f"--dest must be a folder outside --source, got {self.dest}")
+        for flag, path in (("source", self.source), ("captions", self.captions)):
+            if path is not None and self.dest.expanduser().resolve().is_relative_to(path.expanduser().resolve()):
+                raise UserError(f"--dest must be a folder outside --{flag}, got {self.dest}")
+        if self.captions is None:
+            self._check_without_captions()
+        elif self.zip:
+            raise UserError("--zip must be left out with --captions, got both")
+        elif self.layout == "repa" and self.vae.lower() == "none":
+            raise UserError("--vae must be a VAE with --layout repa, whose data are latents, got none")
+
+    def _check_without_captions(self) -> None:
+        if self.source is None:
+            raise UserError("--source must be given, or --captions for images with captions, got neither")
+        given = {"text-encoder": self.text_encoder != DEFAULT_TEXT_ENCODER, "layout": self.layout != "shards"}
+        for flag, value in given.items():
+            if value:
+                raise UserError(f"--{flag} must come with --captions, got it alone")
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Make training data in REPA's layout from any images: cropped as ADM does, with their latents.
+    """Make training data from any images: cropped, with their latents, and with features of their captions if any.
 
-    `--source` is a folder with a folder of images for each class, a zip of one, or a Hugging Face data set on disk. A
-    command that was stopped resumes with the images that are missing. `accelerate launch -m haste prepare ...` shares
-    the work among several GPUs.
+    `--source` is a folder with a folder of images for each class, a zip of one, or a Hugging Face data set on disk:
+    REPA's layout, cropped as ADM does. `--captions` are images with captions, for text to image, cropped as U-ViT and
+    REPA do for MS-COCO. A command that was stopped resumes with what is missing. `accelerate launch -m haste
+    prepare ...` shares the work among several GPUs.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    show_messages()
+    # One of several processes may finish hours before another.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    if config.captions is None:
+        prepare_classes(config, accelerator)
+    else:
+        prepare_captions(config, config.captions.expanduser(), accelerator)
+
+
+def prepare_classes(config: PrepareConfig, accelerator: Accelerator) -> None:
+    """Images with labels, in REPA's layout."""
     from haste.data.prepare import Destination
     from haste.data.sources import open_source
     from haste.distributed import in_first
     from haste.vae import VAE, LatentFormat
 
-    show_messages()
-    # One of several processes may finish hours before another.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    assert config.source is not None  # as checked
     source = open_source(config.source.expanduser(), "--source", config.on_bad_file)
     latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
     destination = Destination(config.dest.expanduser(), source, config.resolution, latents)
@@ -122,14 +159,75 @@ def prepare_missing(
             bar.update(count)
             if stop.received is not None:
                 break
-    if stop.received is not None:
-        print(f"haste prepare: stopped by {stop.received.name}; the same command resumes from there", file=sys.stderr)
-        raise SystemExit(128 + stop.received)
+    exit_if_stopped(stop)
     if preparation.faults:
         print(f"{len(preparation.faults)} of {len(part)} images cannot be read and are left out")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         destination.finish(source.labels)
+
+
+def exit_if_stopped(stop: StopRequest) -> None:
+    """Exit with a line for the user if a signal has asked for it."""
+    if stop.received is not None:
+        print(f"haste prepare: stopped by {stop.received.name}; the same command resumes from there", file=sys.stderr)
+        raise SystemExit(128 + stop.received)
+
+
+def prepare_captions(config: PrepareConfig, captions: Path, accelerator: Accelerator) -> None:
+    """Images with captions, in either layout."""
+    from haste.data.caption_sources import open_captioned
+    from haste.data.prepare_captions import LAYOUTS
+    from haste.distributed import in_first
+    from haste.text import TextFormat
+    from haste.vae import LatentFormat
+
+    images = None if config.source is None else config.source.expanduser()
+    source = open_captioned(captions, images, "--captions", config.on_bad_file)
+    latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
+    text = TextFormat.of(config.text_encoder)
+    destination = LAYOUTS[config.layout](config.dest.expanduser(), source, config.resolution, latents, text)
+    with ExitStack() as stack:
+        in_first(lambda: stack.enter_context(destination.hold()))
+        if not destination.finished:
+            prepare_missing_captions(config, accelerator, destination)
+        if accelerator.is_main_process:
+            print(f"{destination.path} is ready for haste train --data-dir")
+
+
+def prepare_missing_captions(config: PrepareConfig, accelerator: Accelerator, destination: CaptionFolder) -> None:
+    """Write this process's part of what is missing and, once all is there, the record."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+    from transformers.utils.logging import disable_progress_bar
+
+    from haste.data.caption_folder import Encoders
+    from haste.distributed import StopRequest, progress_bar
+    from haste.text import TextEncoder
+    from haste.vae import VAE
+
+    disable_progress_bar()  # transformers' own, for loading weights
+    vae = None if destination.latents is None else VAE(destination.latents).to(accelerator.device)
+    text = TextEncoder(destination.text).to(accelerator.device)
+    encoders = Encoders(vae, text, config.batch_size, config.num_workers, config.on_bad_file)
+    if accelerator.is_main_process:
+        destination.check_space()
+        destination.create(encoders)
+    accelerator.wait_for_everyone()
+    for stage in destination.stages(encoders, accelerator.process_index, accelerator.num_processes):
+        bar = progress_bar(total=stage.total, initial=stage.done, unit=stage.name[:-1], desc=stage.name)
+        with bar, logging_redirect_tqdm(), StopRequest() as stop:
+            for count in stage.run:
+                bar.update(count)
+                if stop.received is not None:
+                    break
+        exit_if_stopped(stop)
+    if encoders.faults:
+        print(f"{len(encoders.faults)} images or captions cannot be read and are left out")
+    if text.truncated:
+        print(f"{text.truncated} captions of more than {destination.text.tokens} tokens are truncated")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        destination.finish()
 
 
 # ---- haste train ----

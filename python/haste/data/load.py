@@ -10,6 +10,7 @@ or one zip with all of it. prepare.json of `haste prepare` names the VAE; withou
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
+from haste.data.captions import CaptionedImages, InMemoryCaptions, caption_data, find_captions
 from haste.data.dataset import ImageData, InMemoryData, LatentData, TrainingData, count_classes
 from haste.data.images import is_image
 from haste.data.mar_cache import cached_names, open_cache
@@ -50,12 +52,14 @@ def load_dataset(
     image_dir: str | None = None,
     on_bad_file: OnBadFile = "refuse",
     num_classes: int | None = None,
+    cache: Path | None = None,
 ) -> TrainingData:
     """Open the training data that --data-dir names.
 
     Args:
         data_dir: the name of a small data set, which is kept in memory; a folder or zip in REPA's layout, whose latents
-            are used; a folder or zip of MAR's cached latents; or a folder, zip or Hugging Face data set of images,
+            are used; a folder or zip of MAR's cached latents; images with features of captions, as `haste prepare
+            --captions` or REPA makes them; or a folder, zip or Hugging Face data set of images,
             which are center cropped as in ADM.
         vae: mse, ema, a hub name, a folder or a file of KL-16. Encodes images without latents on the training device;
             None trains on their pixels. With latents it gives scale and shift, which by default are Stable Diffusion's
@@ -64,6 +68,7 @@ def load_dataset(
         image_dir: a folder or zip of the images that MAR's latents were made of, for a teacher.
         on_bad_file: "refuse" files that cannot be used, or "skip" them: another image replaces each.
         num_classes: of the model; None for those of the data.
+        cache: where a small data set may keep what it trains, such as a text encoder.
 
     Raises:
         UserError: the data does not exist or does not fit these settings.
@@ -74,20 +79,22 @@ def load_dataset(
                 raise UserError(
                     f"--{flag} must be left out with --data-dir {data_dir}, whose pixels are used, got {given}"
                 )
-        images, labels = plugin(DATASETS, data_dir)()
-        if resolution != images.shape[-1]:
-            raise UserError(f"--resolution must be {images.shape[-1]}, as the {data_dir} images, got {resolution}")
-        return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
+        return _open_in_memory(data_dir, resolution, num_classes, cache)
     path = Path(data_dir).expanduser()
     if not data_dir or not os.path.exists(path):
         raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
     archive = open_archive(path, "--data-dir")
     latents = archive.child(LATENTS)
-    cached = [] if latents is not None else cached_names(archive.names())
+    names = [] if latents is not None else archive.names()
+    captions = None if latents is not None else find_captions(archive, names, path, "--data-dir", on_bad_file)
+    cached = cached_names(names)
     if image_dir is not None and not cached:
         raise UserError(f"--image-dir must come with MAR's cached latents, got {image_dir} beside the images of {path}")
     data: TrainingData
-    if cached:
+    if captions is not None:
+        where = archive.locate(RECORD)
+        data = caption_data(captions, where, resolution, vae, vae_stats, on_bad_file, num_classes)
+    elif cached:
         data = open_cache(
             archive, cached, path, resolution, vae, vae_stats, image_dir, on_bad_file, num_classes
         )  # fmt: skip
@@ -110,6 +117,19 @@ def load_dataset(
         if on_bad_file == "refuse":
             raise fault.as_user_error() from fault
     return data
+
+
+def _open_in_memory(name: str, resolution: int, num_classes: int | None, cache: Path | None) -> TrainingData:
+    """A small data set by name: images with labels, or with captions."""
+    load = plugin(DATASETS, name)
+    found = load(cache) if inspect.signature(load).parameters else load()
+    images = found[0]
+    if resolution != images.shape[-1]:
+        raise UserError(f"--resolution must be {images.shape[-1]}, as the {name} images, got {resolution}")
+    if isinstance(found, CaptionedImages):
+        return InMemoryCaptions.of(found)
+    labels = found[1]
+    return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
 
 
 def _check_no_other_latents(archive: Archive, path: Path) -> None:

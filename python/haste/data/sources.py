@@ -126,13 +126,13 @@ def open_files(archive: Archive, path: Path, flag: str, on_bad_file: OnBadFile =
     return FileSource(archive, names, *labels_of_folders(names, path, flag))
 
 
-def check_missing(what: str, files: list[str], on_bad_file: OnBadFile) -> None:
-    """Refuse, or log, missing files, if there are any; `what` begins the message."""
+def check_missing(what: str, files: list[str], on_bad_file: OnBadFile, way_out: str = "restore them") -> None:
+    """Refuse, or log, files that are missing or too many, if there are any; `what` begins the message."""
     if not files:
         return
     what = f"{what}, the first being {min(files)}"
     if on_bad_file == "refuse":
-        raise UserError(f"{what}; restore them, or skip such files with --on-bad-file skip")
+        raise UserError(f"{what}; {way_out}, or skip such files with --on-bad-file skip")
     logger.warning("skipped: %s", what)
 
 

@@ -95,6 +95,7 @@ def train(config: TrainConfig) -> TrainResult:
         image_dir=config.image_dir,
         on_bad_file=config.on_bad_file,
         num_classes=config.num_classes,
+        cache=Path(config.output_dir).expanduser() / "encoders",
     )
     config = resolve(config, dataset.num_classes)
     accelerator = make_accelerator(config)
