@@ -10,7 +10,9 @@ from PIL import Image
 TOKENS, WIDTH = 5, 6
 
 
-def write_captioned(folder: Path, count: int = 12, captions: int = 2, width: int = WIDTH, images: bool = True) -> Path:
+def write_captioned(
+    folder: Path, count: int = 12, captions: int = 2, width: int = WIDTH, images: bool = True, logvar: float = -4
+) -> Path:
     """Write <folder>/train with its empty caption beside it; returns the former."""
     random, train = np.random.default_rng(0), folder / "train"
     train.mkdir(parents=True)
@@ -18,8 +20,8 @@ def write_captioned(folder: Path, count: int = 12, captions: int = 2, width: int
         if images:
             pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(train / f"{number}.png")
-        mean, logvar = random.normal(size=(4, 8, 8)), random.normal(-4, 1, size=(4, 8, 8))
-        np.save(train / f"{number}.npy", np.concatenate([mean, logvar]).astype(np.float32))
+        mean, variance = random.normal(size=(4, 8, 8)), np.full((4, 8, 8), logvar)
+        np.save(train / f"{number}.npy", np.concatenate([mean, variance]).astype(np.float32))
         for caption in range(captions):
             np.save(train / f"{number}_{caption}.npy", random.normal(size=(TOKENS, width)).astype(np.float32))
     np.save(folder / "empty_context.npy", random.normal(size=(TOKENS, width)).astype(np.float32))
