@@ -1,15 +1,19 @@
 """What plug-ins bring, by name. A plug-in's module is imported when one of its names is asked for.
 
-    DATASETS            "module:function", without arguments: images (N, C, S, S) float32 in [-1, 1], labels (N,) int64
+    DATASETS            "module:function", without arguments or with the folder where it may keep what it trains: images
+                        (N, C, S, S) float32 in [-1, 1] with labels (N,) int64, or `CaptionedImages` of
+                        `haste.data.captions`
     TEACHERS            "module:object" with prepare(folder), which returns the encoder's folder, and shape(), the
                         values of `haste.teachers.families.Shape`
     EXTRACTORS          "module:function", (folder) -> Extractor of `haste.evaluation.features`
+    REFERENCES          the data set whose images are the reference of an extractor, where it is not that of its name
     FEATURE_DIMENSIONS  the number of features of an extractor, known before it is loaded
     IMAGE_SIZES         pixels per side of a data set's images, by which samples without a record are recognized
     PRESETS             settings of `haste train`
 
 A data set and an extractor of one name belong together: samples of a run on that data are evaluated with that extractor
-against that data, unless --features says otherwise.
+against that data, unless --features says otherwise. One of captions reads what prompts asked for: it has `prompts` to
+sample, `read(images, prompts)`, which returns rates by name, and `rates`, with a title for each name.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-DATASETS = {"digits": "haste.digits:load_digits"}
+DATASETS = {"digits": "haste.digits:load_digits", "digits-captions": "haste.digits.encoder:load_captioned"}
 TEACHERS = {"digits-vit": "haste.digits:Teacher"}
-EXTRACTORS = {"digits": "haste.digits:load_extractor"}
+EXTRACTORS = {"digits": "haste.digits:load_extractor", "digits-captions": "haste.digits.reader:load_reader"}
+REFERENCES = {"digits-captions": "digits"}
 IMAGE_SIZES = {"digits": 8}
-FEATURE_DIMENSIONS = {"digits": 64}
+FEATURE_DIMENSIONS = {"digits": 64, "digits-captions": 64}
 
 # A model and a teacher that two processor cores train in minutes.
 _DIGITS = {
@@ -53,6 +58,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "xAR-Digits",
         "dropout": 0.0,
         "weighting": "lognormal",
+    },
+    # Text to image: captions, and a CLIP of them that is trained first.
+    "t2i-digits": {
+        **_DIGITS,
+        "exp_name": "t2i-digits",
+        "data_dir": "digits-captions",
+        "model": "MM-DiT-Digits",
+        "early_stop_point": 400,
+        "max_train_steps": 800,
+        "decay_steps": 0.4,
+        "checkpointing_steps": 160,
+        "sampling_steps": 160,
     },
 }
 

@@ -26,7 +26,7 @@ from haste.evaluation.config import STORED
 from haste.evaluation.features import Extractor, Features, concatenate, extract
 from haste.evaluation.metrics import Gaussian, fault_of_moments, fit_gaussian
 from haste.io import writing
-from haste.registry import DATASETS, plugin
+from haste.registry import DATASETS, REFERENCES, plugin
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,15 @@ def load_reference(source: str, extractor: Extractor, batch_size: int = 64) -> R
         features = extract(extractor, images, batch_size, title="reference")
         return Reference(source, extractor.key, features.values, of_jpeg=images.are_jpeg)
 
+    source = REFERENCES.get(source, source)
     if source in DATASETS:
         return from_images(ImageArray(to_uint8(plugin(DATASETS, source)()[0])))  # rounded as samples are
     path = Path(source).expanduser()
     if not path.exists():
+        known = ", ".join(name for name in DATASETS if name not in REFERENCES)
         raise UserError(
-            f"--reference must be a folder of images, an .npz of images or statistics, or {', '.join(DATASETS)}, got "
-            f"{source}, which does not exist"
+            f"--reference must be a folder of images, an .npz of images or statistics, or {known}, got {source}, which "
+            "does not exist"
         )
     arrays = _list_arrays(path) if path.suffix == ".npz" else []
     if "mu" in arrays or "features" in arrays:

@@ -121,7 +121,7 @@ def test_every_size_has_every_method_at_both_resolutions():
     wanted = {f"{method}-{size}-{side}" for method in methods for size in sizes for side in (256, 512)}
     xar = {f"{method}xar-{size}-256" for method in ("", "haste-", "repa-") for size in ("b", "l", "h")}
     coco = {f"{method}mmdit-coco" for method in ("", "haste-", "repa-")}
-    assert wanted | xar | coco | {"digits", "xar-digits"} <= PRESETS.keys()
+    assert wanted | xar | coco | {"digits", "xar-digits", "t2i-digits"} <= PRESETS.keys()
 
 
 def test_the_settings_of_text_to_image():
