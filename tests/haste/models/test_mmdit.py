@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +118,43 @@ def test_a_guided_run_is_the_public_code_s(golden, guidance):
         null=run["empty_context"].double(),
     )  # fmt: skip
     torch.testing.assert_close(made, run["latents"], rtol=0, atol=1e-9)
+
+
+def guided(model, x, t, context, null, scale: float):
+    """The velocity of one text after the other, in float64."""
+    each = [model(x, torch.full((len(x),), t, dtype=x.dtype), c).velocity for c in (context, null.expand_as(context))]
+    return each[1] + scale * (each[0] - each[1])
+
+
+@pytest.mark.parametrize("high", [1.0, 0.7])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+def test_every_sampler_follows_its_equations(golden, sampler, high):
+    """Written out, step by step, on the linear path; guided steps begin at t ≤ high."""
+    run, model = read_golden("mmdit_sample_ode.npz"), golden_model("mmdit", torch.float64)
+    context, null, x = golden["context"].double(), run["empty_context"].double(), run["noise"].double()
+    kicks = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        made = sample(model, x, context, num_steps=4, sampler=sampler, cfg_scale=2.25, guidance_high=high, null=null,
+                      step_noise=kicks if sampler == "euler-maruyama" else None)  # fmt: skip
+        grid = torch.linspace(1, 0, 5, dtype=torch.float64).tolist()
+        if sampler == "euler-maruyama":
+            grid = [*torch.linspace(1, 0.04, 4, dtype=torch.float64).tolist(), 0.0]
+        for step, (t, t_next) in enumerate(pairwise(grid)):
+            scale = 2.25 if t <= high else 1.0
+            v = guided(model, x, t, context, null, scale)
+            if sampler == "euler-maruyama":
+                score = -((1 - t) * v + x) / t
+                x = (
+                    x
+                    + (v - t * score) * (t_next - t)
+                    + (kicks[step] * (2 * t * (t - t_next)) ** 0.5 if step < 3 else 0)
+                )
+            elif sampler == "heun" and step < 3:
+                there = x + (t_next - t) * v
+                x = x + (t_next - t) * (v + guided(model, there, t_next, context, null, scale)) / 2
+            else:
+                x = x + (t_next - t) * v
+    torch.testing.assert_close(made, x, rtol=0, atol=1e-9)
 
 
 def test_the_coco_model_has_the_public_names_shapes_and_order():
