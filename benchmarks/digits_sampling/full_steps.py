@@ -132,7 +132,7 @@ def sample(model: nn.Module, start: Start, times: list[float]) -> Tensor:
     """Euler's method through these times: images (n, C, H, W), clamped to [-1, 1]."""
     x = start.noise.double()
     for t, t_next in itertools.pairwise(times):
-        x = x + (t_next - t) * model(x.float(), torch.full((len(x),), t), start.labels)[0].double()
+        x = x + (t_next - t) * model(x.float(), torch.full((len(x),), t), start.condition)[0].double()
     return x.clamp(-1, 1)
 
 

@@ -68,14 +68,19 @@ def cached_file_if_any(source: str, file_name: str, **arguments: Any) -> str | N
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Keep transformers from logging its table of weights that are missing or do not fit."""
+    """Keep transformers from logging its table of weights that are missing or do not fit, and from its progress bar."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
     log = logging.getLogger("transformers.modeling_utils")
     log.addFilter(is_other)  # another level would let it log more elsewhere
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()  # that of loading; downloads have another
     try:
         yield
     finally:
         log.removeFilter(is_other)
+        if shown:
+            enable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ GRID_TILE_INCHES = 0.5  # the smallest width of an image of a grid
 LARGEST_TILE = 256  # the largest, in pixels
 GAP_INCHES, LABEL_INCHES = 0.06, 0.2  # between images, and above each for its label
 LETTERS_PER_INCH = 15  # of a label
+CAPTION_TILE_INCHES = 1.5  # the smallest width of an image with a caption
+CAPTION_LETTERS_PER_INCH, CAPTION_LINE_INCHES, CAPTION_LINES = 17, 0.13, 8  # of a caption below an image, at most
 SMOOTHING_WINDOWS = 40  # a curve is smoothed over 1/40 of its length to each side
 
 LOSSES = {
@@ -112,29 +115,49 @@ def plot_grid(
     *,
     title: str,
     columns: int = 10,
+    below: bool = False,
     theme: Theme = LIGHT,
 ) -> None:
-    """Plot a grid of images (N, H, W, 3) uint8, each under its label, cut to the image's width.
+    """Plot a grid of images (N, H, W, 3) uint8, each under its label, cut to the image's width; or with `below` each
+    above it, wrapped to the image's width, as captions are long.
 
     Small images are enlarged without smoothing; those of more than LARGEST_TILE pixels are made smaller.
     """
     side = images.shape[1]
     with styled(theme):
-        tile = max(GRID_TILE_INCHES, min(side, LARGEST_TILE) / plt.rcParams["savefig.dpi"])
-        columns = min(columns, int(GRID_INCHES / tile))
+        smallest = CAPTION_TILE_INCHES if below else GRID_TILE_INCHES
+        tile = max(smallest, min(side, LARGEST_TILE) / plt.rcParams["savefig.dpi"])
+        columns = min(columns, int(GRID_INCHES / tile), len(images) if below else columns)
         rows = math.ceil(len(images) / columns)
-        beside, above = GAP_INCHES / tile, LABEL_INCHES / tile
+        cut = wrapped if below else shortened
+        texts = [cut(_legible(label), tile) for label in labels]
+        lines = 1 + max(text.count("\n") for text in texts)
+        beside = GAP_INCHES / tile
+        above = (lines * CAPTION_LINE_INCHES + 2 * GAP_INCHES if below else LABEL_INCHES) / tile
         size = (tile * (columns + (columns - 1) * beside), tile * (rows + (rows - 1) * above))
         whole = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": beside, "hspace": above}
         figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, gridspec_kw=whole)
         for axes in grid.flat:
             axes.axis("off")
-        for axes, image, label in zip(grid.flat, images, labels, strict=False):
+        for axes, image, text in zip(grid.flat, images, texts, strict=False):
             axes.imshow(image, interpolation="nearest" if side <= LARGEST_TILE else "auto")
-            text = _legible(label)[: int(tile * LETTERS_PER_INCH)]
-            axes.set_title(text, fontsize=8, color=theme.muted, fontweight="normal", loc="center", pad=2)
+            if below:
+                axes.text(0, -GAP_INCHES / tile, text, fontsize=7, color=theme.text, va="top", transform=axes.transAxes)
+            else:
+                axes.set_title(text, fontsize=8, color=theme.muted, fontweight="normal", loc="center", pad=2)
         heading(figure, title, gap=0.28)
         save(figure, path)
+
+
+def shortened(text: str, inches: float) -> str:
+    """A label as one line, cut off at a width."""
+    return text[: int(inches * LETTERS_PER_INCH)]
+
+
+def wrapped(text: str, inches: float) -> str:
+    """A caption as lines of a width, at most CAPTION_LINES of them; the last then ends in dots."""
+    width = int(inches * CAPTION_LETTERS_PER_INCH)
+    return "\n".join(textwrap.wrap(text, width, max_lines=CAPTION_LINES, placeholder=" …"))
 
 
 def plot_losses(

@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Protocol
@@ -124,22 +124,33 @@ def write_image(path: Path, image: np.ndarray) -> None:
     write_atomically(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
-def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """Write arr_0 (N, H, W, 3) uint8, as for the ADM evaluator, image by image, and labels (N,), atomically."""
+def write_npz(
+    path: Path,
+    images: Iterable[np.ndarray],
+    labels: np.ndarray | None,
+    captions: Sequence[str | None] | None = None,
+) -> None:
+    """Write arr_0 (N, H, W, 3) uint8, as for the ADM evaluator, image by image, and labels (N,) or captions (N,) or
+    both, atomically. A caption that is not known is empty; if none is, there are no captions."""
+    columns = {} if labels is None else {"labels": np.asarray(labels)}
+    if captions is not None and (any(captions) or not columns):
+        columns["captions"] = np.array([caption or "" for caption in captions], dtype=np.str_)
+    count = len(next(iter(columns.values())))
 
     def write(temporary: Path) -> None:
         remaining = iter(images)
         first = next(remaining)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)}
         with zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array_header_1_0(entry, header)
-                for _, image in zip(range(len(labels)), itertools.chain([first], remaining), strict=True):
+                for _, image in zip(range(count), itertools.chain([first], remaining), strict=True):
                     if image.shape != first.shape:
                         raise UserError(f"{path} must hold images of one size, got {first.shape} and {image.shape}")
                     entry.write(np.ascontiguousarray(image).data)
-            with archive.open("labels.npy", "w") as entry:
-                np.lib.format.write_array(entry, np.asarray(labels))
+            for name, values in columns.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, values)
 
     write_atomically(path, write)
 
@@ -237,7 +248,8 @@ class ImageFiles:
 
 
 class NpzImages:
-    """The first `count` images of arr_0 (N, H, W, 3) uint8 of an .npz, read in batches, and its labels (N,) if any."""
+    """The first `count` images of arr_0 (N, H, W, 3) uint8 of an .npz, read in batches, and its labels (N,) and
+    captions (N,), text, if any."""
 
     are_jpeg = False
 
@@ -247,7 +259,7 @@ class NpzImages:
             with zipfile.ZipFile(path) as archive, open_entry(archive, "arr_0") as file:
                 header = read_header(file)
                 truncated = header.size > archive.getinfo("arr_0.npy").file_size
-            labels = read_npz(path, ["labels"]).get("labels")
+            columns = read_npz(path, ["labels", "captions"])
         except Exception as error:  # zipfile and numpy raise anything for a damaged file
             raise UserError(f"{path} must be an .npz with images under arr_0: {in_one_line(error)}") from error
         shape = header.shape
@@ -259,11 +271,16 @@ class NpzImages:
             raise UserError(f"images in {path} must have at most {MOST_PIXELS:,} pixels, got {shape[1]} x {shape[2]}")
         if truncated:
             raise UserError(f"arr_0 in {path} must hold {shape[0]:,} images, as in its header, but is truncated")
-        if labels is not None and labels.shape != (shape[0],):
-            raise UserError(f"labels in {path} must be ({shape[0]},), one for each image, got {labels.shape}")
+        for name, values in columns.items():
+            if values.shape != (shape[0],):
+                raise UserError(f"{name} in {path} must be ({shape[0]},), one for each image, got {values.shape}")
+        labels, captions = columns.get("labels"), columns.get("captions")
+        if captions is not None and captions.dtype.kind != "U":
+            raise UserError(f"captions in {path} must be text, got {captions.dtype}")
         self.count = shape[0] if count is None else min(count, shape[0])
         self.shape: tuple[int, ...] = shape[1:]
         self.labels = None if labels is None else labels[: self.count]
+        self.captions: list[str] | None = None if captions is None else captions[: self.count].tolist()
 
     def __len__(self) -> int:
         return self.count

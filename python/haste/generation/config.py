@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from haste.caching.config import CacheConfig, fast_config
 from haste.errors import UserError, in_one_line, shorten
+from haste.generation.prompts import describe_prompts, existing_path, list_prompts, name_prompts
 from haste.io import read_bytes
 from haste.validation import DEFAULT_STEPS, check_number
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # flags are checked without torch
 
 @dataclass(kw_only=True)
 class PublishedFlags:
-    """Flags of published commands. Not needed; an error if they do not match the checkpoint."""
+    """Flags of published commands. Not needed; those of the model are an error if they do not match the checkpoint."""
 
     model: str | None = None
     """Model size and patch size, such as SiT-XL/2."""
@@ -44,6 +45,8 @@ class PublishedFlags:
     """Interpolation path of training. [default: as in the checkpoint; linear for bare weights]"""
     legacy: bool = False
     """No effect; checkpoints with REPA's older names are recognised."""
+    prefix: str = ""
+    """Beginning of the name of the output folder."""
 
     def assumed(self) -> dict[str, Any]:
         """The settings for a checkpoint without settings."""
@@ -103,6 +106,12 @@ class SamplingConfig(CacheConfig):
     labels: str = "random"
     """Class labels: random, balanced (0, 1, 2, ... in turn), none for images of no class, or a list to cycle through,
     such as 3,1,4 or a text file with one class per line."""
+    prompts: str = ""
+    """For a model of text: a prompt, a UTF-8 file with one on each line, or a folder of captioned data, of which image
+    i gets one caption of image i. Images cycle through them. [default: captions of the training data]"""
+    text_encoder: str | None = None
+    """Text encoder of the prompts: a folder or a hub name. [default: the one of training; CLIP-L for checkpoints of
+    REPA and HASTE]"""
     ema: bool = True
     """Use the EMA weights."""
     vae: str | None = None
@@ -179,6 +188,8 @@ class SamplingConfig(CacheConfig):
         parts.append(f"seed{self.global_seed}")
         if self.labels != "random":
             parts.append("balanced" if self.labels == "balanced" else f"labels{_list_name(self.labels.split(','))}")
+        if self.prompts:
+            parts.append(name_prompts(self.prompts))
         fields = self.cache_fields()
         if self.cache != "none":
             parts += [str(fields[name]) for name in ("cache", "granularity") if name in fields]
@@ -194,8 +205,12 @@ class SamplingConfig(CacheConfig):
         fields = {name: value for name, value in asdict(self).items() if name in own}
         del fields["guidance_mode"]  # affects rounding only
         del fields["convention"]  # recorded with the checkpoint
-        if self.vae is None:
-            del fields["vae"]  # the checkpoint's own
+        for name in ("vae", "text_encoder"):
+            if fields[name] is None:
+                del fields[name]  # the checkpoint's own
+        prompts = fields.pop("prompts")
+        if prompts:
+            fields["prompts"] = describe_prompts(prompts)
         for name in ("cell_steps", "stagger"):
             if fields[name] in ("", None):
                 del fields[name]
@@ -267,7 +282,7 @@ class SampleConfig(SamplingConfig, PublishedFlags):
     """Replay the calls of a model that is cached, or makes images in parts, as CUDA graphs. Not yet tried on a GPU."""
 
     def resolved(self) -> SampleConfig:
-        """The same settings with --fast and a label file expanded, and without those that have no effect.
+        """The same settings with --fast and files of labels and prompts expanded, and without those of no effect.
 
         `fast` stays, for the granularity depends on the model (`fit_to_family`); resolved settings stay as they are.
         """
@@ -279,7 +294,8 @@ class SampleConfig(SamplingConfig, PublishedFlags):
                 if self.fast and given[name] != default:
                     flag = name.replace("_", "-")
                     raise UserError(f"--{flag} must be left out with --fast, which sets it, got {given[name]}")
-        return replace(self, labels=list_labels(self.labels), **chosen).effective()
+        known = replace(self, labels=list_labels(self.labels), prompts=list_prompts(self.prompts))
+        return replace(known, **chosen).effective()
 
 
 def _list_name(values: Sequence[object]) -> str:
@@ -291,8 +307,8 @@ def _list_name(values: Sequence[object]) -> str:
 
 def list_labels(policy: str) -> str:
     """A --labels policy with a file's name replaced by the classes on its lines, as 3,1,4."""
-    path = _as_file(policy)
-    if path is None:
+    path = existing_path(policy)
+    if path is None or not path.is_file():
         return policy
     try:
         lines = read_bytes(path, LARGEST_FILE).decode("utf-8-sig").split("\n")
@@ -306,12 +322,3 @@ def list_labels(policy: str) -> str:
     if not filled:
         raise UserError(f"--labels must have a class on each line, got {policy}, which is empty")
     return ",".join(line for _, line in filled)
-
-
-def _as_file(policy: str) -> Path | None:
-    """The file that a policy names, if there is one."""
-    try:
-        path = Path(policy).expanduser()
-        return path if len(policy) <= 4096 and path.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # too long a name, NUL in it, ~ of an unknown user
-        return None

@@ -11,6 +11,7 @@ import torch
 from haste.errors import UserError, shorten
 
 NONE = "none"  # the policy for images of no class
+POLICIES = ("random", "balanced")  # those for all classes
 UNLABELLED = -1  # the label of such an image
 
 
@@ -43,7 +44,7 @@ def number_labels(policy: str, names: Sequence[str]) -> str:
     """A --labels policy with the names of classes replaced by their numbers: 'cat,dog' as '3,5'."""
     numbers = {name: str(number) for number, name in enumerate(names)}
     words = [word.strip() for word in policy.split(",")]
-    if policy in (NONE, "random", "balanced") or not any(word in numbers and not word.isdecimal() for word in words):
+    if policy in (NONE, *POLICIES) or not any(word in numbers and not word.isdecimal() for word in words):
         return policy
     return ",".join(word if word.isdecimal() else numbers.get(word, word) for word in words)
 

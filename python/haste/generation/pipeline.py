@@ -23,10 +23,12 @@ from haste.caching import CacheConfig, make_cache
 from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
 from haste.errors import UserError
+from haste.generation.conditions import Texts, check_condition, open_conditions
 from haste.generation.config import SamplingConfig, Settings
-from haste.generation.labels import NONE, choose_labels, image_generator, number_labels
+from haste.generation.labels import POLICIES, image_generator
 from haste.models import Convention, Family, Layout, SamplingCost, get_family
 from haste.samplers import Guidance, PartCache, Solver, initial_noise, model_calls, times_at
+from haste.text import TextFormat
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
 from haste.training.config import TrainConfig
 from haste.vae import PUBLISHED_VAES, VAE, LatentFormat
@@ -78,6 +80,17 @@ class LoadedCheckpoint:
     def class_names(self) -> Sequence[str]:
         """The names of the classes by label; empty if the checkpoint does not know them."""
         return self.recorded.get("class_names") or ()
+
+    @property
+    def text(self) -> TextFormat | None:
+        """The format of the captions of training; None of a model of classes, and if the checkpoint does not know."""
+        recorded = self.recorded.get("text")
+        return None if recorded is None else TextFormat.from_dict(recorded, f"text of {self.checkpoint}")
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """Some captions of the data; empty if the checkpoint has none."""
+        return self.recorded.get("captions") or ()
 
     @property
     def run(self) -> Path:
@@ -219,17 +232,25 @@ def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFor
 # ---- images ----
 
 
+# Settings that decide the conditions of images, and whether the null one is needed.
+CONDITION_SETTINGS = ("labels", "prompts", "text_encoder", "global_seed", "cfg_scale")
+
 Progress = Callable[[int, int], None]
 Observer = Callable[[int, Tensor], None]
 
 
 class Start(NamedTuple):
-    """The inputs of the sampler: noise (n, C, S, S), or as the layout of the family has it, labels (n,) int64, and a
-    generator per image for SDE noise."""
+    """The inputs of the sampler.
+
+    noise: (n, C, S, S), or as the layout of the family has it. condition: (n, ...), what the model is given.
+    generators: one per image, for SDE noise. labels: (n,) int64. captions: of a model of text.
+    """
 
     noise: Tensor
-    labels: Tensor
+    condition: Tensor
     generators: list[torch.Generator]
+    labels: np.ndarray
+    captions: Texts | None = None
 
 
 def fit_to_family(settings: Settings, loaded: LoadedCheckpoint, fast: bool = False) -> Settings:
@@ -237,9 +258,13 @@ def fit_to_family(settings: Settings, loaded: LoadedCheckpoint, fast: bool = Fal
     take apart, of granularity output.
 
     Raises:
-        UserError: settings for images made in parts, and the family makes them whole, or in another number of parts.
+        UserError: labels of a model of text, or prompts of one of classes; settings for images made in parts, and the
+            family makes them whole, or in another number of parts.
     """
+    check_condition(settings, loaded)
     _check_parts(settings, loaded)
+    if loaded.layout.condition_shape is not None:
+        settings = replace(settings, labels=POLICIES[0])  # which the settings of commands have in common
     if fast and loaded.family.cached(loaded.model) is None:
         settings = replace(settings, granularity="output")
     return settings.in_parts() if loaded.family.in_parts else settings
@@ -265,18 +290,18 @@ class Sampler:
     def __init__(self, loaded: LoadedCheckpoint, settings: SamplingConfig) -> None:
         settings.check()
         settings = fit_to_family(settings, loaded)
-        model = loaded.model
-        self.null = loaded.family.null(model)
-        if settings.cfg_scale > 1 and self.null is None:
-            raise UserError(f"--cfg-scale must be 1 for a model trained with --cfg-prob 0, got {settings.cfg_scale:g}")
-        if settings.labels == NONE and self.null is None:
-            raise UserError("--labels must be classes for a model trained with --cfg-prob 0, got none")
+        self.conditions = open_conditions(loaded, settings)
         self.loaded = loaded
         self.settings = settings
         self.latents = latent_format(loaded, settings.vae)
         self.vae = None if self.latents is None else VAE(self.latents).to(self.device)
-        self.cache = make_cache(model, settings)
+        self.cache = make_cache(loaded.model, settings)
         self._solver = self._new_solver([])
+
+    @property
+    def null(self) -> Tensor | None:
+        """The condition of one image that stands for none."""
+        return self.conditions.null
 
     @property
     def device(self) -> torch.device:
@@ -318,6 +343,8 @@ class Sampler:
         settings.check()
         other = copy.copy(self)
         other.settings = fit_to_family(settings, self.loaded)
+        if any(getattr(settings, name) != getattr(self.settings, name) for name in CONDITION_SETTINGS):
+            other.conditions = open_conditions(self.loaded, other.settings)
         other.cache = make_cache(self.loaded.model, other.settings)
         other._solver = other._new_solver([])
         return other
@@ -361,7 +388,7 @@ class Sampler:
         rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())
         x = like.new_zeros(rows, *self.loaded.layout.input_shape)
-        y = self.loaded.family.condition(torch.zeros(rows, dtype=torch.int64, device=like.device))
+        y = self._blank(rows)
         if self.cache is None:
             model(x, like.new_ones(rows), y)
         else:
@@ -379,10 +406,17 @@ class Sampler:
         settings = replace(self.settings, num_steps=2, cell_steps="", stagger=None, **asdict(CacheConfig()))
         family, like = self.loaded.family, next(self.loaded.model.parameters())
         generators = [torch.Generator().manual_seed(0) for _ in range(count)]
-        condition = family.condition(torch.zeros(count, dtype=torch.int64, device=like.device))
+        condition = self._blank(count)
         noise = like.new_zeros(count, *self.loaded.layout.noise_shape)
         solve = self.with_settings(settings)._new_solver(generators)
         self._to_images(family.sample(self.loaded.model, noise, condition, solve)[:1])
+
+    def _blank(self, rows: int) -> Tensor:
+        """A condition with which a model can be called."""
+        shape = self.loaded.layout.condition_shape
+        if shape is not None:
+            return torch.zeros(rows, *shape, device=self.device)
+        return self.loaded.family.condition(torch.zeros(rows, dtype=torch.int64, device=self.device))
 
     def sample(
         self, indices: Sequence[int], progress: Progress | None = None, observe: Observer | None = None
@@ -394,14 +428,14 @@ class Sampler:
             observe: called with each step's number and state, as in `haste.samplers.sample`.
 
         Returns:
-            Images (n, H, W, 3) uint8 and labels (n,) int64.
+            Images (n, H, W, 3) uint8 and labels (n,) int64, UNLABELLED of a model of text.
         """
         start = self.start_of(indices)
         images = self._to_images(self.run(start, progress, observe))
         if not images.isfinite().all():
             source = "the model" if self.latents is None else f"the VAE {self.latents.vae}"
             raise UserError(f"{source} returned NaN or infinity")
-        return to_uint8(images, self.loaded.rounded), start.labels.cpu().numpy()
+        return to_uint8(images, self.loaded.rounded), start.labels
 
     def sample_batches(
         self, count: int, batch_size: int, progress: Callable[[int], None] = lambda images: None
@@ -415,29 +449,21 @@ class Sampler:
         return images, labels
 
     def start_of(self, indices: Sequence[int]) -> Start:
-        """The labels, initial noise and generators of the images with these numbers."""
-        settings = self.settings
-        policy = number_labels(settings.labels, self.loaded.class_names)
-        labels = choose_labels(policy, settings.global_seed, indices, self.loaded.num_classes)
-        generators = [image_generator(settings.global_seed, index, "noise") for index in indices]
+        """The conditions, initial noise and generators of the images with these numbers."""
+        conditions = self.conditions
+        generators = [image_generator(self.settings.global_seed, index, "noise") for index in indices]
         shape = (len(indices), *self.loaded.layout.noise_shape)
         dtype = next(self.loaded.model.parameters()).dtype  # a family's module need not have one of its own
         noise = initial_noise(shape, generators, dtype=dtype, device=self.device)
-        return Start(noise, torch.from_numpy(labels).to(self.device), generators)
+        condition = conditions.of(indices).to(self.device)
+        return Start(noise, condition, generators, conditions.labels(indices), conditions.captions(indices))
 
     def run(self, start: Start, progress: Progress | None = None, observe: Observer | None = None) -> Tensor:
         """Run the sampler without the VAE: (n, C, S, S), on the model's device."""
         family = self.loaded.family
         self._solver = self._new_solver(start.generators, progress, observe)
         model = self.cache or self.loaded.model
-        return family.sample(model, start.noise, self._condition(start.labels), self._solver)
-
-    def _condition(self, labels: Tensor) -> Tensor:
-        """Of labels that are all of classes, or all of none."""
-        if self.settings.labels != NONE or self.null is None:
-            return self.loaded.family.condition(labels)
-        null = self.null.to(labels.device)
-        return null.expand(len(labels), *null.shape).contiguous()
+        return family.sample(model, start.noise, start.condition, self._solver)
 
     def _new_solver(
         self, generators: list[torch.Generator], progress: Progress | None = None, observe: Observer | None = None

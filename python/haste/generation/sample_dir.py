@@ -5,8 +5,9 @@ missing numbers, and a larger count adds to the existing images.
 
     <name>/000000.png ...   the images, in their own size
     <name>/sample.json      the settings, the seconds that sampling took, and measured full steps
-    <name>.npz              arr_0 (N, H, W, 3) uint8 as for the ADM evaluator, and labels (N,)
-    <name>-grid.png         the first images, enlarged, with their labels
+    <name>/captions.json    of a model of text: {"captions": [one for each number]}, null where only features are known
+    <name>.npz              arr_0 (N, H, W, 3) uint8 as for the ADM evaluator, and labels (N,) or captions (N,)
+    <name>-grid.png         the first images, enlarged, with their labels or captions
 """
 
 from __future__ import annotations
@@ -32,15 +33,12 @@ from haste.caching.schedule import describe_steps
 from haste.data.images import image_path, read_image, write_image, write_npz
 from haste.distributed import Processes, progress_bar
 from haste.errors import UserError, require
+from haste.generation.conditions import Texts
 from haste.generation.config import SampleConfig, SamplingConfig
-from haste.generation.labels import NONE, UNLABELLED, choose_labels, number_labels
-from haste.generation.pipeline import (
-    LoadedCheckpoint,
-    Sampler,
-    fit_to_family,
-    load_checkpoint,
-)
-from haste.io import read_json, remove_abandoned, writing
+from haste.generation.labels import NONE, UNLABELLED, number_labels
+from haste.generation.pipeline import LoadedCheckpoint, Sampler, fit_to_family, load_checkpoint
+from haste.generation.prompts import join_prompts
+from haste.io import read_json, remove_abandoned, write_json, writing
 from haste.resumable import ResumableDir, differences
 from haste.training.checkpoint import DIGEST, WRITTEN, as_before, checkpoint_identity
 from haste.validation import build, check, check_number, shown
@@ -48,6 +46,7 @@ from haste.validation import build, check, check_number, shown
 logger = logging.getLogger(__name__)
 
 RECORD = "sample.json"
+CAPTIONS = "captions.json"
 
 THREADS = 8  # files that are read or written at a time
 CHUNK = 256  # images in memory while the .npz is written
@@ -97,6 +96,14 @@ def read_record(folder: Path) -> Record:
     """Read a folder's sample.json. UserError if it is damaged."""
     path = folder / RECORD
     return _to_record(read_json(path, "the record of a sample folder"), path)
+
+
+def read_captions(folder: Path) -> Texts | None:
+    """The captions of a sample folder by the number of the image; None without any. UserError if they are damaged."""
+    path, what = folder / CAPTIONS, "the captions of samples"
+    if not os.path.lexists(path):
+        return None
+    return check(read_json(path, what, needs=["captions"])["captions"], list[str | None], f"captions of {path}")
 
 
 def _to_record(content: Any, path: Path) -> Record:
@@ -177,10 +184,14 @@ class SampleDir(ResumableDir):
                 except UserError as error:
                     raise UserError(f"{error}; remove it and run the command again") from error
 
-    def collect(self, labels: np.ndarray) -> None:
-        """Write the first images and their labels (N,) to the .npz beside the folder. UserError if that fails."""
+    def collect(self, labels: np.ndarray, captions: Texts | None = None) -> None:
+        """Write the first images and their labels (N,), or their captions, to the .npz beside the folder; captions also
+        into the folder. UserError if that fails."""
+        if captions is not None and len(captions) > len(read_captions(self.path) or ()):
+            with writing(str(self.path / CAPTIONS), ALL_THERE):
+                write_json(self.path / CAPTIONS, {"captions": captions}, indent=1)
         with writing(str(self.npz), ALL_THERE):
-            write_npz(self.npz, self.read(len(labels)), labels)
+            write_npz(self.npz, self.read(len(labels)), labels if captions is None else None, captions)
 
     @property
     def npz(self) -> Path:
@@ -197,11 +208,13 @@ class SampleDir(ResumableDir):
 
 @dataclass(frozen=True)
 class Samples:
-    """The images of a command with labels (N,); `new` of them were sampled, the others were in the folder."""
+    """The images of a command with labels (N,), and captions of a model of text; `new` of them were sampled, the others
+    were in the folder."""
 
     labels: np.ndarray
     folder: SampleDir
     new: int
+    captions: Texts | None = None
 
     @cached_property
     def images(self) -> np.ndarray:
@@ -301,6 +314,7 @@ def sample(
     checkpoint: LoadedCheckpoint | Path | str,
     labels: int | str | Sequence[int] | np.ndarray | torch.Tensor | None = None,
     *,
+    prompts: str | Path | Sequence[str] | None = None,
     num_images: int | None = None,
     batch_size: int = 128,
     folder: Path | str | None = None,
@@ -316,7 +330,9 @@ def sample(
             the result of `load_checkpoint`.
         labels: classes to cycle through; or "random" (the default), "balanced", "none" for images of no class, or a
             text file with a class per line.
-        num_images: None for one per label, or 16 without a list of labels.
+        prompts: of a model of text: texts to cycle through; or one text, a UTF-8 file with one per line, or a folder of
+            captioned data. None: captions of the training data.
+        num_images: None for one per label or prompt, or 16 without a list of them.
         batch_size: images at a time; affects speed and memory.
         folder: also write PNGs, an .npz and a grid into a subfolder, as `haste sample --sample-dir`; images that exist
             there are not sampled again.
@@ -340,12 +356,16 @@ def sample(
     listed = None if labels is None or isinstance(labels, str) else np.atleast_1d(np.asarray(labels)).tolist()
     if listed == []:
         raise UserError("labels must be one class or more, got []")
+    policy = str(labels or "random") if listed is None else ",".join(map(str, listed))
+    texts, given = _as_setting(prompts)
+    listed = given if listed is None else listed
     count = num_images if num_images is not None else 16 if listed is None else len(listed)
     check_number("num_images", count, "num_images")
     check_number("per_proc_batch_size", batch_size, "batch_size")
     args = SampleConfig(
         ckpt=loaded.checkpoint if loaded is not None else Path(checkpoint).expanduser(),  # type: ignore[arg-type]
-        labels=str(labels or "random") if listed is None else ",".join(map(str, listed)),
+        labels=policy,
+        prompts=texts,
         num_fid_samples=count,
         per_proc_batch_size=batch_size,
         sample_dir=sample_dir,
@@ -357,6 +377,16 @@ def sample(
     args.check()
     loaded = loaded or _load(args, None)
     return open_sampler(loaded, fit_to_family(args, loaded, args.fast)).sample_batches(count, batch_size)[0]
+
+
+def _as_setting(prompts: str | Path | Sequence[str] | None) -> tuple[str, Sequence[str] | None]:
+    """The setting `prompts` for that argument of `sample`, and the texts of a list."""
+    if prompts is None or isinstance(prompts, (str, os.PathLike)):
+        return "" if prompts is None else os.fspath(prompts), None
+    given = check(list(prompts) if isinstance(prompts, Sequence) else prompts, list[str], "prompts")
+    if not given or not all(text.strip() for text in given):
+        raise UserError("prompts must be one text or more, none of them empty, got " + shown(given))
+    return join_prompts(given, "prompts"), given
 
 
 def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
@@ -378,11 +408,11 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     loaded = loaded or _load(args, processes.device)
     args = fit_to_family(args, loaded, args.fast)
-    sampler = Sampler(loaded, args)
     args = replace(args, labels=number_labels(args.labels, loaded.class_names))
+    sampler = Sampler(loaded, args)
     args.refuse_other(loaded, 1 if sampler.latents is None else sampler.latents.factor)
     count = args.num_fid_samples
-    labels = choose_labels(args.labels, args.global_seed, range(count), loaded.num_classes)
+    labels, captions = sampler.conditions.labels(range(count)), sampler.conditions.captions(range(count))
     with ExitStack() as stack:
 
         def open_folder() -> SampleDir:
@@ -396,19 +426,22 @@ def sample_to_folder(args: SampleConfig, loaded: LoadedCheckpoint | None = None)
         sampler = settle_full_steps(sampler, folder, processes)
         sampler.speed_up(args.compile, args.cuda_graphs)
         new = fill(sampler, folder, count, args.per_proc_batch_size, processes)
+        if sampler.conditions.truncated:
+            logger.warning("%d of the prompts were truncated", sampler.conditions.truncated)
 
         def finish() -> None:
-            folder.collect(labels)
+            folder.collect(labels, captions)
             with writing(str(folder.grid), ALL_THERE):
-                write_grid(args, loaded, folder, labels)
+                write_grid(args, loaded, folder, labels, captions)
 
         processes.agree(finish)
-    return Samples(labels, folder, new)
+    return Samples(labels, folder, new, captions)
 
 
 def folder_path(args: SampleConfig, loaded: LoadedCheckpoint) -> Path:
     """<sample_dir>/<checkpoint>-<sampler>-<steps>...: the name has the settings that users vary most."""
-    return (args.sample_dir or loaded.run / "samples") / f"{loaded.checkpoint.stem}-{args.short_name()}"
+    prefix = f"{args.prefix}-" if args.prefix else ""
+    return (args.sample_dir or loaded.run / "samples") / f"{prefix}{loaded.checkpoint.stem}-{args.short_name()}"
 
 
 def settings_record(args: SampleConfig, sampler: Sampler) -> dict:
@@ -418,17 +451,28 @@ def settings_record(args: SampleConfig, sampler: Sampler) -> dict:
     vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
     identity = checkpoint_identity(sampler.loaded.checkpoint)
     convention = {"convention": "sit"} if sampler.loaded.rounded else {}  # decides guided channels and rounding
-    return {**identity, **args.sampling_fields(), **vae, **path, **convention}
+    fields = args.sampling_fields()
+    if sampler.loaded.layout.condition_shape is not None:
+        del fields["labels"]
+    return {**identity, **fields, **sampler.conditions.record(), **vae, **path, **convention}
 
 
-def write_grid(args: SampleConfig, loaded: LoadedCheckpoint, folder: SampleDir, labels: np.ndarray) -> None:
-    """Plot the first images with their labels, sorted by label."""
+def write_grid(
+    args: SampleConfig, loaded: LoadedCheckpoint, folder: SampleDir, labels: np.ndarray, captions: Texts | None
+) -> None:
+    """Plot the first images: sorted by label, each under its own; or in order, each above its caption."""
     from haste.plotting import plot_grid
 
     (first,) = folder.read(1)
-    shown = min(len(labels), MANY if first.shape[1] <= SMALL else FEW)
+    many = captions is None and first.shape[1] <= SMALL
+    shown = min(len(labels), MANY if many else FEW)
     images = np.stack(list(folder.read(shown)))
+    title = f"{loaded.label}: {args.describe()}"
+    if captions is not None:
+        texts = [text or f"caption {number}" for number, text in enumerate(captions[:shown])]
+        plot_grid(folder.grid, images, texts, title=title, below=True)
+        return
     order = np.argsort(labels[:shown], kind="stable")
     names = {UNLABELLED: NONE, **dict(enumerate(loaded.class_names))}
     titles = [names.get(label, str(label)) for label in labels[order].tolist()]
-    plot_grid(folder.grid, images[order], titles, title=f"{loaded.label}: {args.describe()}")
+    plot_grid(folder.grid, images[order], titles, title=title)

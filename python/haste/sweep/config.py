@@ -15,6 +15,7 @@ from haste.caching.config import CacheConfig
 from haste.errors import UserError
 from haste.evaluation.config import check_classifier_dir
 from haste.generation.config import SamplingConfig, list_labels
+from haste.generation.prompts import list_prompts
 from haste.validation import check_numbers
 
 
@@ -114,11 +115,11 @@ def _steps(settings: SamplingConfig) -> str:
     return f"{settings.cell_steps or settings.num_steps} steps{stagger}"
 
 
-FOR_PIPELINES = ("prompts", "num_images", "height", "width")
+FOR_PIPELINES = ("num_images", "height", "width")
 FOR_CHECKPOINTS = (
-    "mode", "heun", "stagger", "cfg_scale", "guidance_low", "guidance_high", "guidance_mode", "labels", "ema", "vae",
-    "convention", "num_fid_samples", "per_proc_batch_size", "cuda_graphs", "features", "reference", "classifier_dir",
-    "tolerance",
+    "mode", "heun", "stagger", "cfg_scale", "guidance_low", "guidance_high", "guidance_mode", "labels", "text_encoder",
+    "ema", "vae", "convention", "num_fid_samples", "per_proc_batch_size", "cuda_graphs", "features", "reference",
+    "classifier_dir", "tolerance",
 )  # fmt: skip
 
 
@@ -132,8 +133,8 @@ class SweepConfig(SamplingConfig):
     """In place of --ckpt: folder of a diffusers pipeline. Its images are compared with those of its own uncached run
     of --steps steps; there is no FD."""
     prompts: str = ""
-    """With --pipeline: a prompt, or a text file with one on each line; of a pipeline for classes, their numbers or
-    names."""
+    """A prompt, or a UTF-8 file with one on each line; with --ckpt of a model of text also a folder of captioned data
+    [default: captions of the training data]; with --pipeline for classes, their numbers or names."""
     num_images: int = 4
     """With --pipeline: number of images per setting; they cycle through the prompts, each from its own noise."""
     height: int | None = None
@@ -231,8 +232,8 @@ class SweepConfig(SamplingConfig):
         if self.pipeline is not None:
             return SamplingConfig(num_steps=max(self.steps, default=1), global_seed=self.global_seed)
         shared = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
-        chosen = {"num_steps": max(self.steps, default=1), "labels": list_labels(self.labels)}
-        return SamplingConfig(**{**shared, **chosen})
+        texts = {"labels": list_labels(self.labels), "prompts": list_prompts(self.prompts)}
+        return SamplingConfig(**{**shared, **texts, "num_steps": max(self.steps, default=1)})
 
     @property
     def points(self) -> list[SamplingConfig]:

@@ -135,11 +135,12 @@ class Sweep(Turns):
     def shared(self) -> Record:
         """What the records of this sweep have in common."""
         machine = describe_machine(next(self.loaded.model.parameters()).device.type)
+        prompts = self._reference.conditions.record() if self.points[0].prompts else {}
         return {
             **checkpoint_identity(self.loaded.checkpoint),
             "model": self.loaded.label,
             **({"convention": "sit"} if self.loaded.rounded else {}),  # SiT's guidance and rounding
-            "settings": shared_fields(self.points[0]),
+            "settings": {**shared_fields(self.points[0]), **prompts},
             "samples": self.samples,
             "batch": min(self.batch, self.samples),
             "cuda_graphs": self.cuda_graphs,

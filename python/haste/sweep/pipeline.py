@@ -22,6 +22,7 @@ from haste.caching.config import CacheConfig
 from haste.errors import UserError, in_one_line, require, shorten
 from haste.evaluation.fidelity import compare_images
 from haste.generation.config import SamplingConfig
+from haste.generation.prompts import list_prompts, prompt_texts
 from haste.io import LARGEST_JSON, parse_json, read_bytes
 from haste.sweep.config import SweepConfig, long_name
 from haste.sweep.records import Record, SweepDir
@@ -29,7 +30,7 @@ from haste.sweep.turns import Progress, Turns, stopwatch
 from haste_ext.bench.measure import describe_machine, peak_extra_bytes
 
 INDEX = "model_index.json"
-LARGEST_PROMPTS = 2**20  # bytes of a file of prompts
+LARGEST_CONFIG = 2**20  # bytes of a settings file that counts for the digest
 
 
 # ---- the pipeline ----
@@ -162,7 +163,7 @@ def read_prompts(pipe: Any, given: str) -> list[str | int]:
     Raises:
         UserError: no prompt, or a class that the pipeline does not have.
     """
-    lines = [line.strip() for line in _text(given).splitlines() if line.strip()]
+    lines = prompt_texts(list_prompts(given))
     if not takes_classes(pipe):
         if not lines:
             raise UserError(f"--prompts must be a prompt, or a file with one on each line, got {shorten(given)!r}")
@@ -180,24 +181,13 @@ def read_prompts(pipe: Any, given: str) -> list[str | int]:
     return numbers
 
 
-def _text(given: str) -> str:
-    """The text of a file of this name, if there is one; else what is given."""
-    path = Path(given).expanduser() if given and len(given) < 1000 and "\n" not in given else None
-    if path is None or not path.is_file():
-        return given
-    try:
-        return read_bytes(path, LARGEST_PROMPTS).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts must be a text file, got {path}: {in_one_line(error)}") from error
-
-
 def digest(folder: Path) -> str:
     """12 hexadecimal digits that identify the files of a pipeline by their names and sizes, and its settings."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             found.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
-            if path.suffix == ".json" and path.stat().st_size < LARGEST_PROMPTS:
+            if path.suffix == ".json" and path.stat().st_size < LARGEST_CONFIG:
                 found.update(path.read_bytes())
     return found.hexdigest()[:12]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,10 @@ from haste.vae import VAE
 logger = logging.getLogger(__name__)
 
 COUNT, NUM_STEPS, CFG_SCALE = 16, 50, 4.0  # REPA's, but for the number of images
-SMALLEST_SIDE = 64  # smaller images are enlarged, pixel by pixel
+SMALLEST_SIDE, SMALLEST_CAPTIONED = 64, 128  # smaller images are enlarged, pixel by pixel
 MARGIN, GREY = 2, 96  # around each image
-TITLE_HEIGHT = 14  # above each image
+TITLE_HEIGHT = 14  # above each image, and of a line of a caption below it
+CAPTION_LINES = 6  # at most
 
 MISSING = "missing.txt"  # in the folder, if no grids can be made: the reason
 
@@ -76,7 +77,7 @@ class TrainingSamples:
                 return None
             if self.data.latents is not None:  # the VAE is loaded for this and freed
                 sampled = VAE(self.data.latents).to(device).decode(sampled)
-            grid = as_grid(to_uint8(sampled), titles)
+            grid = as_grid(to_uint8(sampled), titles, below=self.data.text is not None)
         except UserError as error:  # also raised for weights that give NaN
             if self.accelerator.is_main_process and not self._failed:
                 logger.warning("no samples are made during training: %s", error)
@@ -92,13 +93,17 @@ class TrainingSamples:
         self._files.close()
 
 
-def as_grid(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
-    """(N, H, W, 3), N a square number, as one image, each under its title."""
+def as_grid(images: np.ndarray, titles: Sequence[str], below: bool = False) -> np.ndarray:
+    """(N, H, W, 3), N a square number, as one image, each under its title; or with `below` each above it, wrapped to
+    the image's width, as captions are long."""
     side = math.isqrt(len(images))
-    scale = max(1, SMALLEST_SIDE // images.shape[1])
+    scale = max(1, (SMALLEST_CAPTIONED if below else SMALLEST_SIDE) // images.shape[1])
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = np.stack([np.concatenate([title_bar(title, images.shape[2]), one]) for title, one in
-                       zip(titles, images, strict=True)])  # fmt: skip
+    width = images.shape[2]
+    if below:
+        images = np.concatenate([images, caption_bars(titles, width)], axis=1)
+    else:
+        images = np.concatenate([np.stack([title_bar(title, width) for title in titles]), images], axis=1)
     images = np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=GREY)
     _, height, width, channels = images.shape
     rows = images.reshape(side, side, height, width, channels).transpose(0, 2, 1, 3, 4)
@@ -110,6 +115,33 @@ def title_bar(title: str, width: int) -> np.ndarray:
     from PIL import Image, ImageDraw, ImageFont
 
     bar = Image.new("RGB", (width, TITLE_HEIGHT), (GREY,) * 3)
-    text = title.encode("latin-1", "replace").decode("latin-1")  # the characters of Pillow's own font
-    ImageDraw.Draw(bar).text((2, 1), text, fill=(255, 255, 255), font=ImageFont.load_default())
+    ImageDraw.Draw(bar).text((2, 1), _legible(title), fill=(255, 255, 255), font=ImageFont.load_default())
     return np.asarray(bar)
+
+
+def caption_bars(captions: Sequence[str], width: int) -> np.ndarray:
+    """Captions, wrapped at the width to as many lines as the longest needs: (N, lines * TITLE_HEIGHT, width, 3)."""
+    from PIL import ImageFont
+
+    font = ImageFont.load_default()
+    wrapped = [wrap(_legible(caption), lambda text: font.getlength(text) <= width - 4) for caption in captions]
+    count = max(map(len, wrapped))
+    lines = [[*lines, *[""] * (count - len(lines))] for lines in wrapped]
+    return np.stack([np.concatenate([title_bar(line, width) for line in each]) for each in lines])
+
+
+def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """The words of a text on lines that fit, CAPTION_LINES at most; the last then ends in dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if fits(longer) or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= CAPTION_LINES else [*lines[: CAPTION_LINES - 1], f"{lines[CAPTION_LINES - 1]} ..."]
+
+
+def _legible(text: str) -> str:
+    """Text in the characters of Pillow's own font."""
+    return text.encode("latin-1", "replace").decode("latin-1")

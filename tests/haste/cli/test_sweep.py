@@ -11,6 +11,7 @@ from haste.digits import ClassifierConfig
 from haste.evaluation import evaluate
 from haste.resumable import hold
 from PIL import Image
+from text_run import write_text_run
 
 QUICK = ("--steps", "8", "--num-steps", "4", "--num-fid-samples", "70", "--repeats", "1")
 GRID = ("--caches", "taylor", "reuse", "--granularities", "model", "--intervals", "3", "--orders", "1", "9")
@@ -55,6 +56,19 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys, caplog):
     assert "The fastest uncached run with such an FD" in out and "The fastest uncached run with such an FD" in table
     Image.open(folder / "sweep.png").verify()
     assert len(list((tmp_path / "exps" / "classifier").iterdir())) == 1  # beside the runs
+
+
+def test_a_model_of_text_is_swept_with_prompts(tmp_path, capsys):
+    run = write_text_run(tmp_path / "exps")
+    (tmp_path / "prompts.txt").write_text("a red temple\na dark flower\n")
+    flags = ("--ckpt", str(run), *QUICK, *GRID[:7], "--orders", "1", "--features", "digits", "--cfg-scale", "2")
+    main(["sweep", *flags, "--prompts", str(tmp_path / "prompts.txt")])
+    records = [json.loads(line) for line in (run / "sweep" / "sweep.jsonl").read_text().splitlines()]
+    assert [record["point"]["cache"] for record in records] == ["none", "none", "taylor", "reuse"]
+    assert records[0]["sweep"]["settings"]["prompts"].startswith("2 prompts, ")
+    assert all(record["label_accuracy"] is None and record["fd"] > 0 for record in records)
+    assert records[2]["psnr"] > 0 and "The fastest uncached run" in capsys.readouterr().out
+    assert "--labels must be left out" in refusal(capsys, *flags, "--labels", "3,1")
 
 
 def test_a_folder_of_something_else_or_of_a_sweep_that_runs_is_refused(run, capsys):

@@ -10,7 +10,7 @@ from haste.errors import UserError
 from haste.training import samples
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
 from haste.training.logging import Trackers, project
-from haste.training.samples import as_grid, title_bar
+from haste.training.samples import CAPTION_LINES, TITLE_HEIGHT, as_grid, caption_bars, title_bar, wrap
 from haste.training.trainer import train
 from image_files import save_vae, write_classes
 from PIL import Image
@@ -100,3 +100,24 @@ def test_a_grid_is_filled_row_by_row(side):
     assert grid.shape == (2 * (size + 14), 2 * size, 3)
     inside = grid[16, 2, 0], grid[16, -3, 0], grid[-3, 2, 0], grid[-3, -3, 0]
     assert inside == (0, 1, 2, 3) and (grid[0] == 96).all()
+
+
+def test_captions_stand_below_their_images_and_are_wrapped():
+    images = np.full((4, 8, 8, 3), 255, np.uint8)
+    captions = ["a seven", "a handwritten seven, slanted to the right and written with a thin pen", "", "日本語"]
+    grid = as_grid(images, captions, below=True)
+    lines = caption_bars(captions, 128)
+    assert lines.shape[1] > TITLE_HEIGHT and lines.shape[1] % TITLE_HEIGHT == 0
+    height = 128 + lines.shape[1] + 4  # enlarged, with margins
+    assert grid.shape == (2 * height, 2 * 132, 3)
+    assert (grid[2:130, 2:130] == 255).all() and (grid[130 : 130 + lines.shape[1], 2:130] == lines[0]).all()
+    second = lines[1].reshape(-1, TITLE_HEIGHT, 128, 3)
+    assert all((line != 96).any() for line in second)  # something stands on every line
+    assert (lines[0][TITLE_HEIGHT:] == 96).all() and (lines[2] == 96).all()
+
+
+def test_words_are_wrapped_and_a_caption_without_end_is_cut_off():
+    assert wrap("one two three", lambda text: len(text) <= 7) == ["one two", "three"]
+    assert wrap("incomprehensible word", lambda text: len(text) <= 7) == ["incomprehensible", "word"]
+    cut = wrap("word " * 100, lambda text: len(text) <= 9)
+    assert len(cut) == CAPTION_LINES and cut[-1] == "word word ..." and wrap("", len) == [""]
