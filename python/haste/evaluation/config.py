@@ -37,14 +37,17 @@ class EvaluateConfig(SamplingConfig):
     samples: Path | None = None
     """Folder of PNGs or .npz, as written by `haste sample`."""
     features: str | None = None
-    """Feature extractor: inception:PATH for FID's Inception with these weights, the name or folder of a teacher
-    (dinov2-vit-l for FD-DINOv2), digits, or stored if --samples and --reference hold features. [default: digits, for
-    digits]"""
+    """Feature extractor: inception:PATH for FID's Inception with these weights, pytorch-fid:PATH for the same with
+    images resized as U-ViT's MS-COCO statistics need it, the name or folder of a teacher (dinov2-vit-l for FD-DINOv2),
+    digits, or stored if --samples and --reference hold features. [default: digits, for digits]"""
     reference: str | None = None
     """Real images: an image folder, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
     --features digits]"""
     save_reference: Path | None = None
     """Save the reference's features, mean and covariance to this .npz, for --reference."""
+    clip: str | None = None
+    """CLIP model, a folder or a hub name: reports the CLIP score of images with their captions, the mean of
+    max(100 cos, 0). Of --samples they are captions.json in the folder, or captions in the .npz."""
     baseline: str | None = None
     """Uncached samples of the same seed, a folder or .npz; reports PSNR and SSIM. full: with --ckpt and --cache, sample
     them and also compare the states after each step."""
@@ -108,6 +111,8 @@ class EvaluateConfig(SamplingConfig):
             raise UserError(f"--samples must be a folder or a file, got {self.samples}, which does not exist")
         if self.features == STORED and self.samples is None:
             raise UserError(f"--features stored must come with --samples that hold features, got {given[0]}")
+        if self.features == STORED and self.clip is not None:
+            raise UserError(f"--clip must come with images, got --features stored and --clip {self.clip}")
         check_classifier_dir(self.classifier_dir)
         if self.baseline is not None:
             self._check_baseline(self.baseline)

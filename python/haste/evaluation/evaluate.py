@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,9 +34,12 @@ from haste.evaluation.reference import Reference, load_reference, stored_feature
 from haste.generation.config import SamplingConfig
 from haste.generation.labels import choose_labels
 from haste.generation.pipeline import LoadedCheckpoint, load_checkpoint
-from haste.generation.sample_dir import RECORD, open_sampler, read_record
+from haste.generation.sample_dir import CAPTIONS, RECORD, open_sampler, read_captions, read_record
 from haste.tables import format_number, text_table
 from haste.validation import check_number, shown
+
+if TYPE_CHECKING:
+    from haste.evaluation.clip import ClipExtractor
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ NAMES = {
     "inception_score": "Inception score",
     "label_accuracy": "label accuracy",
 }
+TITLES = {**NAMES, "clip_score": "CLIP score"}  # of all results; this one has a network of its own
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Result:
     """One metric of one set of samples.
 
     Attributes:
-        key: a key of NAMES.
+        key: a key of TITLES.
         value: None where the metric could not be computed.
         spread: standard deviation over subsets or parts.
         note: a caution, or why there is no value.
@@ -100,6 +104,8 @@ class Evaluation:
     def heading(self) -> str:
         """One line: which samples, against which reference, in which features."""
         settings = self.settings
+        if "reference" not in settings:
+            return f"{settings['samples']}: {settings['count']:,} samples with captions, by {settings['network']}"
         count = settings["reference_count"]
         real = "statistics of real images" if count is None else f"{count:,} real images"
         return (
@@ -109,7 +115,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         """A row for each metric, then the notes."""
-        rows = [(NAMES[result.key], str(result)) for result in self.results]
+        rows = [(TITLES[result.key], str(result)) for result in self.results]
         return "\n".join([text_table(rows, "<<"), *notes(self.results)])
 
 
@@ -119,7 +125,7 @@ def notes(results: Sequence[Result]) -> list[str]:
     for result in results:
         if result.note:
             names = missing.setdefault(result.note, [])
-            names += [NAMES[result.key].split(" (")[0]] if result.value is None else []
+            names += [TITLES[result.key].split(" (")[0]] if result.value is None else []
     return [f"No {', '.join(names)}: {note}." if names else note for note, names in missing.items()]
 
 
@@ -131,6 +137,8 @@ def evaluate(
     labels: np.ndarray | None = None,
     sampling: SamplingConfig | None = None,
     metrics: Collection[str] = tuple(NAMES),
+    clip: str | None = None,
+    captions: Sequence[str] | None = None,
     num_images: int | None = None,
     config: MetricConfig | None = None,
     batch_size: int = 128,
@@ -141,11 +149,13 @@ def evaluate(
     Args:
         samples: images (N, H, W, 3) uint8; or a folder, .zip or .npz of images; or a checkpoint to sample from, loaded
             or as the path of its file or run; with features "stored", a file or folder of features.
-        features: "inception:PATH", the name or folder of a vision encoder, "digits", or "stored".
+        features: "inception:PATH", "pytorch-fid:PATH", the name or folder of a vision encoder, "digits", or "stored".
         reference: a folder, .zip or .npz of images or of statistics, or the name of a data set ("digits").
         labels: (N,), the intended classes; known for a sample folder, an .npz with labels and a checkpoint.
         sampling: how to sample from a checkpoint; None for 50 Euler steps and balanced labels.
         metrics: keys of NAMES; `haste.evaluation.metrics` defines them.
+        clip: the folder or hub name of a CLIP model, for the CLIP score (`haste.evaluation.clip`).
+        captions: (N,), for the CLIP score; known as labels are.
         num_images: to sample from a checkpoint (default: 1,000), or to read from a folder or file (default: all).
         config: the subsets of KID and all seeds.
         batch_size: images per forward pass.
@@ -168,16 +178,50 @@ def evaluate(
         raise UserError(f"samples must be images (N, H, W, 3) uint8, got {samples.dtype} {samples.shape}")
     evaluator = Evaluator.load(features, reference, Path(classifier_dir), batch_size, config)
     if isinstance(samples, np.ndarray):
-        return evaluator.of_images(ImageArray(samples), "images", labels, metrics)
+        evaluation = evaluator.of_images(ImageArray(samples), "images", labels, metrics)
+        return _with_clip_score(evaluation, clip, ImageArray(samples), captions, batch_size)
     if not isinstance(samples, LoadedCheckpoint):
         path = Path(samples)
         is_checkpoint = path.suffix in (".pt", ".pth", ".safetensors") or (path / "checkpoints").is_dir()
         if features == STORED or not is_checkpoint:
-            return evaluator.of_samples(path, num_images, metrics, labels)
+            evaluation = evaluator.of_samples(path, num_images, metrics, labels)
+            if clip is None:
+                return evaluation
+            found = open_images(path, "samples", num_images)
+            captions = recorded_captions(path, found) if captions is None else captions
+            return _with_clip_score(evaluation, clip, found, captions, batch_size)
         samples = load_checkpoint(path)
     sampler = open_sampler(samples, sampling or SamplingConfig(labels="balanced"))
     images, labels = sampler.sample_batches(num_images or 1000, batch_size)
-    return evaluator.of_images(ImageArray(images), samples.checkpoint.name, labels, metrics)
+    evaluation = evaluator.of_images(ImageArray(images), samples.checkpoint.name, labels, metrics)
+    captions = captions or known_captions(sampler.conditions.captions(range(len(images))), samples.checkpoint)
+    return _with_clip_score(evaluation, clip, ImageArray(images), captions, batch_size)
+
+
+def _with_clip_score(
+    evaluation: Evaluation, clip: str | None, images: ImageSet, captions: Sequence[str] | None, batch_size: int
+) -> Evaluation:
+    """The evaluation with the CLIP score as its last result, if a CLIP model is named."""
+    if clip is None:
+        return evaluation
+    if captions is None:
+        raise UserError(f"captions must be given for a CLIP score of {evaluation.settings['samples']}, got none")
+    from haste.evaluation.clip import ClipExtractor
+
+    extractor = ClipExtractor(clip)
+    result = clip_score(extractor, images, captions, batch_size)
+    return Evaluation([*evaluation.results, result], {**evaluation.settings, "clip": extractor.key})
+
+
+def clip_score(
+    extractor: ClipExtractor, images: ImageSet, captions: Sequence[str], batch_size: int, cache: Path | None = None
+) -> Result:
+    """The mean score of images with their captions; `cache` keeps the features of the images."""
+    before = extractor.truncated
+    score = float(extractor.scores(images, captions, batch_size, cache).mean())
+    cut = extractor.truncated - before
+    return Result("clip_score", score, note=f"{cut:,} of the captions have more than the {extractor.tokens} tokens of "
+                  f"{extractor.describe()}, which reads their beginning." if cut else None)  # fmt: skip
 
 
 class Evaluator:
@@ -256,10 +300,13 @@ class Evaluator:
             *_attempt(["precision", "recall", "density", "coverage"], metrics, lambda: _prdc(features, reference)),
             *_attempt(["inception_score"], metrics, lambda: _inception_score(features, config)),
         ]
-        classified = labels is not None and self.classes is not None and (labels < self.classes).any()
+        classified = labels is not None and self.classes is not None and self._are_classes(labels)
         if classified and "label_accuracy" in metrics:  # images of no class have none
             results.append(Result("label_accuracy", float(np.mean(features.predictions == labels))))
         return results
+
+    def _are_classes(self, labels: np.ndarray) -> bool:
+        return bool(((labels >= 0) & (labels < self.classes)).any())
 
     def values(self, features: Features, labels: np.ndarray, metrics: Sequence[str]) -> dict[str, float | None]:
         """The values of metrics by key; None for a label accuracy that the network cannot compute, else UserError."""
@@ -332,7 +379,37 @@ def _recorded_labels(samples: Path, images: ImageFiles | NpzImages, classes: int
     if numbers is None or not (samples / RECORD).is_file():
         return None
     settings = read_record(samples).settings
+    if "labels" not in settings:  # of a model of text
+        return None
     return choose_labels(settings["labels"], settings["global_seed"], numbers, classes)
+
+
+def recorded_captions(samples: Path, images: ImageFiles | NpzImages, flag: str = "--samples") -> list[str]:
+    """The captions of images, from the .npz or the sample folder.
+
+    Raises:
+        UserError: there are none, or one is not known.
+    """
+    if isinstance(images, NpzImages):
+        found: Sequence[str | None] | None = images.captions
+    else:
+        numbers, listed = images.numbers(), read_captions(samples) if samples.is_dir() else None
+        if numbers is not None and listed is not None:
+            listed = [*listed, *[None] * (max(numbers) + 1 - len(listed))]
+        found = None if numbers is None or listed is None else [listed[number] for number in numbers]
+    captions = known_captions(found, samples)
+    if captions is None:
+        where = "captions" if isinstance(images, NpzImages) else CAPTIONS
+        raise UserError(f"{flag} must hold {where} for a CLIP score, as haste sample writes it, got {samples} without")
+    return captions
+
+
+def known_captions(captions: Sequence[str | None] | None, source: Path) -> list[str] | None:
+    """The captions, if there are any. Raises UserError if one is not known, as only its features were."""
+    for number, caption in enumerate(captions or ()):
+        if not caption:
+            raise UserError(f"a CLIP score must have a caption for each image, got none for image {number} of {source}")
+    return None if captions is None else [caption for caption in captions if caption]
 
 
 def beside(samples: Path, ending: str) -> Path:

@@ -1,6 +1,7 @@
 """Networks that turn images into features: FID's Inception, any vision teacher, and what plug-ins bring.
 
     inception:PATH      Inception v3 from weights on disk, 2,048 features and class probabilities
+    pytorch-fid:PATH    the same network with images resized as pytorch-fid and U-ViT do, for their reference statistics
     digits              the classifier of the digits, 64 features and class probabilities
     anything else       a teacher by name or folder, as for --enc-type of haste train: its class token after the last
                         layer (of DINOv2 and DINOv3 after the final norm, which is FD-DINOv2's feature; Stein et al.,
@@ -29,10 +30,10 @@ from haste.data.archive import read_npz, write_arrays
 from haste.data.images import ImageArray, ImageSet
 from haste.distributed import progress_bar
 from haste.errors import BadFile, UserError
-from haste.evaluation.inception import FEATURES, load_inception
+from haste.evaluation.inception import FEATURES, Resizing, load_inception
 from haste.registry import EXTRACTORS, FEATURE_DIMENSIONS, plugin
 
-INCEPTION = "inception:"
+INCEPTION, PYTORCH_FID = "inception:", "pytorch-fid:"
 TEACHER_PIXELS = 224  # per side, as for FD-DINOv2; less for encoders of smaller images
 SHARD = 1024  # images per file of the feature cache
 
@@ -98,25 +99,32 @@ class Extractor(Protocol):
 
 
 class InceptionExtractor:
-    """FID's Inception, from either of its public files."""
+    """FID's Inception, from either of its public files.
+
+    Args:
+        path: the weights.
+        resized: as "tensorflow", in which FID was published, or "pytorch-fid".
+    """
 
     classes: int | None = None  # not the training data's: ImageNet's classes in another order
     held_out_accuracy = math.nan
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resized: Resizing = "tensorflow") -> None:
         self.device = choose_device()
         self.network = load_inception(path).to(self.device)
         self.path = path
+        self.resized = resized
         self.dimension = FEATURES
-        self.key = "inception-" + hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        kind = "inception" if resized == "tensorflow" else resized
+        self.key = f"{kind}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
     def describe(self) -> str:
-        return f"Inception v3 ({self.path.name})"
+        return f"Inception v3 ({self.path.name}{'' if self.resized == 'tensorflow' else ', as ' + self.resized})"
 
     @torch.no_grad()
     @single_precision()
     def __call__(self, images: np.ndarray) -> Features:
-        features, probabilities = self.network(channels_first(images).to(self.device))
+        features, probabilities = self.network(channels_first(images).to(self.device), self.resized)
         return Features(features.float().cpu().numpy(), probabilities.float().cpu().numpy())
 
 
@@ -167,6 +175,8 @@ def load_extractor(name: str, classifier_dir: Path) -> Extractor:
         return plugin(EXTRACTORS, name)(classifier_dir)
     if name.startswith(INCEPTION):
         return InceptionExtractor(Path(name.removeprefix(INCEPTION)).expanduser())
+    if name.startswith(PYTORCH_FID):
+        return InceptionExtractor(Path(name.removeprefix(PYTORCH_FID)).expanduser(), "pytorch-fid")
     if name == "inception" or Path(name).suffix in (".pt", ".pth"):
         raise UserError(f"--features must be inception:PATH for Inception's weights, got {name}")
     try:
@@ -183,7 +193,7 @@ def feature_dimension(name: str) -> int | None:
     """The number of features of a network that --features names, without loading it; None if that is not known."""
     if name in FEATURE_DIMENSIONS:
         return FEATURE_DIMENSIONS[name]
-    if name.startswith(INCEPTION):
+    if name.startswith((INCEPTION, PYTORCH_FID)):
         return FEATURES
     from haste.teachers.loading import shape_of
 

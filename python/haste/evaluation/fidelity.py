@@ -115,7 +115,7 @@ def _check_same_images(samples: Path, images: ImageSet, baseline: Path, others: 
             )
         if (samples / RECORD).is_file() and (baseline / RECORD).is_file():
             own, other = (read_record(folder).settings for folder in (samples, baseline))
-            for name in ("global_seed", "labels", "checkpoint"):
+            for name in ("global_seed", "labels", "prompts", "checkpoint"):
                 if own.get(name) != other.get(name):
                     raise UserError(
                         f"--baseline must be sampled with {name} {own.get(name)}, as {samples}, got {other.get(name)} "
@@ -124,6 +124,9 @@ def _check_same_images(samples: Path, images: ImageSet, baseline: Path, others: 
     labels = [side.labels for side in (images, others) if isinstance(side, NpzImages) and side.labels is not None]
     if len(labels) == 2 and not np.array_equal(labels[0], labels[1]):
         raise UserError(f"--baseline must hold images of the same labels as {samples}, got {baseline}")
+    captions = [side.captions for side in (images, others) if isinstance(side, NpzImages) and side.captions is not None]
+    if len(captions) == 2 and captions[0] != captions[1]:
+        raise UserError(f"--baseline must hold images of the same captions as {samples}, got {baseline}")
 
 
 def fidelity_text(summary: dict[str, Any]) -> str:

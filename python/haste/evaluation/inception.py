@@ -5,12 +5,16 @@ the state dict pt_inception-2015-12-05-6726825d.pth and the TorchScript module i
 of the latter are read; its program, which could do anything, does not run. The network differs from the paper's and
 from those of other libraries: average pools do not count the padding, and the last block uses a max pool.
 
+pytorch-fid, and with it U-ViT's evaluation on MS-COCO, reads the former file and resizes images in another way, which
+changes the FID: its reference statistics are for images that are resized so.
+
 Not tested with the original weights, which are not shipped.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,10 @@ from haste.weights import load_weights
 CLASSES = 1008
 FEATURES = 2048
 INPUT_SIZE = 299
+
+Resizing = Literal["tensorflow", "pytorch-fid"]
+"""How images become INPUT_SIZE pixels wide; "pytorch-fid" samples position (i + ½)·H/size − ½, without antialiasing,
+and maps 0 … 255 to −1 … 1."""
 
 
 class Convolution(nn.Module):
@@ -180,12 +188,18 @@ class Inception(nn.Module):
         self.Mixed_7c = BlockE(2048, pool="maximum")
         self.fc = nn.Linear(FEATURES, CLASSES)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, resized: Resizing = "tensorflow") -> tuple[Tensor, Tensor]:
         """Compute features (B, 2048) and class probabilities (B, 1008), float32, of images (B, 3, H, W) uint8.
 
         The probabilities omit the last layer's bias, as in the published Inception score.
         """
-        features = self.features(normalise(resize(images.float())))
+        pixels = images.float()
+        if resized == "pytorch-fid":
+            size = (INPUT_SIZE, INPUT_SIZE)
+            x = 2 * F.interpolate(pixels / 255, size, mode="bilinear", align_corners=False) - 1
+        else:
+            x = normalise(resize(pixels))
+        features = self.features(x)
         return features, F.linear(features, self.fc.weight).softmax(dim=1)
 
     def features(self, x: Tensor) -> Tensor:

@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +24,16 @@ from haste.data.images import open_images
 from haste.distributed import progress_bar
 from haste.errors import UserError, require
 from haste.evaluation.config import FULL, STORED, EvaluateConfig, MetricConfig
-from haste.evaluation.evaluate import NAMES, Evaluation, Evaluator, Result, beside, notes
+from haste.evaluation.evaluate import (
+    TITLES,
+    Evaluation,
+    Evaluator,
+    Result,
+    beside,
+    clip_score,
+    notes,
+    recorded_captions,
+)
 from haste.evaluation.features import extract
 from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, steps_text, summarise_steps
 from haste.evaluation.reference import check_replaceable, save_reference
@@ -37,6 +47,9 @@ from haste.tables import NONE, known_columns, text_table
 from haste.training.checkpoint import checkpoint_identity
 from haste.training.logging import alignment_end, finite, is_step, read_log
 
+if TYPE_CHECKING:
+    from haste.evaluation.clip import ClipExtractor
+
 RECORDS = "evaluation.jsonl"
 OF_CHECKPOINTS = ("fd", "label_accuracy")
 SAMPLED_AT_ONCE = 250  # images, when checkpoints are evaluated without a folder of samples
@@ -49,7 +62,8 @@ def evaluate_config(config: EvaluateConfig) -> str:
     if config.run is None:
         return evaluate_samples(config)
     names = {config.features, config.reference} - {None}
-    if len(names) <= 1 and names <= set(EXTRACTORS):  # the data's own classifier, which is fastest
+    own = len(names) <= 1 and names <= set(EXTRACTORS)
+    if own and config.clip is None:  # the data's own classifier, which is fastest
         return records_text(*evaluate_by_classifier(config))
     return evaluate_run(config)
 
@@ -66,9 +80,10 @@ def evaluate_samples(config: EvaluateConfig) -> str:
         require("skimage.metrics")
         if config.baseline != FULL:
             open_images(Path(config.baseline), "--baseline")
-    features = config.features or _own_features(config)
-    alone = features is None and config.reference is None and config.baseline is not None
+    features, without = choose_own(config), config.baseline is not None or config.clip is not None
+    alone = features is None and config.reference is None and without
     evaluator = None if alone else open_evaluator(config, features)
+    clip = open_clip(config)
     samples = config.samples or sample_to_folder(config.sample_config()).folder.path
     count = None if config.samples is not None else config.num_fid_samples  # the folder may hold more
     parts = []
@@ -78,12 +93,14 @@ def evaluate_samples(config: EvaluateConfig) -> str:
         if evaluator.classes is not None and evaluator.reference.name in DATASETS:
             parts[-1] += f"\n{describe_reference(evaluator)}"
         keep(samples, evaluation)
-        if config.baseline is None and all(result.value is None for result in evaluation.results):
+        if not without and all(result.value is None for result in evaluation.results):
             flag, which = ("--num-fid-samples", "") if config.samples is None else ("--samples", f"{samples} with ")
             raise UserError(
                 f"{flag} must be enough for one metric at least, got {which}{evaluation.settings['count']}: "
                 + " ".join(notes(evaluation.results))
             )
+    if clip is not None:
+        parts += [str(evaluate_clip(clip, samples, count, config.per_proc_batch_size))]
     if config.baseline is not None:
         parts += compare_with_baseline(config, config.baseline, samples, count)
     return "\n\n".join([*parts, f"kept in  {beside(samples, 'evaluation.json')}"])
@@ -92,15 +109,44 @@ def evaluate_samples(config: EvaluateConfig) -> str:
 def evaluate_run(config: EvaluateConfig) -> str:
     """Compute every metric of every checkpoint of a run."""
     checkpoints = run_checkpoints(config.trained)
-    evaluator = open_evaluator(config, config.features or _own_features(config))
-    rows = []
+    features = choose_own(config)
+    alone = features is None and config.reference is None and config.clip is not None
+    evaluator, clip = None if alone else open_evaluator(config, features), open_clip(config)
+    rows, headings = [], []
     for checkpoint in checkpoints:
         samples = sample_to_folder(config.sample_config(ckpt=checkpoint)).folder.path
-        evaluation = evaluator.of_samples(samples, config.num_fid_samples)
-        keep(samples, evaluation)
-        rows.append((checkpoint.stem, evaluation.results))
-    heading = Evaluation([], {**evaluation.settings, "samples": config.trained.name}).heading()
-    return f"{heading}\n\n{checkpoints_text(rows)}"
+        found = []
+        if evaluator is not None:
+            found += [evaluator.of_samples(samples, config.num_fid_samples)]
+            keep(samples, found[-1])
+        if clip is not None:
+            found += [evaluate_clip(clip, samples, config.num_fid_samples, config.per_proc_batch_size)]
+        rows.append((checkpoint.stem, [result for evaluation in found for result in evaluation.results]))
+        headings = [Evaluation([], {**each.settings, "samples": config.trained.name}).heading() for each in found]
+    return "\n\n".join([*headings, checkpoints_text(rows)])
+
+
+def open_clip(config: EvaluateConfig) -> ClipExtractor | None:
+    """The CLIP model of --clip, if it is given; of images that are there, first refuse those without captions."""
+    if config.clip is None:
+        return None
+    from haste.evaluation.clip import ClipExtractor
+
+    if config.samples is not None:
+        recorded_captions(config.samples, open_images(config.samples, "--samples"))
+    return ClipExtractor(config.clip)
+
+
+def evaluate_clip(clip: ClipExtractor, samples: Path, count: int | None, batch_size: int) -> Evaluation:
+    """Compute and keep the CLIP score of a folder or file of images with captions, all or the first `count`."""
+    images = open_images(samples, "--samples", count)
+    folder = beside(samples, "features")
+    cache = folder if os.access(folder.parent, os.W_OK) else None
+    result = clip_score(clip, images, recorded_captions(samples, images), batch_size, cache)
+    identity = {"digest": images.digest(), "features": clip.key, "network": clip.describe()}
+    evaluation = Evaluation([result], {"samples": samples.name, **identity, "count": len(images)})
+    keep(samples, evaluation)
+    return evaluation
 
 
 def open_evaluator(config: EvaluateConfig, features: str | None) -> Evaluator:
@@ -138,6 +184,13 @@ def choose_features(features: str | None, reference: str | None) -> tuple[str, s
     return features, reference
 
 
+def choose_own(config: EvaluateConfig) -> str | None:
+    """--features, or the extractor for the data; None where a CLIP score is all that is asked for."""
+    if config.clip is not None and config.features is None and config.reference is None:
+        return None
+    return config.features or _own_features(config)
+
+
 def _own_features(config: EvaluateConfig) -> str | None:
     """The extractor for the data: by the run's --data-dir, or by the size of the images."""
     if config.samples is None:
@@ -165,7 +218,7 @@ def checkpoints_text(rows: Sequence[tuple[str, Sequence[Result]]]) -> str:
     for name, results in rows:
         by_key = {result.key: str(result) for result in results}
         cells.append([name, *(by_key.get(key, NONE) for key in keys)])
-    table = text_table(known_columns(["step", *(NAMES[key] for key in keys)], cells), ">")
+    table = text_table(known_columns(["step", *(TITLES[key] for key in keys)], cells), ">")
     return "\n".join([table, *dict.fromkeys(line for _, results in rows for line in notes(results))])
 
 

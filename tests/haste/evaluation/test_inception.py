@@ -97,6 +97,19 @@ def test_resizing_is_tensorflow_ones():
     assert resize(image).equal(image)
 
 
+@torch.no_grad()
+def test_images_are_resized_as_in_pytorch_fid(network, monkeypatch):
+    """Half-pixel centres and −1 to 1, for the reference statistics of U-ViT."""
+    seen = []
+    monkeypatch.setattr(network, "features", lambda x: seen.append(x) or torch.zeros(len(x), 2048))
+    images = torch.randint(0, 256, (2, 3, 20, 32), dtype=torch.uint8)
+    network(images, "pytorch-fid")
+    network(images)
+    inside = nn.functional.interpolate(images / 255.0, (299, 299), mode="bilinear", align_corners=False)
+    assert torch.allclose(seen[0], 2 * inside - 1, atol=1e-6) and seen[1].equal(normalise(resize(images.float())))
+    assert (seen[0] - seen[1]).abs().max() > 0.05
+
+
 def test_pixels_become_minus_one_to_one():
     assert normalise(torch.tensor([0.0, 128.0, 255.0])).tolist() == [-1.0, 0.0, 127 / 128]
 

@@ -162,6 +162,19 @@ def test_references_that_are_none_are_refused(tmp_path, network):
     refused("x.npz, which cannot be read as an .npz file")
 
 
+def test_statistics_of_pytorch_fid_are_read_and_belong_to_its_features(tmp_path, network, images):
+    """U-ViT's fid_stats_mscoco256_val.npz holds mu and sigma in double precision, and nothing else."""
+    values = np.random.default_rng(4).standard_normal((40, network.dimension))
+    path = tmp_path / "fid_stats_mscoco256_val.npz"
+    np.savez(path, mu=values.mean(axis=0), sigma=np.cov(values, rowvar=False))
+    reference = load_reference(str(path), network)
+    assert reference.features is None and reference.count is None
+    assert reference.gaussian.mean == pytest.approx(values.mean(axis=0))
+    expected = np.sum((reference.gaussian.mean - 1.0) ** 2)
+    shifted = Gaussian(np.ones(network.dimension), reference.gaussian.covariance, None)
+    assert frechet_distance(shifted, reference.gaussian) == pytest.approx(expected)
+
+
 def test_a_covariance_rounded_to_single_precision_is_one(tmp_path, network):
     """Of fewer samples than dimensions, so that eigenvalues of 0 come out on either side of it."""
     values = np.random.default_rng(3).standard_normal((20, 64)) @ np.diag(np.logspace(0, 2, 64))
