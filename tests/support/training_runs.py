@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
+from haste.training.trainer import Trainer, train
 
 
 def read_log(folder):
@@ -34,3 +36,17 @@ def final_state(result):
     checkpoint = read_checkpoint(checkpoint_path(result.folder / "checkpoints", result.step))
     del checkpoint["args"]
     return checkpoint
+
+
+def assert_a_killed_run_is_the_unbroken_one(make_config, monkeypatch, stop):
+    """Bit for bit, with its log: a run that is killed before step `stop`, and started again."""
+    unbroken = train(make_config(exp_name="unbroken"))
+    with monkeypatch.context() as patch:
+        original = Trainer._train_step
+        patch.setattr(Trainer, "_train_step", lambda self: original(self) if self.step < stop else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(make_config())
+    torch.manual_seed(999)
+    result = train(make_config())
+    assert_same_bits(final_state(result), final_state(unbroken))
+    assert [line["loss"] for line in read_log(result.folder)] == [line["loss"] for line in read_log(unbroken.folder)]

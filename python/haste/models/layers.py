@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haste.errors import UserError
+from haste.validation import check_limits
 
 # ---- attention: softmax(q·kᵀ·d^−½)·v; q, k, v and the result are (B, H, N, D) ----
 
@@ -211,3 +212,25 @@ def check_sizes(sizes: Mapping[str, int], shown: Callable[[str], str] = str) -> 
 def size_flag(name: str) -> str:
     """A size as the flags of `haste train` name it."""
     return "the side of the model's input" if name == "input_size" else f"--{name.replace('_', '-')}"
+
+
+MOST_TOKENS = 2**18  # of an image; far above what anybody trains, and far below what no machine can hold
+
+
+def check_config_limits(config: Any, largest: Mapping[str, int]) -> None:
+    """Raise UserError for a config with `input_size`, `patch_size` and `mlp_ratio` that no model can have."""
+    check_limits(config, largest)
+    if (config.input_size // config.patch_size) ** 2 > MOST_TOKENS:
+        raise UserError(f"its model must have at most {MOST_TOKENS} tokens, got {config.input_size} / "
+                        f"{config.patch_size} along a side")  # fmt: skip
+    if not 1 / 64 <= config.mlp_ratio <= 64:
+        raise UserError(f"mlp_ratio of its model must be from 1/64 to 64, got {config.mlp_ratio}")
+
+
+def check_request(depth: int, projectors: nn.ModuleList, aligned_layers: Sequence[int], project: bool) -> None:
+    """Raise ValueError for what a model of this depth with these projectors cannot return."""
+    for layer in aligned_layers:
+        if not 0 <= layer < depth:
+            raise ValueError(f"aligned_layers must be from 0 to {depth - 1}, got {layer}")
+    if project and not projectors:
+        raise ValueError("project must be False for a model without projectors, got True; build it with z_dims")

@@ -26,6 +26,7 @@ from haste.models.layers import (
     PatchEmbedder,
     TimestepEmbedder,
     build_projector,
+    check_request,
     check_sizes,
     modulate,
     sincos_positions,
@@ -287,11 +288,7 @@ class MMDiT(nn.Module):
             ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
         """
         self._check(x, t, context)
-        for layer in aligned_layers:
-            if not 0 <= layer < len(self.blocks):
-                raise ValueError(f"aligned_layers must be from 0 to {len(self.blocks) - 1}, got {layer}")
-        if project and not self.projectors:
-            raise ValueError("project must be False for a model without projectors, got True; build it with z_dims")
+        check_request(len(self.blocks), self.projectors, aligned_layers, project)
 
         text, image, c = self.text(context), self.tokens(x), self.conditioning(t, context)
         kept: dict[int, QueriesKeys] = {}

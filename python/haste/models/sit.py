@@ -28,6 +28,8 @@ from haste.models.layers import (
     PatchEmbedder,
     TimestepEmbedder,
     build_projector,
+    check_config_limits,
+    check_request,
     check_sizes,
     initialize_linear,
     modulate,
@@ -37,7 +39,7 @@ from haste.models.layers import (
 )
 from haste.models.registry import register
 from haste.models.sit_checkpoints import SiTCheckpoints
-from haste.validation import build, check, check_limits
+from haste.validation import build, check
 
 QueriesKeys = tuple[Tensor, Tensor]
 
@@ -272,11 +274,7 @@ class SiT(nn.Module):
         Raises:
             ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
         """
-        for layer in aligned_layers:
-            if not 0 <= layer < len(self.blocks):
-                raise ValueError(f"aligned_layers must be from 0 to {len(self.blocks) - 1}, got {layer}")
-        if project and not self.projectors:
-            raise ValueError("project must be False for a model without projectors, got True; build it with z_dims")
+        check_request(len(self.blocks), self.projectors, aligned_layers, project)
 
         tokens, c = self.embed(x, t, y)
         kept: dict[int, QueriesKeys] = {}
@@ -324,12 +322,7 @@ class _Config:
     projector_dim: int = 2048
 
     def __post_init__(self) -> None:
-        check_limits(self, LARGEST)
-        if (self.input_size // self.patch_size) ** 2 > MOST_TOKENS:
-            raise UserError(f"its model must have at most {MOST_TOKENS} tokens, got {self.input_size} / "
-                            f"{self.patch_size} along a side")  # fmt: skip
-        if not 1 / 64 <= self.mlp_ratio <= 64:
-            raise UserError(f"mlp_ratio of its model must be from 1/64 to 64, got {self.mlp_ratio}")
+        check_config_limits(self, LARGEST)
 
 
 # Far above what anybody trains, and far below what no machine can hold.
@@ -337,7 +330,6 @@ LARGEST = {
     "input_size": 8192, "patch_size": 1024, "in_channels": 4096, "hidden_size": 16_384, "depth": 200,
     "num_heads": 1024, "num_classes": 10_000_000, "encoder_depth": 200, "projector_dim": 65_536,
 }  # fmt: skip
-MOST_TOKENS = 2**18
 
 # HASTE (arXiv 2505.16792), for DINOv2-B: the same layers at 256 and 512 pixels. S is not in the paper; it is as deep
 # as B.

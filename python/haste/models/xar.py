@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from haste.errors import UserError
 from haste.models.entities import Entities
 from haste.models.family import ModelOutput
-from haste.models.layers import TimestepEmbedder, build_projector, initialize_linear
+from haste.models.layers import TimestepEmbedder, build_projector, check_request, initialize_linear
 from haste.models.xar_checkpoints import add_public_buffers, drop_public_buffers
 from haste.samplers import PartCache, Solver
 
@@ -352,12 +352,7 @@ class XAR(nn.Module):
         Raises:
             ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
         """
-        depth = len(self.blocks)
-        for layer in aligned_layers:
-            if not 0 <= layer < depth:
-                raise ValueError(f"aligned_layers must be from 0 to {depth - 1}, got {layer}")
-        if project and not self.projectors:
-            raise ValueError("project must be False for a model without projectors, got True; build it with z_dims")
+        check_request(len(self.blocks), self.projectors, aligned_layers, project)
         streams, t = self._check_inputs(x, t, y)
         own = self._sequences(x, streams)
         geometry = self._geometry(x.device, len(own))

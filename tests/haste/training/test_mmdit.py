@@ -24,7 +24,7 @@ from haste.training.trainer import Trainer, load_dataset, make_accelerator, trai
 from small_models import save_teacher
 from torch import nn
 from training_processes import LAUNCHER, assert_same_run, outputs
-from training_runs import assert_same_bits, final_state, read_log
+from training_runs import assert_a_killed_run_is_the_unbroken_one, assert_same_bits, read_log
 
 
 @pytest.fixture(autouse=True)
@@ -67,16 +67,7 @@ def test_it_learns_and_its_alignment_ends(make_mmdit):
 
 @pytest.mark.parametrize("stop", [5, 10])  # aligned, and after that; a step or two after a checkpoint
 def test_a_killed_run_resumes_bit_for_bit(make_mmdit, monkeypatch, stop):
-    unbroken = train(make_mmdit(exp_name="unbroken"))
-    with monkeypatch.context() as patch:
-        original = Trainer._train_step
-        patch.setattr(Trainer, "_train_step", lambda self: original(self) if self.step < stop else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(make_mmdit())
-    torch.manual_seed(999)
-    result = train(make_mmdit())
-    assert_same_bits(final_state(result), final_state(unbroken))
-    assert [line["loss"] for line in read_log(result.folder)] == [line["loss"] for line in read_log(unbroken.folder)]
+    assert_a_killed_run_is_the_unbroken_one(make_mmdit, monkeypatch, stop)
 
 
 def test_a_caption_is_chosen_anew_in_each_epoch_and_by_the_seed(make_mmdit, monkeypatch):

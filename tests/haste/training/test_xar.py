@@ -25,7 +25,7 @@ from haste.training.state import TrainState
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
 from torch import nn
 from training_processes import LAUNCHER, assert_same_run, outputs
-from training_runs import assert_same_bits, final_state, read_log
+from training_runs import assert_a_killed_run_is_the_unbroken_one, assert_same_bits, final_state, read_log
 
 PUBLISHED = {
     "dropout": 0.1, "weighting": "lognormal", "adam_beta2": 0.96, "adam_weight_decay": 0.02, "adam_decay": "matrices",
@@ -60,16 +60,7 @@ def test_it_learns_and_its_alignment_ends(make_xar):
 
 @pytest.mark.parametrize("stop", [5, 10])  # aligned, and after that, in the decay; a step or two after a checkpoint
 def test_a_killed_run_resumes_bit_for_bit(make_xar, monkeypatch, stop):
-    unbroken = train(make_xar(exp_name="unbroken"))
-    with monkeypatch.context() as patch:
-        original = Trainer._train_step
-        patch.setattr(Trainer, "_train_step", lambda self: original(self) if self.step < stop else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(make_xar())
-    torch.manual_seed(999)
-    result = train(make_xar())
-    assert_same_bits(final_state(result), final_state(unbroken))
-    assert [line["loss"] for line in read_log(result.folder)] == [line["loss"] for line in read_log(unbroken.folder)]
+    assert_a_killed_run_is_the_unbroken_one(make_xar, monkeypatch, stop)
 
 
 def test_checkpoints_load_strictly_in_the_public_code_s_model_and_its_optimizer(make_xar):
