@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from haste.evaluation.checkpoints import CLASSIFIED_AT_ONCE, evaluate_checkpoints
 from haste.evaluation.evaluate import Evaluator
-from haste.evaluation.runs import CLASSIFIED_AT_ONCE, evaluate_checkpoints
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import run_checkpoints
 from haste.io import write_text

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import tyro
+from haste.evaluation.checkpoints import CLASSIFIED_AT_ONCE
 from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.fidelity import compare_images
-from haste.evaluation.runs import CLASSIFIED_AT_ONCE
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import LoadedCheckpoint, Sampler, load_checkpoint
 from haste.io import write_text

@@ -201,11 +201,36 @@ def plot_scores(path: Path, scores: Scores, *, title: str, stop: int | None = No
             steps = _steps_of(seeds)
             _plot_series(left, place, method, steps, _values_of(seeds, "fd"), theme)
             _plot_series(right, place, method, steps, 100.0 * _values_of(seeds, "label_accuracy"), theme)
-        left.set(title="FD to real digits (lower is better)", yscale="log")
+        _set_fd(left)
         right.set(title="Label accuracy (%)")
-        left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        left.yaxis.set_minor_locator(NullLocator())
+
+
+def plot_rates(
+    path: Path,
+    records: Sequence[Mapping],
+    rates: Mapping[str, str],
+    *,
+    title: str,
+    stop: int | None = None,
+    theme: Theme = LIGHT,
+) -> None:
+    """Plot FD (log scale) and what samples show of their prompts over training steps.
+
+    Args:
+        records: with step, fd and read, the rates from 0 to 1 by name; None where no prompt asks for it.
+        rates: their titles; those of the second half are dashed, in the colours of the first.
+    """
+    with _score_panels(path, title, stop, theme) as (left, right):
+        steps = [record["step"] for record in records]
+        left.plot(steps, [record["fd"] for record in records], marker="o", markersize=4.5)
+        _set_fd(left)
+        half = math.ceil(len(rates) / 2)
+        for place, (key, name) in enumerate(rates.items()):
+            values = np.array([record["read"].get(key) for record in records], dtype=np.float64)
+            right.plot(steps, 100.0 * values, "-" if place < half else "--", marker="o", markersize=3.5,
+                       color=theme.series[place % half % len(theme.series)], label=name)  # fmt: skip
+        right.set(title="Read as asked for (%)")
+        right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def plot_advantage(
@@ -277,6 +302,14 @@ def plot_step_errors(
         axes.legend(loc="lower right")
         heading(figure, title)
         save(figure, path)
+
+
+def _set_fd(axes: Axes) -> None:
+    """The title and the logarithmic axis of a panel of FDs."""
+    axes.set(title="FD to real digits (lower is better)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _steps_of(seeds: Mapping[int, Sequence[Mapping]]) -> list[int]:

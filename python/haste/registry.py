@@ -65,11 +65,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "exp_name": "t2i-digits",
         "data_dir": "digits-captions",
         "model": "MM-DiT-Digits",
-        "early_stop_point": 400,
-        "max_train_steps": 800,
+        "early_stop_point": 300,
+        "max_train_steps": 600,
         "decay_steps": 0.4,
-        "checkpointing_steps": 160,
-        "sampling_steps": 160,
+        "checkpointing_steps": 120,
+        "sampling_steps": 120,
     },
 }
 

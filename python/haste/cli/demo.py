@@ -84,7 +84,7 @@ class DemoConfig:
 
 def run_demo(demo: DemoConfig) -> None:
     """Run every stage, and print the path of the page as the last line."""
-    from haste.evaluation import runs
+    from haste.evaluation import checkpoints
     from haste.generation.sample_dir import sample_to_folder
     from haste.report.demo import DemoResults, write_demo_page
 
@@ -105,11 +105,11 @@ def run_demo(demo: DemoConfig) -> None:
         cached_samples = sample_to_folder(cached)
         commands.print_samples(cached_samples)
     with clock.stage("evaluate five checkpoints of HASTE", evaluated):
-        records, evaluator = runs.evaluate_by_classifier(evaluated)
-        print(f"\n{runs.records_text(records, evaluator)}")
+        records, evaluator = checkpoints.evaluate_by_classifier(evaluated)
+        print(f"\n{checkpoints.records_text(records, evaluator)}")
     with clock.stage("evaluate five checkpoints of the baseline", evaluate_config(demo, baseline)) as last:
-        baseline_records, _ = runs.evaluate_by_classifier(last)
-        print(f"\n{runs.records_text(baseline_records, evaluator)}")
+        baseline_records, _ = checkpoints.evaluate_by_classifier(last)
+        print(f"\n{checkpoints.records_text(baseline_records, evaluator)}")
     results = DemoResults(config, baseline, full, full_samples, cached, cached_samples, evaluated, records,
                           baseline_records, evaluator)  # fmt: skip
     seconds = clock.seconds()

@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from haste.errors import UserError, in_one_line
+from haste.evaluation.checkpoints import READ, RECORDS
 from haste.evaluation.evaluate import NAMES, Result
-from haste.evaluation.runs import RECORDS, read_evaluations
+from haste.evaluation.runs import read_evaluations
 from haste.io import read_json
 from haste.plotting import LOSSES
 from haste.report.page import Panel, difference, exact_curve, number_text, smooth_curve, write_page
@@ -149,8 +150,8 @@ def read_image(path: Path) -> np.ndarray:
 
 # ---- reading evaluations ----
 
-_NOT_SAMPLING = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", "samples", "seconds", "evaluated_by",
-                 "num_steps"}  # fmt: skip
+_NOT_SAMPLING = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", READ, "samples", "seconds",
+                 "evaluated_by", "num_steps"}  # fmt: skip
 _USUAL = {"mode": "ode", "heun": False, "cfg_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "global_seed": 0,
           "labels": "balanced", "ema": True, "cache": "none"}  # fmt: skip
 
