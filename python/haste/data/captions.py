@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ from haste.data.archive import Archive, Folder, open_archive
 from haste.data.caption_store import CaptionStore
 from haste.data.coco_features import CocoFeatures, are_coco_features, folders_of_coco_features
 from haste.data.dataset import Batch, TrainingData, checksum, to_unit
+from haste.data.loader import MOST_BAD_NEIGHBOURS
 from haste.data.record import COCO_LATENTS, RECORD, latent_format, read_record
 from haste.data.shards import Shards, is_sharded
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.text import TextEncoder, TextFormat
 from haste.vae import VAE, LatentFormat, with_deviation
+
+T = TypeVar("T")
 
 
 class CaptionedImages(NamedTuple):
@@ -94,20 +97,33 @@ class _WithCaptions(TrainingData):
     """What data with captions has in common."""
 
     def example(self, index: int) -> tuple[str | None, Tensor]:
-        """A caption of an image and its features (tokens, width)."""
+        """A caption of an image and its features (tokens, width). Raises BadFile."""
+        raise NotImplementedError
+
+    def sentence(self, index: int) -> str | None:
+        """The text of the same caption. Raises BadFile."""
         raise NotImplementedError
 
     def examples(self, count: int) -> tuple[Tensor, list[str]]:
         """Features (count, tokens, width) of captions of images spread over all, and their texts."""
-        found = [self.example(index) for index in _spread(len(self), count)]
+        found = [self._readable(self.example, index) for index in _spread(len(self), count)]
         titles = [f"caption {number}" if text is None else text for number, (text, _) in enumerate(found)]
         return torch.stack([features for _, features in found]), titles
 
     def captions(self, count: int) -> list[str] | None:
         """The texts of at most `count` captions of images spread over all; None if texts are not known."""
-        found = [self.example(index)[0] for index in _spread(len(self), min(count, len(self)))]
+        found = (self._readable(self.sentence, index) for index in _spread(len(self), min(count, len(self))))
         texts = [text for text in found if text is not None]
         return texts or None
+
+    def _readable(self, read: Callable[[int], T], index: int) -> T:
+        """Of an image, or of the next one that can be read: a bad file is for the loader to report."""
+        for offset in range(min(len(self), MOST_BAD_NEIGHBOURS)):
+            try:
+                return read((index + offset) % len(self))
+            except BadFile as fault:
+                last = fault
+        raise last.as_user_error()
 
 
 def _spread(length: int, count: int) -> list[int]:
@@ -185,6 +201,9 @@ class CaptionData(_WithCaptions):
 
     def example(self, index: int) -> tuple[str | None, Tensor]:
         return self.store.caption(index, 0)
+
+    def sentence(self, index: int) -> str | None:
+        return self.store.sentence(index, 0)
 
     def fingerprint(self) -> dict[str, Any]:
         return self.store.fingerprint()
@@ -271,8 +290,10 @@ class InMemoryCaptions(_WithCaptions):
         return Batch(images, images, self._features[indices[:, 1]])
 
     def example(self, index: int) -> tuple[str | None, Tensor]:
-        row = self._rows[index][0]
-        return self._texts[row], self._features[row].cpu()
+        return self.sentence(index), self._features[self._rows[index][0]].cpu()
+
+    def sentence(self, index: int) -> str:
+        return self._texts[self._rows[index][0]]
 
     def fingerprint(self) -> dict[str, Any]:
         return {"images": len(self), "names": checksum(json.dumps([self._texts, self._rows]).encode())}

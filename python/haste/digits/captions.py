@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def _tidy(caption: str) -> str:
 def asked(prompt: str) -> Look:
     """What a prompt asks for, by its words; "slanted" alone is to the right."""
     words = re.findall(r"\w+", prompt.lower())
-    found = dict(_MEANING[word] for word in words if word in _MEANING)
+    found: dict[str, Any] = dict(_MEANING[word] for word in words if word in _MEANING)
     if "slanted" in words:
         found.setdefault("slant", "right")
     return Look(*(found.get(name) for name in Look._fields))

@@ -53,8 +53,9 @@ class TrainConfig:
 
     data_dir: str = ""
     """Training images: the layout of REPA, as `haste prepare` writes it; a folder or zip file with one folder per
-    class, of images or of MAR's cached latents; a Hugging Face data set on disk; or `digits`, scikit-learn's
-    handwritten digits."""
+    class, of images or of MAR's cached latents; a Hugging Face data set on disk; images with captions, as `haste
+    prepare --captions` writes them, or REPA's coco256_features; or `digits`, scikit-learn's handwritten digits, and
+    `digits-captions`, these with captions."""
     image_dir: str | None = None
     """Folder or zip file of the images behind MAR's cached latents, which hold none. Only a teacher needs them."""
     vae: str | None = None

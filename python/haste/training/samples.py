@@ -66,8 +66,8 @@ class TrainingSamples:
         noise = initial_noise(
             (COUNT, *self.noise_shape), torch.Generator().manual_seed(self.config.seed), device=device
         )
-        condition, titles = self.data.examples(COUNT)
         try:
+            condition, titles = self.data.examples(COUNT)
             family = get_family(model)
             null = family.null(model)
             scale = 1.0 if null is None else CFG_SCALE

@@ -219,6 +219,7 @@ class Trainer:
         self.trackers = Trackers(accelerator)
         self.data = dataset
         self.fingerprint = dataset.fingerprint()
+        self.captions = dataset.captions(CAPTIONS)
         self.local_size = config.batch_size // accelerator.num_processes  # images per process and micro-batch
         self.step_size = config.batch_size * config.gradient_accumulation_steps
         self.retention = Retention(folder.checkpoints, config.checkpoints_total_limit)
@@ -476,7 +477,7 @@ class Trainer:
             "class_names": None if self.data.class_names is None else list(self.data.class_names),
             "text": None if self.data.text is None else asdict(self.data.text),
             "null": self._null,
-            "captions": self.data.captions(CAPTIONS),
+            "captions": self.captions,
         }
         path, failure = checkpoint_path(self.folder.checkpoints, self.step), ""
         if self.accelerator.is_main_process:

@@ -198,6 +198,15 @@ def test_images_are_needed_by_a_teacher_alone(make_mmdit, tmp_path):
         train(make_mmdit(data_dir=data))
 
 
+def test_a_damaged_file_is_passed_over_in_samples_too(make_mmdit, tmp_path):
+    data = write_captioned(tmp_path / "damaged")
+    (data / "0_0.npy").write_bytes(b"nothing")
+    found = load_dataset(str(data), 64, on_bad_file="skip")
+    condition, titles = found.examples(1)
+    assert torch.equal(condition[0], found.example(1)[1]) and len(titles) == 1
+    train(make_mmdit(data_dir=str(data), on_bad_file="skip", enc_type=None, max_train_steps=2))
+
+
 # ---- several processes ----
 
 STEPS = 10
