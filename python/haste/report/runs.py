@@ -25,6 +25,7 @@ from haste.io import read_json
 from haste.plotting import LOSSES
 from haste.report.page import Panel, difference, exact_curve, number_text, smooth_curve, write_page
 from haste.resumable import read_lines
+from haste.tables import format_number
 from haste.training.checkpoint import DIGEST, WRITTEN
 from haste.training.config import TrainConfig
 from haste.training.logging import alignment_end, finite, is_step, read_log
@@ -180,7 +181,9 @@ def digits_quality(record: Mapping[str, Any]) -> Quality | None:
     if step is None or not is_step(step) or not is_step(samples):
         return None
     how = f"{samples:,} samples, {sampling_text(record)}; classifier of the digits against the real digits"
-    return Quality(how, step, finite_values({key: record.get(key) for key in ("fd", "label_accuracy")}))
+    read = record.get(READ) if isinstance(record.get(READ), dict) else {}
+    values = {key: record.get(key) for key in ("fd", "label_accuracy")} | {key: read.get(key) for key in READ_NAMES}
+    return Quality(how, step, finite_values(values))
 
 
 def sampling_text(record: Mapping[str, Any]) -> str:
@@ -233,7 +236,9 @@ DIFFERENCES = {key: title.partition(" (")[0] + ", difference" for key, title in 
 SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
 LOWER_IS_BETTER = {"fd", "kid"}
-SHARES = {"precision", "recall", "coverage", "label_accuracy"}  # from 0 to 1
+READ_NAMES = {"seen_all": "read as asked for", "held_out_all": "the same of held-out combinations"}  # of prompts
+PERCENT = {"label_accuracy", *READ_NAMES}
+SHARES = {"precision", "recall", "coverage", *PERCENT}  # from 0 to 1
 
 
 def write_report(runs: Sequence[Run], page: Path) -> None:
@@ -289,11 +294,11 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
     }
     measured = sorted({number for number, _, _ in values})
     steps = sorted({step for _, step, _ in values})
-    keys = [key for key in NAMES if any(known == key for _, _, known in values)]
+    keys = [key for key in (*NAMES, *READ_NAMES) if any(known == key for _, _, known in values)]
     stops = [(number, step) for number, step in alignment_stops(runs) if number in measured]
     panels = []
     for key in keys:
-        scale = 100.0 if key == "label_accuracy" else 1.0
+        scale = 100.0 if key in PERCENT else 1.0
         points = {n: [(step, scale * values[n, step, key]) for step in steps if (n, step, key) in values]
                   for n in measured}  # fmt: skip
         curves = [exact_curve(number, known) for number, known in points.items() if known]
@@ -302,7 +307,8 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
         panels.append(Panel(title, curves, steps[-1], points=True, log=key == "fd", stops=stops, bounds=bounds))
 
     def cell(number: int, step: int, key: str) -> str:
-        return str(Result(key, values.get((number, step, key)))).rstrip("%")
+        value = values.get((number, step, key))
+        return format_number(value, 1, 100.0) if key in PERCENT else str(Result(key, value))
 
     of_run = [f", {runs[number].name}" if len(runs) > 1 else "" for number in measured]
     return {
@@ -314,7 +320,8 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
 
 
 def metric_name(key: str) -> str:
-    return "Label accuracy, %" if key == "label_accuracy" else NAMES[key][0].upper() + NAMES[key][1:]
+    name = READ_NAMES.get(key) or NAMES[key]
+    return name[0].upper() + name[1:] + (", %" if key in PERCENT else "")
 
 
 def curve_panels(runs: Sequence[Run]) -> list[Panel]:

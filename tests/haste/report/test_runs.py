@@ -11,6 +11,7 @@ from haste.errors import UserError
 from haste.report.runs import (
     Quality,
     digits_quality,
+    measurement,
     read_image,
     read_run,
     samples_quality,
@@ -104,6 +105,17 @@ def test_measurements_compare_if_all_but_the_checkpoint_is_alike():
     assert first.how == second.how != digits_quality(digits_record(400, cfg_scale=2.0)).how
     assert sampling_text(digits_record(1, cfg_scale=2.0, cache="taylor")) == "25 steps, cfg_scale 2.0, cache taylor"
     assert digits_quality({**digits_record(1), "step": None}).values == {}  # of a file that was renamed
+
+
+def test_what_was_read_of_prompts_is_shown(tmp_path):
+    run = write_log(tmp_path, "run", stop=None)
+    rates = {"seen_digit": 0.9, "seen_all": 0.75, "held_out_all": None}
+    records = [digits_record(step, label_accuracy=None, read=rates) for step in (20, 40)]
+    (run / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (quality, _) = (read := read_run(run)).quality
+    assert quality.values == {"fd": 3.0, "seen_all": 0.75}
+    table = measurement([read], quality.how)
+    assert table["header"] == ["Step", "FD", "Read as asked for, %"] and table["rows"][1] == ["40", "3.000", "75.0"]
 
 
 def test_metrics_of_other_data_are_read_by_the_samples_they_are_of():
