@@ -12,6 +12,7 @@ from haste.plotting import (
     plot_step_errors,
     robust_limits,
     smooth,
+    wrapped,
 )
 from PIL import Image
 
@@ -58,6 +59,20 @@ def test_a_grid_shows_larger_images_in_their_own_size_up_to_a_limit(tmp_path, si
     columns = min(10, int(13.0 * 160 / shown))  # dots per inch
     assert red.sum(axis=1).max() == pytest.approx(columns * shown, abs=2 * columns)
     assert red.sum(axis=0).max() == pytest.approx(2 * shown, abs=4)
+
+
+def test_captions_stand_below_their_images_wrapped_to_their_width(tmp_path):
+    images = flat_images((255, 0, 0), (0, 0, 255))
+    captions = ["a red square", "a blue square " * 8]
+    plot_grid(tmp_path / "short.png", images, ["a", "b"], title="two", below=True)
+    plot_grid(tmp_path / "long.png", images, captions, title="two", below=True)
+    short, long = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("short", "long"))
+    assert long.shape[1] == short.shape[1] and long.shape[0] > short.shape[0] + 50
+    red = (long[..., :3] == (255, 0, 0)).all(axis=2)
+    below = long[np.nonzero(red.any(axis=1))[0].max() + 2 :]
+    assert (below < 128).any()  # letters
+    assert max(len(line) for line in wrapped("word " * 40, 1.5).split("\n")) <= 25
+    assert wrapped("word " * 400, 1.5).endswith("…") and wrapped("", 1.5) == ""
 
 
 def test_losses_that_a_run_did_not_have_get_no_panel(tmp_path):

@@ -184,9 +184,8 @@ def load_extractor(name: str, classifier_dir: Path) -> Extractor:
     except UserError as error:
         if str(error).startswith("--features"):
             raise
-        raise UserError(
-            f"--features must be inception:PATH, stored, {', '.join(EXTRACTORS)} or a teacher, got {name}: {error}"
-        ) from error
+        names = f"inception:PATH, pytorch-fid:PATH, stored, {', '.join(EXTRACTORS)} or a teacher"
+        raise UserError(f"--features must be {names}, got {name}: {error}") from error
 
 
 def feature_dimension(name: str) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from haste.data.caption_store import CaptionStore
     from haste.generation.pipeline import LoadedCheckpoint
 
+ENCODERS = "encoders"  # the folder beside runs
 TEXTS_AT_ONCE = 32  # that are encoded
 BATCHES_KEPT = 64  # of their features, each 7.6 MB for CLIP-L
 
@@ -261,7 +263,7 @@ def text_format(loaded: LoadedCheckpoint, given: str | None) -> TextFormat:
     """
     tokens, width = loaded.layout.condition_shape or (0, 0)
     if given is None and loaded.text is not None:
-        return loaded.text
+        return replace(loaded.text, encoder=find_encoder(loaded.text.encoder, loaded.run))
     found = CLIP_L if given is None else TextFormat.of(given)
     if found.width != width or found.tokens < tokens:
         flag = "--text-encoder must be given, one" if given is None else "--text-encoder must be one"
@@ -270,3 +272,11 @@ def text_format(loaded: LoadedCheckpoint, given: str | None) -> TextFormat:
             f"{found.tokens} tokens of {found.width}"
         )
     return TextFormat(found.encoder, tokens, width)
+
+
+def find_encoder(recorded: str, run: Path) -> str:
+    """A recorded encoder; of a folder that is no more, the one of its name that moved with the run, in encoders/ beside
+    it, where training keeps those that it makes."""
+    moved = run.resolve().parent / ENCODERS / Path(recorded).name
+    is_gone = Path(recorded).is_absolute() and not Path(recorded).exists()
+    return str(moved) if is_gone and moved.is_dir() else recorded

@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from haste import plotting
 from haste.cli.main import main
 from haste.evaluation.runs import read_evaluations
 from text_run import write_text_run
 
 QUICK = ("--num-steps", "2", "--num-fid-samples", "6")
+
+
+@pytest.fixture(autouse=True)
+def no_grid(monkeypatch):
+    """Of all samples, which takes longer to plot than these to sample."""
+    monkeypatch.setattr(plotting, "plot_grid", lambda *args, **settings: None)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from digits_run import write_run
 from drawn_images import read_images
 from forked_haste import finish, start_ranks
+from haste import plotting
 from haste.cli.main import main
 from haste.data.images import open_images
 from haste.generation.sample_dir import SampleDir, read_captions
@@ -20,6 +21,14 @@ from text_run import write_text_run
 
 QUICK = ("--num-steps", "3", "--num-fid-samples", "5")
 TWO = ("a red temple", "a dark flower")
+
+
+@pytest.fixture(autouse=True)
+def grids(monkeypatch) -> list[tuple]:
+    """What grids are plotted of, which takes longer than to sample these images."""
+    plotted: list[tuple] = []
+    monkeypatch.setattr(plotting, "plot_grid", lambda *args, **settings: plotted.append((*args, settings)))
+    return plotted
 
 
 @pytest.fixture
@@ -47,7 +56,7 @@ def folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "samples").iterdir() if path.is_dir())
 
 
-def test_captions_stand_beside_the_images_in_the_npz_and_in_the_grid(run, two, capsys):
+def test_captions_stand_beside_the_images_in_the_npz_and_in_the_grid(run, two, capsys, grids):
     main(["sample", "--ckpt", str(run), *QUICK, "--prompts", str(two), "--cfg-scale", "2", "--guidance-high", "0.8"])
     (folder,) = folders(run)
     captions = [TWO[number % 2] for number in range(5)]
@@ -55,7 +64,9 @@ def test_captions_stand_beside_the_images_in_the_npz_and_in_the_grid(run, two, c
     npz = open_images(folder.with_name(folder.name + ".npz"), "--samples")
     assert npz.captions == captions and npz.labels is None
     assert (np.concatenate(list(npz.batches(8))) == read_images(folder)).all()
-    assert Image.open(folder.with_name(folder.name + "-grid.png")).width > 300
+    ((path, images, texts, options),) = grids
+    assert path == folder.with_name(folder.name + "-grid.png") and (images == read_images(folder)).all()
+    assert texts == captions and options["below"]
     settings = json.loads((folder / "sample.json").read_text())["settings"]
     assert settings["prompts"].startswith("2 prompts, ") and "labels" not in settings
     assert "5 images at" in capsys.readouterr().out

@@ -61,10 +61,11 @@ def test_records_table_plot_and_advice_of_a_run(run, tmp_path, capsys, caplog):
 def test_a_model_of_text_is_swept_with_prompts(tmp_path, capsys):
     run = write_text_run(tmp_path / "exps")
     (tmp_path / "prompts.txt").write_text("a red temple\na dark flower\n")
-    flags = ("--ckpt", str(run), *QUICK, *GRID[:7], "--orders", "1", "--features", "digits", "--cfg-scale", "2")
+    grid = ("--caches", "taylor", "--granularities", "model", "--intervals", "3", "--orders", "1")
+    flags = ("--ckpt", str(run), *QUICK, *grid, "--features", "digits", "--cfg-scale", "2")
     main(["sweep", *flags, "--prompts", str(tmp_path / "prompts.txt")])
     records = [json.loads(line) for line in (run / "sweep" / "sweep.jsonl").read_text().splitlines()]
-    assert [record["point"]["cache"] for record in records] == ["none", "none", "taylor", "reuse"]
+    assert [record["point"]["cache"] for record in records] == ["none", "none", "taylor"]
     assert records[0]["sweep"]["settings"]["prompts"].startswith("2 prompts, ")
     assert all(record["label_accuracy"] is None and record["fd"] > 0 for record in records)
     assert records[2]["psnr"] > 0 and "The fastest uncached run" in capsys.readouterr().out

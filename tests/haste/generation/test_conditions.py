@@ -204,6 +204,19 @@ def test_a_model_without_a_recorded_encoder_needs_one_of_its_width(tmp_path, run
     assert given.sample([0])[0].shape == (1, 8, 8, 3)
 
 
+def test_an_encoder_that_training_made_is_found_where_it_moved_with_the_run(tmp_path):
+    run = write_text_run(tmp_path / "exps")
+    loaded = load_checkpoint(run)
+    recorded = loaded.text.encoder
+    assert text_format(loaded, None).encoder == recorded
+    (tmp_path / "exps" / "encoders").mkdir()
+    (tmp_path / "exps" / "clip").rename(tmp_path / "exps" / "encoders" / "clip")
+    assert text_format(loaded, None).encoder == str(tmp_path / "exps" / "encoders" / "clip")
+    (tmp_path / "exps" / "encoders").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="^--text-encoder must be .*clip"):
+        haste.sample(run, prompts=["a red temple"], num_steps=1)
+
+
 @pytest.mark.parametrize("prompts", [[], [""], ["a cat", " "], [3], 3])
 def test_lists_that_are_no_prompts(run, prompts):
     with pytest.raises(UserError, match="^prompts"):
