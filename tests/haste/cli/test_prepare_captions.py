@@ -6,9 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +15,11 @@ from accelerate.state import AcceleratorState
 from forked_haste import finish, start_ranks
 from haste.cli.main import main
 from haste.data import BatchOrder, batches, load_dataset
+from haste.data.caption_folder import Encoders
+from haste.data.caption_sources import open_captioned
 from haste.data.captions import open_captions
 from haste.data.images import square_crop
+from haste.data.prepare_captions import ShardFolder
 from haste.text import TextEncoder, TextFormat
 from haste.vae import VAE, LatentFormat
 from image_files import (
@@ -244,26 +244,6 @@ def test_files_that_a_power_failure_cut_short_are_written_again(tmp_path, prepar
     assert len(load_dataset(str(tmp_path / "out"), 8)) == COUNT
 
 
-def test_kill_9(tmp_path, vae, clip):
-    """The process and its workers, at whatever moment."""
-    write_pairs(tmp_path / "source", 60)
-
-    def command(dest):
-        return words(tmp_path / "source", tmp_path / dest, vae, clip, "repa", "--num-workers", "1")
-
-    process = subprocess.Popen([sys.executable, "-m", "haste", *command("out")], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list((tmp_path / "out").glob("*.npy"))) < 10:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    time.sleep(0.1)
-    for folder in ("out", "unbroken"):
-        main(command(folder))
-        AcceleratorState._reset_state(reset_partial_state=True)
-    assert_same_arrays(tmp_path / "out", tmp_path / "unbroken")
-
-
 def test_ctrl_c_ends_a_command_after_its_batch(tmp_path, prepare, layout, monkeypatch, capsys):
     encode = VAE.encode_to_logvar
 
@@ -281,14 +261,31 @@ def test_ctrl_c_ends_a_command_after_its_batch(tmp_path, prepare, layout, monkey
     assert json.loads((tmp_path / "out/prepare.json").read_text())["finished"] is False
 
 
-def test_each_of_several_processes_takes_its_share(tmp_path, prepare, layout, vae, clip, monkeypatch):
-    monkeypatch.undo()  # the ranks have shards of the usual size
+def test_each_of_several_processes_takes_its_share(tmp_path, prepare, vae, clip):
     source = write_pairs(tmp_path / "source")
     outputs = [tmp_path / "rank0.txt", tmp_path / "rank1.txt"]
-    ranks = start_ranks(words(source, tmp_path / "two", vae, clip, layout), outputs)
+    ranks = start_ranks(words(source, tmp_path / "two", vae, clip, "repa"), outputs)
     printed = [finish(rank, output) for rank, output in zip(ranks, outputs, strict=True)]
     assert [text.count("is ready for haste train") for text in printed] == [1, 0]
-    prepare(source, tmp_path / "one", layout)
+    assert all("3/3" in text for text in printed)
+    prepare(source, tmp_path / "one", "repa")
+    assert_same_arrays(tmp_path / "one", tmp_path / "two")
+
+
+def test_processes_share_the_shards(tmp_path, prepare, vae, clip):
+    source = write_pairs(tmp_path / "source", 9)
+    prepare(source, tmp_path / "one", "shards")
+    text, latents = TextFormat.of(str(clip)), LatentFormat.of(str(vae))
+    folder = ShardFolder(tmp_path / "two", open_captioned(source), 8, latents, text)
+    encoders = Encoders(VAE(latents), TextEncoder(text), 3, 0, "refuse")
+    folder.create(encoders)
+    totals = []
+    for process in (1, 0):
+        for stage in folder.stages(encoders, process, 2):
+            assert sum(stage.run) == stage.total - stage.done
+            totals.append((process, stage.name, stage.total))
+    assert totals == [(1, "captions", 2), (1, "images", 4), (0, "captions", 4), (0, "images", 5)]
+    folder.finish()
     assert_same_arrays(tmp_path / "one", tmp_path / "two")
 
 
