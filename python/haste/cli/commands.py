@@ -278,7 +278,8 @@ def sample(config: SampleConfig) -> None:
 
     The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
     `haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A command
-    that was stopped resumes with the images that are missing.
+    that was stopped resumes with the images that are missing. A model of text is given `--prompts`: a text, a file of
+    them, or the captions of a data set, which stay beside the images.
 
     On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
     """
@@ -314,8 +315,9 @@ def evaluate(config: EvaluateConfig) -> None:
     """Measure how far samples are from real images, and how far a cached run is from its uncached baseline.
 
     Give exactly one of --run (every checkpoint of a run), --ckpt (one checkpoint) or --samples (images that are there).
-    The images of --run and --ckpt are sampled first. Of a run on the digits, every checkpoint is evaluated by FD and
-    label accuracy; all else gets every metric that its features and its reference allow.
+    The images of --run and --ckpt are sampled first. --clip reports the CLIP score of images with captions. Of a run on
+    the digits, every checkpoint is evaluated by FD and label accuracy; all else gets every metric that its features and
+    its reference allow.
     """
     from haste.evaluation.runs import evaluate_config
 
