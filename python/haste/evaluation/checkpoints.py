@@ -6,7 +6,7 @@ Of a run on captions FD, and how often samples show what their prompts ask for, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from haste.distributed import progress_bar
 from haste.errors import UserError, require
 from haste.evaluation.config import EvaluateConfig, MetricConfig
 from haste.evaluation.evaluate import TITLES, Evaluator, Result, notes
-from haste.evaluation.features import extract
+from haste.evaluation.features import PromptReader, extract
 from haste.evaluation.reference import check_replaceable, save_reference
 from haste.generation.config import SamplingConfig
 from haste.generation.pipeline import LoadedCheckpoint, fit_to_family, load_checkpoint, run_checkpoints
@@ -104,13 +104,10 @@ def evaluate_checkpoints(
 
 def with_prompts(settings: SamplingConfig, evaluator: Evaluator) -> SamplingConfig:
     """The settings with the prompts that the extractor reads, if it does, and there are no others."""
-    prompts = getattr(evaluator.extractor, "prompts", None)
-    return settings if prompts is None or settings.prompts else replace(settings, prompts=join_prompts(prompts, "all"))
-
-
-def reads_prompts(evaluator: Evaluator) -> bool:
-    """Whether its extractor reads on samples what prompts asked for, as `haste.registry` has it."""
-    return hasattr(evaluator.extractor, "rates")
+    reader = evaluator.extractor
+    if settings.prompts or not isinstance(reader, PromptReader):
+        return settings
+    return replace(settings, prompts=join_prompts(reader.prompts, "all"))
 
 
 def evaluate_checkpoint(
@@ -135,7 +132,7 @@ def evaluate_checkpoint(
     features = extract(evaluator.extractor, images, evaluator.batch_size)
     captions = sampler.conditions.captions(range(count))
     scores: dict[str, Any]
-    if captions is None:
+    if captions is None or not isinstance(evaluator.extractor, PromptReader):
         scores = evaluator.values(features, labels, OF_CHECKPOINTS)
     else:
         scores = {**evaluator.values(features, labels, ("fd",)), READ: evaluator.extractor.read(images, captions)}
@@ -192,7 +189,7 @@ def plot_run(run: Path, config: EvaluateConfig, records: Sequence[dict[str, Any]
     stop = alignment_end(log)
     title = f"{run.name}: {config.num_fid_samples:,} samples a point, {config.describe()}"
     with writing(f"a plot in {run}", "the scores are kept, and the same command plots them"):
-        if reads_prompts(evaluator):
+        if isinstance(evaluator.extractor, PromptReader):
             plot_rates(run / "evaluation.png", records, evaluator.extractor.rates, title=title, stop=stop)
         else:
             plot_scores(run / "evaluation.png", {run.name: {0: records}}, title=title, stop=stop)
@@ -203,8 +200,8 @@ def plot_run(run: Path, config: EvaluateConfig, records: Sequence[dict[str, Any]
 def records_text(records: Sequence[dict[str, Any]], evaluator: Evaluator) -> str:
     """One row per checkpoint, named by its step or else its file, then how to read the numbers."""
     names = [record["checkpoint"] if record["step"] is None else f"{record['step']:,}" for record in records]
-    if reads_prompts(evaluator):
-        return f"{rates_text(names, records, evaluator)}\n\n{describe_reference(evaluator)}"
+    if isinstance(evaluator.extractor, PromptReader):
+        return f"{rates_text(names, records, evaluator.extractor.rates)}\n\n{describe_reference(evaluator)}"
     rows = [
         (name, [Result(key, record[key]) for key in OF_CHECKPOINTS])
         for name, record in zip(names, records, strict=True)
@@ -212,9 +209,8 @@ def records_text(records: Sequence[dict[str, Any]], evaluator: Evaluator) -> str
     return f"{checkpoints_text(rows)}\n\n{describe_reference(evaluator)}"
 
 
-def rates_text(names: Sequence[str], records: Sequence[dict[str, Any]], evaluator: Evaluator) -> str:
-    """FD and the rates of each checkpoint, in percent; a dash where no prompt asks for it."""
-    rates = evaluator.extractor.rates  # type: ignore[union-attr]
+def rates_text(names: Sequence[str], records: Sequence[dict[str, Any]], rates: Mapping[str, str]) -> str:
+    """FD and the rates of each checkpoint, in percent, by their titles; a dash where no prompt asks for it."""
     rows = [["step", "FD", *rates.values()]]
     for name, record in zip(names, records, strict=True):
         shares = (record[READ].get(key) for key in rates)

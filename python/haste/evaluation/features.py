@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -96,6 +96,22 @@ class Extractor(Protocol):
 
     def __call__(self, images: np.ndarray) -> Features:
         """Features of one batch (n, H, W, 3) uint8."""
+
+
+@runtime_checkable
+class PromptReader(Extractor, Protocol):
+    """An extractor that reads on samples what their prompts asked for.
+
+    Attributes:
+        prompts: of an evaluation; image i has prompt i modulo their number.
+        rates: what `read` returns, by name, with a title for each.
+    """
+
+    prompts: list[str]
+    rates: dict[str, str]
+
+    def read(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, float | None]:
+        """How often images (N, H, W, 3) uint8 show what was asked for, from 0 to 1; None for what no prompt names."""
 
 
 class InceptionExtractor:

@@ -239,6 +239,8 @@ def fill(sampler: Sampler, folder: SampleDir, count: int, batch_size: int, proce
         loaded, guided = sampler.loaded, sampler.rows == 2
         check_memory(loaded.model, sampler.settings, largest, guided, input_shape=loaded.layout.noise_shape)
         sampler.warm_up(largest)
+        if processes.rank < len(batches):  # which loads the text encoder, before the time is taken
+            sampler.conditions.of(batches[processes.rank])
         if processes.first:
             log_cost(sampler, largest)
     with progress_bar(

@@ -181,7 +181,8 @@ def digits_quality(record: Mapping[str, Any]) -> Quality | None:
     if step is None or not is_step(step) or not is_step(samples):
         return None
     how = f"{samples:,} samples, {sampling_text(record)}; classifier of the digits against the real digits"
-    read = record.get(READ) if isinstance(record.get(READ), dict) else {}
+    found = record.get(READ)
+    read = found if isinstance(found, dict) else {}
     values = {key: record.get(key) for key in ("fd", "label_accuracy")} | {key: read.get(key) for key in READ_NAMES}
     return Quality(how, step, finite_values(values))
 
