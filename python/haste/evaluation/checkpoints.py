@@ -135,7 +135,10 @@ def evaluate_checkpoint(
     if captions is None or not isinstance(evaluator.extractor, PromptReader):
         scores = evaluator.values(features, labels, OF_CHECKPOINTS)
     else:
-        scores = {**evaluator.values(features, labels, ("fd",)), READ: evaluator.extractor.read(images, captions)}
+        scores = {
+            **evaluator.values(features, labels, ("fd",)),
+            READ: evaluator.extractor.read(images, [text or "" for text in captions]),
+        }
     return {"step": loaded.step, **scores, "seconds": round(seconds, 2)}
 
 
