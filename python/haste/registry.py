@@ -28,6 +28,8 @@ REFERENCES = {"digits-captions": "digits"}
 IMAGE_SIZES = {"digits": 8}
 FEATURE_DIMENSIONS = {"digits": 64, "digits-captions": 64}
 
+ENCODERS = "encoders"  # the folder, beside those of runs, where data sets keep the text encoders that they train
+
 # A model and a teacher that two processor cores train in minutes.
 _DIGITS = {
     "exp_name": "digits",

@@ -26,6 +26,7 @@ from haste.digits.captions import captioned_digits
 from haste.distributed import progress_bar
 from haste.errors import UserError, in_one_line
 from haste.io import remove_abandoned, temporary_path, writing
+from haste.registry import ENCODERS
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerFast
@@ -57,7 +58,7 @@ class EncoderConfig:
 def load_captioned(folder: Path | None = None) -> CaptionedImages:
     """All digits that are not held out, with their captions and the encoder, which is kept in `folder`."""
     data = captioned_digits()
-    return CaptionedImages(data.images, data.captions, str(prepare_encoder(folder or Path("encoders"))))
+    return CaptionedImages(data.images, data.captions, str(prepare_encoder(folder or Path(ENCODERS))))
 
 
 def prepare_encoder(folder: Path, settings: EncoderConfig | None = None) -> Path:

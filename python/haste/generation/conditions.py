@@ -21,13 +21,13 @@ from haste.errors import BadFile, UserError, shorten
 from haste.generation.config import SamplingConfig
 from haste.generation.labels import NONE, POLICIES, UNLABELLED, choose_labels, image_generator, number_labels
 from haste.generation.prompts import prompt_folder, prompt_texts
+from haste.registry import ENCODERS
 from haste.text import CLIP_L, TextEncoder, TextFormat
 
 if TYPE_CHECKING:
     from haste.data.caption_store import CaptionStore
     from haste.generation.pipeline import LoadedCheckpoint
 
-ENCODERS = "encoders"  # the folder beside runs
 TEXTS_AT_ONCE = 32  # that are encoded
 BATCHES_KEPT = 64  # of their features, each 7.6 MB for CLIP-L
 

@@ -34,7 +34,7 @@ from haste.distributed import StopRequest, in_first, progress_bar, sharding, uns
 from haste.errors import UserError, in_one_line
 from haste.io import require_space, save_tensors
 from haste.models import get_family, new_config
-from haste.registry import TEACHERS, plugin
+from haste.registry import ENCODERS, TEACHERS, plugin
 from haste.training.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -95,7 +95,7 @@ def train(config: TrainConfig) -> TrainResult:
         image_dir=config.image_dir,
         on_bad_file=config.on_bad_file,
         num_classes=config.num_classes,
-        cache=Path(config.output_dir).expanduser() / "encoders",
+        cache=Path(config.output_dir).expanduser() / ENCODERS,
     )
     config = resolve(config, dataset.num_classes)
     accelerator = make_accelerator(config)
