@@ -187,7 +187,7 @@ def require_space(folder: Path, size: int, what: str = "a checkpoint") -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
-        raise OSError(f"{folder} has {free / 2**30:.2f} GiB free, and {what} takes {size / 2**30:.2f} GiB")
+        raise OSError(f"{folder} has {in_bytes(free)} free, and {what} takes {in_bytes(size)}")
 
 
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:

@@ -132,8 +132,6 @@ class TextEncoder(nn.Module):
                 f"{positions} x {config.hidden_size} of {text.encoder}"
             )
         self._tokenizer = _load_tokenizer(text.encoder, source, flag)
-        if self._tokenizer.pad_token is None:
-            raise UserError(f"{flag} must have a tokenizer with a pad_token, got none in {text.encoder}")
         if len(self._tokenizer) > config.vocab_size:
             raise UserError(
                 f"{flag} must have a tokenizer of at most {config.vocab_size:,} tokens, as its config.json, got "
@@ -155,6 +153,7 @@ class TextEncoder(nn.Module):
 
         A prompt of more tokens is truncated and counted; the first is logged.
         """
+        prompts = [in_utf8(prompt) for prompt in prompts]
         self._count_truncated(prompts)
         parts = [prompts[start : start + PROMPTS_AT_A_TIME] for start in range(0, len(prompts), PROMPTS_AT_A_TIME)]
         if not parts:
@@ -177,6 +176,11 @@ class TextEncoder(nn.Module):
                 self.text.tokens, shown(prompts[longer[0]]), lengths[longer[0]],
             )  # fmt: skip
         self.truncated += len(longer)
+
+
+def in_utf8(text: str) -> str:
+    """A text with a question mark for what UTF-8 cannot hold, such as half an emoji, which JSON can."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # ---- files ----
@@ -250,9 +254,12 @@ def _load_tokenizer(name: str, source: str, flag: str) -> Any:
     if not any(_has_file(place, file_name) for file_name in VOCABULARIES):
         raise UserError(f"{flag} must come with a tokenizer ({', '.join(VOCABULARIES)}), got none in {name}")
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **loading_arguments(source))
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **loading_arguments(source))
     except Exception as error:  # transformers', tokenizers' or the hub's own errors
         raise UserError(f"{flag} must come with a tokenizer that can be loaded, got {name}: {reason(error)}") from error
+    if tokenizer.pad_token is None:
+        raise UserError(f"{flag} must have a tokenizer with a pad_token, got none in {name}")
+    return tokenizer
 
 
 def _has_file(source: str, file_name: str) -> bool:

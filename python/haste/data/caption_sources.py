@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from haste.data.sources import FileSource, HuggingFaceSource, ImageSource, check
 from haste.data.tars import Tars, find_tars, open_tars
 from haste.errors import BadFile, OnBadFile, UserError, in_one_line
 from haste.io import in_bytes, read_json
+from haste.text import in_utf8
 from haste.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _captions_of_json(data: bytes, name: str) -> list[str]:
         lines = [found] if isinstance(found, str) else [str(line) for line in found]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadFile(name, f'must be JSON with a "caption" ({in_one_line(error)})') from error
-    return decode_captions("\n".join(" ".join(line.split()) for line in lines).encode("utf-8", "replace"), name)
+    return decode_captions(in_utf8("\n".join(" ".join(line.split()) for line in lines)).encode(), name)
 
 
 def pair_captions(
@@ -225,8 +226,8 @@ def open_coco(annotations: Path, images: Path | None, flag: str, on_bad_file: On
     files, captions = _read_coco(annotations)
     folder = images if images is not None else _images_beside(annotations, flag)
     archive = open_archive(folder, flag if images is None else "--source")
-    present = {os.path.basename(name): name for name in archive.names() if is_image(name)}
-    by_id = {number: present.get(os.path.basename(name)) for number, name in sorted(files.items())}
+    present = [name for name in archive.names() if is_image(name)]
+    by_id = _match(dict(sorted(files.items())), present, annotations)
     chosen = [number for number, name in by_id.items() if name is not None and number in captions]
     if not chosen:
         raise UserError(
@@ -237,11 +238,37 @@ def open_coco(annotations: Path, images: Path | None, flag: str, on_bad_file: On
     silent = [archive.locate(name) for number, name in by_id.items() if name is not None and number not in captions]
     silent += [f"the caption of image {number}" for number in captions if number not in files]
     check_missing(f"{len(silent)} images or captions have no counterpart in {annotations}", silent, on_bad_file)
-    extra = len(present) - sum(name is not None for name in by_id.values())
+    extra = len(set(present).difference(filter(None, by_id.values())))
     if extra:
         logger.info("%d images in %s are not listed in %s and are left out", extra, folder, annotations.name)
     source = FileSource(archive, [by_id[number] or "" for number in chosen])
     return ListedCaptions(source, [captions[number] for number in chosen], f"COCO {annotations.resolve()}")
+
+
+def _match(files: dict[int, str], present: list[str], annotations: Path) -> dict[int, str | None]:
+    """The image of each listed name, by number: of that path, or else of the same name in another folder, if there is
+    one and no other listed file has that name; None if there is none.
+
+    Raises:
+        UserError: several could be meant.
+    """
+    paths, places = set(present), defaultdict(list)
+    for name in present:
+        places[os.path.basename(name)].append(name)
+    listed = Counter(map(os.path.basename, files.values()))
+    found: dict[int, str | None] = {}
+    for number, name in files.items():
+        base = os.path.basename(name)
+        if name in paths:
+            found[number] = name
+        elif listed[base] > 1 or not places[base]:
+            found[number] = None
+        elif len(places[base]) > 1:
+            raise UserError(f"{annotations} must list images by their paths where names are not unique, got {name}, "
+                            f"which is {places[base][0]} or {places[base][1]}")  # fmt: skip
+        else:
+            found[number] = places[base][0]
+    return found
 
 
 def _read_coco(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
@@ -259,7 +286,7 @@ def _read_coco(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
         if type(number) is not int or not isinstance(caption, str):
             raise UserError(f"{path} must be {COCO_FORM}, got {shown(entry)}")
         if caption.strip():
-            captions[number].append(" ".join(caption.split()))
+            captions[number].append(in_utf8(" ".join(caption.split())))
     return files, dict(captions)
 
 
@@ -310,7 +337,7 @@ class ColumnCaptions:
         except Exception as error:  # of pyarrow, among others
             raise BadFile(name, f"cannot be read ({in_one_line(error)})") from error
         lines = [found] if isinstance(found, str) else [line for line in found or [] if isinstance(line, str)]
-        captions = [" ".join(line.split()) for line in lines if line.strip()]
+        captions = [in_utf8(" ".join(line.split())) for line in lines if line.strip()]
         if not captions:
             raise BadFile(name, "must hold a caption, got none")
         return captions

@@ -112,7 +112,7 @@ class CocoFeatures(CaptionStore):
             sentences = {int(number): [str(text) for text in texts] for number, texts in content}
         except (ValueError, TypeError) as error:
             raise UserError(f"{where} must list [number, [caption, ...]], got {shown(content)}") from error
-        fits = all(sentences.get(n, [])[count - 1 : count] for n, count in self._pairs())
+        fits = all(len(sentences.get(n, [])) == count for n, count in self._pairs())
         if not fits:
             raise UserError(f"{where} must list the captions of each image, as many as N_i.npy, got others")
         return sentences

@@ -187,7 +187,8 @@ class Shards(CaptionStore):
 
     def fingerprint(self) -> dict[str, Any]:
         def read(index: int) -> bytes:
-            return self._files.array(self._place(index), "pixels", int(self._row[index])).tobytes()
+            moments = self.moments(index).tobytes() if self.has_moments else b""
+            return self.pixels(index).tobytes() + moments + self.features(index, 0).tobytes()
 
         names = str(self.record.get("source")).encode() + self._shard.tobytes() + self._row.tobytes()
         return fingerprint(len(self), names + self._captions.tobytes(), None, read)

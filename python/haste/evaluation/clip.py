@@ -68,6 +68,8 @@ class ClipExtractor:
             self._normalisation = load_normalisation(name, source, find_family(name, vision), vision.num_channels)
         except UserError as error:
             raise UserError(f"{FLAG} must be a CLIP model, got {name}: {error}") from error
+        if not vision.model_type.startswith("clip"):
+            raise UserError(f"{FLAG} must be a CLIP model of images and texts, got {name}, a {vision.model_type}")
         self.pixels, self.channels = own_image_size(name, vision), vision.num_channels
         self.tokens = TextFormat.of(name, FLAG).tokens
         self._model = _load_model(name, source).to(choose_device())

@@ -15,6 +15,7 @@ from haste.errors import UserError, in_one_line, shorten
 from haste.io import read_bytes
 
 LARGEST_FILE = 2**28  # bytes of a file of prompts: some four million of them
+FILES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".md")  # of which no prompt is the name
 LONGEST_SHOWN = 60  # letters of a prompt in a record
 WANTED = "--prompts must be a text, a UTF-8 file with one on each line, or a folder of captioned data"
 
@@ -92,7 +93,7 @@ def existing_path(given: str) -> Path | None:
 def is_name_of_file(given: str) -> bool:
     """Whether a text can only be meant as the name of a file or a folder."""
     one_word = not any(letter.isspace() for letter in given)
-    return one_word and (given.endswith(".txt") or given.startswith(("/", "./", "../", "~/")))
+    return one_word and (given.endswith(FILES) or given.startswith(("/", "./", "../", "~/")))
 
 
 def _read(path: Path, given: str) -> str:

@@ -269,6 +269,10 @@ class Trainer:
             wanted = f"{self.family.title}, as --model {self.config.model}"
             raise UserError(f"--init-from must be a checkpoint of {wanted}, got one of {other.title}: {path}")
         self.family.check_start(self.model_config, found["model_config"])
+        began = found.get("text")
+        if began and self.data.text is not None and began["encoder"] != self.data.text.encoder:
+            logger.warning("--init-from was trained on features of %s, and the data has those of %s",
+                           began["encoder"], self.data.text.encoder)  # fmt: skip
         return {**found, "opt": None}
 
     def _steps_of_epochs(self, epochs: int) -> int:

@@ -15,6 +15,7 @@ from haste.data.caption_sources import open_captioned
 from haste.data.images import decode_image
 from haste.errors import BadFile, UserError
 from image_files import captions_of, photographs, write_coco, write_hub_captions, write_pairs, write_tars
+from PIL import Image
 
 WRITERS = {
     "coco": write_coco,
@@ -244,3 +245,44 @@ def test_rows_without_a_caption_are_bad_files(tmp_path):
     for index in (1, 2):
         with pytest.raises(BadFile, match=f"caption of image {index} of .* must hold a caption"):
             source.captions(index)
+
+
+def write_folders(root, present, listed, captions=("black", "white")):
+    """COCO's form of grey images: present[i] is a path of brightness 255·i, listed[i] has captions[i]."""
+    (root / "images").mkdir(parents=True)
+    for number, name in enumerate(present):
+        (root / "images" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (255 * number,) * 3).save(root / "images" / name)
+    content = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(listed)],
+        "annotations": [{"image_id": number, "caption": caption} for number, caption in enumerate(captions)],
+    }
+    (root / "captions.json").write_text(json.dumps(content))
+    return root
+
+
+def brightness(source) -> list[tuple[str, int]]:
+    images = (Image.open(io.BytesIO(source.images.read(index))) for index in range(len(source.images)))
+    return [(source.captions(index)[0], image.getpixel((0, 0))[0]) for index, image in enumerate(images)]
+
+
+def test_images_of_one_name_in_several_folders_keep_their_captions(tmp_path):
+    names = ["a/1.png", "b/1.png"]
+    assert brightness(open_captioned(write_folders(tmp_path, names, names))) == [("black", 0), ("white", 255)]
+
+
+def test_a_missing_image_is_not_replaced_by_another_folder_s(tmp_path):
+    path = write_folders(tmp_path, ["b/1.png", "c/2.png"], ["a/1.png", "b/1.png"])
+    with pytest.raises(UserError, match="1 of the images .* are missing.*a/1.png"):
+        open_captioned(path)
+    assert brightness(open_captioned(path, on_bad_file="skip")) == [("white", 0)]
+
+
+def test_a_name_that_several_images_have_is_refused(tmp_path):
+    with pytest.raises(UserError, match="must list images by their paths .* got 1.png"):
+        open_captioned(write_folders(tmp_path, ["a/1.png", "b/1.png"], ["1.png"], ["black"]))
+
+
+def test_half_an_emoji_becomes_a_question_mark(tmp_path):
+    path = write_folders(tmp_path, ["1.png"], ["1.png"], ["a cat \ud83d"])
+    assert open_captioned(path).captions(0) == ["a cat ?"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from haste.data import BadFile, BatchOrder, batches, load_dataset
 from haste.data.captions import open_captions
+from haste.data.dataset import describe_change
 from haste.data.shards import shard_path, write_shard
 from haste.errors import UserError
 from haste.registry import DATASETS
@@ -196,6 +197,16 @@ def test_the_fingerprint_knows_other_data(folder, tmp_path):
     assert load_dataset(str(moved), SIDE).fingerprint() != before
 
 
+@pytest.mark.parametrize("other", ["moments", "features"])
+def test_the_fingerprint_of_shards_knows_another_vae_and_another_encoder(tmp_path, monkeypatch, other):
+    before = load_dataset(str(write_shards(tmp_path / "one")), SIDE).fingerprint()
+    original = globals()[f"{other}_of"]
+    monkeypatch.setitem(globals(), f"{other}_of", lambda of: original(of) + 1)
+    after = load_dataset(str(write_shards(tmp_path / "two")), SIDE).fingerprint()
+    (change,) = describe_change(before, after)
+    assert change.startswith("other files")
+
+
 def test_settings_that_do_not_fit_are_refused(folder):
     with pytest.raises(UserError, match="--num-classes must be left out"):
         load_dataset(str(folder), SIDE, num_classes=10)
@@ -310,6 +321,13 @@ def test_damaged_features_are_refused_or_skipped(tmp_path):
 def test_captions_that_do_not_match_the_features_are_refused(tmp_path, content):
     folder = write("repa", tmp_path)
     (folder / "captions.json").write_text(content)
+    with pytest.raises(UserError, match="captions.json must"):
+        load_dataset(str(folder), SIDE)
+
+
+def test_a_caption_whose_features_are_missing_is_refused(tmp_path):
+    folder = write("repa", tmp_path)
+    (folder / f"1_{len(captions_of(1)) - 1}.npy").unlink()
     with pytest.raises(UserError, match="captions.json must"):
         load_dataset(str(folder), SIDE)
 

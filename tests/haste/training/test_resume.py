@@ -242,7 +242,7 @@ def test_only_the_newest_checkpoints_are_kept(make_config):
 
 def test_a_full_disk_is_reported_before_the_first_step(make_config, monkeypatch):
     monkeypatch.setattr("haste.io.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"cannot be used: .*checkpoints has 0.00 GiB free, and a checkpoint takes"):
+    with pytest.raises(UserError, match=r"cannot be used: .*checkpoints has .* free, and a checkpoint takes"):
         train(make_config())
 
 
@@ -261,7 +261,7 @@ def test_a_disk_that_stays_full_spares_what_is_there(make_config, monkeypatch):
     free = iter([10**12, 10**12, 0, 0])
     monkeypatch.setattr("haste.io.shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
     config = make_config(checkpoints_total_limit=1, max_train_steps=12, checkpointing_steps=4, logging_steps=100)
-    with pytest.raises(UserError, match=r"0000012.pt could not be written: .*checkpoints has 0.00 GiB free"):
+    with pytest.raises(UserError, match=r"0000012.pt could not be written: .*checkpoints has .* free"):
         train(config)
     assert [path.name for path in RunDir(config).checkpoints.iterdir()] == ["0000004.pt"]
 
