@@ -26,7 +26,7 @@ import tyro
 from haste.evaluation.checkpoints import CLASSIFIED_AT_ONCE, evaluate_checkpoints
 from haste.evaluation.evaluate import Evaluator
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import run_checkpoints
+from haste.generation.loaded import run_checkpoints
 from haste.io import write_text
 from haste.plotting import plot_advantage, plot_scores
 from haste.tables import format_number, markdown_table

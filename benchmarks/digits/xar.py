@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
-from haste.generation.pipeline import load_checkpoint
+from haste.generation.loaded import load_checkpoint
 from haste.io import write_text
 from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig

@@ -27,7 +27,8 @@ import torch
 import tyro
 from haste.caching import FAST, CacheConfig, enable_cache
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler, Start, load_checkpoint
+from haste.generation.loaded import load_checkpoint
+from haste.generation.pipeline import Sampler, Start
 from haste.io import write_text
 from haste.tables import markdown_table
 from torch import Tensor, nn

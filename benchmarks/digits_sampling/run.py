@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 from haste.evaluation.evaluate import Evaluator
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import load_checkpoint
+from haste.generation.loaded import load_checkpoint
 from haste.io import write_text
 from haste.sweep.config import Grid, plan
 from haste.sweep.measure import Sweep

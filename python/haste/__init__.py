@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from haste.caching.enable import cached, disable_cache, enable_cache
     from haste.evaluation.evaluate import evaluate
     from haste.generation.config import SamplingConfig
-    from haste.generation.pipeline import LoadedCheckpoint, load_checkpoint
+    from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
     from haste.generation.sample_dir import sample
     from haste.training.config import TrainConfig
     from haste.training.trainer import TrainResult, train
@@ -63,7 +63,7 @@ __getattr__ = lazily(
         "Aligner": "alignment.aligner",
         "CacheConfig": "caching.config",
         "LayerMap": "alignment.aligner",
-        "LoadedCheckpoint": "generation.pipeline",
+        "LoadedCheckpoint": "generation.loaded",
         "SamplingConfig": "generation.config",
         "TrainConfig": "training.config",
         "TrainResult": "training.trainer",
@@ -71,7 +71,7 @@ __getattr__ = lazily(
         "disable_cache": "caching.enable",
         "enable_cache": "caching.enable",
         "evaluate": "evaluation.evaluate",
-        "load_checkpoint": "generation.pipeline",
+        "load_checkpoint": "generation.loaded",
         "sample": "generation.sample_dir",
         "train": "training.trainer",
     },

@@ -20,7 +20,8 @@ from haste.evaluation.evaluate import TITLES, Evaluator, Result, notes
 from haste.evaluation.features import PromptReader, extract
 from haste.evaluation.reference import check_replaceable, save_reference
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, fit_to_family, load_checkpoint, run_checkpoints
+from haste.generation.loaded import LoadedCheckpoint, load_checkpoint, run_checkpoints
+from haste.generation.pipeline import fit_to_family
 from haste.generation.prompts import join_prompts
 from haste.generation.sample_dir import open_sampler
 from haste.io import writing

@@ -33,7 +33,7 @@ from haste.evaluation.metrics import (
 from haste.evaluation.reference import Reference, load_reference, stored_features, stored_reference
 from haste.generation.config import SamplingConfig
 from haste.generation.labels import choose_labels
-from haste.generation.pipeline import LoadedCheckpoint, load_checkpoint
+from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
 from haste.generation.sample_dir import CAPTIONS, RECORD, open_sampler, read_captions, read_record
 from haste.tables import format_number, text_table
 from haste.validation import check_number, shown

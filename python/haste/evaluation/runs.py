@@ -36,7 +36,8 @@ from haste.evaluation.evaluate import (
     recorded_captions,
 )
 from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, steps_text, summarise_steps
-from haste.generation.pipeline import Sampler, fit_to_family, load_checkpoint, run_checkpoints
+from haste.generation.loaded import load_checkpoint, run_checkpoints
+from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.sample_dir import read_record, sample_to_folder
 from haste.io import read_json, write_json, writing
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES

@@ -1,4 +1,5 @@
-"""From a checkpoint to images: the settings (config), batches of images (pipeline), folders of them (sample_dir)."""
+"""From a checkpoint to images: the settings (config), the model (loaded), what images are of (conditions), batches
+of them (pipeline), folders of them (sample_dir)."""
 
 from haste.errors import lazily
 
@@ -7,10 +8,10 @@ __all__ = ["LoadedCheckpoint", "Sampler", "SamplingConfig", "load_checkpoint", "
 __getattr__ = lazily(
     __name__,
     {
-        "LoadedCheckpoint": "pipeline",
+        "LoadedCheckpoint": "loaded",
         "Sampler": "pipeline",
         "SamplingConfig": "config",
-        "load_checkpoint": "pipeline",
+        "load_checkpoint": "loaded",
         "sample": "sample_dir",
     },
 )

@@ -26,7 +26,7 @@ from haste.text import CLIP_L, TextEncoder, TextFormat
 
 if TYPE_CHECKING:
     from haste.data.caption_store import CaptionStore
-    from haste.generation.pipeline import LoadedCheckpoint
+    from haste.generation.loaded import LoadedCheckpoint
 
 TEXTS_AT_ONCE = 32  # that are encoded
 BATCHES_KEPT = 64  # of their features, each 7.6 MB for CLIP-L

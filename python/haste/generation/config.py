@@ -22,7 +22,7 @@ LONGEST_LIST = 20  # characters of a list in the name of a folder
 LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
 
 if TYPE_CHECKING:  # flags are checked without torch
-    from haste.generation.pipeline import LoadedCheckpoint
+    from haste.generation.loaded import LoadedCheckpoint
 
 
 @dataclass(kw_only=True)

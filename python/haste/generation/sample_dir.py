@@ -36,7 +36,8 @@ from haste.errors import UserError, require
 from haste.generation.conditions import Texts
 from haste.generation.config import SampleConfig, SamplingConfig
 from haste.generation.labels import NONE, UNLABELLED, number_labels
-from haste.generation.pipeline import LoadedCheckpoint, Sampler, fit_to_family, load_checkpoint
+from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
+from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.prompts import join_prompts
 from haste.io import read_json, remove_abandoned, write_json, writing
 from haste.resumable import ResumableDir, differences

@@ -23,7 +23,8 @@ from haste.evaluation.features import concatenate
 from haste.evaluation.fidelity import compare_images
 from haste.evaluation.runs import choose_features
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import LoadedCheckpoint, Sampler, fit_to_family, load_checkpoint
+from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
+from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.sample_dir import measure_full_steps
 from haste.io import write_text
 from haste.registry import EXTRACTORS

@@ -137,7 +137,8 @@ def features(tmp_path) -> Path:
 
 def test_a_folder_of_features_gives_one_caption_of_each_image_in_order(run, features):
     from haste.generation.config import SamplingConfig
-    from haste.generation.pipeline import Sampler, load_checkpoint
+    from haste.generation.loaded import load_checkpoint
+    from haste.generation.pipeline import Sampler
 
     words = ["sample", "--ckpt", str(run), *QUICK, "--prompts", str(features), "--cfg-scale", "2"]
     main(words)

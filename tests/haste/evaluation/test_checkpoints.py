@@ -25,7 +25,8 @@ from haste.evaluation.config import EvaluateConfig
 from haste.evaluation.evaluate import Evaluator, evaluate
 from haste.evaluation.reference import load_reference
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler, load_checkpoint, run_checkpoints
+from haste.generation.loaded import load_checkpoint, run_checkpoints
+from haste.generation.pipeline import Sampler
 from haste.training.config import TrainConfig
 from text_run import write_text_run
 

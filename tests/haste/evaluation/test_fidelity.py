@@ -17,7 +17,8 @@ from haste.evaluation.fidelity import (
     summarise_steps,
 )
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler, load_checkpoint
+from haste.generation.loaded import load_checkpoint
+from haste.generation.pipeline import Sampler
 
 
 def random_images(count: int, size: int = 16) -> np.ndarray:

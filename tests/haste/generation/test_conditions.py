@@ -16,7 +16,8 @@ from haste.generation import conditions
 from haste.generation.conditions import PromptConditions, text_format
 from haste.generation.config import SamplingConfig
 from haste.generation.labels import image_generator
-from haste.generation.pipeline import Sampler, load_checkpoint
+from haste.generation.loaded import load_checkpoint
+from haste.generation.pipeline import Sampler
 from haste.samplers import initial_noise, sample
 from haste.text import TextEncoder, TextFormat
 from text_files import CAPTIONS, TOKENS, WIDTH, save_text_encoder

@@ -13,7 +13,8 @@ from forked_haste import start_ranks
 from haste.cli.main import main
 from haste.errors import UserError
 from haste.generation.config import SampleConfig, SamplingConfig
-from haste.generation.pipeline import Sampler, load_checkpoint
+from haste.generation.loaded import load_checkpoint
+from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import sample_to_folder
 from xar_run import write_xar_run
 

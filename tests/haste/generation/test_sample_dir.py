@@ -22,7 +22,8 @@ from haste.distributed import Processes
 from haste.errors import UserError
 from haste.generation.config import SampleConfig as Args
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler, load_checkpoint
+from haste.generation.loaded import load_checkpoint
+from haste.generation.pipeline import Sampler
 from haste.generation.sample_dir import SampleDir, Samples, deal, read_record, sample_to_folder, settle_full_steps
 from image_files import cut_short
 

@@ -9,7 +9,8 @@ from haste.errors import UserError
 from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.reference import load_reference
 from haste.generation.config import SamplingConfig
-from haste.generation.pipeline import Sampler, load_checkpoint
+from haste.generation.loaded import load_checkpoint
+from haste.generation.pipeline import Sampler
 from haste.sweep import measure
 from haste.sweep.config import Grid, plan, point_fields
 from haste.sweep.measure import Sweep, count_cost, count_flops, time_run

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from haste.errors import UserError
-from haste.generation.pipeline import latent_format, load_checkpoint
+from haste.generation.loaded import latent_format, load_checkpoint
 from haste.io import save_tensors
 from haste.models import SiT
 from haste.training.checkpoint import capture_rng, read_newest_checkpoint
