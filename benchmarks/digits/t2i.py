@@ -31,6 +31,7 @@ from haste.io import write_text
 from haste.plotting import LIGHT, heading, save, styled
 from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -52,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SCORES = {
     "FD": ("fd", 1.0, 2),
     "All three read as asked for, %": ("seen_all", 100.0, 1),
-    "The same of combinations that training has not seen, %": ("held_out_all", 100.0, 1),
+    "All three, of held-out combinations, %": ("held_out_all", 100.0, 1),
 }
 PARTS = ("digit", "slant", "weight")
 
@@ -188,6 +189,9 @@ def plot(document: dict[str, Any]) -> None:
                 axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
             axes.set(title=title.removesuffix(", %"), xlabel="Training step", xlim=(0, None))
         panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panels[0].yaxis.set_minor_locator(NullLocator())
         panels[0].legend()
         heading(figure, f"Text to image on the digits, {max(map(len, runs.values()))} seeds: mean, lowest and highest")
         figure.tight_layout()

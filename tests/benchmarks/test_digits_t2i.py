@@ -33,6 +33,10 @@ def test_runs_differ_in_their_coefficients_alone(t2i):
     assert replace(haste, **same) == baseline
 
 
+def test_the_table_is_that_of_the_json(t2i):
+    assert t2i.write_up(t2i.read()) == t2i.TABLE.read_text()
+
+
 def test_a_run_is_scored_once_and_written_up(t2i, tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
     monkeypatch.setattr(t2i, "SETTINGS", replace(t2i.SETTINGS, num_steps=2))

@@ -20,7 +20,7 @@ from haste.digits.captions import (
     read_looks,
     real_thirds,
 )
-from haste.digits.reader import PARTS, PromptReader
+from haste.digits.reader import PARTS, DigitsReader
 from haste.errors import UserError
 
 BOLD_SEVEN = Look(7, "right", "bold")
@@ -120,7 +120,7 @@ def test_the_prompts_of_an_evaluation_are_all_combinations():
 
 @pytest.fixture(scope="module")
 def reader():
-    return PromptReader(train_classifier(ClassifierConfig(epochs=6)))
+    return DigitsReader(train_classifier(ClassifierConfig(epochs=6)))
 
 
 def test_real_digits_are_read_as_their_captions_say(reader):

@@ -15,7 +15,7 @@ from haste.evaluation.features import Features
 PARTS = (*Look._fields, "all")
 
 
-class PromptReader:
+class DigitsReader:
     """The classifier of the digits, as an extractor of features, with the prompts of an evaluation and their reading.
 
     Attributes:
@@ -73,6 +73,6 @@ def _share(hits: list[bool]) -> float | None:
     return float(np.mean(hits)) if hits else None
 
 
-def load_reader(cache: Path) -> PromptReader:
+def load_reader(cache: Path) -> DigitsReader:
     """The reader with the classifier of the folder `cache`, which is trained first if it is missing."""
-    return PromptReader(load_extractor(cache))
+    return DigitsReader(load_extractor(cache))

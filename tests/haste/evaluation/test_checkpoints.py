@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from digits_run import write_run
 from haste.digits import ClassifierConfig, real_digits, train_classifier
-from haste.digits.reader import PromptReader
+from haste.digits.reader import DigitsReader
 from haste.errors import UserError
 from haste.evaluation import checkpoints
 from haste.evaluation import evaluate as evaluate_module
@@ -164,7 +164,7 @@ def test_the_reference_of_a_run_is_saved(tmp_path, evaluator, monkeypatch):
 
 @pytest.fixture(scope="module")
 def reader(evaluator):
-    extractor = PromptReader(evaluator.extractor)
+    extractor = DigitsReader(evaluator.extractor)
     return Evaluator(extractor, load_reference("digits-captions", extractor, 512), batch_size=512)
 
 
