@@ -230,7 +230,7 @@ def plot_rates(
             right.plot(steps, 100.0 * values, "-" if place < half else "--", marker="o", markersize=3.5,
                        color=theme.series[place % half % len(theme.series)], label=name)  # fmt: skip
         right.set(title="Read as asked for (%)")
-        right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)  # dashes are seen
 
 
 def plot_advantage(
