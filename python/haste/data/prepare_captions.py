@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from haste.data.archive import read_npy
 from haste.data.caption_folder import CaptionFolder, Encoders, Stage
 from haste.data.caption_store import NULL
 from haste.data.coco_features import SENTENCES, encode_sentences
@@ -50,7 +51,10 @@ class CocoFeatureFolder(CaptionFolder):
 
     def _check_null(self, encoders: Encoders) -> None:
         """Refuse the features of another encoder's empty caption, which belong to another split."""
-        found = np.load(self.null_path, allow_pickle=False) if self.null_path.stat().st_size < 2**30 else np.empty(0)
+        try:
+            found = read_npy(self.null_path)
+        except BadFile as fault:
+            raise UserError(f"{fault}; remove it to have it written again") from fault
         if found.shape != self.text.shape or not np.allclose(found, encoders.features([""])[0], rtol=1e-2, atol=1e-3):
             raise UserError(
                 f"--text-encoder must be the one of {self.null_path}, which the splits beside {self.path} have in "
