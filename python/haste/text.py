@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from haste._compat import cached_file_if_any, without_load_report
 from haste.errors import UserError, in_one_line
-from haste.io import in_bytes, loading_arguments, read_json, require_source
+from haste.io import loading_arguments, read_json, require_source
 from haste.validation import build, shown
-from haste.weights import reason, weights_size
+from haste.weights import reason, require_weights
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _load_model(name: str, source: str, flag: str) -> nn.Module:
     source = _model_source(source)
     model_class = _model_class(config.model_type)
     if Path(source).is_dir():
-        _require_weights(name, Path(source), model_class, config)
+        require_weights(Path(source), f"the text encoder {name}", lambda: model_class(config))
     try:
         with without_load_report():  # it also lists weights that are not used, such as an image side's
             model, info = model_class.from_pretrained(
@@ -288,19 +288,3 @@ def _load_model(name: str, source: str, flag: str) -> nn.Module:
     if info["missing_keys"]:  # transformers initializes them at random
         raise UserError(f"the text encoder {name} cannot be loaded: its weights lack {min(info['missing_keys'])}")
     return model
-
-
-def _require_weights(name: str, folder: Path, model_class: Any, config: Any) -> None:
-    """UserError if the config asks for more numbers than the files have bytes, before memory is allocated."""
-    size = weights_size(folder, f"the text encoder {name}")
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except Exception as error:  # sizes that do not go together
-        raise UserError(f"the text encoder {name} cannot be loaded: {in_one_line(error)}") from error
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    if numbers > size:
-        raise UserError(
-            f"the text encoder {name} cannot be loaded: its config.json asks for {numbers:,} numbers, but its weights "
-            f"(*.safetensors, *.bin) have {in_bytes(size)}"
-        )

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from haste import kl16
 from haste.errors import UserError, in_one_line
-from haste.io import in_bytes, loading_arguments, read_json, require_source
+from haste.io import loading_arguments, read_json, require_source
 from haste.validation import build, shown
-from haste.weights import load_weights, reason, weights_size
+from haste.weights import load_weights, reason, require_weights
 
 # --vae of REPA's and SiT's generate.py.
 PUBLISHED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
@@ -274,7 +274,11 @@ def _load_model(source: str) -> nn.Module:
 
     _load_config(source, source)
     if Path(source).is_dir():
-        _require_weights(source)
+
+        def build_model() -> nn.Module:
+            return AutoencoderKL.from_config(AutoencoderKL.load_config(source, local_files_only=True))
+
+        require_weights(Path(source), f"the VAE {source}", build_model)
     try:
         model, report = AutoencoderKL.from_pretrained(source, output_loading_info=True, **loading_arguments(source))
     except Exception as error:  # of diffusers, safetensors or the hub
@@ -282,24 +286,6 @@ def _load_model(source: str) -> nn.Module:
     if report["missing_keys"]:
         raise UserError(f"the VAE {source} cannot be loaded: its weights lack {report['missing_keys'][0]}")
     return model.float()
-
-
-def _require_weights(source: str) -> None:
-    """UserError if a folder's config asks for more numbers than its files have bytes, before memory is allocated."""
-    from diffusers import AutoencoderKL
-
-    size = weights_size(Path(source), f"the VAE {source}")
-    try:
-        with torch.device("meta"):
-            model = AutoencoderKL.from_config(AutoencoderKL.load_config(source, local_files_only=True))
-    except Exception as error:  # sizes that do not go together
-        raise UserError(f"the VAE {source} cannot be loaded: {in_one_line(error)}") from error
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    if numbers > size:
-        raise UserError(
-            f"the VAE {source} cannot be loaded: its config.json asks for {numbers:,} numbers, but its weights "
-            f"(*.safetensors, *.bin) have {in_bytes(size)}"
-        )
 
 
 def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
+from haste.io import in_bytes
 from haste.validation import shown
 
 ZIP = b"PK\x03\x04"
@@ -295,6 +296,28 @@ def weights_size(folder: Path, what: str) -> int:
         except Exception as error:  # zipfile raises anything for a damaged file
             raise UserError(f"{what} cannot be loaded: {path.name}: {in_one_line(error)}") from error
     return sum(path.stat().st_size for path in files)
+
+
+def require_weights(folder: Path, what: str, build: Callable[[], nn.Module], per_byte: float = 1) -> None:
+    """Raise UserError if a model asks for more numbers than the files of its folder have bytes, before memory is
+    allocated for it.
+
+    Args:
+        folder: of from_pretrained().
+        what: the model, for messages.
+        build: makes the model by its config.
+        per_byte: numbers that a byte may stand for; above 1 for files that may leave out parts of the model.
+    """
+    size = weights_size(folder, what)
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception as error:  # sizes that do not go together
+        raise UserError(f"{what} cannot be loaded: {in_one_line(error)}") from error
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if numbers > per_byte * size:
+        raise UserError(f"{what} cannot be loaded: its config.json asks for {numbers:,} numbers, but its weights "
+                        f"(*.safetensors, *.bin) have {in_bytes(size)}")  # fmt: skip
 
 
 def to_plain(value: Any, level: int = 0) -> Any:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,17 +160,27 @@ def augment(images: Tensor, noise: float) -> Tensor:
 
 
 def save_teacher(model: Dinov2ForImageClassification, target: Path) -> None:
-    """Write the folder under another name first: a kill leaves no half teacher behind."""
+    """Write the teacher's folder, with how its images are normalised."""
+    save_model(target, [model.dinov2], {"image_mean": [0.5], "image_std": [0.5], "do_normalize": True})
+
+
+def save_model(target: Path, parts: Sequence[Any], images: dict[str, Any]) -> None:
+    """Write a folder of save_pretrained() under another name first: a kill leaves no half model behind.
+
+    Args:
+        parts: what is saved: a model, and its tokenizer if it has one.
+        images: the content of preprocessor_config.json.
+    """
     remove_abandoned(target)
     temporary = temporary_path(target)
-    settings = {"image_mean": [0.5], "image_std": [0.5], "do_normalize": True}
     try:
         with writing(str(target)):
-            model.dinov2.save_pretrained(temporary)
-            (temporary / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            for part in parts:
+                part.save_pretrained(temporary)
+            (temporary / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
             os.replace(temporary, target)
     except (UserError, SafetensorError) as error:
-        if not (target / "config.json").is_file():  # where another process has put the same teacher
+        if not (target / "config.json").is_file():  # where another process has put the same model
             raise UserError(in_one_line(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

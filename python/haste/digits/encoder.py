@@ -6,11 +6,8 @@ their embeddings, with a temperature that is learnt.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +18,9 @@ from torch import Tensor
 
 from haste.data.captions import CaptionedImages
 from haste.data.loader import BatchOrder
-from haste.digits import SIDE, digest, one_thread, shift_randomly
+from haste.digits import SIDE, digest, one_thread, save_model, shift_randomly
 from haste.digits.captions import captioned_digits
 from haste.distributed import progress_bar
-from haste.errors import UserError, in_one_line
-from haste.io import remove_abandoned, temporary_path, writing
 from haste.registry import ENCODERS
 
 if TYPE_CHECKING:
@@ -161,7 +156,7 @@ def contrastive_loss(model: CLIPModel, images: Tensor, tokens: Tensor) -> Tensor
 
 
 def save_encoder(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
-    """Write the folder under another name first: a kill leaves no half encoder behind."""
+    """Write the encoder's folder, with its tokenizer and how its images are prepared."""
     images = {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": SIDE},
@@ -169,17 +164,4 @@ def save_encoder(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, target: P
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-    remove_abandoned(target)
-    temporary = temporary_path(target)
-    try:
-        with writing(str(target)):
-            temporary.mkdir(parents=True)
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
-            os.replace(temporary, target)
-    except UserError as error:
-        if not (target / "config.json").is_file():  # where another process has put the same encoder
-            raise UserError(in_one_line(error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    save_model(target, [model, tokenizer], images)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from haste._compat import cached_file_if_any
 from haste.errors import UserError, in_one_line
-from haste.io import in_bytes, loading_arguments, read_json, require_source
+from haste.io import loading_arguments, read_json, require_source
 from haste.registry import TEACHERS, plugin
 from haste.teachers.families import (
     HALF,
@@ -33,7 +33,7 @@ from haste.teachers.families import (
     resolve_teacher,
 )
 from haste.validation import build
-from haste.weights import weights_size
+from haste.weights import require_weights
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,12 @@ def load_config(name: str, source: str, flag: str = "--enc-type") -> PretrainedC
     own_image_size(name, tower)
     patch_size_of(name, tower)
     if Path(source).is_dir():
-        _require_weights(name, Path(source), config)
+        require_weights(
+            Path(source),
+            f"the teacher {name}",
+            lambda: AutoModel.from_config(config, trust_remote_code=False),
+            MOST_NUMBERS_PER_BYTE,
+        )
     return tower
 
 
@@ -127,22 +132,6 @@ def _check_sizes(name: str, values: dict[str, Any]) -> None:
             continue
         if type(value) is not int or not least <= value <= most:
             raise UserError(f"{key} of the teacher {name} must be {least} to {most:,}, got {str(value)[:40]}")
-
-
-def _require_weights(name: str, folder: Path, config: PretrainedConfig) -> None:
-    """Raise UserError if the config asks for far more parameters than the files can hold."""
-    size = weights_size(folder, f"the teacher {name}")
-    try:
-        with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=False)
-    except Exception as error:  # sizes that do not fit together
-        raise UserError(f"the teacher {name} cannot be loaded: {in_one_line(error)}") from error
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    if numbers > MOST_NUMBERS_PER_BYTE * size:
-        raise UserError(
-            f"the teacher {name} cannot be loaded: its config.json asks for {numbers:,} numbers, and its weights "
-            f"(*.safetensors, *.bin) have {in_bytes(size)}"
-        )
 
 
 # ---- normalisation ----

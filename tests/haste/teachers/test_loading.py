@@ -56,7 +56,7 @@ def change(folder: Path, **values) -> None:
         ({"patch_size": 0}, "patch_size .* must be 1 to 4,096 pixels, got 0"),
         ({"patch_size": []}, "patch_size"),
         ({"image_size": 10**6}, "image_size .* must be .* got 1000000"),
-        ({"hidden_size": 24_000}, r"its config.json asks for [\d,]+ numbers, and its weights .* have \d"),
+        ({"hidden_size": 24_000}, r"its config.json asks for [\d,]+ numbers, but its weights .* have \d"),
         ({"layer_norm_eps": "small"}, "cannot be loaded"),
         ({"hidden_act": "no-such-function"}, "cannot be loaded"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "got quantized"),
