@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from haste.digits import encoder
@@ -13,10 +15,13 @@ from haste.digits.encoder import (
     load_captioned,
     make_tokenizer,
     prepare_encoder,
+    save_encoder,
     tokenized,
     train_encoder,
 )
+from haste.errors import UserError
 from haste.text import TextEncoder, TextFormat
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 
 SMALL = EncoderConfig(hidden_size=16, num_attention_heads=2, steps=2)
@@ -84,3 +89,14 @@ def test_the_data_set_names_its_encoder(tmp_path, monkeypatch):
     data = load_captioned(tmp_path)
     assert data.encoder == str(tmp_path / "one") and len(data.images) == len(data.captions)
     assert data.images.min() == -1 and data.images.max() == 1
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    """safetensors has errors of its own."""
+
+    def fail(folder):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        save_encoder(SimpleNamespace(save_pretrained=fail), SimpleNamespace(), tmp_path / "clip")
+    assert list(tmp_path.iterdir()) == []
