@@ -21,7 +21,7 @@ def your_loop(model: nn.Module, x: Tensor, labels: Tensor, num_steps: int) -> Te
     """Euler steps along the velocity from noise, t = 1, to the images, t = 0."""
     for step in range(num_steps):
         t = torch.full((len(x),), 1 - step / num_steps)
-        x = x - model(x, t, labels).velocity / num_steps
+        x = x - model(x, t, labels).prediction / num_steps
     return x
 
 

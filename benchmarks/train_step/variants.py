@@ -132,7 +132,7 @@ class Contender:
                 output = self.model(x_t, t, batch.condition)
             else:
                 output = self.model(x_t, t, batch.condition, aligner.student_layers, aligner.project)
-        loss = velocity_loss(output.velocity, target)
+        loss = velocity_loss(output.prediction, target)
         if aligner is not None:
             with self.case.autocast():
                 alignment, _ = aligner(output, batch.images)

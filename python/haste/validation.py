@@ -242,6 +242,7 @@ BOUNDS: dict[str, Bounds] = {
     "resume_step": TRAINING_STEPS,
     # the sampler
     "num_steps": STEPS,
+    "guided_channels": Bounds(1, 4096),
     "stagger": GATE,
     "cfg_scale": Bounds(1, 1000, Real),
     "guidance_low": TIME,

@@ -23,7 +23,7 @@ LAYERS = [
     {"teachers", "data", "distributed", "plotting"},
     {"models", "vae", "text"},
     {"kl16"},
-    {"samplers", "transport", "cuda_graphs", "weights", "validation", "tables", "registry", "torchscript"},
+    {"samplers", "transport", "diffusion", "cuda_graphs", "weights", "validation", "tables", "registry", "torchscript"},
     {"resumable"},
     {"io", "errors", "_compat"},
 ]

@@ -209,7 +209,7 @@ def test_a_trainer_of_ones_own_aligns_a_model_that_haste_does_not_know(tmp_path)
 @pytest.mark.parametrize(
     "settings, named",
     [
-        ({"mode": "euler"}, "mode must be one of 'ode', 'sde', got 'euler'"),
+        ({"mode": "euler"}, "mode must be one of 'ode', 'sde', 'ddim', 'ddpm' or nothing, got 'euler'"),
         ({"num_images": 0}, "num_images must be an integer from 1"),
         ({"batch_size": 0}, "batch_size must be an integer from 1"),
         ({"labels": []}, "labels must be one class or more"),

@@ -144,8 +144,8 @@ def test_none_passes_where_it_is_the_default_alone():
 @pytest.mark.parametrize(
     "settings, named",
     [
-        ({"mode": "SDE"}, "mode must be one of 'ode', 'sde', got 'SDE'"),
-        ({"mode": 3}, "mode must be one of 'ode', 'sde', got 3"),
+        ({"mode": "SDE"}, "mode must be one of 'ode', 'sde', 'ddim', 'ddpm' or nothing, got 'SDE'"),
+        ({"mode": 3}, "mode must be one of 'ode', 'sde', 'ddim', 'ddpm' or nothing, got 3"),
         ({"ema": "no"}, "ema must be true or false, got 'no'"),
         ({"fast": "no"}, "fast must be true or false, got 'no'"),
         ({"heun": "no"}, "heun must be true or false, got 'no'"),

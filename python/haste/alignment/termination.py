@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from haste.alignment.aligner import Aligner, LayerMap
 from haste.errors import UserError
 from haste.models import get_family
-from haste.transport import velocity_loss
 
 ProbeBatch = tuple[Tensor, Tensor, Tensor]
 """Inputs of the model (B, C, S, S), images for the teachers (B, C, R, R), conditions (B, ...)."""
@@ -117,11 +116,11 @@ def _probe_losses(
         noise = torch.randn(family.noise_shape(model, x), generator=generator).to(x.device)
         outputs = aligner.teacher_outputs(images)
         for index, time in enumerate(times):
-            t = torch.full((len(x),), time, device=x.device)
+            t = torch.full((len(x),), family.time(time), device=x.device)
             x_t, target = family.interpolate(model, x, noise, t, path_type)
             output = model(x_t, t, family.condition(condition), aligner.student_layers, aligner.project)
             losses = aligner.losses_of(output, outputs)
-            yield index, len(x), aligner.weigh(losses), velocity_loss(output.velocity, target)
+            yield index, len(x), aligner.weigh(losses), family.loss(output.prediction, target)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -89,16 +89,23 @@ class SamplingConfig(CacheConfig):
     stagger: int | None = None
     """Where images are made in parts: each starts this many steps behind the one before it, and all parts under way
     are one model call; 0 is all at once. [default: a part starts when the one before it is done]"""
-    mode: Literal["ode", "sde"] = "ode"
-    """Sampler: ode (Euler, deterministic) or sde (Euler-Maruyama, fresh noise at each step)."""
+    mode: Literal["ode", "sde", "ddim", "ddpm"] | None = None
+    """Sampler. Of a model that predicts a velocity: ode (Euler, deterministic) or sde (Euler-Maruyama, fresh noise at
+    each step). Of one that predicts noise, such as DiT: ddim (deterministic) or ddpm. [default: ode or ddim]"""
     heun: bool = False
     """Use Heun's second-order ODE sampler; two model calls per step."""
+    timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
+    """Times of ddim and ddpm, by diffusers' names: linspace (evenly from 999 to 0, as DiT), leading (multiples of
+    1000 / --num-steps from 0) or trailing (the same, counted down from 999). [default: linspace]"""
     cfg_scale: float = 1.0
     """Classifier-free guidance scale; 1 disables guidance."""
     guidance_low: float = 0.0
     """Lower end of the guidance interval; time 0 is the image."""
     guidance_high: float = 1.0
     """Upper end of the guidance interval; time 1 is pure noise."""
+    guided_channels: int | None = None
+    """How many of the model's channels guidance changes, from the first. [default: all; the first 3 of the latents of
+    DiT and of SiT's own trainer, as they do]"""
     guidance_mode: Literal["batched", "separate"] = "batched"
     """Run cond and uncond as one batch, or as two with half the memory."""
     global_seed: int = 0
@@ -123,7 +130,14 @@ class SamplingConfig(CacheConfig):
     @property
     def sampler(self) -> str:
         """The name of the sampler in `haste.samplers`."""
+        if self.mode in ("ddim", "ddpm"):
+            return self.mode
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
+
+    @property
+    def noisy(self) -> bool:
+        """Whether each step adds noise."""
+        return self.mode in ("sde", "ddpm")
 
     @property
     def cell_step_list(self) -> list[int]:
@@ -169,7 +183,9 @@ class SamplingConfig(CacheConfig):
 
     def describe(self) -> str:
         """'50 Euler steps, guidance 1.5, Taylor per module, interval 4, order 4', for titles."""
-        parts = [f"{self.cell_steps or self.num_steps} {self.sampler.title()} steps"]
+        name = self.sampler.upper() if self.sampler in ("ddim", "ddpm") else self.sampler.title()
+        parts = [f"{self.cell_steps or self.num_steps} {name} steps"]
+        parts += [] if self.timestep_spacing in (None, "linspace") else [f"{self.timestep_spacing} times"]
         parts += [] if self.stagger is None else [f"stagger {self.stagger}"]
         if self.cfg_scale > 1:
             within = "" if self.guidance_interval is None else " from {:g} to {:g}".format(*self.guidance_interval)
@@ -181,6 +197,7 @@ class SamplingConfig(CacheConfig):
     def short_name(self) -> str:
         """'euler-50-cfg1.5-seed0-taylor-module-i4-o4', for folders: the settings that users vary most."""
         parts = [self.sampler, _list_name(self.cell_step_list or [self.num_steps])]
+        parts += [] if self.timestep_spacing in (None, "linspace") else [self.timestep_spacing]
         parts += [] if self.stagger is None else [f"stagger{self.stagger}"]
         parts += [f"cfg{self.cfg_scale:g}"]
         if self.guidance_interval is not None:
@@ -211,7 +228,7 @@ class SamplingConfig(CacheConfig):
         prompts = fields.pop("prompts")
         if prompts:
             fields["prompts"] = describe_prompts(prompts)
-        for name in ("cell_steps", "stagger"):
+        for name in ("cell_steps", "stagger", "timestep_spacing", "guided_channels"):
             if fields[name] in ("", None):
                 del fields[name]
         return {**fields, **self.cache_fields()}
@@ -231,8 +248,8 @@ class SamplingConfig(CacheConfig):
 
     def check(self) -> None:
         """Raise UserError for values out of bounds and settings that contradict each other."""
-        if self.heun and self.mode == "sde":
-            raise UserError("--heun must come with --mode ode, got --mode sde")
+        if self.heun and self.mode not in (None, "ode"):
+            raise UserError(f"--heun must come with --mode ode, got --mode {self.mode}")
         self._check_parts()
         self.check_cache()
         if not self.guidance_low <= self.guidance_high:
@@ -287,7 +304,7 @@ class SampleConfig(SamplingConfig, PublishedFlags):
         `fast` stays, for the granularity depends on the model (`fit_to_family`); resolved settings stay as they are.
         """
         flag = "cell-steps" if self.cell_steps else "num-steps"
-        chosen = asdict(fast_config(self.shortest, self.mode == "sde", flag)) if self.fast else {}
+        chosen = asdict(fast_config(self.shortest, self.noisy, flag)) if self.fast else {}
         given = {name: getattr(self, name) for name in chosen}
         if given != chosen:
             for name, default in asdict(CacheConfig()).items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from haste.caching import CacheConfig, make_cache
 from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
+from haste.diffusion import spaced_times
 from haste.errors import UserError
 from haste.generation.conditions import Texts, check_condition, open_conditions
 from haste.generation.config import SamplingConfig, Settings
@@ -53,16 +54,40 @@ def fit_to_family(settings: Settings, loaded: LoadedCheckpoint, fast: bool = Fal
     take apart, of granularity output.
 
     Raises:
-        UserError: labels of a model of text, or prompts of one of classes; settings for images made in parts, and the
-            family makes them whole, or in another number of parts.
+        UserError: labels of a model of text, or prompts of one of classes; a sampler of other models; settings for
+            images made in parts, and the family makes them whole, or in another number of parts.
     """
     check_condition(settings, loaded)
+    settings = _fit_sampler(settings, loaded)
     _check_parts(settings, loaded)
     if loaded.layout.condition_shape is not None:
         settings = replace(settings, labels=POLICIES[0])  # which the settings of commands have in common
     if fast and loaded.family.cached(loaded.model) is None:
         settings = replace(settings, granularity="output")
     return settings.in_parts() if loaded.family.in_parts else settings
+
+
+def _fit_sampler(settings: Settings, loaded: LoadedCheckpoint) -> Settings:
+    title, channels = loaded.family.title, loaded.layout.input_shape[0]
+    noise = loaded.family.prediction == "noise"
+    modes, what = (("ddim", "ddpm"), "noise") if noise else (("ode", "sde"), "a velocity")
+    settings = replace(settings, mode=settings.mode or modes[0])  # type: ignore[arg-type]
+    if settings.mode not in modes:
+        raise UserError(f"--mode must be {' or '.join(modes)} for this {title}, which predicts {what}, got "
+                        f"{settings.mode}")  # fmt: skip
+    if noise and settings.heun:
+        raise UserError(f"--heun must be left out for this {title}, which predicts noise")
+    if not noise and settings.timestep_spacing is not None:
+        raise UserError(f"--timestep-spacing must be left out for this {title}, which predicts a velocity, got "
+                        f"{settings.timestep_spacing}")  # fmt: skip
+    if noise:
+        spacing = settings.timestep_spacing or "linspace"
+        settings = replace(settings, timestep_spacing=spacing)
+        spaced_times(settings.num_steps, spacing)  # refuses what does not fit
+    if settings.guided_channels is not None and not 1 <= settings.guided_channels <= channels:
+        raise UserError(f"--guided-channels must be from 1 to {channels}, the channels of the model, got "
+                        f"{settings.guided_channels}")  # fmt: skip
+    return settings
 
 
 def _check_parts(settings: SamplingConfig, loaded: LoadedCheckpoint) -> None:
@@ -112,7 +137,7 @@ class Sampler:
             return self._solver.calls, self._solver.calls
         s = self.settings
         guidance = Guidance(s.cfg_scale, s.guidance_low, s.guidance_high, s.guidance_mode)
-        count = len(model_calls(s.sampler, s.num_steps, guidance))
+        count = len(model_calls(s.sampler, s.num_steps, guidance, s.timestep_spacing or "linspace"))
         return count, count
 
     @property
@@ -185,10 +210,10 @@ class Sampler:
         x = like.new_zeros(rows, *self.loaded.layout.input_shape)
         y = self._blank(rows)
         if self.cache is None:
-            model(x, like.new_ones(rows), y)
+            model(x, torch.full((rows,), self.loaded.family.time(1.0), device=like.device), y)
         else:
             steps = self.settings.num_steps
-            times = [1 - step / steps for step in range(steps)]
+            times = [self.loaded.family.time(1 - step / steps) for step in range(steps)]
             self.cache.start(times)
             for time in times:
                 self.cache(x, times_at(time, rows, like.dtype, like.device), y)
@@ -272,7 +297,8 @@ class Sampler:
             guidance_low=settings.guidance_low,
             guidance_high=settings.guidance_high,
             guidance=settings.guidance_mode,
-            guided_channels=self.loaded.guided_channels,
+            guided_channels=settings.guided_channels or self.loaded.guided_channels,
+            timestep_spacing=settings.timestep_spacing or "linspace",
             null=self.null,
             generator=generators,
             progress=progress,

@@ -28,10 +28,13 @@ from haste.models.registry import (
     register,
 )
 from haste.models.sit import SIT_MODELS, SiT
+
+from haste.models.dit import DIT_MODELS, DiT  # isort: skip - after SiT, whose transformer it is
 from haste.models.xar import XAR
 from haste.models.xar_family import XAR_SIZES
 
 __all__ = [
+    "DIT_MODELS",
     "MMDIT_SIZES",
     "SIT_MODELS",
     "XAR",
@@ -39,6 +42,7 @@ __all__ = [
     "CachedBlock",
     "CachedTransformer",
     "Convention",
+    "DiT",
     "Family",
     "ForeignCheckpoints",
     "Layout",

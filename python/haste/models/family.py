@@ -30,8 +30,7 @@ OWN_SETTINGS = ("entity", "entity_size", "context", "dropout")  # settings that 
 class ModelOutput(NamedTuple):
     """What a model returns.
 
-    velocity: shaped as x. Or what else the model predicts, if its family's `interpolate` has that as the target and
-        its `sample` makes a velocity of it.
+    prediction: the velocity, shaped as x; or what else the family's `loss` compares with its target, such as noise.
     queries_keys: for each layer that was asked for, in that order, (q, k) as attention used them, each (B, H, N, D),
         strided. The image's tokens are the last ones, row by row, or as `order` says.
     projections: per projector (B, tokens of the image, z_dim); empty unless asked for.
@@ -41,7 +40,7 @@ class ModelOutput(NamedTuple):
         projections is, after the prefix; None for row by row.
     """
 
-    velocity: Tensor
+    prediction: Tensor
     queries_keys: list[tuple[Tensor, Tensor]]
     projections: list[Tensor]
     prefix: int = 0
@@ -203,6 +202,8 @@ class Family(ABC):
     settings: those of OWN_SETTINGS that its models have, with their defaults; others are refused.
     published_alignment: HASTE's layers, by the part of those names before the slash.
     foreign: how to read the checkpoints of other trainers.
+    prediction: what its models predict, "v" for the velocity or "noise" (`haste.diffusion`), by which samplers go; an
+        attribute of its modules, too.
     in_parts: images are made in parts, by `solve.parts` (`haste.samplers.Solver`), be it of one part.
 
     A config is a dictionary of plain values, which checkpoints hold.
@@ -214,6 +215,7 @@ class Family(ABC):
     settings: Mapping[str, Any] = {}
     published_alignment: Mapping[str, PublishedAlignment] = {}
     foreign: ForeignCheckpoints = ForeignCheckpoints()
+    prediction: Literal["v", "noise"] = "v"
     in_parts: bool = False
 
     # ---- the model ----
@@ -333,9 +335,22 @@ class Family(ABC):
         """The shape of the noise for `interpolate`, of as many images as x has: as `Layout.noise_shape`."""
         return tuple(x.shape)
 
-    def interpolate(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
-        """x at time t, and what the model is to predict, both shaped as x; t (B,) or as `sample_times` gives it."""
+    def time(self, share: float) -> float:
+        """The time of the model at a share of the way from data (0) to noise (1)."""
+        return share
+
+    def interpolate(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Any]:
+        """x at time t, and what `loss` compares the model's prediction with; t (B,) or as `sample_times` gives it."""
         return transport.interpolate(x, noise, t, path)
+
+    def loss(self, predicted: Tensor, target: Any) -> Tensor:
+        """The loss without alignment, a scalar of at least float32.
+
+        Args:
+            predicted: what the model returned.
+            target: as `interpolate` gives it.
+        """
+        return transport.velocity_loss(predicted, target)
 
     # ---- sampling and caching ----
 

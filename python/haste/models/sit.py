@@ -146,6 +146,7 @@ class SiT(nn.Module):
     """
 
     family = "sit"
+    outputs = 1  # numbers that are predicted of each number of x
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class SiT(nn.Module):
         )
         with torch.random.fork_rng(devices=[]):  # the trunk's weights do not depend on whether there are projectors
             self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels * self.outputs)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -256,7 +257,7 @@ class SiT(nn.Module):
         return ModelOutput(self.finish(tokens, c), [], [])
 
     def finish(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """The last tokens (B, N, width) and the conditioning to the velocity (B, C, S, S)."""
+        """The last tokens (B, N, width) and the conditioning to the prediction (B, outputs·C, S, S)."""
         return unpatchify(self.final_layer(tokens, c), self.patch_size)
 
     def forward(
@@ -349,6 +350,7 @@ class SiTFamily(Family):
 
     name = "sit"
     title = "SiT"
+    module: type[SiT] = SiT
     published_alignment = PUBLISHED_ALIGNMENT
     foreign = SiTCheckpoints()
     sizes = {
@@ -358,7 +360,7 @@ class SiTFamily(Family):
     }
 
     def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> SiT:
-        return SiT(**config, z_dims=z_dims)
+        return self.module(**config, z_dims=z_dims)
 
     def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
         check_sizes({**size, "input_size": data.input_size}, size_flag)
@@ -392,7 +394,7 @@ class SiTFamily(Family):
         width, patch = config["hidden_size"], config["patch_size"]
         tokens = (config["input_size"] // patch) ** 2
         block = tokens * 12 * width * width + 2 * tokens * tokens * width + 6 * width * width
-        ends = 2 * tokens * patch * patch * config["in_channels"] * width
+        ends = (1 + self.module.outputs) * tokens * patch * patch * config["in_channels"] * width
         return 3 * 2 * (config["depth"] * block + ends)
 
     def null(self, model: nn.Module) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""Samplers from t = 1 (noise) to t = 0 (data), with classifier-free guidance.
+"""Samplers from noise to data, with classifier-free guidance: of models that predict a velocity, from t = 1 to t = 0,
+and of models that predict noise, from t = 999 to t = 0.
 
-`methods` has one short function per sampler, a coroutine that asks for velocities; `guidance` what a velocity is made
-of; `run` drives a sampler on a model (`sample`), `parts` several of them on images that are made in parts.
+`methods` has one short function per sampler, a coroutine that asks for predictions; `guidance` what one is made of;
+`run` drives a sampler on a model (`sample`), `parts` several of them on images that are made in parts.
 """
 
 from haste.samplers.guidance import (
@@ -21,6 +22,9 @@ from haste.samplers.methods import (
     SAMPLERS,
     Method,
     Request,
+    choose_sampler,
+    ddim,
+    ddpm,
     euler,
     euler_maruyama,
     evaluations,
@@ -48,6 +52,9 @@ __all__ = [
     "Request",
     "Solver",
     "Velocity",
+    "choose_sampler",
+    "ddim",
+    "ddpm",
     "euler",
     "euler_maruyama",
     "evaluate",

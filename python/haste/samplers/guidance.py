@@ -11,12 +11,12 @@ from torch import Tensor
 
 from haste._compat import version
 from haste.errors import UserError
-from haste.samplers.methods import evaluations, time_grid
+from haste.samplers.methods import evaluations, noise_share, time_grid
 from haste.validation import check_number
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""velocity(x, t, start) at x (B, ...) float64 and time t, in a step that starts at the time `start`, which decides
-whether it is guided; t and start are scalar tensors on the CPU."""
+"""velocity(x, t, start), or noise, at x (B, ...) float64 and time t, in a step that starts at the share `start`
+of the way from 0 (data) to 1 (noise), which decides whether it is guided; t and start are scalar tensors on the CPU."""
 
 Branches = tuple[str, ...]
 
@@ -33,7 +33,8 @@ class Guidance:
     (arXiv 2404.07724).
 
     scale: 1 is none. mode: batched computes both halves as one batch of twice the size, separate one after the other.
-    channels: the first n are guided, the others are those of the condition; None guides all.
+    channels: the first n are guided, the others are those of the condition; None guides all. Of a prediction of noise
+        and variance the variance never is.
 
     Raises UserError for settings that make no sense.
     """
@@ -61,7 +62,9 @@ class Guidance:
         return [BOTH] if self.mode == "batched" else [COND, UNCOND]
 
     def velocity(self, model: Callable, condition: Tensor, null: Tensor | None, dtype: torch.dtype) -> Velocity:
-        """The guided velocity field, in double precision, of a model that is called in `dtype`."""
+        """The guided prediction, in double precision, of a model that is called in `dtype`, at times that are at least
+        float32: bfloat16 has no 999."""
+        time_dtype = torch.promote_types(dtype, torch.float32)
         of_branches = {COND: condition}
         if null is not None:
             null = null.to(condition).expand_as(condition).contiguous()
@@ -71,7 +74,7 @@ class Guidance:
             rounded, outputs = x.to(dtype), []
             for branches in self.calls(start.item()):
                 batch = rounded if len(branches) == 1 else torch.cat([rounded] * len(branches))
-                v = model(batch, times_at(t.item(), len(batch), dtype, x.device), of_branches[branches])
+                v = model(batch, times_at(t.item(), len(batch), time_dtype, x.device), of_branches[branches])
                 outputs += (v if isinstance(v, Tensor) else v[0]).double().chunk(len(branches))
             return outputs[0] if len(outputs) == 1 else self.combine(*outputs)
 
@@ -98,18 +101,21 @@ class ModelCall(NamedTuple):
     branches: Branches = COND
 
 
-def model_calls(sampler: str, num_steps: int, guidance: Guidance | None = None) -> list[ModelCall]:
+def model_calls(
+    sampler: str, num_steps: int, guidance: Guidance | None = None, timestep_spacing: str = "linspace"
+) -> list[ModelCall]:
     """Every model call of a run, in order; guidance: None is none.
 
     Raises:
         UserError: an unknown sampler, or a number of steps out of bounds.
     """
     of_step = evaluations(sampler, num_steps)
-    grid = time_grid(sampler, num_steps).tolist()
+    grid = time_grid(sampler, num_steps, timestep_spacing)
+    starts, grid = noise_share(sampler, grid).tolist(), grid.tolist()
     listed = []
     for step, position in of_step:
         # Both of Heun's calls are guided alike: they must follow the same field.
-        calls = (guidance or Guidance()).calls(grid[step])
+        calls = (guidance or Guidance()).calls(starts[step])
         listed += [ModelCall(step, position, grid[position], branches) for branches in calls]
     return listed
 

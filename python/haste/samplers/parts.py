@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from haste.errors import UserError
 from haste.samplers.guidance import BOTH, COND, UNCOND, Branches, Guidance
-from haste.samplers.methods import Method, Request, begin, evaluations, time_grid
+from haste.samplers.methods import Method, Request, begin, choose_sampler, evaluations, time_grid
 from haste.samplers.run import BEYOND, Generators, initial_noise, sample
 from haste.transport import get_path
 from haste.validation import DEFAULT_STEPS, check_number
@@ -166,9 +166,9 @@ class Solver:
     solve.parts(engine, noises, scales) for images in parts.
 
     Args:
-        cfg_scale, sampler, num_steps, path, guidance_low, guidance_high, guidance, guided_channels, null, generator,
-            progress, observe: as of `sample`. In parts progress counts rounds, and observe is called after every round
-            with its number and all parts, in order, as (B, tokens, d).
+        cfg_scale, sampler, num_steps, path, timestep_spacing, guidance_low, guidance_high, guidance, guided_channels,
+            null, generator, progress, observe: as of `sample`. In parts progress counts rounds, and observe is called
+            after every round with its number and all parts, in order, as (B, tokens, d).
         step_noise: as of `sample`; in parts all of the first part's, then all of the second's, ..., also if they are
             staggered. `generator` is drawn from in the same order.
         part_steps: the number of steps of each part; empty for num_steps each.
@@ -182,8 +182,9 @@ class Solver:
     cfg_scale: float = 1.0
     step_noise: Iterable[Tensor] | None = None
     num_steps: int = DEFAULT_STEPS
-    sampler: str = "euler"
+    sampler: str | None = None
     path: str = "linear"
+    timestep_spacing: str = "linspace"
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     guidance: str = "batched"
@@ -201,8 +202,8 @@ class Solver:
 
     def __call__(self, model: Callable, noise: Tensor, condition: Tensor, scale: float = 1.0) -> Tensor:
         """`sample` with these settings; `scale` multiplies cfg_scale − 1."""
-        names = ("step_noise", "num_steps", "sampler", "path", "guidance_low", "guidance_high", "guidance",
-                 "guided_channels", "null", "generator", "progress", "observe")  # fmt: skip
+        names = ("step_noise", "num_steps", "sampler", "path", "timestep_spacing", "guidance_low", "guidance_high",
+                 "guidance", "guided_channels", "null", "generator", "progress", "observe")  # fmt: skip
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         return sample(model, noise, condition, cfg_scale=self._scaled(scale), **settings)
 
@@ -229,7 +230,9 @@ class Solver:
 
     def plan(self, scales: Sequence[float]) -> Plan:
         """The rounds of a run of as many parts as there are scales. Raises UserError as `plan_parts` and `steps_of`."""
-        return plan_parts(self.sampler, self.steps_of(len(scales)), self.stagger, self.guidance_of(scales))
+        return plan_parts(
+            choose_sampler("v", self.sampler), self.steps_of(len(scales)), self.stagger, self.guidance_of(scales)
+        )
 
     def times(self, scales: Sequence[float]) -> list[float]:
         """All times that a run of these parts evaluates at, falling, and 0.0, at which a part that is done conditions
@@ -291,12 +294,12 @@ class Solver:
             raise UserError(f"null must be the null condition for a cfg_scale of {self.cfg_scale}, got None")
 
     def _methods(self, noises: Sequence[Tensor]) -> list[Method]:
-        counts = self.steps_of(len(noises))
+        counts, sampler = self.steps_of(len(noises)), choose_sampler("v", self.sampler)
         likes = [noise.double() for noise in noises]
         given = None if self.step_noise is None else iter(self.step_noise)
         kicks = _in_order(given, self.generator, likes, [steps - 1 for steps in counts])
         return [
-            begin(self.sampler, like, time_grid(self.sampler, steps), own, self.path)
+            begin(sampler, like, time_grid(sampler, steps), own, self.path)
             for like, steps, own in zip(likes, counts, kicks, strict=True)
         ]
 

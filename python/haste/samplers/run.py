@@ -19,7 +19,7 @@ from torch import Tensor
 
 from haste.errors import UserError
 from haste.samplers.guidance import Guidance, Velocity, model_calls
-from haste.samplers.methods import Method, begin, check_steps, time_grid
+from haste.samplers.methods import Method, begin, check_steps, choose_sampler, time_grid
 from haste.transport import get_path
 from haste.validation import DEFAULT_STEPS
 
@@ -54,8 +54,9 @@ def sample(
     condition: Tensor,
     *,
     num_steps: int = DEFAULT_STEPS,
-    sampler: str = "euler",
+    sampler: str | None = None,
     path: str = "linear",
+    timestep_spacing: str = "linspace",
     cfg_scale: float = 1.0,
     guidance_low: float = 0.0,
     guidance_high: float = 1.0,
@@ -70,20 +71,23 @@ def sample(
     """Images from noise.
 
     Args:
-        model: called as model(x, t, condition) with x (B, ...), t (B,); returns the velocity, or a ModelOutput. One
-            that makes images in parts, such as xAR, samples them so, as a `Solver` with these settings has it.
+        model: called as model(x, t, condition) with x (B, ...), t (B,); returns the velocity, or a ModelOutput. If its
+            attribute `prediction` is "noise", as DiT's, it returns noise and variance (B, 2·C, ...) at times 0 to 999.
+            One that makes images in parts, such as xAR, samples them so, as a `Solver` with these settings has it.
         noise: (B, ...), standard normal.
         condition: (B, ...), such as classes (B,) int64.
         num_steps: steps. Euler and Euler–Maruyama call the model once per step, Heun twice but for the last.
-        sampler: "euler" or "heun" for the ODE, "euler-maruyama" for the SDE.
-        path: the path that the model was trained on, "linear" or "cosine".
+        sampler: of a velocity "euler" (default) or "heun" for the ODE, "euler-maruyama" for the SDE; of noise "ddim"
+            (default) or "ddpm".
+        path: the path that a model of velocity was trained on, "linear" or "cosine".
+        timestep_spacing: of a model of noise the times of the steps, as `haste.diffusion.spaced_times` has them.
         cfg_scale: v = v_uncond + cfg_scale·(v_cond − v_uncond). At 1 there is no guidance, and no second half batch.
         guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
         guidance: "batched" computes both halves at once, "separate" one after the other, in half of the memory.
         guided_channels: the first n channels are guided. None: all, as HASTE and REPA do. SiT and DiT guide three of
-            the four of their latents.
+            the four of their latents. DiT's variance is never guided.
         null: the condition of one image that stands for none (of classes: their number); needed for guidance.
-        generator: for the noise of the SDE's steps; one for all, or one per image.
+        generator: for the noise of the steps of the SDE and DDPM; one for all, or one per image.
         step_noise: that noise itself, shaped as `noise`, for one step after the other; in place of `generator`. Read as
             float64. A run of n steps takes n − 1.
         progress: called after every step with the number of steps done and num_steps.
@@ -93,17 +97,22 @@ def sample(
         As `noise`, in its type.
 
     Raises:
-        UserError: an unknown sampler or path, settings that make no sense; a step that gave NaN or infinity, by its
-            number.
+        UserError: a sampler or path that is unknown or of other models, settings that make no sense; a step that gave
+            NaN or infinity, by its number.
         ValueError: shapes that do not fit, too little step_noise, a model in training mode.
     """
+    prediction = "noise" if getattr(model, "prediction", None) == "noise" else "v"
+    sampler = choose_sampler(prediction, sampler)
     _check(model, noise, condition, num_steps, sampler)
     get_path(path)
+    if prediction == "noise":
+        guided_channels = min(guided_channels or noise.shape[1], noise.shape[1])
     if hasattr(model, "sample_in_parts"):
         from haste.samplers.parts import Solver  # which is built on this file
 
         return model.sample_in_parts(noise, condition, Solver(
             cfg_scale=cfg_scale, step_noise=step_noise, num_steps=num_steps, sampler=sampler, path=path,
+            timestep_spacing=timestep_spacing,
             guidance_low=guidance_low, guidance_high=guidance_high, guidance=guidance, guided_channels=guided_channels,
             null=null, generator=generator, progress=progress, observe=observe,
         ))  # fmt: skip
@@ -113,10 +122,10 @@ def sample(
     elif null is None:
         raise UserError(f"null must be the null condition for a cfg_scale of {cfg_scale}, got None")
     if hasattr(model, "start"):
-        model.start(model_calls(sampler, num_steps, guide))
+        model.start(model_calls(sampler, num_steps, guide, timestep_spacing))
     null = None if null is None else torch.as_tensor(null)
     velocity = guide.velocity(model, condition, null, getattr(model, "dtype", noise.dtype))
-    x, grid, finite = noise.double(), time_grid(sampler, num_steps), []
+    x, grid, finite = noise.double(), time_grid(sampler, num_steps, timestep_spacing), []
     method = begin(sampler, x, grid, _step_noise(step_noise, generator, x), path)
     for step, x in enumerate(states(method, velocity)):
         finite.append(x.isfinite().all())

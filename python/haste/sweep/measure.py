@@ -201,9 +201,9 @@ class Sweep(Turns):
         return True
 
     def _fidelity(self, settings: SamplingConfig, images: np.ndarray) -> dict[str, Any]:
-        """PSNR and SSIM with the reference's images. In the SDE another number of steps has other noise: none."""
+        """PSNR and SSIM with the reference's images; none with other noise, as another number of noisy steps has."""
         reference = self.points[0]
-        if settings is reference or (settings.mode == "sde" and settings.num_steps != reference.num_steps):
+        if settings is reference or (settings.noisy and settings.num_steps != reference.num_steps):
             return {"psnr": None, "ssim": None}
         return compare_images(images, self._reference_images).pooled()
 

@@ -156,10 +156,11 @@ class TrainConfig:
 
     path_type: Literal["linear", "cosine"] = "linear"
     """Interpolation path between data and noise."""
-    prediction: Literal["v"] = "v"
-    """Prediction target of the model: the velocity."""
+    prediction: Literal["v", "noise"] | None = None
+    """What the model predicts: v, the velocity, or noise, with a learned variance (improved DDPM). None: noise for DiT,
+    v for all others; no model has the choice."""
     weighting: Literal["uniform", "lognormal"] = "uniform"
-    """Distribution of the training timesteps."""
+    """Distribution of the training timesteps of a model of velocity. A DiT's are uniform."""
 
     batch_size: int = 256
     """Total batch size over all devices, per micro-batch."""
@@ -282,10 +283,13 @@ class TrainConfig:
         """Raise UserError if model, layer map and termination rule do not fit together. Imports torch."""
         from haste.alignment.aligner import choose_layer_map
         from haste.alignment.termination import make_termination
-        from haste.models import model_depth
+        from haste.models import find_size, model_depth
         from haste.models.layers import check_backend
 
         depth, resolved = model_depth(self), resolve(self)
+        prediction = find_size(self.model)[0].prediction
+        if resolved.prediction != prediction:
+            raise UserError(f"--prediction must be {prediction} for --model {self.model}, got {self.prediction}")
         check_backend(self.attention)
         if self.aligns_features and not 1 <= (resolved.encoder_depth or 0) <= depth:
             raise UserError(f"--encoder-depth must be 1 to {depth}, the depth of the model, got "
@@ -325,7 +329,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
         encoder_depth = choose_encoder_depth(config.model, model_depth(config), config.aligns_attention)
     if config.aligns_attention:
         layer_map = str(choose_layer_map(layer_map, config.model))
-    _, size = find_size(config.model)
+    family, size = find_size(config.model)
     same_size = {name: None for name in SIZES if getattr(config, name) == size.get(name)}
     return replace(
         config,
@@ -333,6 +337,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
         num_classes=num_classes if config.num_classes is None else config.num_classes,
         encoder_depth=encoder_depth,
         layer_map=layer_map,
+        prediction=config.prediction or family.prediction,
         **same_size,  # type: ignore[arg-type]
         **own_settings(config),
     )

@@ -3,6 +3,8 @@
     L = L_v + proj_coeff·L_R + attn_coeff·L_A   while step < τ        (HASTE, arXiv 2505.16792)
     L = L_v                                     from τ on
 
+L_v is the family's own loss: of the velocity, or of noise and variance for DiT.
+
 REPA is attn_coeff 0 and no τ. With both coefficients 0 no teacher is loaded.
 """
 
@@ -50,7 +52,6 @@ from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
 from haste.training.schedule import LearningRate
 from haste.training.state import TrainState
-from haste.transport import velocity_loss
 from haste.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -403,14 +404,14 @@ class Trainer:
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
             output = self.state(x_t, numbers.t, condition, layers, project, (self.step, local))
-        loss = velocity = velocity_loss(output.velocity, target)
+        loss = own = family.loss(output.prediction, target)
         feature = attention = None
         if aligner is not None:
             with self.accelerator.autocast():
                 alignment, (attention, feature) = aligner(output, batch.images)
-            loss = velocity + self.termination.weight(self.step) * alignment
+            loss = own + self.termination.weight(self.step) * alignment
         self.state.backward(loss)
-        self.metrics.add(velocity, feature, attention, loss)
+        self.metrics.add(own, feature, attention, loss)
 
     # ---- the end of alignment ----
 

@@ -129,7 +129,7 @@ def test_the_probes_of_both_rules_see_the_same_order_and_mask(aligner, images, e
         vectors = [
             torch.cat([g.flatten() for g in torch.autograd.grad(
                 loss, parameters, retain_graph=True, materialize_grads=True)])
-            for loss in (2.0 * attention + 0.25 * feature, (output.velocity - target).square().mean())
+            for loss in (2.0 * attention + 0.25 * feature, (output.prediction - target).square().mean())
         ]  # fmt: skip
         cosines.append(torch.cosine_similarity(*vectors, dim=0).item())
         means.append((2.0 * attention + 0.25 * feature).item())

@@ -59,7 +59,7 @@ def exact_losses(model, aligner, images, labels, time):
     teacher = (teacher_q @ teacher_k.mT / teacher_q.shape[-1] ** 0.5).softmax(-1)
     attention = -(teacher * log_student).sum(-1).mean()
     feature = -torch.cosine_similarity(output.projections[0], target.patch_tokens.double(), dim=-1).mean()
-    return (output.velocity - (noise - images.double())).square().mean(), feature, attention
+    return (output.prediction - (noise - images.double())).square().mean(), feature, attention
 
 
 @pytest.mark.parametrize(("proj_coeff", "attn_coeff"), [(0.25, 2.0), (0.5, 0.0), (0.0, 0.5)])
@@ -92,7 +92,7 @@ def test_gradient_cosine_is_that_of_backward(model, aligner, batch):
         for name in ("alignment", "velocity"):
             model.zero_grad()
             output = model(x_t, t, labels, aligner.student_layers, project=True)
-            losses = {"alignment": aligner(output, images)[0], "velocity": velocity_loss(output.velocity, target)}
+            losses = {"alignment": aligner(output, images)[0], "velocity": velocity_loss(output.prediction, target)}
             losses[name].backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.blocks[0].parameters()]).double())
         cosines.append(gradients[0] @ gradients[1] / gradients[0].norm() / gradients[1].norm())

@@ -44,7 +44,7 @@ def test_what_is_forecast_of_blocks_one_by_one_and_of_the_whole_model(order):
     last = new_last + order * 2 * (new_last - old_last)
     for granularity, expected in (("block", by_block), ("model", last)):
         cached = enable_cache(model, num_steps=STEPS, cache="taylor", granularity=granularity, interval=4, order=order)
-        answers = [cached(*each).velocity for each in inputs[:4]]
+        answers = [cached(*each).prediction for each in inputs[:4]]
         assert cached.full_steps == [0, 1]
         torch.testing.assert_close(answers[3], model.finish(expected, c), rtol=1e-6, atol=1e-7)
 

@@ -133,7 +133,7 @@ def test_a_forecast_of_constant_features_follows_the_gate_of_its_own_time():
     tokens, c = model.embed(x, t, labels)
     m = block.modulation(c)
     expected = model.finish(tokens + m.gate_attn[:, None] * attn + m.gate_mlp[:, None] * mlp, c)
-    torch.testing.assert_close(seer(x, t, labels).velocity, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seer(x, t, labels).prediction, expected, rtol=1e-5, atol=1e-5)
 
 
 def watched(cached: CachedModel) -> list[tuple[int, bool]]:
@@ -198,8 +198,8 @@ def test_a_history_of_its_own_is_what_each_half_is_forecast_from():
     null = torch.full_like(labels, 10)
     for t in times:
         t = torch.full((2,), t, dtype=torch.float64)
-        both = guided(noise.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, null])).velocity
-        parts = torch.cat([part(noise, t, y).velocity for part, y in zip(alone, (labels, null), strict=True)])
+        both = guided(noise.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, null])).prediction
+        parts = torch.cat([part(noise, t, y).prediction for part, y in zip(alone, (labels, null), strict=True)])
         torch.testing.assert_close(both, parts, rtol=1e-9, atol=1e-9)
 
 
@@ -267,7 +267,7 @@ def test_another_batch_in_the_middle_of_a_run_begins_a_history_of_its_own():
     for step in range(8):
         rows = 4 if step < 3 else 2
         out = cached(noise[:rows], torch.full((rows,), 1 - step / 8), labels[:rows])
-        assert out.velocity.shape[0] == rows
+        assert out.prediction.shape[0] == rows
     assert cached.full_steps == [0, 1, 3, 7]
 
 
@@ -304,9 +304,9 @@ def test_the_measured_error_is_that_of_the_forecast_that_was_not_used():
     cached.start(3)
     cached._schedule.report = lambda *report: reports.append(report)
     times = [torch.full((2,), t, dtype=torch.float64) for t in (1.0, 0.8, 0.6)]
-    first, second, third = (cached(noise * t[0], t, labels).velocity for t in times)
+    first, second, third = (cached(noise * t[0], t, labels).prediction for t in times)
     probe = cache(model, "taylor", order=1, interval=2, num_steps=3)
-    forecast = [probe(noise * t[0], t, labels).velocity for t in times][2]
+    forecast = [probe(noise * t[0], t, labels).prediction for t in times][2]
     assert cached.full_steps == [0, 1, 2]
     assert [report[1:] for report in reports] == [(1, 1), (1, 2)]
     assert reports[1][0] == pytest.approx(((forecast - third).norm() / third.norm()).item(), rel=1e-9)
@@ -492,7 +492,7 @@ def test_three_lines_around_a_loop_of_ones_own():
     x, y = small_noise()
     fast = enable_cache(model, num_steps=10)
     for step in range(10):
-        x = x - fast(x, torch.full((2,), 1 - step / 10), y).velocity / 10
+        x = x - fast(x, torch.full((2,), 1 - step / 10), y).prediction / 10
     assert disable_cache(fast) is model and fast.cache_bytes == 0
     assert disable_cache(model) is model
     noise, labels = small_noise()

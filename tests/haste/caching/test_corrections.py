@@ -87,7 +87,7 @@ def test_a_long_gap_takes_several_passes(passes):
 
 def run_at(cached: CachedModel, times: list[float]) -> list[torch.Tensor]:
     noise, labels = small_noise(dtype=torch.float64)
-    return [cached(noise * t, torch.full((2,), t, dtype=torch.float64), labels).velocity for t in times]
+    return [cached(noise * t, torch.full((2,), t, dtype=torch.float64), labels).prediction for t in times]
 
 
 OWN_TIMES = [1.0, 0.9, 0.7, 0.4, 0.2, 0.1]
@@ -114,9 +114,9 @@ def test_a_list_of_calls_does_not_fix_the_labels_that_the_loop_calls_with():
     for step in range(6):
         t = torch.full((2,), 1 - step / 6, dtype=torch.float64)
         y = labels + 5 if step > 2 else labels
-        expected = by_number(noise, t, y).velocity
-        assert torch.equal(by_list(noise, t, y).velocity, expected)
-        assert torch.equal(expected, unchanged(noise, t, labels).velocity) == (step <= 2)
+        expected = by_number(noise, t, y).prediction
+        assert torch.equal(by_list(noise, t, y).prediction, expected)
+        assert torch.equal(expected, unchanged(noise, t, labels).prediction) == (step <= 2)
 
 
 class Between:

@@ -89,7 +89,7 @@ def test_an_answer_survives_the_next_replay(captures):
     model = small_sit()
     noise, labels = small_noise()
     cached = graphed(model, num_steps=4, cache="reuse", interval=2, granularity="model")
-    first = cached(noise, torch.ones(2), labels).velocity
+    first = cached(noise, torch.ones(2), labels).prediction
     kept = first.clone()
     cached(noise * 2, torch.full((2,), 0.5), labels)
     assert torch.equal(first, kept)

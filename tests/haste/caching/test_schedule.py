@@ -181,7 +181,9 @@ def test_halves_that_their_plan_knows_are_each_forecast_from_their_own():
     for step in range(STEPS):
         t = at(1 - step / STEPS)
         for model, labels in zip(alone, (y, torch.full_like(y, 10)), strict=True):
-            torch.testing.assert_close(cached(x, t, labels).velocity, model(x, t, labels).velocity, rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                cached(x, t, labels).prediction, model(x, t, labels).prediction, rtol=0, atol=1e-12
+            )
 
 
 @torch.no_grad()

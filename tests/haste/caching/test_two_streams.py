@@ -89,7 +89,7 @@ def test_a_forecast_is_made_of_the_image_s_features(order):
     expected = {"module": by_module, "block": by_block, "model": forecast(old[2], new[2])}
     for granularity, tokens in expected.items():
         cached = enable_cache(model, num_steps=STEPS, cache="taylor", granularity=granularity, interval=4, order=order)
-        answers = [cached(*call).velocity for call in calls[:4]]
+        answers = [cached(*call).prediction for call in calls[:4]]
         assert cached.full_steps == [0, 1]
         torch.testing.assert_close(answers[3], model.finish(tokens, c), rtol=1e-6, atol=1e-7)
 
@@ -210,8 +210,8 @@ def test_each_guided_half_is_forecast_from_its_own_history(settings):
     null = NULL.double().expand(2, -1, -1)
     for step in range(8):
         t = torch.full((2,), 1 - step / 8, dtype=torch.float64)
-        both = guided(noise.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, null])).velocity
-        halves = torch.cat([half(noise, t, y).velocity for half, y in zip(alone, (text, null), strict=True)])
+        both = guided(noise.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, null])).prediction
+        halves = torch.cat([half(noise, t, y).prediction for half, y in zip(alone, (text, null), strict=True)])
         torch.testing.assert_close(both, halves, rtol=1e-9, atol=1e-9)
 
 

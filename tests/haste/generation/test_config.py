@@ -129,7 +129,7 @@ def test_a_file_of_sits_own_trainer_is_sampled_as_sit_does(tmp_path, vae):
     with torch.no_grad():
         for step in range(3):
             s = torch.full((2,), step / 3)
-            v, without = (public.eval()(x.float(), s, y).velocity.double() for y in (labels, null))
+            v, without = (public.eval()(x.float(), s, y).prediction.double() for y in (labels, null))
             guided = torch.cat([(without + 3 * (v - without))[:, :3], v[:, 3:]], dim=1)
             x = x + guided / 3
         decoded = VAE(LatentFormat.of(str(vae))).decode(x.float())

@@ -61,8 +61,8 @@ class SimpleModule(torch.nn.Module):
 def test_a_training_step_is_the_public_code_s(golden):
     model = golden_model("mmdit", torch.float64)
     output, target = step(model, golden, torch.float64)
-    torch.testing.assert_close(output.velocity, golden["velocity"], rtol=0, atol=1e-9)
-    velocity = velocity_loss(output.velocity, target)
+    torch.testing.assert_close(output.prediction, golden["velocity"], rtol=0, atol=1e-9)
+    velocity = velocity_loss(output.prediction, target)
     torch.testing.assert_close(velocity, golden["denoising"].mean(), rtol=0, atol=1e-9)
     torch.testing.assert_close(output.projections[0][0], golden["projected"], rtol=0, atol=1e-9)
     q, k = output.queries_keys[0]
@@ -83,7 +83,7 @@ def test_both_losses_and_all_gradients_are_the_public_code_s(golden):
     torch.testing.assert_close(losses.attention.double(), golden["L_A"].mean(), rtol=0, atol=1e-6)
     torch.testing.assert_close(losses.feature.double(), golden["L_R"], rtol=0, atol=1e-6)
     feature = haste_ext.token_cosine_loss(output.projections[0], teacher_of(golden).patch_tokens)
-    total = velocity_loss(output.velocity, target) + 0.5 * torch.stack(each).mean() + 0.5 * feature
+    total = velocity_loss(output.prediction, target) + 0.5 * torch.stack(each).mean() + 0.5 * feature
     torch.testing.assert_close(total, golden["total"], rtol=0, atol=1e-9)
     total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -99,7 +99,7 @@ def test_both_losses_and_all_gradients_are_the_public_code_s(golden):
 
 def test_single_precision_is_as_close_as_the_public_code(golden):
     output, _ = step(golden_model("mmdit", torch.float32), golden, torch.float32)
-    torch.testing.assert_close(output.velocity.double(), golden["velocity"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.prediction.double(), golden["velocity"], rtol=0, atol=1e-5)
 
 
 def test_the_time_alone_is_the_conditioning(golden):
@@ -122,7 +122,7 @@ def test_a_guided_run_is_the_public_code_s(golden, guidance):
 
 def guided(model, x, t, context, null, scale: float):
     """The velocity of one text after the other, in float64."""
-    each = [model(x, torch.full((len(x),), t, dtype=x.dtype), c).velocity for c in (context, null.expand_as(context))]
+    each = [model(x, torch.full((len(x),), t, dtype=x.dtype), c).prediction for c in (context, null.expand_as(context))]
     return each[1] + scale * (each[0] - each[1])
 
 

@@ -151,7 +151,7 @@ def test_forward_is_what_the_paper_says(fused):
     model = small_sit(fused_attn=fused).double()
     x, t, y = small_batch(torch.float64)
     expected = plain_forward(model.state_dict(), x, t, y, heads=4, patch=2)
-    torch.testing.assert_close(model(x, t, y).velocity, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(x, t, y).prediction, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_positions():
@@ -173,7 +173,7 @@ def test_a_new_model_is_the_identity_and_predicts_zero():
     tokens, c = model.embed(x, t, y)
     for block in model.blocks:
         assert torch.equal(block(tokens, c)[0], tokens)
-    assert torch.equal(model(x, t, y).velocity, torch.zeros_like(x))
+    assert torch.equal(model(x, t, y).prediction, torch.zeros_like(x))
     assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.15)
     assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
     patch = model.x_embedder.proj.weight
@@ -267,7 +267,7 @@ def test_without_dropout_there_is_no_null_class():
     model = small_sit(class_dropout_prob=0.0).train()
     assert model.y_embedder.embedding_table.weight.shape[0] == 10 and model.null_label is None
     x, t, y = small_batch()
-    assert torch.equal(model(x, t, y).velocity, model(x, t, y).velocity)
+    assert torch.equal(model(x, t, y).prediction, model(x, t, y).prediction)
 
 
 @pytest.mark.parametrize("qk_norm, arguments", [(False, {}), (True, {"aligned_layers": (1, 0), "project": True})])
@@ -278,7 +278,7 @@ def test_compiles_as_one_graph(qk_norm, arguments):
     torch.testing.assert_close(outputs[1], outputs[0])
     grads = []
     for output in outputs:
-        loss = output.velocity.square().mean() + sum((q * k).mean() for q, k in output.queries_keys)
+        loss = output.prediction.square().mean() + sum((q * k).mean() for q, k in output.queries_keys)
         grads.append(torch.autograd.grad(loss, model.blocks[0].attn.qkv.weight)[0])
     torch.testing.assert_close(grads[1], grads[0])
 
@@ -293,7 +293,7 @@ def test_autocast_gives_bf16_queries_close_to_fp32(qk_norm):
     q, k = output.queries_keys[0]
     assert q.dtype == k.dtype == torch.bfloat16
     assert (q.float() - exact.queries_keys[0][0]).norm() < 0.02 * exact.queries_keys[0][0].norm()
-    assert (output.velocity.float() - exact.velocity).norm() < 0.05 * exact.velocity.norm()
+    assert (output.prediction.float() - exact.prediction).norm() < 0.05 * exact.prediction.norm()
 
 
 def test_a_block_can_be_checkpointed():

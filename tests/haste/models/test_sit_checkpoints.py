@@ -120,7 +120,7 @@ def test_sits_weights_predict_our_velocity_after_the_conversion():
     ours.load_state_dict(CHECKPOINTS.convert_weights(public.state_dict(), "sit"))
     x, t, y = torch.randn(5, 4, 8, 8).double(), torch.tensor([0.0, 0.1, 0.5, 0.93, 1.0]).double(), torch.arange(5)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, t, y).velocity, -public(x, 1 - t, y).velocity, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours(x, t, y).prediction, -public(x, 1 - t, y).prediction, rtol=1e-10, atol=1e-10)
 
 
 def test_sits_weights_without_learn_sigma_too():
@@ -129,7 +129,7 @@ def test_sits_weights_without_learn_sigma_too():
     ours.load_state_dict(CHECKPOINTS.convert_weights(public.state_dict(), "sit"))
     x, t, y = torch.randn(3, 4, 8, 8).double(), torch.tensor([0.0, 0.3, 1.0]).double(), torch.arange(3)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, t, y).velocity, -public(x, 1 - t, y).velocity, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours(x, t, y).prediction, -public(x, 1 - t, y).prediction, rtol=1e-10, atol=1e-10)
 
 
 def test_repas_older_names():
@@ -164,4 +164,4 @@ def test_a_bare_file_of_sits_weights_can_be_sampled_from(tmp_path):
     public = PublicSiT(**SHAPE)
     torch.save(public.state_dict(), tmp_path / "SiT.pt")
     model = loaded_model(read_checkpoint(tmp_path / "SiT.pt"))
-    assert model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([3, 10])).velocity.shape == (2, 4, 8, 8)
+    assert model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([3, 10])).prediction.shape == (2, 4, 8, 8)

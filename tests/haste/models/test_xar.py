@@ -34,7 +34,7 @@ def step(model: XAR, golden, dtype: torch.dtype):
     x_t, target = FAMILY.interpolate(model, golden["latents"].to(dtype), noise, golden["t"], "linear")
     labels = FAMILY.drop(model, FAMILY.condition(golden["labels"]), golden["label_dropped"])
     output = model(x_t, golden["t"], labels, aligned_layers=(0, 3))
-    return output, target, velocity_loss(output.velocity, target)
+    return output, target, velocity_loss(output.prediction, target)
 
 
 # ---- the public code's numbers ----
@@ -43,7 +43,7 @@ def step(model: XAR, golden, dtype: torch.dtype):
 def test_a_training_step_is_the_public_code_s(golden):
     model = golden_model("xar", torch.float64)
     output, _, loss = step(model, golden, torch.float64)
-    velocity = model.entities.split(output.velocity)
+    velocity = model.entities.split(output.prediction)
     torch.testing.assert_close(velocity, golden["velocity_tokens"], rtol=0, atol=1e-9)
     torch.testing.assert_close(loss, golden["loss"], rtol=0, atol=1e-9)
     for (q, k), layer in zip(output.queries_keys, (0, 3), strict=True):
@@ -69,7 +69,7 @@ def test_the_gradients_are_the_public_code_s(golden):
 def test_single_precision_is_as_close_as_the_public_code(golden):
     model = golden_model("xar", torch.float32)
     output, _, loss = step(model, golden, torch.float32)
-    velocity = model.entities.split(output.velocity).double()
+    velocity = model.entities.split(output.prediction).double()
     torch.testing.assert_close(velocity, golden["velocity_tokens"], rtol=0, atol=1e-5)
     assert loss.item() == pytest.approx(golden["loss"].item(), abs=1e-5)
 
@@ -200,16 +200,16 @@ def test_a_later_entity_is_not_seen(kind, size):
     entities, y = model.entities, torch.tensor([1])
     tokens = torch.randn(1, entities.total, 3, dtype=torch.float64)
     t = torch.rand(1, entities.count)
-    before = model(tokens, t, y).velocity
+    before = model(tokens, t, y).prediction
     changed = tokens.clone()
     last, _ = entities.bounds[-1]
     changed[:, last:] += 1
-    after = model(changed, t, y).velocity
+    after = model(changed, t, y).prediction
     torch.testing.assert_close(after[:, :last], before[:, :last], rtol=0, atol=1e-13)
     if entities.count > 1:
         changed = tokens.clone()
         changed[:, : entities.sizes[0]] += 1
-        assert (model(changed, t, y).velocity[:, last:] - before[:, last:]).abs().max() > 1e-6
+        assert (model(changed, t, y).prediction[:, last:] - before[:, last:]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("kind, size", LAYOUTS)
@@ -221,7 +221,7 @@ def test_a_call_per_entity_is_the_mask(kind, size, monkeypatch):
     for most, least in ((0, 0), (1000, 0)):
         monkeypatch.setattr("haste.models.xar.MOST_CALLS", most)
         monkeypatch.setattr("haste.models.xar.LEAST_TOKENS", least)
-        velocities.append(tiny(entity=kind, entity_size=size).double()(tokens, t, y).velocity)
+        velocities.append(tiny(entity=kind, entity_size=size).double()(tokens, t, y).prediction)
     torch.testing.assert_close(*velocities, rtol=0, atol=1e-12)
 
 
@@ -233,12 +233,12 @@ def test_a_clean_context_is_what_sampling_sees():
     x_t, _ = FAMILY.interpolate(model, x, torch.randn_like(x), t, "linear")
     assert x_t.shape == (2, 6, 8, 8)
     split = model.entities.split
-    velocity = split(model(x_t, t, y).velocity)
+    velocity = split(model(x_t, t, y).prediction)
     noisy, clean = split(x_t[:, :3]), split(x)
     for number, (lo, hi) in enumerate(model.entities.bounds):
         seen = torch.cat([clean[:, :lo], noisy[:, lo:]], dim=1)
         times = torch.cat([torch.zeros(2, number), t[:, number:]], dim=1)
-        alone = model(seen, times, y).velocity[:, lo:hi]
+        alone = model(seen, times, y).prediction[:, lo:hi]
         torch.testing.assert_close(velocity[:, lo:hi], alone, rtol=0, atol=1e-12)
 
 
@@ -255,15 +255,15 @@ def test_one_time_is_that_of_all_entities():
     model = tiny()
     x, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
     t = torch.tensor([0.2, 0.7])
-    assert torch.equal(model(x, t, y).velocity, model(x, t[:, None].expand(2, 4), y).velocity)
+    assert torch.equal(model(x, t, y).prediction, model(x, t[:, None].expand(2, 4), y).prediction)
 
 
 def test_dropout_acts_in_training_mode_only():
     model = tiny(dropout=0.5)
     inputs = torch.randn(2, 3, 8, 8), torch.rand(2, 4), torch.tensor([0, 3])
-    assert torch.equal(model(*inputs).velocity, model(*inputs).velocity)
+    assert torch.equal(model(*inputs).prediction, model(*inputs).prediction)
     model.train()
-    assert not torch.equal(model(*inputs).velocity, model(*inputs).velocity)
+    assert not torch.equal(model(*inputs).prediction, model(*inputs).prediction)
 
 
 def test_projections_are_of_the_image_s_tokens():
@@ -312,7 +312,7 @@ def test_a_model_trains_after_inference_mode():
     inputs = torch.randn(2, 3, 8, 8), torch.rand(2, 4), torch.tensor([0, 3])
     with torch.inference_mode():
         model(*inputs)
-    model(*inputs).velocity.sum().backward()
+    model(*inputs).prediction.sum().backward()
     assert model.encoder_blocks[0].attn.qkv.weight.grad.abs().max() > 0
 
 

@@ -49,7 +49,7 @@ def training_forward(model: XAR, parts: list[Tensor], times: list[float], y: Ten
     behind = torch.full((len(y), rest, parts[0].shape[2]), 7.0, dtype=model.dtype)
     t = torch.tensor([*times, *[0.5] * (model.entities.count - len(times))]).expand(len(y), -1)
     tokens = torch.cat([*(part.to(model.dtype) for part in parts), behind], dim=1)
-    return list(model(tokens, t, y).velocity.split(model.entities.sizes, dim=1))
+    return list(model(tokens, t, y).prediction.split(model.entities.sizes, dim=1))
 
 
 def guided_velocities(model, parts, times, scales) -> list[Tensor]:

@@ -198,7 +198,7 @@ def test_the_model_of_a_checkpoint_comes_without_projectors(make_config, step):
     path = checkpoint_path(train(config).folder / "checkpoints", step)
     checkpoint = read_checkpoint(path)
     averaged, trained = loaded_model(checkpoint), loaded_model(checkpoint, ema=False)
-    assert sampling_config(checkpoint, path) == replace(config, num_classes=10)  # as the data has
+    assert sampling_config(checkpoint, path) == replace(config, num_classes=10, prediction="v")  # data's, the model's
     assert not averaged.training and len(averaged.projectors) == 0
     saved = read_checkpoint(path)
     weight = "blocks.0.attn.qkv.weight"
@@ -206,7 +206,7 @@ def test_the_model_of_a_checkpoint_comes_without_projectors(make_config, step):
     assert torch.equal(trained.state_dict()[weight], saved["model"][weight])
     assert not torch.equal(saved["ema"][weight], saved["model"][weight])
     output = averaged(torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([3, 10]))
-    assert output.velocity.shape == (2, 1, 8, 8)
+    assert output.prediction.shape == (2, 1, 8, 8)
 
 
 def test_what_is_not_there_or_no_checkpoint_is_refused(tmp_path):

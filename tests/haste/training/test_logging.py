@@ -202,7 +202,7 @@ SHAPE = {"input_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 64,
 def test_operations_are_those_that_torch_counts():
     model = SiT(**SHAPE, num_classes=10, fused_attn=False).eval()
     with FlopCounterMode(display=False) as counter:
-        model(torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([1, 2])).velocity.sum().backward()
+        model(torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([1, 2])).prediction.sum().backward()
     # The time embedding and the last adaLN are left out, and images need no gradient.
     assert get_family("sit").training_flops(SHAPE) == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
 

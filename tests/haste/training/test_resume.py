@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from haste import transport
 from haste.data import Loader
 from haste.errors import UserError
 from haste.training import run_dir, samples
-from haste.training import trainer as trainer_module
 from haste.training.checkpoint import checkpoint_path, initial_checkpoint, read_checkpoint, read_newest_checkpoint
 from haste.training.config import TrainConfig
 from haste.training.run_dir import RunDir
@@ -192,13 +192,13 @@ def test_weights_of_another_size_are_refused(make_config):
 
 @pytest.fixture
 def nan_at_step_seven(monkeypatch):
-    original, seen = trainer_module.velocity_loss, []
+    original, seen = transport.velocity_loss, []
 
     def breaks(*args):
         seen.append(1)
         return original(*args) * (float("nan") if len(seen) == 7 else 1.0)
 
-    monkeypatch.setattr(trainer_module, "velocity_loss", breaks)
+    monkeypatch.setattr(transport, "velocity_loss", breaks)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_spares_the_checkpoint(make_config, nan_at_step_seven):
@@ -229,8 +229,8 @@ def test_a_step_that_is_not_finite_may_be_left_out(make_config, nan_at_step_seve
 
 
 def test_when_no_step_is_finite_skipping_ends(make_config, monkeypatch):
-    original = trainer_module.velocity_loss
-    monkeypatch.setattr(trainer_module, "velocity_loss", lambda *args: original(*args) * float("inf"))
+    original = transport.velocity_loss
+    monkeypatch.setattr(transport, "velocity_loss", lambda *args: original(*args) * float("inf"))
     with pytest.raises(UserError, match="not finite at step 1 .* nor at any of the 4 steps"):
         train(make_config(on_nan="skip", logging_steps=4))
 

@@ -106,7 +106,7 @@ def test_dropout_is_a_function_of_seed_step_and_local_batch(make_xar):
 
     def velocity(*number):
         before = torch.get_rng_state()
-        output = state(x, t, y, (), False, number).velocity
+        output = state(x, t, y, (), False, number).prediction
         assert torch.equal(torch.get_rng_state(), before)
         return output
 
