@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,10 @@ def spaced_times(num_steps: int, spacing: str = "linspace") -> Tensor:
     if not 1 <= num_steps <= NUM_TIMES:
         raise UserError(f"num_steps must be from 1 to {NUM_TIMES}, the times of a model of noise, got {num_steps}")
     if spacing == "linspace":
-        return torch.linspace(0, NUM_TIMES - 1, num_steps, dtype=torch.float64).round().long().flip(0)
+        stride = (NUM_TIMES - 1) / max(1, num_steps - 1)
+        # Added up, as the public code does: a product would round some halves the other way.
+        places = accumulate([stride] * (num_steps - 1), initial=0.0)
+        return torch.tensor([round(place) for place in places]).flip(0)
     if NUM_TIMES % num_steps:
         raise UserError(f"num_steps must divide {NUM_TIMES} with timestep_spacing {spacing}, got {num_steps}; linspace "
                         "takes any number")  # fmt: skip

@@ -85,7 +85,7 @@ class PatchEmbedder(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Times (...) to (..., width): cosines, then sines, of t·10000^(-i/128), and a two-layer perceptron.
 
-    t in [0, 1] is fed as it is (DDPM-style models multiply it by 1000).
+    t is fed as it is: in [0, 1], or DiT's whole numbers to 999.
     """
 
     def __init__(self, width: int, num_frequencies: int = 256) -> None:
@@ -102,7 +102,10 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.frequencies(t).to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].weight.dtype
+        if not t.is_floating_point():
+            t = t.to(torch.promote_types(dtype, torch.float32))
+        return self.mlp(self.frequencies(t).to(dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -420,6 +420,18 @@ def _xar_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
+def _dit_presets() -> dict[str, dict[str, Any]]:
+    """dit-xl-256, haste-dit-xl-256, repa-dit-xl-256 and so on: DiT by its own objective (arXiv 2212.09748). HASTE gives
+    DiT-XL the layers, depth, coefficients and τ of SiT-XL; the other sizes take those of theirs."""
+    presets: dict[str, dict[str, Any]] = {}
+    for name, settings in _published_presets().items():
+        method, size, resolution = name.split("-")
+        own = f"dit-{size}-{resolution}" if method == "baseline" else f"{method}-dit-{size}-{resolution}"
+        model = settings["model"].replace("SiT", "DiT")
+        presets[own] = {**settings, "exp_name": own, "model": model, "prediction": "noise"}
+    return presets
+
+
 # HASTE's text to image on MS-COCO (arXiv 2505.16792, appendix): 250,000 steps, of which the first 200,000 are aligned.
 # REPA's runs and the baseline end after 150,000. The other settings are the defaults.
 _MMDIT = {"resolution": 256, "model": "MM-DiT-COCO", "max_train_steps": 150_000}
@@ -432,7 +444,9 @@ _COCO_PRESETS: dict[str, dict[str, Any]] = {
     "repa-mmdit-coco": {"exp_name": "repa-mmdit-coco", **_MMDIT, "encoder_depth": 8},
 }  # fmt: skip
 
-PRESETS: dict[str, dict[str, Any]] = {**registry.PRESETS, **_published_presets(), **_xar_presets(), **_COCO_PRESETS}
+PRESETS: dict[str, dict[str, Any]] = {
+    **registry.PRESETS, **_published_presets(), **_dit_presets(), **_xar_presets(), **_COCO_PRESETS,
+}  # fmt: skip
 """The settings of each preset, by its name."""
 
 

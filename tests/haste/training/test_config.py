@@ -119,6 +119,9 @@ def test_a_preset_is_a_whole_run(name):
 def test_every_size_has_every_method_at_both_resolutions():
     sizes, methods = ("s", "b", "l", "xl"), ("haste", "repa", "baseline")
     wanted = {f"{method}-{size}-{side}" for method in methods for size in sizes for side in (256, 512)}
+    wanted |= {
+        f"{method}dit-{size}-{side}" for method in ("", "haste-", "repa-") for size in sizes for side in (256, 512)
+    }
     xar = {f"{method}xar-{size}-256" for method in ("", "haste-", "repa-") for size in ("b", "l", "h")}
     coco = {f"{method}mmdit-coco" for method in ("", "haste-", "repa-")}
     assert wanted | xar | coco | {"digits", "xar-digits", "t2i-digits"} <= PRESETS.keys()
@@ -166,6 +169,29 @@ def test_the_papers_settings():
     repa = TrainConfig.from_preset("repa-l-256")
     assert (repa.attn_coeff, repa.proj_coeff, repa.encoder_depth, repa.early_stop_point) == (0.0, 0.5, 8, -1)
     assert TrainConfig.from_preset("baseline-s-256").teachers == []
+
+
+def test_dits_settings_are_those_of_the_sit_of_its_size():
+    """HASTE (arXiv 2505.16792) trains DiT-XL with the layers, the coefficients and the τ of SiT-XL."""
+    for name, like in (
+        ("haste-dit-xl-256", "haste-xl-256"),
+        ("repa-dit-b-256", "repa-b-256"),
+        ("dit-s-512", "baseline-s-512"),
+    ):
+        dit, sit = TrainConfig.from_preset(name), TrainConfig.from_preset(like)
+        assert (dit.model, dit.prediction) == (sit.model.replace("SiT", "DiT"), "noise")
+        assert replace(dit, preset="", exp_name="", model="", prediction=None) == replace(
+            sit, preset="", exp_name="", model=""
+        )
+        dit.check_model()
+        assert resolve(replace(dit, layer_map="", encoder_depth=None)).layer_map == resolve(sit).layer_map
+
+
+@pytest.mark.parametrize(("model", "given", "own"), [("DiT-S/2", "v", "noise"), ("SiT-S/2", "noise", "v")])
+def test_a_model_has_one_prediction(model, given, own):
+    assert resolve(TrainConfig(model=model)).prediction == own
+    with pytest.raises(UserError, match=f"^--prediction must be {own} for --model {model}, got {given}$"):
+        TrainConfig(model=model, prediction=given).check_model()
 
 
 def test_a_run_is_described_by_what_it_has():
