@@ -106,17 +106,17 @@ def keep(folder: Path, result: dict[str, Any]) -> None:
     write_results(folder, {"results": results})
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path, name: str = "results.json") -> dict[str, Any]:
     """results.json of a folder; UserError if it cannot be read."""
-    path = folder / "results.json"
+    path = folder / name
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} must be a file that this script wrote; it cannot be read ({error})") from error
 
 
-def write_results(folder: Path, document: Mapping[str, Any]) -> None:
-    write_text(folder / "results.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+def write_results(folder: Path, document: Mapping[str, Any], name: str = "results.json") -> None:
+    write_text(folder / name, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def train_to_end(config: TrainConfig) -> Path:

@@ -1,11 +1,12 @@
 """Vanilla SiT, REPA, HASTE and HASTE without stopping on the digits, three seeds each, at five points of training.
 
     python benchmarks/digits/run.py                            all that is not done yet, then the table and the plots
+    python benchmarks/digits/run.py --model dit                the same of DiT, with SiT's numbers beside
     python benchmarks/digits/run.py --methods HASTE --seeds 0  of that, one run; several may go on side by side
-    python benchmarks/digits/run.py --plot-only                the table and the plots from results.json alone
+    python benchmarks/digits/run.py --plot-only                the table and the plots from the JSON alone
 
-All runs share the preset `haste train --preset digits`, its teacher, the classifier and the seeds of the samples; runs
-of one seed also see the same order of images, times and noise. A run that is done is not done again.
+All runs of a model share its preset (digits, dit-digits), the teacher, the classifier and the seeds of the samples;
+runs of one seed also see the same order of images, times and noise. A run that is done is not done again.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +41,23 @@ from _common import read_results, train_to_end, write_results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = 1000
-SETTINGS = SamplingConfig(num_steps=25, labels="balanced")
+SETTINGS = SamplingConfig(num_steps=25, mode="ode", labels="balanced")
+
+
+class Benchmark(NamedTuple):
+    """A model's. stored: the name of its JSON, table and plot. advantage: that of the plot against vanilla runs."""
+
+    title: str
+    preset: str
+    settings: SamplingConfig
+    stored: str
+    advantage: str | None = None
+
+
+MODELS = {
+    "sit": Benchmark("SiT", "digits", SETTINGS, "results", "advantage"),
+    "dit": Benchmark("DiT", "dit-digits", replace(SETTINGS, mode="ddim"), "dit"),
+}
 
 METHODS: dict[str, dict[str, Any]] = {
     "vanilla": {"attn_coeff": 0.0, "proj_coeff": 0.0},
@@ -54,6 +71,8 @@ METHODS: dict[str, dict[str, Any]] = {
 class Args:
     """What to run and where."""
 
+    model: Literal["sit", "dit"] = "sit"
+    """SiT, which predicts a velocity, or DiT, which predicts noise."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     """Of: vanilla, REPA, HASTE, "HASTE, never stopped"."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -61,7 +80,11 @@ class Args:
     output_dir: Path = Path("exps/digits-benchmark")
     """Where the runs, the teacher and the classifier go."""
     plot_only: bool = False
-    """Train nothing: make the table and the plots from results.json."""
+    """Train nothing: make the table and the plots from the JSON."""
+
+    @property
+    def benchmark(self) -> Benchmark:
+        return MODELS[self.model]
 
 
 def main(args: Args) -> None:
@@ -70,35 +93,39 @@ def main(args: Args) -> None:
         for seed in args.seeds:
             for method in args.methods:
                 do_run(args, method, seed)
-    results = stored_results()
-    write_table(results)
-    write_plots(results)
-    print((HERE / "results.md").read_text())
+    results = stored_results(args.benchmark)
+    text = write_up(args.benchmark, results)
+    write_text(HERE / f"{args.benchmark.stored}.md", text)
+    write_plots(args.benchmark, results)
+    print(text)
 
 
-def stored_results() -> dict[str, Any]:
-    """results.json, or what it is before the first run."""
-    return read_results(HERE) if (HERE / "results.json").is_file() else {"runs": []}
+def stored_results(benchmark: Benchmark) -> dict[str, Any]:
+    """The JSON, or what it is before the first run."""
+    name = f"{benchmark.stored}.json"
+    return read_results(HERE, name) if (HERE / name).is_file() else {"runs": []}
 
 
-def run_config(output_dir: Path, method: str, seed: int) -> TrainConfig:
+def run_config(args: Args, method: str, seed: int) -> TrainConfig:
     """The preset with the method's coefficients."""
-    name = f"{method.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    return TrainConfig.from_preset("digits", output_dir=str(output_dir), exp_name=name, seed=seed, **METHODS[method])
+    begin = "" if args.model == "sit" else f"{args.model}-"
+    name = f"{begin}{method.lower().replace(', ', '-').replace(' ', '-')}-seed{seed}"
+    settings = {"output_dir": str(args.output_dir), "exp_name": name, "seed": seed, **METHODS[method]}
+    return TrainConfig.from_preset(args.benchmark.preset, **settings)
 
 
 def do_run(args: Args, method: str, seed: int) -> None:
-    """Train and evaluate one run, unless it is in the results with these very settings; then write results.json."""
-    config = run_config(args.output_dir, method, seed)
+    """Train and evaluate one run, unless it is in the results with these very settings; then write the JSON."""
+    config, benchmark = run_config(args, method, seed), args.benchmark
     settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
-    if any(run["settings"] == settings for run in stored_results()["runs"]):
+    if any(run["settings"] == settings for run in stored_results(benchmark)["runs"]):
         print(f"{method}, seed {seed}: done before")
         return
-    run, evaluator, _ = train_and_score(config, args.output_dir / "classifier")
+    run, evaluator, _ = train_and_score(config, args.output_dir / "classifier", benchmark.settings)
     run = {"method": method, "seed": seed, "settings": settings, **run}
-    results = stored_results()  # again: another process may have added its own runs
+    results = stored_results(benchmark)  # again: another process may have added its own runs
     keep_run(results, run, list(METHODS))
-    results["sampling"] = SETTINGS.sampling_fields()
+    results["sampling"] = benchmark.settings.sampling_fields()
     results["classifier"] = {
         "held_out_accuracy": evaluator.extractor.held_out_accuracy,
         "features": evaluator.reference.dimension,
@@ -106,17 +133,19 @@ def do_run(args: Args, method: str, seed: int) -> None:
         "split_half_fd": evaluator.split_half_fd,
         "settings": asdict(evaluator.extractor.settings),
     }
-    write_results(HERE, results)
+    write_results(HERE, results, f"{benchmark.stored}.json")
 
 
-def train_and_score(config: TrainConfig, classifier: Path) -> tuple[dict[str, Any], Evaluator, Path]:
+def train_and_score(
+    config: TrainConfig, classifier: Path, settings: SamplingConfig = SETTINGS
+) -> tuple[dict[str, Any], Evaluator, Path]:
     """Train, and score every checkpoint: the scores with the seconds of both and what made them, with what they were
     scored, and the run's folder."""
     begin = perf_counter()
     folder = train_to_end(config)
     trained = perf_counter()
     evaluator = Evaluator.load("digits", "digits", classifier, CLASSIFIED_AT_ONCE)
-    records = evaluate_checkpoints(folder, run_checkpoints(folder), SETTINGS, SAMPLES, evaluator)
+    records = evaluate_checkpoints(folder, run_checkpoints(folder), settings, SAMPLES, evaluator)
     scores = {
         "points": [{name: record[name] for name in ("step", "fd", "label_accuracy", "samples")} for record in records],
         "train_seconds": round(trained - begin, 1),
@@ -157,28 +186,39 @@ def by_method(results: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any
     return scores
 
 
-def write_table(results: dict[str, Any]) -> None:
-    """results.md: mean ± standard deviation over seeds (n − 1) of both numbers at every point."""
-    scores = by_method(results)
-    steps = [point["step"] for point in next(iter(next(iter(scores.values())).values()))]
+def write_up(benchmark: Benchmark, results: dict[str, Any]) -> str:
+    """Mean ± standard deviation over seeds (n − 1) of both numbers at every point; SiT's are beside those of others."""
+    beside = MODELS["sit"]
+    tables = {"": by_method(results)}
+    if benchmark != beside:
+        tables = {f"{benchmark.title}, ": tables[""], f"{beside.title}, ": by_method(stored_results(beside))}
+    lines = [f"# Digits: vanilla {benchmark.title}, REPA, HASTE\n", describe(benchmark, results)]
+    steps = [point["step"] for point in results["runs"][0]["points"]]
     head = ["", *(f"step {step:,}" for step in steps)]
-    lines = ["# Digits: vanilla SiT, REPA, HASTE\n", describe(results)]
     for title, key, scale, digits in (
         ("FD", "fd", 1.0, 2),
         ("Label accuracy, %", "label_accuracy", 100.0, 1),
     ):
-        rows = []
-        for method, seeds in scores.items():
-            values = scale * np.array([[point[key] for point in points] for points in seeds.values()])
-            means, spreads = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
-            pairs = zip(means, [None] * len(means) if spreads is None else spreads, strict=True)
-            rows.append([method, *(format_number(mean, digits, spread=spread) for mean, spread in pairs)])
+        rows = [
+            [f"{model}{method}", *cells(seeds, key, scale, digits)]
+            for model, methods in tables.items()
+            for method, seeds in methods.items()
+        ]
         lines.append(f"\n## {title}\n\n{markdown_table([head, *rows])}".rstrip())
-    write_text(HERE / "results.md", "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
-def describe(results: dict[str, Any]) -> str:
+def cells(seeds: dict[int, list[dict[str, Any]]], key: str, scale: float, digits: int) -> list[str]:
+    """Of one method, at every point."""
+    values = scale * np.array([[point[key] for point in points] for points in seeds.values()])
+    means, spreads = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else [None] * values.shape[1]
+    return [format_number(mean, digits, spread=spread) for mean, spread in zip(means, spreads, strict=True)]
+
+
+def describe(benchmark: Benchmark, results: dict[str, Any]) -> str:
     """How the numbers came about, in words."""
+    flag = "" if benchmark == MODELS["sit"] else f" --model {benchmark.title.lower()}"
+    beside = "SiT's rows are those of [results.md](results.md), of as many images and steps. " if flag else ""
     classifier, run, sampling = results["classifier"], results["runs"][0], SamplingConfig(**results["sampling"])
     seeds = sorted({run["seed"] for run in results["runs"]})
     commits = sorted({run["commit"][:12] + run["commit"][40:] for run in results["runs"]})
@@ -186,8 +226,9 @@ def describe(results: dict[str, Any]) -> str:
     stop = f"Alignment ends at step {haste[0]['early_stop_point']:,} in HASTE. " if haste else ""
     points = run["points"][0]["samples"]
     return (
-        f"`python benchmarks/digits/run.py`. Mean ± standard deviation over {len(seeds)} seeds; {points:,} samples a "
-        f"point, {sampling.describe()}, EMA weights, no guidance, the same noise and labels for every run. {stop}"
+        f"`python benchmarks/digits/run.py{flag}`. Mean ± standard deviation over {len(seeds)} seeds; {points:,} "
+        f"samples a point, {sampling.describe()}, EMA weights, no guidance, the same noise and labels for every run. "
+        f"{stop}{beside}"
         f"FD to {classifier['real_digits']:,} real digits in {classifier['features']} features of a classifier that no "
         f"run has seen (it reads {classifier['held_out_accuracy']:.1%} of the digits it has not seen; two halves of "
         f"the real digits are {classifier['split_half_fd']:.2f} apart).\n\n"
@@ -196,15 +237,18 @@ def describe(results: dict[str, Any]) -> str:
     )
 
 
-def write_plots(results: dict[str, Any]) -> None:
-    """results.png: both numbers over steps, mean and range over seeds; advantage.png: the same against vanilla SiT."""
+def write_plots(benchmark: Benchmark, results: dict[str, Any]) -> None:
+    """Both numbers over steps, mean and range over seeds; and, where the model has that plot, the same against the
+    vanilla model."""
     scores = by_method(results)
     stops = {run["settings"]["early_stop_point"] for run in results["runs"] if run["method"] == "HASTE"}
     stop = stops.pop() if stops else None
-    title = f"Digits, {len({run['seed'] for run in results['runs']})} seeds: mean, lowest and highest"
-    plot_scores(HERE / "results.png", scores, title=title, stop=stop)
-    if "vanilla" in scores:
-        plot_advantage(HERE / "advantage.png", scores, "vanilla", title=title, stop=stop)
+    of = "" if benchmark == MODELS["sit"] else f"{benchmark.title} on "
+    title = f"{of}digits, {len({run['seed'] for run in results['runs']})} seeds: mean, lowest and highest"
+    title = title[0].upper() + title[1:]
+    plot_scores(HERE / f"{benchmark.stored}.png", scores, title=title, stop=stop)
+    if "vanilla" in scores and benchmark.advantage is not None:
+        plot_advantage(HERE / f"{benchmark.advantage}.png", scores, "vanilla", title=title, stop=stop)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ _DIGITS = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
+    # By its own objective, DDPM's noise.
+    "dit-digits": {**_DIGITS, "exp_name": "dit-digits", "model": "DiT-Digits/2"},
     # 4 cells of 2 x 2 tokens.
     "xar-digits": {
         **_DIGITS,
