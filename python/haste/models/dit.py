@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from haste import diffusion
 from haste.errors import UserError
+from haste.models.family import ForeignCheckpoints
 from haste.models.registry import register
 from haste.models.sit import PUBLISHED_ALIGNMENT, SIT_SIZES, SiT, SiTFamily
 from haste.samplers import time_of
@@ -71,6 +72,7 @@ class DiTFamily(SiTFamily):
     title = "DiT"
     module = DiT
     prediction = "noise"
+    foreign = ForeignCheckpoints()
     published_alignment = {name.replace("SiT", "DiT"): value for name, value in PUBLISHED_ALIGNMENT.items()}
     sizes = DIT_MODELS
 
