@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError
-from haste.models.family import Family, Layout, ModelOutput, PublishedAlignment
+from haste.models.family import Family, ForeignCheckpoints, Layout, ModelOutput, PublishedAlignment
 from haste.models.layers import (
     BACKENDS,
     FinalLayer,
@@ -352,7 +352,7 @@ class SiTFamily(Family):
     title = "SiT"
     module: type[SiT] = SiT
     published_alignment = PUBLISHED_ALIGNMENT
-    foreign = SiTCheckpoints()
+    foreign: ForeignCheckpoints = SiTCheckpoints()
     sizes = {
         **SIT_MODELS,
         # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
