@@ -18,7 +18,7 @@ from torch import Tensor
 from haste.caching import CacheConfig, make_cache
 from haste.caching.schedule import describe_steps
 from haste.data.images import to_uint8
-from haste.diffusion import spaced_times
+from haste.diffusion import NUM_TIMES
 from haste.errors import UserError
 from haste.generation.conditions import Texts, check_condition, open_conditions
 from haste.generation.config import SamplingConfig, Settings
@@ -76,18 +76,26 @@ def _fit_sampler(settings: Settings, loaded: LoadedCheckpoint) -> Settings:
         raise UserError(f"--mode must be {' or '.join(modes)} for this {title}, which predicts {what}, got "
                         f"{settings.mode}")  # fmt: skip
     if noise and settings.heun:
-        raise UserError(f"--heun must be left out for this {title}, which predicts noise")
+        raise UserError(f"--heun must be left out for this {title}, which predicts noise, got --heun")
     if not noise and settings.timestep_spacing is not None:
         raise UserError(f"--timestep-spacing must be left out for this {title}, which predicts a velocity, got "
                         f"{settings.timestep_spacing}")  # fmt: skip
     if noise:
-        spacing = settings.timestep_spacing or "linspace"
-        settings = replace(settings, timestep_spacing=spacing)
-        spaced_times(settings.num_steps, spacing)  # refuses what does not fit
+        settings = replace(settings, timestep_spacing=settings.timestep_spacing or "linspace")
+        _check_times(settings.num_steps, settings.timestep_spacing, title)
     if settings.guided_channels is not None and not 1 <= settings.guided_channels <= channels:
         raise UserError(f"--guided-channels must be from 1 to {channels}, the channels of the model, got "
                         f"{settings.guided_channels}")  # fmt: skip
     return settings
+
+
+def _check_times(num_steps: int, spacing: str | None, title: str) -> None:
+    """Raise UserError, naming the flags, for a number of steps that `spaced_times` refuses."""
+    if num_steps > NUM_TIMES:
+        raise UserError(f"--num-steps must be at most {NUM_TIMES}, the times of {title}, got {num_steps}")
+    if spacing != "linspace" and NUM_TIMES % num_steps:
+        raise UserError(f"--num-steps must divide {NUM_TIMES} with --timestep-spacing {spacing}, got {num_steps}; "
+                        "linspace takes any number")  # fmt: skip
 
 
 def _check_parts(settings: SamplingConfig, loaded: LoadedCheckpoint) -> None:

@@ -173,6 +173,11 @@ def test_compiled_blocks_serve_any_number_of_batch_sizes(run, monkeypatch):
     ("settings", "message"),
     [
         ({"heun": True, "mode": "sde"}, "--heun must come with --mode ode"),
+        ({"mode": "ddim"}, "--mode must be ode or sde for this SiT, which predicts a velocity, got ddim"),
+        (
+            {"timestep_spacing": "leading"},
+            "--timestep-spacing must be left out for this SiT, which predicts a velocity",
+        ),
         ({"interval": 3}, "--interval must be left out"),
         ({"global_seed": -1}, "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got -1"),
     ],
