@@ -246,15 +246,16 @@ class WholeOutput(CacheGranularity):
     def __init__(self, opaque: OpaqueModel) -> None:
         self.model = opaque.model
         self._form = "ModelOutput" if hasattr(self.model, "family") else ""  # of the model's answer
+        self._outputs = 2 if getattr(self.model, "prediction", None) == "noise" else 1  # the variance beside the noise
 
     def features_shape(self, input_shape: Sequence[int], y: Tensor | None = None) -> tuple[int, int]:
-        return input_shape[0], prod(input_shape[1:])
+        return self._outputs * input_shape[0], prod(input_shape[1:])
 
     def full(self, x: Tensor, t: Tensor, y: Tensor, out: Tensor) -> Any:
         answer = self.model(x, t, y)
         self._form = self._form or ("tuple" if isinstance(answer, tuple) else "tensor")
         image = answer if isinstance(answer, Tensor) else answer[0]
-        if image.shape != x.shape:
+        if image.shape != self._shape(x):
             name = type(self.model).__name__
             raise UserError(f"--granularity must be module, block or model for {name}, which makes "
                             f"{tuple(image.shape)} of {tuple(x.shape)}, got output")  # fmt: skip
@@ -262,10 +263,14 @@ class WholeOutput(CacheGranularity):
         return answer
 
     def forecast(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor, weights: Tensor) -> Any:
-        image = haste_ext.taylor_extrapolate(features[0], weights).view(x.shape)
+        image = haste_ext.taylor_extrapolate(features[0], weights).view(self._shape(x))
         if self._form == "ModelOutput":
             return ModelOutput(image, [], [])
         return (image, []) if self._form == "tuple" else image
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of the prediction."""
+        return (x.shape[0], self._outputs * x.shape[1], *x.shape[2:])
 
 
 def _run_blocks(blocks: Sequence[CachedBlock], streams: Streams, c: Tensor, image_alone: bool = False) -> Streams:

@@ -21,7 +21,7 @@ from haste.caching.forecaster import CachedFeatures, Correction, Corrections, Fo
 from haste.caching.report import CacheReport, Stopwatch, mib
 from haste.caching.schedule import Clock, Plan, ScheduleState
 from haste.errors import UserError
-from haste.samplers import BOTH, Branches, ModelCall, time_of
+from haste.samplers import BOTH, Branches, ModelCall, time_of, times_at
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class CachedModel(nn.Module):
         if self.model.training:
             raise ValueError("model must be in eval mode, got training mode, which drops labels; call model.eval()")
         if not isinstance(t, Tensor):
-            t = torch.full((len(x),), float(t), dtype=self.dtype, device=x.device)
+            t = times_at(float(t), len(x), torch.promote_types(self.dtype, torch.float32), x.device)
         call = self._next_call(t)
         if len(x) % len(call.branches):
             raise UserError(f"x must have as many rows for {' as for '.join(call.branches)}, got {len(x)} rows")
@@ -275,7 +275,7 @@ class CachedModel(nn.Module):
         slot = self._features.slot_for(_timestep(call), call.branches)
         output = self._functions[self._granularity]["full"](x, t, y, self._features.storage[:, slot, rows])
         if predicted is not None:
-            self._schedule.report(_relative_error(predicted, output), distance, count)
+            self._schedule.report(_relative_error(predicted, output, x.shape[1]), distance, count)
         return output
 
     def _forecast(self, x: Tensor, t: Tensor, y: Tensor, call: ModelCall) -> Any:
@@ -360,10 +360,10 @@ def _image(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _relative_error(predicted: Any, computed: Any) -> float:
-    """‖predicted − computed‖ / ‖computed‖ over the whole batch."""
-    computed = _image(computed).double()
-    return ((_image(predicted).double() - computed).norm() / computed.norm().clamp_min(1e-300)).item()
+def _relative_error(predicted: Any, computed: Any, channels: int) -> float:
+    """‖predicted − computed‖ / ‖computed‖ over the whole batch, of the first channels: behind noise is its variance."""
+    predicted, computed = (_image(output)[:, :channels].double() for output in (predicted, computed))
+    return ((predicted - computed).norm() / computed.norm().clamp_min(1e-300)).item()
 
 
 def _concatenate(parts: Sequence[Any]) -> Any:

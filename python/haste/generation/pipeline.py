@@ -25,7 +25,7 @@ from haste.generation.config import SamplingConfig, Settings
 from haste.generation.labels import POLICIES, image_generator
 from haste.generation.loaded import LoadedCheckpoint, latent_format
 from haste.models import SamplingCost
-from haste.samplers import Guidance, PartCache, Solver, initial_noise, model_calls, times_at
+from haste.samplers import Guidance, PartCache, Solver, initial_noise, model_calls, time_grid, times_at
 from haste.vae import VAE
 
 # Settings that decide the conditions of images, and whether the null one is needed.
@@ -220,11 +220,11 @@ class Sampler:
         if self.cache is None:
             model(x, torch.full((rows,), self.loaded.family.time(1.0), device=like.device), y)
         else:
-            steps = self.settings.num_steps
-            times = [self.loaded.family.time(1 - step / steps) for step in range(steps)]
+            s, dtype = self.settings, torch.promote_types(like.dtype, torch.float32)
+            times = time_grid(s.sampler, s.num_steps, s.timestep_spacing or "linspace")[:-1].tolist()
             self.cache.start(times)
             for time in times:
-                self.cache(x, times_at(time, rows, like.dtype, like.device), y)
+                self.cache(x, times_at(time, rows, dtype, like.device), y)
                 if self.cache.report.forecast_calls:
                     break
         self._to_images(x[:1])

@@ -35,13 +35,16 @@ class DiT(SiT):
     prediction = "noise"
     outputs = 2
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
         _check_times(t)
-        return super().embed(x, t, y)
+        return super().conditioning(t, y)
 
 
 def _check_times(t: Tensor) -> None:
     """Raise ValueError for times that are none of DiT's, such as SiT's, where that takes no waiting for a GPU."""
+    if t.dtype == torch.bfloat16:
+        raise ValueError("t must be int64 or float32, as bfloat16 has not all whole numbers up to "
+                         f"{diffusion.NUM_TIMES - 1}, got bfloat16")  # fmt: skip
     if torch.compiler.is_compiling():
         return
     known = time_of(t)
