@@ -17,13 +17,14 @@ class Geometry:
     """A model, and the images that it makes unless others are asked for.
 
     model: its config, without the side of its input. pixels: of the image's side per value of what the model samples, 8
-    for SD-VAE's latents. cpu_batch: images per run on two processor cores.
+    for SD-VAE's latents. cpu_batch: images per run on two processor cores. cfg_scale: of the published table.
     """
 
     model: dict[str, Any]
     pixels: int
     resolution: int
     cpu_batch: int
+    cfg_scale: float = 1.0
 
 
 IMAGENET = {"in_channels": 4, "num_classes": 1000}
@@ -40,12 +41,17 @@ def config_of(name: str, **settings: int) -> dict[str, Any]:
 GEOMETRIES = {
     "SiT-B/2": Geometry(config_of("SiT-B/2", **IMAGENET), pixels=8, resolution=256, cpu_batch=1),
     "SiT-XL/2": Geometry(config_of("SiT-XL/2", **IMAGENET), pixels=8, resolution=256, cpu_batch=1),
+    "DiT-S/2": Geometry(config_of("DiT-S/2", **IMAGENET), pixels=8, resolution=256, cpu_batch=1, cfg_scale=1.5),
+    "DiT-XL/2": Geometry(config_of("DiT-XL/2", **IMAGENET), pixels=8, resolution=256, cpu_batch=1, cfg_scale=1.5),
     "MM-DiT-COCO": Geometry(config_of("MM-DiT-COCO", **CLIP_L), pixels=8, resolution=256, cpu_batch=1),
     "digits": Geometry(
         config_of("SiT-Digits/2", in_channels=1, num_classes=10), pixels=1, resolution=8, cpu_batch=100
     ),
     # Measure nothing: to see in seconds that the script works on a machine.
     "tiny": Geometry({"family": "sit", **TINY, "num_classes": 10}, pixels=8, resolution=64, cpu_batch=2),
+    "tiny DiT": Geometry(
+        {"family": "dit", **TINY, "num_classes": 10}, pixels=8, resolution=64, cpu_batch=2, cfg_scale=1.5
+    ),
     "tiny MM-DiT": Geometry(
         {"family": "mmdit", **TINY, "context_tokens": 5, "context_width": 24}, pixels=8, resolution=64, cpu_batch=2
     ),
@@ -72,6 +78,11 @@ class Case:
         return {**geometry.model, "input_size": self.resolution // geometry.pixels}
 
     @property
+    def cfg_scale(self) -> float:
+        """Of guidance on the first three channels, both halves in one batch; 1 is none."""
+        return GEOMETRIES[self.model].cfg_scale
+
+    @property
     def tokens(self) -> int:
         return (self.config["input_size"] // self.config["patch_size"]) ** 2
 
@@ -81,7 +92,8 @@ class Case:
 
     def as_json(self) -> dict[str, Any]:
         text = self.layout.condition_shape
-        return {**asdict(self), "tokens": self.tokens, **({"text_tokens": text[0]} if text else {})}
+        guided = {"cfg_scale": self.cfg_scale} if self.cfg_scale != 1 else {}
+        return {**asdict(self), **guided, "tokens": self.tokens, **({"text_tokens": text[0]} if text else {})}
 
 
 def make_case(

@@ -58,13 +58,13 @@ class EagerTaylorSeer:
         step = self.num_full + self.num_forecast
         full = step in self.full_steps
         self.distance = step - self.last_full
-        velocity = (self.joint_velocity if isinstance(self.model, MMDiT) else self.velocity)(x, t, y, full)
+        prediction = (self.joint_prediction if isinstance(self.model, MMDiT) else self.predict)(x, t, y, full)
         self.last_full = step if full else self.last_full
         self.num_full += full
         self.num_forecast += not full
-        return ModelOutput(velocity, [], [])
+        return ModelOutput(prediction, [], [])
 
-    def velocity(self, x: Tensor, t: Tensor, y: Tensor, full: bool) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, y: Tensor, full: bool) -> Tensor:
         tokens, c = self.model.embed(x, t, y)
         for index, block in enumerate(self.model.blocks):
             m = block.modulation(c)
@@ -73,7 +73,7 @@ class EagerTaylorSeer:
                 tokens = tokens + gate.unsqueeze(1) * feature
         return self.model.finish(tokens, c)
 
-    def joint_velocity(self, x: Tensor, t: Tensor, context: Tensor, full: bool) -> Tensor:
+    def joint_prediction(self, x: Tensor, t: Tensor, context: Tensor, full: bool) -> Tensor:
         model = self.model
         text, image, c = model.text(context), model.tokens(x), model.conditioning(t, context)
         for index, block in enumerate(model.joint_blocks):

@@ -17,7 +17,7 @@ TARGETS = {
     "cuda": {"TaylorSeer per module": 0.95, "TaylorSeer per block": 0.95, "TaylorSeer whole model": 0.95},
 }
 LEGEND = """\
-Seconds per run: the whole of `haste.sampling.sample` for one batch, the median over the rounds with the 20th and 80th
+Seconds per run: the whole of `haste.samplers.sample` for one batch, the median over the rounds with the 20th and 80th
 percentile. The wall-clock speed-up is the uncached run's time over the row's own within each round, launched in the
 same way; the FLOPs speed-up is the ratio of what torch's FlopCounterMode counts: matrix products, convolutions and
 attention. Where the two are equal, their ratio is 1. Full and skipped: the median time of one call of the model of that
@@ -48,8 +48,9 @@ def section(result: Mapping) -> str:
 def title(result: Mapping) -> str:
     case = result["case"]
     tokens = f"{case['text_tokens']} + {case['tokens']}" if "text_tokens" in case else case["tokens"]
+    guided = f"guidance {case['cfg_scale']:g}, " if "cfg_scale" in case else ""
     return (
-        f"{case['model']}, {tokens} tokens, batch {case['batch']}, {case['num_steps']} steps, {case['dtype']}, "
+        f"{case['model']}, {tokens} tokens, batch {case['batch']}, {case['num_steps']} steps, {guided}{case['dtype']}, "
         f"{case['device']}"
     )
 

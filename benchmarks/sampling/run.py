@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> Args:
     add("--batch-size", nargs="+", type=int, help="Images per run. Default: on the CPU 1, and 100 digits; on a GPU "
         "1, 8 and 64")  # fmt: skip
     add("--dtype", help="Of the model: float32, bfloat16. Default: float32 on the CPU, bfloat16 on a GPU")
-    add("--num-steps", type=int, help="Steps from noise to image, by Euler")
+    add("--num-steps", type=int, help="Steps from noise to image, by Euler, of DiT by DDIM")
     add("--interval", type=int, help="One full step in so many, for every cache")
     add("--order", type=int, help="Of TaylorSeer's forecast")
     add("--compiled", action="store_true", help="Also everything under torch.compile, which takes minutes for a large "

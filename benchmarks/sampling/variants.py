@@ -12,7 +12,7 @@ from cases import Case
 from eager import EagerTaylorSeer, full_steps
 from haste import cuda_graphs
 from haste.caching import CacheConfig, make_cache
-from haste.models import ModelOutput, build_model
+from haste.models import ModelOutput, build_model, get_family
 from haste.samplers import initial_noise, sample
 from torch import Tensor, nn
 
@@ -40,13 +40,14 @@ class Variant:
         return CacheConfig(cache="taylor", granularity=self.granularity, interval=case.interval, order=case.order)
 
 
-UNCACHED, FEWER, EAGER, MODULE, BLOCK, MODEL, DELTA = VARIANTS = (
+UNCACHED, FEWER, EAGER, MODULE, BLOCK, MODEL, OUTPUT, DELTA = VARIANTS = (
     Variant("uncached"),
     Variant("uncached, fewer steps", fewer_steps=True),
     Variant("eager TaylorSeer", eager=True),
     Variant("TaylorSeer per module", "taylor", "module"),
     Variant("TaylorSeer per block", "taylor", "block"),
     Variant("TaylorSeer whole model", "taylor", "model"),
+    Variant("TaylorSeer output", "taylor", "output"),
     Variant("Δ-DiT", "delta-dit"),
 )
 
@@ -69,10 +70,11 @@ class Stopwatch:
 
     training = False
 
-    def __init__(self, model: Callable[..., ModelOutput], dtype: torch.dtype, device: str) -> None:
+    def __init__(self, model: Callable[..., ModelOutput], dtype: torch.dtype, device: str, prediction: str) -> None:
         self.model = model
         self.dtype = dtype
         self.device = device
+        self.prediction = prediction  # by which the sampler goes
 
     def start(self, calls: list) -> None:
         if hasattr(self.model, "start"):
@@ -139,7 +141,8 @@ class Run:
         shape = (case.batch, *case.layout.input_shape)
         self.noise = initial_noise(shape, torch.Generator().manual_seed(1), device=case.device)
         self.condition = make_condition(case)
-        self.stopwatch = Stopwatch(self.wrapped(model), model.dtype, case.device)
+        prediction = get_family(case.config).prediction
+        self.stopwatch = Stopwatch(self.wrapped(model), model.dtype, case.device, prediction)
 
     @property
     def name(self) -> str:
@@ -159,7 +162,9 @@ class Run:
 
     def __call__(self, num_steps: int | None = None) -> Tensor:
         """The images (B, C, S, S), or what fewer steps make of them."""
-        return sample(self.stopwatch, self.noise, self.condition, num_steps=num_steps or self.num_steps)
+        guided = {"cfg_scale": self.case.cfg_scale, "null": self.case.layout.num_classes, "guided_channels": 3}
+        guided = guided if self.case.cfg_scale != 1 else {}
+        return sample(self.stopwatch, self.noise, self.condition, num_steps=num_steps or self.num_steps, **guided)
 
     @property
     def cache_bytes(self) -> int:

@@ -32,7 +32,7 @@ def make_run(variant, case):
     return variants.Run(variant, variants.LAUNCHED, case, variants.make_model(case))
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny MM-DiT"])
+@pytest.mark.parametrize("model", ["tiny", "tiny DiT", "tiny MM-DiT"])
 @pytest.mark.parametrize(("interval", "order"), [(2, 0), (3, 1), (3, 4), (4, 2)])
 def test_the_eager_baseline_samples_what_haste_samples_per_module(model, interval, order):
     case = tiny(model, num_steps=20, interval=interval, order=order)
@@ -93,10 +93,10 @@ def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_pat
     (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [row["name"] for row in result["rows"]] == [
         "uncached", "uncached, fewer steps", "eager TaylorSeer", "TaylorSeer per module", "TaylorSeer per block",
-        "TaylorSeer whole model", "Δ-DiT",
+        "TaylorSeer whole model", "TaylorSeer output", "Δ-DiT",
     ]  # fmt: skip
     assert all(len(row["seconds"]) == 2 and row["flops"] > 0 for row in result["rows"])
-    assert [row["cache_bytes"] > 0 for row in result["rows"]] == [False, False] + 5 * [True]
+    assert [row["cache_bytes"] > 0 for row in result["rows"]] == [False, False] + 6 * [True]
     assert 0 < result["difference"] < 1e-6
 
     text = (tmp_path / "results.md").read_text()
@@ -117,6 +117,20 @@ def test_of_mm_dit_the_eager_baseline_keeps_both_streams_and_haste_the_image_s(t
     assert rows["eager TaylorSeer"]["cache_bytes"] == image + text
     assert rows["TaylorSeer whole model"]["cache_bytes"] * 2 * 4 == image
     assert report.title(result).startswith("tiny MM-DiT, 5 + 16 tokens, batch 2, 8 steps")
+    assert 0 < result["difference"] < 1e-6
+
+
+def test_of_dit_noise_and_variance_are_sampled_by_guided_ddim(tmp_path):
+    run.main(run.Args(model=["tiny DiT"], rounds=1, output=tmp_path, **SHORT))
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    rows = {row["name"]: row for row in result["rows"]}
+    both = 2 * 2  # batch 2, cond and uncond
+    assert rows["TaylorSeer output"]["cache_bytes"] == (SHORT["order"] + 1) * both * 2 * 4 * 8 * 8 * 4
+    tokens, width = both * 16, 32
+    block = 12 * tokens * width**2 + 2 * both * 16**2 * width + 6 * both * width**2
+    ends = 3 * tokens * width * 16 + both * (256 + width) * width + 2 * both * width**2  # the head has two outputs
+    assert rows["uncached"]["flops"] == 8 * 2 * (4 * block + ends)
+    assert report.title(result) == "tiny DiT, 16 tokens, batch 2, 8 steps, guidance 1.5, float32, cpu"
     assert 0 < result["difference"] < 1e-6
 
 
@@ -214,7 +228,8 @@ def test_images_that_differ_are_not_timed():
     [
         (
             {"model": ["SiT-Q/2"]},
-            "--model must be one of SiT-B/2, SiT-XL/2, MM-DiT-COCO, digits, tiny, tiny MM-DiT, got 'SiT-Q/2'",
+            "--model must be one of SiT-B/2, SiT-XL/2, DiT-S/2, DiT-XL/2, MM-DiT-COCO, digits, tiny, tiny DiT, "
+            "tiny MM-DiT, got 'SiT-Q/2'",
         ),
         ({"model": ["tiny"], "dtype": "fp8"}, "--dtype must be one of float32, bfloat16, got 'fp8'"),
         ({"model": ["digits"], "resolution": 9}, "--resolution must be a multiple of 2, such as 8, got 9"),
