@@ -149,7 +149,7 @@ def test_none_passes_where_it_is_the_default_alone():
         ({"ema": "no"}, "ema must be true or false, got 'no'"),
         ({"fast": "no"}, "fast must be true or false, got 'no'"),
         ({"heun": "no"}, "heun must be true or false, got 'no'"),
-        ({"convention": "x"}, "convention must be one of 'repa', 'sit' or nothing, got 'x'"),
+        ({"convention": "x"}, "convention must be one of 'repa', 'sit', 'dit' or nothing, got 'x'"),
         ({"interval": "4"}, "interval must be an integer or nothing, got '4'"),
         ({"sample_dir": 3}, "sample_dir must be a path or nothing, got 3"),
     ],

@@ -124,8 +124,8 @@ class SamplingConfig(CacheConfig):
     vae: str | None = None
     """VAE that decodes latents: ema, mse, a hub name, a folder, or MAR's kl16.ckpt. [default: the one of training; ema
     for Stable Diffusion's latents, as in generate.py]"""
-    convention: Literal["repa", "sit"] | None = None
-    """Trainer of a checkpoint that does not record it: repa (also HASTE) or sit (SiT's own)."""
+    convention: Literal["repa", "sit", "dit"] | None = None
+    """Trainer of a checkpoint that does not record it: repa (also HASTE), sit (SiT's own) or dit (DiT's)."""
 
     @property
     def sampler(self) -> str:

@@ -36,7 +36,7 @@ class LoadedCheckpoint:
         config: the settings of the run that decide sampling.
         checkpoint: the file.
         recorded: its other content: `args`, all settings of the run; `z_dims`, the widths of the projectors;
-            `convention`, "repa" or "sit"; in haste's own checkpoints `latents`, their format (None for pixels),
+            `convention`, "repa", "sit" or "dit"; in haste's own checkpoints `latents`, their format (None for pixels),
             and `class_names` by label, if the data has names; of runs on captions `text`, the format of their features,
             and `captions`, some of them.
     """
@@ -91,14 +91,19 @@ class LoadedCheckpoint:
         return int(self.checkpoint.stem) if self.checkpoint.stem.isdecimal() else None
 
     @property
+    def convention(self) -> Convention:
+        """That of the checkpoint, which decides guided channels and rounding."""
+        return self.recorded.get("convention", "repa")
+
+    @property
     def guided_channels(self) -> int | None:
         """How many channels, from the first, the authors' sampler guides; None for all."""
-        return self.family.foreign.guided_channels(self.recorded.get("convention", "repa"), self.layout.input_shape[0])
+        return self.family.foreign.guided_channels(self.convention, self.layout.input_shape[0])
 
     @property
     def rounded(self) -> bool:
-        """Whether the authors' sampler rounds 8-bit images, as in SiT; REPA and HASTE truncate."""
-        return self.recorded.get("convention") == "sit"
+        """Whether the authors' sampler rounds 8-bit images, as in SiT and DiT; REPA and HASTE truncate."""
+        return self.convention in ("sit", "dit")
 
     @property
     def label(self) -> str:
@@ -119,12 +124,12 @@ def load_checkpoint(
     """Load a checkpoint for sampling.
 
     Args:
-        path: a checkpoint file of haste, HASTE, REPA or SiT, or a run folder for its latest readable checkpoint.
+        path: a checkpoint file of haste, HASTE, REPA, SiT or DiT, or a run folder for its latest readable checkpoint.
         ema: load the EMA weights; False loads the trained weights.
         device: of the model; None for the GPU if there is one.
         fused_attn: False for unfused attention.
         assume: settings of the run, for a file without settings such as bare weights.
-        convention: "repa" (also HASTE's) or "sit", for a file that does not tell which trainer wrote it.
+        convention: "repa" (also HASTE's), "sit" or "dit", for a file that does not tell which trainer wrote it.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read.

@@ -453,7 +453,8 @@ def settings_record(args: SampleConfig, sampler: Sampler) -> dict:
     path = {} if path_type == "linear" else {"path_type": path_type}
     vae = {} if sampler.latents is None else {"vae": sampler.latents.vae}
     identity = checkpoint_identity(sampler.loaded.checkpoint)
-    convention = {"convention": "sit"} if sampler.loaded.rounded else {}  # decides guided channels and rounding
+    own = sampler.loaded.convention  # decides guided channels and rounding
+    convention = {} if own == "repa" else {"convention": own}
     fields = args.sampling_fields()
     if sampler.loaded.layout.condition_shape is not None:
         del fields["labels"]

@@ -3,6 +3,7 @@
 from haste.models.family import (
     CachedBlock,
     CachedTransformer,
+    CheckpointFile,
     Convention,
     Family,
     ForeignCheckpoints,
@@ -41,6 +42,7 @@ __all__ = [
     "XAR_SIZES",
     "CachedBlock",
     "CachedTransformer",
+    "CheckpointFile",
     "Convention",
     "DiT",
     "Family",

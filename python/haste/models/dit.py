@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from haste import diffusion
 from haste.errors import UserError
-from haste.models.family import ForeignCheckpoints
+from haste.models.dit_checkpoints import DiTCheckpoints
 from haste.models.registry import register
 from haste.models.sit import PUBLISHED_ALIGNMENT, SIT_SIZES, SiT, SiTFamily
 from haste.samplers import time_of
@@ -75,9 +75,9 @@ class DiTFamily(SiTFamily):
     title = "DiT"
     module = DiT
     prediction = "noise"
-    foreign = ForeignCheckpoints()
     published_alignment = {name.replace("SiT", "DiT"): value for name, value in PUBLISHED_ALIGNMENT.items()}
     sizes = DIT_MODELS
+    foreign = DiTCheckpoints()
 
     def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
         for name, only in (("path_type", "linear"), ("weighting", "uniform")):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -144,9 +144,24 @@ class SamplingCost(NamedTuple):
 
 Weights = dict[str, Tensor]
 
-Convention = Literal["repa", "sit"]
-"""The signs of time and velocity. repa (also HASTE's, and haste's): t = 0 is data, the velocity is ε − x.
-sit: t = 1 is data, the velocity is x − ε."""
+Convention = Literal["repa", "sit", "dit"]
+"""What a model's times and predictions are. repa (also HASTE's, and haste's): t = 0 is data, the velocity is ε − x.
+sit: t = 1 is data, the velocity is x − ε. dit: t is a whole number to 999, and noise and variance are predicted."""
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """By what it is told who wrote a checkpoint.
+
+    weights: of its model, by name. args: the settings of the run that wrote it; may be empty. content: all that it
+    holds. path: the file. convention: --convention, for a file that does not show it.
+    """
+
+    weights: Mapping[str, Tensor]
+    args: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
+    path: Path = Path("checkpoint.pt")
+    convention: Convention | None = None
 
 
 class ForeignCheckpoints:
@@ -156,33 +171,17 @@ class ForeignCheckpoints:
         """Weights under the names that the family's modules have."""
         return dict(weights)
 
-    def check_settings(self, args: Mapping[str, Any], file: Path) -> None:
-        """Raise UserError if a run with these settings trained a model that cannot be used, such as one of noise."""
-
-    def find_convention(
-        self,
-        content: Mapping[str, Any],
-        weights: Mapping[str, Tensor],
-        args: Mapping[str, Any],
-        file: Path,
-        given: Convention | None = None,
-    ) -> Convention:
-        """The convention of a checkpoint.
-
-        Args:
-            content: all that the file holds.
-            weights: those of it, by name.
-            args: the settings of the run that wrote it; may be empty.
-            given: --convention, for a file that does not show it.
+    def find_convention(self, file: CheckpointFile) -> Convention | None:
+        """The convention of a checkpoint; None for one of another family, be it of weights of the same names.
 
         Raises:
-            UserError: as of `check_settings`; the file shows no convention and none is given, or it shows another one
-                than is given.
+            UserError: the file shows no convention and none is given, or it shows another one than is given; it is of
+                a run that trained a model which cannot be used.
         """
         return "repa"
 
     def convert_weights(self, weights: Mapping[str, Tensor], convention: Convention) -> Weights:
-        """Weights with which the model predicts haste's velocity."""
+        """Weights with which the family's model predicts what it is to predict."""
         return dict(weights)
 
     def convert_settings(self, args: Mapping[str, Any], convention: Convention) -> dict[str, Any]:

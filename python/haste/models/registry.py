@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from haste.errors import UserError, in_one_line
-from haste.models.family import OWN_SETTINGS, SIZES, Family, Layout
+from haste.models.family import OWN_SETTINGS, SIZES, CheckpointFile, Family, Layout
 from haste.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -170,22 +170,28 @@ def model_depth(settings: Any) -> int:
     return family.depth(size)
 
 
-def infer_config(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+def infer_config(file: CheckpointFile, assume: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config of weights that another trainer saved without one.
 
     Args:
-        weights: by name.
-        args: the settings of the run that wrote them; may be empty.
+        assume: settings of the run that the file may lack.
 
     Raises:
-        UserError: the weights are of no family, or of a size that their family does not have.
+        UserError: the weights are of no family, or of a size that their family does not have; nothing tells of which
+            of several families with weights of the same names they are. Names the file.
     """
     for family in _all_families():
-        config = family.infer_config(weights, args)
+        if family.foreign.find_convention(file) is None:
+            continue
+        try:
+            config = family.infer_config(file.weights, {**(assume or {}), **file.args})
+        except UserError as error:
+            raise UserError(f"{file.path} cannot be used: {error}") from error
         if config is not None:
             return _named(family, config)
-    titles, first = ", ".join(family.title for family in _FAMILIES.values()), next(iter(weights), "none")
-    raise UserError(f"the weights must be those of one of {titles}, and the first one is {first}")
+    titles, first = ", ".join(family.title for family in _FAMILIES.values()), next(iter(file.weights), "none")
+    raise UserError(f"{file.path} cannot be used: the weights must be those of one of {titles}, and the first one is "
+                    f"{first}")  # fmt: skip
 
 
 def check_config(config: Any, source: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from haste.models.layers import (
     unpatchify,
 )
 from haste.models.registry import register
-from haste.models.sit_checkpoints import SiTCheckpoints
+from haste.models.sit_checkpoints import NAMES, SiTCheckpoints
 from haste.validation import build, check
 
 QueriesKeys = tuple[Tensor, Tensor]
@@ -342,8 +342,6 @@ PUBLISHED_ALIGNMENT = {
     "SiT-XL": DEEP,
 }
 
-NAMES = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")  # that tell a SiT's sizes
-
 
 class SiTFamily(Family):
     """SiT, conditioned on a class."""
@@ -409,14 +407,16 @@ class SiTFamily(Family):
         weights = self.foreign.rename(weights)
         for name, dims in zip(NAMES, (3, 4, 2), strict=True):
             if weights[name].dim() != dims:
-                raise UserError(f"the weights are not those of a SiT: {name} has shape {tuple(weights[name].shape)}")
+                raise UserError(
+                    f"the weights are not those of a {self.title}: {name} has shape {tuple(weights[name].shape)}"
+                )
         (_, tokens, width), (_, channels, patch, _), (rows, _) = (weights[name].shape for name in NAMES)
         numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
         depth = sum(number.isdecimal() for number in numbers)
         heads = {s["num_heads"] for s in self.sizes.values() if (s["depth"], s["hidden_size"]) == (depth, width)}
         if not heads:
             raise UserError(
-                f"the weights are a SiT of depth {depth} and width {width}, which none of the known sizes has"
+                f"the weights are a {self.title} of depth {depth} and width {width}, which none of the known sizes has"
             )
         projector = weights.get("projectors.0.0.weight")
         num_classes = check(args.get("num_classes"), int | None, "num_classes of its settings") or rows - 1

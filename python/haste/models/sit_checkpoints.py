@@ -1,26 +1,30 @@
-"""Checkpoints of SiT's other trainers: whose conventions a file keeps, and its weights in ours.
+"""Checkpoints of SiT's trainers and of DiT's: whose convention a file has, and SiT's weights in ours.
 
 - repa: HASTE, REPA and this trainer. t = 0 is data, the velocity is ε − x.
 - sit: SiT's own trainer. t = 1 is data, the velocity is x − ε. Its sampler guides three of four channels.
-
-DiT predicts noise, with weights of the same names and shapes as SiT's; such a file is refused.
+- dit: DiT predicts noise and variance, with weights of the names and shapes of SiT's with learn_sigma
+  (`haste.models.dit_checkpoints`).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from haste.errors import UserError
-from haste.models.family import Convention, ForeignCheckpoints, Weights
+from haste.models.family import CheckpointFile, Convention, ForeignCheckpoints, Weights
 from haste.models.layers import TimestepEmbedder
 
-logger = logging.getLogger(__name__)
+NAMES = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")  # that tell the sizes
+
+TRAINERS = {
+    "repa": "HASTE or REPA: t = 0 is data",
+    "sit": "SiT's own trainer: t = 1 is data",
+    "dit": "DiT's trainer: the model predicts noise and variance",
+}
 
 PATHS = {"Linear": "linear", "GVP": "cosine"}  # SiT's names of --path-type, and ours
 VELOCITY = ("v", "velocity")  # REPA's name and SiT's
@@ -47,36 +51,12 @@ class SiTCheckpoints(ForeignCheckpoints):
 
         return {rename(name): value for name, value in weights.items()}
 
-    def check_settings(self, args: Mapping[str, Any], file: Path) -> None:
-        model, prediction, path = (_text(args, name) for name in ("model", "prediction", "path_type"))
-        if model.startswith("DiT"):
-            raise UserError(f"{file} must be a SiT's checkpoint, got a {model}, which predicts noise")
-        if prediction not in ("", *VELOCITY):
-            raise UserError(f"{file} must be trained with --prediction velocity, got --prediction {prediction}")
-        if path not in ("", *PATHS, *PATHS.values()):
-            raise UserError(
-                f"{file} must be trained with --path-type Linear (linear) or GVP (cosine), got --path-type {path}"
-            )
-
-    def find_convention(
-        self,
-        content: Mapping[str, Any],
-        weights: Mapping[str, Tensor],
-        args: Mapping[str, Any],
-        file: Path,
-        given: Convention | None = None,
-    ) -> Convention:
-        self.check_settings(args, file)
-        stated = _stated_convention(content, weights, args, file)
-        if stated is not None and given not in (None, stated):
-            raise UserError(f"--convention must be {stated}, by the content of {file}, got {given}")
-        found = stated or given
-        if found is None:
-            raise UserError(
-                f"--convention must be given for {file}, whose content does not show who trained it: repa (HASTE, "
-                "REPA: t = 0 is data) or sit (SiT's own trainer: t = 1 is data). Weights of DiT, which predict noise, "
-                "cannot be used"
-            )
+    def find_convention(self, file: CheckpointFile) -> Convention | None:
+        found = find_convention(file)
+        if found == "dit":
+            return None
+        if file.content.get("model_config") is None:
+            _check_settings(file)
         return found
 
     def convert_weights(self, weights: Mapping[str, Tensor], convention: Convention) -> Weights:
@@ -108,7 +88,7 @@ class SiTCheckpoints(ForeignCheckpoints):
             return dict(args)
         same = {name: args[name] for name in ("model", "num_classes", "encoder_depth") if args.get(name) is not None}
         size = {"resolution": args["image_size"]} if args.get("image_size") is not None else {}
-        path = _text(args, "path_type")
+        path = text_of(args, "path_type")
         return {**same, **size, "path_type": PATHS.get(path, path or "linear"), "prediction": "v"}
 
     def guided_channels(self, convention: Convention, channels: int) -> int | None:
@@ -116,33 +96,75 @@ class SiTCheckpoints(ForeignCheckpoints):
         return 3 if convention == "sit" and channels > 3 else None
 
 
-def _stated_convention(
-    content: Mapping[str, Any], weights: Mapping[str, Tensor], args: Mapping[str, Any], file: Path
-) -> Convention | None:
-    """The convention that follows from the content of a file; None if it shows none."""
-    if content.get("model_config") is not None or "steps" in content:  # SiT's trainer keeps no number of steps
-        return "repa"
-    if any(name in args for name in OF_SIT) or _text(args, "prediction") == "velocity":
-        return "sit"
-    if _text(args, "path_type") in PATHS:
-        return "sit"
-    if any(name in args for name in OF_REPA) or any(name.startswith("projectors.") for name in weights):
-        return "repa"
-    sigma = sigma_head(weights)
-    if sigma is None:
+def find_convention(file: CheckpointFile) -> Convention | None:
+    """The convention of a file of SiT's or DiT's; None of other weights.
+
+    Raises:
+        UserError: as `ForeignCheckpoints.find_convention`.
+    """
+    config, given = file.content.get("model_config"), file.convention
+    if config is None and not all(name in file.weights for name in NAMES):
         return None
-    if file.name.startswith("DiT"):
-        raise UserError(f"{file} must be a SiT's checkpoint, got a DiT, by its name, which predicts noise")
-    # SiT's loss never reaches this half of the head, which begins as zeros; DiT's trains it.
-    if not sigma.any():
+    found, how = _by_content(file), "content"
+    if found is None:
+        found, how = _by_name(file), "name"
+    model = text_of(file.args, "model")
+    if found is None and given == "dit" and model.startswith("SiT"):
+        raise UserError(f"--convention must be repa or sit for {file.path}, of a {model}, got dit")
+    if found is not None and given not in (None, found):
+        raise UserError(f"--convention must be {found} ({TRAINERS[found]}), by the {how} of {file.path}, got {given}")
+    if found is None and given is None:
+        known = "; ".join(f"{name} ({trainer})" for name, trainer in TRAINERS.items())
+        raise UserError(f"--convention must be given for {file.path}, which does not show who trained it: {known}")
+    return found or given
+
+
+def _by_content(file: CheckpointFile) -> Convention | None:
+    """The convention that follows from the content of a file; None if it shows none."""
+    config, args = file.content.get("model_config"), file.args
+    if config is not None:
+        return "dit" if isinstance(config, Mapping) and config.get("family") == "dit" else "repa"
+    if text_of(args, "model").startswith("DiT"):
+        return "dit"
+    if "steps" in file.content:  # SiT's trainer keeps no number of steps
+        return "repa"
+    if any(name in args for name in OF_SIT) or text_of(args, "prediction") == "velocity":
         return "sit"
-    if file.name.startswith("SiT"):
-        logger.info("%s is taken for SiT's own, by its name", file)
+    if text_of(args, "path_type") in PATHS:
+        return "sit"
+    if any(name in args for name in OF_REPA) or any(name.startswith("projectors.") for name in file.weights):
+        return "repa"
+    sigma = sigma_head(file.weights)
+    # SiT's loss never reaches this half of the head, which begins as zeros; DiT's trains it. Where all is zeros nothing
+    # has been trained.
+    untrained = sigma is not None and not sigma.any() and bool(file.weights[f"{HEAD}.weight"].any())
+    return "sit" if untrained and not file.path.name.startswith("DiT") else None
+
+
+def _by_name(file: CheckpointFile) -> Convention | None:
+    """The convention by the name of the file, as its authors call it; None by another."""
+    name, sigma = file.path.name, sigma_head(file.weights)
+    if sigma is None:  # which DiT refuses, unless it is said to be another's
+        return "dit" if name.startswith("DiT") and file.convention is None else None
+    if name.startswith("DiT") and sigma.any():  # else the content is SiT's, and it may be either
+        return "dit"
+    if name.startswith("SiT"):
         return "sit"
     return None
 
 
-def _text(args: Mapping[str, Any], name: str) -> str:
+def _check_settings(file: CheckpointFile) -> None:
+    """Raise UserError if a run with these settings trained a model of no velocity, or of a path that is not known."""
+    prediction, path = (text_of(file.args, name) for name in ("prediction", "path_type"))
+    if prediction not in ("", *VELOCITY):
+        raise UserError(f"{file.path} must be trained with --prediction velocity, got --prediction {prediction}")
+    if path not in ("", *PATHS, *PATHS.values()):
+        raise UserError(
+            f"{file.path} must be trained with --path-type Linear (linear) or GVP (cosine), got --path-type {path}"
+        )
+
+
+def text_of(args: Mapping[str, Any], name: str) -> str:
     """A setting that is text; empty for another type, which is refused where all settings are checked."""
     value = args.get(name)
     return value if isinstance(value, str) else ""

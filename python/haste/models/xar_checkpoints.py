@@ -15,7 +15,7 @@ from torch import Tensor
 
 from haste.errors import UserError
 from haste.models.entities import Entities
-from haste.models.family import ForeignCheckpoints, Weights
+from haste.models.family import Convention, ForeignCheckpoints, Weights
 from haste.validation import check
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class XARCheckpoints(ForeignCheckpoints):
         """Without the buffers, which follow from the sizes."""
         return {name: value for name, value in weights.items() if not is_public_buffer(name)}
 
-    def convert_settings(self, args: Mapping[str, Any], convention: str) -> dict[str, Any]:
+    def convert_settings(self, args: Mapping[str, Any], convention: Convention) -> dict[str, Any]:
         """Of a run of the public trainer, whose names mean other things, none."""
         return dict(args) if "path_type" in args else {"path_type": "linear", "prediction": "v"}
 

@@ -137,10 +137,11 @@ class Sweep(Turns):
         """What the records of this sweep have in common."""
         machine = describe_machine(next(self.loaded.model.parameters()).device.type)
         prompts = self._reference.conditions.record() if self.points[0].prompts else {}
+        own = self.loaded.convention  # decides guided channels and rounding
         return {
             **checkpoint_identity(self.loaded.checkpoint),
             "model": self.loaded.label,
-            **({"convention": "sit"} if self.loaded.rounded else {}),  # SiT's guidance and rounding
+            **({} if own == "repa" else {"convention": own}),
             "settings": {**shared_fields(self.points[0]), **prompts},
             "samples": self.samples,
             "batch": min(self.batch, self.samples),

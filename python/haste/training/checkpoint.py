@@ -1,4 +1,4 @@
-"""Checkpoints: reading those of haste, HASTE, REPA and SiT; what is needed to resume; the identity of a file.
+"""Checkpoints: reading those of haste, HASTE, REPA, SiT and DiT; what is needed to resume; the identity of a file.
 
 A file is laid out as HASTE's and REPA's (model, ema, opt, args, steps), with more keys to resume bit for bit:
 model_config, rng, termination, scaler. The order of the images is a function of the step and needs none. Reading runs
@@ -11,8 +11,9 @@ import hashlib
 import logging
 import os
 import random
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
-from haste.models import Convention, Weights, build_model, check_config, families, get_family, infer_config
+from haste.models import CheckpointFile, Convention, Weights, build_model, check_config, get_family, infer_config
 from haste.training.config import TrainConfig
 from haste.training.settings import is_ours
 from haste.vae import LatentFormat
@@ -41,7 +42,7 @@ SAMPLING_SETTINGS = ("exp_name", "data_dir", "model", "resolution", "num_classes
 def read_checkpoint(
     path: Path, assume: Mapping[str, Any] | None = None, convention: Convention | None = None
 ) -> Checkpoint:
-    """Read a checkpoint of haste, HASTE, REPA or SiT, or a bare file of weights.
+    """Read a checkpoint of haste, HASTE, REPA, SiT or DiT, or a bare file of weights.
 
     Args:
         assume: settings of the run that the file may lack.
@@ -57,20 +58,26 @@ def read_checkpoint(
         UserError: a file that cannot be used, or whose convention is not known.
     """
     content = read_file(path)
-    own, config = settings_of(content, path), content.get("model_config")
+    own, config, parts = settings_of(content, path), content.get("model_config"), read_parts(content, path)
+    file = CheckpointFile(parts["model"], own, content, path, convention)
     if config is None:
-        for family in families():
-            family.foreign.check_settings(own, path)
-    args, parts = {**(assume or {}), **own}, read_parts(content, path)
+        try:
+            config = infer_config(file, assume)
+        except UserError:
+            refuse_adapters(file.weights, path)
+            raise
     try:
-        model_config = check_config(infer_config(parts["model"], args) if config is None else config, str(path))
+        model_config = check_config(config, str(path))
         model, foreign = on_meta(model_config), get_family(model_config).foreign
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     for part, weights in parts.items():
         parts[part] = foreign.rename(weights)
         require_names(model, parts[part], f"{part} of {path}")
-    found = foreign.find_convention(content, parts["model"], own, path, convention)
+    found = foreign.find_convention(file)
+    assert found is not None  # else the config would be of another family
+    if found != "repa" and content.get("model_config") is None:
+        logger.info("%s is read by --convention %s", path, found)
     for part, weights in parts.items():
         parts[part] = weights = foreign.convert_weights(weights, found)
         require_shapes(model, weights, f"{part} of {path}")
@@ -83,7 +90,7 @@ def read_checkpoint(
         check(content["captions"], list[str], f"captions of {path}")
     _check_null(content.get("null"), get_family(model_config).layout(model_config).condition_shape, path)
     others = content if "model" in content or "ema" in content else {}  # else it is a bare file of weights
-    settings = foreign.convert_settings(args, found)
+    settings = foreign.convert_settings({**(assume or {}), **own}, found)
     return {**others, **parts, "model_config": model_config, "args": settings, "convention": found}
 
 
@@ -218,8 +225,22 @@ def require_names(model: nn.Module, weights: Weights, source: str) -> None:
     foreign = [f"{name} does not belong" for name in weights if not is_projector(name) and name not in known]
     missing = [f"{name} is missing" for name in expected if name not in weights]
     if foreign or missing:
+        refuse_adapters([name for name in weights if name not in known], source)
         wrong = " and ".join(foreign[:1] + missing[:1])
         raise UserError(f"{source} does not hold the weights of {get_family(model).title} of its size: {wrong}")
+
+
+# The names of what fine-tuning adds beside the weights of a model.
+ADAPTERS = {"LoRA": re.compile(r"(^|\.)lora_\w+"), "DiffFit": re.compile(r"(^|\.)gamma\d*(\.|$)")}
+
+
+def refuse_adapters(names: Iterable[str], source: Path | str) -> None:
+    """Raise UserError if these names, which no model has, are of a model that has been fine-tuned by additions."""
+    for name in names:
+        for method, pattern in ADAPTERS.items():
+            if pattern.search(name):
+                raise UserError(f"{source} must be merged into the weights of its model first, got {name}, which "
+                                f"{method} adds beside them")  # fmt: skip
 
 
 def require_shapes(model: nn.Module, weights: Weights, source: str) -> None:

@@ -253,7 +253,9 @@ class Trainer:
             self.aligner.to(self.device)
         set_seed(config.seed)
         initial = checkpoint
-        if checkpoint is None and config.init_from:
+        if checkpoint is not None:
+            self._check_family(checkpoint, "--exp-name must be a run", folder.path)
+        elif config.init_from:
             initial = self._read_initial()
         self.state = self._build_state(initial)
         if checkpoint is not None and checkpoint["rng"] is not None:
@@ -265,16 +267,20 @@ class Trainer:
         """The checkpoint of --init-from. Raises UserError if it is of another family, or of another kind of model."""
         path = initial_checkpoint(Path(self.config.init_from).expanduser())
         found = read_checkpoint(path, convention=self.config.convention)
-        other = get_family(found["model_config"])
-        if other.name != self.family.name:
-            wanted = f"{self.family.title}, as --model {self.config.model}"
-            raise UserError(f"--init-from must be a checkpoint of {wanted}, got one of {other.title}: {path}")
+        self._check_family(found, "--init-from must be a checkpoint", path)
         self.family.check_start(self.model_config, found["model_config"])
         began = found.get("text")
         if began and self.data.text is not None and began["encoder"] != self.data.text.encoder:
             logger.warning("--init-from was trained on features of %s, and the data has those of %s",
                            began["encoder"], self.data.text.encoder)  # fmt: skip
         return {**found, "opt": None}
+
+    def _check_family(self, checkpoint: dict[str, Any], what: str, source: Path) -> None:
+        """Raise UserError for weights of another family, whose shapes may be the same."""
+        found = get_family(checkpoint["model_config"])
+        if found.name != self.family.name:
+            wanted = f"{self.family.title}, as --model {self.config.model}"
+            raise UserError(f"{what} of {wanted}, got one of {found.title}: {source}")
 
     def _steps_of_epochs(self, epochs: int) -> int:
         return max(1, epochs * len(self.data) // self.step_size)

@@ -12,7 +12,16 @@ from golden import GOLDEN, golden_config, golden_model, read_golden
 from haste.alignment import Aligner
 from haste.alignment.aligner import LayerMap
 from haste.errors import UserError
-from haste.models import MMDiT, build_model, check_config, find_size, get_family, infer_config, new_config
+from haste.models import (
+    CheckpointFile,
+    MMDiT,
+    build_model,
+    check_config,
+    find_size,
+    get_family,
+    infer_config,
+    new_config,
+)
 from haste.samplers import sample
 from haste.teachers.encoder import TeacherOutput
 from haste.training.checkpoint import loaded_model
@@ -251,7 +260,7 @@ def test_sizes_that_do_not_fit_are_refused_by_name(name, value):
 def test_weights_alone_tell_the_config():
     with torch.device("meta"):
         model = build_model(COCO, z_dims=[768])
-    found = infer_config(model.state_dict(), {})
+    found = infer_config(CheckpointFile(model.state_dict()))
     assert found == {**COCO, "encoder_depth": 8, "projector_dim": 2048}
 
 

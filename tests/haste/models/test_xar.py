@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden import GOLDEN, golden_model, read_golden
 from haste.errors import UserError
-from haste.models import XAR, build_model, get_family, infer_config
+from haste.models import XAR, CheckpointFile, build_model, get_family, infer_config
 from haste.models.entities import Entities
 from haste.transport import velocity_loss
 
@@ -130,7 +130,7 @@ def test_public_files_load_strictly_with_their_buffers_and_without():
 
 def test_the_config_follows_from_public_weights():
     model = golden_model("xar", torch.float32)
-    config = infer_config(model.state_dict(), {})
+    config = infer_config(CheckpointFile(model.state_dict()))
     found = {**config, "class_dropout_prob": 0.1}
     assert found == {
         "family": "xar", "width": 48, "heads": 3, "encoder_depth": 2, "decoder_depth": 2, "mlp_hidden": 128,
@@ -144,7 +144,7 @@ def test_the_config_follows_from_public_weights():
 )
 def test_the_order_of_the_tokens_follows_from_public_weights(kind, size):
     model = tiny(entity=kind, entity_size=size)
-    config = infer_config({**model.state_dict()}, {})
+    config = infer_config(CheckpointFile({**model.state_dict()}))
     assert torch.equal(build_model(config).entities.order, model.entities.order)
     assert build_model(config).entities.bounds == model.entities.bounds
 
@@ -153,7 +153,7 @@ def test_an_unknown_order_of_the_tokens_is_refused():
     state = tiny().state_dict()
     rope = "encoder_blocks.0.attn.rope.freqs_cos"
     with pytest.raises(UserError, match="freqs_cos"):
-        infer_config({**state, rope: state[rope].flip(0)}, {})
+        infer_config(CheckpointFile({**state, rope: state[rope].flip(0)}))
 
 
 # ---- entities ----

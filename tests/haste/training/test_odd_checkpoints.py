@@ -178,9 +178,10 @@ def test_another_trainers_settings_may_be_anything_where_sampling_does_not_look(
         read_newest_checkpoint(tmp_path)
 
 
-def test_what_predicts_noise_is_said_before_what_is_missing_to_go_on(tmp_path):
-    save_tensors(tmp_path / "0000004.pt", {"model": {}, "args": argparse.Namespace(model="DiT-S/2", path_type=None)})
-    with pytest.raises(UserError, match="got a DiT-S/2, which predicts noise"):
+def test_what_cannot_be_used_is_said_before_what_is_missing_to_go_on(tmp_path):
+    args = argparse.Namespace(path_type="Linear", prediction="noise")
+    save_tensors(tmp_path / "0000004.pt", {"model": dict(TRUNK), "args": args})
+    with pytest.raises(UserError, match="got --prediction noise"):
         read_newest_checkpoint(tmp_path)
 
 
