@@ -11,11 +11,15 @@ import torch
 from drawn_images import read_npz
 from haste.cli.main import main
 from haste.generation.labels import image_generator
-from haste.models import SiT
+from haste.models import SiT, get_family
 from haste.samplers import initial_noise
 from haste.vae import VAE, LatentFormat
 from image_files import save_vae
 from latent_student import REST, SHAPE, random_weights, write_bare, write_ours, write_repas
+from public_dit import NAME as DIT_NAME
+from public_dit import SHAPE as DIT_SHAPE
+from public_dit import public_file, write
+from public_names import plain_forward
 
 # As REPA's README has it, but for the numbers that are small here.
 PUBLISHED = [
@@ -133,6 +137,34 @@ def test_a_file_of_sits_own_trainer_is_sampled_as_sit_does(tmp_path, vae):
             guided = torch.cat([(without + 3 * (v - without))[:, :3], v[:, 3:]], dim=1)
             x = x + guided / 3
         decoded = VAE(LatentFormat.of(str(vae))).decode(x.float())
+    wanted = torch.clamp(127.5 * decoded + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    difference = np.abs(sampled.astype(int) - wanted.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02 and sampled.std() > 1
+
+
+@pytest.mark.parametrize("form", ["DiT-XL-2-256x256.pt", "000-DiT-XL-2"])
+def test_a_file_of_dits_is_sampled_as_dit_does(tmp_path, vae, monkeypatch, form):
+    """By DDIM's equation 12, the noise of the first three of four channels guided, and rounded."""
+    monkeypatch.setitem(get_family("dit").sizes, DIT_NAME, DIT_SHAPE)
+    content = public_file()
+    weights = {name: value.double() for name, value in content["ema"].items()}
+    write(tmp_path / "000-DiT-XL-2" / "checkpoints" / "0050000.pt", content)
+    write(tmp_path / "DiT-XL-2-256x256.pt", content["ema"])
+    sampled = images(tmp_path, tmp_path / form, vae, "--num-steps", "4", "--num-fid-samples", "2", "--cfg-scale", "3",
+                     "--labels", "1,2")  # fmt: skip
+    (record,) = (tmp_path / "samples").glob("*/sample.json")
+    recorded = json.loads(record.read_text())["settings"]
+    assert (recorded["mode"], recorded["convention"], recorded["timestep_spacing"]) == ("ddim", "dit", "linspace")
+
+    alpha_bar = np.append(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), 1.0)  # the last one is data's
+    x = initial_noise((2, 4, 4, 4), [image_generator(0, index, "noise") for index in range(2)]).double()
+    for t, after in ((999, 666), (666, 333), (333, 0), (0, -1)):
+        times = torch.full((2,), float(t), dtype=torch.float64)
+        cond, uncond = (plain_forward(weights, x, times, torch.tensor(y), heads=2, patch=2) for y in ([1, 2], [10, 10]))
+        noise = torch.cat([(uncond + 3 * (cond - uncond))[:, :3], cond[:, 3:4]], dim=1)
+        clean = (x - (1 - alpha_bar[t]) ** 0.5 * noise) / alpha_bar[t] ** 0.5
+        x = alpha_bar[after] ** 0.5 * clean + (1 - alpha_bar[after]) ** 0.5 * noise
+    decoded = VAE(LatentFormat.of(str(vae))).decode(x.float())
     wanted = torch.clamp(127.5 * decoded + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
     difference = np.abs(sampled.astype(int) - wanted.astype(int))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02 and sampled.std() > 1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from haste.errors import UserError
 from haste.models import SIT_MODELS, SiT, build_model, find_size, get_family, register
 from haste.models.layers import sincos_positions
+from public_names import plain_forward, public_shapes
 from torch.utils.checkpoint import checkpoint
 
 SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 4}
@@ -29,37 +30,6 @@ def small_batch(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 3, 8, 8, generator=generator, dtype=dtype)
     return x, torch.rand(3, generator=generator, dtype=dtype), torch.tensor([1, 7, 4])
-
-
-def public_shapes(depth: int, width: int, tokens: int, patch: int, channels: int, z_dims=()) -> dict[str, tuple]:
-    """Names and shapes of a public checkpoint (REPA's SiT on timm's layers), 1000 classes and a null class."""
-    shapes = {
-        "pos_embed": (1, tokens, width),
-        "x_embedder.proj.weight": (width, channels, patch, patch),
-        "x_embedder.proj.bias": (width,),
-        "t_embedder.mlp.0.weight": (width, 256),
-        "t_embedder.mlp.0.bias": (width,),
-        "t_embedder.mlp.2.weight": (width, width),
-        "t_embedder.mlp.2.bias": (width,),
-        "y_embedder.embedding_table.weight": (1001, width),
-        "final_layer.linear.weight": (patch * patch * channels, width),
-        "final_layer.linear.bias": (patch * patch * channels,),
-        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
-        "final_layer.adaLN_modulation.1.bias": (2 * width,),
-    }
-    linear = {
-        "attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width),
-        "mlp.fc2": (width, 4 * width), "adaLN_modulation.1": (6 * width, width),
-    }  # fmt: skip
-    for block in range(depth):
-        for name, shape in linear.items():
-            shapes[f"blocks.{block}.{name}.weight"] = shape
-            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
-    for index, z_dim in enumerate(z_dims):
-        for name, shape in (("0", (2048, width)), ("2", (2048, 2048)), ("4", (z_dim, 2048))):
-            shapes[f"projectors.{index}.{name}.weight"] = shape
-            shapes[f"projectors.{index}.{name}.bias"] = shape[:1]
-    return shapes
 
 
 @pytest.mark.parametrize(
@@ -94,56 +64,6 @@ def test_the_order_of_parameters_is_the_public_one():
     assert list(dict.fromkeys(groups)) == [
         "pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "projectors", "final_layer",
     ]  # fmt: skip
-
-
-def plain_forward(state: dict[str, torch.Tensor], x, t, y, heads: int, patch: int):
-    """SiT once more, from METHODS' words and a state dict: loops and formulas, nothing of haste.models."""
-
-    def linear(name, value):
-        return value @ state[name + ".weight"].T + state[name + ".bias"]
-
-    def norm(value):
-        value = value - value.mean(-1, keepdim=True)
-        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-    def silu(value):
-        return value / (1 + (-value).exp())
-
-    batch, channels, size, _ = x.shape
-    grid = size // patch
-    kernel = state["x_embedder.proj.weight"]
-    cells = [
-        (x[:, :, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].flatten(1) @ kernel.flatten(1).T)
-        for r in range(grid)
-        for c in range(grid)
-    ]
-    h = torch.stack(cells, dim=1) + state["x_embedder.proj.bias"] + state["pos_embed"]
-    angles = torch.stack([t * 10000 ** (-i / 128) for i in range(128)], dim=1)
-    time = torch.cat([angles.cos(), angles.sin()], dim=1)
-    time = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", time)))
-    c = silu(time + state["y_embedder.embedding_table.weight"][y])
-
-    for n in range(sum(key.endswith("attn.qkv.bias") for key in state)):
-        block = f"blocks.{n}."
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(block + "adaLN_modulation.1", c)[:, None].chunk(6, -1)
-        q, k, v = linear(block + "attn.qkv", norm(h) * (1 + scale1) + shift1).chunk(3, -1)
-        outputs = []
-        for qh, kh, vh in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
-            logits = qh @ kh.mT / math.sqrt(qh.shape[-1])
-            outputs.append(logits.exp() / logits.exp().sum(-1, keepdim=True) @ vh)
-        h = h + gate1 * linear(block + "attn.proj", torch.cat(outputs, -1))
-        u = linear(block + "mlp.fc1", norm(h) * (1 + scale2) + shift2)
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        h = h + gate2 * linear(block + "mlp.fc2", u)
-
-    shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, -1)
-    pixels = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
-    image = torch.empty_like(x)
-    for n in range(grid * grid):
-        r, col = divmod(n, grid)
-        cell = pixels[:, n].reshape(batch, patch, patch, channels).permute(0, 3, 1, 2)
-        image[:, :, r * patch : (r + 1) * patch, col * patch : (col + 1) * patch] = cell
-    return image
 
 
 @pytest.mark.parametrize("fused", [True, False])

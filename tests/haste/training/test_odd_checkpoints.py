@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from haste.errors import UserError
 from haste.generation.loaded import latent_format, load_checkpoint
 from haste.io import save_tensors
-from haste.models import SiT
+from haste.models import SiT, get_family
 from haste.training.checkpoint import capture_rng, read_newest_checkpoint
 from haste.training.config import TrainConfig
 from haste.weights import read_file
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from public_dit import ARGS, NAME, public_file
+from public_dit import SHAPE as DIT_SHAPE
 
 SHAPE = {"input_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2,
          "num_classes": 3}  # fmt: skip
@@ -37,9 +40,9 @@ def whole() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def replaced(place: str, value: Any) -> dict[str, Any]:
+def replaced(place: str, value: Any, make: Callable[[], dict[str, Any]] = whole) -> dict[str, Any]:
     """The whole checkpoint but for what is at a place such as opt.state.0.step."""
-    content = copy.deepcopy(whole())
+    content = copy.deepcopy(make())
     *parents, last = place.split("/")
     inside: Any = content
     for name in parents:
@@ -102,6 +105,21 @@ PLACES = [
 @given(st.sampled_from(PLACES), VALUES)
 def test_any_part_may_be_anything(place, value):
     check(replaced(place, value))
+
+
+DIT_PLACES = [
+    *public_file(), *(f"args/{name}" for name in (*ARGS, "diffusion_steps", "noise_schedule", "path_type")),
+    *(f"model/{name}" for name in ("final_layer.linear.weight", "final_layer.linear.bias", "x_embedder.proj.weight",
+                                   "y_embedder.embedding_table.weight", "blocks.0.gamma1")),
+]  # fmt: skip
+
+
+@settings(QUICK, max_examples=50)
+@given(st.sampled_from(DIT_PLACES), VALUES)
+def test_any_part_of_a_file_of_dits_may_be_anything(place, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(get_family("dit").sizes, NAME, DIT_SHAPE)
+        check(replaced(place, value, public_file))
 
 
 @settings(QUICK, max_examples=30)
