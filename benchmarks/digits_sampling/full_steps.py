@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -142,15 +142,15 @@ def psnr(images: Tensor, reference: Tensor) -> float:
     return 10 * math.log10(4 / (images - reference).square().mean().item())
 
 
-def measure(args: Args, seed: int, known: dict[Point, float]) -> dict[Point, float]:
+def measure(args: Args, seed: int, before: dict[Point, float]) -> dict[Point, float]:
     loaded = load_checkpoint(trained_run(args.runs, seed), device="cpu")
     model = loaded.model
     start = Sampler(loaded, SamplingConfig(labels="balanced")).start_of(range(args.samples))
     reference: dict[tuple[int, int], Tensor] = {}
     measured = {}
     for point in tqdm(list(dict.fromkeys(points())), unit="point", desc=f"seed {seed}"):
-        if point in known:
-            measured[point] = known[point]
+        if point in before:
+            measured[point] = before[point]
             continue
         grid = (point.steps, point.shift)
         if grid not in reference:
@@ -170,23 +170,30 @@ def measure(args: Args, seed: int, known: dict[Point, float]) -> dict[Point, flo
 # ---- the file, and its tables ----
 
 
-def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"samples": 0, "seeds": {}}
+def read(path: Path = RESULTS) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {"samples": 0, "seeds": {}}
 
 
-def write(args: Args, seeds: dict[str, dict[Point, float]]) -> None:
+def write(samples: int, seeds: Mapping[str, Mapping[Any, float]], path: Path = RESULTS) -> None:
+    """seeds: of each the PSNR of every point, a NamedTuple; one line for a point."""
     rows = {seed: [[*point, value] for point, value in own.items()] for seed, own in seeds.items()}
-    content = {"machine": describe_machine("cpu"), "samples": args.samples, "columns": [*Point._fields, "psnr"]}
+    columns = [*next(iter(next(iter(seeds.values()))))._fields, "psnr"]
+    content = {"machine": describe_machine("cpu"), "samples": samples, "columns": columns}
     listed = ",\n".join(
         f"  {json.dumps(seed)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in own) + "\n  ]"
         for seed, own in rows.items()
     )
     head = json.dumps(content, indent=1)
-    write_text(RESULTS, f'{head[:-2]},\n "seeds": {{\n{listed}\n }}\n}}\n')
+    write_text(path, f'{head[:-2]},\n "seeds": {{\n{listed}\n }}\n}}\n')
 
 
-def means(document: dict[str, Any]) -> dict[Point, float]:
-    seeds = [{Point(*row[:-1]): row[-1] for row in rows} for rows in document["seeds"].values()]
+def known(document: dict[str, Any], kind: Any = Point) -> dict[str, dict[Any, float]]:
+    """What `write` was given, of points of that kind."""
+    return {seed: {kind(*row[:-1]): row[-1] for row in rows} for seed, rows in document["seeds"].items()}
+
+
+def means(document: dict[str, Any], kind: Any = Point) -> dict[Any, float]:
+    seeds = list(known(document, kind).values())
     return {point: mean(own[point] for own in seeds) for point in seeds[0]}
 
 
@@ -277,12 +284,10 @@ def main(args: Args) -> None:
     document = read()
     if not args.plot_only:
         fresh = document["samples"] != args.samples
-        seeds = {} if fresh else {
-            seed: {Point(*row[:-1]): row[-1] for row in rows} for seed, rows in document["seeds"].items()
-        }  # fmt: skip
+        seeds = {} if fresh else known(document)
         for seed in args.seeds:
             seeds[str(seed)] = measure(args, seed, seeds.get(str(seed), {}))
-            write(args, seeds)
+            write(args.samples, seeds)
         document = read()
     text = write_up(document)
     write_text(TABLES, text)

@@ -126,10 +126,10 @@ def measure(args: Args, seed: int) -> list[dict[str, Any]]:
     return folder.complete(sweep.shared)
 
 
-def trained_run(runs: Path, seed: int) -> Path:
+def trained_run(runs: Path, seed: int, preset: str = "digits") -> Path:
     """The folder of a run of benchmarks/digits, trained first if it is not there, or not to its end."""
-    name = f"haste-seed{seed}"
-    config = TrainConfig.from_preset("digits", output_dir=str(runs), exp_name=name, seed=seed)
+    name = f"{preset.removesuffix('digits')}haste-seed{seed}"
+    config = TrainConfig.from_preset(preset, output_dir=str(runs), exp_name=name, seed=seed)
     last = runs / name / "checkpoints" / f"{config.max_train_steps:07d}.pt"
     return runs / name if last.is_file() else train_to_end(config)
 

@@ -1,4 +1,4 @@
-"""A run folder of the digits without the training: checkpoints of a small SiT with random weights."""
+"""A run folder of the digits without the training: checkpoints of a small SiT or DiT with random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from haste.io import save_tensors
-from haste.models.sit import SiT
+from haste.models import DiT, SiT
 from haste.training.checkpoint import checkpoint_path
 from haste.training.config import TrainConfig
 
@@ -23,19 +23,19 @@ SHAPE = {
 }
 
 
-def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), **settings) -> Path:
+def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), preset: str = "digits", **settings) -> Path:
     """Write <output_dir>/run with one checkpoint per step, trained weights unlike the averaged; returns its path."""
-    config: TrainConfig = TrainConfig.from_preset("digits", output_dir=str(output_dir), exp_name="run", **settings)
-    run = output_dir / "run"
+    config: TrainConfig = TrainConfig.from_preset(preset, output_dir=str(output_dir), exp_name="run", **settings)
+    run, module = output_dir / "run", DiT if preset == "dit-digits" else SiT
     for step in steps:
-        trained, averaged = (random_student(seed, config.cfg_prob) for seed in (step, 1000 + step))
+        trained, averaged = (random_student(seed, config.cfg_prob, module) for seed in (step, 1000 + step))
         checkpoint = {
             "model": trained.state_dict(),
             "ema": averaged.state_dict(),
             "opt": {},
             "args": config.to_namespace(),
             "steps": step,
-            "model_config": {**SHAPE, "class_dropout_prob": config.cfg_prob},
+            "model_config": {"family": module.family, **SHAPE, "class_dropout_prob": config.cfg_prob},
         }
         save_tensors(checkpoint_path(run / "checkpoints", step), checkpoint)
     (run / "args.json").write_text(json.dumps(asdict(config)))
@@ -47,10 +47,10 @@ def write_run(output_dir: Path, steps: tuple[int, ...] = (2, 4), **settings) -> 
     return run
 
 
-def random_student(seed: int, class_dropout_prob: float = 0.1) -> SiT:
+def random_student(seed: int, class_dropout_prob: float = 0.1, module: type[SiT] = SiT) -> SiT:
     """Weights of a size at which labels, times and positions all matter; a fresh SiT draws nothing but its noise."""
     generator = torch.Generator().manual_seed(seed)
-    model = SiT(**SHAPE, class_dropout_prob=class_dropout_prob)
+    model = module(**SHAPE, class_dropout_prob=class_dropout_prob)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))

@@ -12,7 +12,7 @@ from haste.generation.config import SamplingConfig
 from haste.generation.loaded import load_checkpoint
 from haste.generation.pipeline import Sampler
 from haste.sweep import measure
-from haste.sweep.config import Grid, plan, point_fields
+from haste.sweep.config import Grid, long_name, plan, point_fields
 from haste.sweep.measure import Sweep, count_cost, count_flops, time_run
 from haste.sweep.records import SweepDir
 from haste.training.checkpoint import as_before
@@ -243,3 +243,42 @@ def test_the_full_steps_of_an_adaptive_schedule_are_measured_once_and_the_same_f
     listed = [full for error, full in ran if full is not None and not error]
     assert adaptive == [steps]
     assert len(listed) >= 6 and all(full == steps for full in listed)
+
+
+# ---- DiT ----
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    return load_checkpoint(write_run(tmp_path_factory.mktemp("exps"), steps=(4,), preset="dit-digits"))
+
+
+def test_flops_of_a_dit_count_its_noise_and_its_variance(dit):
+    outside, inside = products_of_a_full_evaluation()
+    tokens = (SHAPE["input_size"] // SHAPE["patch_size"]) ** 2
+    outside += 2 * tokens * SHAPE["hidden_size"] * SHAPE["patch_size"] ** 2  # the head once more
+    for mode in ("ddim", "ddpm"):
+        assert count_flops(Sampler(dit, SamplingConfig(num_steps=3, mode=mode))) == 3 * (outside + inside)
+
+
+@pytest.mark.parametrize("mode", [None, "ddim", "ddpm"])
+def test_a_sweep_of_a_dit(dit, tmp_path, evaluator, mode):
+    base = SamplingConfig(num_steps=8, mode=mode, cfg_scale=1.5, labels="balanced")
+    grids = [
+        Grid(caches=("taylor",), granularities=("module", "output"), intervals=(2,), orders=(1,), steps=(8,)),
+        Grid(caches=("delta-dit",), intervals=(2,), steps=(8,)),
+    ]
+    points = measure.fitting(plan(base, grids, (5,)), dit)
+    assert {point.mode for point in points} == {mode or "ddim"} and len(points) == 5
+    sweep = Sweep(dit, points, evaluator, SweepDir(tmp_path), 70, 35, 1)
+    sweep.run()
+    assert not sweep.skipped
+    records = {long_name(point): sweep._known(point) for point in points}
+    assert list(records) == [
+        "8 uncached steps", "5 uncached steps", "Taylor per module, interval 2, order 1, 8 steps",
+        "Taylor per output, interval 2, order 1, 8 steps", "Δ-DiT, interval 2, 8 steps",
+    ]  # fmt: skip
+    assert sweep.shared["settings"]["mode"] == (mode or "ddim")
+    assert records["Taylor per output, interval 2, order 1, 8 steps"]["full_calls"] == 5
+    # Another number of DDPM's steps has other noise.
+    assert (records["5 uncached steps"]["psnr"] is None) == (mode == "ddpm")
