@@ -6,7 +6,6 @@ Each use of an image takes one of its captions by chance. Features are those of 
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,6 +94,8 @@ class Captioned(NamedTuple):
 
 class _WithCaptions(TrainingData):
     """What data with captions has in common."""
+
+    unmirrored = "data with captions, which may speak of left and right"
 
     def example(self, index: int) -> tuple[str | None, Tensor]:
         """A caption of an image and its features (tokens, width). Raises BadFile."""
@@ -214,9 +215,7 @@ class CaptionData(_WithCaptions):
             raise UserError(f"--data-dir must have N.png beside N.npy for the teacher of --enc-type, got only {where}")
 
     def without_images(self) -> CaptionData:
-        data = copy.copy(self)
-        data._with_images = False
-        return data
+        return self._with(_with_images=False)
 
 
 def caption_data(

@@ -10,13 +10,12 @@ A resumed run recognizes its data, wherever it is, by a fingerprint that is chea
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +29,8 @@ from haste.vae import VAE, LatentFormat
 
 if TYPE_CHECKING:
     from haste.text import TextFormat
+
+Data = TypeVar("Data", bound="TrainingData")
 
 
 class Batch(NamedTuple):
@@ -58,12 +59,14 @@ class TrainingData(ABC):
         on_bad_file: "refuse" files that cannot be used, or "skip" them.
         skipped: from the names of skipped files to the reasons.
         reads_files: whether worker processes are of use.
+        unmirrored: for messages, the kind of the data and why its images are not mirrored, where they are not.
         class_names: by label, where the data has names.
         text: the format of the features of captions; None for classes.
         null: those of no caption, (tokens, width), for data with captions that has them.
     """
 
     reads_files = True
+    unmirrored = "this data"
     class_names: Sequence[str] | None = None
     text: TextFormat | None = None
     null: Tensor | None = None
@@ -96,6 +99,20 @@ class TrainingData(ABC):
         """As data[index], where a sample is one of several, such as an image with one of its captions: the one that
         `chance`, below 2⁶⁴, chooses."""
         return self[index]
+
+    def _with(self: Data, **changes: Any) -> Data:
+        """The same data with other attributes; copy.copy would leave out what worker processes do not get, the VAE."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, **changes)
+        return other
+
+    def with_random_flip(self) -> TrainingData:
+        """The same data, of which `read` mirrors an image or not, by its `chance`.
+
+        Raises:
+            UserError: what is trained on cannot be mirrored.
+        """
+        raise UserError(f"--random-flip must be left out for {self.unmirrored}")
 
     def examples(self, count: int) -> tuple[Tensor, list[str]]:
         """Conditions (count, ...) for samples to look at, and their titles: classes that are spread over all."""
@@ -207,6 +224,7 @@ class ImageData(TrainingData):
         self.source = source
         self.class_names = source.class_names
         self._vae = vae
+        self._flips = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_vae": None}  # not needed in worker processes
@@ -221,6 +239,14 @@ class ImageData(TrainingData):
         image = decode_image(self.source.read(index), self.source.name(index))
         label = 0 if self.source.labels is None else int(self.source.labels[index])
         return Images(torch.from_numpy(center_crop(image, self.resolution)), torch.tensor(label))
+
+    def read(self, index: int, chance: int) -> Images:
+        """An image, or with random flips by `chance` its mirror image. Raises BadFile."""
+        sample = self[index]
+        return sample._replace(pixels=sample.pixels.flip(-1)) if self._flips and chance % 2 else sample
+
+    def with_random_flip(self) -> ImageData:
+        return self._with(_flips=True)
 
     def to_batch(self, raw: Images, device: torch.device, generator: torch.Generator | None = None) -> Batch:
         images = to_unit(raw.pixels.to(device, non_blocking=True))
@@ -241,6 +267,8 @@ class Latents(NamedTuple):
 
 class LatentData(TrainingData):
     """Images with the moments of their latents, which are sampled at each use."""
+
+    unmirrored = "stored latents, which have no mirror images; --vae encodes a folder of images during training"
 
     def __init__(
         self,
@@ -294,9 +322,7 @@ class LatentData(TrainingData):
         return Batch(inputs, images, raw.label.to(device, non_blocking=True))
 
     def without_images(self) -> LatentData:
-        data = copy.copy(self)
-        data._with_images = False
-        return data
+        return self._with(_with_images=False)
 
 
 def decode_moments(data: bytes, name: str) -> np.ndarray:
@@ -320,7 +346,7 @@ def as_moments(array: np.ndarray, name: str) -> np.ndarray:
 
 
 class InMemoryData(TrainingData):
-    """Images on the training device; a sample is its number.
+    """Images on the training device; a sample is the number of an image, or that plus their count for its mirror image.
 
     Args:
         images: (M, C, R, R), float32 in [-1, 1].
@@ -333,6 +359,7 @@ class InMemoryData(TrainingData):
         super().__init__(images.shape[-1], num_classes, channels=images.shape[1])
         self._images = images
         self._labels = labels
+        self._flips = False
 
     def __len__(self) -> int:
         return len(self._images)
@@ -340,11 +367,21 @@ class InMemoryData(TrainingData):
     def __getitem__(self, index: int) -> int:
         return index
 
+    def read(self, index: int, chance: int) -> int:
+        """The number of an image, or with random flips by `chance` that of its mirror image."""
+        return index + len(self) if self._flips and chance % 2 else index
+
+    def with_random_flip(self) -> InMemoryData:
+        return self._with(_flips=True)
+
     def collate(self, samples: list[int]) -> Tensor:
         return torch.tensor(samples)
 
     def to_batch(self, raw: Tensor, device: torch.device, generator: torch.Generator | None = None) -> Batch:
         self._images, self._labels = self._images.to(device), self._labels.to(device)
-        indices = raw.to(device, non_blocking=True)
+        numbers = raw.to(device, non_blocking=True)
+        indices, mirrored = numbers % len(self), numbers >= len(self)
         images = self._images[indices]
+        if self._flips:
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return Batch(images, images, self._labels[indices])

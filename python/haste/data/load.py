@@ -52,6 +52,7 @@ def load_dataset(
     image_dir: str | None = None,
     on_bad_file: OnBadFile = "refuse",
     num_classes: int | None = None,
+    random_flip: bool = False,
     cache: Path | None = None,
 ) -> TrainingData:
     """Open the training data that --data-dir names.
@@ -68,6 +69,7 @@ def load_dataset(
         image_dir: a folder or zip of the images that MAR's latents were made of, for a teacher.
         on_bad_file: "refuse" files that cannot be used, or "skip" them: another image replaces each.
         num_classes: of the model; None for those of the data.
+        random_flip: mirror an image with probability 1/2 at each use.
         cache: where a small data set may keep what it trains, such as a text encoder.
 
     Raises:
@@ -79,7 +81,7 @@ def load_dataset(
                 raise UserError(
                     f"--{flag} must be left out with --data-dir {data_dir}, whose pixels are used, got {given}"
                 )
-        return _open_in_memory(data_dir, resolution, num_classes, cache)
+        return _open_in_memory(data_dir, resolution, num_classes, random_flip, cache)
     path = Path(data_dir).expanduser()
     if not data_dir or not os.path.exists(path):
         raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
@@ -110,6 +112,8 @@ def load_dataset(
             logger.info("%s has no labels: all its images are one class", path)
         encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats))
         data = ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
+    if random_flip:
+        data = data.with_random_flip()
     try:
         # Reports a wrong --resolution before teachers and models are built; images of their own are `require_images`'s.
         (data.without_images() if cached else data)[0]
@@ -119,7 +123,9 @@ def load_dataset(
     return data
 
 
-def _open_in_memory(name: str, resolution: int, num_classes: int | None, cache: Path | None) -> TrainingData:
+def _open_in_memory(
+    name: str, resolution: int, num_classes: int | None, random_flip: bool, cache: Path | None
+) -> TrainingData:
     """A small data set by name: images with labels, or with captions."""
     load = plugin(DATASETS, name)
     found = load(cache) if inspect.signature(load).parameters else load()
@@ -127,9 +133,12 @@ def _open_in_memory(name: str, resolution: int, num_classes: int | None, cache: 
     if resolution != images.shape[-1]:
         raise UserError(f"--resolution must be {images.shape[-1]}, as the {name} images, got {resolution}")
     if isinstance(found, CaptionedImages):
+        if random_flip:  # before all captions are encoded
+            raise UserError(f"--random-flip must be left out for {InMemoryCaptions.unmirrored}")
         return InMemoryCaptions.of(found)
     labels = found[1]
-    return InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
+    data = InMemoryData(images, labels, count_classes(num_classes, int(labels.max()) + 1))
+    return data.with_random_flip() if random_flip else data
 
 
 def _check_no_other_latents(archive: Archive, path: Path) -> None:

@@ -8,7 +8,6 @@ joined by the path inside the cache, which is the image's with .npz behind it.
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +80,8 @@ class CachedLatentData(TrainingData):
         images: one for each file of `moments`, in the same order, of any size; None without.
     """
 
+    unmirrored = "MAR's cached latents, which are those of the mirror image at half of their uses already"
+
     def __init__(
         self,
         moments: FileSource,
@@ -150,6 +151,4 @@ class CachedLatentData(TrainingData):
                 raise fault.as_user_error() from fault
 
     def without_images(self) -> CachedLatentData:
-        data = copy.copy(self)
-        data._images = None
-        return data
+        return self._with(_images=None)

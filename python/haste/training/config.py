@@ -70,6 +70,9 @@ class TrainConfig:
     """Image size in pixels."""
     num_classes: int | None = None
     """Number of classes of the model. None: that of the data set."""
+    random_flip: bool = False
+    """Mirror each image with probability 1/2 at each use, as DiT was trained: of pixels, or of images that --vae
+    encodes. A teacher sees the same image."""
     num_workers: int = 4
     """Number of data loading processes per training process. Not used for images that are kept in memory."""
 
@@ -109,7 +112,7 @@ class TrainConfig:
     legacy: bool = False
     """Drop labels twice, each time with probability --cfg-prob, as REPA's first runs did."""
 
-    # L = velocity + proj_coeff * features + attn_coeff * attention
+    # L = own loss (velocity or noise) + proj_coeff * features + attn_coeff * attention
     enc_type: str | None = "dinov2-vit-b"
     """Teacher: a short name such as dinov2-vit-b, a hub name, or a folder written by save_pretrained(). Several are
     separated by commas; attention is aligned with the first one, features with all. None: no alignment."""
@@ -129,8 +132,8 @@ class TrainConfig:
     """Step at which alignment ends and the teacher is freed (tau in HASTE). -1: never."""
     termination: Literal["fixed", "cosine-ramp", "gradient-cosine", "plateau"] = "fixed"
     """When alignment ends. fixed: at --early-stop-point. cosine-ramp: the weights decay to 0 at --early-stop-point.
-    gradient-cosine: when the gradients of alignment and velocity oppose each other. plateau: when the alignment loss
-    stops falling. The last two end at --early-stop-point at the latest."""
+    gradient-cosine: when the gradients of alignment and of the loss without it oppose each other. plateau: when the
+    alignment loss stops falling. The last two end at --early-stop-point at the latest."""
     ramp_start: int = 0
     """cosine-ramp: step at which the weights start to decay."""
     probe_start: int = 50_000

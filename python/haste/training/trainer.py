@@ -96,6 +96,7 @@ def train(config: TrainConfig) -> TrainResult:
         image_dir=config.image_dir,
         on_bad_file=config.on_bad_file,
         num_classes=config.num_classes,
+        random_flip=config.random_flip,
         cache=Path(config.output_dir).expanduser() / ENCODERS,
     )
     config = resolve(config, dataset.num_classes)
