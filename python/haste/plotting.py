@@ -102,7 +102,7 @@ CAPTION_LETTERS_PER_INCH, CAPTION_LINE_INCHES, CAPTION_LINES = 17, 0.13, 8  # of
 SMOOTHING_WINDOWS = 40  # a curve is smoothed over 1/40 of its length to each side
 
 LOSSES = {
-    "loss": "Velocity loss (mean squared error)",
+    "loss": "Diffusion loss (velocity or noise)",
     "proj_loss": "Feature loss (−cosine)",
     "attn_loss": "Attention loss (cross-entropy, nats)",
 }

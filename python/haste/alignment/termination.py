@@ -275,7 +275,7 @@ class GradientCosine(ProbedTermination):
 
     def finding(self) -> str:
         value = self.observed[-1][1]
-        return f"the gradients of alignment and velocity have cosine {value:.4f}, below {self.threshold}"
+        return f"the gradients of alignment and of the loss without it have cosine {value:.4f}, below {self.threshold}"
 
 
 @dataclass

@@ -7,14 +7,10 @@ samplers in `haste.samplers`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from haste import diffusion
-from haste.errors import UserError
 from haste.models.dit_checkpoints import DiTCheckpoints
 from haste.models.registry import register
 from haste.models.sit import PUBLISHED_ALIGNMENT, SIT_SIZES, SiT, SiTFamily
@@ -75,18 +71,10 @@ class DiTFamily(SiTFamily):
     title = "DiT"
     module = DiT
     prediction = "noise"
+    fixed = {"path_type": "linear", "weighting": "uniform"}  # its noise and times are those of haste.diffusion
     published_alignment = {name.replace("SiT", "DiT"): value for name, value in PUBLISHED_ALIGNMENT.items()}
     sizes = DIT_MODELS
     foreign = DiTCheckpoints()
-
-    def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
-        for name, only in (("path_type", "linear"), ("weighting", "uniform")):
-            given = getattr(settings, name)
-            if given != only:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be left out for DiT, which has its own noise, got {given}"
-                )
-        return super().config_for(size, settings, data)
 
     # ---- a training step ----
 

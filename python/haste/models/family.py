@@ -199,6 +199,7 @@ class Family(ABC):
     name: the key "family" of a config. title: how sentences call a model of it, such as "SiT".
     sizes: the arguments behind each published name, which `--model` takes.
     settings: those of OWN_SETTINGS that its models have, with their defaults; others are refused.
+    fixed: settings of training of which its models know one value alone.
     published_alignment: HASTE's layers, by the part of those names before the slash.
     foreign: how to read the checkpoints of other trainers.
     prediction: what its models predict, "v" for the velocity or "noise" (`haste.diffusion`), by which samplers go; an
@@ -212,6 +213,7 @@ class Family(ABC):
     title: str
     sizes: Mapping[str, dict[str, Any]]
     settings: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
     published_alignment: Mapping[str, PublishedAlignment] = {}
     foreign: ForeignCheckpoints = ForeignCheckpoints()
     prediction: Literal["v", "noise"] = "v"

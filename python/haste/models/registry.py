@@ -140,9 +140,13 @@ def chosen_size(settings: Any) -> tuple[Family, dict[str, Any]]:
     """The family of --model and the arguments of its size, with the settings' own --depth and so on in their place.
 
     Raises:
-        UserError: --model names no size, or its family has no such argument or setting.
+        UserError: --model names no size, or its family has no such argument or setting, or not such a value.
     """
     family, size = find_size(settings.model)
+    for name, only in family.fixed.items():
+        value = getattr(settings, name)
+        if value != only:
+            raise UserError(f"--{name.replace('_', '-')} must be {only} for {family.title}, got {value}")
     own = {name: getattr(settings, name) for name in SIZES if getattr(settings, name) is not None}
     for name in (*SIZES, *OWN_SETTINGS):
         value = getattr(settings, name)

@@ -27,8 +27,8 @@ from haste.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Under REPA's and HASTE's names: `loss` is the velocity loss, and the gradient is total_loss's. Earlier versions used
-# other names.
+# Under REPA's and HASTE's names: `loss` is the family's own, of velocity or noise, and the gradient is total_loss's.
+# Earlier versions used other names.
 METRICS = ("loss", "proj_loss", "attn_loss", "total_loss", "grad_norm")
 FORMER_METRICS = ("velocity_loss", "feature_loss", "attention_loss", "loss", "grad_norm")
 
@@ -140,10 +140,10 @@ class Metrics:
         """Measure time from now on. To be called when no step has been added since the last `read`."""
         self._start = time.perf_counter()
 
-    def add(self, velocity: Tensor, feature: Tensor | None, attention: Tensor | None, total: Tensor) -> None:
+    def add(self, own: Tensor, feature: Tensor | None, attention: Tensor | None, total: Tensor) -> None:
         """Add the losses of a micro-batch; None for one that is off."""
         off = total.new_tensor(math.nan)
-        values = (velocity, feature, attention, total)
+        values = (own, feature, attention, total)
         self._micro_batches.append(torch.stack([off if value is None else value.detach().float() for value in values]))
 
     def add_norm(self, grad_norm: Tensor) -> None:

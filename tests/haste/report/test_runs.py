@@ -178,7 +178,7 @@ def test_several_runs_side_by_side(tmp_path, capsys):
     assert row is not None
     text = text_of(html)
     assert "All curves are running means over a tenth of the curve" in text
-    assert "|Velocity loss, difference|" in text and "|Feature loss, difference|" in text
+    assert "|Diffusion loss, difference|" in text and "|Feature loss, difference|" in text
 
 
 def test_quality_is_shown_for_every_checkpoint_and_every_run(tmp_path, without_figures):

@@ -76,7 +76,7 @@ def test_the_weight_is_above_0_up_to_the_last_step_of_a_long_ramp():
 def test_the_gradient_cosine_ends_alignment_at_the_first_probe_below_the_threshold():
     rule = make_rule(termination="gradient-cosine", **PROBED)
     assert run(rule, VALUES) == ([20, 30, 40, 50], 50)
-    assert rule.reason == "the gradients of alignment and velocity have cosine -0.0600, below -0.05"
+    assert rule.reason == "the gradients of alignment and of the loss without it have cosine -0.0600, below -0.05"
 
 
 def test_the_published_schedule_is_the_default():
