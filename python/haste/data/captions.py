@@ -215,7 +215,9 @@ class CaptionData(_WithCaptions):
             raise UserError(f"--data-dir must have N.png beside N.npy for the teacher of --enc-type, got only {where}")
 
     def without_images(self) -> CaptionData:
-        return self._with(_with_images=False)
+        data = self._copy()
+        data._with_images = False
+        return data
 
 
 def caption_data(

@@ -100,10 +100,10 @@ class TrainingData(ABC):
         `chance`, below 2⁶⁴, chooses."""
         return self[index]
 
-    def _with(self: Data, **changes: Any) -> Data:
-        """The same data with other attributes; copy.copy would leave out what worker processes do not get, the VAE."""
+    def _copy(self: Data) -> Data:
+        """The same data, to be changed; copy.copy would leave out what worker processes do not get, the VAE."""
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, **changes)
+        other.__dict__.update(self.__dict__)
         return other
 
     def with_random_flip(self) -> TrainingData:
@@ -246,7 +246,9 @@ class ImageData(TrainingData):
         return sample._replace(pixels=sample.pixels.flip(-1)) if self._flips and chance % 2 else sample
 
     def with_random_flip(self) -> ImageData:
-        return self._with(_flips=True)
+        data = self._copy()
+        data._flips = True
+        return data
 
     def to_batch(self, raw: Images, device: torch.device, generator: torch.Generator | None = None) -> Batch:
         images = to_unit(raw.pixels.to(device, non_blocking=True))
@@ -322,7 +324,9 @@ class LatentData(TrainingData):
         return Batch(inputs, images, raw.label.to(device, non_blocking=True))
 
     def without_images(self) -> LatentData:
-        return self._with(_with_images=False)
+        data = self._copy()
+        data._with_images = False
+        return data
 
 
 def decode_moments(data: bytes, name: str) -> np.ndarray:
@@ -372,7 +376,9 @@ class InMemoryData(TrainingData):
         return index + len(self) if self._flips and chance % 2 else index
 
     def with_random_flip(self) -> InMemoryData:
-        return self._with(_flips=True)
+        data = self._copy()
+        data._flips = True
+        return data
 
     def collate(self, samples: list[int]) -> Tensor:
         return torch.tensor(samples)

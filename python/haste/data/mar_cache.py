@@ -151,4 +151,6 @@ class CachedLatentData(TrainingData):
                 raise fault.as_user_error() from fault
 
     def without_images(self) -> CachedLatentData:
-        return self._with(_images=None)
+        data = self._copy()
+        data._images = None
+        return data
