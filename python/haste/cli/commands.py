@@ -276,10 +276,10 @@ def train(config: TrainConfig) -> None:
 def sample(config: SampleConfig) -> None:
     """Sample images from a checkpoint: PNGs, an .npz for evaluators, and a grid to look at.
 
-    The flags are those of REPA's and HASTE's generate.py, and their checkpoints and SiT's are read as well as those of
-    `haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A command
-    that was stopped resumes with the images that are missing. A model of text is given `--prompts`: a text, a file of
-    them, or the captions of a data set, which stay beside the images.
+    The flags are those of REPA's and HASTE's generate.py, and their checkpoints, SiT's and DiT's are read as well as
+    those of `haste train`. `--fast` computes only some steps in full and forecasts the others; `--cache` chooses how. A
+    command that was stopped resumes with the images that are missing. A model of text is given `--prompts`: a text, a
+    file of them, or the captions of a data set, which stay beside the images.
 
     On several GPUs: `torchrun --nproc_per_node 8 -m haste sample ...`, or `accelerate launch -m haste sample ...`.
     """

@@ -329,8 +329,8 @@ def sample(
     the ten of another call, up to the rounding of matrix products of other sizes.
 
     Args:
-        checkpoint: a checkpoint file of haste, HASTE, REPA or SiT, a run folder for its latest readable checkpoint, or
-            the result of `load_checkpoint`.
+        checkpoint: a checkpoint file of haste, HASTE, REPA, SiT or DiT, a run folder for its latest readable
+            checkpoint, or the result of `load_checkpoint`.
         labels: classes to cycle through; or "random" (the default), "balanced", "none" for images of no class, or a
             text file with a class per line.
         prompts: of a model of text: texts to cycle through; or one text, a UTF-8 file with one per line, or a folder of
