@@ -60,7 +60,7 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One table of the report."""
+    """One table of the report. processor_time: seconds are those of the processor, not of the clock."""
 
     model: str
     resolution: int
@@ -70,6 +70,7 @@ class Case:
     num_steps: int
     interval: int
     order: int
+    processor_time: bool = False
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -92,13 +93,16 @@ class Case:
 
     def as_json(self) -> dict[str, Any]:
         text = self.layout.condition_shape
-        guided = {"cfg_scale": self.cfg_scale} if self.cfg_scale != 1 else {}
-        return {**asdict(self), **guided, "tokens": self.tokens, **({"text_tokens": text[0]} if text else {})}
+        made = {**asdict(self), "tokens": self.tokens, **({"text_tokens": text[0]} if text else {})}
+        if not self.processor_time:
+            del made["processor_time"]
+        return made if self.cfg_scale == 1 else {**made, "cfg_scale": self.cfg_scale}
 
 
 def make_case(
-    model: str, resolution: int | None, batch: int, dtype: str, device: str, num_steps: int, interval: int, order: int
-) -> Case:
+    model: str, resolution: int | None, batch: int, dtype: str, device: str, num_steps: int, interval: int, order: int,
+    processor_time: bool = False,
+) -> Case:  # fmt: skip
     """UserError, in one sentence, for what cannot be measured; what the caches refuse they refuse themselves."""
     if model not in GEOMETRIES:
         raise UserError(f"--model must be one of {', '.join(GEOMETRIES)}, got {model!r}")
@@ -113,4 +117,4 @@ def make_case(
     for name, value in (("batch-size", batch), ("num-steps", num_steps), ("interval", interval)):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    return Case(model, resolution, batch, dtype, device, num_steps, interval, order)
+    return Case(model, resolution, batch, dtype, device, num_steps, interval, order, processor_time)

@@ -39,7 +39,8 @@ def section(result: Mapping) -> str:
     machine, case, rounds = result["machine"], result["case"], result["settings"]["rounds"]
     made = (
         f"{where(machine)}; torch {machine['torch']}, haste_ext {machine['haste_ext']}{revision(machine)}, "
-        f"{machine['date']}; {rounds} round{'s' if rounds > 1 else ''}; interval {case['interval']}, "
+        f"{machine['date']}; {rounds} round{'s' if rounds > 1 else ''}{of_the_processor(case)}; "
+        f"interval {case['interval']}, "
         f"order {case['order']}."
     )
     return "\n\n".join([f"## {title(result)}", made, table(result), verdicts(result)])
@@ -53,6 +54,10 @@ def title(result: Mapping) -> str:
         f"{case['model']}, {tokens} tokens, batch {case['batch']}, {case['num_steps']} steps, {guided}{case['dtype']}, "
         f"{case['device']}"
     )
+
+
+def of_the_processor(case: Mapping) -> str:
+    return ", all seconds those of the processor in one thread" if case.get("processor_time") else ""
 
 
 def table(result: Mapping) -> str:

@@ -7,14 +7,13 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from statistics import median
-from time import perf_counter
 
 import torch
 from cases import Case
 from haste._compat import flop_counter
 from haste.errors import UserError
 from torch import Tensor
-from variants import EAGER, LAUNCHED, MODULE, UNCACHED, Run, make_runs
+from variants import EAGER, LAUNCHED, MODULE, UNCACHED, Run, clock_of, make_runs
 
 from haste_ext.bench.compare import why_absent
 from haste_ext.bench.measure import describe_machine, memory_within_the_machine, peak_extra_bytes
@@ -131,10 +130,11 @@ def time_in_rounds(runs: Mapping[str, Run], rounds: int, device: str) -> dict[st
 
 def seconds_of(run: Run, device: str) -> float:
     synchronize(device)
-    begin = perf_counter()
+    clock = clock_of(run.case)
+    begin = clock()
     run()
     synchronize(device)
-    return perf_counter() - begin
+    return clock() - begin
 
 
 def synchronize(device: str) -> None:

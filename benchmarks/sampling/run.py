@@ -42,6 +42,7 @@ class Args(CommonArgs):
     interval: int = 4
     order: int = 4
     compiled: bool = False
+    processor_time: bool = False
 
 
 def parse(arguments: Sequence[str] | None = None) -> Args:
@@ -59,18 +60,25 @@ def parse(arguments: Sequence[str] | None = None) -> Args:
     add("--order", type=int, help="Of TaylorSeer's forecast")
     add("--compiled", action="store_true", help="Also everything under torch.compile, which takes minutes for a large "
         "model")  # fmt: skip
+    add("--processor-time", action="store_true", help="Seconds of the processor in one thread, for a machine that "
+        "others share")  # fmt: skip
     return Args(**vars(parser.parse_args(arguments)))
 
 
 def main(args: Args) -> None:
     args.check()
+    if args.processor_time:
+        if args.device != "cpu" or args.threads not in (None, 1):
+            raise UserError(f"--processor-time must come with --device cpu and --threads 1, got {args.device} and "
+                            f"{args.threads}")  # fmt: skip
+        args.threads = 1
     measured = (measure(case, args.rounds or ROUNDS[args.device], launches(args)) for case in wanted_cases(args))
     run_script(args, HERE, measured, section, report, PLOT)
 
 
 def wanted_cases(args: Args) -> list[Case]:
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    settings = (dtype, args.device, args.num_steps, args.interval, args.order)
+    settings = (dtype, args.device, args.num_steps, args.interval, args.order, args.processor_time)
     return [
         make_case(model, args.resolution, batch, *settings)
         for model in args.model or MODELS[args.device]

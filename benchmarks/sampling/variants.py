@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from cases import Case
@@ -65,16 +65,22 @@ def make_model(case: Case) -> nn.Module:
     return model.to(getattr(torch, case.dtype)).eval().requires_grad_(False)
 
 
+def clock_of(case: Case) -> Callable[[], float]:
+    """What counts the seconds on the CPU."""
+    return process_time if case.processor_time else perf_counter
+
+
 class Stopwatch:
     """A model that is asked for its steps, with the time of every call; a GPU does not wait for it."""
 
     training = False
 
-    def __init__(self, model: Callable[..., ModelOutput], dtype: torch.dtype, device: str, prediction: str) -> None:
+    def __init__(self, model: Callable[..., ModelOutput], dtype: torch.dtype, case: Case) -> None:
         self.model = model
         self.dtype = dtype
-        self.device = device
-        self.prediction = prediction  # by which the sampler goes
+        self.device = case.device
+        self.prediction = get_family(case.config).prediction  # by which the sampler goes
+        self.clock = clock_of(case)
 
     def start(self, calls: list) -> None:
         if hasattr(self.model, "start"):
@@ -83,7 +89,7 @@ class Stopwatch:
 
     def now(self):
         if self.device == "cpu":
-            return perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -141,8 +147,7 @@ class Run:
         shape = (case.batch, *case.layout.input_shape)
         self.noise = initial_noise(shape, torch.Generator().manual_seed(1), device=case.device)
         self.condition = make_condition(case)
-        prediction = get_family(case.config).prediction
-        self.stopwatch = Stopwatch(self.wrapped(model), model.dtype, case.device, prediction)
+        self.stopwatch = Stopwatch(self.wrapped(model), model.dtype, case)
 
     @property
     def name(self) -> str:

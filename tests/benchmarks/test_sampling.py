@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,18 @@ def test_every_call_of_the_model_is_timed_and_a_run_is_longer_than_its_calls():
     assert (len(full), len(skipped)) == (5, 3) and min(full + skipped) > 0
     assert times["seconds"][-1] > sum(full) + sum(skipped)
     assert [len(values) for values in times.values()] == [2, 2, 2]
+
+
+def test_seconds_of_the_processor_leave_out_what_others_take(monkeypatch):
+    case = make_case("tiny", None, 2, "float32", "cpu", **SHORT, processor_time=True)
+    contender = make_run(variants.UNCACHED, case)
+    model = contender.stopwatch.model
+    contender.stopwatch.model = lambda *inputs: (time.sleep(0.02), model(*inputs))[1]
+    begin = time.perf_counter()
+    seconds = rounds.seconds_of(contender, "cpu")
+    assert time.perf_counter() - begin - seconds > 8 * 0.02 * 0.9
+    assert 0 < sum(contender.stopwatch.seconds(full=True)) < seconds
+    assert case.as_json()["processor_time"] and "processor_time" not in tiny().as_json()
 
 
 def test_the_script_measures_every_variant_and_plots_from_its_json_alone(tmp_path, capsys):
@@ -237,6 +250,10 @@ def test_images_that_differ_are_not_timed():
         ({"model": ["tiny"], "num_steps": 0}, "--num-steps must be at least 1, got 0"),
         ({"model": ["tiny"], "num_steps": 8, "interval": 2, "order": 5}, "--order must be at most 4, as 5 of 8 "),
         ({"model": ["tiny"], "num_steps": 8, "interval": 9}, "--interval must be at most the number of steps"),
+        (
+            {"processor_time": True, "threads": 2},
+            "--processor-time must come with --device cpu and --threads 1, got cpu",
+        ),
         ({"rounds": 0}, "--rounds must be at least 1, got 0"),
         ({"device": "tpu"}, "--device must be cpu or cuda, got 'tpu'"),
         ({"model": ["tiny"], "batch_size": [10**9]}, "tiny at --resolution 64 and --batch-size 1000000000 cannot be"),
