@@ -244,8 +244,9 @@ def test_a_time_is_embedded_as_the_float32_product():
     noise = noise_of(model)[:, :16]
     engine = PartSampler(model, CLASSES, times=[0.28, 0.2801])
     velocities = [engine.velocities(0, [noise], [t], ("cond",))[0] for t in (0.28, 0.2801, 0.27999)]
-    assert torch.equal(velocities[0], velocities[1])  # 280; in double the first would be 279
-    assert not torch.equal(velocities[0], velocities[2])
+    same, other = ((velocities[0] - velocity).abs().max() for velocity in velocities[1:])
+    assert same < 1e-12  # 280; in double the first would be 279. Rows of one product may be rounded in two ways
+    assert other > 1e-6
 
 
 # ---- what a run computes ----
