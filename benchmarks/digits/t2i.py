@@ -41,7 +41,7 @@ from run import keep_run, provenance  # noqa: E402
 RESULTS, TABLE, PLOT = (HERE / f"t2i.{kind}" for kind in ("json", "md", "png"))
 PRESET, DATA = "t2i-digits", "digits-captions"
 SAMPLES = 480  # each of the 160 prompts three times
-SETTINGS = SamplingConfig(num_steps=25, cfg_scale=2.0)
+SETTINGS = SamplingConfig(num_steps=25, mode="ode", cfg_scale=2.0)
 
 METHODS: dict[str, dict[str, Any]] = {
     "baseline": {"attn_coeff": 0.0, "proj_coeff": 0.0},
