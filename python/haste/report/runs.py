@@ -153,8 +153,11 @@ def read_image(path: Path) -> np.ndarray:
 
 _NOT_SAMPLING = {"step", "checkpoint", DIGEST, WRITTEN, "fd", "label_accuracy", READ, "samples", "seconds",
                  "evaluated_by", "num_steps"}  # fmt: skip
-_USUAL = {"mode": "ode", "heun": False, "cfg_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "global_seed": 0,
-          "labels": "balanced", "ema": True, "cache": "none"}  # fmt: skip
+_USUAL: dict[str, tuple] = {
+    "mode": ("ode", "ddim"), "heun": (False,), "timestep_spacing": ("linspace",), "cfg_scale": (1.0,),
+    "guidance_low": (0.0,), "guidance_high": (1.0,), "global_seed": (0,), "labels": ("balanced",), "ema": (True,),
+    "cache": ("none",),
+}  # fmt: skip
 
 
 def read_quality(folder: Path) -> tuple[list[Quality], int]:
@@ -195,7 +198,7 @@ def sampling_text(record: Mapping[str, Any]) -> str:
     others = [
         f"{shown(name)} {shown(value)}"
         for name, value in record.items()
-        if name not in _NOT_SAMPLING and _USUAL.get(name, "") != value
+        if name not in _NOT_SAMPLING and value not in _USUAL.get(name, ("",))
     ]
     return ", ".join([f"{shown(record.get('num_steps', '?'))} steps", *others])
 
