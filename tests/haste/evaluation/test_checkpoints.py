@@ -67,6 +67,7 @@ def test_every_checkpoint_is_judged_once(tmp_path, evaluator, monkeypatch):
     run = write_run(tmp_path)
     first = evaluate_checkpoints(run, run_checkpoints(run), SETTINGS, COUNT, evaluator)
     assert [record["step"] for record in first] == [2, 4] and first[0]["fd"] != first[1]["fd"]
+    assert SETTINGS.mode is None and first[0]["mode"] == "ode"  # as records have it from before there was a choice
     assert read_records(run / "evaluation.jsonl") == first
 
     def refuse(*args):
