@@ -48,13 +48,15 @@ class Step(NamedTuple):
 @cache  # as every step of training reads them
 def alpha_bars(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008 - never changed
     """ᾱ of each time, (1000,), float64."""
-    return (1 - torch.linspace(BETA_FIRST, BETA_LAST, NUM_TIMES, dtype=torch.float64)).cumprod(0).to(device)
+    # On the CPU whatever the default device is, for what is cached outlives it.
+    betas = torch.linspace(BETA_FIRST, BETA_LAST, NUM_TIMES, dtype=torch.float64, device="cpu")
+    return (1 - betas).cumprod(0).to(device)
 
 
 def steps_between(times: Tensor) -> Step:
     """The steps of a run through falling times, (n,) int64, and on to data."""
     alpha_bar = alpha_bars()[times]
-    alpha_bar_next = torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)])
+    alpha_bar_next = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])
     alpha = alpha_bar / alpha_bar_next
     beta = 1 - alpha
     posterior = beta * (1 - alpha_bar_next) / (1 - alpha_bar)
@@ -68,7 +70,7 @@ def steps_between(times: Tensor) -> Step:
 @cache
 def _every_step(device: torch.device) -> Step:
     """Those from each time, 0 to 999, to the one before."""
-    return Step(*(values.flip(0).to(device) for values in steps_between(torch.arange(NUM_TIMES - 1, -1, -1))))
+    return Step(*(values.flip(0).to(device) for values in steps_between(torch.arange(NUM_TIMES - 1, -1, -1, device="cpu"))))
 
 
 def spaced_times(num_steps: int, spacing: str = "linspace") -> Tensor:

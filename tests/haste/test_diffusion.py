@@ -112,6 +112,14 @@ def test_noise_is_added_by_the_product_of_alphas():
         torch.testing.assert_close(found[image], expected, rtol=1e-12, atol=1e-14)
 
 
+def test_tables_outlive_the_default_device_under_which_they_are_made():
+    diffusion.alpha_bars.cache_clear()
+    diffusion._every_step.cache_clear()
+    with torch.device("meta"):
+        assert diffusion.alpha_bars()[999].item() == pytest.approx(ALPHA_BARS[999], rel=1e-12)
+        assert diffusion._every_step(torch.device("cpu")).beta[999].item() == pytest.approx(0.02, rel=1e-12)
+
+
 def test_times_are_uniform_from_0_to_999():
     times = diffusion.sample_times(200_000, generator=torch.Generator().manual_seed(0))
     counts = times.bincount(minlength=1000)
