@@ -41,6 +41,7 @@ def checkpoint(tmp_path_factory):
         ({"num_steps": 4}, {"num_steps": 4, "sampler": "ddim"}),
         ({"num_steps": 4, "mode": "ddpm"}, {"num_steps": 4, "sampler": "ddpm"}),
         ({"num_steps": 5, "timestep_spacing": "leading"}, {"num_steps": 5, "timestep_spacing": "leading"}),
+        ({"num_steps": 4, "cfg_scale": 2.0}, {"num_steps": 4, "cfg_scale": 2.0, "null": 10, "guided_channels": 3}),
         (
             {"num_steps": 4, "mode": "ddpm", "cfg_scale": 2.0, "guided_channels": 4, "guidance_high": 0.5},
             {"num_steps": 4, "sampler": "ddpm", "cfg_scale": 2.0, "null": 10, "guidance_high": 0.5},
