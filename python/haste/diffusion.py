@@ -70,7 +70,8 @@ def steps_between(times: Tensor) -> Step:
 @cache
 def _every_step(device: torch.device) -> Step:
     """Those from each time, 0 to 999, to the one before."""
-    return Step(*(values.flip(0).to(device) for values in steps_between(torch.arange(NUM_TIMES - 1, -1, -1, device="cpu"))))
+    times = torch.arange(NUM_TIMES - 1, -1, -1, device="cpu")
+    return Step(*(values.flip(0).to(device) for values in steps_between(times)))
 
 
 def spaced_times(num_steps: int, spacing: str = "linspace") -> Tensor:
