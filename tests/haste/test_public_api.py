@@ -187,8 +187,8 @@ def test_a_trainer_of_ones_own_aligns_a_model_that_haste_does_not_know(tmp_path)
     from transformers import Dinov2Config, Dinov2Model
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
-    Dinov2Model(Dinov2Config(**sizes, num_channels=1)).save_pretrained(tmp_path)
     torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes, num_channels=1)).save_pretrained(tmp_path)
     model = SomebodysModel()
     aligner = haste.Aligner.from_pretrained(str(tmp_path), "0:1", grid=4)
     projector = torch.nn.Linear(24, *aligner.z_dims)
