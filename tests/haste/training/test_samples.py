@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from haste.errors import UserError
+from haste.generation import load_checkpoint
+from haste.generation.config import SamplingConfig
+from haste.generation.pipeline import Sampler
 from haste.training import samples
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
 from haste.training.logging import Trackers, project
@@ -41,6 +44,17 @@ def test_latents_are_decoded(make_config, tmp_path):
     classes, vae = write_classes(tmp_path / "classes"), save_vae(tmp_path / "vae")
     result = train(make_config(data_dir=str(classes), vae=str(vae), **PLAIN))
     assert Image.open(result.folder / "samples" / "0000002.png").size == (272, 328)
+
+
+@pytest.mark.parametrize(("model", "channels"), [("DiT-Digits/2", 3), ("SiT-Digits/2", None)])
+def test_guidance_is_that_of_haste_sample(make_config, tmp_path, monkeypatch, model, channels):
+    """DiT guides three of four channels."""
+    made, solver = [], samples.Solver
+    monkeypatch.setattr(samples, "Solver", lambda **settings: made.append(settings) or solver(**settings))
+    classes, vae = write_classes(tmp_path / "classes"), save_vae(tmp_path / "vae")
+    result = train(make_config(data_dir=str(classes), vae=str(vae), model=model, **PLAIN))
+    assert [settings["guided_channels"] for settings in made] == [channels] * 2
+    assert Sampler(load_checkpoint(result.folder), SamplingConfig())._new_solver([]).guided_channels == channels
 
 
 def test_without_the_decoder_training_goes_on_and_says_so_once(make_config, tmp_path, monkeypatch, caplog):
