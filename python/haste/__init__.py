@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from haste.caching.enable import cached, disable_cache, enable_cache
     from haste.evaluation.evaluate import evaluate
     from haste.generation.config import SamplingConfig
+    from haste.generation.export import export_pipeline
     from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
     from haste.generation.sample_dir import sample
     from haste.training.config import TrainConfig
@@ -52,6 +53,7 @@ __all__ = [
     "disable_cache",
     "enable_cache",
     "evaluate",
+    "export_pipeline",
     "load_checkpoint",
     "sample",
     "train",
@@ -71,6 +73,7 @@ __getattr__ = lazily(
         "disable_cache": "caching.enable",
         "enable_cache": "caching.enable",
         "evaluate": "evaluation.evaluate",
+        "export_pipeline": "generation.export",
         "load_checkpoint": "generation.loaded",
         "sample": "generation.sample_dir",
         "train": "training.trainer",

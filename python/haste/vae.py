@@ -135,6 +135,21 @@ class VAE(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
+    def save(self, folder: Path) -> None:
+        """Write it as diffusers' AutoencoderKL, for pipelines that scale latents by one number and do not shift them.
+
+        Raises:
+            UserError: the latents have a shift, or one scale for each channel.
+        """
+        scales, shifts = set(self.latents.scale), set(self.latents.shift)
+        if len(scales) != 1 or shifts != {0.0}:
+            raise UserError(f"the latents of {self.latents.vae} must have one scale and no shift, as DiTPipeline has "
+                            f"them, got scales {shown(self.latents.scale)}, shifts {shown(self.latents.shift)}")  # fmt: skip
+        self._model.register_to_config(
+            scaling_factor=scales.pop(), shift_factor=None, latents_mean=None, latents_std=None
+        )
+        self._model.save_pretrained(folder)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, R, R) in [-1, 1] to moments (B, 2C, S, S): means, then standard deviations."""

@@ -308,6 +308,54 @@ def print_samples(samples: Samples) -> None:
     print(f"images  {folder.path}\nnpz       {folder.npz}{part}\ngrid      {folder.grid}")
 
 
+# ---- haste export ----
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """The settings of `haste export`, which are its flags."""
+
+    ckpt: Path
+    """Checkpoint file of a DiT, or run folder for its latest checkpoint."""
+    to: Path
+    """The folder of the pipeline, which must be new."""
+    ema: bool = True
+    """Write the EMA weights."""
+    vae: str | None = None
+    """VAE of the pipeline, as --vae of haste sample; none for the transformer and its scheduler alone. [default: the
+    one of training; ema for Stable Diffusion's latents]"""
+    fit_times: bool = True
+    """Fit the embedding of times to diffusers' frequencies, so that the pipeline computes what the model does. Without,
+    it has DiT's weights as they are, like the published pipelines."""
+    convention: Literal["repa", "sit", "dit"] | None = None
+    """Trainer of a checkpoint that does not record it."""
+
+    def check(self) -> None:
+        """Raise UserError for a folder inside the checkpoint's."""
+        source, folder = self.ckpt.expanduser().resolve(), self.to.expanduser().resolve()
+        if folder == source:
+            raise UserError(f"--to must be another folder than --ckpt, got {self.to}")
+
+
+def export(config: ExportConfig) -> None:
+    """Write a trained DiT as a folder that diffusers' DiTPipeline.from_pretrained loads: transformer, scheduler, VAE.
+
+    With the DDIM scheduler that is written, the pipeline makes the images of `haste sample --timestep-spacing leading
+    --guided-channels 4`. Such a folder, or a published one, is read back wherever a checkpoint is.
+    """
+    from haste.generation.export import export_pipeline
+
+    show_messages()
+    print(export_pipeline(
+        config.ckpt,
+        config.to,
+        ema=config.ema,
+        vae=config.vae,
+        fit_times=config.fit_times,
+        convention=config.convention,
+    ))  # fmt: skip
+
+
 # ---- haste evaluate, sweep, report, demo ----
 
 

@@ -46,6 +46,7 @@ COMMANDS = {
         "haste.generation.config:SampleConfig",
     ),
     "evaluate": ("measure how far samples are from real images", "haste.evaluation.config:EvaluateConfig"),
+    "export": ("write a trained DiT as a pipeline of diffusers", "haste.cli.commands:ExportConfig"),
     "sweep": (
         "plot the trade-off of caching: quality against seconds, FLOPs and memory",
         "haste.sweep.config:SweepConfig",

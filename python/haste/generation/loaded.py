@@ -18,6 +18,7 @@ from haste.models import Convention, Family, Layout, get_family
 from haste.text import TextFormat
 from haste.training.checkpoint import Checkpoint, list_checkpoints, loaded_model, read_checkpoint, sampling_config
 from haste.training.config import TrainConfig
+from haste.training.pipeline_folder import folder_of, weights_file
 from haste.vae import PUBLISHED_VAES, LatentFormat
 from haste.validation import check, shown
 from haste.weights import BrokenCheckpoint
@@ -81,9 +82,9 @@ class LoadedCheckpoint:
 
     @property
     def run(self) -> Path:
-        """The run's folder: the parent of checkpoints/, or the checkpoint's own folder."""
+        """The run's folder: the parent of checkpoints/, a pipeline's folder, or the checkpoint's own folder."""
         folder = self.checkpoint.parent
-        return folder.parent if folder.name == "checkpoints" else folder
+        return folder.parent if folder.name == "checkpoints" else folder_of(self.checkpoint) or folder
 
     @property
     def step(self) -> int | None:
@@ -124,7 +125,8 @@ def load_checkpoint(
     """Load a checkpoint for sampling.
 
     Args:
-        path: a checkpoint file of haste, HASTE, REPA, SiT or DiT, or a run folder for its latest readable checkpoint.
+        path: a checkpoint file of haste, HASTE, REPA, SiT or DiT, a run folder for its latest readable checkpoint, or
+            the folder of a DiTPipeline of diffusers or of its transformer.
         ema: load the EMA weights; False loads the trained weights.
         device: of the model; None for the GPU if there is one.
         fused_attn: False for unfused attention.
@@ -141,7 +143,7 @@ def load_checkpoint(
     device = _to_device(device)
     if not os.path.lexists(source):
         raise BrokenCheckpoint(f"--ckpt must be a checkpoint or the folder of a run, got {path}, which does not exist")
-    files = run_checkpoints(source, "--ckpt")[::-1] if source.is_dir() else [source]
+    files = _files_of(source) if source.is_dir() else [source]
     for file in files:
         try:
             content = read_checkpoint(file, assume, convention)
@@ -152,6 +154,12 @@ def load_checkpoint(
                 raise
             logger.warning("%s; trying the one before", error)
     raise UserError(f"all {len(files)} checkpoints in {source / 'checkpoints'} are damaged")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """What a folder of --ckpt holds, in the order of trying: the weights of a DiTPipeline, or checkpoints of a run."""
+    weights = weights_file(folder, "--ckpt")
+    return run_checkpoints(folder, "--ckpt")[::-1] if weights is None else [weights]
 
 
 def _to_device(device: torch.device | str | None) -> torch.device:

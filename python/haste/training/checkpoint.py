@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from haste.errors import UserError, in_one_line
 from haste.models import CheckpointFile, Convention, Weights, build_model, check_config, get_family, infer_config
+from haste.training import pipeline_folder
 from haste.training.config import TrainConfig
 from haste.training.settings import is_ours
 from haste.vae import LatentFormat
@@ -42,7 +43,7 @@ SAMPLING_SETTINGS = ("exp_name", "data_dir", "model", "resolution", "num_classes
 def read_checkpoint(
     path: Path, assume: Mapping[str, Any] | None = None, convention: Convention | None = None
 ) -> Checkpoint:
-    """Read a checkpoint of haste, HASTE, REPA, SiT or DiT, or a bare file of weights.
+    """Read a checkpoint of haste, HASTE, REPA, SiT or DiT, a bare file of weights, or those of diffusers' DiT.
 
     Args:
         assume: settings of the run that the file may lack.
@@ -58,6 +59,8 @@ def read_checkpoint(
         UserError: a file that cannot be used, or whose convention is not known.
     """
     content = read_file(path)
+    if pipeline_folder.is_of_pipeline(content):
+        content = pipeline_folder.as_checkpoint(read_parts(content, path)["ema"], path)
     own, config, parts = settings_of(content, path), content.get("model_config"), read_parts(content, path)
     file = CheckpointFile(parts["model"], own, content, path, convention)
     if config is None:
@@ -423,12 +426,16 @@ def as_before(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def initial_checkpoint(path: Path) -> Path:
-    """The file of --init-from: itself, or the latest checkpoint of a run's folder. UserError if there is none."""
+    """The file of --init-from: itself, the latest checkpoint of a run's folder, or the weights of a DiTPipeline's.
+    UserError if there is none."""
     wanted = "--init-from must be a checkpoint or the folder of a run"
     if not os.path.lexists(path):
         raise UserError(f"{wanted}, got {path}, which does not exist")
     if not path.is_dir():
         return path
+    weights = pipeline_folder.weights_file(path, "--init-from")
+    if weights is not None:
+        return weights
     checkpoints = list_checkpoints(path / "checkpoints")
     if not checkpoints:
         raise UserError(f"{wanted}, got {path}, which holds no checkpoints")
