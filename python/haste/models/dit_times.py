@@ -28,12 +28,12 @@ Frequencies = Literal["dit", "diffusers"]
 # The embedder's weights, as DiT names them.
 NAMES = tuple(f"t_embedder.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))
 
-# Multiples of 10 are the leading times of runs of 10, 20, 25, 50 and 100 steps; of 4 and 5 those of 250 and 200.
-WEIGHT_OF_TENS, WEIGHT_OF_FOURS_AND_FIVES = 1e4, 1e2
+# Multiples of 10 are the leading times of runs of 10, 20, 25, 50 and 100 steps.
+WEIGHT_OF_TENS = 1e4
 
 # The smallest singular values, over the largest, that fits use. Of the first layer it bounds the coefficients, below 5,
 # so that float32 and float16 still can compute with them; of the second it is what float64 resolves.
-CUTOFF_FEATURES, CUTOFF_EMBEDDING = 1e-3, 1e-11
+CUTOFF_FEATURES, CUTOFF_EMBEDDING = 1e-3, 1e-13
 
 
 class FittedTimes(NamedTuple):
@@ -75,10 +75,9 @@ def fit_times(weights: Mapping[str, Tensor], source: Frequencies, target: Freque
     before = torch.cat([second.T, second_bias[None]])
     t = torch.arange(NUM_TIMES)
     weight = torch.ones(NUM_TIMES, dtype=torch.float64)
-    weight[(t % 4 == 0) | (t % 5 == 0)] = WEIGHT_OF_FOURS_AND_FIVES
     weight[t % 10 == 0] = WEIGHT_OF_TENS
     missing = weight[:, None] * (embedding - hidden @ before)
-    change = torch.linalg.lstsq(weight[:, None] * hidden, missing, rcond=CUTOFF_EMBEDDING, driver="gelsd").solution
+    change = torch.linalg.lstsq(weight[:, None] * hidden, missing, rcond=CUTOFF_EMBEDDING, driver="gelsy").solution
     after = (before + change).to(dtype)
 
     fitted = dict(zip(NAMES, (new_first, new_first_bias, after[:-1].T.contiguous(), after[-1].clone()), strict=True))
