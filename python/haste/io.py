@@ -270,7 +270,12 @@ def require_source(name: str, source: str, flag: str) -> None:
     """Raise UserError unless `source` is a folder, is in the hub's cache, or the hub answers."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(source).is_dir() or is_reachable() or isinstance(try_to_load_from_cache(source, "config.json"), str):
+    if Path(source).is_dir():
+        return
+    if os.path.isabs(source) or source.count("/") > 1:  # no name on the hub: a folder that has moved
+        raise UserError(f"{flag} must be a folder of save_pretrained(), or a name on the hub, got {name}, which does "
+                        "not exist")  # fmt: skip
+    if is_reachable() or isinstance(try_to_load_from_cache(source, "config.json"), str):
         return
     raise UserError(
         f"{flag} must be a folder of save_pretrained(), or a downloaded name, as the hub cannot be reached (or "

@@ -143,8 +143,9 @@ class VAE(nn.Module):
         """
         scales, shifts = set(self.latents.scale), set(self.latents.shift)
         if len(scales) != 1 or shifts != {0.0}:
-            raise UserError(f"the latents of {self.latents.vae} must have one scale and no shift, as DiTPipeline has "
-                            f"them, got scales {shown(self.latents.scale)}, shifts {shown(self.latents.shift)}")  # fmt: skip
+            found = f"scales {shown(self.latents.scale)} and shifts {shown(self.latents.shift)}"
+            raise UserError(f"--vae must have latents of one scale and no shift, as pipelines of diffusers have, got "
+                            f"{self.latents.vae} with {found}")  # fmt: skip
         self._model.register_to_config(
             scaling_factor=scales.pop(), shift_factor=None, latents_mean=None, latents_std=None
         )

@@ -191,6 +191,8 @@ def test_what_cannot_be_had_is_refused_by_flag_and_the_rest_is_looked_for_at_hom
     answer(monkeypatch, refuse)
     with pytest.raises(UserError, match="--enc-type must be .* the hub cannot be reached .* got somebody/none"):
         io.require_source("somebody/none", "somebody/none", "--enc-type")
+    with pytest.raises(UserError, match="--vae must be a folder .* got .*moved/vae, which does not exist"):
+        io.require_source(str(tmp_path / "moved/vae"), str(tmp_path / "moved/vae"), "--vae")
     io.require_source("x", str(tmp_path), "--enc-type")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, name: f"/cache/{source}/{name}")
     io.require_source("somebody/known", "somebody/known", "--enc-type")

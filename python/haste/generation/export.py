@@ -139,7 +139,9 @@ def _is_there(folder: Path, record: Mapping[str, Any]) -> bool:
         raise UserError(f"--to must be a new folder, got {folder}, which holds something else")
     found = differences(read_json(folder / RECORD, "the record of an export"), record)
     if found:
-        raise UserError(f"--to must be another folder, got {folder}, which holds a pipeline with {'; '.join(found[:3])}")
+        raise UserError(
+            f"--to must be another folder, got {folder}, which holds a pipeline with {'; '.join(found[:3])}"
+        )
     return True
 
 

@@ -94,8 +94,8 @@ def to_diffusers(
         if layer in ENDS:
             theirs[f"{ENDS[layer]}.{kind}"] = value.clone()
         elif layer in SHARED:
-            for block in range(config["depth"]):
-                theirs[f"transformer_blocks.{block}.{SHARED[layer]}.{kind}"] = value.clone()
+            for number in range(config["depth"]):
+                theirs[f"transformer_blocks.{number}.{SHARED[layer]}.{kind}"] = value.clone()
         else:
             _, block, layer = layer.split(".", 2)
             layers = QKV if layer == "attn.qkv" else (IN_BLOCK[layer],)
@@ -222,7 +222,9 @@ def from_diffusers(
     else:
         num_classes, null = own.num_classes, own.null_class
         if not 1 <= num_classes < len(table):
-            raise UserError(f"num_classes in config.json of {source} must be from 1 to {len(table) - 1}, got {num_classes}")
+            raise UserError(
+                f"num_classes in config.json of {source} must be from 1 to {len(table) - 1}, got {num_classes}"
+            )
     ours[TABLE] = torch.cat([table[:num_classes], table[-1:]]) if null else table[:num_classes].clone()
     back = None
     if own is not None and own.fitted_times is not None:
@@ -278,8 +280,12 @@ def _our_names(weights: Mapping[str, Tensor], source: str) -> Weights:
     for (block, kind), parts in attention.items():
         missing = next((part for part in QKV if part not in parts), None)
         if missing is not None:
-            raise UserError(f"{source} must hold the weights of a {CLASS_NAMES[0]}, but lacks {missing} of block {block}")
+            raise UserError(
+                f"{source} must hold the weights of a {CLASS_NAMES[0]}, but lacks {missing} of block {block}"
+            )
         ours[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([parts[part] for part in QKV])
     if not all(name in ours for name in (*TIMES, TABLE)) or ours[TABLE].dim() != 2 or ours[TIMES[0]].dim() != 2:
-        raise UserError(f"{source} must hold the weights of a {CLASS_NAMES[0]}, but lacks embedders of times and classes")
+        raise UserError(
+            f"{source} must hold the weights of a {CLASS_NAMES[0]}, but lacks embedders of times and classes"
+        )
     return ours

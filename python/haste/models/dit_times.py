@@ -6,8 +6,8 @@ and so embed times that DiT was not trained on.
 
 `fit_times` makes weights for the other frequencies. The first layer takes the features of one kind from those of the
 other by least squares, which is exact for the slow ones alone: of the fast ones, neither spans the other. The second
-layer is then fitted to the embedding itself. Of 1,000 hidden units or more it can be equal at every time (DiT-L, XL); of
-fewer it has to be weighed, so times that samplers with few steps visit come first.
+layer is then fitted to the embedding itself. With 1,000 hidden units or more (DiT-L, XL) that can be equal at every
+time; with fewer it can not, and the times of short runs come first.
 """
 
 from __future__ import annotations

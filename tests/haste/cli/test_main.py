@@ -96,6 +96,7 @@ def test_every_flag_is_read_with_its_own_default(command):
         "prepare": ["--source", "a", "--dest", "b"],
         "train": ["--exp-name", "a", "--data-dir", "b"],
         "evaluate": ["--samples", "."],
+        "export": ["--ckpt", "a", "--to", "b"],
         "demo": [],
     }.get(command, ["--ckpt", "a"])
     wanted = read_flags(command, needed)

@@ -72,7 +72,10 @@ def relative_error(model, transformer, t):
 
 def test_all_but_the_frequencies_of_times_is_the_same():
     model = random_dit(torch.float64)
-    assert relative_error(model, with_dits_times(transformer_of(model, fit=False)), torch.tensor([1, 333, 667, 999])) < 1e-14
+    assert (
+        relative_error(model, with_dits_times(transformer_of(model, fit=False)), torch.tensor([1, 333, 667, 999]))
+        < 1e-14
+    )
 
 
 def test_fitted_times_give_the_same_where_short_runs_go():
@@ -206,7 +209,11 @@ def test_a_pipeline_that_diffusers_saved_again_is_fitted_back(folder, tmp_path):
     t = TENS.float()
     ours, known = again.model.t_embedder(t), before.model.t_embedder(t)
     assert (ours - known).norm() / known.norm() < 1e-5
-    changed = [name for name, value in before.model.state_dict().items() if not torch.equal(value, again.model.state_dict()[name])]
+    changed = [
+        name
+        for name, value in before.model.state_dict().items()
+        if not torch.equal(value, again.model.state_dict()[name])
+    ]
     assert set(changed) <= set(NAMES)
 
 
@@ -217,7 +224,9 @@ def test_times_that_were_trained_on_are_not_replaced_by_those_before(folder, cop
         if name.endswith("timestep_embedder.linear_2.bias"):
             weights[name] += 1
     save_file(weights, path)
-    trained, before = (haste.load_checkpoint(each, device="cpu").model.t_embedder(TENS.float()) for each in (copy, folder))
+    trained, before = (
+        haste.load_checkpoint(each, device="cpu").model.t_embedder(TENS.float()) for each in (copy, folder)
+    )
     assert ((trained - 1 - before).norm() / before.norm()).item() < 1e-4
 
 
@@ -290,7 +299,10 @@ def test_positions_of_ones_own():
         ({"out_channels": 4}, "out_channels must be twice in_channels, 8"),
         ({"activation_fn": "geglu"}, "activation_fn"),
         ({"norm_type": "ada_norm"}, "norm_type"),
-        ({"_haste": {"num_classes": 2000, "null_class": True}}, "num_classes in config.json of x must be from 1 to 1000"),
+        (
+            {"_haste": {"num_classes": 2000, "null_class": True}},
+            "num_classes in config.json of x must be from 1 to 1000",
+        ),
     ],
 )
 def test_transformers_that_dit_cannot_compute(changes, sentence):
