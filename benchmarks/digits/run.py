@@ -218,7 +218,9 @@ def cells(seeds: dict[int, list[dict[str, Any]]], key: str, scale: float, digits
 def describe(benchmark: Benchmark, results: dict[str, Any]) -> str:
     """How the numbers came about, in words."""
     flag = "" if benchmark == MODELS["sit"] else f" --model {benchmark.title.lower()}"
-    beside = "SiT's rows are those of [results.md](results.md), of as many images and steps. " if flag else ""
+    of_sit = {run["seed"] for run in stored_results(MODELS["sit"])["runs"]}
+    beside = f"SiT's rows are those of [results.md](results.md), {len(of_sit)} seeds after as many images. "
+    beside = beside if flag else ""
     classifier, run, sampling = results["classifier"], results["runs"][0], SamplingConfig(**results["sampling"])
     seeds = sorted({run["seed"] for run in results["runs"]})
     commits = sorted({run["commit"][:12] + run["commit"][40:] for run in results["runs"]})
