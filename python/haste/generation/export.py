@@ -30,13 +30,12 @@ from haste.models.dit_diffusers import to_diffusers
 from haste.models.dit_times import NAMES as TIMES
 from haste.resumable import differences
 from haste.training.checkpoint import checkpoint_identity
-from haste.training.pipeline_folder import CONFIG, INDEX, PIPELINE, TIMES_FILE, WEIGHTS
+from haste.training.pipeline_folder import CONFIG, INDEX, PIPELINE, RECORD, TIMES_FILE, WEIGHTS
 from haste.vae import VAE, LatentFormat
 from haste.validation import check
 
 logger = logging.getLogger(__name__)
 
-RECORD = "haste.json"  # in the folder: of what it was made
 ALONE = "none"  # --vae of a transformer without one
 
 

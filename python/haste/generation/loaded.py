@@ -143,23 +143,24 @@ def load_checkpoint(
     device = _to_device(device)
     if not os.path.lexists(source):
         raise BrokenCheckpoint(f"--ckpt must be a checkpoint or the folder of a run, got {path}, which does not exist")
-    files = _files_of(source) if source.is_dir() else [source]
+    files, of_run = _files_of(source) if source.is_dir() else ([source], False)
     for file in files:
         try:
             content = read_checkpoint(file, assume, convention)
             model, settings = loaded_model(content, ema, fused_attn).to(device), sampling_config(content, file)
             return LoadedCheckpoint(model, content["model_config"], settings, file, what_is_recorded(content))
         except BrokenCheckpoint as error:
-            if not source.is_dir():
+            if not of_run:
                 raise
             logger.warning("%s; trying the one before", error)
     raise UserError(f"all {len(files)} checkpoints in {source / 'checkpoints'} are damaged")
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """What a folder of --ckpt holds, in the order of trying: the weights of a DiTPipeline, or checkpoints of a run."""
+def _files_of(folder: Path) -> tuple[list[Path], bool]:
+    """What a folder of --ckpt holds, in the order of trying, and whether it is a run's: checkpoints of a run, or the
+    weights of a DiTPipeline."""
     weights = weights_file(folder, "--ckpt")
-    return run_checkpoints(folder, "--ckpt")[::-1] if weights is None else [weights]
+    return (run_checkpoints(folder, "--ckpt")[::-1], True) if weights is None else ([weights], False)
 
 
 def _to_device(device: torch.device | str | None) -> torch.device:

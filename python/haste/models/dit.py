@@ -38,6 +38,8 @@ class DiT(SiT):
 
 def _check_times(t: Tensor) -> None:
     """Raise ValueError for times that are none of DiT's, such as SiT's, where that takes no waiting for a GPU."""
+    if t.dtype == torch.bool or t.is_complex():
+        raise ValueError(f"t must be int64 or float32, got {str(t.dtype).removeprefix('torch.')}")
     if t.dtype == torch.bfloat16:
         raise ValueError("t must be int64 or float32, as bfloat16 has not all whole numbers up to "
                          f"{diffusion.NUM_TIMES - 1}, got bfloat16")  # fmt: skip

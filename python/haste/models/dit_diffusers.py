@@ -179,6 +179,7 @@ class TransformerConfig:
     out_channels: int | None = None
     sample_size: int = 32
     patch_size: int = 2
+    num_layers: int = 28
     attention_bias: Literal[True] = True
     activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
@@ -234,9 +235,12 @@ def from_diffusers(
             back = fit_times(ours, "diffusers", "dit")
             ours.update(back.weights)
     width, patch = known.num_attention_heads * known.attention_head_dim, known.patch_size
+    depth = 1 + max((int(name.split(".")[1]) for name in ours if name.startswith("blocks.")), default=-1)
+    if depth != known.num_layers:
+        raise UserError(f"{source} must hold {known.num_layers} blocks, the num_layers of its config.json, got {depth}")
     model_config = {
         "family": "dit",
-        "depth": 1 + max((int(name.split(".")[1]) for name in ours if name.startswith("blocks.")), default=0),
+        "depth": depth,
         "hidden_size": width,
         "num_heads": known.num_attention_heads,
         "patch_size": patch,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from haste.diffusion import NUM_TIMES
+from haste.errors import UserError
 from haste.models.layers import TimestepEmbedder
 
 Frequencies = Literal["dit", "diffusers"]
@@ -60,7 +61,15 @@ def fit_times(weights: Mapping[str, Tensor], source: Frequencies, target: Freque
 
     Args:
         weights: NAMES among them.
+
+    Raises:
+        UserError: they are not finite.
     """
+    broken = next((name for name in NAMES if not weights[name].isfinite().all()), None)
+    if broken is not None:
+        raise UserError(
+            f"the embedder of times must be finite to be fitted to other frequencies, got NaN or infinity in {broken}"
+        )
     count = weights[NAMES[0]].shape[1]
     given, wanted = features(source, count), features(target, count)
     first, first_bias, second, second_bias = (weights[name].double() for name in NAMES)

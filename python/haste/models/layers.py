@@ -158,7 +158,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     batch, count, values = patches.shape
     grid, p = math.isqrt(count), patch_size
     patches = patches.view(batch, grid, grid, p, p, values // (p * p)).permute(0, 5, 1, 3, 2, 4)
-    return patches.reshape(batch, -1, grid * p, grid * p)
+    return patches.reshape(batch, values // (p * p), grid * p, grid * p)  # not -1, for batch may be 0
 
 
 def build_projector(width: int, hidden: int, out: int) -> nn.Sequential:

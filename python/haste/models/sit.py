@@ -232,6 +232,8 @@ class SiT(nn.Module):
         if x.dim() != 4 or x.shape[1:] != wanted:
             raise ValueError(f"x must have shape (batch, {', '.join(map(str, wanted))}), got {tuple(x.shape)}")
         for name, value in (("t", t), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor of shape ({x.shape[0]},), as x, got {value!r}")
             if value.shape != x.shape[:1]:
                 raise ValueError(f"{name} must have shape ({x.shape[0]},), as x, got {tuple(value.shape)}")
         return self.tokens(x), self.conditioning(t, y)

@@ -21,7 +21,7 @@ from haste.errors import UserError
 from haste.samplers.guidance import Guidance, Velocity, model_calls
 from haste.samplers.methods import Method, begin, check_steps, choose_sampler, time_grid
 from haste.transport import get_path
-from haste.validation import DEFAULT_STEPS
+from haste.validation import DEFAULT_STEPS, check_number
 
 BEYOND = (
     "gave NaN or infinity; the weights or the settings of the sampler are beyond what the model's number type holds"
@@ -106,6 +106,8 @@ def sample(
     _check(model, noise, condition, num_steps, sampler)
     get_path(path)
     if prediction == "noise":
+        if guided_channels is not None:
+            check_number("guided_channels", guided_channels, shown="guided_channels")
         guided_channels = min(guided_channels or noise.shape[1], noise.shape[1])
     if hasattr(model, "sample_in_parts"):
         from haste.samplers.parts import Solver  # which is built on this file

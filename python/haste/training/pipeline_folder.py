@@ -27,11 +27,13 @@ logger = logging.getLogger(__name__)
 
 INDEX, CONFIG, PIPELINE = "model_index.json", "config.json", "DiTPipeline"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+RECORD = "haste.json"  # in the folder of an export: of what it was made
 TIMES_FILE = "haste_times.safetensors"  # beside the weights: the embedder of times as DiT has it
 
 
 def weights_file(folder: Path, flag: str) -> Path | None:
-    """The weights of a pipeline's folder, or of its transformer's; None for a folder of something else.
+    """The weights of a pipeline's folder, of an export without a VAE, or of a transformer's; None for a folder of
+    something else.
 
     Raises:
         UserError: it is of another pipeline, or has no weights that can be read.
@@ -41,6 +43,8 @@ def weights_file(folder: Path, flag: str) -> Path | None:
         kind = read_json(folder / INDEX, "the index of a pipeline").get("_class_name")
         if kind != PIPELINE:
             raise UserError(f"{wanted}, got {folder}, of the class {shown(kind)}")
+        transformer = folder / "transformer"
+    elif (folder / RECORD).is_file():  # an export without a VAE has no index
         transformer = folder / "transformer"
     elif (folder / CONFIG).is_file() and not (folder / "checkpoints").is_dir():
         kind = read_json(folder / CONFIG, "the config of a model").get("_class_name")
@@ -115,5 +119,6 @@ def _class_names(pipeline: Path, num_classes: int) -> list[str]:
 def _latents(vae: Path) -> LatentFormat:
     """The format of the pipeline's latents, which it scales by one number and does not shift."""
     latents = LatentFormat.of(str(vae))
-    factor = read_json(vae / CONFIG, "the config of a VAE").get("scaling_factor", SD_LATENTS.scale[0])
+    factor = read_json(vae / CONFIG, "the config of a VAE").get("scaling_factor")
+    factor = SD_LATENTS.scale[0] if factor is None else factor
     return replace(latents, shift=(0.0,) * latents.channels, scale=(float(factor),) * latents.channels)

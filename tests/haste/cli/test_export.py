@@ -7,6 +7,7 @@ import logging
 import shutil
 from dataclasses import asdict
 
+import haste
 import pytest
 from digits_run import write_run
 from haste.cli.main import main
@@ -76,6 +77,7 @@ def test_the_transformer_alone(checkpoint, tmp_path, capsys):
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
     assert names == ["haste.json", "scheduler/scheduler_config.json", "transformer/config.json",
                      "transformer/diffusion_pytorch_model.safetensors"]  # fmt: skip
+    assert haste.load_checkpoint(folder, device="cpu").checkpoint.parent == folder / "transformer"
 
 
 def test_a_full_disk_is_named(checkpoint, tmp_path, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from haste.models.dit_times import NAMES, features, fit_times
 from haste.models.layers import TimestepEmbedder
 from haste.training.checkpoint import initial_checkpoint, read_checkpoint
 from haste.training.pipeline_folder import TIMES_FILE
+from haste.weights import BrokenCheckpoint
 from latent_dit import CLASSES, SHAPE, random_dit, write_dit
 from safetensors.torch import load_file, save_file
 
@@ -318,6 +319,7 @@ def test_positions_of_ones_own():
     [
         ({"_class_name": "PixArtTransformer2DModel"}, "must be a DiTTransformer2DModel"),
         ({"out_channels": 4}, "out_channels must be twice in_channels, 8"),
+        ({"num_layers": 3}, "x must hold 3 blocks, the num_layers of its config.json, got 2"),
         ({"activation_fn": "geglu"}, "activation_fn"),
         ({"norm_type": "ada_norm"}, "norm_type"),
         (
@@ -345,6 +347,27 @@ def test_weights_of_something_else(change, sentence):
     change(weights)
     with pytest.raises(UserError, match=sentence):
         from_diffusers(weights, config, None, "x")
+
+
+def test_weights_that_are_not_finite():
+    model = random_dit()
+    model.t_embedder.mlp[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"embedder of times must be finite .* t_embedder\.mlp\.0\.weight"):
+        to_diffusers(model.state_dict(), SHAPE)
+
+
+def test_a_vae_without_a_scale_has_that_of_diffusers(copy):
+    file = copy / "vae/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scaling_factor": None}))
+    assert set(haste.load_checkpoint(copy, device="cpu").recorded["latents"]["scale"]) == {0.18215}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, TIMES_FILE])
+def test_a_file_that_was_cut_short_is_named(copy, name):
+    file = copy / "transformer" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BrokenCheckpoint, match=f"{name} is not a valid checkpoint"):
+        haste.load_checkpoint(copy)
 
 
 def test_damaged_folders(copy):

@@ -265,6 +265,7 @@ def test_unknown_model():
     [
         ({"x": torch.zeros(3, 3, 4, 4)}, r"x must have shape \(batch, 3, 8, 8\)"),
         ({"t": torch.zeros(2)}, "t must have shape"),
+        ({"t": 0.5}, r"t must be a tensor of shape \(3,\), as x, got 0\.5"),
         ({"y": torch.zeros(3, 1)}, "y must have shape"),
         ({"aligned_layers": (3,)}, "aligned_layers must be from 0 to 2, got 3"),
         ({"aligned_layers": (-1,)}, "aligned_layers must be .* got -1"),

@@ -181,3 +181,22 @@ def test_samplers_of_noise_are_refused_for_a_velocity(start):
 def test_times_of_other_models_are_refused(dit, start, t):
     with pytest.raises(ValueError, match=f"^t must be whole numbers from 0 to 999, the times of DiT, got {t:g}$"):
         dit(start[0], torch.tensor([3.0, t, 7.0]), start[1])
+
+
+@pytest.mark.parametrize(
+    ("t", "got"),
+    [(torch.tensor([True, False, True]), "bool"), (torch.ones(3, dtype=torch.complex64), "complex64")],
+)
+def test_times_that_are_no_numbers_are_refused(dit, start, t, got):
+    with pytest.raises(ValueError, match=f"^t must be int64 or float32, got {got}$"):
+        dit(start[0], t, start[1])
+
+
+def test_no_images(dit, start):
+    assert sample(dit, start[0][:0], start[1][:0], num_steps=2, sampler="ddpm").shape == (0, 4, 4, 4)
+
+
+@pytest.mark.parametrize("channels", [0, 1.5, "3", True])
+def test_guided_channels_that_are_no_number_of_channels(dit, start, channels):
+    with pytest.raises(UserError, match="^guided_channels must be an integer from 1"):
+        sample(dit, *start, cfg_scale=2, null=10, num_steps=2, guided_channels=channels)
