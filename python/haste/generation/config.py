@@ -189,6 +189,7 @@ class SamplingConfig(CacheConfig):
         parts += [] if self.stagger is None else [f"stagger {self.stagger}"]
         if self.cfg_scale > 1:
             within = "" if self.guidance_interval is None else " from {:g} to {:g}".format(*self.guidance_interval)
+            within += "" if self.guided_channels is None else f" of {self.guided_channels} channels"
             parts.append(f"guidance {self.cfg_scale:g}{within}")
         if self.cache != "none":
             parts.append(self.describe_cache())
@@ -202,6 +203,7 @@ class SamplingConfig(CacheConfig):
         parts += [f"cfg{self.cfg_scale:g}"]
         if self.guidance_interval is not None:
             parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
+        parts += [] if self.guided_channels is None else [f"guided{self.guided_channels}"]
         parts.append(f"seed{self.global_seed}")
         if self.labels != "random":
             parts.append("balanced" if self.labels == "balanced" else f"labels{_list_name(self.labels.split(','))}")
@@ -236,8 +238,9 @@ class SamplingConfig(CacheConfig):
     def effective(self: Settings) -> Settings:
         """The settings without those of published commands that have no effect, with a warning. Raises UserError."""
         idle: dict[str, Any] = {}
-        for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
-            check_number(name, getattr(self, name))
+        for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0), ("guided_channels", None)):
+            if getattr(self, name) != default:
+                check_number(name, getattr(self, name))
             if self.cfg_scale == 1 and getattr(self, name) != default:
                 idle[name] = default
                 logger.warning("--%s has no effect with --cfg-scale 1, without guidance", name.replace("_", "-"))

@@ -60,9 +60,10 @@ def weights_file(folder: Path, flag: str) -> Path | None:
 
 
 def folder_of(file: Path) -> Path | None:
-    """The pipeline's folder that a file of weights is of; None if there is none."""
-    pipeline = file.parent.parent
-    return pipeline if file.parent.name == "transformer" and (pipeline / INDEX).is_file() else None
+    """The folder of a pipeline, or of an export without a VAE, that a file of weights is of; None if there is none."""
+    folder = file.parent.parent
+    known = file.parent.name == "transformer" and any((folder / name).is_file() for name in (INDEX, RECORD))
+    return folder if known else None
 
 
 def is_of_pipeline(content: Mapping[str, Any]) -> bool:
@@ -86,7 +87,7 @@ def as_checkpoint(weights: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
     ours["pos_embed"] = positions(model_config, ours[TIMES[0]].dtype)
     content: dict[str, Any] = {"ema": ours, "model_config": model_config, "args": {}}
     pipeline = folder_of(file)
-    if pipeline is None:
+    if pipeline is None or not (pipeline / INDEX).is_file():
         return content
     names = _class_names(pipeline, model_config["num_classes"])
     if names:

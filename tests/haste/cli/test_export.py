@@ -77,7 +77,8 @@ def test_the_transformer_alone(checkpoint, tmp_path, capsys):
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
     assert names == ["haste.json", "scheduler/scheduler_config.json", "transformer/config.json",
                      "transformer/diffusion_pytorch_model.safetensors"]  # fmt: skip
-    assert haste.load_checkpoint(folder, device="cpu").checkpoint.parent == folder / "transformer"
+    found = haste.load_checkpoint(folder, device="cpu")
+    assert found.run == folder and found.checkpoint.parent == folder / "transformer"
 
 
 def test_a_full_disk_is_named(checkpoint, tmp_path, capsys, monkeypatch):

@@ -283,9 +283,10 @@ def test_bad_flags_get_a_sentence_and_leave_nothing(run, capsys, flags, message)
 def test_flags_without_effect_are_named_and_change_nothing(run, caplog):
     short = ("sample", "--ckpt", str(run), *QUICK, "--mode", "sde")
     main([*short, "--sample-dir", str(run / "short")])
-    main([*short, "--sample-dir", str(run / "published"), "--guidance_low", "0.1", "--guidance-high=0.7"])
+    main([*short, "--sample-dir", str(run / "published"), "--guidance_low", "0.1", "--guidance-high=0.7",
+          "--guided-channels", "1"])  # fmt: skip
     said = [record.message for record in caplog.records if "has no effect" in record.message]
-    assert [message.split()[0] for message in said] == ["--guidance-low", "--guidance-high"]
+    assert [message.split()[0] for message in said] == ["--guidance-low", "--guidance-high", "--guided-channels"]
     short, published = (next((run / name).glob("*/sample.json")).parent for name in ("short", "published"))
     assert short.name == published.name and (read_images(short) == read_images(published)).all()
 

@@ -74,6 +74,11 @@ def test_a_warm_up_calls_at_times_of_the_model(checkpoint):
         ({}, "ddim-50-cfg1-seed0", "50 DDIM steps"),
         ({"mode": "ddpm", "num_steps": 250}, "ddpm-250-cfg1-seed0", "250 DDPM steps"),
         ({"timestep_spacing": "trailing"}, "ddim-50-trailing-cfg1-seed0", "50 DDIM steps, trailing times"),
+        (
+            {"cfg_scale": 4.0, "guided_channels": 4},
+            "ddim-50-cfg4-guided4-seed0",
+            "50 DDIM steps, guidance 4 of 4 channels",
+        ),
     ],
 )
 def test_the_sampler_is_named(checkpoint, settings, name, words):
