@@ -111,7 +111,11 @@ def ddpm(x: Tensor, grid: Tensor, step_noise: Iterator[Tensor]) -> Method:
     """
     steps, last = steps_between(grid[:-1].long()), len(grid) - 2
     for step, t in enumerate(grid[:-1]):
-        noise, position = (yield Request(x, t, noise_share("ddpm", t), step)).split(x.shape[1], dim=1)
+        predicted = yield Request(x, t, noise_share("ddpm", t), step)
+        if predicted.shape[1] != 2 * x.shape[1]:
+            raise ValueError(f"the prediction must have {2 * x.shape[1]} channels for ddpm, noise and variance, got "
+                             f"{predicted.shape[1]}; ddim needs no variance")  # fmt: skip
+        noise, position = predicted.split(x.shape[1], dim=1)
         at = Step(*(values[step] for values in steps))
         x = (x - at.beta / (1 - at.alpha_bar).sqrt() * noise) / at.alpha.sqrt()
         if step < last:

@@ -200,3 +200,16 @@ def test_no_images(dit, start):
 def test_guided_channels_that_are_no_number_of_channels(dit, start, channels):
     with pytest.raises(UserError, match="^guided_channels must be an integer from 1"):
         sample(dit, *start, cfg_scale=2, null=10, num_steps=2, guided_channels=channels)
+
+
+def test_ddpm_needs_a_variance(start):
+    class NoiseAlone(torch.nn.Module):
+        prediction = "noise"
+
+        def forward(self, x, t, y):
+            return x
+
+    model = NoiseAlone().eval()
+    assert sample(model, *start, num_steps=2).shape == start[0].shape
+    with pytest.raises(ValueError, match="^the prediction must have 8 channels for ddpm, noise and variance, got 4"):
+        sample(model, *start, num_steps=2, sampler="ddpm")
