@@ -36,9 +36,10 @@ def record(tmp_path):
 
 
 def test_what_is_not_typed_is_as_the_run_was_begun(record, capsys):
-    flags = record({**asdict(TrainConfig()), "seed": 5, "attn_coeff": 0.25, "resume_step": 4, "exp_name": "old"})
+    changed = {"seed": 5, "attn_coeff": 0.25, "prediction": "v"}  # a prediction is recorded, though nobody gave it
+    flags = record({**asdict(TrainConfig()), **changed, "resume_step": 4, "exp_name": "old"})
     config = command_config([*flags, "--seed=5"])
-    assert config == replace(TrainConfig(), seed=5, attn_coeff=0.25)
+    assert config == replace(TrainConfig(), **changed)
     said = capsys.readouterr().err
     assert said.startswith("using the recorded settings of ") and said.endswith("run: --attn-coeff 0.25\n")
 
