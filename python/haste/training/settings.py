@@ -97,11 +97,11 @@ def command_config(arguments: Sequence[str]) -> TrainConfig:
     if recorded.get("preset") not in PRESETS:
         recorded["preset"] = ""
     defaults = replace(TrainConfig.from_preset(recorded["preset"]), **{**file, "preset": preset})
-    own = {"num_classes", "prediction"}  # which the data has, and the model
+    recorded.pop("prediction", None)  # the model has it; the trainer refuses another model by its name
     restored = [
         _as_flag(name, value)
         for name, value in recorded.items()
-        if name not in flags | own and value != getattr(defaults, name)
+        if name not in flags and name != "num_classes" and value != getattr(defaults, name)  # the data has num_classes
     ]
     if restored:
         print(f"using the recorded settings of {folder}: {' '.join(restored)}", file=sys.stderr)
