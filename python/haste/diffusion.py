@@ -86,8 +86,9 @@ def spaced_times(num_steps: int, spacing: str = "linspace") -> Tensor:
     """
     if spacing not in SPACINGS:
         raise UserError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-    if not 1 <= num_steps <= NUM_TIMES:
-        raise UserError(f"num_steps must be from 1 to {NUM_TIMES}, the times of a model of noise, got {num_steps}")
+    if not isinstance(num_steps, int) or not 1 <= num_steps <= NUM_TIMES:
+        raise UserError(f"num_steps must be a whole number from 1 to {NUM_TIMES}, the times of a model of noise, got "
+                        f"{num_steps}")  # fmt: skip
     if spacing == "linspace":
         stride = (NUM_TIMES - 1) / max(1, num_steps - 1)
         # Added up, as the public code does: a product would round some halves the other way.
@@ -111,7 +112,13 @@ def sample_times(
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε of x and ε (B, ...), t (B,) int64; typed as x."""
+    """x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε of x and ε (B, ...), t (B,) int64; typed as x.
+
+    Raises:
+        ValueError: a time that is not from 0 to 999, where seeing it takes no waiting for a GPU.
+    """
+    if t.device.type == "cpu" and ((t < 0) | (t >= NUM_TIMES)).any():
+        raise ValueError(f"t must be whole numbers from 0 to {NUM_TIMES - 1}, got {t.tolist()}")
     alpha_bar = alpha_bars(t.device)[t].view(-1, *[1] * (x.dim() - 1))
     return alpha_bar.sqrt().to(x.dtype) * x + (1 - alpha_bar).sqrt().to(x.dtype) * noise
 

@@ -112,6 +112,13 @@ def test_noise_is_added_by_the_product_of_alphas():
         torch.testing.assert_close(found[image], expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_times_beyond_the_tables_are_refused(t):
+    x = torch.zeros(2, 1, 2, 2)
+    with pytest.raises(ValueError, match=rf"^t must be whole numbers from 0 to 999, got \[0, {t}\]$"):
+        add_noise(x, x, torch.tensor([0, t]))
+
+
 def test_tables_outlive_the_default_device_under_which_they_are_made():
     diffusion.alpha_bars.cache_clear()
     diffusion._every_step.cache_clear()
@@ -171,8 +178,9 @@ def test_coefficients_of_a_respaced_run_are_those_of_its_own_betas():
     [
         (30, "leading", "num_steps must divide 1000 with timestep_spacing leading, got 30"),
         (30, "trailing", "num_steps must divide 1000 with timestep_spacing trailing, got 30"),
-        (1001, "linspace", "num_steps must be from 1 to 1000, .* got 1001"),
-        (0, "linspace", "num_steps must be from 1 to 1000, .* got 0"),
+        (1001, "linspace", "num_steps must be a whole number from 1 to 1000, .* got 1001"),
+        (0, "linspace", "num_steps must be a whole number from 1 to 1000, .* got 0"),
+        (2.5, "linspace", "num_steps must be a whole number from 1 to 1000, .* got 2.5"),
         (50, "even", "timestep_spacing must be one of linspace, leading, trailing, got 'even'"),
     ],
 )

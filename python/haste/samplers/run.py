@@ -105,7 +105,13 @@ def sample(
     sampler = choose_sampler(prediction, sampler)
     _check(model, noise, condition, num_steps, sampler)
     get_path(path)
+    if prediction == "v" and timestep_spacing != "linspace":
+        raise UserError(
+            f"timestep_spacing must be left out for a model that predicts a velocity, got {timestep_spacing}"
+        )
     if prediction == "noise":
+        if path != "linear":
+            raise UserError(f"path must be left out for a model that predicts noise, got {path}")
         if guided_channels is not None:
             check_number("guided_channels", guided_channels, shown="guided_channels")
         guided_channels = min(guided_channels or noise.shape[1], noise.shape[1])

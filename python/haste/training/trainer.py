@@ -243,6 +243,11 @@ class Trainer:
         self.model_config = new_config(config, dataset)
         self.family = get_family(self.model_config)
         self.layout = self.family.layout(self.model_config)
+        initial = checkpoint
+        if checkpoint is not None:
+            self._check_family(checkpoint, "--exp-name must be a run", folder.path)
+        elif config.init_from:
+            initial = self._read_initial()
         self.aligner: Aligner | None = None
         if self.termination.stopped_at is None:
             if config.teachers:
@@ -253,11 +258,6 @@ class Trainer:
             check_channels(config, dataset, self.aligner)
             self.aligner.to(self.device)
         set_seed(config.seed)
-        initial = checkpoint
-        if checkpoint is not None:
-            self._check_family(checkpoint, "--exp-name must be a run", folder.path)
-        elif config.init_from:
-            initial = self._read_initial()
         self.state = self._build_state(initial)
         if checkpoint is not None and checkpoint["rng"] is not None:
             restore_rng(checkpoint["rng"])

@@ -177,6 +177,13 @@ def test_samplers_of_noise_are_refused_for_a_velocity(start):
         sample(lambda x, t, y: x, *start, sampler="ddpm")
 
 
+def test_settings_of_other_models_are_refused(dit, start):
+    with pytest.raises(UserError, match="^path must be left out for a model that predicts noise, got cosine$"):
+        sample(dit, *start, path="cosine")
+    with pytest.raises(UserError, match="^timestep_spacing must be left out for .* a velocity, got leading$"):
+        sample(lambda x, t, y: x, *start, timestep_spacing="leading")
+
+
 @pytest.mark.parametrize("t", [0.5, -1.0, 1000, 999.5, math.nan])
 def test_times_of_other_models_are_refused(dit, start, t):
     with pytest.raises(ValueError, match=f"^t must be whole numbers from 0 to 999, the times of DiT, got {t:g}$"):

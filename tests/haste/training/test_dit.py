@@ -204,8 +204,9 @@ def test_what_cannot_work_is_refused_before_any_data_is_read(make_dit, change, f
 
 
 @pytest.mark.parametrize(("of", "to"), [("SiT", "DiT"), ("DiT", "SiT")])
-def test_weights_of_the_other_are_refused(make_dit, of, to):
+def test_weights_of_the_other_are_refused_before_there_is_a_teacher(make_dit, of, to, monkeypatch):
     first = train(make_dit(exp_name="first", model=f"{of}-Tiny/2", max_train_steps=1))
+    monkeypatch.setattr(training, "build_aligner", None)
     with pytest.raises(UserError, match=f"--init-from must be a checkpoint of {to}, .* got one of {of}"):
         train(make_dit(model=f"{to}-Tiny/2", init_from=str(first.folder)))
     with pytest.raises(UserError, match=f"--model {of}-Tiny/2, not {to}-Tiny/2"):
