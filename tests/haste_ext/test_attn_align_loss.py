@@ -52,7 +52,8 @@ def check_against_definition(tensors, grad_out=None, **kwargs):
     ours = values_and_gradients(haste_ext.attn_align_loss, tensors, **kwargs)
     term = (grad_out.abs().max() * max(x.abs().max() for x in tensors[:2])).item() if rows.numel() else 0.0
     for name, mine, theirs, ref in zip(("loss", "dq", "dk"), ours, eager, exact, strict=True):
-        assert_as_accurate_as_eager(mine, theirs, ref, f"{name} {student_type}", 1.0 if name == "loss" else term)
+        terms, few = 1.0 if name == "loss" else term, ref.numel() <= 256
+        assert_as_accurate_as_eager(mine, theirs, ref, f"{name} {student_type}", terms, few)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)

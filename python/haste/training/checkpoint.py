@@ -336,7 +336,7 @@ def check_resumable(checkpoint: Checkpoint, path: Path) -> None:
     for name, kind in (("termination", _Termination), ("data", _Data)):
         if checkpoint.get(name) is not None:
             build(kind, checkpoint[name], f"{name} of {path}")
-    if checkpoint.get("latents"):  # absent for a model of pixels
+    if checkpoint.get("latents") is not None:  # as of a model of pixels
         LatentFormat.from_dict(checkpoint["latents"], f"latents of {path}")
     if not is_empty(checkpoint.get("scaler")):  # empty for a scaler that is disabled
         build(_Scaler, checkpoint["scaler"], f"scaler of {path}")

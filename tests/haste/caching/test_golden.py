@@ -16,6 +16,10 @@ diffusers = pytest.importorskip("diffusers")
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# diffusers embeds times in float32, whose exp and cos differ in the last bit between instruction sets; at times up to
+# 1,000 that is 1e-5 of an answer.
+BOUND = 2e-5
+
 
 def floats(planes: np.ndarray) -> Tensor:
     """The float32 numbers of four planes of bytes, as float64."""
@@ -78,7 +82,7 @@ def test_flux(flux, run, settings):
     report = fast.report
     haste.disable_cache(flux.model)
     assert report.full_steps == flux.runs[run]["full_steps"]
-    assert relative(answers, flux.arrays[run]) < 1e-6
+    assert relative(answers, flux.arrays[run]) < BOUND
 
 
 @torch.no_grad()
@@ -102,4 +106,4 @@ def test_pixart(pixart, run, steps, gate):
     report = fast.report
     haste.disable_cache(pixart.model)
     assert report.full_steps == pixart.runs[run]["full_steps"]
-    assert relative(answers, pixart.arrays[run]) < 1e-6
+    assert relative(answers, pixart.arrays[run]) < BOUND

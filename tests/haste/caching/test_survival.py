@@ -237,7 +237,8 @@ def test_a_model_is_saved_while_its_cache_is_on(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
     assert list(loaded.state_dict()) == list(tiny_model(NAME).state_dict())
-    assert torch.equal(cached_answers(loaded), cached_answers(model, fast=fast))
+    # Products of weights that lie elsewhere in memory may be rounded otherwise.
+    torch.testing.assert_close(cached_answers(loaded), cached_answers(model, fast=fast), rtol=1e-5, atol=1e-6)
 
 
 def test_a_deepcopied_pipeline_runs_on_its_own():
