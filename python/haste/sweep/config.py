@@ -223,8 +223,8 @@ class SweepConfig(SamplingConfig):
                 raise UserError(f"--{flag} must be left out with {other}, which does not use it, got {value}")
 
     def resolved(self) -> SweepConfig:
-        """The same settings, without those that have no effect."""
-        return self.effective()
+        """The same settings, without those that have no effect; with --pipeline `check` refuses them."""
+        return self.effective() if self.pipeline is None else self
 
     @property
     def base(self) -> SamplingConfig:

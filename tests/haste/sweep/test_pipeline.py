@@ -173,6 +173,7 @@ def refusal(capsys, *arguments):
         (("--pipeline", "nowhere", "--features", "digits"), "--features must be left out with --pipeline"),
         (("--pipeline", "nowhere", "--timestep-spacing", "leading"), "--timestep-spacing must be left out with"),
         (("--pipeline", "nowhere", "--guided-channels", "3"), "--guided-channels must be left out with --pipeline"),
+        (("--pipeline", "nowhere", "--guidance-low", "0.3"), "--guidance-low must be left out with --pipeline"),
         (("--pipeline", "nowhere", "--num-fid-samples", "9"), "--num-fid-samples must be left out with --pipeline"),
         (("--pipeline", "nowhere", "--height", "0"), "--height must be"),
         (("--ckpt", "x", "--num-images", "3"), "--num-images must be left out with --ckpt"),
