@@ -15,6 +15,9 @@ FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32, torch.float32)
 
 
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # whose exp is as near as torch's own
+
+
 def operands(batch, heads, tokens, dims, types, device="cpu", seed=0):
     """Student q, k as views of a packed (B, N, 3, H, D) projection, teacher q, k contiguous.
 
@@ -52,7 +55,7 @@ def check_against_definition(tensors, grad_out=None, **kwargs):
     ours = values_and_gradients(haste_ext.attn_align_loss, tensors, **kwargs)
     term = (grad_out.abs().max() * max(x.abs().max() for x in tensors[:2])).item() if rows.numel() else 0.0
     for name, mine, theirs, ref in zip(("loss", "dq", "dk"), ours, eager, exact, strict=True):
-        terms, few = 1.0 if name == "loss" else term, ref.numel() <= 256
+        terms, few = 1.0 if name == "loss" else term, ref.numel() <= 256 and not AVX512
         assert_as_accurate_as_eager(mine, theirs, ref, f"{name} {student_type}", terms, few)
 
 
