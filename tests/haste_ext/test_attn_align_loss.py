@@ -15,7 +15,7 @@ FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32, torch.float32)
 
 
-AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # whose exp is as near as torch's own
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # where the rule holds without exception
 
 
 def operands(batch, heads, tokens, dims, types, device="cpu", seed=0):
