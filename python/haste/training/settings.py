@@ -21,7 +21,6 @@ from typing import Any, get_args, get_type_hints
 from haste.errors import UserError, in_one_line, shorten
 from haste.io import LARGEST_FILE, read_bytes, read_json, write_text
 from haste.training.config import (
-    PRESETS,
     SIZES,
     TRACKERS,
     TrainConfig,
@@ -29,6 +28,7 @@ from haste.training.config import (
     resolve,
     sections,
 )
+from haste.training.presets import PRESETS
 from haste.validation import build, check
 
 logger = logging.getLogger(__name__)

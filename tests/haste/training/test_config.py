@@ -9,7 +9,8 @@ import pytest
 from haste.alignment import LayerMap, choose_layer_map
 from haste.errors import UserError
 from haste.models import model_depth
-from haste.training.config import PRESETS, TrainConfig, describe_run, list_presets, resolve
+from haste.training.config import TrainConfig, describe_run, list_presets, resolve
+from haste.training.presets import PRESETS
 from haste.training.schedule import LearningRate
 from haste.training.settings import differing_settings
 from haste.validation import build
