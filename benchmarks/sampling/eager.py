@@ -16,7 +16,7 @@ import torch
 from haste.models import MMDiT, ModelOutput, SiT
 from haste.models.layers import Modulation
 from haste.models.mmdit import Stream
-from haste.models.sit import SiTBlock
+from haste.models.sit_block import SiTBlock
 from torch import Tensor
 
 FIRST_ENHANCE = 2  # so many steps at the beginning are full

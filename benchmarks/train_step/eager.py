@@ -14,7 +14,7 @@ from haste.alignment import LayerMap
 from haste.models import ModelOutput
 from haste.models.layers import Modulation
 from haste.models.mmdit import JointBlock
-from haste.models.sit import Attention
+from haste.models.sit_block import Attention
 from haste.teachers import TeacherOutput
 from torch import Tensor, nn
 from torch.nn import functional as F

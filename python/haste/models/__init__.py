@@ -28,7 +28,8 @@ from haste.models.registry import (
     own_settings,
     register,
 )
-from haste.models.sit import SIT_MODELS, SiT
+from haste.models.sit import SiT
+from haste.models.sit_family import SIT_MODELS
 
 from haste.models.dit import DIT_MODELS, DiT  # isort: skip - after SiT, whose transformer it is
 from haste.models.xar import XAR

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from haste import diffusion
 from haste.models.dit_checkpoints import DiTCheckpoints
 from haste.models.registry import register
-from haste.models.sit import PUBLISHED_ALIGNMENT, SIT_SIZES, SiT, SiTFamily
+from haste.models.sit import SiT
+from haste.models.sit_family import PUBLISHED_ALIGNMENT, SIT_SIZES, SiTFamily
 from haste.samplers import time_of
 
 

@@ -11,7 +11,7 @@ from haste.errors import UserError
 from haste.models import build_model, find_size, get_family, registry
 
 MODULE = """
-from haste.models.sit import SiTFamily
+from haste.models.sit_family import SiTFamily
 
 class Tiny(SiTFamily):
     name = "tiny-of-another-package"

@@ -1,0 +1,170 @@
+"""SiT as a family: its sizes, its config, and the public trainers' checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from haste.errors import UserError
+from haste.models.family import Family, ForeignCheckpoints, Layout, PublishedAlignment
+from haste.models.layers import check_config_limits, check_sizes, size_flag
+from haste.models.registry import register
+from haste.models.sit import SiT
+from haste.models.sit_checkpoints import NAMES, SiTCheckpoints
+from haste.validation import build, check
+
+SIT_SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+"""Depth, width and heads of the published sizes."""
+
+SIT_MODELS = {
+    f"SiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in SIT_SIZES.items() for patch in (1, 2, 4, 8)
+}
+"""The published models, "SiT-S/1" to "SiT-XL/8", by the arguments that make them."""
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The arguments of SiT that a checkpoint holds: all but z_dims. Raises UserError for sizes that no SiT has."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    input_size: int
+    in_channels: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    qk_norm: bool = False
+    fused_attn: bool = True
+    attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
+    encoder_depth: int = 8
+    projector_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        check_config_limits(self, LARGEST)
+
+
+# Far above what anybody trains, and far below what no machine can hold.
+LARGEST = {
+    "input_size": 8192, "patch_size": 1024, "in_channels": 4096, "hidden_size": 16_384, "depth": 200,
+    "num_heads": 1024, "num_classes": 10_000_000, "encoder_depth": 200, "projector_dim": 65_536,
+}  # fmt: skip
+
+# HASTE (arXiv 2505.16792), for DINOv2-B: the same layers at 256 and 512 pixels. S is not in the paper; it is as deep
+# as B.
+DEEP = PublishedAlignment("4:8,5:9,6:10,7:11", encoder_depth=8)
+PUBLISHED_ALIGNMENT = {
+    "SiT-S": PublishedAlignment("", encoder_depth=5),
+    "SiT-B": PublishedAlignment("2:7,3:9,4:11", encoder_depth=5),
+    "SiT-L": DEEP,
+    "SiT-XL": DEEP,
+}
+
+
+class SiTFamily(Family):
+    """SiT, conditioned on a class."""
+
+    name = "sit"
+    title = "SiT"
+    module: type[SiT] = SiT
+    published_alignment = PUBLISHED_ALIGNMENT
+    foreign: ForeignCheckpoints = SiTCheckpoints()
+    sizes = {
+        **SIT_MODELS,
+        # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
+        "SiT-Digits/2": {"depth": 6, "hidden_size": 96, "num_heads": 4, "patch_size": 2},
+    }
+
+    def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> SiT:
+        return self.module(**config, z_dims=z_dims)
+
+    def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
+        check_sizes({**size, "input_size": data.input_size}, size_flag)
+        return {
+            **size,
+            "input_size": data.input_size,
+            "in_channels": data.channels,
+            "num_classes": data.num_classes,
+            "class_dropout_prob": settings.cfg_prob,
+            "qk_norm": settings.qk_norm,
+            "fused_attn": settings.fused_attn,
+            "attention": settings.attention,
+            "encoder_depth": settings.encoder_depth,
+            "projector_dim": settings.projector_dim,
+        }
+
+    def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+        given = asdict(build(_Config, config, f"model_config of {source}"))
+        return {field.name: given[field.name] for field in fields(_Config) if field.name in config}
+
+    def layout(self, config: Mapping[str, Any]) -> Layout:
+        side, channels = config["input_size"], config["in_channels"]
+        grid = side // config["patch_size"]
+        return Layout((channels, side, side), grid, config["depth"], config["num_heads"], config["num_classes"])
+
+    def for_sampling(self, config: Mapping[str, Any], fused_attn: bool = True) -> dict[str, Any]:
+        return {**config, "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
+
+    def training_flops(self, config: Mapping[str, Any]) -> int:
+        """Those of the matrix products: forward, and twice that for backward."""
+        width, patch = config["hidden_size"], config["patch_size"]
+        tokens = (config["input_size"] // patch) ** 2
+        block = tokens * 12 * width * width + 2 * tokens * tokens * width + 6 * width * width
+        ends = (1 + self.module.outputs) * tokens * patch * patch * config["in_channels"] * width
+        return 3 * 2 * (config["depth"] * block + ends)
+
+    def null(self, model: nn.Module) -> Tensor | None:
+        return None if model.null_label is None else torch.tensor(model.null_label)
+
+    def cached(self, model: nn.Module) -> SiT:
+        return model
+
+    def infer_config(self, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any] | None:
+        if not all(name in weights for name in NAMES):
+            return None
+        weights = self.foreign.rename(weights)
+        for name, dims in zip(NAMES, (3, 4, 2), strict=True):
+            if weights[name].dim() != dims:
+                raise UserError(
+                    f"the weights are not those of a {self.title}: {name} has shape {tuple(weights[name].shape)}"
+                )
+        (_, tokens, width), (_, channels, patch, _), (rows, _) = (weights[name].shape for name in NAMES)
+        numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+        depth = sum(number.isdecimal() for number in numbers)
+        heads = {s["num_heads"] for s in self.sizes.values() if (s["depth"], s["hidden_size"]) == (depth, width)}
+        if not heads:
+            raise UserError(
+                f"the weights are a {self.title} of depth {depth} and width {width}, which none of the known sizes has"
+            )
+        projector = weights.get("projectors.0.0.weight")
+        num_classes = check(args.get("num_classes"), int | None, "num_classes of its settings") or rows - 1
+        if rows - num_classes not in (0, 1):
+            raise UserError(f"its table of labels has {rows} rows, which fits no model of {num_classes} classes")
+        encoder_depth = check(args.get("encoder_depth"), int | None, "encoder_depth of its settings") or 8
+        return {
+            "depth": depth,
+            "hidden_size": width,
+            "num_heads": heads.pop(),
+            "patch_size": patch,
+            "input_size": math.isqrt(tokens) * patch,
+            "in_channels": channels,
+            "num_classes": num_classes,
+            "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+            "encoder_depth": min(encoder_depth, depth),
+            "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
+        }
+
+
+register(SiTFamily())
