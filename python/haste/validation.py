@@ -218,6 +218,7 @@ BOUNDS: dict[str, Bounds] = {
     "plateau_patience": FROM_ONE,
     "plateau_min_delta": COEFFICIENT,
     "teacher_resolution": SIDE,
+    "zscore_alpha": Bounds(0, 1, Real),
     # optimisation
     "batch_size": Bounds(1, 2**20),
     "gradient_accumulation_steps": Bounds(1, 2**16),

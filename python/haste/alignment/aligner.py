@@ -6,7 +6,7 @@ The method is HASTE's (arXiv 2505.16792, section 3.2), which contains REPA's (ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -186,6 +186,27 @@ def reordered(output: TeacherOutput, order: Tensor) -> TeacherOutput:
     return TeacherOutput(pairs, 0, features)
 
 
+def spatially_normalised(features: Tensor, gamma: float) -> Tensor:
+    """iREPA's spatial normalisation of a teacher's tokens (arXiv 2512.10794): (x − γ·mean)/(std + 1e-6) per image and
+    channel, both over the tokens; std divides by their number less one, as in the public code.
+
+    Args:
+        features: (B, N, C), any floating-point type.
+        gamma: how much of the mean is taken away.
+
+    Returns:
+        (B, N, C), of at least fp32.
+
+    Raises:
+        UserError: one token, which has no deviation.
+    """
+    if features.shape[1] < 2:
+        raise UserError("--spnorm-method must be none for one token, got zscore")
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    std, mean = torch.std_mean(features, dim=1, keepdim=True)
+    return (features - gamma * mean) / (std + 1e-6)
+
+
 # ---- both in a module ----
 
 
@@ -207,6 +228,8 @@ class Aligner(nn.Module):
         teachers: one or more; the first one's attention is aligned, and all features.
         layer_map: the layers of student and first teacher; None: attention is not aligned.
         proj_coeff, attn_coeff: weights of L_R and L_A. 0: the loss is not computed.
+        zscore_alpha: γ of iREPA's spatial normalisation of the teachers' features, see `spatially_normalised`. None:
+            the features as they are.
 
     Attributes:
         student_layers: the student's layers, from 0, whose q and k `losses` takes, in this order.
@@ -215,13 +238,19 @@ class Aligner(nn.Module):
     """
 
     def __init__(
-        self, teachers: Sequence[nn.Module], layer_map: LayerMap | None, proj_coeff: float, attn_coeff: float
+        self,
+        teachers: Sequence[nn.Module],
+        layer_map: LayerMap | None,
+        proj_coeff: float,
+        attn_coeff: float,
+        zscore_alpha: float | None = None,
     ) -> None:
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
         self.student_layers = layer_map.student if layer_map is not None and attn_coeff else ()
         self.proj_coeff = proj_coeff
         self.attn_coeff = attn_coeff
+        self.zscore_alpha = zscore_alpha
         self.project = proj_coeff != 0
         self.z_dims: tuple[int, ...] = tuple(teacher.width for teacher in teachers) if self.project else ()
 
@@ -235,6 +264,7 @@ class Aligner(nn.Module):
         attn_coeff: float = 0.5,
         image_size: int | None = None,
         grid_rule: GridRule = "match",
+        zscore_alpha: float | None = None,
     ) -> Aligner:
         """Load the teachers, each without the layers that no loss needs.
 
@@ -246,6 +276,7 @@ class Aligner(nn.Module):
                 loaded.
             image_size, grid_rule: the teachers' image size in pixels, and what to do if their grid differs from the
                 student's; see VisionTeacher.
+            zscore_alpha: γ of iREPA's spatial normalisation, 0.6 in its code. None: no normalisation.
 
         Raises:
             UserError: an unknown teacher, a layer that it does not have, a grid or size that does not fit.
@@ -268,7 +299,7 @@ class Aligner(nn.Module):
             )
             for index, name in enumerate(names if features else names[:1])
         ]
-        return cls(teachers, layer_map, proj_coeff, attn_coeff)
+        return cls(teachers, layer_map, proj_coeff, attn_coeff, zscore_alpha)
 
     def describe(self, num_heads: int) -> str:
         """The teachers and the aligned heads of a student with this number of heads, in one line."""
@@ -294,7 +325,10 @@ class Aligner(nn.Module):
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be of a floating-point type, in [-1, 1], got {images.dtype}")
-        return [teacher(images) for teacher in self.teachers]
+        outputs = [teacher(images) for teacher in self.teachers]
+        if self.zscore_alpha is None or not self.project:
+            return outputs
+        return [replace(out, patch_tokens=spatially_normalised(out.patch_tokens, self.zscore_alpha)) for out in outputs]
 
     def losses(
         self,

@@ -177,7 +177,7 @@ def _to_device(device: torch.device | str | None) -> torch.device:
 
 def what_is_recorded(content: Checkpoint) -> dict[str, Any]:
     """`LoadedCheckpoint.recorded`, from the result of `read_checkpoint`."""
-    last = re.compile(r"projectors\.\d+\.4\.weight")
+    last = re.compile(r"projectors\.\d+\.(4|projection_layer)\.weight")
     z_dims = [weight.shape[0] for name, weight in content["model"].items() if last.fullmatch(name) and weight.dim()]
     names = ("args", "convention", "latents", "class_names", "text", "captions")
     known: dict[str, Any] = {name: content[name] for name in names if name in content}

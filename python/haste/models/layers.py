@@ -161,8 +161,39 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return patches.reshape(batch, values // (p * p), grid * p, grid * p)  # not -1, for batch may be 0
 
 
-def build_projector(width: int, hidden: int, out: int) -> nn.Sequential:
-    """The REPA projector (arXiv 2410.06940): three linear layers with SiLU."""
+class ConvProjector(nn.Module):
+    """iREPA's projector (arXiv 2512.10794): one 3 x 3 convolution over the square grid of tokens, zeros around it.
+
+    Tokens (B, N, width) row by row to (B, N, out). The name of its weights is the public one.
+    """
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.projection_layer = nn.Conv2d(width, out, kernel_size=3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        side = math.isqrt(tokens.shape[1])
+        return self.projection_layer(tokens.mT.unflatten(2, (side, side))).flatten(2).mT
+
+
+PROJECTORS = ("mlp", "conv")
+
+
+def build_projector(width: int, hidden: int, out: int, kind: str = "mlp") -> nn.Module:
+    """What maps tokens (B, N, width) onto a teacher's features (B, N, out).
+
+    Args:
+        hidden: width between the layers of "mlp".
+        kind: "mlp", REPA's (arXiv 2410.06940), three linear layers with SiLU; or "conv", iREPA's, which wants the
+            tokens row by row.
+
+    Raises:
+        UserError: another kind.
+    """
+    if kind not in PROJECTORS:
+        raise UserError(f"projection_layer_type must be one of {', '.join(PROJECTORS)}, got {kind!r}")
+    if kind == "conv":
+        return ConvProjector(width, out)
     return nn.Sequential(
         nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
     )

@@ -169,6 +169,7 @@ class MMDiT(nn.Module):
         encoder_depth: the projectors read the image's tokens after this block, counted from 1.
         z_dims: one projector per entry, onto that many features. Empty: no projector.
         projector_dim: hidden width of the projectors.
+        projection_layer_type: "mlp" or "conv", see `haste.models.layers.build_projector`.
 
     Attributes:
         null_context: the features (tokens, width) that stand for no text, as of an empty caption; None if they are not
@@ -196,6 +197,7 @@ class MMDiT(nn.Module):
         encoder_depth: int = 8,
         z_dims: Sequence[int] = (),
         projector_dim: int = 2048,
+        projection_layer_type: str = "mlp",
     ) -> None:
         super().__init__()
         check_sizes({"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
@@ -225,7 +227,9 @@ class MMDiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         with torch.random.fork_rng(devices=[]):  # random numbers of a run do not depend on whether there are projectors
-            self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
+            self.projectors = nn.ModuleList(
+                build_projector(hidden_size, projector_dim, z, projection_layer_type) for z in z_dims
+            )
         self.register_buffer("pos_embed", sincos_positions(hidden_size, grid)[None])
 
     @property

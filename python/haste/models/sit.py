@@ -50,6 +50,7 @@ class SiT(nn.Module):
         encoder_depth: the projectors read the tokens after this block, counted from 1.
         z_dims: one projector per entry, onto that many features. Empty: no projector.
         projector_dim: hidden width of the projectors.
+        projection_layer_type: "mlp" or "conv", see `haste.models.layers.build_projector`.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -75,6 +76,7 @@ class SiT(nn.Module):
         encoder_depth: int = 8,
         z_dims: Sequence[int] = (),
         projector_dim: int = 2048,
+        projection_layer_type: str = "mlp",
     ) -> None:
         super().__init__()
         check_sizes({"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
@@ -100,7 +102,9 @@ class SiT(nn.Module):
             for _ in range(depth)
         )
         with torch.random.fork_rng(devices=[]):  # the trunk's weights do not depend on whether there are projectors
-            self.projectors = nn.ModuleList(build_projector(hidden_size, projector_dim, z) for z in z_dims)
+            self.projectors = nn.ModuleList(
+                build_projector(hidden_size, projector_dim, z, projection_layer_type) for z in z_dims
+            )
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels * self.outputs)
         self._initialize()
 

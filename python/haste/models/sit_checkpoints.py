@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ TRAINERS = {
 PATHS = {"Linear": "linear", "GVP": "cosine"}  # SiT's names of --path-type, and ours
 VELOCITY = ("v", "velocity")  # REPA's name and SiT's
 
+CONVOLUTION = "projectors.0.projection_layer.weight"  # of iREPA's projector
+
 # Settings that only REPA's and HASTE's trainers record, and those that only SiT's records.
 OF_REPA = ("enc_type", "proj_coeff", "attn_coeff", "encoder_depth", "projector_embed_dims")
 OF_SIT = ("loss_weight", "train_eps", "sample_eps")
@@ -40,12 +43,14 @@ class SiTCheckpoints(ForeignCheckpoints):
     """Files of HASTE, REPA and SiT."""
 
     def rename(self, weights: Mapping[str, Tensor]) -> Weights:
-        """REPA's first checkpoints count the blocks after the projectors from 0 again, as decoder_blocks."""
+        """REPA's first checkpoints count the blocks after the projectors from 0 again, as decoder_blocks; iREPA's have
+        REPA's projectors one level deeper."""
         old = "decoder_blocks."
         numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
         before = sum(number.isdecimal() for number in numbers)
 
         def rename(name: str) -> str:
+            name = re.sub(r"^(projectors\.\d+)\.projection_layer(?=\.\d)", r"\1", name)
             number, _, rest = name.removeprefix(old).partition(".")
             return f"blocks.{int(number) + before}.{rest}" if name.startswith(old) and number.isdecimal() else name
 

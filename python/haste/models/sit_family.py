@@ -15,7 +15,7 @@ from haste.models.family import Family, ForeignCheckpoints, Layout, PublishedAli
 from haste.models.layers import check_config_limits, check_sizes, size_flag
 from haste.models.registry import register
 from haste.models.sit import SiT
-from haste.models.sit_checkpoints import NAMES, SiTCheckpoints
+from haste.models.sit_checkpoints import CONVOLUTION, NAMES, SiTCheckpoints
 from haste.validation import build, check
 
 SIT_SIZES = {
@@ -50,6 +50,7 @@ class _Config:
     attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
     encoder_depth: int = 8
     projector_dim: int = 2048
+    projection_layer_type: Literal["mlp", "conv"] = "mlp"
 
     def __post_init__(self) -> None:
         check_config_limits(self, LARGEST)
@@ -102,6 +103,7 @@ class SiTFamily(Family):
             "attention": settings.attention,
             "encoder_depth": settings.encoder_depth,
             "projector_dim": settings.projector_dim,
+            "projection_layer_type": settings.projection_layer_type,
         }
 
     def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -164,6 +166,7 @@ class SiTFamily(Family):
             "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
             "encoder_depth": min(encoder_depth, depth),
             "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
+            "projection_layer_type": "conv" if CONVOLUTION in weights else "mlp",
         }
 
 

@@ -184,6 +184,7 @@ class XAR(nn.Module):
         align_depth: the projectors read the tokens after this block, counted from 1.
         z_dims: one projector per entry, onto that many features.
         projector_dim: hidden width of the projectors.
+        projection_layer_type: "mlp" or "conv", see `haste.models.layers.build_projector`.
 
     Attributes:
         entities: the layout of the tokens.
@@ -215,6 +216,7 @@ class XAR(nn.Module):
         align_depth: int = 8,
         z_dims: Sequence[int] = (),
         projector_dim: int = 2048,
+        projection_layer_type: str = "mlp",
     ) -> None:
         super().__init__()
         check_sizes(width, heads, encoder_depth, decoder_depth)
@@ -224,6 +226,7 @@ class XAR(nn.Module):
             raise UserError(f"align_depth must be from 1 to the depth, {depth}, got {align_depth}")
         self.heads, self.channels = heads, channels
         self.num_classes, self.context, self.align_depth = num_classes, context, align_depth
+        self.row_by_row = projection_layer_type == "conv"  # what the projectors want
         self.null_label = num_classes if class_dropout_prob > 0 else None
         self.entities = Entities(entity, grid, entity_size, patch_size)
         self._geometries: dict[tuple, Geometry] = {}
@@ -248,7 +251,9 @@ class XAR(nn.Module):
         self.decoder_norm = RMSNorm(width)
         self.pred = nn.Linear(width, values)
         with torch.random.fork_rng(devices=[]):  # the trunk's weights do not depend on whether there are projectors
-            self.projectors = nn.ModuleList(build_projector(width, projector_dim, z) for z in z_dims)
+            self.projectors = nn.ModuleList(
+                build_projector(width, projector_dim, z, projection_layer_type) for z in z_dims
+            )
         self._initialize()
         self.register_state_dict_post_hook(add_public_buffers)
         self.register_load_state_dict_pre_hook(drop_public_buffers)
@@ -312,6 +317,13 @@ class XAR(nn.Module):
         """The last tokens (B, n, width) to velocities (B, n, C·patch²)."""
         return self.pred(self.decoder_norm(tokens))
 
+    def _project(self, image: Tensor) -> list[Tensor]:
+        """The projections of the image's tokens, in the same order."""
+        if not self.row_by_row:
+            return [projector(image) for projector in self.projectors]
+        rows, order = image[:, self.entities.on("inverse", image.device)], self.entities.on("order", image.device)
+        return [projector(rows)[:, order] for projector in self.projectors]
+
     def _geometry(self, device: torch.device, streams: int) -> Geometry:
         """Made once for each device, type and number of streams."""
         key = (device, self.dtype, streams)
@@ -370,8 +382,7 @@ class XAR(nn.Module):
                 q, k = queries_keys
                 kept[index] = (q[:, :, :places], k[:, :, :places])
             if project and index + 1 == self.align_depth:
-                image = tokens[:, self.entities.prefix : places]
-                projections = [projector(image) for projector in self.projectors]
+                projections = self._project(tokens[:, self.entities.prefix : places])
         velocity = self.finish(tokens[:, :places])
         velocity = velocity if x.dim() == 3 else self.entities.join(velocity)
         entities = self.entities

@@ -57,6 +57,7 @@ class _Config:
     fused_attn: bool = True
     align_depth: int = 8
     projector_dim: int = 2048
+    projection_layer_type: Literal["mlp", "conv"] = "mlp"
 
     def __post_init__(self) -> None:
         check_limits(self, LARGEST)
@@ -116,6 +117,7 @@ class XARFamily(Family):
             "fused_attn": settings.fused_attn,
             "align_depth": settings.encoder_depth,
             "projector_dim": settings.projector_dim,
+            "projection_layer_type": settings.projection_layer_type,
         }
 
     def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -128,6 +128,14 @@ class TrainConfig:
     is aligned, the block that HASTE uses for --model."""
     projector_dim: int = 2048
     """Hidden width of the projector from the model's features to the teacher's."""
+    projection_layer_type: Literal["mlp", "conv"] = "mlp"
+    """That projector: three linear layers, as in REPA (mlp), or one 3 x 3 convolution over the grid of tokens, as in
+    iREPA (conv)."""
+    spnorm_method: Literal["none", "zscore"] = "none"
+    """Spatial normalization of the teacher's features: none, or as in iREPA (x - alpha * mean) / std over the tokens of
+    an image, with alpha of --zscore-alpha (zscore)."""
+    zscore_alpha: float = 0.6
+    """Share of the mean that --spnorm-method zscore takes away. iREPA's code has 0.6."""
     early_stop_point: int = -1
     """Step at which alignment ends and the teacher is freed (tau in HASTE). -1: never."""
     termination: Literal["fixed", "cosine-ramp", "gradient-cosine", "plateau"] = "fixed"

@@ -7,18 +7,19 @@ from typing import Any
 from haste import registry
 
 # Per size of SiT: HASTE's layer map, feature depth and τ at 256 and 512 pixels (arXiv 2505.16792, for DINOv2-B); REPA's
-# feature depth (arXiv 2410.06940). S is in neither paper; it has B's depth and takes B's values. At 512 pixels HASTE
-# gives only XL's τ; the other sizes keep theirs of 256.
+# feature depth (arXiv 2410.06940), which iREPA (arXiv 2512.10794) takes. S is in neither paper; it has B's depth and
+# takes B's values. At 512 pixels HASTE gives only XL's τ; the other sizes keep theirs of 256.
 _PUBLISHED = {
     "S": ("2:7,3:9,4:11", 5, {256: 100_000, 512: 100_000}, 4),
     "B": ("2:7,3:9,4:11", 5, {256: 100_000, 512: 100_000}, 4),
     "L": ("4:8,5:9,6:10,7:11", 8, {256: 250_000, 512: 250_000}, 8),
     "XL": ("4:8,5:9,6:10,7:11", 8, {256: 250_000, 512: 300_000}, 8),
 }
+_IREPA = {"projection_layer_type": "conv", "spnorm_method": "zscore"}
 
 
 def _published_presets() -> dict[str, dict[str, Any]]:
-    """haste-xl-256, repa-xl-256, baseline-xl-256 and so on, for every size at 256 and 512 pixels."""
+    """haste-xl-256, repa-xl-256, irepa-xl-256, baseline-xl-256 and so on, for every size at 256 and 512 pixels."""
     presets = {}
     for resolution in (256, 512):
         for size, (layer_map, depth, tau, repa_depth) in _PUBLISHED.items():
@@ -26,6 +27,7 @@ def _published_presets() -> dict[str, dict[str, Any]]:
             methods: dict[str, dict[str, Any]] = {
                 "haste": {**haste, "early_stop_point": tau[resolution]},
                 "repa": {"attn_coeff": 0.0, "encoder_depth": repa_depth, "early_stop_point": -1},
+                "irepa": {"attn_coeff": 0.0, "encoder_depth": repa_depth, "early_stop_point": -1, **_IREPA},
                 "baseline": {"attn_coeff": 0.0, "proj_coeff": 0.0, "early_stop_point": -1},
             }
             for method, settings in methods.items():

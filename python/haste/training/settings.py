@@ -53,10 +53,10 @@ RULE_SETTINGS: dict[str, set[str]] = {
 
 ALIGNMENT_SETTINGS = set().union(*RULE_SETTINGS.values()) | {
     "enc_type", "attn_coeff", "proj_coeff", "layer_map", "encoder_depth", "projector_dim", "early_stop_point",
-    "termination", "teacher_resolution", "teacher_grid",
+    "termination", "teacher_resolution", "teacher_grid", "projection_layer_type", "spnorm_method", "zscore_alpha",
 }  # fmt: skip
 
-SWITCHES = {"enc_type", "attn_coeff", "proj_coeff", "termination"}
+SWITCHES = {"enc_type", "attn_coeff", "proj_coeff", "termination", "projection_layer_type", "spnorm_method"}
 """Alignment settings that turn others on and off."""
 
 PUBLIC_LABEL_DROPOUT = 0.1
@@ -219,11 +219,25 @@ def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         UserError: a value of another type than the setting's; names `source`.
     """
     values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+    values = _of_irepa(values, source) if "projection_layer_type" in values and not is_ours(values) else values
     held = asdict(build(TrainConfig, values, source))
     known = {name: held[name] for name in held if name in values}
     if not is_ours(values) and "cfg_prob" in known:
         known["cfg_prob"] = _public_label_dropout(held["cfg_prob"], held["legacy"])
     return known
+
+
+def _of_irepa(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings of iREPA's trainer, which lists a coefficient, as text, for each of several losses of the features."""
+    losses, coefficient = values.get("projection_loss_type", "cosine"), values.get("proj_coeff")
+    if losses != "cosine":
+        raise UserError(f"projection_loss_type of {source} must be cosine, got {shorten(losses)}")
+    if not isinstance(coefficient, str):
+        return dict(values)
+    try:
+        return {**values, "proj_coeff": float(coefficient)}
+    except ValueError as error:
+        raise UserError(f"proj_coeff of {source} must be a number, got {shorten(coefficient)}") from error
 
 
 def _public_label_dropout(cfg_prob: float, legacy: bool) -> float:
@@ -326,7 +340,11 @@ def _unused(config: TrainConfig) -> set[str]:
         return ALIGNMENT_SETTINGS
     unused = set().union(*RULE_SETTINGS.values()) - RULE_SETTINGS[config.termination]
     if not config.aligns_features:
-        unused |= {"encoder_depth", "projector_dim"}
+        unused |= {"encoder_depth", "projector_dim", "projection_layer_type", "spnorm_method"}
+    if config.projection_layer_type == "conv":
+        unused.add("projector_dim")
+    if config.spnorm_method == "none" or not config.aligns_features:
+        unused.add("zscore_alpha")
     if not config.aligns_attention:
         unused.add("layer_map")
     return unused

@@ -171,6 +171,7 @@ def build_aligner(config: TrainConfig, model_config: dict[str, Any]) -> Aligner 
         attn_coeff=config.attn_coeff,
         image_size=config.teacher_resolution,
         grid_rule=config.teacher_grid,
+        zscore_alpha=config.zscore_alpha if config.spnorm_method == "zscore" else None,
     )
 
 
