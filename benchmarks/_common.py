@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import platform
+import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,11 @@ import torch
 from haste.errors import UserError
 from haste.io import write_text
 from haste.training.config import TrainConfig
+
+import haste_ext
+from haste_ext.bench.measure import processor
+
+ROOT = Path(__file__).resolve().parents[1]
 
 Plot = Callable[[Mapping[str, Any], Path], None]
 
@@ -127,3 +134,20 @@ def train_to_end(config: TrainConfig) -> Path:
     if result.interrupted is not None:
         raise SystemExit(128 + result.interrupted)
     return result.folder
+
+
+def provenance() -> dict[str, Any]:
+    """The commit (with a mark if the code that runs differs from it), versions, and the machine."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout
+
+    code = (":/python", ":/haste_ext", ":/csrc", ":/benchmarks/*.py")
+    changed = git("status", "--porcelain", "--", *code).strip()
+    return {
+        "commit": git("rev-parse", "HEAD").strip() + (" with changes" if changed else ""),
+        "build": haste_ext.build_info(),
+        "python": platform.python_version(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+    }

@@ -12,8 +12,6 @@ runs of one seed also see the same order of images, times and noise. A run that 
 from __future__ import annotations
 
 import logging
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +20,6 @@ from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 import tyro
 from haste.evaluation.checkpoints import CLASSIFIED_AT_ONCE, evaluate_checkpoints
 from haste.evaluation.evaluate import Evaluator
@@ -33,11 +30,8 @@ from haste.plotting import plot_advantage, plot_scores
 from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig
 
-import haste_ext
-from haste_ext.bench.measure import processor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _common import read_results, train_to_end, write_results  # noqa: E402
+from _common import provenance, read_results, train_to_end, write_results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = 1000
@@ -159,23 +153,6 @@ def keep_run(results: dict[str, Any], run: dict[str, Any], methods: Sequence[str
     """Put a run in the place of the one of its method and seed, in the order of the methods."""
     others = [old for old in results["runs"] if (old["method"], old["seed"]) != (run["method"], run["seed"])]
     results["runs"] = sorted([*others, run], key=lambda run: (list(methods).index(run["method"]), run["seed"]))
-
-
-def provenance() -> dict[str, Any]:
-    """The commit (with a mark if the code that runs differs from it), versions, and the machine."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout
-
-    code = (":/python", ":/haste_ext", ":/csrc", ":/benchmarks/digits/*.py")
-    changed = git("status", "--porcelain", "--", *code).strip()
-    return {
-        "commit": git("rev-parse", "HEAD").strip() + (" with changes" if changed else ""),
-        "build": haste_ext.build_info(),
-        "python": platform.python_version(),
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def by_method(results: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:

@@ -35,8 +35,8 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from _common import train_to_end  # noqa: E402
-from run import keep_run, provenance  # noqa: E402
+from _common import provenance, train_to_end  # noqa: E402
+from run import keep_run  # noqa: E402
 
 RESULTS, TABLE, PLOT = (HERE / f"t2i.{kind}" for kind in ("json", "md", "png"))
 PRESET, DATA = "t2i-digits", "digits-captions"

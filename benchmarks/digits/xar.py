@@ -31,8 +31,8 @@ from haste.training.config import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from _common import train_to_end  # noqa: E402
-from run import SETTINGS, keep_run, provenance, train_and_score  # noqa: E402
+from _common import provenance, train_to_end  # noqa: E402
+from run import SETTINGS, keep_run, train_and_score  # noqa: E402
 
 RESULTS, TABLE = HERE / "xar.json", HERE / "xar.md"
 BASELINE, BASELINE_STEPS = "SiT", 1000
