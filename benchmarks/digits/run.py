@@ -22,10 +22,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tyro
 from haste.evaluation.checkpoints import CLASSIFIED_AT_ONCE, evaluate_checkpoints
-from haste.evaluation.evaluate import Evaluator
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import run_checkpoints
 from haste.io import write_text
+from haste.metrics.evaluator import Evaluator
 from haste.plotting import plot_advantage, plot_scores
 from haste.tables import format_number, markdown_table
 from haste.training.config import TrainConfig

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from haste.evaluation.evaluate import Evaluator
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import load_checkpoint
 from haste.io import write_text
+from haste.metrics.evaluator import Evaluator
 from haste.sweep.config import Grid, plan
 from haste.sweep.measure import Sweep
 from haste.sweep.plot import plot_sweep

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import tyro
 from haste.evaluation.checkpoints import CLASSIFIED_AT_ONCE
-from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.fidelity import compare_images
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
 from haste.generation.pipeline import Sampler
 from haste.io import write_text
+from haste.metrics.evaluator import Evaluator
 from haste.tables import format_number, markdown_table
 from tqdm import tqdm
 

@@ -5,7 +5,7 @@
                         `haste.data.captions`
     TEACHERS            "module:object" with prepare(folder), which returns the encoder's folder, and shape(), the
                         values of `haste.teachers.families.Shape`
-    EXTRACTORS          "module:function", (folder) -> Extractor of `haste.evaluation.features`
+    EXTRACTORS          "module:function", (folder) -> Extractor of `haste.metrics.features`
     REFERENCES          the data set whose images are the reference of an extractor, where it is not that of its name
     FEATURE_DIMENSIONS  the number of features of an extractor, known before it is loaded
     IMAGE_SIZES         pixels per side of a data set's images, by which samples without a record are recognized

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation", "digits"},
     {"generation"},
     {"training"},
-    {"alignment", "caching"},
+    {"alignment", "caching", "metrics"},
     {"teachers", "data", "distributed", "plotting"},
     {"models", "vae", "text"},
     {"kl16"},

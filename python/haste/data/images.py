@@ -43,6 +43,24 @@ def image_format(name: str) -> str | None:
     return _FORMAT_OF.get(os.path.splitext(name)[1].lower())
 
 
+LOSSY = {"PNG": False, "BMP": False, "PPM": False, "GIF": False, "JPEG": True}  # other formats can be either
+
+
+def webp_is_lossy(data: bytes) -> bool | None:
+    """Whether the first image in the chunks of a WebP file is lossy (VP8) or lossless (VP8L); None if it has neither.
+
+    https://developers.google.com/speed/webp/docs/riff_container: RIFF, the size, WEBP, then chunks of a name, a size of
+    4 bytes and a content of even length; an ANMF chunk has 16 bytes of its own before chunks.
+    """
+    place = 12 if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else len(data)
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8 "
+        place += 8 + (16 if name == b"ANMF" else size + size % 2)
+    return None
+
+
 def is_image(name: str) -> bool:
     """Whether a file's suffix is of a supported image format."""
     return image_format(name) in IMAGE_FORMATS
@@ -169,10 +187,15 @@ def read_image(path: Path) -> np.ndarray:
 
 
 class ImageSet(Protocol):
-    """Images of one size in a fixed order; `shape` is (height, width, 3), `are_jpeg` whether any was a JPEG file."""
+    """Images of one size in a fixed order.
+
+    Attributes:
+        shape: (height, width, 3).
+        lossy: whether any was compressed with loss, as JPEG; None if that is not known.
+    """
 
     shape: tuple[int, ...]
-    are_jpeg: bool
+    lossy: bool | None
 
     def __len__(self) -> int: ...
 
@@ -184,12 +207,11 @@ class ImageSet(Protocol):
 
 
 class ImageArray:
-    """Images in memory, (N, H, W, 3) uint8."""
+    """Images in memory, (N, H, W, 3) uint8; `lossy` as in ImageSet."""
 
-    are_jpeg = False
-
-    def __init__(self, images: np.ndarray) -> None:
+    def __init__(self, images: np.ndarray, lossy: bool | None = None) -> None:
         self.images = images
+        self.lossy = lossy
         self.shape = images.shape[1:]
 
     def __len__(self) -> int:
@@ -213,7 +235,7 @@ class ImageFiles:
         if not self.names:
             raise UserError(f"{flag} must hold images ({', '.join(IMAGE_FORMATS)}), got {path}, which has none")
         self.shape = self._read(self.names[0]).shape
-        self.are_jpeg = any(image_format(name) == "JPEG" for name in self.names)
+        self.lossy = self._are_lossy()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -233,6 +255,15 @@ class ImageFiles:
         stems = [Path(name).stem for name in self.names]
         return [int(stem) for stem in stems] if all(stem.isdecimal() for stem in stems) else None
 
+    def _are_lossy(self) -> bool | None:
+        """By the formats of all files; of WebP, which can be either, by the first file."""
+        kinds = {image_format(name): name for name in reversed(self.names)}
+        found = [LOSSY.get(kind or "") for kind in kinds]
+        if "WEBP" in kinds:
+            found.append(webp_is_lossy(self.archive.read(kinds["WEBP"])))
+            found.remove(None)
+        return True if True in found else None if None in found else False
+
     def _read(self, name: str) -> np.ndarray:
         try:
             return np.asarray(decode_image(self.archive.read(name), self.archive.locate(name)))
@@ -251,7 +282,7 @@ class NpzImages:
     """The first `count` images of arr_0 (N, H, W, 3) uint8 of an .npz, read in batches, and its labels (N,) and
     captions (N,), text, if any."""
 
-    are_jpeg = False
+    lossy: bool | None = None  # the files that it was made of may have been anything
 
     def __init__(self, path: Path, count: int | None = None) -> None:
         self.path = path

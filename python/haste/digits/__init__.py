@@ -28,8 +28,8 @@ from haste.data.images import to_uint8
 from haste.data.loader import BatchOrder
 from haste.distributed import progress_bar
 from haste.errors import UserError, in_one_line, require
-from haste.evaluation.features import Features
 from haste.io import remove_abandoned, save_tensors, temporary_path, writing
+from haste.metrics.features import Features
 from haste.weights import load_weights
 
 if TYPE_CHECKING:

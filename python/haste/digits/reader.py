@@ -10,7 +10,7 @@ import numpy as np
 from haste.digits import Classifier, load_extractor, to_network_input
 from haste.digits.captions import Look, all_prompts, asked, read_looks
 from haste.errors import UserError
-from haste.evaluation.features import Features
+from haste.metrics.features import Features
 
 PARTS = (*Look._fields, "all")
 

@@ -1,4 +1,4 @@
-"""Evaluation of samples: FD, KID, PRDC and Inception score in the features of a network, and fidelity to a baseline.
+"""Evaluation of samples and checkpoints by the metrics of `haste.metrics`, and fidelity to a baseline.
 
-Reading order: evaluate, features, reference, metrics; fidelity; runs, which is `haste evaluate`.
+Reading order: evaluate; checkpoints; fidelity, clip; runs, which is `haste evaluate`.
 """

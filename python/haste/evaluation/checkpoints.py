@@ -15,16 +15,17 @@ from typing import Any
 
 from haste.distributed import progress_bar
 from haste.errors import UserError, require
-from haste.evaluation.config import EvaluateConfig, MetricConfig
-from haste.evaluation.evaluate import TITLES, Evaluator, Result, notes
-from haste.evaluation.features import PromptReader, extract
-from haste.evaluation.reference import check_replaceable, save_reference
+from haste.evaluation.config import EvaluateConfig
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import LoadedCheckpoint, load_checkpoint, run_checkpoints
 from haste.generation.pipeline import fit_to_family
 from haste.generation.prompts import join_prompts
 from haste.generation.sample_dir import open_sampler
 from haste.io import writing
+from haste.metrics.config import MetricConfig
+from haste.metrics.evaluator import TITLES, Evaluator, Result, notes
+from haste.metrics.features import PromptReader, extract
+from haste.metrics.reference import check_replaceable, save_reference
 from haste.registry import EXTRACTORS
 from haste.resumable import append_line, read_lines, updating
 from haste.tables import NONE, format_number, known_columns, text_table

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, CLIPModel
 from haste._compat import without_load_report
 from haste.data.images import ImageSet
 from haste.errors import UserError
-from haste.evaluation.features import (
+from haste.io import loading_arguments
+from haste.metrics.features import (
     Features,
     channels_first,
     choose_device,
@@ -33,7 +34,6 @@ from haste.evaluation.features import (
     resize_smoothly,
     single_precision,
 )
-from haste.io import loading_arguments
 from haste.teachers.families import find_family
 from haste.teachers.loading import load_config, load_normalisation, own_image_size
 from haste.text import TextFormat, resolve_encoder

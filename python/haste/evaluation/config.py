@@ -1,4 +1,4 @@
-"""The settings of `haste evaluate`, which are its flags, and those of the metrics."""
+"""The settings of `haste evaluate`, which are its flags."""
 
 from __future__ import annotations
 
@@ -8,22 +8,9 @@ from pathlib import Path
 
 from haste.errors import UserError
 from haste.generation.config import SampleConfig, SamplingConfig
-from haste.validation import check_types
+from haste.metrics.config import STORED
 
 FULL = "full"  # --baseline: sample it
-STORED = "stored"  # --features
-
-
-@dataclass(frozen=True)
-class MetricConfig:
-    """Settings of the metrics: the subsets of KID, and the seed of all random subsets."""
-
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(kw_only=True)

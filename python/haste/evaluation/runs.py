@@ -26,20 +26,15 @@ from haste.evaluation.checkpoints import (
     load_evaluator,
     records_text,
 )
-from haste.evaluation.config import FULL, STORED, EvaluateConfig
-from haste.evaluation.evaluate import (
-    Evaluation,
-    Evaluator,
-    beside,
-    clip_score,
-    notes,
-    recorded_captions,
-)
+from haste.evaluation.config import FULL, EvaluateConfig
+from haste.evaluation.evaluate import beside, clip_score, recorded_captions, score_samples
 from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, steps_text, summarise_steps
 from haste.generation.loaded import load_checkpoint, run_checkpoints
 from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.sample_dir import read_record, sample_to_folder
 from haste.io import read_json, write_json, writing
+from haste.metrics.config import STORED
+from haste.metrics.evaluator import Evaluation, Evaluator, notes
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES
 from haste.resumable import updating
 
@@ -80,7 +75,7 @@ def evaluate_samples(config: EvaluateConfig) -> str:
     count = None if config.samples is not None else config.num_fid_samples  # the folder may hold more
     parts = []
     if evaluator is not None:
-        evaluation = evaluator.of_samples(samples, count)
+        evaluation = score_samples(evaluator, samples, count)
         parts += [evaluation.heading(), str(evaluation)]
         if evaluator.classes is not None and evaluator.reference.name in DATASETS:
             parts[-1] += f"\n{describe_reference(evaluator)}"
@@ -109,7 +104,7 @@ def evaluate_run(config: EvaluateConfig) -> str:
         samples = sample_to_folder(config.sample_config(ckpt=checkpoint)).folder.path
         found = []
         if evaluator is not None:
-            found += [evaluator.of_samples(samples, config.num_fid_samples)]
+            found += [score_samples(evaluator, samples, config.num_fid_samples)]
             keep(samples, found[-1])
         if clip is not None:
             found += [evaluate_clip(clip, samples, config.num_fid_samples, config.per_proc_batch_size)]
@@ -217,7 +212,9 @@ def compare_steps(config: EvaluateConfig, samples: Path) -> np.ndarray:
 
 def keep(samples: Path, evaluation: Evaluation) -> None:
     """Write an evaluation beside its samples."""
-    keep_evaluation(beside(samples, "evaluation.json"), evaluation.settings, {"metrics": evaluation.record()})
+    caution = {} if evaluation.caution is None else {"caution": evaluation.caution}
+    measured = {"metrics": evaluation.record(), **caution}
+    keep_evaluation(beside(samples, "evaluation.json"), evaluation.settings, measured)
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ import torch
 import haste
 import haste_ext
 from haste.errors import UserError
-from haste.evaluation.evaluate import Evaluator
 from haste.generation.config import SamplingConfig
 from haste.generation.sample_dir import Samples
 from haste.io import read_json
+from haste.metrics.evaluator import Evaluator
 from haste.report.page import Panel, exact_curve, write_page
 from haste.report.runs import compare, read_run
 from haste.training.config import TrainConfig

@@ -19,9 +19,9 @@ from PIL import Image
 
 from haste.errors import UserError, in_one_line
 from haste.evaluation.checkpoints import READ, RECORDS
-from haste.evaluation.evaluate import NAMES, Result
 from haste.evaluation.runs import read_evaluations
 from haste.io import read_json
+from haste.metrics.evaluator import NAMES, Result
 from haste.plotting import LOSSES
 from haste.report.page import Panel, difference, exact_curve, number_text, smooth_curve, write_page
 from haste.resumable import read_lines
@@ -45,7 +45,7 @@ class Quality:
 
     Args:
         how: what was measured, and against what; only metrics of the same `how` can be compared.
-        values: by the keys of `haste.evaluation.evaluate.NAMES`.
+        values: by the keys of `haste.metrics.evaluator.NAMES`.
     """
 
     how: str
@@ -239,7 +239,7 @@ CURVES = {**LOSSES, "grad_norm": "Gradient norm", "images_per_second": "Images p
 DIFFERENCES = {key: title.partition(" (")[0] + ", difference" for key, title in LOSSES.items()}
 SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
-LOWER_IS_BETTER = {"fd", "kid"}
+LOWER_IS_BETTER = {"fd", "sfid", "kid"}
 READ_NAMES = {"seen_all": "read as asked for", "held_out_all": "the same of held-out combinations"}  # of prompts
 PERCENT = {"label_accuracy", *READ_NAMES}
 SHARES = {"precision", "recall", "coverage", *PERCENT}  # from 0 to 1
@@ -308,7 +308,9 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
         curves = [exact_curve(number, known) for number, known in points.items() if known]
         title = f"{metric_name(key)} ({'lower' if key in LOWER_IS_BETTER else 'higher'} is better)"
         bounds = (0.0, scale) if key in SHARES else (-np.inf, np.inf)
-        panels.append(Panel(title, curves, steps[-1], points=True, log=key == "fd", stops=stops, bounds=bounds))
+        panels.append(
+            Panel(title, curves, steps[-1], points=True, log=key in ("fd", "sfid"), stops=stops, bounds=bounds)
+        )
 
     def cell(number: int, step: int, key: str) -> str:
         value = values.get((number, step, key))
@@ -325,7 +327,7 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
 
 def metric_name(key: str) -> str:
     name = READ_NAMES.get(key) or NAMES[key]
-    return name[0].upper() + name[1:] + (", %" if key in PERCENT else "")
+    return (name if name[1:2].isupper() else name[0].upper() + name[1:]) + (", %" if key in PERCENT else "")
 
 
 def curve_panels(runs: Sequence[Run]) -> list[Panel]:

@@ -17,9 +17,6 @@ from haste._compat import flop_counter
 from haste.caching import check_memory
 from haste.distributed import progress_bar
 from haste.errors import UserError
-from haste.evaluation.config import STORED
-from haste.evaluation.evaluate import Evaluator
-from haste.evaluation.features import concatenate
 from haste.evaluation.fidelity import compare_images
 from haste.evaluation.runs import choose_features
 from haste.generation.config import SamplingConfig
@@ -27,6 +24,9 @@ from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
 from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.sample_dir import measure_full_steps
 from haste.io import write_text
+from haste.metrics.config import STORED
+from haste.metrics.evaluator import Evaluator
+from haste.metrics.features import concatenate
 from haste.registry import EXTRACTORS
 from haste.sweep.config import SweepConfig, long_name, point_key, shared_fields
 from haste.sweep.pipeline import Pipeline, PipelineSweep

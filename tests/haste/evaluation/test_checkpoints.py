@@ -12,7 +12,6 @@ from haste.digits import ClassifierConfig, real_digits, train_classifier
 from haste.digits.reader import DigitsReader
 from haste.errors import UserError
 from haste.evaluation import checkpoints
-from haste.evaluation import evaluate as evaluate_module
 from haste.evaluation.checkpoints import (
     OF_CHECKPOINTS,
     append_record,
@@ -22,11 +21,13 @@ from haste.evaluation.checkpoints import (
     read_records,
 )
 from haste.evaluation.config import EvaluateConfig
-from haste.evaluation.evaluate import Evaluator, evaluate
-from haste.evaluation.reference import load_reference
+from haste.evaluation.evaluate import evaluate
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import load_checkpoint, run_checkpoints
 from haste.generation.pipeline import Sampler
+from haste.metrics import evaluator as evaluator_module
+from haste.metrics.evaluator import Evaluator
+from haste.metrics.reference import load_reference
 from haste.training.config import TrainConfig
 from text_run import write_text_run
 
@@ -51,7 +52,7 @@ def test_the_real_digits_are_at_no_distance_and_noise_is_far(evaluator):
 
 
 def test_a_checkpoint_scores_as_its_images_do(tmp_path, evaluator, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "load_extractor", lambda name, folder: evaluator.extractor)
+    monkeypatch.setattr(evaluator_module, "load_extractor", lambda name, folder: evaluator.extractor)
     loaded = load_checkpoint(write_run(tmp_path) / "checkpoints" / "0000002.pt")
     found = evaluate(loaded, "digits", "digits", sampling=SETTINGS, num_images=COUNT, batch_size=250)
     expected = evaluate_checkpoint(loaded.checkpoint, SETTINGS, COUNT, evaluator)
@@ -152,7 +153,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_anything_is_sampled(tmp_
 
 
 def test_the_reference_of_a_run_is_saved(tmp_path, evaluator, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "load_extractor", lambda name, folder: evaluator.extractor)
+    monkeypatch.setattr(evaluator_module, "load_extractor", lambda name, folder: evaluator.extractor)
     saved = tmp_path / "ref.npz"
     config = EvaluateConfig(run=write_run(tmp_path), num_steps=2, num_fid_samples=70, save_reference=saved)
     evaluate_by_classifier(config)
@@ -199,7 +200,7 @@ def test_rates_are_those_of_the_samples(text_run, reader):
 
 
 def test_a_run_on_captions_is_plotted_and_written_up(text_run, reader, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "load_extractor", lambda name, folder: reader.extractor)
+    monkeypatch.setattr(evaluator_module, "load_extractor", lambda name, folder: reader.extractor)
     config = EvaluateConfig(run=text_run, num_steps=2, num_fid_samples=70)
     records, evaluator = evaluate_by_classifier(config)
     assert (text_run / "evaluation.png").is_file()

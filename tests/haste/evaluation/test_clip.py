@@ -13,7 +13,7 @@ from haste.data.images import ImageArray, open_images, write_image, write_npz
 from haste.errors import UserError
 from haste.evaluation.clip import ClipExtractor, center_square
 from haste.evaluation.evaluate import clip_score, evaluate, recorded_captions
-from haste.evaluation.features import resize_smoothly
+from haste.metrics.features import resize_smoothly
 from haste.teachers.families import CLIP
 from text_files import CAPTIONS, TOKENS, save_text_encoder
 from torch.nn import functional as F

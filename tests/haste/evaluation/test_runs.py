@@ -7,8 +7,8 @@ import pytest
 from haste.errors import UserError
 from haste.evaluation import runs
 from haste.evaluation.config import EvaluateConfig
-from haste.evaluation.evaluate import Evaluator
 from haste.evaluation.runs import keep_evaluation, read_evaluations
+from haste.metrics.evaluator import Evaluator
 
 
 def test_the_same_settings_replace_their_entry_and_others_are_added(tmp_path):

@@ -6,11 +6,11 @@ import pytest
 from digits_run import SHAPE, write_run
 from haste.digits import ClassifierConfig, train_classifier
 from haste.errors import UserError
-from haste.evaluation.evaluate import Evaluator
-from haste.evaluation.reference import load_reference
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import load_checkpoint
 from haste.generation.pipeline import Sampler
+from haste.metrics.evaluator import Evaluator
+from haste.metrics.reference import load_reference
 from haste.sweep import measure
 from haste.sweep.config import Grid, long_name, plan, point_fields
 from haste.sweep.measure import Sweep, count_cost, count_flops, time_run

@@ -30,7 +30,7 @@ from haste.data.archive import read_npz, write_arrays
 from haste.data.images import ImageArray, ImageSet
 from haste.distributed import progress_bar
 from haste.errors import BadFile, UserError
-from haste.evaluation.inception import FEATURES, Resizing, load_inception
+from haste.metrics.inception import FEATURES, Resizing, load_inception
 from haste.registry import EXTRACTORS, FEATURE_DIMENSIONS, plugin
 
 INCEPTION, PYTORCH_FID = "inception:", "pytorch-fid:"
@@ -45,10 +45,12 @@ class Features:
     Attributes:
         values: (N, D), float32 or float64, finite.
         probabilities: (N, classes), if the network is a classifier.
+        spatial: (N, D_s), float32, of an earlier layer without its mean over positions, for sFID; of Inception alone.
     """
 
     values: np.ndarray
     probabilities: np.ndarray | None = None
+    spatial: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -56,6 +58,10 @@ class Features:
     @property
     def dimension(self) -> int:
         return self.values.shape[1]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What there is of values, probabilities and spatial, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
 
     @property
     def predictions(self) -> np.ndarray:
@@ -115,7 +121,7 @@ class PromptReader(Extractor, Protocol):
 
 
 class InceptionExtractor:
-    """FID's Inception, from either of its public files.
+    """FID's Inception, from either of its public files. Its features come with spatial ones.
 
     Args:
         path: the weights.
@@ -124,6 +130,7 @@ class InceptionExtractor:
 
     classes: int | None = None  # not the training data's: ImageNet's classes in another order
     held_out_accuracy = math.nan
+    spatial = True
 
     def __init__(self, path: Path, resized: Resizing = "tensorflow") -> None:
         self.device = choose_device()
@@ -140,8 +147,8 @@ class InceptionExtractor:
     @torch.no_grad()
     @single_precision()
     def __call__(self, images: np.ndarray) -> Features:
-        features, probabilities = self.network(channels_first(images).to(self.device), self.resized)
-        return Features(features.float().cpu().numpy(), probabilities.float().cpu().numpy())
+        features, spatial, probabilities = self.network(channels_first(images).to(self.device), self.resized)
+        return Features(*(found.float().cpu().numpy() for found in (features, probabilities, spatial)))
 
 
 class TeacherExtractor:
@@ -239,7 +246,7 @@ def extract(
         for start in range(0, len(images), SHARD):
             stop = min(start + SHARD, len(images))
             file = None if cache is None else cache / extractor.key / f"{start:08d}.npz"
-            part = None if file is None else read_shard(file, images.digest(start, stop))
+            part = None if file is None else read_shard(file, images.digest(start, stop), has_spatial(extractor))
             if part is None:
                 batches = []
                 for batch in images.batches(batch_size, start, stop):
@@ -254,39 +261,40 @@ def extract(
     return concatenate(parts)
 
 
+def has_spatial(extractor: Extractor) -> bool:
+    """Whether a network's features come with spatial ones: it has `spatial` = True."""
+    return getattr(extractor, "spatial", False)
+
+
 def checked(features: Features, extractor: Extractor) -> Features:
     """The same features; UserError if they are not finite."""
-    arrays = [array for array in (features.values, features.probabilities) if array is not None]
-    if not all(np.isfinite(array).all() for array in arrays):
+    if not all(np.isfinite(array).all() for array in features.arrays().values()):
         raise UserError(f"features of {extractor.describe()} are not finite; its weights are broken")
     return features
 
 
 def concatenate(parts: Iterable[Features]) -> Features:
-    """One set of features after the other; with probabilities only if all have them."""
-    parts = list(parts)
-    values = np.concatenate([part.values for part in parts])
-    probabilities = [part.probabilities for part in parts if part.probabilities is not None]
-    return Features(values, np.concatenate(probabilities) if len(probabilities) == len(parts) else None)
+    """One set of features after the other; with probabilities and spatial features only if all have them."""
+    arrays = [part.arrays() for part in parts]
+    shared = [name for name in arrays[0] if all(name in part for part in arrays)]
+    return Features(**{name: np.concatenate([part[name] for part in arrays]) for name in shared})
 
 
-def read_shard(path: Path, digest: str) -> Features | None:
-    """The cached features of images with this digest; None if there are none, or they belong to other images."""
+def read_shard(path: Path, digest: str, spatial: bool = False) -> Features | None:
+    """The cached features of images with this digest; None if there are none, or they belong to other images, or lack
+    the spatial ones that are wanted, as those of earlier versions."""
     try:
-        arrays = read_npz(path, ("digest", "values", "probabilities"))
+        arrays = read_npz(path, ("digest", "values", "probabilities", "spatial"))
     except BadFile:  # missing or damaged: computed again
         return None
-    if "values" not in arrays or str(arrays.get("digest")) != digest:
+    if "values" not in arrays or str(arrays.pop("digest", "")) != digest or (spatial and "spatial" not in arrays):
         return None
-    return Features(arrays["values"], arrays.get("probabilities"))
+    return Features(**arrays)
 
 
 def write_shard(path: Path, features: Features, digest: str) -> None:
     """Cache the features of images with this digest."""
-    arrays = {"values": features.values, "digest": np.array(digest)}
-    if features.probabilities is not None:
-        arrays["probabilities"] = features.probabilities
-    write_arrays(path, arrays)
+    write_arrays(path, {**features.arrays(), "digest": np.array(digest)})
 
 
 def channels_first(images: np.ndarray) -> Tensor:

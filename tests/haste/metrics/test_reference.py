@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from haste.data.images import write_image
 from haste.errors import UserError
-from haste.evaluation.metrics import Gaussian, frechet_distance
-from haste.evaluation.reference import (
+from haste.metrics.formulas import Gaussian, frechet_distance
+from haste.metrics.reference import (
     check_replaceable,
     load_reference,
     save_reference,

@@ -8,8 +8,8 @@ import torch
 import transformers as tf
 from haste.data.images import open_images, write_image
 from haste.errors import UserError
-from haste.evaluation import features as features_module
-from haste.evaluation.features import (
+from haste.metrics import features as features_module
+from haste.metrics.features import (
     Features,
     InceptionExtractor,
     TeacherExtractor,
@@ -18,7 +18,7 @@ from haste.evaluation.features import (
     load_extractor,
     resize_smoothly,
 )
-from haste.evaluation.inception import Inception
+from haste.metrics.inception import Inception
 from PIL import Image
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
@@ -100,10 +100,11 @@ def test_inception_classifies(tmp_path):
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     extractor = InceptionExtractor(tmp_path / "weights.pth")
     with torch.no_grad():
-        expected, probabilities = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        expected, spatial, probabilities = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     found = extractor(images)
     assert found.values == pytest.approx(expected.numpy(), abs=1e-5) and found.values.shape == (1, 2048)
     assert found.probabilities == pytest.approx(probabilities.numpy(), abs=1e-6)
+    assert found.spatial == pytest.approx(spatial.numpy(), abs=1e-5)
 
 
 def test_features_do_not_depend_on_the_batch(network):
@@ -137,6 +138,13 @@ def test_what_was_extracted_is_kept_and_only_changed_images_are_looked_at_again(
     look(4, 11)
     network.key = "another"
     look(11, 11)
+
+
+def test_what_was_kept_without_spatial_features_is_looked_at_again(tmp_path, network):
+    images = random_images(4)
+    extract(network, images, cache=tmp_path)
+    network.spatial, network.seen = True, 0  # as of a version that has them
+    assert extract(network, images, cache=tmp_path).spatial is None and network.seen == 4
 
 
 def test_a_killed_command_goes_on(tmp_path, network, monkeypatch):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 from haste.errors import UserError
-from haste.evaluation import metrics
-from haste.evaluation.metrics import (
+from haste.metrics.formulas import (
     Gaussian,
     check_sample_size,
+    distance_blocks,
     fit_gaussian,
     frechet_distance,
     inception_score,
@@ -72,7 +72,7 @@ def test_moments_are_numpys_in_double_precision():
 
 
 def test_moments_of_more_than_one_block_are_those_of_all(monkeypatch):
-    monkeypatch.setattr("haste.evaluation.metrics.BLOCK", 64)
+    monkeypatch.setattr("haste.metrics.formulas.BLOCK", 64)
     features = np.random.default_rng(1).standard_normal((150, 3))
     assert fit_gaussian(features).covariance == pytest.approx(np.cov(features.T), rel=1e-12)
 
@@ -237,7 +237,7 @@ def scores(samples, reference) -> list[float]:
 
 @pytest.mark.parametrize("entries", [2**24, 500])
 def test_they_are_their_definitions_in_one_block_or_in_many(monkeypatch, entries):
-    monkeypatch.setattr(metrics, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr("haste.metrics.formulas.BLOCK_ENTRIES", entries)
     rng = np.random.default_rng(0)
     samples, reference = rng.standard_normal((150, 3)), 1.5 * rng.standard_normal((120, 3)) + 0.5
     expected = by_definition(samples, reference)
@@ -246,9 +246,9 @@ def test_they_are_their_definitions_in_one_block_or_in_many(monkeypatch, entries
 
 
 def test_blocks_are_no_larger_than_their_limit(monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 500)
+    monkeypatch.setattr("haste.metrics.formulas.BLOCK_ENTRIES", 500)
     points = np.random.default_rng(0).standard_normal((90, 2))
-    assert max(block.size for _, block in metrics.distance_blocks(points, points)) <= 500
+    assert max(block.size for _, block in distance_blocks(points, points)) <= 500
 
 
 def test_identical_sets_are_wholly_in_each_other():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from haste.errors import UserError
-from haste.evaluation.inception import (
+from haste.metrics.inception import (
     Convolution,
     Inception,
     average_pool,
@@ -66,7 +66,7 @@ def test_images_of_any_size_give_features_and_probabilities(network):
         getattr(network, name).register_forward_hook(lambda module, x, y, name=name: sizes.update({name: y.shape[1:]}))
         for name in ("Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c")
     ]
-    features, probabilities = network(torch.randint(0, 256, (1, 3, 20, 32), dtype=torch.uint8))
+    features, spatial, probabilities = network(torch.randint(0, 256, (1, 3, 20, 32), dtype=torch.uint8))
     for hook in hooks:
         hook.remove()
     assert sizes == {
@@ -75,10 +75,23 @@ def test_images_of_any_size_give_features_and_probabilities(network):
         "Mixed_6e": (768, 17, 17),
         "Mixed_7c": (2048, 8, 8),
     }
-    assert features.shape == (1, 2048) and probabilities.shape == (1, 1008)
+    assert features.shape == (1, 2048) and probabilities.shape == (1, 1008) and spatial.shape == (1, 2023)
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
     expected = (features @ network.fc.weight.T).softmax(dim=1)  # the bias has no part in it
     assert torch.allclose(probabilities, expected)
+
+
+@torch.no_grad()
+def test_spatial_features_are_adms(network):
+    """Seven channels of mixed_6/conv after its ReLU, (17, 17, 7) as TensorFlow flattens it."""
+    assert convolution_names()["layers.mixed_6.conv"] == "Mixed_6d.branch1x1"
+    seen = []
+    hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, x, y: seen.append(y))
+    spatial = network(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))[1]
+    hook.remove()
+    assert seen[0].shape == (2, 192, 17, 17) and (seen[0] >= 0).all()
+    for image, row, column, channel in ((0, 0, 0, 0), (1, 3, 16, 6), (0, 16, 0, 2)):
+        assert spatial[image, (row * 17 + column) * 7 + channel] == seen[0][image, channel, row, column]
 
 
 def test_where_it_differs_from_the_common_network(network):
@@ -101,7 +114,7 @@ def test_resizing_is_tensorflow_ones():
 def test_images_are_resized_as_in_pytorch_fid(network, monkeypatch):
     """Half-pixel centres and −1 to 1, for the reference statistics of U-ViT."""
     seen = []
-    monkeypatch.setattr(network, "features", lambda x: seen.append(x) or torch.zeros(len(x), 2048))
+    monkeypatch.setattr(network, "features", lambda x: seen.append(x) or (torch.zeros(len(x), 2048), None))
     images = torch.randint(0, 256, (2, 3, 20, 32), dtype=torch.uint8)
     network(images, "pytorch-fid")
     network(images)

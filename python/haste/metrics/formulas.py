@@ -116,26 +116,28 @@ def check_sample_size(count: int, dimension: int, what: str = "samples") -> str 
     )
 
 
-def fault_of_moments(mean: np.ndarray, covariance: np.ndarray) -> str | None:
-    """Why a mean and a covariance are invalid, beyond ROUNDING, to end a sentence; None if they are valid."""
+def fault_of_moments(mean: np.ndarray, covariance: np.ndarray, mu: str = "mu", sigma: str = "sigma") -> str | None:
+    """Why a mean and a covariance are invalid, beyond ROUNDING, to end a sentence about arrays of these names; None if
+    they are valid."""
     if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
-        return f"mu and sigma must be (D,) and (D, D), got {mean.shape} and {covariance.shape}"
-    for name, array in (("mu", mean), ("sigma", covariance)):
+        return f"{mu} and {sigma} must be (D,) and (D, D), got {mean.shape} and {covariance.shape}"
+    for name, array in ((mu, mean), (sigma, covariance)):
         if not np.isfinite(array).all():
             return f"{name} is not finite"
     scale = np.abs(covariance).max()
     if scale == 0:
-        return "sigma is all zeros, as for a single image"
+        return f"{sigma} is all zeros, as for a single image"
     asymmetry = np.abs(covariance - covariance.T)
     if asymmetry.max() > ROUNDING * scale:
         i, j = np.unravel_index(asymmetry.argmax(), asymmetry.shape)
-        return f"sigma is not symmetric, {covariance[i, j]:.6g} at ({i}, {j}) and {covariance[j, i]:.6g} at ({j}, {i})"
+        pair = f"{covariance[i, j]:.6g} at ({i}, {j}) and {covariance[j, i]:.6g} at ({j}, {i})"
+        return f"{sigma} is not symmetric, {pair}"
     variances = covariance.diagonal()
     if variances.min() < -ROUNDING * scale:
-        return f"sigma has the negative variance {variances.min():.6g} at {variances.argmin()}"
+        return f"{sigma} has the negative variance {variances.min():.6g} at {variances.argmin()}"
     values = np.linalg.eigvalsh((covariance + covariance.T) / 2)
     if values[0] < -ROUNDING * values[-1]:
-        return f"sigma has the negative eigenvalue {values[0]:.6g} beside {values[-1]:.6g}"
+        return f"{sigma} has the negative eigenvalue {values[0]:.6g} beside {values[-1]:.6g}"
     return None
 
 
@@ -144,9 +146,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
         d² = |μ_a − μ_b|² + tr(A) + tr(B) − 2·tr((A^½ B A^½)^½)
 
-    It is FID in the features of FID's Inception, FD-DINOv2 in those of DINOv2. Common implementations take the root of
-    A·B, which is not symmetric, by a Schur method that has been silently wrong in some library versions. A^½ B A^½ is
-    symmetric positive semi-definite with the same eigenvalues, so two symmetric eigendecompositions suffice.
+    It is FID in the features of FID's Inception, sFID in its spatial features, FD-DINOv2 in those of DINOv2. Common
+    implementations take the root of A·B, which is not symmetric, by a Schur method that has been silently wrong in some
+    library versions. A^½ B A^½ is symmetric positive semi-definite with the same eigenvalues, so two symmetric
+    eigendecompositions suffice.
 
     Returns:
         At least 0.

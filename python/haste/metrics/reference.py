@@ -2,7 +2,7 @@
 
     a folder, a zip     image files of one size
     .npz                arr_0 (N, H, W, 3) uint8, images; or mu (D,) and sigma (D, D), the mean and covariance of
-                        features; or both: ADM's two layouts. ADM's mu_s and sigma_s, of another layer, are not used.
+                        features; or both: ADM's two layouts. mu_s and sigma_s, of spatial features, are for sFID.
     .npz, .npy          a file of --save-reference, or features (N, D) with --features stored
     digits              scikit-learn's handwritten digits
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,10 +22,10 @@ import numpy as np
 from haste.data.archive import list_npz, read_npy, read_npz, write_arrays
 from haste.data.images import ImageArray, ImageSet, open_images, to_uint8
 from haste.errors import BadFile, UserError
-from haste.evaluation.config import STORED
-from haste.evaluation.features import Extractor, Features, concatenate, extract
-from haste.evaluation.metrics import Gaussian, fault_of_moments, fit_gaussian
 from haste.io import writing
+from haste.metrics.config import STORED
+from haste.metrics.features import Extractor, Features, concatenate, extract
+from haste.metrics.formulas import Gaussian, fault_of_moments, fit_gaussian
 from haste.registry import DATASETS, REFERENCES, plugin
 
 logger = logging.getLogger(__name__)
@@ -40,14 +40,18 @@ class Reference:
         extractor: the network's key; "stored" for features from a file.
         features: (N, D); None if only statistics were stored.
         stored: mean and covariance, if they were stored.
-        of_jpeg: whether some images were JPEG files, as far as is known.
+        spatial: mean and covariance of spatial features, for sFID.
+        no_spatial: why there are none, to end a sentence.
+        lossy: whether some images were compressed with loss, as JPEG; None if that is not known.
     """
 
     name: str
     extractor: str
     features: np.ndarray | None
     stored: Gaussian | None = None
-    of_jpeg: bool = False
+    spatial: Gaussian | None = None
+    no_spatial: str = "the reference has no mu_s and sigma_s, the statistics of spatial features"
+    lossy: bool | None = None
 
     def require_features(self) -> np.ndarray:
         """The features (N, D). Raises UserError if only statistics were stored."""
@@ -75,7 +79,13 @@ def load_reference(source: str, extractor: Extractor, batch_size: int = 64) -> R
 
     def from_images(images: ImageSet) -> Reference:
         features = extract(extractor, images, batch_size, title="reference")
-        return Reference(source, extractor.key, features.values, of_jpeg=images.are_jpeg)
+        reference = Reference(source, extractor.key, features.values, lossy=images.lossy)
+        if features.spatial is None:
+            return reference
+        try:
+            return replace(reference, spatial=fit_gaussian(features.spatial, "real images"))
+        except UserError as error:  # too few images
+            return replace(reference, no_spatial=str(error))
 
     source = REFERENCES.get(source, source)
     if source in DATASETS:
@@ -94,7 +104,7 @@ def load_reference(source: str, extractor: Extractor, batch_size: int = 64) -> R
             if reference.features is not None or "arr_0" not in arrays:
                 return reference
             images = from_images(open_images(path, "--reference"))
-            return Reference(source, extractor.key, images.features, reference.stored)
+            return replace(images, stored=reference.stored, spatial=reference.spatial)
         mismatch = (
             f"--reference must have {extractor.dimension} dimensions, as {extractor.describe()}, got "
             f"{reference.dimension} in the statistics of {source}"
@@ -160,43 +170,61 @@ def _check_array(array: np.ndarray, name: str, form: str, path: Path, flag: str,
 
 
 def _read_statistics(path: Path, key: str | None) -> Reference:
-    """Read mu and sigma of an .npz, and features if it has them, of the network `key` or, for None, of any."""
+    """Read mu and sigma of an .npz, mu_s, sigma_s and features if it has them, of the network `key` or, for None, of
+    any."""
     try:
-        arrays = read_npz(path, ("mu", "sigma", "features", "extractor"))
+        arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "features", "extractor", "lossy"))
     except BadFile as fault:
         raise UserError(f"--reference must hold statistics, got {path}, which {fault.reason}") from fault
-    for name, form in (("mu", "D"), ("sigma", "D, D"), ("features", "images, D")):
+    forms = {"mu": "D", "sigma": "D, D", "mu_s": "D", "sigma_s": "D, D", "features": "images, D"}
+    for name, form in forms.items():
         if name in arrays:
             _check_array(arrays[name], name, form, path, "--reference", "iuf")
     network = str(arrays["extractor"]) if "extractor" in arrays else key
     if key is not None and network != key:
         raise UserError(f"--reference must be of the network of --features, {key}, got {path} of {network}")
     features = arrays.get("features")
-    stored = None
-    if "mu" in arrays:
-        mean = arrays["mu"].astype(np.float64)
-        covariance = arrays.get("sigma", np.empty(0)).astype(np.float64)
-        if fault := fault_of_moments(mean, covariance):
-            raise UserError(f"--reference must hold a mean and a covariance, got {path}, whose {fault}")
-        if features is not None and features.shape[1] != len(mean):
-            raise UserError(
-                f"--reference must hold mu and features of one network, got {len(mean)} and {features.shape[1]} "
-                f"dimensions in {path}"
-            )
-        stored = Gaussian(mean, covariance, None if features is None else len(features))
-    return Reference(str(path), key or STORED, features, stored)
+    count = None if features is None else len(features)
+    stored = _read_gaussian(path, arrays, "mu", "sigma", count)
+    if stored is not None and features is not None and features.shape[1] != stored.dimension:
+        raise UserError(
+            f"--reference must hold mu and features of one network, got {stored.dimension} and {features.shape[1]} "
+            f"dimensions in {path}"
+        )
+    spatial = _read_gaussian(path, arrays, "mu_s", "sigma_s", count)
+    lossy = bool(arrays["lossy"]) if "lossy" in arrays else None
+    return Reference(str(path), key or STORED, features, stored, spatial, lossy=lossy)
+
+
+def _read_gaussian(
+    path: Path, arrays: dict[str, np.ndarray], mu: str, sigma: str, count: int | None
+) -> Gaussian | None:
+    """A mean and a covariance under these names; None if there is no mean."""
+    if mu not in arrays:
+        return None
+    mean, covariance = arrays[mu].astype(np.float64), arrays.get(sigma, np.empty(0)).astype(np.float64)
+    if fault := fault_of_moments(mean, covariance, mu, sigma):
+        raise UserError(f"--reference must hold a mean and a covariance, got {path}, whose {fault}")
+    return Gaussian(mean, covariance, count)
 
 
 def save_reference(path: Path, reference: Reference) -> None:
-    """Write features, the network's key and, of enough images, statistics, for --reference. Raises UserError."""
+    """Write features, the network's key and, of enough images, statistics, for --reference. Raises UserError.
+
+    Beside the arrays of ADM's files there are `extractor`, `source` and, if it is known, `lossy`.
+    """
     check_replaceable(path, reference)
     arrays = {"extractor": np.array(reference.extractor), "source": np.array(reference.name)}
     try:
         arrays |= {"mu": reference.gaussian.mean, "sigma": reference.gaussian.covariance}
     except UserError:
         logger.info("%s has too few images for mu and sigma; %s holds its features alone", reference.name, path)
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if reference.features is not None:
         arrays["features"] = reference.features
+    if reference.lossy is not None:
+        arrays["lossy"] = np.array(reference.lossy)
     with writing(f"--save-reference {path}"):
         write_arrays(path, arrays)
 

@@ -25,6 +25,7 @@ from haste.weights import load_weights
 
 CLASSES = 1008
 FEATURES = 2048
+SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1
 INPUT_SIZE = 299
 
 Resizing = Literal["tensorflow", "pytorch-fid"]
@@ -188,8 +189,9 @@ class Inception(nn.Module):
         self.Mixed_7c = BlockE(2048, pool="maximum")
         self.fc = nn.Linear(FEATURES, CLASSES)
 
-    def forward(self, images: Tensor, resized: Resizing = "tensorflow") -> tuple[Tensor, Tensor]:
-        """Compute features (B, 2048) and class probabilities (B, 1008), float32, of images (B, 3, H, W) uint8.
+    def forward(self, images: Tensor, resized: Resizing = "tensorflow") -> tuple[Tensor, Tensor, Tensor]:
+        """Compute features (B, 2048), spatial features (B, 2023) and class probabilities (B, 1008), float32, of images
+        (B, 3, H, W) uint8.
 
         The probabilities omit the last layer's bias, as in the published Inception score.
         """
@@ -199,20 +201,27 @@ class Inception(nn.Module):
             x = 2 * F.interpolate(pixels / 255, size, mode="bilinear", align_corners=False) - 1
         else:
             x = normalise(resize(pixels))
-        features = self.features(x)
-        return features, F.linear(features, self.fc.weight).softmax(dim=1)
+        features, spatial = self.features(x)
+        return features, spatial, F.linear(features, self.fc.weight).softmax(dim=1)
 
-    def features(self, x: Tensor) -> Tensor:
-        """(B, 3, 299, 299) in [−1, 1] to (B, 2048), the mean over the last 8 × 8."""
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, 299, 299) in [−1, 1] to (B, 2048), the mean over the last 8 × 8, and the spatial features (B, 2023).
+
+        These are sFID's (Nash et al., arXiv 2103.03841), as ADM's evaluator takes them: the first 7 channels of
+        `mixed_6/conv`, 17 × 17. TensorFlow's mixed_6 is the third block of that size after its first, Mixed_6d, and its
+        conv is the 1 × 1 branch after the ReLU. Channels come last, as in TensorFlow, so that mu_s and sigma_s fit.
+        """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         x = self.Mixed_6a(x)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        return x.mean(dim=(2, 3))
+        x = self.Mixed_6c(self.Mixed_6b(x))
+        x = self.Mixed_6d(x)
+        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # the block's first channels are branch1x1's
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        return x.mean(dim=(2, 3)), spatial
 
 
 def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
