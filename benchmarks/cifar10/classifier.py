@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from haste.digits import digest
 from haste.distributed import progress_bar
-from haste.evaluation.features import Features, choose_device
 from haste.io import save_tensors
+from haste.metrics.features import Features, choose_device
 from haste.weights import load_weights
 from images import CLASSES, augment
 from torch import Tensor, nn

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from haste.evaluation.evaluate import Evaluator
-from haste.evaluation.features import extract
-from haste.evaluation.reference import Reference
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import load_checkpoint, run_checkpoints
 from haste.generation.sample_dir import open_sampler
+from haste.metrics.evaluator import Evaluator
+from haste.metrics.features import extract
+from haste.metrics.reference import Reference
 from haste.plotting import plot_grid
 from haste.training.config import TrainConfig
 from haste.training.logging import read_log
