@@ -93,7 +93,7 @@ def test_only_one_kind_of_run_at_a_time():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the benchmarks would run")
-@pytest.mark.parametrize("what", ("operations", "training", "sampling"))
+@pytest.mark.parametrize("what", ("operations", "training", "sampling", "cifar10"))
 def test_the_benchmarks_take_the_flags_that_they_are_given(what, capsys):
     """They read their whole command line before they say that there is no GPU."""
     run = Run(Path("folder"), Path("scratch"), "none", 0.0)
@@ -108,6 +108,15 @@ def test_the_benchmarks_take_the_flags_that_they_are_given(what, capsys):
             environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
             errors = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stderr
         assert "--device" in errors and "torch finds no CUDA device here" in errors
+
+
+def test_cifar10_is_named_where_it_lies(tmp_path):
+    result = gpu_check("--dry-run", "--cifar10", tmp_path / "absent")
+    assert result.returncode == 2 and "--cifar10 must be CIFAR-10 as image files, got" in result.stderr
+    (tmp_path / "data").mkdir()
+    *_, last, _ = gpu_check("--dry-run", "--cifar10", tmp_path / "data").stdout.splitlines()
+    assert last.startswith("cifar10 (training") and "--tokens 256" in last
+    assert gpu_check(tmp_path / "out", "--cifar10", tmp_path / "data", "--rehearse").returncode == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
@@ -160,12 +169,13 @@ def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_is(name, by_enviro
 def test_every_file_that_a_run_leaves_is_known_as_one(tmp_path):
     assert gpu_check(tmp_path, "--rehearse").returncode == 0
     assert {path.name for path in tmp_path.iterdir()} <= set(entry.FILES)
-    assert all(str(Path("F") / name) in gpu_check_commands() for name in ("train_step", "sampling"))
+    assert all(str(Path("F") / name) in gpu_check_commands() for name in ("train_step", "sampling", "cifar10"))
 
 
 def gpu_check_commands() -> list[str]:
     run = Run(Path("F"), Path("S"), "none", 0.0)
-    return [word for what in ("training", "sampling") for stage in plan(what) for word in stage.command(run, GROUPS)]
+    stages = [stage for what in ("training", "sampling", "cifar10") for stage in plan(what)]
+    return [word for stage in stages for word in stage.command(run, GROUPS)]
 
 
 @pytest.mark.parametrize("folder", ("file", "file/below", "/proc", "/proc/below", "results"))

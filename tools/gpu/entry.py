@@ -13,7 +13,7 @@ from gpu import records, sanitizer
 from gpu.runner import ATTENTION, LOG, Run
 from gpu.stage import Outcome
 
-FILES = (LOG, "results.jsonl", "machine.json", "benchmark.json", "summary.md", "train_step", "sampling")
+FILES = (LOG, "results.jsonl", "machine.json", "benchmark.json", "summary.md", "train_step", "sampling", "cifar10")
 
 
 def claim(folder: Path) -> None:

@@ -42,6 +42,8 @@ def everything(what: str) -> list[Stage]:
         return [*begin, training()]
     if what == "sampling":
         return [*begin, *sampling()]
+    if what == "cifar10":
+        return [*begin, cifar10()]
     return [*begin, *timing(), *correctness(), compile_tests(), *sanitizers(), *benchmarks()]
 
 
@@ -193,6 +195,17 @@ def sampling() -> list[Stage]:
 
         stages.append(Stage(f"sampling, batch {batch}", "sampling", limit, command, ("shared",)))
     return stages
+
+
+def cifar10() -> Stage:
+    """A run that is cut off keeps the methods that are done."""
+
+    def command(run: Run, groups: Sequence[str]) -> list[str]:
+        words = ["benchmarks/cifar10/run.py", "--device", "cuda", "--tokens", "256", "--data-dir", str(run.cifar10)]
+        words += ["--steps", "500", "--samples", "2000"]
+        return python(*words, "--output-dir", str(run.scratch), "--results", str(run.folder / "cifar10"))
+
+    return Stage("cifar10", "training", 400, command, ("portable", "hopper"), requires=("shared",))
 
 
 def of_groups(groups: Sequence[str]) -> str:

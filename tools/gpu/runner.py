@@ -40,7 +40,7 @@ class Run:
 
     groups: kernels that the build holds and the device can run; left_out: those found wrong, with the stage that did.
     switches: environment variables that later stages run with. judged: findings of a sanitizer that are none.
-    scale: of all times, less than 1 in a rehearsal.
+    scale: of all times, less than 1 in a rehearsal. cifar10: the data set.
     """
 
     folder: Path
@@ -54,6 +54,7 @@ class Run:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     judged: list[sanitizer.Judged] = field(default_factory=list)
     scale: float = 1.0
+    cifar10: Path = Path("DATA")
 
     @property
     def left(self) -> float:
