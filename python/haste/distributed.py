@@ -182,9 +182,9 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """DDP. All processes have the same seed, so weights and buffers are the same at the start."""
+    """DDP. All processes have the same seed, so weights and buffers are the same at the start; buffers stay so."""
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def synchronizing(model: nn.Module, last: bool) -> AbstractContextManager:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from haste.models import DiT, MMDiT, SiT
 from haste.samplers import initial_noise
@@ -19,10 +21,10 @@ def small_sit(depth: int = 2, input_size: int = 8) -> SiT:
     return model.eval()
 
 
-def small_dit(depth: int = 2) -> DiT:
+def small_dit(depth: int = 2, **parts: Any) -> DiT:
     """The same of noise and variance, of 4 channels; its predictions hardly leave [-2, 2], as trained ones."""
     torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=2, hidden_size=32, depth=depth, num_heads=4, num_classes=10)
+    model = DiT(input_size=8, patch_size=2, hidden_size=32, depth=depth, num_heads=4, num_classes=10, **parts)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.15)

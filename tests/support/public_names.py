@@ -1,4 +1,5 @@
-"""The public SiT and DiT: names and shapes of their checkpoints, and their forward pass from the papers' formulas."""
+"""The public SiT, DiT and LightningDiT: names and shapes of their checkpoints, and their forward pass from the papers'
+formulas."""
 
 from __future__ import annotations
 
@@ -42,8 +43,46 @@ def public_shapes(
     return shapes
 
 
+def lightningdit_shapes(
+    depth: int, width: int, heads: int, grid: int, patch: int, channels: int, qk_norm: bool = False
+) -> dict[str, tuple]:
+    """Names and shapes of a checkpoint of LightningDiT with RoPE, RMSNorm and SwiGLU, 1000 classes and a null class."""
+    shapes = {
+        name: shape
+        for name, shape in public_shapes(depth, width, grid**2, patch, channels).items()
+        if ".mlp.fc" not in name
+    }
+    hidden = int(2 / 3 * int(width * 4.0))
+    shapes["feat_rope.freqs_cos"] = shapes["feat_rope.freqs_sin"] = (grid**2, width // heads)
+    shapes["final_layer.norm_final.weight"] = (width,)
+    for block in range(depth):
+        shapes[f"blocks.{block}.mlp.w12.weight"] = (2 * hidden, width)
+        shapes[f"blocks.{block}.mlp.w12.bias"] = (2 * hidden,)
+        shapes[f"blocks.{block}.mlp.w3.weight"] = (width, hidden)
+        shapes[f"blocks.{block}.mlp.w3.bias"] = (width,)
+        for norm in ("norm1", "norm2"):
+            shapes[f"blocks.{block}.{norm}.weight"] = (width,)
+        for norm in ("q_norm", "k_norm") if qk_norm else ():
+            shapes[f"blocks.{block}.attn.{norm}.weight"] = (width // heads,)
+    return shapes
+
+
+def plain_rotate(x: Tensor, grid: int) -> Tensor:
+    """Rotary positions of x (B, N, D) as LightningDiT has them: token by token, pair by pair."""
+    turned, half = x.clone(), x.shape[-1] // 2
+    for n in range(grid * grid):
+        for first, coordinate in zip((0, half), divmod(n, grid), strict=True):
+            for j in range(half // 2):
+                angle = coordinate / 10000 ** (2 * j / half)
+                a, b = x[:, n, first + 2 * j], x[:, n, first + 2 * j + 1]
+                turned[:, n, first + 2 * j] = a * math.cos(angle) - b * math.sin(angle)
+                turned[:, n, first + 2 * j + 1] = b * math.cos(angle) + a * math.sin(angle)
+    return turned
+
+
 def plain_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, heads: int, patch: int) -> Tensor:
-    """SiT and DiT once more, from the papers' words and a state dict: loops and formulas, nothing of haste.models.
+    """SiT, DiT and LightningDiT once more, from the papers' words and a state dict: loops and formulas, nothing of
+    haste.models. Which of them it is, the names of the weights tell.
 
     Returns:
         (B, C, S, S), or of DiT's weights (B, 2·C, S, S), the noise and then the variance.
@@ -52,7 +91,9 @@ def plain_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, hea
     def linear(name, value):
         return value @ state[name + ".weight"].T + state[name + ".bias"]
 
-    def norm(value):
+    def norm(value, name):
+        if name + ".weight" in state:  # RMSNorm
+            return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[name + ".weight"]
         value = value - value.mean(-1, keepdim=True)
         return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -76,18 +117,28 @@ def plain_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, hea
     for n in range(sum(key.endswith("attn.qkv.bias") for key in state)):
         block = f"blocks.{n}."
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(block + "adaLN_modulation.1", c)[:, None].chunk(6, -1)
-        q, k, v = linear(block + "attn.qkv", norm(h) * (1 + scale1) + shift1).chunk(3, -1)
+        q, k, v = linear(block + "attn.qkv", norm(h, block + "norm1") * (1 + scale1) + shift1).chunk(3, -1)
         attended = []
         for qh, kh, vh in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
+            if block + "attn.q_norm.weight" in state:
+                qh, kh = norm(qh, block + "attn.q_norm"), norm(kh, block + "attn.k_norm")
+            if "feat_rope.freqs_cos" in state:
+                qh, kh = plain_rotate(qh, grid), plain_rotate(kh, grid)
             logits = qh @ kh.mT / math.sqrt(qh.shape[-1])
             attended.append(logits.exp() / logits.exp().sum(-1, keepdim=True) @ vh)
         h = h + gate1 * linear(block + "attn.proj", torch.cat(attended, -1))
-        u = linear(block + "mlp.fc1", norm(h) * (1 + scale2) + shift2)
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        h = h + gate2 * linear(block + "mlp.fc2", u)
+        u = norm(h, block + "norm2") * (1 + scale2) + shift2
+        if block + "mlp.w12.weight" in state:
+            u, value = linear(block + "mlp.w12", u).chunk(2, -1)
+            u = linear(block + "mlp.w3", silu(u) * value)
+        else:
+            u = linear(block + "mlp.fc1", u)
+            u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+            u = linear(block + "mlp.fc2", u)
+        h = h + gate2 * u
 
     shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, -1)
-    pixels = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    pixels = linear("final_layer.linear", norm(h, "final_layer.norm_final") * (1 + scale) + shift)
     outputs = pixels.shape[-1] // patch**2
     image = x.new_empty(batch, outputs, size, size)
     for n in range(grid * grid):

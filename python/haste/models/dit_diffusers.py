@@ -113,6 +113,9 @@ def _check_known_there(weights: Mapping[str, Tensor], config: Mapping[str, Any])
                         f"DiTPipeline, got {config['num_classes']}")  # fmt: skip
     if config.get("qk_norm"):
         raise UserError("the model must be without --qk-norm, which diffusers' DiT does not have")
+    for name, only in (("positions", "sincos"), ("norm", "layernorm"), ("mlp", "gelu")):
+        if config.get(name, only) != only:
+            raise UserError(f"the model must be trained with --{name} {only}, as diffusers' DiT, got {config[name]}")
     if config.get("mlp_ratio", 4.0) != 4:
         raise UserError(f"the model must have mlp_ratio 4, as diffusers' DiT, got {config['mlp_ratio']:g}")
     positions = sincos_positions(config["hidden_size"], config["input_size"] // config["patch_size"])

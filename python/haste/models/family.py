@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from haste import transport
 from haste.samplers import PartCache, Solver
 
-SIZES = ("depth", "hidden_size", "num_heads", "patch_size")  # arguments that settings may have of their own
+# Arguments of a size that settings may have of their own. The last three have defaults, in `Family.settings`.
+SIZES = ("depth", "hidden_size", "num_heads", "patch_size", "positions", "norm", "mlp")
 OWN_SETTINGS = ("entity", "entity_size", "context", "dropout")  # settings that not every family has
 
 
@@ -198,7 +199,8 @@ class Family(ABC):
 
     name: the key "family" of a config. title: how sentences call a model of it, such as "SiT".
     sizes: the arguments behind each published name, which `--model` takes.
-    settings: those of OWN_SETTINGS that its models have, with their defaults; others are refused.
+    settings: those of OWN_SETTINGS that its models have, and of SIZES that not every size has, with their defaults;
+        others are refused.
     fixed: settings of training of which its models know one value alone.
     published_alignment: HASTE's layers, by the part of those names before the slash.
     foreign: how to read the checkpoints of other trainers.
@@ -291,9 +293,9 @@ class Family(ABC):
 
     def size_name(self, config: Mapping[str, Any]) -> str:
         """The published name of a config's size, or a description of it."""
-        for name, size in self.sizes.items():
-            if size.items() <= config.items():
-                return name
+        fitting = [name for name, size in self.sizes.items() if size.items() <= config.items()]
+        if fitting:  # a SiT-XL/1 with all switches of LightningDiT-XL/1 is that one
+            return max(fitting, key=lambda name: len(self.sizes[name]))
         size = next(iter(self.sizes.values()))
         return f"a {self.title} of {', '.join(f'{key} {config.get(key)}' for key in sorted(size))}"
 

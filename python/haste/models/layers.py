@@ -1,5 +1,5 @@
-"""Parts that several families have: attention backends, adaLN, embedders of patches, times and classes, the MLP, the
-final layer, positions, and the check of sizes."""
+"""Parts that several families have: attention backends, norms, adaLN, embedders of patches, times and classes, MLPs,
+the final layer, positions, and the check of sizes."""
 
 from __future__ import annotations
 
@@ -53,6 +53,35 @@ def check_backend(name: str) -> None:
     if package is not None and importlib.util.find_spec(package) is None:
         instead = f"pip install {name}, or --attention sdpa"
         raise UserError(f"--attention is {name}, and the package {package} is not installed; {instead}")
+
+
+# ---- norms ----
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x/√(mean x² + 1e-6), at least in float32, in x's type."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight = None if weight is None else weight.to(wide.dtype)
+    return F.rms_norm(wide, x.shape[-1:], weight, eps=1e-6).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
+
+
+def adaln_norm(kind: str, width: int) -> nn.Module:
+    """The norm in front of adaLN's scale and shift: "layernorm" without weights of its own, or "rmsnorm" with one."""
+    return RMSNorm(width) if kind == "rmsnorm" else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+# ---- what blocks and their ends are made of ----
 
 
 class Modulation(NamedTuple):
@@ -139,12 +168,33 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
 
 
+class SwiGLU(nn.Module):
+    """w3(SiLU(a) ⊙ b) with a, b = w12(x) (arXiv 2002.05202), under the names of DINOv2 and LightningDiT.
+
+    Args:
+        hidden: width of an MLP of two layers, of which this one, of three, has two thirds.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * hidden)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gate, value = self.w12(tokens).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+MLPS: dict[str, Callable[[int, int], nn.Module]] = {"gelu": Mlp, "swiglu": SwiGLU}
+
+
 class FinalLayer(nn.Module):
     """adaLN without a gate, then one linear layer from tokens to patches."""
 
-    def __init__(self, width: int, patch_values: int) -> None:
+    def __init__(self, width: int, patch_values: int, norm: str = "layernorm") -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = adaln_norm(norm, width)
         self.linear = nn.Linear(width, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -228,7 +278,41 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(grid * grid, width).float()
 
 
-def check_sizes(sizes: Mapping[str, int], shown: Callable[[str], str] = str) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs of channels (2j, 2j+1) of x (..., N, D) by angles (N, D/2) (RoPE, arXiv 2104.09864)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class RotaryPositions(nn.Module):
+    """Rotates queries and keys by the row of their token, and the second half of the channels by its column (RoPE,
+    arXiv 2104.09864, of two axes as in EVA-02 and LightningDiT).
+
+    Channels (2j, 2j+1) of a half turn by the coordinate times 10000^(−j/n), n = head_dim / 4. The tables are buffers
+    under LightningDiT's names, each column of a pair's twice.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_dim: int, grid: int) -> None:
+        super().__init__()
+        n = head_dim // 4
+        angles = torch.outer(torch.arange(grid).double(), 10000.0 ** (-torch.arange(n).double() / n))
+        row = angles[:, None, :].expand(-1, grid, -1)
+        column = angles[None, :, :].expand(grid, -1, -1)
+        angles = torch.cat([row, column], dim=2).flatten(0, 1).repeat_interleave(2, dim=1)  # (grid², head_dim)
+        self.register_buffer("freqs_cos", angles.cos().float())
+        self.register_buffer("freqs_sin", angles.sin().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., P + N, head_dim); the first P tokens are no part of the image, and stay as they are."""
+        first = x.shape[-2] - len(self.freqs_cos)
+        image = rotate(x[..., first:, :], self.freqs_cos[:, ::2], self.freqs_sin[:, ::2]).to(x.dtype)
+        return torch.cat([x[..., :first, :], image], dim=-2) if first else image
+
+
+def check_sizes(sizes: Mapping[str, Any], shown: Callable[[str], str] = str) -> None:
     """Raise UserError for sizes that do not fit together, under the names that `shown` gives them."""
     for name in ("input_size", "patch_size", "hidden_size", "depth", "num_heads"):
         if sizes[name] < 1:
@@ -238,9 +322,23 @@ def check_sizes(sizes: Mapping[str, int], shown: Callable[[str], str] = str) -> 
             raise UserError(
                 f"{shown(name)} must be a multiple of {shown(divisor)}, {sizes[divisor]}, got {sizes[name]}"
             )
+    channels = sizes["hidden_size"] // sizes["num_heads"]
+    if sizes.get("positions") == "rope" and channels % 4:
+        raise UserError(f"{shown('positions')} must be sincos for heads of {channels} channels, as rope takes a "
+                        "multiple of 4, got rope")  # fmt: skip
     if sizes["hidden_size"] % 4:
         name, size = shown("hidden_size"), sizes["hidden_size"]
         raise UserError(f"{name} must be a multiple of 4, for the sine-cosine positions, got {size}")
+
+
+PARTS = {"positions": ("sincos", "rope"), "norm": ("layernorm", "rmsnorm"), "mlp": tuple(MLPS)}
+
+
+def check_parts(**chosen: str) -> None:
+    """Raise UserError for positions, a norm or an MLP that there is not."""
+    for name, value in chosen.items():
+        if value not in PARTS[name]:
+            raise UserError(f"{name} must be one of {', '.join(PARTS[name])}, got {value!r}")
 
 
 def size_flag(name: str) -> str:

@@ -102,14 +102,15 @@ def _all_families() -> Iterator[Family]:
 
 
 def find_size(name: str) -> tuple[Family, dict[str, Any]]:
-    """The family that has a size of this name, and its arguments.
+    """The family that has a size of this name, and its arguments, those that it leaves to its family included.
 
     Raises:
         UserError: none has; names --model and all sizes that there are.
     """
     for family in _all_families():
         if name in family.sizes:
-            return family, dict(family.sizes[name])
+            defaults = {key: value for key, value in family.settings.items() if key in SIZES}
+            return family, {**defaults, **family.sizes[name]}
     known = [size for family in _FAMILIES.values() for size in family.sizes]
     raise UserError(f"--model must be one of {', '.join(known)}, got {name[:60]!r}")
 
@@ -158,13 +159,13 @@ def chosen_size(settings: Any) -> tuple[Family, dict[str, Any]]:
 
 
 def own_settings(settings: Any) -> dict[str, Any]:
-    """The settings of a TrainConfig that are its family's own, with the family's defaults for those that are open.
+    """The OWN_SETTINGS of a TrainConfig, with the family's defaults for those that are open.
 
     Raises:
         UserError: --model names no size.
     """
     family, _ = find_size(settings.model)
-    values = {name: getattr(settings, name) for name in family.settings}
+    values = {name: getattr(settings, name) for name in family.settings if name in OWN_SETTINGS}
     return {name: family.settings[name] if value is None else value for name, value in values.items()}
 
 

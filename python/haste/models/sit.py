@@ -19,8 +19,10 @@ from haste.models.layers import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbedder,
+    RotaryPositions,
     TimestepEmbedder,
     build_projector,
+    check_parts,
     check_request,
     check_sizes,
     initialize_linear,
@@ -44,7 +46,10 @@ class SiT(nn.Module):
         class_dropout_prob: while training, how often the class becomes the null class (number num_classes).
             0: the model has no null class.
         num_classes: classes, without the null class.
-        qk_norm: LayerNorm on q and k per head.
+        qk_norm: normalize q and k per head, by LayerNorm, or by RMS norm if that is `norm`.
+        positions: sincos, a fixed table that is added to the tokens; rope, rotary positions of q and k besides.
+        norm: layernorm, or rmsnorm, which has weights of its own, in front of each adaLN.
+        mlp: gelu, or swiglu, whose hidden width is two thirds as wide.
         fused_attn: False computes attention step by step, with its map in memory, whatever `attention` says.
         attention: what computes it: sdpa, flash-attn or xformers.
         encoder_depth: the projectors read the tokens after this block, counted from 1.
@@ -71,6 +76,9 @@ class SiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         qk_norm: bool = False,
+        positions: str = "sincos",
+        norm: str = "layernorm",
+        mlp: str = "gelu",
         fused_attn: bool = True,
         attention: str = "sdpa",
         encoder_depth: int = 8,
@@ -80,7 +88,8 @@ class SiT(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes({"input_size": input_size, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth,
-                      "num_heads": num_heads})  # fmt: skip
+                      "num_heads": num_heads, "positions": positions})  # fmt: skip
+        check_parts(positions=positions, norm=norm, mlp=mlp)
         if not 0 <= class_dropout_prob < 1:
             raise UserError(f"class_dropout_prob must be at least 0 and below 1, got {class_dropout_prob}")
         if z_dims and not 1 <= encoder_depth <= depth:
@@ -97,15 +106,17 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid)[None], requires_grad=False)
+        self.feat_rope = RotaryPositions(hidden_size // num_heads, grid) if positions == "rope" else None
+        backend = attention if fused_attn else "plain"
         self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, attention if fused_attn else "plain")
+            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, backend, norm, mlp, self.feat_rope)
             for _ in range(depth)
         )
         with torch.random.fork_rng(devices=[]):  # the trunk's weights do not depend on whether there are projectors
             self.projectors = nn.ModuleList(
                 build_projector(hidden_size, projector_dim, z, projection_layer_type) for z in z_dims
             )
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels * self.outputs)
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels * self.outputs, norm)
         self._initialize()
 
     def _initialize(self) -> None:

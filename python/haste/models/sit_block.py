@@ -1,6 +1,7 @@
 """The block of SiT and DiT (arXiv 2212.09748): attention, then an MLP, each behind an adaLN and in front of a gate.
 
-q and k go out as attention used them: views of the one qkv projection. No attention map is formed.
+q and k go out as attention used them: without norm and rotary positions, views of the one qkv projection. No attention
+map is formed. RMS norms, SwiGLU and rotary positions are those of LightningDiT (arXiv 2501.01423).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from haste.models.layers import BACKENDS, Mlp, Modulation, modulate
+from haste.models.layers import BACKENDS, MLPS, Modulation, RMSNorm, RotaryPositions, adaln_norm, modulate
 
 QueriesKeys = tuple[Tensor, Tensor]
 
@@ -16,22 +17,37 @@ QueriesKeys = tuple[Tensor, Tensor]
 class Attention(nn.Module):
     """Multi-head self-attention over (B, N, width) tokens."""
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool, backend: str) -> None:
+    rope: RotaryPositions | None
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool,
+        backend: str,
+        norm: str = "layernorm",
+        rope: RotaryPositions | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attend = BACKENDS[backend]
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // num_heads) if qk_norm else nn.Identity()
+        make_norm = RMSNorm if norm == "rmsnorm" else nn.LayerNorm
+        self.q_norm = make_norm(width // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = make_norm(width // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
+        object.__setattr__(self, "rope", rope)  # the model's, whose tables are in its state_dict once: no submodule
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, QueriesKeys]:
         """Returns the output (B, N, width) and the q and k, each (B, H, N, D), that made it."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
         # Under autocast on a GPU LayerNorm returns float32; attention runs in the type of the projection.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         out = self.attend(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width)), (q, k)
 
@@ -39,12 +55,22 @@ class Attention(nn.Module):
 class SiTBlock(nn.Module):
     """Attention, then MLP, each behind an adaLN and in front of a gate."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: bool, attention: str) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        attention: str,
+        norm: str = "layernorm",
+        mlp: str = "gelu",
+        rope: RotaryPositions | None = None,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads, qk_norm, attention)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.norm1 = adaln_norm(norm, width)
+        self.attn = Attention(width, num_heads, qk_norm, attention, norm, rope)
+        self.norm2 = adaln_norm(norm, width)
+        self.mlp = MLPS[mlp](width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def modulation(self, c: Tensor) -> Modulation:

@@ -1,4 +1,4 @@
-"""SiT as a family: its sizes, its config, and the public trainers' checkpoints."""
+"""SiT as a family: its sizes and LightningDiT's, its config, and the public trainers' checkpoints."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ SIT_MODELS = {
 }
 """The published models, "SiT-S/1" to "SiT-XL/8", by the arguments that make them."""
 
+LIGHTNINGDIT_SIZES = {
+    **SIT_SIZES,
+    "1p0B": {"depth": 24, "hidden_size": 1536, "num_heads": 24},
+    "1p6B": {"depth": 28, "hidden_size": 1792, "num_heads": 28},
+}
+LIGHTNINGDIT_MODELS = {
+    f"LightningDiT-{name}": {
+        **LIGHTNINGDIT_SIZES[name.partition("/")[0]], "patch_size": int(name[-1]),
+        "positions": "rope", "norm": "rmsnorm", "mlp": "swiglu",
+    }
+    for name in ("B/1", "B/2", "L/2", "XL/1", "XL/2", "1p0B/1", "1p0B/2", "1p6B/1", "1p6B/2")
+}  # fmt: skip
+"""LightningDiT's published models (arXiv 2501.01423): SiT with all switches on."""
+
 
 @dataclass(frozen=True)
 class _Config:
@@ -46,6 +60,9 @@ class _Config:
     mlp_ratio: float = 4.0
     class_dropout_prob: float = 0.1
     qk_norm: bool = False
+    positions: Literal["sincos", "rope"] = "sincos"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
     fused_attn: bool = True
     attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
     encoder_depth: int = 8
@@ -61,6 +78,13 @@ LARGEST = {
     "input_size": 8192, "patch_size": 1024, "in_channels": 4096, "hidden_size": 16_384, "depth": 200,
     "num_heads": 1024, "num_classes": 10_000_000, "encoder_depth": 200, "projector_dim": 65_536,
 }  # fmt: skip
+
+# The arguments that are not the default, and the weight that shows it.
+SWITCHES = (
+    ("positions", "rope", "feat_rope.freqs_cos"),
+    ("norm", "rmsnorm", "blocks.0.norm1.weight"),
+    ("mlp", "swiglu", "blocks.0.mlp.w12.weight"),
+)
 
 # HASTE (arXiv 2505.16792), for DINOv2-B: the same layers at 256 and 512 pixels. S is not in the paper; it is as deep
 # as B.
@@ -79,10 +103,12 @@ class SiTFamily(Family):
     name = "sit"
     title = "SiT"
     module: type[SiT] = SiT
+    settings = {"positions": "sincos", "norm": "layernorm", "mlp": "gelu"}
     published_alignment = PUBLISHED_ALIGNMENT
     foreign: ForeignCheckpoints = SiTCheckpoints()
     sizes = {
         **SIT_MODELS,
+        **LIGHTNINGDIT_MODELS,
         # 8 x 8 pixels as 16 tokens: small enough for two processor cores.
         "SiT-Digits/2": {"depth": 6, "hidden_size": 96, "num_heads": 4, "patch_size": 2},
     }
@@ -122,7 +148,10 @@ class SiTFamily(Family):
         """Those of the matrix products: forward, and twice that for backward."""
         width, patch = config["hidden_size"], config["patch_size"]
         tokens = (config["input_size"] // patch) ** 2
-        block = tokens * 12 * width * width + 2 * tokens * tokens * width + 6 * width * width
+        hidden, layers = int(width * config.get("mlp_ratio", 4.0)), 2
+        if config.get("mlp") == "swiglu":
+            hidden, layers = int(2 / 3 * hidden), 3
+        block = tokens * (4 * width + layers * hidden) * width + 2 * tokens * tokens * width + 6 * width * width
         ends = (1 + self.module.outputs) * tokens * patch * patch * config["in_channels"] * width
         return 3 * 2 * (config["depth"] * block + ends)
 
@@ -144,6 +173,7 @@ class SiTFamily(Family):
         (_, tokens, width), (_, channels, patch, _), (rows, _) = (weights[name].shape for name in NAMES)
         numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
         depth = sum(number.isdecimal() for number in numbers)
+        switches = {name: value for name, value, weight in SWITCHES if weight in weights}
         heads = {s["num_heads"] for s in self.sizes.values() if (s["depth"], s["hidden_size"]) == (depth, width)}
         if not heads:
             raise UserError(
@@ -164,6 +194,7 @@ class SiTFamily(Family):
             "num_classes": num_classes,
             "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
             "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+            **switches,
             "encoder_depth": min(encoder_depth, depth),
             "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
             "projection_layer_type": "conv" if CONVOLUTION in weights else "mlp",

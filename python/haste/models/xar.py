@@ -21,7 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from haste.errors import UserError
 from haste.models.entities import Entities
 from haste.models.family import ModelOutput
-from haste.models.layers import TimestepEmbedder, build_projector, check_request, initialize_linear
+from haste.models.layers import (
+    RMSNorm,
+    TimestepEmbedder,
+    build_projector,
+    check_request,
+    initialize_linear,
+    rms_norm,
+    rotate,
+)
 from haste.models.xar_checkpoints import add_public_buffers, drop_public_buffers
 from haste.samplers import PartCache, Solver
 
@@ -49,30 +57,6 @@ class Geometry(NamedTuple):
     bounds: list[tuple[int, int]]
     owner: Tensor | None
     mask: Tensor | None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs of channels (2j, 2j+1) of x (..., N, D) by angles (N, D/2) (RoPE, arXiv 2104.09864)."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
-def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x/√(mean x² + 1e-6), at least in float32, in x's type."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    weight = None if weight is None else weight.to(wide.dtype)
-    return F.rms_norm(wide, x.shape[-1:], weight, eps=1e-6).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` with a weight."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
 
 
 class Attention(nn.Module):

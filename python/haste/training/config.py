@@ -17,7 +17,7 @@ SECTIONS = {
 }  # fmt: skip
 """The sections of a --config file, each with the first of its settings in `TrainConfig`."""
 
-SIZES = ("depth", "hidden_size", "num_heads", "patch_size")
+SIZES = ("depth", "hidden_size", "num_heads", "patch_size", "positions", "norm", "mlp")
 """The settings that override a size of --model."""
 
 TRACKERS = ("tensorboard", "wandb")
@@ -86,6 +86,13 @@ class TrainConfig:
     """Number of attention heads. Overrides --model."""
     patch_size: int | None = None
     """Patch size in pixels or latents. Overrides --model."""
+    positions: Literal["sincos", "rope"] | None = None
+    """SiT and DiT: a fixed sine-cosine table (sincos), with rotary positions of queries and keys besides (rope).
+    Overrides --model."""
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    """SiT and DiT: the norms of the model. Overrides --model."""
+    mlp: Literal["gelu", "swiglu"] | None = None
+    """SiT and DiT: the MLP of each block; of swiglu the hidden width is 2/3 of that of gelu. Overrides --model."""
     entity: Literal["token", "cell", "subsample", "scale", "image"] | None = None
     """xAR: what is generated at once: a token, a cell of --entity-size x --entity-size tokens, a subsample (tokens at
     distances of --entity-size), a scale of the image, or the whole image. None: cell."""
@@ -98,7 +105,7 @@ class TrainConfig:
     dropout: float | None = None
     """xAR: dropout in attention and MLP during training. None: 0.1."""
     qk_norm: bool = False
-    """Normalize queries and keys in the attention of the model."""
+    """Normalize queries and keys in the attention of the model, by --norm."""
     fused_attn: bool = True
     """Use fused attention in the model."""
     attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"

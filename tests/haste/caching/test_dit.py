@@ -3,6 +3,7 @@ written out plainly with DDIM in double precision, and in loops of all kinds."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -204,6 +205,22 @@ def test_delta_dit_under_ddim():
     cached = enable_cache(model, cache="delta-dit", interval=3, gate=30)
     assert_as_published(cached, delta_dit(model, full, count=3, gate=30))
     assert cached.full_steps == full
+
+
+@pytest.mark.parametrize("granularity", ["module", "block", "delta-dit"])
+def test_rotary_positions_rms_norms_and_swiglu_are_forecast_as_the_rest(granularity):
+    parts = {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}
+    model = small_dit(depth=4, **parts).double()
+    if granularity == "delta-dit":
+        full = [*range(0, 20, 3), *range(20, 50, 3)]
+        cached = enable_cache(model, cache="delta-dit", interval=3, gate=30)
+        assert_as_published(cached, delta_dit(model, full, count=3, gate=30))
+    else:
+        cached = enable_cache(model, cache="taylor", interval=4, order=2, granularity=granularity)
+        assert_as_published(cached, Published(model, listed(4), 2, granularity))
+    plain = enable_cache(small_dit(depth=4).double(), **dataclasses.asdict(cached.config))
+    sizes = [cache_bytes(each.model, each.config, 2) for each in (cached, plain)]
+    assert sizes[0] == sizes[1] > 0  # features are tokens, whatever is between
 
 
 # ---- the samplers, and guidance ----
