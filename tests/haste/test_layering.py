@@ -22,7 +22,6 @@ LAYERS = [
     {"alignment", "caching", "metrics"},
     {"teachers", "data", "distributed", "plotting"},
     {"models", "vae", "text"},
-    {"kl16"},
     {"samplers", "transport", "diffusion", "cuda_graphs", "weights", "validation", "tables", "registry", "torchscript"},
     {"resumable"},
     {"io", "errors", "_compat"},

@@ -48,6 +48,49 @@ def save_vae(folder: Path, channels: int = 4) -> Path:
     return folder
 
 
+def save_dc(folder: Path, levels: int = 3, channels: int = 4, **changes) -> Path:
+    """A random AutoencoderDC with the parts of the public ones for ImageNet, which halve the image twice at first: one
+    latent of 2^(levels - 1) pixels along a side. Its first half convolves, its second attends."""
+    from diffusers import AutoencoderDC
+
+    half, rest = levels // 2, levels - levels // 2
+    layers = (0,) + (1,) * (levels - 1)
+    torch.manual_seed(0)
+    model = AutoencoderDC(
+        **{
+            "latent_channels": channels, "attention_head_dim": 4, "scaling_factor": 0.5,
+            "encoder_block_types": ("ResBlock",) * half + ("EfficientViTBlock",) * rest,
+            "decoder_block_types": ("ResBlock",) * half + ("EfficientViTBlock",) * rest,
+            "encoder_block_out_channels": (8,) * levels, "decoder_block_out_channels": (8,) * levels,
+            "encoder_layers_per_block": layers, "decoder_layers_per_block": layers,
+            "encoder_qkv_multiscales": ((),) * levels, "decoder_qkv_multiscales": ((),) * levels,
+            "decoder_norm_types": ("batch_norm",) * half + ("rms_norm",) * rest,
+            "decoder_act_fns": ("relu",) * half + ("silu",) * rest, **changes,
+        }
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_rae(folder: Path, encoder_type: str = "dinov2", grid: int = 2, **changes) -> Path:
+    """A random AutoencoderRAE of images of 4 · grid pixels, with statistics at each position as in the public ones."""
+    from diffusers import AutoencoderRAE
+
+    torch.manual_seed(0)
+    patch = 14 if encoder_type == "dinov2" else 16
+    model = AutoencoderRAE(
+        **{
+            "encoder_type": encoder_type, "encoder_hidden_size": 64, "encoder_patch_size": patch,
+            "encoder_num_hidden_layers": 1, "encoder_input_size": grid * patch, "patch_size": 4,
+            "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 64, "latents_mean": torch.randn(64, grid, grid),
+            "latents_std": torch.rand(64, grid, grid) + 0.5, "noise_tau": 0.8, **changes,
+        }
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    return folder
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

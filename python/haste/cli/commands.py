@@ -61,8 +61,8 @@ class PrepareConfig:
     resolution: int = 256
     """Image resolution in pixels after the center crop."""
     vae: str = "mse"
-    """VAE that encodes the latents: mse or ema (Stable Diffusion's), a hub name, a folder, or MAR's file kl16.ckpt;
-    none for images only."""
+    """VAE that encodes the latents: mse or ema (Stable Diffusion's), a hub name or a folder (AutoencoderKL, DC-AE or
+    RAE), or a file such as MAR's kl16.ckpt or VA-VAE's; none for images only."""
     zip: bool = False
     """Pack the output into images.zip and vae-sd.zip."""
     on_bad_file: OnBadFile = "refuse"
@@ -122,7 +122,7 @@ def prepare_classes(config: PrepareConfig, accelerator: Accelerator) -> None:
 
     assert config.source is not None  # as checked
     source = open_source(config.source.expanduser(), "--source", config.on_bad_file)
-    latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
+    latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae, resolution=config.resolution)
     destination = Destination(config.dest.expanduser(), source, config.resolution, latents)
     with ExitStack() as stack:
         in_first(lambda: stack.enter_context(destination.hold()))
@@ -184,7 +184,7 @@ def prepare_captions(config: PrepareConfig, captions: Path, accelerator: Acceler
 
     images = None if config.source is None else config.source.expanduser()
     source = open_captioned(captions, images, "--captions", config.on_bad_file)
-    latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae)
+    latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae, resolution=config.resolution)
     text = TextFormat.of(config.text_encoder)
     destination = LAYOUTS[config.layout](config.dest.expanduser(), source, config.resolution, latents, text)
     with ExitStack() as stack:

@@ -239,7 +239,7 @@ def caption_data(
         if vae_stats is not None:
             raise UserError(f"--vae-stats must come with --vae or latents, got {vae_stats} alone")
         return CaptionData(store, resolution, None, None, on_bad_file)
-    latents = LatentFormat.of(vae, vae_stats)
+    latents = LatentFormat.of(vae, vae_stats, resolution)
     return CaptionData(store, resolution, latents, VAE(latents), on_bad_file)
 
 

@@ -110,7 +110,7 @@ def load_dataset(
         source = open_source(path, "--data-dir", on_bad_file)
         if source.labels is None:
             logger.info("%s has no labels: all its images are one class", path)
-        encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats))
+        encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats, resolution))
         data = ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
     if random_flip:
         data = data.with_random_flip()

@@ -101,7 +101,7 @@ def export_pipeline(
             _write_scheduler(temporary / "scheduler")
             if decoder is not None:
                 decoder.save(temporary / "vae")
-                write_json(temporary / INDEX, _index(names))
+                write_json(temporary / INDEX, _index(names, decoder.class_name))
             write_json(temporary / RECORD, record)
             os.replace(temporary, target)
         finally:
@@ -176,13 +176,13 @@ def _write_scheduler(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _index(class_names: Any) -> dict[str, Any]:
+def _index(class_names: Any, vae: str) -> dict[str, Any]:
     index: dict[str, Any] = {
         "_class_name": PIPELINE,
         "_diffusers_version": _diffusers_version(),
         "scheduler": ["diffusers", "DDIMScheduler"],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae],
     }
     if class_names:
         index["id2label"] = {str(label): name for label, name in enumerate(class_names)}

@@ -59,8 +59,8 @@ class TrainConfig:
     image_dir: str | None = None
     """Folder or zip file of the images behind MAR's cached latents, which hold none. Only a teacher needs them."""
     vae: str | None = None
-    """VAE that encodes images during training: mse, ema, a hub name, a folder, or MAR's file kl16.ckpt. None: train on
-    pixels, or on the latents in --data-dir."""
+    """VAE that encodes images during training: mse, ema, a hub name or a folder (AutoencoderKL, DC-AE or RAE), or
+    a file such as MAR's kl16.ckpt or VA-VAE's. None: train on pixels, or on the latents in --data-dir."""
     vae_stats: str | None = None
     """File with the mean and standard deviation of each latent channel, used instead of the VAE's scaling factor."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"

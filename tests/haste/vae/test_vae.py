@@ -135,8 +135,8 @@ def test_a_vae_that_does_not_exist_or_is_none(folder, tmp_path):
             LatentFormat.of(name)
     with pytest.raises(UserError, match="--vae must be a folder of .* which has no config.json"):
         LatentFormat.of(str(tmp_path))
-    other = changed_config(folder, tmp_path / "other", _class_name="AutoencoderDC")
-    with pytest.raises(UserError, match="must be an AutoencoderKL, got the class 'AutoencoderDC'"):
+    other = changed_config(folder, tmp_path / "other", _class_name="AutoencoderKLQwenImage")
+    with pytest.raises(UserError, match="must be one of AutoencoderKL, .*, got the class 'AutoencoderKLQwenImage'"):
         LatentFormat.of(str(other))
     for content, sentence in (("{", "is no JSON"), ("[]", "a JSON object, got list")):
         (other / "config.json").write_text(content)

@@ -1,14 +1,14 @@
-"""MAR's KL-16, an autoencoder of LDM in one file of weights (kl16.ckpt), as diffusers' AutoencoderKL.
+"""Autoencoders of LDM in one file of weights, such as MAR's KL-16 (kl16.ckpt) and VA-VAE, as diffusers' AutoencoderKL.
 
-It has 16 latent channels and 16 pixels per latent along a side. LDM's modules are those of diffusers under other names,
-so the weights are mapped by name and must fit exactly; the discriminator's, `loss.*`, are left out.
+LDM's modules are those of diffusers under other names, so the weights are mapped by name and must fit exactly; their
+shapes tell the levels and channels. What else a file holds, such as a discriminator or VA-VAE's DINOv2, is left out.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +23,15 @@ from haste.weights import read_file
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-CHANNELS, LEVELS = 16, 5
-FACTOR = 2 ** (LEVELS - 1)  # pixels per latent, along a side
-SCALE = 0.2325  # of MAR and xAR
+KL16_CHANNELS, KL16_SCALE = 16, 0.2325  # of MAR and xAR
+MOST_LEVELS = 10  # one digit of the names
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 KEYS = ("model", "state_dict", "ema")  # that hold the weights, if they are not at the top; "ema" is safetensors' here
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 # From LDM's names to diffusers', one after the other.
-NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+NAMES = [
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
@@ -40,8 +39,6 @@ NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\.up\.(\d)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
     (r"\.(down|up)\.(\d)\.block\.", r".\1_blocks.\2.resnets."),
     (r"\.(down|up)\.(\d)\.attn\.", r".\1_blocks.\2.attentions."),
-    # LDM counts the decoder's levels from full resolution, diffusers from the latents.
-    (r"\.up_blocks\.(\d)\.", lambda found: f".up_blocks.{LEVELS - 1 - int(found[1])}."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"coder\.norm_out\.", "coder.conv_norm_out."),
     (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
@@ -56,18 +53,19 @@ def is_file_of_weights(source: str) -> bool:
     return path.is_file() or (source.endswith(SUFFIXES) and not path.is_dir())
 
 
-def load_kl16(path: str | Path) -> AutoencoderKL:
-    """Load KL-16 from MAR's file.
+def load_ldm(path: str | Path) -> AutoencoderKL:
+    """Load an autoencoder of LDM from its file.
 
     Args:
-        path: kl16.ckpt, whose weights are under "model", or the same weights bare or as safetensors. Nothing that the
-            file pickles is executed.
+        path: such as kl16.ckpt, whose weights are under "model", or VA-VAE's, under "state_dict"; or the same weights
+            bare or as safetensors. Nothing that the file pickles is executed.
 
     Returns:
-        The model in float32, in eval mode. Its save_pretrained() writes a folder that `--vae` and diffusers take.
+        The model in float32, in eval mode, with the scale of KL-16 or Stable Diffusion in its config, or 1 for others.
+        Its save_pretrained() writes a folder that `--vae` and diffusers take.
 
     Raises:
-        UserError: the file cannot be read, or holds other weights than KL-16's.
+        UserError: the file cannot be read, or holds other weights than those of such an autoencoder.
     """
     from diffusers import AutoencoderKL  # imported here, as it takes a second
 
@@ -78,17 +76,20 @@ def load_kl16(path: str | Path) -> AutoencoderKL:
             model = AutoencoderKL.from_config(config)
     except ValueError as error:  # widths that 32 groups do not divide
         raise UserError(f"{_wanted(path)} cannot be built: {in_one_line(error)}") from error
-    renamed = {rename(name): _as_linear(rename(name), weight) for name, weight in weights.items()}
+    levels = len(config["block_out_channels"])
+    renamed = {rename(name, levels): weight for name, weight in weights.items()}
+    renamed = {name: _as_linear(name, weight) for name, weight in renamed.items()}
     _check_fit({name: tuple(weight.shape) for name, weight in model.state_dict().items()}, renamed, path)
     model.load_state_dict({name: weight.float() for name, weight in renamed.items()}, assign=True)
     return model.eval()
 
 
-def rename(name: str) -> str:
-    """diffusers' name of one of LDM's weights."""
+def rename(name: str, levels: int) -> str:
+    """diffusers' name of one of LDM's weights, in an autoencoder of so many levels."""
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
-    return name
+    # LDM counts the decoder's levels from full resolution, diffusers from the latents.
+    return re.sub(r"\.up_blocks\.(\d)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", name)
 
 
 def _as_linear(name: str, weight: Tensor) -> Tensor:
@@ -114,37 +115,53 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _config(weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
-    """AutoencoderKL's config. The widths of the levels are those of the weights, which are 128, 128, 256, 256, 512."""
-
-    def outputs(name: str) -> int | None:
-        return weights[name].shape[0] if name in weights and weights[name].dim() else None
-
+    """AutoencoderKL's config, from the names and shapes of the weights."""
     if not weights:
         raise UserError(f"{_wanted(path)} holds none of its weights, such as encoder.conv_in.weight")
-    channels = outputs("post_quant_conv.weight")
-    if channels != CHANNELS:
-        raise UserError(f"{_wanted(path)} has {'no' if channels is None else channels} latent channels")
-    found = [outputs(f"encoder.down.{level}.block.0.conv1.weight") for level in range(LEVELS + 1)]
-    widths = [width for width in found if width is not None]
-    if len(widths) != LEVELS or found[-1] is not None:
-        raise UserError(f"{_wanted(path)} has {len(widths)} levels, which KL-16 has {LEVELS} of")
+
+    def size(name: str, dim: int = 0) -> int | None:
+        return weights[name].shape[dim] if name in weights and weights[name].dim() > dim else None
+
+    def sizes(names: str) -> list[int]:
+        """Of the weights whose name has a number in place of the braces, from 0 on."""
+        found = [size(names.format(number)) for number in range(MOST_LEVELS)]
+        return [width for width in found[: (*found, None).index(None)] if width is not None]
+
+    channels = size("decoder.conv_in.weight", dim=1)
+    widths = sizes("encoder.down.{}.block.0.conv1.weight")
+    layers = len(sizes("encoder.down.0.block.{}.conv1.weight"))
+    for found, name in ((channels, "decoder.conv_in.weight"), (layers, "encoder.down.0.block.0.conv1.weight")):
+        if not found:
+            raise UserError(f"{_wanted(path)} lacks {name}")
+    down = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(len(widths))]
+    up = [f"decoder.up.{level}.attn.0.q.weight" in weights for level in reversed(range(len(widths)))]
     return {
-        "latent_channels": CHANNELS,
+        "latent_channels": channels,
         "block_out_channels": widths,
-        "layers_per_block": 2,
-        "down_block_types": ["DownEncoderBlock2D"] * (LEVELS - 1) + ["AttnDownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D"] * LEVELS,
+        "layers_per_block": layers,
+        "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in down],
+        "up_block_types": ["AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in up],
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
         "norm_num_groups": 32,
-        "scaling_factor": SCALE,
+        "scaling_factor": _scale(channels, len(widths), any(up)),
         "sample_size": 256,
     }
+
+
+def _scale(channels: int | None, levels: int, attends: bool) -> float:
+    """Of the published autoencoder with these latents; VA-VAE's and others' have statistics instead."""
+    if (channels, levels) == (4, 4):  # Stable Diffusion's
+        return 0.18215
+    return KL16_SCALE if (channels, levels, attends) == (KL16_CHANNELS, 5, False) else 1.0
 
 
 def _check_fit(wanted: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise UserError for a missing weight, one too many, or one of another shape."""
     missing, excess = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or excess:
-        others = f"lacks {missing[0]}" if missing else f"has {excess[0]}, which KL-16 has not"
+        others = f"lacks {missing[0]}" if missing else f"has {excess[0]}, which LDM's autoencoders have not"
         raise UserError(f"{_wanted(path)} {others} (in diffusers' names)")
     for name, shape in wanted.items():
         if tuple(weights[name].shape) != shape:
@@ -153,4 +170,4 @@ def _check_fit(wanted: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tens
 
 
 def _wanted(path: str | Path) -> str:
-    return f"--vae must be a file of MAR's KL-16, with {CHANNELS} latent channels, a folder or a hub name; {path}"
+    return f"--vae must be a file of LDM's autoencoder, such as MAR's KL-16 or VA-VAE, a folder or a hub name; {path}"
