@@ -26,10 +26,12 @@ class Coefficients(NamedTuple):
 
 
 class Path(NamedTuple):
-    """coefficients: α(t), σ(t), their derivatives. time_of_noise_level: the t at which σ(t)/α(t) is a given level."""
+    """coefficients: α(t), σ(t), their derivatives. time_of_noise_level: the t at which σ(t)/α(t) is a given level.
+    shifted: of t and s, the time at which that level is s times that of t."""
 
     coefficients: Callable[[Tensor], Coefficients]
     time_of_noise_level: Callable[[Tensor], Tensor]
+    shifted: Callable[[Tensor, float], Tensor]
 
 
 def _linear(t: Tensor) -> Coefficients:
@@ -45,9 +47,18 @@ def _cosine(t: Tensor) -> Coefficients:
     return Coefficients(cos, sin, -half_pi * sin, half_pi * cos)
 
 
+def _shifted_linear(t: Tensor, shift: float) -> Tensor:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _shifted_cosine(t: Tensor, shift: float) -> Tensor:
+    alpha, sigma, _, _ = _cosine(t)
+    return torch.atan2(shift * sigma, alpha.clamp(min=0)) * (2 / math.pi)  # cos(π/2) may be below 0 by rounding
+
+
 PATHS = {
-    "linear": Path(_linear, lambda level: level / (1 + level)),
-    "cosine": Path(_cosine, lambda level: torch.atan(level) * (2 / math.pi)),
+    "linear": Path(_linear, lambda level: level / (1 + level), _shifted_linear),
+    "cosine": Path(_cosine, lambda level: torch.atan(level) * (2 / math.pi), _shifted_cosine),
 }
 WEIGHTINGS = ("uniform", "lognormal")
 
@@ -91,6 +102,20 @@ def sample_time(
     if weighting == "lognormal":
         return chosen.time_of_noise_level(torch.randn(batch, device=device, generator=generator).exp())
     raise UserError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+
+
+def shift_time(t: Tensor, shift: float = 1.0, path: str = "linear") -> Tensor:
+    """The times t', of t's shape, whose noise level σ(t')/α(t') is `shift` times that of t: above 1 nearer to noise.
+
+    On the linear path t' = s·t / (1 + (s − 1)·t) (SD3, arXiv 2403.03206, eq. 23; RAE, arXiv 2510.11690, has
+    s = √(dimension of a latent / 4096)). Code whose t = 1 is data, such as LightningDiT's, applies the same formula to
+    1 − t: its shift is 1/s.
+
+    Raises:
+        UserError: an unknown path.
+    """
+    shifted = get_path(path).shifted
+    return t if shift == 1 else shifted(t, shift)
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:

@@ -219,6 +219,7 @@ BOUNDS: dict[str, Bounds] = {
     "plateau_min_delta": COEFFICIENT,
     "teacher_resolution": SIDE,
     "zscore_alpha": Bounds(0, 1, Real),
+    "time_shift": Bounds(0.001, 1000, Real),
     # optimisation
     "batch_size": Bounds(1, 2**20),
     "gradient_accumulation_steps": Bounds(1, 2**16),

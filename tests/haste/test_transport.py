@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from haste.errors import UserError
-from haste.transport import get_path, interpolate, sample_time, score_from_velocity, velocity_loss
+from haste.transport import get_path, interpolate, sample_time, score_from_velocity, shift_time, velocity_loss
 
 PATH_NAMES = ("linear", "cosine")
 
@@ -76,3 +76,25 @@ def test_bad_values():
         sample_time(3, "logit")
     with pytest.raises(ValueError, match=r"predicted must have the shape of target, \(2, 1\)"):
         velocity_loss(torch.zeros(2, 3), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+def test_a_shift_multiplies_the_noise_level(path):
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    levels = [sigma / alpha for alpha, sigma, _, _ in map(get_path(path).coefficients, (t, shift_time(t, 3.0, path)))]
+    torch.testing.assert_close(levels[1], 3 * levels[0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(shift_time(shift_time(t, 3.0, path), 1 / 3, path), t)
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(shift_time(ends, 7.0, path), ends) and shift_time(t, 1.0, path) is t
+
+
+def test_the_shift_is_that_of_the_papers():
+    """SD3, eq. 23 (resolution 1024 from 512: √4 = 2), RAE's √(196608 / 4096), and LightningDiT's 0.3 where t = 1 is
+    data."""
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    torch.testing.assert_close(shift_time(t, 2.0), 2 * t / (1 + t))
+    rae = (16 * 16 * 768 / 4096) ** 0.5
+    torch.testing.assert_close(shift_time(t, rae), rae * t / (1 + (rae - 1) * t))
+    data_time = 1 - t
+    shifted = 0.3 * data_time / (1 + (0.3 - 1) * data_time)
+    torch.testing.assert_close(shift_time(t, 1 / 0.3), 1 - shifted)

@@ -84,7 +84,7 @@ def evaluate_checkpoints(
     A model of text is given the prompts of the extractor, if there are no others.
     """
     settings = with_prompts(settings, evaluator)
-    if settings.mode is None:  # records have the sampler that it comes to
+    if settings.mode is None or settings.time_shift is None:  # records have what they come to
         settings = fit_to_family(settings, load_checkpoint(run, settings.ema, convention=settings.convention))
     known = {fingerprint(record): record for record in read_records(run / RECORDS)}
     records = []

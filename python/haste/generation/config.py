@@ -97,6 +97,9 @@ class SamplingConfig(CacheConfig):
     timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
     """Times of ddim and ddpm, by diffusers' names: linspace (evenly from 999 to 0, as DiT), leading (multiples of
     1000 / --num-steps from 0) or trailing (the same, counted down from 999). [default: linspace]"""
+    time_shift: float | None = None
+    """Of a model of velocity: factor of the noise level of each step; above 1 there are more steps near noise.
+    [default: that of training; 1 if the checkpoint does not record it]"""
     cfg_scale: float = 1.0
     """Classifier-free guidance scale; 1 disables guidance."""
     guidance_low: float = 0.0
@@ -186,6 +189,7 @@ class SamplingConfig(CacheConfig):
         name = self.sampler.upper() if self.sampler in ("ddim", "ddpm") else self.sampler.title()
         parts = [f"{self.cell_steps or self.num_steps} {name} steps"]
         parts += [] if self.timestep_spacing in (None, "linspace") else [f"{self.timestep_spacing} times"]
+        parts += [] if self.time_shift in (None, 1) else [f"time shift {self.time_shift:g}"]
         parts += [] if self.stagger is None else [f"stagger {self.stagger}"]
         if self.cfg_scale > 1:
             within = "" if self.guidance_interval is None else " from {:g} to {:g}".format(*self.guidance_interval)
@@ -199,6 +203,7 @@ class SamplingConfig(CacheConfig):
         """'euler-50-cfg1.5-seed0-taylor-module-i4-o4', for folders: the settings that users vary most."""
         parts = [self.sampler, _list_name(self.cell_step_list or [self.num_steps])]
         parts += [] if self.timestep_spacing in (None, "linspace") else [self.timestep_spacing]
+        parts += [] if self.time_shift in (None, 1) else [f"shift{self.time_shift:g}"]
         parts += [] if self.stagger is None else [f"stagger{self.stagger}"]
         parts += [f"cfg{self.cfg_scale:g}"]
         if self.guidance_interval is not None:
@@ -233,6 +238,8 @@ class SamplingConfig(CacheConfig):
         for name in ("cell_steps", "stagger", "timestep_spacing", "guided_channels"):
             if fields[name] in ("", None):
                 del fields[name]
+        if fields["time_shift"] in (None, 1):  # as in records of versions without it
+            del fields["time_shift"]
         return {**fields, **self.cache_fields()}
 
     def effective(self: Settings) -> Settings:

@@ -27,6 +27,7 @@ from haste.generation.loaded import LoadedCheckpoint, latent_format
 from haste.models import SamplingCost
 from haste.samplers import Guidance, PartCache, Solver, initial_noise, model_calls, time_grid, times_at
 from haste.vae import VAE
+from haste.validation import check_number
 
 # Settings that decide the conditions of images, and whether the null one is needed.
 CONDITION_SETTINGS = ("labels", "prompts", "text_encoder", "global_seed", "cfg_scale")
@@ -83,6 +84,13 @@ def _fit_sampler(settings: Settings, loaded: LoadedCheckpoint) -> Settings:
     if noise:
         settings = replace(settings, timestep_spacing=settings.timestep_spacing or "linspace")
         _check_times(settings.num_steps, settings.timestep_spacing, title)
+    if noise and settings.time_shift is not None:
+        raise UserError(f"--time-shift must be left out for this {title}, which predicts noise, got "
+                        f"{settings.time_shift:g}")  # fmt: skip
+    if not noise:
+        shift = loaded.config.time_shift if settings.time_shift is None else settings.time_shift
+        check_number("time_shift", shift)
+        settings = replace(settings, time_shift=shift)
     if settings.guided_channels is not None and not 1 <= settings.guided_channels <= channels:
         raise UserError(f"--guided-channels must be from 1 to {channels}, the channels of the model, got "
                         f"{settings.guided_channels}")  # fmt: skip
@@ -145,8 +153,17 @@ class Sampler:
             return self._solver.calls, self._solver.calls
         s = self.settings
         guidance = Guidance(s.cfg_scale, s.guidance_low, s.guidance_high, s.guidance_mode)
-        count = len(model_calls(s.sampler, s.num_steps, guidance, s.timestep_spacing or "linspace"))
+        count = len(model_calls(s.sampler, s.num_steps, guidance, *self._spacing))
         return count, count
+
+    @property
+    def _spacing(self) -> tuple[str, float, str]:
+        """The arguments of `time_grid` besides sampler and steps."""
+        return (
+            self.settings.timestep_spacing or "linspace",
+            self.settings.time_shift or 1.0,
+            self.loaded.config.path_type,
+        )
 
     @property
     def rows(self) -> int:
@@ -221,7 +238,7 @@ class Sampler:
             model(x, torch.full((rows,), self.loaded.family.time(1.0), device=like.device), y)
         else:
             s, dtype = self.settings, torch.promote_types(like.dtype, torch.float32)
-            times = time_grid(s.sampler, s.num_steps, s.timestep_spacing or "linspace")[:-1].tolist()
+            times = time_grid(s.sampler, s.num_steps, *self._spacing)[:-1].tolist()
             self.cache.start(times)
             for time in times:
                 self.cache(x, times_at(time, rows, dtype, like.device), y)
@@ -307,6 +324,7 @@ class Sampler:
             guidance=settings.guidance_mode,
             guided_channels=settings.guided_channels or self.loaded.guided_channels,
             timestep_spacing=settings.timestep_spacing or "linspace",
+            time_shift=settings.time_shift or 1.0,
             null=self.null,
             generator=generators,
             progress=progress,

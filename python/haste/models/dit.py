@@ -74,7 +74,7 @@ class DiTFamily(SiTFamily):
     title = "DiT"
     module = DiT
     prediction = "noise"
-    fixed = {"path_type": "linear", "weighting": "uniform"}  # its noise and times are those of haste.diffusion
+    fixed = {"path_type": "linear", "weighting": "uniform", "time_shift": 1.0}  # its times are those of haste.diffusion
     published_alignment = {name.replace("SiT", "DiT"): value for name, value in PUBLISHED_ALIGNMENT.items()}
     sizes = DIT_MODELS
     foreign = DiTCheckpoints()

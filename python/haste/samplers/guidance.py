@@ -102,15 +102,20 @@ class ModelCall(NamedTuple):
 
 
 def model_calls(
-    sampler: str, num_steps: int, guidance: Guidance | None = None, timestep_spacing: str = "linspace"
+    sampler: str,
+    num_steps: int,
+    guidance: Guidance | None = None,
+    timestep_spacing: str = "linspace",
+    time_shift: float = 1.0,
+    path: str = "linear",
 ) -> list[ModelCall]:
-    """Every model call of a run, in order; guidance: None is none.
+    """Every model call of a run, in order; guidance: None is none; the last three are as of `time_grid`.
 
     Raises:
         UserError: an unknown sampler, or a number of steps out of bounds.
     """
     of_step = evaluations(sampler, num_steps)
-    grid = time_grid(sampler, num_steps, timestep_spacing)
+    grid = time_grid(sampler, num_steps, timestep_spacing, time_shift, path)
     starts, grid = noise_share(sampler, grid).tolist(), grid.tolist()
     listed = []
     for step, position in of_step:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from haste.diffusion import NUM_TIMES, Step, spaced_times, steps_between
 from haste.errors import UserError
-from haste.transport import score_from_velocity
+from haste.transport import score_from_velocity, shift_time
 from haste.validation import check_number, shown
 
 
@@ -152,17 +152,25 @@ def sde_drift(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> Tensor:
     return velocity - t * score_from_velocity(velocity, x, t, path)
 
 
-def time_grid(sampler: str, num_steps: int, timestep_spacing: str = "linspace") -> Tensor:
+LAST_OF_SDE = 0.04  # the time of its last step, as the score grows without bound towards 0
+
+
+def time_grid(
+    sampler: str, num_steps: int, timestep_spacing: str = "linspace", time_shift: float = 1.0, path: str = "linear"
+) -> Tensor:
     """The num_steps + 1 times of a run, (num_steps + 1,), float64, on the CPU.
 
-    ODE: evenly from 1 to 0. SDE: evenly from 1 to 0.04, then 0 in one step, as the score grows without bound.
+    ODE: evenly from 1 to 0. SDE: evenly from 1 to 0.04, then 0 in one step. Both are even before `shift_time` moves
+    them; the SDE's still end at 0.04, so that its last step is as short with any shift.
     DDIM and DDPM: the times of `haste.diffusion.spaced_times`, then -1 for data.
     """
     if sampler in SAMPLERS["noise"]:
         return torch.cat([spaced_times(num_steps, timestep_spacing).double(), -torch.ones(1).double()])
     if sampler == "euler-maruyama":
-        return torch.cat([torch.linspace(1, 0.04, num_steps, dtype=torch.float64), torch.zeros(1).double()])
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        last = shift_time(torch.tensor(LAST_OF_SDE, dtype=torch.float64), 1 / time_shift, path).item()
+        even = torch.linspace(1, last, num_steps, dtype=torch.float64)
+        return torch.cat([shift_time(even, time_shift, path), torch.zeros(1).double()])
+    return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), time_shift, path)
 
 
 def evaluations(sampler: str, num_steps: int) -> list[tuple[int, int]]:

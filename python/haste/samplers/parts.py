@@ -116,7 +116,14 @@ Plan = Sequence[Sequence[PartCall]]
 """Of each round the calls of the parts in flight, which are consecutive ones."""
 
 
-def plan_parts(sampler: str, part_steps: Sequence[int], stagger: int | None, guidance: Sequence[Guidance]) -> Plan:
+def plan_parts(
+    sampler: str,
+    part_steps: Sequence[int],
+    stagger: int | None,
+    guidance: Sequence[Guidance],
+    time_shift: float = 1.0,
+    path: str = "linear",
+) -> Plan:
     """All evaluations of a run.
 
     Args:
@@ -124,6 +131,7 @@ def plan_parts(sampler: str, part_steps: Sequence[int], stagger: int | None, gui
         stagger: steps by which a part is behind the one before it, or that one's number if it has fewer: 0 is all at
             once. None: a part begins when the one before it is done.
         guidance: of each part.
+        time_shift, path: as of `time_grid`.
 
     Raises:
         UserError: an unknown sampler, a number of steps or a stagger out of bounds, Heun's sampler staggered: its
@@ -133,7 +141,10 @@ def plan_parts(sampler: str, part_steps: Sequence[int], stagger: int | None, gui
         raise UserError(f"stagger must be None for the sampler heun, got {stagger}")
     if stagger is not None:
         check_number("stagger", stagger, shown="stagger")
-    calls = [_calls_of_part(part, sampler, steps, guidance[part]) for part, steps in enumerate(part_steps)]
+    calls = [
+        _calls_of_part(part, sampler, time_grid(sampler, steps, time_shift=time_shift, path=path), guidance[part])
+        for part, steps in enumerate(part_steps)
+    ]
     begins = [0]
     for own in calls[:-1]:
         begins.append(begins[-1] + (len(own) if stagger is None else min(stagger, len(own))))
@@ -145,11 +156,11 @@ def plan_parts(sampler: str, part_steps: Sequence[int], stagger: int | None, gui
     return plan
 
 
-def _calls_of_part(part: int, sampler: str, num_steps: int, guidance: Guidance) -> list[PartCall]:
-    listed = evaluations(sampler, num_steps)
-    grid = time_grid(sampler, num_steps).tolist()
-    branches = [COND if guidance.calls(time) == [COND] else BOTH for time in grid]  # of a step that starts then
-    return [PartCall(part, step, at, grid[at], branches[step]) for step, at in listed]
+def _calls_of_part(part: int, sampler: str, grid: Tensor, guidance: Guidance) -> list[PartCall]:
+    times = grid.tolist()
+    branches = [COND if guidance.calls(time) == [COND] else BOTH for time in times]  # of a step that starts then
+    listed = evaluations(sampler, len(times) - 1)
+    return [PartCall(part, step, at, times[at], branches[step]) for step, at in listed]
 
 
 def _waiting(calls: Sequence[PartCall]) -> PartCall:
@@ -166,9 +177,9 @@ class Solver:
     solve.parts(engine, noises, scales) for images in parts.
 
     Args:
-        cfg_scale, sampler, num_steps, path, timestep_spacing, guidance_low, guidance_high, guidance, guided_channels,
-            null, generator, progress, observe: as of `sample`. In parts progress counts rounds, and observe is called
-            after every round with its number and all parts, in order, as (B, tokens, d).
+        cfg_scale, sampler, num_steps, path, timestep_spacing, time_shift, guidance_low, guidance_high, guidance,
+            guided_channels, null, generator, progress, observe: as of `sample`. In parts progress counts rounds, and
+            observe is called after every round with its number and all parts, in order, as (B, tokens, d).
         step_noise: as of `sample`; in parts all of the first part's, then all of the second's, ..., also if they are
             staggered. `generator` is drawn from in the same order.
         part_steps: the number of steps of each part; empty for num_steps each.
@@ -185,6 +196,7 @@ class Solver:
     sampler: str | None = None
     path: str = "linear"
     timestep_spacing: str = "linspace"
+    time_shift: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     guidance: str = "batched"
@@ -202,8 +214,9 @@ class Solver:
 
     def __call__(self, model: Callable, noise: Tensor, condition: Tensor, scale: float = 1.0) -> Tensor:
         """`sample` with these settings; `scale` multiplies cfg_scale − 1."""
-        names = ("step_noise", "num_steps", "sampler", "path", "timestep_spacing", "guidance_low", "guidance_high",
-                 "guidance", "guided_channels", "null", "generator", "progress", "observe")  # fmt: skip
+        names = ("step_noise", "num_steps", "sampler", "path", "timestep_spacing", "time_shift", "guidance_low",
+                 "guidance_high", "guidance", "guided_channels", "null", "generator", "progress",
+                 "observe")  # fmt: skip
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         return sample(model, noise, condition, cfg_scale=self._scaled(scale), **settings)
 
@@ -230,9 +243,8 @@ class Solver:
 
     def plan(self, scales: Sequence[float]) -> Plan:
         """The rounds of a run of as many parts as there are scales. Raises UserError as `plan_parts` and `steps_of`."""
-        return plan_parts(
-            choose_sampler("v", self.sampler), self.steps_of(len(scales)), self.stagger, self.guidance_of(scales)
-        )
+        sampler, guidance = choose_sampler("v", self.sampler), self.guidance_of(scales)
+        return plan_parts(sampler, self.steps_of(len(scales)), self.stagger, guidance, self.time_shift, self.path)
 
     def times(self, scales: Sequence[float]) -> list[float]:
         """All times that a run of these parts evaluates at, falling, and 0.0, at which a part that is done conditions
@@ -299,7 +311,7 @@ class Solver:
         given = None if self.step_noise is None else iter(self.step_noise)
         kicks = _in_order(given, self.generator, likes, [steps - 1 for steps in counts])
         return [
-            begin(sampler, like, time_grid(sampler, steps), own, self.path)
+            begin(sampler, like, time_grid(sampler, steps, "linspace", self.time_shift, self.path), own, self.path)
             for like, steps, own in zip(likes, counts, kicks, strict=True)
         ]
 

@@ -57,6 +57,7 @@ def sample(
     sampler: str | None = None,
     path: str = "linear",
     timestep_spacing: str = "linspace",
+    time_shift: float = 1.0,
     cfg_scale: float = 1.0,
     guidance_low: float = 0.0,
     guidance_high: float = 1.0,
@@ -81,6 +82,8 @@ def sample(
             (default) or "ddpm".
         path: the path that a model of velocity was trained on, "linear" or "cosine".
         timestep_spacing: of a model of noise the times of the steps, as `haste.diffusion.spaced_times` has them.
+        time_shift: of a model of velocity: the noise level of each step is that of even times multiplied by it, as
+            `haste.transport.shift_time` has it; above 1 there are more steps near noise.
         cfg_scale: v = v_uncond + cfg_scale·(v_cond − v_uncond). At 1 there is no guidance, and no second half batch.
         guidance_low, guidance_high: a step is guided only if it starts at low ≤ t ≤ high (arXiv 2404.07724).
         guidance: "batched" computes both halves at once, "separate" one after the other, in half of the memory.
@@ -105,6 +108,7 @@ def sample(
     sampler = choose_sampler(prediction, sampler)
     _check(model, noise, condition, num_steps, sampler)
     get_path(path)
+    check_number("time_shift", time_shift, shown="time_shift")
     if prediction == "v" and timestep_spacing != "linspace":
         raise UserError(
             f"timestep_spacing must be left out for a model that predicts a velocity, got {timestep_spacing}"
@@ -112,6 +116,8 @@ def sample(
     if prediction == "noise":
         if path != "linear":
             raise UserError(f"path must be left out for a model that predicts noise, got {path}")
+        if time_shift != 1:
+            raise UserError(f"time_shift must be left out for a model that predicts noise, got {time_shift}")
         if guided_channels is not None:
             check_number("guided_channels", guided_channels, shown="guided_channels")
         guided_channels = min(guided_channels or noise.shape[1], noise.shape[1])
@@ -120,7 +126,7 @@ def sample(
 
         return model.sample_in_parts(noise, condition, Solver(
             cfg_scale=cfg_scale, step_noise=step_noise, num_steps=num_steps, sampler=sampler, path=path,
-            timestep_spacing=timestep_spacing,
+            timestep_spacing=timestep_spacing, time_shift=time_shift,
             guidance_low=guidance_low, guidance_high=guidance_high, guidance=guidance, guided_channels=guided_channels,
             null=null, generator=generator, progress=progress, observe=observe,
         ))  # fmt: skip
@@ -130,10 +136,11 @@ def sample(
     elif null is None:
         raise UserError(f"null must be the null condition for a cfg_scale of {cfg_scale}, got None")
     if hasattr(model, "start"):
-        model.start(model_calls(sampler, num_steps, guide, timestep_spacing))
+        model.start(model_calls(sampler, num_steps, guide, timestep_spacing, time_shift, path))
     null = None if null is None else torch.as_tensor(null)
     velocity = guide.velocity(model, condition, null, getattr(model, "dtype", noise.dtype))
-    x, grid, finite = noise.double(), time_grid(sampler, num_steps, timestep_spacing), []
+    x, finite = noise.double(), []
+    grid = time_grid(sampler, num_steps, timestep_spacing, time_shift, path)
     method = begin(sampler, x, grid, _step_noise(step_noise, generator, x), path)
     for step, x in enumerate(states(method, velocity)):
         finite.append(x.isfinite().all())

@@ -178,7 +178,11 @@ class TrainConfig:
     """What the model predicts: v, the velocity, or noise, with a learned variance (improved DDPM). None: noise for DiT,
     v for all others; no model has the choice."""
     weighting: Literal["uniform", "lognormal"] = "uniform"
-    """Distribution of the training timesteps of a model of velocity. A DiT's are uniform."""
+    """Distribution of the training timesteps of a model of velocity: uniform, or lognormal noise levels, which on the
+    linear path are logit-normal timesteps. A DiT's are uniform."""
+    time_shift: float = 1.0
+    """Factor of the noise level of each training timestep: on the linear path t' = s t / (1 + (s - 1) t), where 1 is
+    noise. RAE's is the square root of the dimension of a latent over 4096. Samples of the run use it as well."""
 
     batch_size: int = 256
     """Total batch size over all devices, per micro-batch."""

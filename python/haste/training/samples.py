@@ -73,8 +73,9 @@ class TrainingSamples:
             scale = 1.0 if null is None else CFG_SCALE
             channels = family.foreign.guided_channels("repa", self.noise_shape[0])  # of haste's own checkpoints
             solve = Solver(
-                num_steps=NUM_STEPS, path=self.config.path_type, cfg_scale=scale, null=null, guided_channels=channels
-            )
+                num_steps=NUM_STEPS, path=self.config.path_type, time_shift=self.config.time_shift, cfg_scale=scale,
+                null=null, guided_channels=channels,
+            )  # fmt: skip
             sampled = family.sample(model, noise, family.condition(condition.to(device)), solve)
             if self._failed or not self.accelerator.is_main_process:
                 return None

@@ -59,6 +59,9 @@ ALIGNMENT_SETTINGS = set().union(*RULE_SETTINGS.values()) | {
 SWITCHES = {"enc_type", "attn_coeff", "proj_coeff", "termination", "projection_layer_type", "spnorm_method"}
 """Alignment settings that turn others on and off."""
 
+BEFORE: dict[str, Any] = {"time_shift": 1.0}
+"""Settings that older versions and the public trainers lack, with the value that they computed by."""
+
 PUBLIC_LABEL_DROPOUT = 0.1
 """The label dropout inside REPA's and HASTE's model, whatever their --cfg-prob."""
 
@@ -290,7 +293,7 @@ def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
     Resolved settings are compared, not how they were given. A setting that `old` lacks, because another trainer or an
     older version recorded it, is not compared.
     """
-    recorded = known_settings(old, "the settings of the run")
+    recorded = {**BEFORE, **known_settings(old, "the settings of the run")}
     if "model" in recorded:  # versions without SIZES used those of --model
         recorded = {**dict.fromkeys(SIZES), **recorded}
     before = replace(new, **recorded)

@@ -52,6 +52,7 @@ from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
 from haste.training.schedule import LearningRate
 from haste.training.state import TrainState
+from haste.transport import shift_time
 from haste.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -399,6 +400,7 @@ class Trainer:
         config, count = self.config, self.step_size
         noise = torch.randn(count, *self.layout.noise_shape, device=self.device)
         t = self.family.sample_times(self.state.model, count, config.weighting, config.path_type, device=self.device)
+        t = shift_time(t, config.time_shift, config.path_type)
         dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:
             dropped = torch.rand(count, device=self.device) < config.label_dropout

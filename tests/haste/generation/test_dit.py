@@ -97,6 +97,7 @@ def test_the_sampler_is_named(checkpoint, settings, name, words):
             {"num_steps": 30, "timestep_spacing": "leading"},
             "--num-steps must divide 1000 with --timestep-spacing leading, got 30; linspace takes any number",
         ),
+        ({"time_shift": 2.0}, "--time-shift must be left out for this DiT, which predicts noise, got 2"),
         ({"guided_channels": 5}, "--guided-channels must be from 1 to 4, the channels of the model, got 5"),
     ],
 )

@@ -15,7 +15,7 @@ from haste.errors import UserError
 from haste.generation.config import SamplingConfig, list_labels
 from haste.generation.labels import choose_labels, image_generator, number_labels
 from haste.generation.loaded import latent_format, load_checkpoint, run_checkpoints
-from haste.generation.pipeline import Sampler
+from haste.generation.pipeline import Sampler, fit_to_family
 from haste.samplers import initial_noise, sample
 from haste.vae import PUBLISHED_VAES, SD_LATENTS, VAE, LatentFormat
 from hypothesis import HealthCheck, given, settings
@@ -179,12 +179,42 @@ def test_compiled_blocks_serve_any_number_of_batch_sizes(run, monkeypatch):
             "--timestep-spacing must be left out for this SiT, which predicts a velocity",
         ),
         ({"interval": 3}, "--interval must be left out"),
+        ({"time_shift": 0.0}, "--time-shift must be a number from 0.001 to 1,000, got 0"),
         ({"global_seed": -1}, "--global-seed must be an integer from 0 to 9,223,372,036,854,775,807, got -1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(run, settings, message):
     with pytest.raises(UserError, match=message):
         Sampler(load_checkpoint(run), SamplingConfig(**settings))
+
+
+def test_the_shift_of_sampling_is_that_of_training_unless_another_is_given(tmp_path, run):
+    shifted = load_checkpoint(write_run(tmp_path, time_shift=2.5))
+    sampler = Sampler(shifted, SamplingConfig(num_steps=4))
+    settings = sampler.settings
+    assert (settings.time_shift, settings.short_name()) == (2.5, "euler-4-shift2.5-cfg1-seed0")
+    assert settings.describe() == "4 Euler steps, time shift 2.5" and settings.sampling_fields()["time_shift"] == 2.5
+    start = sampler.start_of([0, 1])
+    expected = sample(shifted.model, start.noise, start.condition, num_steps=4, time_shift=2.5)
+    assert torch.equal(sampler.run(start), expected)
+    even = sampler.with_settings(SamplingConfig(num_steps=4, time_shift=1.0))
+    assert even.settings.short_name() == "euler-4-cfg1-seed0" and "time_shift" not in even.settings.sampling_fields()
+    assert torch.equal(even.run(start), sample(shifted.model, start.noise, start.condition, num_steps=4))
+    assert fit_to_family(SamplingConfig(), load_checkpoint(run)).time_shift == 1.0
+
+
+def test_a_cache_runs_and_warms_up_on_shifted_times(run):
+    settings = SamplingConfig(num_steps=8, cache="newton", interval=3, order=1, time_shift=3.0)
+    sampler = Sampler(load_checkpoint(run), settings)
+    sampler.warm_up(2)
+    start = sampler.start_of([0, 1])
+    found = sampler.run(start)
+    assert sampler.calls == (8, 4)
+    uncached = sampler.with_settings(SamplingConfig(num_steps=8, time_shift=3.0)).run(start)
+    assert (found - uncached).abs().mean() < 0.2
+    full = sampler.with_full_steps(range(8))
+    torch.testing.assert_close(full.run(start), uncached)
+    assert (full.with_settings(replace(full.settings, time_shift=1.0)).run(start) - uncached).abs().mean() > 0.01
 
 
 def test_guidance_without_a_null_class_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from haste.errors import UserError
-from haste.samplers import BOTH, COND, UNCOND, Solver, initial_noise, sample
+from haste.samplers import BOTH, COND, UNCOND, Solver, initial_noise, sample, time_grid
 
 MEAN, STD, FOLLOWS = 0.7, 0.4, 0.5
 PARTS, SIZES = 4, (3, 1, 2, 3)  # tokens of each part: they may differ
@@ -69,6 +69,13 @@ def same(one, other) -> bool:
 
 
 # -- one part after the other ----------------------------------------------------------------------------------------
+
+
+def test_each_part_goes_through_the_shifted_times():
+    _, engine, solve = run(num_steps=3, time_shift=3.0)
+    expected = time_grid("euler", 3, time_shift=3.0)[:-1].tolist()
+    assert [times for _, times, _, _ in engine.calls] == [[time] for time in expected * PARTS]
+    assert solve.times((0.0,) * PARTS) == [*expected, 0.0]
 
 
 @pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2)])

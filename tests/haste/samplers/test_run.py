@@ -6,7 +6,19 @@ import pytest
 import torch
 from haste.errors import UserError
 from haste.models import ModelOutput
-from haste.samplers import SAMPLERS, ModelCall, initial_noise, model_calls, sample, time_of, times_at
+from haste.samplers import (
+    BOTH,
+    COND,
+    SAMPLERS,
+    Guidance,
+    ModelCall,
+    initial_noise,
+    model_calls,
+    sample,
+    time_grid,
+    time_of,
+    times_at,
+)
 from haste.transport import get_path
 
 MEAN, STD = 0.7, 0.4
@@ -137,6 +149,37 @@ def test_times_and_the_plan_a_model_is_told(sampler, times):
     assert [grid[evaluation.position] for evaluation in model.started[0]] == pytest.approx(times)
     expected_steps = [0, 0, 1, 1, 2, 2, 3] if sampler == "heun" else [0, 1, 2, 3]
     assert [evaluation.step for evaluation in model.started[0]] == expected_steps
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+def test_a_shift_moves_the_times_towards_noise(sampler, path):
+    model = Recorder()
+    sample(model, noise_like(1), labels_for(1), num_steps=4, sampler=sampler, path=path, time_shift=3.0)
+    assert model.started == [model_calls(sampler, 4, time_shift=3.0, path=path)]
+    assert [t.item() for _, t, _ in model.calls] == [call.time for call in model.started[0]]
+    grid = time_grid(sampler, 4, time_shift=3.0, path=path)
+    alpha, sigma, _, _ = get_path(path).coefficients(grid[1:4])
+    back = get_path(path).time_of_noise_level(sigma / alpha / 3)  # even again
+    step = 0.25 if sampler != "euler-maruyama" else (1 - back[-1].item()) / 3
+    torch.testing.assert_close(back, 1 - step * torch.arange(1, 4, dtype=torch.float64))
+    assert grid[0] == 1 and grid[-1] == 0 and (sampler != "euler-maruyama" or grid[3].item() == pytest.approx(0.04))
+    assert torch.equal(time_grid(sampler, 4), time_grid(sampler, 4, time_shift=1.0, path=path))
+
+
+def test_the_guidance_interval_goes_by_the_shifted_time():
+    guidance = Guidance(2.0, 0.0, 0.6)
+    calls = model_calls("euler", 4, guidance, time_shift=3.0)  # at 1, 0.9, 0.75 and 0.5
+    assert [call.branches for call in calls] == [COND, COND, COND, BOTH]
+
+
+def test_a_shift_of_a_model_of_noise_or_out_of_bounds_is_refused():
+    with pytest.raises(UserError, match="^time_shift must be a number from 0.001 to 1,000, got 0$"):
+        sample(Recorder(), noise_like(1), labels_for(1), time_shift=0)
+    model = Recorder()
+    model.prediction = "noise"
+    with pytest.raises(UserError, match="^time_shift must be left out for a model that predicts noise, got 3"):
+        sample(model, noise_like(1), labels_for(1), time_shift=3.0)
 
 
 def test_guidance_doubles_the_batch_inside_its_interval_only():

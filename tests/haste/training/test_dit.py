@@ -192,6 +192,7 @@ def test_a_run_is_recorded_sampled_evaluated_and_reported(make_dit, tmp_path, mo
         ({"model": "SiT-Tiny/2", "prediction": "noise"}, "--prediction must be v for --model SiT-Tiny/2, got noise"),
         ({"path_type": "cosine"}, "--path-type must be linear for DiT, got cosine"),
         ({"weighting": "lognormal"}, "--weighting must be uniform for DiT, got lognormal"),
+        ({"time_shift": 2.0}, "--time-shift must be 1.0 for DiT, got 2.0"),
         ({"layer_map": "3:0"}, "--layer-map must name student layers from 0 to 2, got 3"),
         ({"entity": "cell"}, "--entity must be left out for DiT"),
     ],

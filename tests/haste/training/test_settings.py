@@ -138,6 +138,11 @@ def test_what_another_trainer_had_no_setting_for_is_not_compared():
     assert differing_settings({"seed": 0, "use_wandb": True}, replace(REPA, attn_coeff=0.7)) == []
 
 
+def test_a_run_of_before_a_switch_had_it_at_its_default():
+    assert differing_settings({"seed": 0}, REPA) == []
+    assert differing_settings({"seed": 0}, replace(REPA, time_shift=2.0)) == ["--time-shift 1.0, not 2.0"]
+
+
 def test_settings_of_another_type_are_refused():
     with pytest.raises(UserError, match="seed of the settings of the run must be an integer, got 'none'"):
         differing_settings({"seed": "none"}, REPA)

@@ -12,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from haste.alignment.aligner import Aligner
 from haste.errors import UserError
+from haste.generation.loaded import load_checkpoint
 from haste.models import SiT
 from haste.teachers import VisionTeacher
 from haste.training.checkpoint import checkpoint_path, loaded_model, read_checkpoint
 from haste.training.run_dir import RunDir
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
+from haste.transport import shift_time
 from PIL import Image
 from training_runs import assert_same_bits, final_state, read_log
 
@@ -207,6 +209,25 @@ def test_runs_that_differ_in_alignment_alone_see_the_same_images_noise_and_times
     # A student at initialisation predicts 0: its loss is that of the target alone.
     assert haste[0]["loss"] == plain[0]["loss"]
     assert haste[-1]["loss"] != plain[-1]["loss"]
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_times_are_shifted_and_noise_is_not(make_config, monkeypatch, path):
+    seen = {}
+    original = Trainer._random_numbers
+    for name, shift in (("even", 1.0), ("shifted", 3.0)):
+
+        def recorded(self, name=name):
+            seen[name] = original(self)
+            return seen[name]
+
+        monkeypatch.setattr(Trainer, "_random_numbers", recorded)
+        result = train(make_config(exp_name=name, time_shift=shift, path_type=path, max_train_steps=1))
+    torch.testing.assert_close(seen["shifted"].t, shift_time(seen["even"].t, 3.0, path), rtol=0, atol=0)
+    assert torch.equal(seen["shifted"].noise, seen["even"].noise) and (seen["shifted"].t > seen["even"].t).all()
+    assert load_checkpoint(result.folder).config.time_shift == 3.0  # which samplers use
+    with pytest.raises(UserError, match="--time-shift 3.0, not 1.0"):
+        train(make_config(exp_name="shifted", path_type=path, max_train_steps=2))
 
 
 def test_two_teachers_each_get_a_projector(make_config, teacher_folder):
