@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import haste_ext
+from haste.alignment.student_grid import on_teachers_grids
 from haste.errors import UserError
 from haste.models import ModelOutput, PublishedAlignment, families
 from haste.teachers.encoder import GridRule, TeacherOutput, VisionTeacher
@@ -230,6 +231,8 @@ class Aligner(nn.Module):
         proj_coeff, attn_coeff: weights of L_R and L_A. 0: the loss is not computed.
         zscore_alpha: γ of iREPA's spatial normalisation of the teachers' features, see `spatially_normalised`. None:
             the features as they are.
+        interpolates_student: the teachers have grids of their own, to which the student's q, k and features are
+            interpolated.
 
     Attributes:
         student_layers: the student's layers, from 0, whose q and k `losses` takes, in this order.
@@ -244,6 +247,7 @@ class Aligner(nn.Module):
         proj_coeff: float,
         attn_coeff: float,
         zscore_alpha: float | None = None,
+        interpolates_student: bool = False,
     ) -> None:
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
@@ -251,6 +255,7 @@ class Aligner(nn.Module):
         self.proj_coeff = proj_coeff
         self.attn_coeff = attn_coeff
         self.zscore_alpha = zscore_alpha
+        self.interpolates_student = interpolates_student
         self.project = proj_coeff != 0
         self.z_dims: tuple[int, ...] = tuple(teacher.width for teacher in teachers) if self.project else ()
 
@@ -299,11 +304,13 @@ class Aligner(nn.Module):
             )
             for index, name in enumerate(names if features else names[:1])
         ]
-        return cls(teachers, layer_map, proj_coeff, attn_coeff, zscore_alpha)
+        return cls(teachers, layer_map, proj_coeff, attn_coeff, zscore_alpha, grid_rule == "interpolate-student")
 
     def describe(self, num_heads: int) -> str:
         """The teachers and the aligned heads of a student with this number of heads, in one line."""
         teachers = ", ".join(teacher.describe() for teacher in self.teachers)
+        if self.interpolates_student:
+            teachers += ", to which the student's are interpolated"
         if not self.student_layers:
             return teachers
         theirs = self.teachers[0].num_heads
@@ -355,7 +362,8 @@ class Aligner(nn.Module):
             Two scalars, fp32; None for one that is off.
 
         Raises:
-            ValueError: a wrong number of layers or features, or shapes that do not fit.
+            ValueError: a wrong number of layers or features, or shapes that do not fit; queries_keys of block-causal
+                attention that would be interpolated, for no mask fits them.
         """
         if len(queries_keys) != len(self.student_layers):
             raise ValueError(f"queries_keys must have a pair for each of the layers {self.student_layers}, got "
@@ -363,7 +371,12 @@ class Aligner(nn.Module):
         if len(features) != len(outputs) * self.project:
             raise ValueError(f"features must have an entry for each of {len(outputs) * self.project} teachers, got "
                              f"{len(features)}")  # fmt: skip
-        if order is not None:
+        if self.interpolates_student:
+            if causal and queries_keys:
+                raise ValueError(f"causal must be 0 for attention that is interpolated, got {causal}")
+            queries_keys, features = on_teachers_grids(queries_keys, features, outputs, prefix, order)
+            prefix, causal = 0, 0
+        elif order is not None:
             outputs = [reordered(output, order) for output in outputs]
         return alignment_losses(queries_keys, features, outputs, prefix=prefix, causal=causal)
 

@@ -98,6 +98,10 @@ class XARFamily(Family):
             raise UserError("--attn-coeff must be 0 with --context clean, whose maps join two streams, got "
                             f"{settings.attn_coeff:g}")  # fmt: skip
         grid = data.input_size // size["patch_size"]
+        entities = Entities(settings.entity, grid, settings.entity_size)
+        if settings.teacher_grid == "interpolate-student" and settings.aligns_attention and entities.causal:
+            raise UserError("--teacher-grid must be match or interpolate for the block-causal attention of xAR, got "
+                            "interpolate-student")  # fmt: skip
         encoder_depth = size["depth"] - size["depth"] // 2
         check_sizes(size["hidden_size"], size["num_heads"], encoder_depth, size["depth"] // 2)
         return {
@@ -109,7 +113,7 @@ class XARFamily(Family):
             "grid": grid,
             "patch_size": size["patch_size"],
             "entity": settings.entity,
-            "entity_size": Entities(settings.entity, grid, settings.entity_size).size,
+            "entity_size": entities.size,
             "num_classes": data.num_classes,
             "class_dropout_prob": settings.cfg_prob,
             "dropout": settings.dropout,

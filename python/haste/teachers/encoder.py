@@ -79,15 +79,16 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 # ---- the teacher ----
 
-GridRule = Literal["match", "interpolate"]
+GridRule = Literal["match", "interpolate", "interpolate-student"]
 """What to do if the teacher's own grid of tokens is not the student's. match: resize the images until it is, and
 resample the teacher's positions, as HASTE and REPA do. interpolate: keep the teacher's own image size, or the one asked
-for, and interpolate its queries, keys and features over the grid."""
+for, and interpolate its queries, keys and features over the grid. interpolate-student: keep them, and leave it to the
+loss to interpolate the student's, as HASTE does for other grids."""
 
 
 @dataclass
 class TeacherOutput:
-    """What a teacher returns for a batch, on the student's grid of N tokens.
+    """What a teacher returns for a batch, on the student's grid of N tokens, or with interpolate-student on its own.
 
     Attributes:
         queries_keys: (q, k) of each of its `layers`, in that order, each (B, H, prefix + N, D).
@@ -188,7 +189,7 @@ class VisionTeacher(nn.Module):
             layers,
             image_size,
             grid=own,
-            student_grid=own if grid is None else grid,
+            student_grid=own if grid is None or grid_rule == "interpolate-student" else grid,
             normalisation=load_normalisation(name, source, family, config.num_channels),
             features=features,
         )

@@ -310,7 +310,7 @@ def resample_tokens(tokens: Tensor, own_grid: int, grid: int) -> Tensor:
 
 
 def _resize(tokens: Tensor, own_grid: int, grid: int, mode: str) -> Tensor:
-    """(B, own_grid², C) to (B, grid², C), contiguous, computed in float32."""
-    maps = tokens.float().mT.unflatten(2, (own_grid, own_grid))
+    """(B, own_grid², C) to (B, grid², C), contiguous, computed in at least float32."""
+    maps = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mT.unflatten(2, (own_grid, own_grid))
     maps = F.interpolate(maps, (grid, grid), mode=mode, antialias=True)
     return maps.flatten(2).mT.contiguous().to(tokens.dtype)

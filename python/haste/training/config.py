@@ -168,9 +168,10 @@ class TrainConfig:
     """plateau: minimum decrease of the alignment loss."""
     teacher_resolution: int | None = None
     """Image size of the teacher in pixels. None: the size at which the teacher has as many tokens as the model."""
-    teacher_grid: Literal["match", "interpolate"] = "match"
+    teacher_grid: Literal["match", "interpolate", "interpolate-student"] = "match"
     """What to do if the teacher has another grid of tokens than the model: resize the images (match), or keep the
-    teacher's own image size, or --teacher-resolution, and interpolate its queries, keys and features (interpolate)."""
+    teacher's own image size, or --teacher-resolution, and interpolate its queries, keys and features (interpolate) or
+    the model's (interpolate-student)."""
 
     path_type: Literal["linear", "cosine"] = "linear"
     """Interpolation path between data and noise."""
