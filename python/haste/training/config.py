@@ -112,6 +112,8 @@ class TrainConfig:
     """Implementation of fused attention. flash-attn and xformers must be installed."""
     compile: bool = False
     """Compile the blocks of the model with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Compute each block again in the backward pass, in place of keeping its activations: less memory, more time."""
     cfg_prob: float = 0.1
     """Probability of dropping the label or the caption, for classifier-free guidance. With 0 the model has no null
     label. REPA and HASTE always use 0.1; their runs keep it when they are resumed here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from haste._compat import lerp_all_
 from haste.distributed import distribute_like, replicate, shard, sharding, synchronizing, to_local, whole
@@ -35,6 +36,21 @@ class EMA:
         """One fused pass over all parameters, or over this process's shards."""
         averages = [to_local(parameter) for parameter in self.model.parameters()]
         lerp_all_(averages, [to_local(parameter) for parameter in model.parameters()], 1 - self.decay)
+
+
+def recompute_in_backward(blocks: Sequence[nn.Module], dropout: bool) -> None:
+    """Activation checkpointing (arXiv 1604.06174): of each block inputs and outputs alone are kept, and the
+    backward pass runs it again.
+
+    Args:
+        dropout: whether the blocks have random numbers, which are then the same both times.
+    """
+    for block in blocks:
+
+        def forward(*inputs: Any, own: Callable[..., Any] = block.forward, **others: Any) -> Any:
+            return checkpoint(own, *inputs, use_reentrant=False, preserve_rng_state=dropout, **others)
+
+        block.forward = forward  # in place of a wrapper, which would be in the names of the weights
 
 
 class TrainState:
@@ -74,6 +90,8 @@ class TrainState:
         if saved is not None:
             self._load_weights(saved, new_projectors=not resumes)
 
+        if config.gradient_checkpointing:
+            recompute_in_backward(family.blocks(self.model), dropout=self.random)
         if config.compile:  # block by block: all share one compilation
             for block in family.blocks(self.model):
                 block.compile(fullgraph=True)
