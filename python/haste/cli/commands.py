@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 # ---- haste prepare ----
 
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"  # haste.text.CLIP_L's
+DEFAULT_LATENTS_DIR = "vae-sd"  # haste.data.latent_folders.LATENTS
 
 
 @dataclass(kw_only=True)
@@ -63,8 +64,12 @@ class PrepareConfig:
     vae: str = "mse"
     """VAE that encodes the latents: mse or ema (Stable Diffusion's), a hub name or a folder (AutoencoderKL, DC-AE or
     RAE), or a file such as MAR's kl16.ckpt or VA-VAE's; none for images only."""
+    latents_dir: str = DEFAULT_LATENTS_DIR
+    """Folder of the latents, beside images/ in --dest."""
+    flip: bool = False
+    """Write the latents of the mirror images as well, for --random-flip of haste train; also into a finished --dest."""
     zip: bool = False
-    """Pack the output into images.zip and vae-sd.zip."""
+    """Pack each folder of the output into a zip."""
     on_bad_file: OnBadFile = "refuse"
     """Stop at an image that cannot be read, or skip it with a warning."""
     batch_size: int = 32
@@ -80,18 +85,34 @@ class PrepareConfig:
                 raise UserError(f"--dest must be a folder outside --{flag}, got {self.dest}")
         if self.captions is None:
             self._check_without_captions()
-        elif self.zip:
-            raise UserError("--zip must be left out with --captions, got both")
-        elif self.layout == "repa" and self.vae.lower() == "none":
+        else:
+            self._check_with_captions()
+
+    def _check_with_captions(self) -> None:
+        for flag, given in {
+            "zip": self.zip,
+            "flip": self.flip,
+            "latents-dir": self.latents_dir != DEFAULT_LATENTS_DIR,
+        }.items():
+            if given:
+                raise UserError(f"--{flag} must be left out with --captions, got both")
+        if self.layout == "repa" and self.vae.lower() == "none":
             raise UserError("--vae must be a VAE with --layout repa, whose data are latents, got none")
 
     def _check_without_captions(self) -> None:
+        from haste.training.config import check_folder_name
+
         if self.source is None:
             raise UserError("--source must be given, or --captions for images with captions, got neither")
         given = {"text-encoder": self.text_encoder != DEFAULT_TEXT_ENCODER, "layout": self.layout != "shards"}
         for flag, value in given.items():
             if value:
                 raise UserError(f"--{flag} must come with --captions, got it alone")
+        if self.flip and self.vae.lower() == "none":
+            raise UserError("--vae must be a VAE with --flip, which writes latents of mirror images, got none")
+        check_folder_name("latents_dir", self.latents_dir)
+        if self.latents_dir == "images" or self.latents_dir.endswith("-flip"):
+            raise UserError(f"--latents-dir must not be images or end in -flip, got {self.latents_dir}")
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -123,7 +144,8 @@ def prepare_classes(config: PrepareConfig, accelerator: Accelerator) -> None:
     assert config.source is not None  # as checked
     source = open_source(config.source.expanduser(), "--source", config.on_bad_file)
     latents = None if config.vae.lower() == "none" else LatentFormat.of(config.vae, resolution=config.resolution)
-    destination = Destination(config.dest.expanduser(), source, config.resolution, latents)
+    folder = config.dest.expanduser()
+    destination = Destination(folder, source, config.resolution, latents, config.latents_dir, config.flip)
     with ExitStack() as stack:
         in_first(lambda: stack.enter_context(destination.hold()))
         if not destination.finished:

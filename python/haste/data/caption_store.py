@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from haste.data.archive import Archive
-from haste.data.dataset import decode_moments
+from haste.data.latents import decode_moments
 from haste.data.record import RECORD
 from haste.errors import BadFile, UserError
 from haste.text import CLIP_L, TextFormat

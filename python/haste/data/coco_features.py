@@ -18,8 +18,9 @@ import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.caption_store import NULL, CaptionStore, read_null, require_finished
-from haste.data.dataset import decode_moments, fingerprint
+from haste.data.dataset import fingerprint
 from haste.data.images import decode_image, to_pixels
+from haste.data.latents import decode_moments
 from haste.data.record import read_record
 from haste.data.sources import check_missing
 from haste.errors import BadFile, OnBadFile, UserError

@@ -1,4 +1,4 @@
-"""Training data: images that are cropped when they are read, images with precomputed latents, images in memory.
+"""Training data: images that are cropped when they are read, and images in memory; latents.py has stored latents.
 
 A resumed run recognizes its data, wherever it is, by a fingerprint that is cheap to compute:
 
@@ -11,7 +11,6 @@ A resumed run recognizes its data, wherever it is, by a fingerprint that is chea
 from __future__ import annotations
 
 import hashlib
-import io
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste.data.archive import read_array
-from haste.data.images import center_crop, decode_image, to_pixels
-from haste.data.sources import FileSource, ImageSource
-from haste.errors import BadFile, OnBadFile, UserError, in_one_line
+from haste.data.images import center_crop, decode_image
+from haste.data.sources import ImageSource
+from haste.errors import BadFile, OnBadFile, UserError
 from haste.vae import VAE, LatentFormat
 
 if TYPE_CHECKING:
@@ -257,96 +255,6 @@ class ImageData(TrainingData):
             return Batch(images, images, labels)
         moments = self._vae.to(device).encode(images)
         return Batch(self._vae.latents.sample_posterior(moments, generator), images, labels)
-
-
-class Latents(NamedTuple):
-    """pixels: uint8, (3, R, R), or empty without a teacher; moments: float32, (2C, S, S); label: int64, ()."""
-
-    pixels: Tensor
-    moments: Tensor
-    label: Tensor
-
-
-class LatentData(TrainingData):
-    """Images with the moments of their latents, which are sampled at each use."""
-
-    unmirrored = "stored latents, which have no mirror images; --vae encodes a folder of images during training"
-
-    def __init__(
-        self,
-        images: FileSource,
-        moments: FileSource,
-        labels: np.ndarray,
-        resolution: int,
-        num_classes: int,
-        latents: LatentFormat,
-        on_bad_file: OnBadFile = "refuse",
-    ) -> None:
-        super().__init__(resolution, num_classes, latents, on_bad_file=on_bad_file)
-        self._format = latents
-        self._images, self._moments, self._labels = images, moments, labels
-        self._with_images = True
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def fingerprint(self) -> dict[str, Any]:
-        def read_both(index: int) -> bytes:
-            return self._images.read(index) + self._moments.read(index)
-
-        names = self._images.listing() + b"\n" + self._moments.listing()
-        return fingerprint(len(self), names, self._labels, read_both)
-
-    def __getitem__(self, index: int) -> Latents:
-        pixels = self._read_image(index) if self._with_images else np.empty(0, dtype=np.uint8)
-        moments = self._read_moments(index)
-        return Latents(torch.from_numpy(pixels), torch.from_numpy(moments), torch.tensor(self._labels[index]))
-
-    def _read_image(self, index: int) -> np.ndarray:
-        where, size = self._images.name(index), self.resolution
-        image = decode_image(self._images.read(index), where)
-        if image.size != (size, size):
-            found = f"{image.width} x {image.height}"
-            raise BadFile(where, f"must have {size} x {size} pixels, as --resolution, got {found}")
-        return to_pixels(image)
-
-    def _read_moments(self, index: int) -> np.ndarray:
-        where, shape = self._moments.name(index), (2 * self.channels, self.input_size, self.input_size)
-        moments = decode_moments(self._moments.read(index), where)
-        if moments.shape != shape:
-            wanted, found = (" x ".join(map(str, sizes)) for sizes in (shape, moments.shape))
-            raise BadFile(where, f"must hold {wanted} numbers for --resolution {self.resolution}, got {found}")
-        return moments
-
-    def to_batch(self, raw: Latents, device: torch.device, generator: torch.Generator | None = None) -> Batch:
-        inputs = self._format.sample_posterior(raw.moments.to(device, non_blocking=True), generator)
-        images = to_unit(raw.pixels.to(device, non_blocking=True)) if self._with_images else None
-        return Batch(inputs, images, raw.label.to(device, non_blocking=True))
-
-    def without_images(self) -> LatentData:
-        data = self._copy()
-        data._with_images = False
-        return data
-
-
-def decode_moments(data: bytes, name: str) -> np.ndarray:
-    """Read an .npy file as `as_moments`. Raises BadFile if it is damaged or not finite."""
-    try:
-        moments = read_array(io.BytesIO(data), len(data))
-    except Exception as error:  # numpy raises anything for a damaged file
-        raise BadFile(name, f"is no valid .npy file ({in_one_line(error)})") from error
-    return as_moments(moments, name)
-
-
-def as_moments(array: np.ndarray, name: str) -> np.ndarray:
-    """An array as float32, without a leading dimension of 1. Raises BadFile if it does not hold finite numbers."""
-    if array.dtype.kind not in "biuf":
-        raise BadFile(name, f"must hold numbers, got {array.dtype}")
-    with np.errstate(over="ignore"):
-        single = np.asarray(array, dtype=np.float32)
-    if not np.isfinite(single).all():
-        raise BadFile(name, "must hold finite numbers within float32, got others")
-    return single[0] if single.ndim == 4 and len(single) == 1 else single
 
 
 class InMemoryData(TrainingData):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from haste.data.archive import Archive, decode_npz, open_archive
-from haste.data.dataset import Batch, TrainingData, as_moments, count_classes, fingerprint, to_unit
+from haste.data.dataset import Batch, TrainingData, count_classes, fingerprint, to_unit
 from haste.data.images import center_crop, decode_image, is_image
+from haste.data.latents import as_moments
 from haste.data.sources import FileSource, labels_of_folders
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.vae import KL16_LATENTS, LatentFormat, with_deviation

@@ -1,7 +1,8 @@
 """Conversion of any images to REPA's layout: cropped PNGs, the moments of their latents, and labels.
 
 Image number i of the source becomes file number i: a killed command resumes with the missing numbers, and a file that
-cannot be used leaves a gap. Worker processes read, crop and write PNGs; the main process encodes latents.
+cannot be used leaves a gap. Worker processes read, crop and write PNGs; the main process encodes latents. The latents
+of the mirror images may be added to a folder that is finished.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import operator
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +27,10 @@ from torch.utils.data import DataLoader
 
 from haste.data.dataset import to_unit
 from haste.data.images import center_crop, decode_image
-from haste.data.load import IMAGES, LATENTS, image_name, latent_name
+from haste.data.latent_folders import FLIP, IMAGES, LATENTS
 from haste.data.loader import leave_signals_to_the_parent, prefetch, useful_workers
 from haste.data.record import RECORD
+from haste.data.repa_layout import image_name, latent_name
 from haste.data.sources import LABEL_FILE, ImageSource
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.io import require_space, write_atomically, write_json
@@ -51,7 +54,7 @@ def encode_npy(moments: np.ndarray) -> bytes:
 
 
 class Kind(NamedTuple):
-    """One of the two folders: the names of its files, and their size when they are complete."""
+    """One of the folders: the names of its files, and their size when they are complete."""
 
     folder: str
     file_name: Callable[[int], str]
@@ -59,31 +62,53 @@ class Kind(NamedTuple):
 
 
 class Destination(ResumableDir):
-    """The output folder of `haste prepare`; `latents` is None for images only."""
+    """The output folder of `haste prepare`.
+
+    Args:
+        latents: None for images only.
+        latents_dir: the name of their folder.
+        flip: whether to write the latents of the mirror images as well.
+    """
 
     flag, content, record_name = "--dest", "training data", RECORD
 
-    def __init__(self, path: Path, source: ImageSource, resolution: int, latents: LatentFormat | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        source: ImageSource,
+        resolution: int,
+        latents: LatentFormat | None,
+        latents_dir: str = LATENTS,
+        flip: bool = False,
+    ) -> None:
         self.count = len(source)
         self.class_names = source.class_names
+        self.flip = flip
         blank = encode_png(np.zeros((3, resolution, resolution), dtype=np.uint8))
-        self.kinds = [Kind(IMAGES, image_name, len(blank))]
+        self.kinds = {IMAGES: Kind(IMAGES, image_name, len(blank))}
         if latents is not None:
             side = latents.input_size(resolution)
-            empty = encode_npy(np.zeros((2 * latents.channels, side, side), dtype=np.float32))
-            self.kinds.append(Kind(LATENTS, latent_name, len(empty)))
+            size = len(encode_npy(np.zeros((2 * latents.channels, side, side), dtype=np.float32)))
+            self.kinds[LATENTS] = Kind(latents_dir, latent_name, size)
+            if flip:
+                self.kinds[FLIP] = Kind(latents_dir + FLIP, latent_name, size)
         settings = {
             "resolution": resolution,
             "latents": None if latents is None else asdict(latents),
             "images": len(source),
             "source": source.digest(),
+            "latents_dir": latents_dir,
         }
         super().__init__(path, settings)
 
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return super().differences({"latents_dir": LATENTS, **saved})  # older records have no other folder
+
     @property
     def finished(self) -> bool:
-        """Whether an earlier command has finished the folder."""
-        return self.saved is not None and self.saved.get("finished") is True
+        """Whether an earlier command has finished the folder, with all that this one writes."""
+        saved = self.saved or {}
+        return saved.get("finished") is True and (not self.flip or saved.get("flip") is True)
 
     def create(self) -> None:
         """Write the record, and remove unfinished files."""
@@ -91,10 +116,13 @@ class Destination(ResumableDir):
         self.remove_leftovers()
 
     def _write(self, finished: bool) -> None:
-        self.write_record({**self.settings, "class_names": self.class_names, "finished": finished})
+        flip = {"flip": True} if self.flip else {}
+        self.write_record({**self.settings, **flip, "class_names": self.class_names, "finished": finished})
 
     def present(self, kind: Kind) -> set[int]:
         """The numbers of complete files. A truncated one, after a power failure, has another size."""
+        if self.is_packed(kind):
+            return set(range(self.count))
         sizes: dict[str, int] = {}
         for folder in (self.path / kind.folder).glob("[0-9]*"):
             with os.scandir(folder) as entries:
@@ -107,7 +135,16 @@ class Destination(ResumableDir):
         return [number for number in numbers if number not in complete]
 
     def _complete(self) -> set[int]:
-        return set.intersection(*map(self.present, self.kinds))
+        return set.intersection(*map(self.present, self.kinds.values()))
+
+    def has(self, kind: Kind, number: int) -> bool:
+        """Whether a file is complete."""
+        path = self.path / kind.folder / kind.file_name(number)
+        return self.is_packed(kind) or (path.is_file() and path.stat().st_size == kind.file_size)
+
+    def is_packed(self, kind: Kind) -> bool:
+        """Whether an earlier command has finished a folder and replaced it by a zip."""
+        return (self.path / f"{kind.folder}.zip").is_file()
 
     def write(self, kind: Kind, number: int, data: bytes) -> None:
         """Write one file atomically, without the slow flush to disk: after a power failure its size may be wrong."""
@@ -120,7 +157,9 @@ class Destination(ResumableDir):
         if not numbers:
             raise UserError(f"--source must hold images that can be read, got {self.count} that cannot")
         with self.writing():
-            for kind in self.kinds:
+            for kind in self.kinds.values():
+                if self.is_packed(kind):
+                    continue
                 names = map(kind.file_name, numbers)
                 listed = None if labels is None else list(zip(names, labels[numbers].tolist(), strict=True))
                 write_json(self.path / kind.folder / LABEL_FILE, {"labels": listed}, indent=None)
@@ -129,8 +168,9 @@ class Destination(ResumableDir):
     def check_space(self, pack: bool) -> None:
         """Raise UserError if the disk is too small for the missing files and, to pack, for the larger folder twice."""
         block = 4096  # bytes; files take whole blocks
-        sizes = [-(-kind.file_size // block) * block for kind in self.kinds]
-        needed = len(self.missing(range(self.count))) * sum(sizes) + (self.count * max(sizes) if pack else 0)
+        sizes = [-(-kind.file_size // block) * block for kind in self.kinds.values()]
+        missing = [self.count - len(self.present(kind)) for kind in self.kinds.values()]
+        needed = sum(map(operator.mul, missing, sizes)) + (self.count * max(sizes) if pack else 0)
         try:
             require_space(self.path, needed, "the data")
         except OSError as error:
@@ -139,7 +179,7 @@ class Destination(ResumableDir):
     def pack(self) -> None:
         """Replace each folder by an uncompressed zip."""
         self.remove_leftovers()
-        for kind in self.kinds:
+        for kind in self.kinds.values():
             folder, packed = self.path / kind.folder, self.path / f"{kind.folder}.zip"
             if not packed.is_file():
                 logger.info("packing %s", packed)
@@ -224,8 +264,10 @@ def in_batches(numbers: Sequence[int], size: int) -> list[list[int]]:
 
 
 def _write_image(destination: Destination, number: int, pixels: np.ndarray) -> None:
+    kind = destination.kinds[IMAGES]
     with destination.writing():
-        destination.write(destination.kinds[0], number, encode_png(pixels))
+        if not destination.has(kind, number):
+            destination.write(kind, number, encode_png(pixels))
 
 
 @dataclass
@@ -250,10 +292,12 @@ class Preparation:
             yield len(batch)
 
     def _encode(self, images: list[Cropped]) -> None:
-        if self.vae is None or not images:
-            return
-        pixels = torch.stack([image.pixels for image in images]).to(self.vae.device)
-        moments = self.vae.encode(to_unit(pixels)).cpu().numpy()
-        with self.destination.writing():
-            for image, array in zip(images, moments, strict=True):
-                self.destination.write(self.destination.kinds[1], image.number, encode_npy(array))
+        for name, kind in self.destination.kinds.items():
+            missing = [image for image in images if name != IMAGES and not self.destination.has(kind, image.number)]
+            if self.vae is None or not missing:
+                continue
+            pixels = to_unit(torch.stack([image.pixels for image in missing]).to(self.vae.device))
+            moments = self.vae.encode(pixels.flip(-1) if name == FLIP else pixels).cpu().numpy()
+            with self.destination.writing():
+                for image, array in zip(missing, moments, strict=True):
+                    self.destination.write(kind, image.number, encode_npy(array))

@@ -13,6 +13,7 @@ import numpy as np
 
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.images import IMAGE_FORMATS, image_format, is_image
+from haste.data.latent_folders import IMAGES, refuse_among_images, refuse_passed_over
 from haste.errors import BadFile, OnBadFile, UserError, in_one_line, require
 from haste.io import MOST_CLASSES, parse_json, read_json
 from haste.validation import check, shown
@@ -20,7 +21,6 @@ from haste.validation import check, shown
 logger = logging.getLogger(__name__)
 
 LABEL_FILE = "dataset.json"
-LATENTS = "vae-sd"  # of REPA's layout, beside images/
 LABEL_FORM = '{"labels": [[name, label], ...]}'
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
@@ -96,8 +96,9 @@ def open_source(path: Path, flag: str, on_bad_file: OnBadFile = "refuse") -> Ima
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         return HuggingFaceSource(path, flag)
     archive = open_archive(path, flag)
-    inner = archive.child("images")
-    if inner is not None and not any(is_image(name) for name in archive.names() if not name.startswith("images/")):
+    inner = archive.child(IMAGES)
+    if inner is not None and not any(is_image(name) for name in archive.names() if not name.startswith(f"{IMAGES}/")):
+        refuse_passed_over(archive, path, flag)
         archive = inner  # the images of REPA's layout
     return open_files(archive, path, flag, on_bad_file)
 
@@ -105,12 +106,7 @@ def open_source(path: Path, flag: str, on_bad_file: OnBadFile = "refuse") -> Ima
 def open_files(archive: Archive, path: Path, flag: str, on_bad_file: OnBadFile = "refuse") -> FileSource:
     """Open all image files of an archive. Their labels are from dataset.json, or else from the top folders."""
     everything = archive.names()
-    below = next((name for name in everything if name.endswith(".npy") and f"/{LATENTS}/" in name), None)
-    if below is not None:
-        folder = below.partition(f"/{LATENTS}/")[0]
-        raise UserError(
-            f"{flag} must be {folder} in {path}, which holds {LATENTS}, or a zip of its content, got {path}"
-        )
+    refuse_among_images(everything, path, flag)
     names = [name for name in everything if is_image(name)]
     if not names:
         kinds = ", ".join(IMAGE_FORMATS)

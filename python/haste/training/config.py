@@ -56,6 +56,9 @@ class TrainConfig:
     class, of images or of MAR's cached latents; a Hugging Face data set on disk; images with captions, as `haste
     prepare --captions` writes them, or REPA's coco256_features; or `digits`, scikit-learn's handwritten digits, and
     `digits-captions`, these with captions."""
+    latents_dir: str | None = None
+    """Folder of the latents beside images/ in --data-dir, such as vae-in. None: vae-sd, or the one that `haste prepare`
+    wrote."""
     image_dir: str | None = None
     """Folder or zip file of the images behind MAR's cached latents, which hold none. Only a teacher needs them."""
     vae: str | None = None
@@ -71,8 +74,8 @@ class TrainConfig:
     num_classes: int | None = None
     """Number of classes of the model. None: that of the data set."""
     random_flip: bool = False
-    """Mirror each image with probability 1/2 at each use, as DiT was trained: of pixels, or of images that --vae
-    encodes. A teacher sees the same image."""
+    """Mirror each image with probability 1/2 at each use, as DiT was trained: of pixels, of images that --vae encodes,
+    or of stored latents with those of the mirror images (`haste prepare --flip`). A teacher sees the same image."""
     num_workers: int = 4
     """Number of data loading processes per training process. Not used for images that are kept in memory."""
 

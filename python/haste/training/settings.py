@@ -40,7 +40,7 @@ CHANGEABLE = {
     "preset", "config", "output_dir", "exp_name", "init_from", "convention", "data_dir", "image_dir", "num_workers",
     "max_train_steps", "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir",
     "checkpoints_total_limit", "on_nan", "on_bad_file", "attention", "compile", "sampling_steps",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "latents_dir",
 }  # fmt: skip
 """Settings that may change when a run is resumed, as they do not change what is computed."""
 

@@ -94,6 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
         config.resolution,
         vae=config.vae,
         vae_stats=config.vae_stats,
+        latents_dir=config.latents_dir,
         image_dir=config.image_dir,
         on_bad_file=config.on_bad_file,
         num_classes=config.num_classes,

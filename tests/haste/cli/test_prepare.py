@@ -144,6 +144,70 @@ def test_zips(source, tmp_path, vae):
     assert contents(tmp_path / "zips") == before
 
 
+# ---- mirrored latents ----
+
+
+def test_mirrored_latents_are_those_of_the_mirror_images(source, tmp_path, vae):
+    prepare(source, tmp_path / "out", vae, "--flip", "--latents-dir", "vae-in")
+    encoder = VAE(LatentFormat.of(str(vae)))
+    for index in range(12):
+        pixels = pixels_of(Image.open(tmp_path / f"out/images/00000/img{index:08d}.png"))[:, :, ::-1]
+        expected = encoder.encode(torch.tensor(pixels.copy())[None] / 127.5 - 1)[0].numpy()
+        moments = np.load(tmp_path / f"out/vae-in-flip/00000/img-mean-std-{index:08d}.npy")
+        np.testing.assert_allclose(moments, expected, rtol=1e-4, atol=1e-5)
+    data = load_dataset(str(tmp_path / "out"), 8, random_flip=True)  # prepare.json tells the folder
+    plain, mirrored = data.read(0, 0), data.read(0, 1)
+    assert torch.equal(plain.pixels.flip(-1), mirrored.pixels) and not torch.equal(plain.moments, mirrored.moments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mirrored_latents_are_added_to_a_finished_folder(source, tmp_path, vae, packed, monkeypatch):
+    flags = ["--zip"] * packed
+    prepare(source, tmp_path / "at-once", vae, "--flip", *flags)
+    prepare(source, tmp_path / "out", vae, *flags)
+    before = contents(tmp_path / "out")
+    encoded = []
+    encode = VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, images: encoded.append(len(images)) or encode(self, images))
+    prepare(source, tmp_path / "out", vae, "--flip", *flags)
+    assert sum(encoded) == 12  # the mirror images alone
+    after = contents(tmp_path / "out")
+    assert all(after[name] == data for name, data in before.items() if name != "prepare.json")
+    assert after.keys() == contents(tmp_path / "at-once").keys()
+    data, same = (load_dataset(str(tmp_path / name), 8, random_flip=True) for name in ("out", "at-once"))
+    for index in range(12):
+        torch.testing.assert_close(data.read(index, 1), same.read(index, 1), rtol=1e-4, atol=1e-5)
+    prepare(source, tmp_path / "out", vae, *flags)  # nothing is left to do, with the flag or without
+    prepare(source, tmp_path / "out", vae, "--flip", *flags)
+    assert contents(tmp_path / "out") == after and sum(encoded) == 12
+
+
+def test_a_killed_addition_of_mirrored_latents_goes_on(source, tmp_path, vae, monkeypatch):
+    prepare(source, tmp_path / "unbroken", vae, "--flip")
+    prepare(source, tmp_path / "out", vae)
+    prepare(source, tmp_path / "out", vae, "--flip")
+    cut_short(tmp_path / "out/vae-sd-flip/00000/img-mean-std-00000004.npy")
+    (tmp_path / "out/vae-sd-flip/00000/img-mean-std-00000007.npy").unlink()
+    record = json.loads((tmp_path / "out/prepare.json").read_text())
+    (tmp_path / "out/prepare.json").write_text(json.dumps({**record, "finished": False}))
+    prepare(source, tmp_path / "out", vae, "--flip")
+    assert_same_files(tmp_path / "out", tmp_path / "unbroken")
+
+
+def test_flags_of_latents_that_do_not_fit(source, tmp_path, vae, capsys):
+    for flags, sentence in [
+        (("--vae", "none", "--flip"), "--vae must be a VAE with --flip, .* got none"),
+        (("--latents-dir", "images"), "--latents-dir must not be images or end in -flip, got images"),
+        (("--latents-dir", "a/b"), "--latents-dir must be a plain name of a folder"),
+        (("--captions", str(source), "--flip"), "--flip must be left out with --captions"),
+        (("--captions", str(source), "--latents-dir", "x"), "--latents-dir must be left out with --captions"),
+    ]:
+        assert re.search(sentence, refusal(capsys, source, tmp_path / "out", vae, *flags))
+    prepare(source, tmp_path / "out", vae)
+    line = refusal(capsys, source, tmp_path / "out", vae, "--latents-dir", "vae-in")
+    assert line.endswith("with latents_dir vae-sd, not vae-in")
+
+
 # ---- going on ----
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from haste.data import BadFile, BatchOrder, batches, load_dataset
-from haste.data.load import image_name, latent_name, pair_files
+from haste.data.repa_layout import image_name, latent_name, pair_files
 from haste.errors import UserError
 from haste.registry import DATASETS
 from haste.vae import VAE, LatentFormat
@@ -67,7 +67,7 @@ def test_data_that_does_not_exist_or_fit_is_refused(arguments, sentence):
         load_dataset(*arguments)
 
 
-@pytest.mark.parametrize("name", ["vae", "vae_stats"])
+@pytest.mark.parametrize("name", ["vae", "vae_stats", "latents_dir"])
 def test_a_setting_of_latents_is_refused_for_pixels_in_memory(name):
     flag = name.replace("_", "-")
     with pytest.raises(UserError, match=f"--{flag} must be left out with --data-dir digits, .* got x"):
@@ -98,18 +98,6 @@ def test_settings_that_do_not_fit_a_folder_are_refused(class_folder, vae_folder)
     with pytest.raises(UserError, match="ant/00.png is damaged"):
         load_dataset(folder, 8)
     assert load_dataset(folder, 8, num_classes=1000, on_bad_file="skip").num_classes == 1000
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_latents_under_another_name_are_named_and_refused(repa_folder, packed):
-    (repa_folder / "vae-sd").rename(repa_folder / "vae-in")
-    name = "vae-in"
-    if packed:
-        name = Path(shutil.make_archive(str(repa_folder / "vae-in"), "zip", repa_folder / "vae-in")).name
-        shutil.rmtree(repa_folder / "vae-in")
-    with pytest.raises(UserError, match=f"where {name} holds .npy files that would not be used"):
-        load_dataset(str(repa_folder), 16)
-    assert len(load_dataset(str(repa_folder / "images"), 16)) == 6
 
 
 CPU = torch.device("cpu")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from haste.data import BatchOrder, batches, load_dataset
+from haste.data import BadFile, BatchOrder, batches, load_dataset
 from haste.data.captions import CaptionedImages, InMemoryCaptions
-from haste.data.dataset import to_unit
+from haste.data.dataset import describe_change, to_unit
 from haste.errors import UserError
 from haste.registry import DATASETS
 from haste.vae import VAE
+from image_files import cut_short
 
 STEPS, SIZE = 9, 4  # three epochs of the twelve images
 
@@ -76,9 +78,60 @@ def test_the_latents_are_those_of_the_image_that_the_teacher_sees(class_folder, 
     torch.testing.assert_close(batch.inputs, expected, rtol=0, atol=0)
 
 
-def test_stored_latents_are_refused(repa_folder):
-    with pytest.raises(UserError, match="--random-flip must be left out for stored latents, .* --vae"):
+def write_mirrored(folder, values=100):
+    """vae-sd-flip beside vae-sd: the same moments, the means `values` higher."""
+    for path in sorted(folder.glob("vae-sd/*/*.npy")):
+        target = folder / "vae-sd-flip" / path.relative_to(folder / "vae-sd")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        moments = np.load(path)
+        moments[:4] += values
+        np.save(target, moments)
+
+
+def test_stored_latents_without_those_of_the_mirror_images_name_the_command_that_makes_them(repa_folder):
+    with pytest.raises(UserError, match="--random-flip must be left out .* without vae-sd-flip, .* prepare --flip"):
         load_dataset(str(repa_folder), 16, random_flip=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mirrored_latents_come_with_the_mirrored_image(repa_folder, packed):
+    write_mirrored(repa_folder)
+    root = shutil.make_archive(str(repa_folder), "zip", repa_folder) if packed else str(repa_folder)
+    data, plain = load_dataset(root, 16, random_flip=True), load_dataset(root, 16)
+    seen = set()
+    for batch, raw in zip(take(data, count=6), take(plain, count=6), strict=True):
+        taken = batch.inputs.mean(dim=(1, 2, 3)) > 9  # of means 100 higher, scaled by 0.18215
+        expected = torch.where(taken[:, None, None, None], raw.images.flip(-1), raw.images)
+        assert torch.equal(batch.images, expected)
+        seen.update(taken.tolist())
+    assert seen == {False, True}
+    silent = take(data.without_images(), count=6)
+    for one, two in zip(silent, take(data, count=6), strict=True):
+        torch.testing.assert_close(one.inputs, two.inputs, rtol=0, atol=2)  # as mirrored; each is sampled anew
+        assert one.images is None
+
+
+def test_mirrored_latents_are_part_of_the_fingerprint(repa_folder):
+    plain = load_dataset(str(repa_folder), 16).fingerprint()
+    write_mirrored(repa_folder)
+    assert load_dataset(str(repa_folder), 16).fingerprint() == plain
+    before = load_dataset(str(repa_folder), 16, random_flip=True).fingerprint()
+    write_mirrored(repa_folder, values=200)
+    after = load_dataset(str(repa_folder), 16, random_flip=True).fingerprint()
+    assert describe_change(before, after) == ["other files (6 of the 6 that are compared)"]
+
+
+def test_mirrored_latents_that_are_missing_are_refused_or_skipped(repa_folder):
+    write_mirrored(repa_folder)
+    (repa_folder / "vae-sd-flip/00000/img-mean-std-00000002.npy").unlink()
+    with pytest.raises(UserError, match="1 files have no counterpart in images, vae-sd, vae-sd-flip or dataset.json"):
+        load_dataset(str(repa_folder), 16, random_flip=True)
+    assert len(load_dataset(str(repa_folder), 16, random_flip=True, on_bad_file="skip")) == 5
+    assert len(load_dataset(str(repa_folder), 16)) == 6
+    cut_short(repa_folder / "vae-sd-flip/00000/img-mean-std-00000000.npy")
+    data = load_dataset(str(repa_folder), 16, random_flip=True, on_bad_file="skip")
+    with pytest.raises(BadFile, match="vae-sd-flip/.*00000000.npy is no valid .npy file"):
+        data.read(0, 1)
 
 
 def test_mars_cache_is_refused(tmp_path):
