@@ -105,6 +105,7 @@ LOSSES = {
     "loss": "Diffusion loss (velocity or noise)",
     "proj_loss": "Feature loss (−cosine)",
     "attn_loss": "Attention loss (cross-entropy, nats)",
+    "disp_loss": "Dispersive loss (log of the mean similarity)",
 }
 
 

@@ -208,6 +208,9 @@ BOUNDS: dict[str, Bounds] = {
     # alignment
     "attn_coeff": COEFFICIENT,
     "proj_coeff": COEFFICIENT,
+    "disp_coeff": COEFFICIENT,
+    "disp_depth": DEPTH,
+    "disp_tau": COEFFICIENT._replace(open_low=True),
     "early_stop_point": TRAINING_STEPS._replace(low=-1),
     "ramp_start": TRAINING_STEPS,
     "probe_start": TRAINING_STEPS,

@@ -37,6 +37,7 @@ class ModelOutput(NamedTuple):
     projections: per projector (B, tokens of the image, z_dim); empty unless asked for.
     prefix: rows of q and k in front of the image's, as of a text.
     causal: tokens of a block, where attention was block-causal over the image's; 0: each saw all.
+    tokens: (B, tokens of the image, width) after one block, in the same order; None unless asked for.
     order: (tokens of the image,) int64, on the device of x: which token of the image, row by row, each row of q, k and
         projections is, after the prefix; None for row by row.
     """
@@ -47,6 +48,7 @@ class ModelOutput(NamedTuple):
     prefix: int = 0
     causal: int = 0
     order: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class Layout(NamedTuple):
@@ -228,7 +230,8 @@ class Family(ABC):
         """A new model.
 
         It is called model(x, t, condition, aligned_layers=(), project=False) and returns a ModelOutput. In eval mode it
-        drops no condition. Its projectors, one per z_dim, are the ModuleList `projectors`, and no other parameter
+        drops no condition. With tokens_after=n the output has the `tokens` after block n, counted from 1, which
+        Dispersive Loss needs. Its projectors, one per z_dim, are the ModuleList `projectors`, and no other parameter
         depends on whether there are any.
 
         Args:

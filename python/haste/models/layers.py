@@ -359,10 +359,14 @@ def check_config_limits(config: Any, largest: Mapping[str, int]) -> None:
         raise UserError(f"mlp_ratio of its model must be from 1/64 to 64, got {config.mlp_ratio}")
 
 
-def check_request(depth: int, projectors: nn.ModuleList, aligned_layers: Sequence[int], project: bool) -> None:
+def check_request(
+    depth: int, projectors: nn.ModuleList, aligned_layers: Sequence[int], project: bool, tokens_after: int = 0
+) -> None:
     """Raise ValueError for what a model of this depth with these projectors cannot return."""
     for layer in aligned_layers:
         if not 0 <= layer < depth:
             raise ValueError(f"aligned_layers must be from 0 to {depth - 1}, got {layer}")
+    if not 0 <= tokens_after <= depth:
+        raise ValueError(f"tokens_after must be from 1 to {depth}, or 0 for none, got {tokens_after}")
     if project and not projectors:
         raise ValueError("project must be False for a model without projectors, got True; build it with z_dims")

@@ -277,7 +277,13 @@ class MMDiT(nn.Module):
         return unpatchify(self.final_layer(tokens, c), self.patch_size)
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor, aligned_layers: Sequence[int] = (), project: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        aligned_layers: Sequence[int] = (),
+        project: bool = False,
+        tokens_after: int = 0,
     ) -> ModelOutput:
         """The velocity, and on request what alignment with a teacher reads.
 
@@ -287,24 +293,29 @@ class MMDiT(nn.Module):
             context: (B, L, context_width), the features of each image's text.
             aligned_layers: joint blocks, counted from 0, whose q and k, (B, H, L + N, D) each, are returned.
             project: return the projections of the image's tokens after block `encoder_depth`.
+            tokens_after: block, counted from 1, whose tokens of the image are returned; 0: none.
 
         Raises:
             ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
         """
         self._check(x, t, context)
-        check_request(len(self.blocks), self.projectors, aligned_layers, project)
+        check_request(len(self.blocks), self.projectors, aligned_layers, project, tokens_after)
 
         text, image, c = self.text(context), self.tokens(x), self.conditioning(t, context)
         kept: dict[int, QueriesKeys] = {}
         projections: list[Tensor] = []
+        hidden: Tensor | None = None
         for index, block in enumerate(self.blocks):
             text, image, queries_keys = block(text, image, c, keep_queries_keys=index in aligned_layers)
             if queries_keys is not None:
                 kept[index] = queries_keys
+            if index + 1 == tokens_after:
+                hidden = image
             if project and index + 1 == self.encoder_depth:
                 projections = [projector(image) for projector in self.projectors]
         velocity = self.finish(image, c)
-        return ModelOutput(velocity, [kept[layer] for layer in aligned_layers], projections, prefix=context.shape[1])
+        pairs = [kept[layer] for layer in aligned_layers]
+        return ModelOutput(velocity, pairs, projections, prefix=context.shape[1], tokens=hidden)
 
     def _check(self, x: Tensor, t: Tensor, context: Tensor) -> None:
         wanted = (self.in_channels, self.input_size, self.input_size)

@@ -188,7 +188,13 @@ class SiT(nn.Module):
         return unpatchify(self.final_layer(tokens, c), self.patch_size)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, aligned_layers: Sequence[int] = (), project: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        aligned_layers: Sequence[int] = (),
+        project: bool = False,
+        tokens_after: int = 0,
     ) -> ModelOutput:
         """The velocity, and on request what alignment with a teacher reads.
 
@@ -198,19 +204,24 @@ class SiT(nn.Module):
             y: (B,), int64, classes.
             aligned_layers: blocks, counted from 0, whose q and k are returned.
             project: return the projections of the tokens after block `encoder_depth`.
+            tokens_after: block, counted from 1, whose tokens of the image are returned; 0: none.
 
         Raises:
             ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
         """
-        check_request(len(self.blocks), self.projectors, aligned_layers, project)
+        check_request(len(self.blocks), self.projectors, aligned_layers, project, tokens_after)
 
         tokens, c = self.embed(x, t, y)
         kept: dict[int, QueriesKeys] = {}
         projections: list[Tensor] = []
+        hidden: Tensor | None = None
         for index, block in enumerate(self.blocks):
             tokens, queries_keys = block(tokens, c, keep_queries_keys=index in aligned_layers)
             if queries_keys is not None:
                 kept[index] = queries_keys
+            if index + 1 == tokens_after:
+                hidden = tokens
             if project and index + 1 == self.encoder_depth:
                 projections = [projector(tokens) for projector in self.projectors]
-        return ModelOutput(self.finish(tokens, c), [kept[layer] for layer in aligned_layers], projections)
+        prediction = self.finish(tokens, c)
+        return ModelOutput(prediction, [kept[layer] for layer in aligned_layers], projections, tokens=hidden)

@@ -329,7 +329,13 @@ class XAR(nn.Module):
     # ---- the forward pass ----
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, aligned_layers: Sequence[int] = (), project: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        aligned_layers: Sequence[int] = (),
+        project: bool = False,
+        tokens_after: int = 0,
     ) -> ModelOutput:
         """The velocity, and on request what alignment with a teacher reads.
 
@@ -341,6 +347,7 @@ class XAR(nn.Module):
             y: (B,), int64, classes.
             aligned_layers: blocks, counted from 0, whose q and k are returned, in the order of places.
             project: return the projections of the tokens after block `align_depth`, in the same order.
+            tokens_after: block, counted from 1, whose tokens of the image are returned; 0: none.
 
         Returns:
             The velocity is shaped as x, without its second half.
@@ -348,7 +355,7 @@ class XAR(nn.Module):
         Raises:
             ValueError: a wrong shape, a layer that does not exist, `project` without projectors.
         """
-        check_request(len(self.blocks), self.projectors, aligned_layers, project)
+        check_request(len(self.blocks), self.projectors, aligned_layers, project, tokens_after)
         streams, t = self._check_inputs(x, t, y)
         own = self._sequences(x, streams)
         geometry = self._geometry(x.device, len(own))
@@ -358,6 +365,7 @@ class XAR(nn.Module):
 
         kept: dict[int, QueriesKeys] = {}
         projections: list[Tensor] = []
+        hidden: Tensor | None = None
         for index, block in enumerate(self.blocks):
             if index == len(self.encoder_blocks):
                 tokens = torch.cat([self.enter_decoder(part) for part in tokens.split(places, dim=1)], dim=1)
@@ -365,6 +373,8 @@ class XAR(nn.Module):
             if queries_keys is not None:
                 q, k = queries_keys
                 kept[index] = (q[:, :, :places], k[:, :, :places])
+            if index + 1 == tokens_after:
+                hidden = tokens[:, self.entities.prefix : places]
             if project and index + 1 == self.align_depth:
                 projections = self._project(tokens[:, self.entities.prefix : places])
         velocity = self.finish(tokens[:, :places])
@@ -372,7 +382,7 @@ class XAR(nn.Module):
         entities = self.entities
         return ModelOutput(
             velocity, [kept[layer] for layer in aligned_layers], projections, entities.prefix, entities.causal,
-            entities.on("order", x.device),
+            entities.on("order", x.device), hidden,
         )  # fmt: skip
 
     def capture(self) -> XAR:

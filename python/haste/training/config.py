@@ -178,6 +178,14 @@ class TrainConfig:
     teacher's own image size, or --teacher-resolution, and interpolate its queries, keys and features (interpolate) or
     the model's (interpolate-student)."""
 
+    disp_coeff: float = 0.0
+    """Weight of Dispersive Loss, which pushes the images of a batch apart in the hidden space of the model, without a
+    teacher and to the end of the run. 0: off."""
+    disp_depth: int | None = None
+    """Block of the model, counted from 1, whose tokens Dispersive Loss reads. None: the one after a quarter of them."""
+    disp_tau: float = 1.0
+    """Temperature of Dispersive Loss."""
+
     path_type: Literal["linear", "cosine"] = "linear"
     """Interpolation path between data and noise."""
     prediction: Literal["v", "noise"] | None = None
@@ -286,6 +294,11 @@ class TrainConfig:
         return bool(self.teachers) and self.attn_coeff != 0
 
     @property
+    def disp_block(self) -> int:
+        """The block that Dispersive Loss reads, from 1; 0 if it is off."""
+        return (self.disp_depth or 0) if self.disp_coeff else 0
+
+    @property
     def label_dropout(self) -> float:
         """The share of labels that are dropped: --cfg-prob, applied twice with --legacy."""
         return 1 - (1 - self.cfg_prob) ** 2 if self.legacy else self.cfg_prob
@@ -319,6 +332,8 @@ class TrainConfig:
         if resolved.prediction != prediction:
             raise UserError(f"--prediction must be {prediction} for --model {self.model}, got {self.prediction}")
         check_backend(self.attention)
+        if resolved.disp_block > depth:
+            raise UserError(f"--disp-depth must be 1 to {depth}, the depth of the model, got {resolved.disp_depth}")
         if self.aligns_features and not 1 <= (resolved.encoder_depth or 0) <= depth:
             raise UserError(f"--encoder-depth must be 1 to {depth}, the depth of the model, got "
                             f"{resolved.encoder_depth}{self._of_preset('encoder_depth')}")  # fmt: skip
@@ -365,6 +380,7 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> TrainConfig:
         num_classes=num_classes if config.num_classes is None else config.num_classes,
         encoder_depth=encoder_depth,
         layer_map=layer_map,
+        disp_depth=config.disp_depth or max(1, model_depth(config) // 4),
         prediction=config.prediction or family.prediction,
         **same_size,  # type: ignore[arg-type]
         **own_settings(config),

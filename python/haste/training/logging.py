@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 # Under REPA's and HASTE's names: `loss` is the family's own, of velocity or noise, and the gradient is total_loss's.
 # Earlier versions used other names.
-METRICS = ("loss", "proj_loss", "attn_loss", "total_loss", "grad_norm")
-FORMER_METRICS = ("velocity_loss", "feature_loss", "attention_loss", "loss", "grad_norm")
+METRICS = ("loss", "proj_loss", "attn_loss", "disp_loss", "total_loss", "grad_norm")
+FORMER_METRICS = {
+    "velocity_loss": "loss", "feature_loss": "proj_loss", "attention_loss": "attn_loss", "loss": "total_loss",
+    "grad_norm": "grad_norm",
+}  # fmt: skip
 
 
 # ---- reading a log ----
@@ -90,9 +93,9 @@ def _clean(record: dict[str, Any]) -> dict[str, Any]:
 
 def with_present_names(record: dict[str, Any]) -> dict[str, Any]:
     """A record of log.jsonl, with METRICS in place of FORMER_METRICS."""
-    if FORMER_METRICS[0] not in record:
+    if "velocity_loss" not in record:
         return record
-    losses = {name: record.get(former) for name, former in zip(METRICS, FORMER_METRICS, strict=True)}
+    losses = {name: record.get(former) for former, name in FORMER_METRICS.items()}
     return {name: value for name, value in record.items() if name not in FORMER_METRICS} | losses
 
 
@@ -140,10 +143,17 @@ class Metrics:
         """Measure time from now on. To be called when no step has been added since the last `read`."""
         self._start = time.perf_counter()
 
-    def add(self, own: Tensor, feature: Tensor | None, attention: Tensor | None, total: Tensor) -> None:
+    def add(
+        self,
+        own: Tensor,
+        feature: Tensor | None,
+        attention: Tensor | None,
+        total: Tensor,
+        dispersive: Tensor | None = None,
+    ) -> None:
         """Add the losses of a micro-batch; None for one that is off."""
         off = total.new_tensor(math.nan)
-        values = (own, feature, attention, total)
+        values = (own, feature, attention, dispersive, total)
         self._micro_batches.append(torch.stack([off if value is None else value.detach().float() for value in values]))
 
     def add_norm(self, grad_norm: Tensor) -> None:

@@ -57,7 +57,15 @@ ALIGNMENT_SETTINGS = set().union(*RULE_SETTINGS.values()) | {
     "termination", "teacher_resolution", "teacher_grid", "projection_layer_type", "spnorm_method", "zscore_alpha",
 }  # fmt: skip
 
-SWITCHES = {"enc_type", "attn_coeff", "proj_coeff", "termination", "projection_layer_type", "spnorm_method"}
+SWITCHES = {
+    "enc_type",
+    "attn_coeff",
+    "proj_coeff",
+    "termination",
+    "projection_layer_type",
+    "spnorm_method",
+    "disp_coeff",
+}
 """Alignment settings that turn others on and off."""
 
 BEFORE: dict[str, Any] = {"time_shift": 1.0}
@@ -340,9 +348,10 @@ def _computation(config: TrainConfig) -> dict[str, Any]:
 
 def _unused(config: TrainConfig) -> set[str]:
     """The alignment settings that have no effect."""
+    unused = set() if config.disp_coeff else {"disp_depth", "disp_tau"}
     if not config.teachers:
-        return ALIGNMENT_SETTINGS
-    unused = set().union(*RULE_SETTINGS.values()) - RULE_SETTINGS[config.termination]
+        return unused | ALIGNMENT_SETTINGS
+    unused |= set().union(*RULE_SETTINGS.values()) - RULE_SETTINGS[config.termination]
     if not config.aligns_features:
         unused |= {"encoder_depth", "projector_dim", "projection_layer_type", "spnorm_method"}
     if config.projection_layer_type == "conv":

@@ -126,21 +126,30 @@ class TrainState:
         return synchronizing(self.forward, last)
 
     def __call__(
-        self, x_t: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int], project: bool, number: Sequence[int]
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        layers: Sequence[int],
+        project: bool,
+        number: Sequence[int],
+        tokens_after: int = 0,
     ) -> ModelOutput:
         """The forward pass.
 
         Args:
             number: of the step and of the local batch in it, by which dropout is seeded. So a resumed run has the same,
                 and other random numbers of the run do not depend on whether there is dropout.
+            tokens_after: the block whose tokens are wanted, from 1; 0: none.
         """
+        hidden = {"tokens_after": tokens_after} if tokens_after else {}
         if not self.random:
-            return self.forward(x_t, t, condition, layers, project)
+            return self.forward(x_t, t, condition, layers, project, **hidden)
         devices = [x_t.device] if x_t.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             entropy = (self.config.seed, *number, DROPOUT)
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-            return self.forward(x_t, t, condition, layers, project)
+            return self.forward(x_t, t, condition, layers, project, **hidden)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss."""

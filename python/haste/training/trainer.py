@@ -29,6 +29,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner, choose_layer_map
+from haste.alignment.dispersive import dispersive_loss
 from haste.alignment.termination import make_termination
 from haste.data import Batch, Loader, TrainingData, load_dataset
 from haste.data.dataset import describe_change, other_latents
@@ -414,15 +415,18 @@ class Trainer:
         x_t, target = family.interpolate(model, batch.inputs, numbers.noise, numbers.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
-            output = self.state(x_t, numbers.t, condition, layers, project, (self.step, local))
+            output = self.state(x_t, numbers.t, condition, layers, project, (self.step, local), self.config.disp_block)
         loss = own = family.loss(output.prediction, target)
-        feature = attention = None
+        feature = attention = dispersive = None
         if aligner is not None:
             with self.accelerator.autocast():
                 alignment, (attention, feature) = aligner(output, batch.images)
             loss = own + self.termination.weight(self.step) * alignment
+        if output.tokens is not None:
+            dispersive = dispersive_loss(output.tokens, self.config.disp_tau)
+            loss = loss + self.config.disp_coeff * dispersive
         self.state.backward(loss)
-        self.metrics.add(own, feature, attention, loss)
+        self.metrics.add(own, feature, attention, loss, dispersive)
 
     # ---- the end of alignment ----
 
