@@ -1,5 +1,6 @@
 """Opening --data-dir, whatever it names: a small set in memory, images that are cropped when they are read, REPA's
-layout of images and latents (repa_layout.py), MAR's cached latents (mar_cache.py), or images with captions."""
+layout of images and latents (repa_layout.py), MAR's cached latents (mar_cache.py), LightningDiT's shards of latents
+(lightningdit.py), or images with captions."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from haste.data.archive import open_archive
 from haste.data.captions import CaptionedImages, InMemoryCaptions, caption_data, find_captions
 from haste.data.dataset import ImageData, InMemoryData, TrainingData, count_classes
 from haste.data.latent_folders import choose_latents
+from haste.data.lightningdit import find_shards, open_shards
 from haste.data.mar_cache import cached_names, open_cache
 from haste.data.record import RECORD, read_record
 from haste.data.repa_layout import open_repa_layout
@@ -40,15 +42,15 @@ def load_dataset(
 
     Args:
         data_dir: the name of a small data set, which is kept in memory; a folder or zip in REPA's layout, whose latents
-            are used; a folder or zip of MAR's cached latents; images with features of captions, as `haste prepare
-            --captions` or REPA makes them; or a folder, zip or Hugging Face data set of images,
-            which are center cropped as in ADM.
+            are used; a folder or zip of MAR's cached latents; a folder of LightningDiT's shards of latents; images with
+            features of captions, as `haste prepare --captions` or REPA makes them; or a folder, zip or Hugging Face
+            data set of images, which are center cropped as in ADM.
         vae: mse, ema, a hub name, a folder or a file of KL-16. Encodes images without latents on the training device;
             None trains on their pixels. With latents it gives scale and shift, which by default are Stable Diffusion's
             in REPA's layout, and KL-16's in MAR's.
         vae_stats: a file with the mean and standard deviation of each latent channel, instead of the VAE's scale.
         latents_dir: the folder of latents beside images/ of REPA's layout; None for vae-sd.
-        image_dir: a folder or zip of the images that MAR's latents were made of, for a teacher.
+        image_dir: a folder or zip of the images that MAR's or LightningDiT's latents were made of, for a teacher.
         on_bad_file: "refuse" files that cannot be used, or "skip" them: another image replaces each.
         num_classes: of the model; None for those of the data.
         random_flip: mirror an image with probability 1/2 at each use, or take the latents of its mirror image.
@@ -68,6 +70,12 @@ def load_dataset(
     path = Path(data_dir).expanduser()
     if not data_dir or not os.path.exists(path):
         raise UserError(f"--data-dir must be a folder, a zip, or one of: {', '.join(DATASETS)}, got {data_dir!r}")
+    shards = find_shards(path)
+    if shards:
+        if latents_dir is not None:
+            raise UserError(f"--latents-dir must be left out with LightningDiT's shards, got {latents_dir}")
+        sharded = open_shards(path, shards, resolution, vae, vae_stats, image_dir, on_bad_file, num_classes)
+        return _ready(sharded.with_random_flip() if random_flip else sharded, without_images=True)
     archive = open_archive(path, "--data-dir")
     record = read_record(archive)
     latents = choose_latents(archive, path, latents_dir, record)
@@ -75,7 +83,9 @@ def load_dataset(
     captions = None if latents is not None else find_captions(archive, names, path, "--data-dir", on_bad_file)
     cached = cached_names(names)
     if image_dir is not None and not cached:
-        raise UserError(f"--image-dir must come with MAR's cached latents, got {image_dir} beside the images of {path}")
+        raise UserError(
+            f"--image-dir must come with MAR's cached latents or LightningDiT's, got {image_dir} beside {path}"
+        )
     data: TrainingData
     if captions is not None:
         where = archive.locate(RECORD)
@@ -98,11 +108,16 @@ def load_dataset(
         data = ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
     if random_flip:
         data = data.with_random_flip()
+    return _ready(data, without_images=bool(cached))
+
+
+def _ready(data: TrainingData, without_images: bool) -> TrainingData:
+    """The data, of which one sample is read, so that a wrong --resolution is reported before teachers and models are
+    built. Images of --image-dir are `require_images`'s. Raises UserError."""
     try:
-        # Reports a wrong --resolution before teachers and models are built; images of their own are `require_images`'s.
-        (data.without_images() if cached else data)[0]
+        (data.without_images() if without_images else data)[0]
     except BadFile as fault:
-        if on_bad_file == "refuse":
+        if data.on_bad_file == "refuse":
             raise fault.as_user_error() from fault
     return data
 

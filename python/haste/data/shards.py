@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import safe_open
@@ -32,6 +33,8 @@ from haste.io import write_atomically
 from haste.validation import check, shown
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CAPTIONS_PER_SHARD, IMAGES_PER_SHARD = 1024, 256
 MOST_OPEN = 256  # shards of a process
@@ -54,18 +57,30 @@ def is_sharded(record: dict[str, Any]) -> bool:
 
 
 class ShardFiles:
-    """Open shards. They are mapped into memory, and each process opens them for itself."""
+    """Open shards. They are mapped into memory, and each process opens them for itself.
 
-    def __init__(self) -> None:
+    Args:
+        framework: of the arrays, numpy or pt; numpy has no bfloat16.
+    """
+
+    def __init__(self, framework: str = "numpy") -> None:
+        self._framework = framework
         self._open: OrderedDict[Path, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict()}
+        return {"_framework": self._framework, "_open": OrderedDict()}
 
-    def array(self, path: Path, name: str, rows: Any = slice(None)) -> np.ndarray:
+    def array(self, path: Path, name: str, rows: Any = slice(None)) -> Any:
         """Some rows of an array, or all. Raises BadFile for a file that is missing or damaged, or has no such rows."""
+        return self._read(path, name, lambda array: array[rows])
+
+    def shape(self, path: Path, name: str) -> tuple[int, ...]:
+        """Of an array, from the header. Raises BadFile as `array`."""
+        return tuple(self._read(path, name, lambda array: array.get_shape()))
+
+    def _read(self, path: Path, name: str, use: Callable[[Any], T]) -> T:
         try:
-            return self._file(path).get_slice(name)[rows]
+            return use(self._file(path).get_slice(name))
         except FileNotFoundError as error:
             raise BadFile(str(path), "is missing") from error
         except Exception as error:  # safetensors raises its own and others for a damaged file
@@ -77,7 +92,7 @@ class ShardFiles:
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="numpy").__enter__()
+            self._open[path] = safe_open(path, framework=self._framework).__enter__()
             if len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)

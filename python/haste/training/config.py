@@ -53,14 +53,14 @@ class TrainConfig:
 
     data_dir: str = ""
     """Training images: the layout of REPA, as `haste prepare` writes it; a folder or zip file with one folder per
-    class, of images or of MAR's cached latents; a Hugging Face data set on disk; images with captions, as `haste
-    prepare --captions` writes them, or REPA's coco256_features; or `digits`, scikit-learn's handwritten digits, and
-    `digits-captions`, these with captions."""
+    class, of images or of MAR's cached latents; a folder of LightningDiT's shards of latents; a Hugging Face data set
+    on disk; images with captions, as `haste prepare --captions` writes them, or REPA's coco256_features; or `digits`,
+    scikit-learn's handwritten digits, and `digits-captions`, these with captions."""
     latents_dir: str | None = None
     """Folder of the latents beside images/ in --data-dir, such as vae-in. None: vae-sd, or the one that `haste prepare`
     wrote."""
     image_dir: str | None = None
-    """Folder or zip file of the images behind MAR's cached latents, which hold none. Only a teacher needs them."""
+    """Folder or zip file of the images behind MAR's or LightningDiT's latents. Only a teacher needs them."""
     vae: str | None = None
     """VAE that encodes images during training: mse, ema, a hub name or a folder (AutoencoderKL, DC-AE or RAE), or
     a file such as MAR's kl16.ckpt or VA-VAE's. None: train on pixels, or on the latents in --data-dir."""
