@@ -28,7 +28,7 @@ class ClassifierSettings:
 
     epochs: int = 4
     width: int = 32
-    features: int = 128
+    features: int = 64
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.05

@@ -64,28 +64,30 @@ class Scale:
     teacher: ViTSettings
     classifier: ClassifierSettings
     steps: int
+    samples: int
     settings: dict[str, Any]
 
 
 # HASTE's rule at these depths: layers a quarter of the way up, by the teacher's last ones; features a little above.
 _TEACHER = ViTSettings(
-    image_size=32, num_channels=3, patch_size=4, hidden_size=160, num_hidden_layers=6, num_attention_heads=5,
-    initializer_range=0.02, steps=1200, batch_size=128, learning_rate=1e-3,
+    image_size=32, num_channels=3, patch_size=4, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+    initializer_range=0.02, steps=2000, batch_size=64, learning_rate=1e-3,
 )  # fmt: skip
 SCALES = {
     64: Scale(
         {"model": "SiT-S/4", "depth": 8, "hidden_size": 160, "num_heads": 5},
-        "2:3,3:4,4:5", 4, _TEACHER, ClassifierSettings(), 800,
-        {"batch_size": 64, "learning_rate": 1e-3, "projector_dim": 320, "ema_decay": 0.99, "mixed_precision": "no"},
+        "2:1,3:2,4:3", 4, _TEACHER, ClassifierSettings(), 800, 500,
+        {"batch_size": 32, "learning_rate": 1e-3, "projector_dim": 320, "ema_decay": 0.99, "mixed_precision": "no"},
     ),
     256: Scale(
         {"model": "SiT-S/2"},
         "2:3,3:4,4:5", 5,
         ViTSettings(**{
-            **asdict(_TEACHER), "patch_size": 2, "hidden_size": 384, "num_attention_heads": 6, "steps": 2000,
+            **asdict(_TEACHER), "patch_size": 2, "hidden_size": 384, "num_hidden_layers": 6,
+            "num_attention_heads": 6, "steps": 2000,
             "batch_size": 256,
         }),
-        ClassifierSettings(epochs=20, width=64), 2000,
+        ClassifierSettings(epochs=10, width=64), 1000, 5000,
         {"batch_size": 256, "learning_rate": 5e-4, "projector_dim": 2048, "ema_decay": 0.995,
          "mixed_precision": "bf16"},
     ),
@@ -104,9 +106,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0])
     add("--tokens", type=int, choices=SCALES, default=64, help="Of an image: 64 (8 x 8 on two cores) or 256 (a GPU)")
     add("--teacher", choices=("labels", "masked", "distilled"), default="labels", help="What the teacher learns by")
-    add("--steps", type=int, help="Of a run. Default: 800 with 64 tokens, 2,000 with 256")
-    add("--samples", type=int, default=1000, help="Of each point")
-    add("--num-steps", type=int, default=20, help="Euler steps of a sample")
+    add("--steps", type=int, help="Of a run. Default: 800 with 64 tokens, 1,000 with 256")
+    add("--samples", type=int, help="Of each point. Default: 500 with 64 tokens, 5,000 with 256")
+    add("--num-steps", type=int, default=16, help="Euler steps of a sample")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--time", action="store_true", help="Measure the seconds of a step again, of each method in turn, then end")
     add("--plot-only", action="store_true", help="Train nothing")
@@ -115,6 +117,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.results or HERE / f"tokens-{args.tokens}{'' if args.teacher == 'labels' else '-' + args.teacher}"
     )
     args.steps = args.steps or SCALES[args.tokens].steps
+    args.samples = args.samples or SCALES[args.tokens].samples
     if args.steps % (2 * POINTS):
         parser.error(f"argument --steps: must be a multiple of {2 * POINTS}, got {args.steps}")
     if not args.plot_only and args.data_dir is None:
