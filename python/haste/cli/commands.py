@@ -343,6 +343,8 @@ class ExportConfig:
     """The folder of the pipeline, which must be new."""
     ema: bool = True
     """Write the EMA weights."""
+    ema_decay: float | None = None
+    """Decay of the EMA to write, of a run with --extra-ema-decays. [default: the run's --ema-decay]"""
     vae: str | None = None
     """VAE of the pipeline, as --vae of haste sample; none for the transformer and its scheduler alone. [default: the
     one of training; ema for Stable Diffusion's latents]"""
@@ -357,6 +359,8 @@ class ExportConfig:
         source, folder = self.ckpt.expanduser().resolve(), self.to.expanduser().resolve()
         if folder == source:
             raise UserError(f"--to must be another folder than --ckpt, got {self.to}")
+        if self.ema_decay is not None and not self.ema:
+            raise UserError(f"--ema-decay must be left out with --no-ema, got {self.ema_decay!r}")
 
 
 def export(config: ExportConfig) -> None:
@@ -371,7 +375,7 @@ def export(config: ExportConfig) -> None:
     print(export_pipeline(
         config.ckpt,
         config.to,
-        ema=config.ema,
+        ema=config.ema if config.ema_decay is None else config.ema_decay,
         vae=config.vae,
         fit_times=config.fit_times,
         convention=config.convention,

@@ -54,7 +54,7 @@ def evaluate_by_classifier(config: EvaluateConfig) -> tuple[list[dict[str, Any]]
     checkpoints = run_checkpoints(run)
     with writing(str(run / RECORDS)), updating(run / RECORDS):
         pass  # a folder that cannot be written is refused before anything is sampled
-    loaded = load_checkpoint(run, config.ema, convention=config.convention)
+    loaded = load_checkpoint(run, config.weights, convention=config.convention)
     name, config = classifier_for(loaded), fit_to_family(config, loaded, config.fast)
     evaluator = load_evaluator(config, name, name, CLASSIFIED_AT_ONCE, count)
     with progress_bar(total=len(checkpoints) * count, unit="image", desc="evaluate") as bar:
@@ -85,7 +85,7 @@ def evaluate_checkpoints(
     """
     settings = with_prompts(settings, evaluator)
     if settings.mode is None or settings.time_shift is None:  # records have what they come to
-        settings = fit_to_family(settings, load_checkpoint(run, settings.ema, convention=settings.convention))
+        settings = fit_to_family(settings, load_checkpoint(run, settings.weights, convention=settings.convention))
     known = {fingerprint(record): record for record in read_records(run / RECORDS)}
     records = []
     for checkpoint in checkpoints:
@@ -126,7 +126,7 @@ def evaluate_checkpoint(
     Raises:
         UserError.
     """
-    loaded = load_checkpoint(checkpoint, settings.ema, convention=settings.convention)
+    loaded = load_checkpoint(checkpoint, settings.weights, convention=settings.convention)
     classifier_for(loaded)
     sampler = open_sampler(loaded, settings)
     begin = perf_counter()

@@ -168,7 +168,7 @@ def choose_own(config: EvaluateConfig) -> str | None:
 def _own_features(config: EvaluateConfig) -> str | None:
     """The extractor for the data: by the run's --data-dir, or by the size of the images."""
     if config.samples is None:
-        data = load_checkpoint(config.trained, config.ema, convention=config.convention).config.data_dir
+        data = load_checkpoint(config.trained, config.weights, convention=config.convention).config.data_dir
         return data if data in EXTRACTORS else None
     shape = open_images(config.samples, "--samples").shape
     return next((name for name, side in IMAGE_SIZES.items() if shape == (side, side, 3)), None)
@@ -196,7 +196,7 @@ def compare_steps(config: EvaluateConfig, samples: Path) -> np.ndarray:
     """Sample the first images again with and without the cache; return and plot the states' errors (steps, images)."""
     from haste.plotting import plot_step_errors
 
-    loaded = load_checkpoint(config.trained, config.ema, convention=config.convention)
+    loaded = load_checkpoint(config.trained, config.weights, convention=config.convention)
     settings = fit_to_family(config.sampling_config(), loaded, config.fast)
     cached, full = Sampler(loaded, settings), Sampler(loaded, replace(settings, **asdict(CacheConfig())))
     full_steps = read_record(samples).full_steps

@@ -124,6 +124,8 @@ class SamplingConfig(CacheConfig):
     REPA and HASTE]"""
     ema: bool = True
     """Use the EMA weights."""
+    ema_decay: float | None = None
+    """Decay of the EMA to use, of a run with --extra-ema-decays. [default: the run's --ema-decay]"""
     vae: str | None = None
     """VAE that decodes latents: ema, mse, a hub name, a folder, or MAR's kl16.ckpt. [default: the one of training; ema
     for Stable Diffusion's latents, as in generate.py]"""
@@ -136,6 +138,11 @@ class SamplingConfig(CacheConfig):
         if self.mode in ("ddim", "ddpm"):
             return self.mode
         return "euler-maruyama" if self.mode == "sde" else "heun" if self.heun else "euler"
+
+    @property
+    def weights(self) -> bool | float:
+        """Which weights to load: the argument `ema` of `load_checkpoint`."""
+        return self.ema if self.ema_decay is None else self.ema_decay
 
     @property
     def noisy(self) -> bool:
@@ -209,6 +216,7 @@ class SamplingConfig(CacheConfig):
         if self.guidance_interval is not None:
             parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
         parts += [] if self.guided_channels is None else [f"guided{self.guided_channels}"]
+        parts += [] if self.ema_decay is None else [f"ema{self.ema_decay!r}"]
         parts.append(f"seed{self.global_seed}")
         if self.labels != "random":
             parts.append("balanced" if self.labels == "balanced" else f"labels{_list_name(self.labels.split(','))}")
@@ -235,7 +243,7 @@ class SamplingConfig(CacheConfig):
         prompts = fields.pop("prompts")
         if prompts:
             fields["prompts"] = describe_prompts(prompts)
-        for name in ("cell_steps", "stagger", "timestep_spacing", "guided_channels"):
+        for name in ("cell_steps", "stagger", "timestep_spacing", "guided_channels", "ema_decay"):
             if fields[name] in ("", None):
                 del fields[name]
         if fields["time_shift"] in (None, 1):  # as in records of versions without it
@@ -260,6 +268,8 @@ class SamplingConfig(CacheConfig):
         """Raise UserError for values out of bounds and settings that contradict each other."""
         if self.heun and self.mode not in (None, "ode"):
             raise UserError(f"--heun must come with --mode ode, got --mode {self.mode}")
+        if self.ema_decay is not None and not self.ema:
+            raise UserError(f"--ema-decay must be left out with --no-ema, got {self.ema_decay!r}")
         self._check_parts()
         self.check_cache()
         if not self.guidance_low <= self.guidance_high:

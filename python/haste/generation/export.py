@@ -43,7 +43,7 @@ def export_pipeline(
     checkpoint: LoadedCheckpoint | Path | str,
     folder: Path | str,
     *,
-    ema: bool = True,
+    ema: bool | float = True,
     vae: str | None = None,
     fit_times: bool = True,
     convention: Convention | None = None,
@@ -56,7 +56,7 @@ def export_pipeline(
         checkpoint: of a DiT: a file, a run folder for its latest readable checkpoint, or what `load_checkpoint`
             returns, whose weights it then is.
         folder: a new one.
-        ema: write the EMA weights.
+        ema: write the EMA weights; a number writes the average of this decay.
         vae: the pipeline's VAE, as in `sample`; "none" writes the transformer and its scheduler alone.
         fit_times: fit the embedding of times to diffusers' frequencies, see `haste.models.dit_times`.
         convention: as of `load_checkpoint`.

@@ -115,7 +115,7 @@ class LoadedCheckpoint:
 
 def load_checkpoint(
     path: Path | str,
-    ema: bool = True,
+    ema: bool | float = True,
     *,
     device: torch.device | str | None = None,
     fused_attn: bool = True,
@@ -127,7 +127,8 @@ def load_checkpoint(
     Args:
         path: a checkpoint file of haste, HASTE, REPA, SiT or DiT, a run folder for its latest readable checkpoint, or
             the folder of a DiTPipeline of diffusers or of its transformer.
-        ema: load the EMA weights; False loads the trained weights.
+        ema: load the EMA weights; a number loads the average of this decay, of a run with several; False loads the
+            trained weights.
         device: of the model; None for the GPU if there is one.
         fused_attn: False for unfused attention.
         assume: settings of the run, for a file without settings such as bare weights.
@@ -137,7 +138,7 @@ def load_checkpoint(
         UserError: there is no checkpoint, or it cannot be read.
     """
     source: Path = check(path, Path, "path").expanduser()
-    check(ema, bool, "ema")
+    check(ema, bool | float, "ema")
     check(fused_attn, bool, "fused_attn")
     check(convention, Convention | None, "convention")
     device = _to_device(device)

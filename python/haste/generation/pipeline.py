@@ -60,6 +60,8 @@ def fit_to_family(settings: Settings, loaded: LoadedCheckpoint, fast: bool = Fal
     """
     check_condition(settings, loaded)
     settings = _fit_sampler(settings, loaded)
+    if settings.ema_decay == loaded.recorded.get("args", {}).get("ema_decay"):  # that of "ema", the default
+        settings = replace(settings, ema_decay=None)
     _check_parts(settings, loaded)
     if loaded.layout.condition_shape is not None:
         settings = replace(settings, labels=POLICIES[0])  # which the settings of commands have in common

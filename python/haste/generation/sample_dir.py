@@ -395,7 +395,7 @@ def _as_setting(prompts: str | Path | Sequence[str] | None) -> tuple[str, Sequen
 def _load(args: SampleConfig, device: torch.device | None) -> LoadedCheckpoint:
     return load_checkpoint(
         args.ckpt,
-        args.ema,
+        args.weights,
         device=device,
         fused_attn=args.fused_attn,
         assume=args.assumed(),

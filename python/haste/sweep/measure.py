@@ -231,7 +231,7 @@ def run_sweep(config: SweepConfig) -> None:
         loaded = None if config.plot_only else Pipeline.load(config)
     else:
         assert config.ckpt is not None  # as SweepConfig has checked
-        loaded = load_checkpoint(config.ckpt, config.ema, convention=config.convention)
+        loaded = load_checkpoint(config.ckpt, config.weights, convention=config.convention)
         output = config.output or loaded.run / "sweep"
     folder = SweepDir(output)
     with folder.hold():

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from haste.errors import UserError, in_one_line
 from haste.models import CheckpointFile, Convention, Weights, build_model, check_config, get_family, infer_config
 from haste.training import pipeline_folder
 from haste.training.config import TrainConfig
+from haste.training.optimizer import muon_matrices
 from haste.training.settings import is_ours
 from haste.vae import LatentFormat
 from haste.validation import build, check, shown
@@ -113,20 +114,35 @@ def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if is_ours(settings) or value is not None}
 
 
-def loaded_model(checkpoint: Checkpoint, ema: bool = True, fused_attn: bool = True) -> nn.Module:
+def loaded_model(checkpoint: Checkpoint, ema: bool | float = True, fused_attn: bool = True) -> nn.Module:
     """The model of a checkpoint, in eval mode on the CPU and without its projectors.
 
     Args:
         checkpoint: as `read_checkpoint` returns it.
-        ema: load the EMA weights, or else the trained ones.
+        ema: load the EMA weights, those of this decay, or else the trained ones.
+
+    Raises:
+        UserError: it has no average of this decay.
     """
     config = checkpoint["model_config"]
     model = on_meta(get_family(config).for_sampling(config, fused_attn))
-    weights = checkpoint["ema" if ema else "model"]
+    weights = checkpoint[_part_of(checkpoint, ema)]
     weights = {name: value.float().contiguous() for name, value in weights.items() if not is_projector(name)}
     model.load_state_dict(weights, assign=True)
     get_family(config).set_null(model, checkpoint.get("null"))
     return model.eval()
+
+
+def _part_of(checkpoint: Checkpoint, ema: bool | float) -> str:
+    if isinstance(ema, bool):
+        return "ema" if ema else "model"
+    known = {part.removeprefix("ema_"): part for part in checkpoint if EXTRA_EMA.fullmatch(part)}
+    main = checkpoint["args"].get("ema_decay")
+    known = {**({repr(float(main)): "ema"} if isinstance(main, (int, float)) else {}), **known}
+    if repr(ema) not in known:
+        raise UserError(f"--ema-decay must be one that the checkpoint has, {', '.join(known) or 'which records none'}, "
+                        f"got {ema!r}")  # fmt: skip
+    return known[repr(ema)]
 
 
 def on_meta(model_config: dict[str, Any]) -> nn.Module:
@@ -148,17 +164,20 @@ def sampling_config(checkpoint: Checkpoint, path: str | Path) -> TrainConfig:
 # What torch.compile, DDP, FSDP and activation checkpointing add to the names of weights.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
+EXTRA_EMA = re.compile(r"ema_[0-9][0-9.e-]*")  # the averages of --extra-ema-decays, by their decay
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
-    """`model` and `ema` (xAR's `model_ema`) of a file. If it has only one of them, or is a bare file of weights, both
-    are the same.
+    """`model` and `ema` (xAR's `model_ema`) of a file, and `ema_0.999` and the like if it has other averages. If it has
+    only one of the first two, or is a bare file of weights, both are the same.
 
     Raises:
         UserError: a file without weights.
     """
     names = {"model": "model", "ema": "model_ema" if is_empty(content.get("ema")) else "ema"}
+    names |= {name: name for name in content if EXTRA_EMA.fullmatch(str(name))}
     parts = {
         part: dense_weights(content[name], f"{name} of {file}")
         for part, name in names.items()
@@ -166,7 +185,7 @@ def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
     }
     if not parts:
         parts["model"] = dense_weights(content.get("state_dict", content), str(file))
-    return {part: parts.get(part, next(iter(parts.values()))) for part in ("model", "ema")}
+    return {**{part: parts.get(part, next(iter(parts.values()))) for part in ("model", "ema")}, **parts}
 
 
 def is_empty(value: Any) -> bool:
@@ -327,12 +346,17 @@ def check_resumable(checkpoint: Checkpoint, path: Path) -> None:
             raise UserError(
                 f"{path} lacks {name}, so a run cannot be resumed from it; start one with --init-from {path}"
             )
-    build(TrainConfig, checkpoint["args"], f"args of {path}")
+    config = build(TrainConfig, checkpoint["args"], f"args of {path}")
+    for part in config.ema_parts:
+        if part not in checkpoint:
+            raise UserError(f"{path} must hold {part}, an average of --extra-ema-decays {config.extra_ema_decays}")
     steps = check(checkpoint["steps"], int, f"steps of {path}")
     if not 0 <= steps <= LATEST:
         raise UserError(f"steps of {path} must be a number of steps, got {steps}")
-    counted = parameters_in(checkpoint["model"], on_meta(checkpoint["model_config"]))
-    _check_optimizer(checkpoint["opt"], counted, f"opt of {path}")
+    model = on_meta(checkpoint["model_config"])
+    counted = parameters_in(checkpoint["model"], model)
+    matrices = muon_matrices(model, get_family(model).blocks(model)) if config.optimizer == "muon" else set()
+    _check_optimizer(checkpoint["opt"], counted, f"opt of {path}", matrices)
     for name, kind in (("termination", _Termination), ("data", _Data)):
         if checkpoint.get(name) is not None:
             build(kind, checkpoint[name], f"{name} of {path}")
@@ -344,8 +368,9 @@ def check_resumable(checkpoint: Checkpoint, path: Path) -> None:
         _check_rng(checkpoint["rng"], f"rng of {path}")
 
 
-def _check_optimizer(opt: Any, parameters: Weights, source: str) -> None:
-    """AdamW's state: per parameter, in the order of the model, a step and two moments of its shape, or nothing."""
+def _check_optimizer(opt: Any, parameters: Weights, source: str, matrices: Collection[str] = ()) -> None:
+    """Per parameter, in the order of the model, AdamW's step and two moments of its shape, or for the `matrices` Muon's
+    momentum; or nothing."""
     state = opt.get("state") if isinstance(opt, Mapping) else None
     if not isinstance(state, Mapping):
         raise UserError(f"{source} must be the state of AdamW, got {shown(opt)}")
@@ -353,10 +378,12 @@ def _check_optimizer(opt: Any, parameters: Weights, source: str) -> None:
         entry = state.get(number)
         if entry is None:
             continue
-        moments = [entry.get(moment) for moment in ("exp_avg", "exp_avg_sq")] if isinstance(entry, Mapping) else [None]
+        needed = ("momentum_buffer",) if name in matrices else ("exp_avg", "exp_avg_sq")
+        moments = [entry.get(moment) for moment in needed] if isinstance(entry, Mapping) else [None]
         fit = all(isinstance(m, Tensor) and not why_unusable(m) and m.shape == weight.shape for m in moments)
-        if not fit or not _is_count(entry.get("step")):
-            raise UserError(f"{source} must hold a step and two moments of its shape for {name}, and does not")
+        if not fit or (name not in matrices and not _is_count(entry.get("step"))):
+            what = "a momentum" if name in matrices else "a step and two moments"
+            raise UserError(f"{source} must hold {what} of its shape for {name}, and does not")
         if not all(torch.isfinite(moment).all() for moment in moments):  # they would reach the weights in one step
             raise UserError(f"{source} must hold finite moments, and those for {name} are not")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from haste.errors import UserError, shorten
 from haste.training.presets import PRESETS
 from haste.training.schedule import check_schedule
-from haste.validation import check_numbers, check_types
+from haste.validation import BOUNDS, check_numbers, check_types
 
 SECTIONS = {
     "run": "preset", "data": "data_dir", "model": "model", "alignment": "enc_type", "diffusion": "path_type",
@@ -206,13 +207,18 @@ class TrainConfig:
     """Total number of training steps."""
     epochs: int = 1400
     """Maximum number of epochs. Training ends at --max-train-steps or --epochs, whichever comes first."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of the blocks and AdamW for all other parameters; both have one learning rate and
+    weight decay."""
     learning_rate: float = 1e-4
-    """Learning rate of AdamW between warmup and decay."""
+    """Learning rate between warmup and decay."""
     warmup_steps: float = 0.0
     """Number of steps of linear learning rate warmup. Below 1: a share of the run."""
     decay_steps: float = 0.0
-    """Number of steps, at the end of the run, in which the learning rate falls to --min-learning-rate along half a
-    cosine. Below 1: a share of the run. 0: no decay. A run that is extended follows the schedule of its new length."""
+    """Number of steps, at the end of the run, in which the learning rate falls to --min-learning-rate. Below 1: a share
+    of the run. 0: no decay. A run that is extended follows the schedule of its new length."""
+    decay_shape: Literal["cosine", "linear"] = "cosine"
+    """How it falls: along half a cosine, or a line."""
     min_learning_rate: float = 0.0
     """Learning rate at the end of --decay-steps."""
     adam_beta1: float = 0.9
@@ -220,7 +226,7 @@ class TrainConfig:
     adam_beta2: float = 0.999
     """beta2 of AdamW."""
     adam_weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW, and of Muon."""
     adam_decay: Literal["all", "matrices"] = "all"
     """Which parameters decay: all, or matrices, which leaves out biases and other parameters of one dimension, as xAR
     does."""
@@ -230,6 +236,8 @@ class TrainConfig:
     """Maximum gradient norm, for gradient clipping."""
     ema_decay: float = 0.9999
     """Decay of the exponential moving average of the weights."""
+    extra_ema_decays: str = ""
+    """Decays of further averages that the run keeps, such as 0.999,0.9995. haste sample --ema-decay chooses one."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "fp16"
     """Mixed precision."""
     allow_tf32: bool = False
@@ -304,6 +312,20 @@ class TrainConfig:
         return 1 - (1 - self.cfg_prob) ** 2 if self.legacy else self.cfg_prob
 
     @property
+    def ema_parts(self) -> dict[str, float]:
+        """The decay of each average of the weights, by the part of a checkpoint that holds it; the first is "ema"."""
+        words = self.extra_ema_decays.split(",") if self.extra_ema_decays else []
+        try:
+            extra = [float(word) for word in words]
+        except ValueError:
+            extra = [math.nan]  # which is out of all bounds
+        for decay in extra:
+            if decay not in BOUNDS["ema_decay"] or [self.ema_decay, *extra].count(decay) > 1:
+                raise UserError("--extra-ema-decays must be numbers from 0 to below 1 such as 0.999,0.9995, each once "
+                                f"and none of them --ema-decay, got {shorten(self.extra_ema_decays)}")  # fmt: skip
+        return {"ema": self.ema_decay, **{f"ema_{decay!r}": decay for decay in extra}}
+
+    @property
     def trackers(self) -> list[str]:
         """The trackers of --report-to."""
         return [] if self.report_to in ("", "none") else [name.strip() for name in self.report_to.split(",")]
@@ -316,6 +338,7 @@ class TrainConfig:
         check_folder_name("logging_dir", self.logging_dir)
         check_numbers(self)
         check_schedule(self)
+        _ = self.ema_parts
         if set(self.trackers) - set(TRACKERS):
             known = "tensorboard, wandb, both separated by a comma, or none"
             raise UserError(f"--report-to must be {known}, got {shorten(self.report_to)}")

@@ -1,4 +1,4 @@
-"""The learning rate of each step: a linear warmup, a constant, and half a cosine at the end."""
+"""The learning rate of each step: a linear warmup, a constant, and half a cosine or a line at the end."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ class LearningRate:
 
         step < warmup                rate · (step + 1) / warmup
         step ≥ length − decay        minimum + (rate − minimum) · ½(1 + cos π·p),  p = (step − length + decay) / decay
+                                     or of shape linear: minimum + (rate − minimum) · (1 − p)
         else                         rate
 
-    It is xAR's schedule (arXiv 2502.20388): an eighth of the run, then constant, and the last quarter.
+    With the cosine it is xAR's schedule (arXiv 2502.20388): an eighth of the run, then constant, and the last quarter.
 
     Attributes:
         rate: the constant.
         minimum: towards which the cosine falls.
         warmup, decay: numbers of steps.
         length: steps of the run.
+        shape: "cosine" or "linear".
     """
 
     rate: float
@@ -34,6 +36,7 @@ class LearningRate:
     warmup: int
     decay: int
     length: int
+    shape: str = "cosine"
 
     @classmethod
     def of_run(cls, config: TrainConfig, length: int) -> LearningRate:
@@ -48,7 +51,7 @@ class LearningRate:
                 f"--warmup-steps and --decay-steps must fit into the {length:,} steps of the run, got {warmup:,} and "
                 f"{decay:,}; values below 1 are shares of the run"
             )
-        return cls(config.learning_rate, config.min_learning_rate, warmup, decay, length)
+        return cls(config.learning_rate, config.min_learning_rate, warmup, decay, length, config.decay_shape)
 
     def __call__(self, step: int) -> float:
         """The rate of a step, counted from 0."""
@@ -56,7 +59,8 @@ class LearningRate:
         if not self.decay or left > self.decay:
             return self.rate * min(1.0, (step + 1) / max(1, self.warmup))
         progress = 1 - left / self.decay
-        return self.minimum + (self.rate - self.minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+        share = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.minimum + (self.rate - self.minimum) * share
 
     def differs(self, other: LearningRate) -> bool:
         """Whether any step has another rate; the length alone changes nothing where there is no decay."""
@@ -64,7 +68,8 @@ class LearningRate:
 
     def __str__(self) -> str:
         parts = [f"warmup {self.warmup:,} steps"] * bool(self.warmup)
-        parts += [f"decay to {self.minimum:g} in the last {self.decay:,}"] * bool(self.decay)
+        shape = "linear " if self.shape == "linear" else ""
+        parts += [f"{shape}decay to {self.minimum:g} in the last {self.decay:,}"] * bool(self.decay)
         return f"learning rate {self.rate:g}" + "".join(f", {part}" for part in parts)
 
 
@@ -81,6 +86,8 @@ def check_schedule(config: TrainConfig) -> None:
             f"--min-learning-rate must be at most --learning-rate, {config.learning_rate:g}, got "
             f"{config.min_learning_rate:g}"
         )
+    if config.decay_shape != "cosine" and not config.decay_steps:
+        raise UserError(f"--decay-steps must be above 0 with --decay-shape {config.decay_shape}, got 0")
     if config.min_learning_rate and not config.decay_steps:
         raise UserError("--decay-steps must be above 0 with --min-learning-rate, which is reached at their end, got 0")
 

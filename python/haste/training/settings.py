@@ -68,7 +68,9 @@ SWITCHES = {
 }
 """Alignment settings that turn others on and off."""
 
-BEFORE: dict[str, Any] = {"time_shift": 1.0}
+BEFORE: dict[str, Any] = {
+    "time_shift": 1.0, "optimizer": "adamw", "decay_shape": "cosine", "extra_ema_decays": "",
+}  # fmt: skip
 """Settings that older versions and the public trainers lack, with the value that they computed by."""
 
 PUBLIC_LABEL_DROPOUT = 0.1

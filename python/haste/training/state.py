@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +20,7 @@ from haste.errors import UserError, in_one_line
 from haste.models import ModelOutput, Weights, build_model, get_family
 from haste.training.checkpoint import is_projector, parameters_in, require_names, require_shapes
 from haste.training.config import TrainConfig
+from haste.training.optimizer import build_optimizer, muon_matrices, parameter_groups, reorder_state
 
 DROPOUT = 1  # beside seed and numbers, so that its random numbers are not those of the images' latents
 
@@ -54,13 +55,13 @@ def recompute_in_backward(blocks: Sequence[nn.Module], dropout: bool) -> None:
 
 
 class TrainState:
-    """Model, EMA, optimizer and scaler. One step is forward and backward of each micro-batch in `micro_batch`, then
+    """Model, EMAs, optimizer and scaler. One step is forward and backward of each micro-batch in `micro_batch`, then
     `update`.
 
     Args:
         z_dims: widths of the teachers whose features are aligned; empty without feature alignment.
-        saved: model, ema, opt and scaler to resume from. Without opt, a new run starts from these weights and new
-            projectors; None initializes all weights from the global random state.
+        saved: model, ema, other averages, opt and scaler to resume from. Without opt, a new run starts from these
+            weights and new projectors; None initializes all weights from the global random state.
     """
 
     def __init__(
@@ -84,40 +85,38 @@ class TrainState:
         # The trainer drops labels for all processes together: without dropout that is all that training mode would do.
         self.random = family.dropout(model_config) > 0
         self.model.train(self.random)
-        self.ema = EMA(self.model, config.ema_decay)
+        self.averages = {part: EMA(self.model, decay) for part, decay in config.ema_parts.items()}
+        self.ema = self.averages["ema"]
         self.order: Sequence[str] = ()  # the names in the checkpoint, with those of freed projectors
-        self.freed: dict[str, Weights] = {"model": {}, "ema": {}}
+        self.freed: dict[str, Weights] = {part: {} for part in self.models}
         if saved is not None:
             self._load_weights(saved, new_projectors=not resumes)
 
+        self.matrices: set[str] = set()  # of Muon
+        if config.optimizer == "muon":
+            self.matrices = muon_matrices(self.model, family.blocks(self.model))
         if config.gradient_checkpointing:
             recompute_in_backward(family.blocks(self.model), dropout=self.random)
         if config.compile:  # block by block: all share one compilation
             for block in family.blocks(self.model):
                 block.compile(fullgraph=True)
         if sharding():
-            shard(self.model, family.blocks(self.model), accelerator)
-            shard(self.ema.model, family.blocks(self.ema.model), accelerator)
+            for model in self.models.values():
+                shard(model, family.blocks(model), accelerator)
         # accelerate's own wrapper would copy every q and k to fp32.
         copies = accelerator.num_processes > 1 and not sharding()
         self.forward = replicate(self.model, accelerator) if copies else self.model
         parameters = dict(self.model.named_parameters())
-        groups = parameter_groups(parameters, config.adam_decay)
+        groups = parameter_groups(parameters, config.adam_decay, self.matrices)
         self.optimized = [name for group in groups for name in group]  # in the order of the optimizer
-        without_decay = {"weight_decay": 0.0} if len(groups) > 1 else {}
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [parameters[name] for name in group], **(without_decay if number == 0 else {})}
-                for number, group in enumerate(groups)
-            ],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+        self.optimizer = build_optimizer([[parameters[name] for name in group] for group in groups], config)
         if saved is not None and resumes:
             self._load_optimizer(saved)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """What is trained and its averages, by the part of a checkpoint that holds their weights."""
+        return {"model": self.model, **{part: average.model for part, average in self.averages.items()}}
 
     # ---- a step ----
 
@@ -172,7 +171,8 @@ class TrainState:
             self.optimizer.found_inf = (~norm.isfinite()).float()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
+        for average in self.averages.values():
+            average.update(self.model)
         return norm
 
     def leave_group(self) -> None:
@@ -188,23 +188,26 @@ class TrainState:
 
     @property
     def checkpoint_size(self) -> int:
-        """Bytes of weights, EMA and AdamW's two moments, in fp32."""
-        return 4 * 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        """Bytes of weights, EMAs and AdamW's two moments, or Muon's one, in fp32."""
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        moments = sum((1 if name in self.matrices else 2) * size for name, size in sizes.items())
+        return 4 * (len(self.models) * sum(sizes.values()) + moments)
 
     def state_dict(self) -> dict[str, Any]:
-        """model, ema, opt and scaler, whole and on the CPU, laid out as in the public checkpoints.
+        """model, ema and other averages, opt and scaler, whole and on the CPU, laid out as in the public checkpoints.
 
         Freed projectors are included. Every process must call it.
         """
         weights = {
             part: with_projectors(_gather(model.state_dict()), self.freed[part], self.order)
-            for part, model in (("model", self.model), ("ema", self.ema.model))
+            for part, model in self.models.items()
         }
         opt, counted = self.optimizer.state_dict(), parameters_in(weights["model"], self.model)
         place = {name: number for number, name in enumerate(counted)}
+        of_groups = parameter_groups(counted, self.config.adam_decay, self.matrices)
         groups = [
             {**group, "params": [place[name] for name in names]}
-            for group, names in zip(opt["param_groups"], parameter_groups(counted, self.config.adam_decay), strict=True)
+            for group, names in zip(opt["param_groups"], of_groups, strict=True)
         ]
         return {
             **weights,
@@ -216,11 +219,12 @@ class TrainState:
         }
 
     def _load_weights(self, saved: dict[str, Any], new_projectors: bool) -> None:
-        """Load model and EMA. Projectors that the model lacks are kept for its checkpoints."""
+        """Load model and EMAs. Projectors that the model lacks are kept for its checkpoints."""
         self.order = list(saved["model"])
-        for part, model in (("model", self.model), ("ema", self.ema.model)):
-            weights = {name: value for name, value in saved[part].items() if not is_projector(name)}
-            source = model.state_dict() if new_projectors else saved[part]
+        for part, model in self.models.items():
+            found = saved.get(part, saved["ema"])  # of --init-from, which need not have this average
+            weights = {name: value for name, value in found.items() if not is_projector(name)}
+            source = model.state_dict() if new_projectors else found
             projectors = {name: value for name, value in source.items() if is_projector(name)}
             if not model.projectors:
                 self.freed[part], projectors = projectors, {}
@@ -256,18 +260,6 @@ def _gather(tree: Any) -> Any:
     return tree
 
 
-# An optimizer's state has no names: in a checkpoint it counts the parameters in the order of the model.
-
-
-def parameter_groups(parameters: Mapping[str, Tensor], adam_decay: str) -> list[list[str]]:
-    """The names in each group of the optimizer: all in one, or for "matrices" first those without weight decay."""
-    if adam_decay == "all":
-        return [list(parameters)]
-    # As timm and MAR: positions and other tables have more dimensions, and decay.
-    without = [name for name, value in parameters.items() if value.dim() < 2 or name.endswith(".bias")]
-    return [without, [name for name in parameters if name not in without]]
-
-
 def with_projectors(weights: Weights, projectors: Weights, order: Sequence[str]) -> Weights:
     """The weights of a model whose projectors were freed, with these in the place that they have in `order`."""
     names = list(order)
@@ -279,9 +271,3 @@ def with_projectors(weights: Weights, projectors: Weights, order: Sequence[str])
             merged.update(projectors)
         merged[name] = value
     return {**merged, **projectors}
-
-
-def reorder_state(state: Mapping[int, Any], source: Sequence[str], target: Sequence[str]) -> dict[int, Any]:
-    """The optimizer state of parameters in the order `source`, for an optimizer whose order is `target`."""
-    place = {name: number for number, name in enumerate(source)}
-    return {number: state[place[name]] for number, name in enumerate(target) if name in place and place[name] in state}

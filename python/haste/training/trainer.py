@@ -122,6 +122,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_trackers(config)
     if sharding() and config.termination == "gradient-cosine":
         raise UserError("--termination must be another rule with FSDP, got gradient-cosine, which needs whole weights")
+    if sharding() and config.optimizer == "muon":
+        raise UserError("--optimizer must be adamw with FSDP, got muon, which needs whole matrices")
     if sharding() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("--fsdp_version of accelerate launch must be 2, got 1")
     output = Path(config.output_dir).expanduser()
@@ -308,7 +310,7 @@ class Trainer:
     def _build_state(self, saved: dict[str, Any] | None) -> TrainState:
         z_dims: Sequence[int] = self.aligner.z_dims if self.aligner is not None else ()
         state = TrainState(self.model_config, z_dims, self.config, self.accelerator, saved)
-        for model in (state.model, state.ema.model):
+        for model in state.models.values():
             self.family.set_null(model, self._null)
         return state
 

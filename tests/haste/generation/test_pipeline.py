@@ -203,6 +203,17 @@ def test_the_shift_of_sampling_is_that_of_training_unless_another_is_given(tmp_p
     assert fit_to_family(SamplingConfig(), load_checkpoint(run)).time_shift == 1.0
 
 
+def test_another_average_of_the_weights_is_named_and_contradicts_the_trained_ones(run):
+    settings = SamplingConfig(ema_decay=0.5)
+    assert (settings.weights, settings.short_name()) == (0.5, "euler-50-cfg1-ema0.5-seed0")
+    assert settings.sampling_fields()["ema_decay"] == 0.5 and "ema_decay" not in SamplingConfig().sampling_fields()
+    loaded = load_checkpoint(run)
+    own = SamplingConfig(ema_decay=loaded.config.ema_decay)
+    assert fit_to_family(own, loaded).sampling_fields() == fit_to_family(SamplingConfig(), loaded).sampling_fields()
+    with pytest.raises(UserError, match="^--ema-decay must be left out with --no-ema, got 0.5$"):
+        SamplingConfig(ema_decay=0.5, ema=False).check()
+
+
 def test_a_cache_runs_and_warms_up_on_shifted_times(run):
     settings = SamplingConfig(num_steps=8, cache="newton", interval=3, order=1, time_shift=3.0)
     sampler = Sampler(load_checkpoint(run), settings)

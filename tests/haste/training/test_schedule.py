@@ -39,6 +39,16 @@ def test_xars_schedule_is_an_eighth_of_warmup_and_a_quarter_of_decay():
     assert got == rates(800, **{**XAR, "warmup_steps": 100, "decay_steps": 200})
 
 
+def test_a_linear_decay_ends_above_the_minimum_by_a_step_and_a_cosine_may_be_of_the_whole_run():
+    """Warmup, a constant, and a line: WSD; RAE's has no constant at the end."""
+    wsd = {"warmup_steps": 2, "decay_steps": 4, "decay_shape": "linear", "learning_rate": 1.0}
+    assert rates(8, **wsd) == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert rates(8, **wsd, min_learning_rate=0.2)[4:] == pytest.approx([1, 0.8, 0.6, 0.4])
+    whole = [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates(8, decay_steps=8, learning_rate=1.0) == pytest.approx(whole)
+    assert "linear decay to 0 in the last 4" in str(LearningRate.of_run(TrainConfig(**wsd), 8))
+
+
 @pytest.mark.parametrize("settings", [{"warmup_steps": 0.5, "decay_steps": 0.5}, {"decay_steps": 7}])
 def test_a_schedule_may_fill_the_run(settings):
     got = rates(7, **settings)
@@ -55,6 +65,7 @@ def test_a_schedule_may_fill_the_run(settings):
         ({"decay_steps": math.nan}, "--decay-steps must be a number from 0"),
         ({"decay_steps": -1}, "--decay-steps must be a number from 0"),
         ({"decay_steps": 4, "min_learning_rate": 1.0}, "--min-learning-rate must be at most --learning-rate"),
+        ({"decay_shape": "linear"}, "--decay-steps must be above 0 with --decay-shape linear, got 0"),
         ({"min_learning_rate": 1e-5}, "--decay-steps must be above 0 with --min-learning-rate"),
     ],
 )

@@ -1,5 +1,6 @@
 import torch
-from haste.training.state import EMA, reorder_state, with_projectors
+from haste.training.optimizer import reorder_state
+from haste.training.state import EMA, with_projectors
 from small_models import WITH_PROJECTORS, random_sit
 from torch import nn
 
