@@ -48,8 +48,9 @@ class PrepareConfig:
     """The settings of `haste prepare`, which are its flags."""
 
     source: Path | None = None
-    """Folder, zip or Hugging Face data set of images. Labels: a dataset.json, or the top folders in sorted order. With
-    --captions only for images that are not found beside them."""
+    """Folder, zip or Hugging Face data set of images, or a tar or a folder of tars of webdataset. Labels: a
+    dataset.json, or the top folders in sorted order; of tars .cls. With --captions only for images that are not found
+    beside them."""
     dest: Path
     """Output folder, to be used as --data-dir of haste train."""
     captions: Path | None = None

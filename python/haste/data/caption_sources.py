@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from haste.data.archive import Archive, open_archive
 from haste.data.images import is_image
 from haste.data.sources import FileSource, HuggingFaceSource, ImageSource, check_missing
-from haste.data.tars import Tars, find_tars, open_tars
+from haste.data.tars import Tars, find_tars, first_dot, open_tars
 from haste.errors import BadFile, OnBadFile, UserError, in_one_line
 from haste.io import in_bytes, read_json
 from haste.text import in_utf8
@@ -108,13 +108,6 @@ def decode_captions(data: bytes, name: str) -> list[str]:
 def last_dot(name: str) -> tuple[str, str]:
     """The name of a file without its suffix, and the suffix with its dot."""
     return os.path.splitext(name)
-
-
-def first_dot(name: str) -> tuple[str, str]:
-    """As `last_dot`, cut at the first dot of the file's own name, as webdataset does."""
-    folder, slash, own = name.rpartition("/")
-    stem, dot, suffix = own.partition(".")
-    return folder + slash + stem, dot + suffix
 
 
 class FileCaptions:

@@ -18,6 +18,7 @@ from haste.data.mar_cache import cached_names, open_cache
 from haste.data.record import RECORD, read_record
 from haste.data.repa_layout import open_repa_layout
 from haste.data.sources import open_source
+from haste.data.tars import find_tars
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.registry import DATASETS, plugin
 from haste.vae import VAE, LatentFormat
@@ -43,8 +44,8 @@ def load_dataset(
     Args:
         data_dir: the name of a small data set, which is kept in memory; a folder or zip in REPA's layout, whose latents
             are used; a folder or zip of MAR's cached latents; a folder of LightningDiT's shards of latents; images with
-            features of captions, as `haste prepare --captions` or REPA makes them; or a folder, zip or Hugging Face
-            data set of images, which are center cropped as in ADM.
+            features of captions, as `haste prepare --captions` or REPA makes them; or a folder, zip, Hugging Face
+            data set or tars of images, which are center cropped as in ADM.
         vae: mse, ema, a hub name, a folder or a file of KL-16. Encodes images without latents on the training device;
             None trains on their pixels. With latents it gives scale and shift, which by default are Stable Diffusion's
             in REPA's layout, and KL-16's in MAR's.
@@ -76,6 +77,12 @@ def load_dataset(
             raise UserError(f"--latents-dir must be left out with LightningDiT's shards, got {latents_dir}")
         sharded = open_shards(path, shards, resolution, vae, vae_stats, image_dir, on_bad_file, num_classes)
         return _ready(sharded.with_random_flip() if random_flip else sharded, without_images=True)
+    if os.path.isfile(path) and find_tars(path):
+        for flag, given in (("latents-dir", latents_dir), ("image-dir", image_dir)):
+            if given is not None:
+                raise UserError(f"--{flag} must be left out with a tar of images, got {given}")
+        packed = _open_images(path, resolution, vae, vae_stats, on_bad_file, num_classes)
+        return _ready(packed.with_random_flip() if random_flip else packed, without_images=False)
     archive = open_archive(path, "--data-dir")
     record = read_record(archive)
     latents = choose_latents(archive, path, latents_dir, record)
@@ -99,13 +106,7 @@ def load_dataset(
             archive, latents, record, resolution, vae, vae_stats, on_bad_file, num_classes, random_flip
         )
     else:
-        if vae is None and vae_stats is not None:
-            raise UserError(f"--vae-stats must come with --vae or latents, got {vae_stats} alone")
-        source = open_source(path, "--data-dir", on_bad_file)
-        if source.labels is None:
-            logger.info("%s has no labels: all its images are one class", path)
-        encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats, resolution))
-        data = ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
+        data = _open_images(path, resolution, vae, vae_stats, on_bad_file, num_classes)
     if random_flip:
         data = data.with_random_flip()
     return _ready(data, without_images=bool(cached))
@@ -120,6 +121,19 @@ def _ready(data: TrainingData, without_images: bool) -> TrainingData:
         if data.on_bad_file == "refuse":
             raise fault.as_user_error() from fault
     return data
+
+
+def _open_images(
+    path: Path, resolution: int, vae: str | None, vae_stats: str | None, on_bad_file: OnBadFile, num_classes: int | None
+) -> ImageData:
+    """Images that are cropped when they are read."""
+    if vae is None and vae_stats is not None:
+        raise UserError(f"--vae-stats must come with --vae or latents, got {vae_stats} alone")
+    source = open_source(path, "--data-dir", on_bad_file)
+    if source.labels is None:
+        logger.info("%s has no labels: all its images are one class", path)
+    encoder = None if vae is None else VAE(LatentFormat.of(vae, vae_stats, resolution))
+    return ImageData(source, resolution, count_classes(num_classes, source.num_classes), encoder, on_bad_file)
 
 
 def _open_in_memory(

@@ -1,4 +1,4 @@
-"""Sources of images with labels: a folder or a zip of files, or a Hugging Face data set on disk."""
+"""Sources of images with labels: a folder or a zip of files, a Hugging Face data set on disk, or tars."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from haste.data.archive import Archive, Folder, open_archive
 from haste.data.images import IMAGE_FORMATS, image_format, is_image
 from haste.data.latent_folders import IMAGES, refuse_among_images, refuse_passed_over
+from haste.data.tars import find_tars
 from haste.errors import BadFile, OnBadFile, UserError, in_one_line, require
 from haste.io import MOST_CLASSES, parse_json, read_json
 from haste.validation import check, shown
@@ -95,6 +96,13 @@ def open_source(path: Path, flag: str, on_bad_file: OnBadFile = "refuse") -> Ima
     """
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         return HuggingFaceSource(path, flag)
+    tars = find_tars(path)
+    if tars and (os.path.isfile(path) or not any(map(is_image, Folder(path).names()))):
+        from haste.data.labelled_tars import open_labelled_tars  # which builds on this file
+
+        return open_labelled_tars(tars, flag, on_bad_file)
+    if tars:
+        logger.warning("the images in %s are read, and not its %d tars", path, len(tars))
     archive = open_archive(path, flag)
     inner = archive.child(IMAGES)
     if inner is not None and not any(is_image(name) for name in archive.names() if not name.startswith(f"{IMAGES}/")):

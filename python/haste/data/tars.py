@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -30,42 +31,28 @@ class Tars:
 
     Args:
         paths: the tars, of different names.
-        flag: that named them, for messages.
-        on_bad_file: "skip" keeps what stands before the damage in a damaged tar.
-
-    Raises:
-        UserError: with "refuse", a file that is no tar, is compressed or ends early.
+        names: of the members, sorted bytes.
+        places: (n, 3), int64: the number of the tar, the offset and the size of each.
+        damaged: tars of which only a part was read.
     """
 
-    def __init__(self, paths: list[Path], flag: str, on_bad_file: OnBadFile = "refuse") -> None:
+    def __init__(
+        self, paths: list[Path], names: np.ndarray, places: np.ndarray, damaged: Sequence[BadFile] = ()
+    ) -> None:
         self.paths = paths
-        self.damaged: list[BadFile] = []
-        found: list[tuple[bytes, int, int, int]] = []
-        for number, path in enumerate(paths):
-            found += [(os.fsencode(name), number, start, size) for name, start, size in self._scan(path)]
-            if self.damaged and on_bad_file == "refuse":
-                raise self.damaged[0].as_user_error()
-        found.sort()
         # Arrays: reference counting would copy millions of objects into every worker process.
-        self._names = np.array([name for name, *_ in found], dtype=np.bytes_)
-        self._places = np.array([place for _, *place in found], dtype=np.int64).reshape(-1, 3)
+        self._names, self._places = names, places
+        self.damaged = damaged
 
-    def _scan(self, path: Path) -> list[tuple[str, int, int]]:
-        """Name, offset and size of each member."""
-        members = []
-        try:
-            size = path.stat().st_size
-            with tarfile.open(path, "r:") as tar:  # "r:" reads no compressed ones
-                for member in tar:
-                    visible = all(map(is_visible, PurePosixPath(member.name).parts))
-                    if not (member.isreg() and visible) or member.issparse():
-                        continue
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    members.append((f"{path.name}/{member.name.removeprefix('./')}", member.offset_data, member.size))
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-            self.damaged.append(BadFile(str(path), f"is no whole, uncompressed tar ({in_one_line(error)})"))
-        return members
+    @property
+    def index(self) -> tuple[np.ndarray, np.ndarray]:
+        """names and places, as given."""
+        return self._names, self._places
+
+    def only(self, names: list[str]) -> Tars:
+        """The same tars with some members only."""
+        wanted = np.sort(np.array([os.fsencode(name) for name in names], dtype=np.bytes_))
+        return Tars(self.paths, wanted, self._places[np.searchsorted(self._names, wanted)], self.damaged)
 
     def names(self) -> list[str]:
         return [os.fsdecode(name) for name in self._names.tolist()]
@@ -105,11 +92,58 @@ class Tars:
         return number, start, size
 
 
+def scan_tars(paths: list[Path], on_bad_file: OnBadFile = "refuse") -> Tars:
+    """Find the members of tars by their headers. "skip" keeps what stands before the damage in a damaged tar.
+
+    Raises:
+        UserError: with "refuse", a file that is no tar, is compressed or ends early.
+    """
+    found: list[tuple[bytes, int, int, int]] = []
+    damaged: list[BadFile] = []
+    for number, path in enumerate(paths):
+        members, fault = _scan(path)
+        found += [(os.fsencode(name), number, start, size) for name, start, size in members]
+        if fault is not None:
+            damaged.append(fault)
+            if on_bad_file == "refuse":
+                raise fault.as_user_error()
+    found.sort()
+    names = np.array([name for name, *_ in found], dtype=np.bytes_)
+    places = np.array([place for _, *place in found], dtype=np.int64).reshape(-1, 3)
+    return Tars(paths, names, places, damaged)
+
+
+def _scan(path: Path) -> tuple[list[tuple[str, int, int]], BadFile | None]:
+    """Name, offset and size of each member, and the damage behind them."""
+    members: list[tuple[str, int, int]] = []
+    try:
+        size = path.stat().st_size
+        with tarfile.open(path, "r:") as tar:  # "r:" reads no compressed ones
+            for member in tar:
+                visible = all(map(is_visible, PurePosixPath(member.name).parts))
+                if not (member.isreg() and visible) or member.issparse():
+                    continue
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                members.append((f"{path.name}/{member.name.removeprefix('./')}", member.offset_data, member.size))
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        return members, BadFile(str(path), f"is no whole, uncompressed tar ({in_one_line(error)})")
+    return members, None
+
+
 def open_tars(paths: list[Path], flag: str, on_bad_file: OnBadFile) -> Tars:
-    """Open tars. Raises UserError as `Tars`, and if none has members."""
-    tars = Tars(paths, flag, on_bad_file)
+    """Open tars. Raises UserError as `scan_tars`, and if none has members."""
+    tars = scan_tars(paths, on_bad_file)
     for fault in tars.damaged:
         logger.warning("skipped: %s", fault)
     if not len(tars.names()):
         raise UserError(f"{flag} must hold tars of images and captions, got nothing in {paths[0]}")
     return tars
+
+
+def first_dot(name: str) -> tuple[str, str]:
+    """The name of a file without its suffix, cut at the first dot of its own name as webdataset does, and the suffix
+    with its dot."""
+    folder, slash, own = name.rpartition("/")
+    stem, dot, suffix = own.partition(".")
+    return folder + slash + stem, dot + suffix

@@ -55,8 +55,9 @@ class TrainConfig:
     data_dir: str = ""
     """Training images: the layout of REPA, as `haste prepare` writes it; a folder or zip file with one folder per
     class, of images or of MAR's cached latents; a folder of LightningDiT's shards of latents; a Hugging Face data set
-    on disk; images with captions, as `haste prepare --captions` writes them, or REPA's coco256_features; or `digits`,
-    scikit-learn's handwritten digits, and `digits-captions`, these with captions."""
+    on disk; a tar or a folder of tars of webdataset, with .cls labels; images with captions, as `haste prepare
+    --captions` writes them, or REPA's coco256_features; or `digits`, scikit-learn's handwritten digits, and
+    `digits-captions`, these with captions."""
     latents_dir: str | None = None
     """Folder of the latents beside images/ in --data-dir, such as vae-in. None: vae-sd, or the one that `haste prepare`
     wrote."""
