@@ -151,6 +151,7 @@ def prepare_classes(config: PrepareConfig, accelerator: Accelerator) -> None:
         in_first(lambda: stack.enter_context(destination.hold()))
         if not destination.finished:
             prepare_missing(config, accelerator, source, destination, None if latents is None else VAE(latents))
+        measure_latents(accelerator, destination)
         if accelerator.is_main_process:
             if config.zip:
                 destination.pack()
@@ -190,6 +191,27 @@ def prepare_missing(
         destination.finish(source.labels)
 
 
+def measure_latents(accelerator: Accelerator, destination: Destination | CaptionFolder) -> None:
+    """Write the mean and standard deviation of each latent channel beside the latents, where they are not yet there."""
+    from accelerate.utils import gather_object
+
+    from haste.data.latent_statistics import STATISTICS, measure, merged, write_statistics
+    from haste.distributed import progress_bar
+
+    accelerator.wait_for_everyone()  # until the first has left out what could not be read
+    path, units = destination.path / STATISTICS, destination.latent_units()
+    if path.is_file() or units == 0:  # for all processes alike, as the first writes after all have measured
+        return
+    own = range(accelerator.process_index, units, accelerator.num_processes)
+    with progress_bar(total=len(own), unit="part", desc="statistics") as bar:
+        found = measure(destination, own, bar.update)
+    parts = gather_object([found]) if accelerator.num_processes > 1 else [found]
+    statistics = merged(parts)
+    if accelerator.is_main_process and statistics is not None:
+        with destination.writing():
+            write_statistics(path, statistics)
+
+
 def exit_if_stopped(stop: StopRequest) -> None:
     """Exit with a line for the user if a signal has asked for it."""
     if stop.received is not None:
@@ -214,6 +236,7 @@ def prepare_captions(config: PrepareConfig, captions: Path, accelerator: Acceler
         in_first(lambda: stack.enter_context(destination.hold()))
         if not destination.finished:
             prepare_missing_captions(config, accelerator, destination)
+        measure_latents(accelerator, destination)
         if accelerator.is_main_process:
             print(f"{destination.path} is ready for haste train --data-dir")
 

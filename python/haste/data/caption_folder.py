@@ -132,6 +132,14 @@ class CaptionFolder(ResumableDir):
         """The stages of one of several processes, each to be run to its end before the next."""
 
     @abstractmethod
+    def latent_units(self) -> int:
+        """The number of units whose latents are measured; 0 for images only."""
+
+    @abstractmethod
+    def unit_moments(self, unit: int) -> Iterator[np.ndarray]:
+        """The moments (2C, S, S) of a unit's images in order, means and then standard deviations. Raises BadFile."""
+
+    @abstractmethod
     def finish(self) -> None:
         """Complete the record, once all processes have finished. Raises UserError if no image could be read."""
 

@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader
 from haste.data.dataset import to_unit
 from haste.data.images import center_crop, decode_image
 from haste.data.latent_folders import FLIP, IMAGES, LATENTS
+from haste.data.latent_statistics import UNIT
+from haste.data.latents import decode_moments
 from haste.data.loader import leave_signals_to_the_parent, prefetch, useful_workers
 from haste.data.record import RECORD
 from haste.data.repa_layout import image_name, latent_name
@@ -164,6 +166,18 @@ class Destination(ResumableDir):
                 listed = None if labels is None else list(zip(names, labels[numbers].tolist(), strict=True))
                 write_json(self.path / kind.folder / LABEL_FILE, {"labels": listed}, indent=None)
         self._write(finished=True)
+
+    def latent_units(self) -> int:
+        """The number of units whose latents are measured; 0 for images only, and for folders that are packed."""
+        held = LATENTS in self.kinds and (self.path / self.kinds[LATENTS].folder).is_dir()
+        return -(-self.count // UNIT) if held else 0
+
+    def unit_moments(self, unit: int) -> Iterator[np.ndarray]:
+        """The moments of a unit's images in order. Raises BadFile."""
+        for number in range(unit * UNIT, min((unit + 1) * UNIT, self.count)):
+            name = self.path / self.kinds[LATENTS].folder / latent_name(number)
+            if name.is_file():  # others could not be read, and are left out
+                yield decode_moments(name.read_bytes(), str(name))
 
     def check_space(self, pack: bool) -> None:
         """Raise UserError if the disk is too small for the missing files and, to pack, for the larger folder twice."""

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from haste.data.archive import read_npy
 from haste.data.caption_folder import CaptionFolder, Encoders, Stage
 from haste.data.caption_store import NULL
 from haste.data.coco_features import SENTENCES, encode_sentences
 from haste.data.images import square_crop
+from haste.data.latent_statistics import UNIT
+from haste.data.latents import decode_moments
 from haste.data.prepare import (
     Cropped,
     Cropper,
@@ -27,6 +30,7 @@ from haste.data.prepare import (
 from haste.data.shards import CAPTIONS_PER_SHARD, IMAGES_PER_SHARD, ShardFiles, shard_path, write_shard
 from haste.errors import BadFile, UserError
 from haste.io import write_atomically
+from haste.vae import with_deviation
 
 SPLITS = ("train", "val")  # of the public features, which have the empty caption's in the folder above
 
@@ -60,6 +64,15 @@ class CocoFeatureFolder(CaptionFolder):
                 f"--text-encoder must be the one of {self.null_path}, which the splits beside {self.path} have in "
                 f"common, got {self.text.encoder}"
             )
+
+    def latent_units(self) -> int:
+        return -(-self.count // UNIT) if self.latents is not None else 0
+
+    def unit_moments(self, unit: int) -> Iterator[np.ndarray]:
+        for number in range(unit * UNIT, min((unit + 1) * UNIT, self.count)):
+            path = self.path / f"{number}.npy"
+            if path.is_file():  # others could not be read, and are left out
+                yield _with_deviation(decode_moments(path.read_bytes(), str(path)))
 
     def space_needed(self) -> int:
         png, moments, caption = self._sizes()
@@ -140,6 +153,11 @@ class CocoFeatureFolder(CaptionFolder):
         with self.writing():
             write_atomically(self.path / SENTENCES, lambda temporary: temporary.write_bytes(sentences))
         self._finish(len(whole))
+
+
+def _with_deviation(moments: np.ndarray) -> np.ndarray:
+    """Moments (2C, S, S) with the standard deviation in place of the log-variance."""
+    return with_deviation(torch.from_numpy(moments)[None])[0].numpy()
 
 
 def _in_blocks(size: int) -> int:
@@ -263,6 +281,12 @@ class ShardFolder(CaptionFolder):
     def _write(self, kind: str, unit: int, arrays: dict[str, np.ndarray]) -> None:
         with self.writing():
             write_shard(shard_path(self.path, kind, unit), arrays)
+
+    def latent_units(self) -> int:
+        return len(self._units("images")) if self.latents is not None else 0
+
+    def unit_moments(self, unit: int) -> Iterator[np.ndarray]:
+        yield from map(_with_deviation, ShardFiles().array(shard_path(self.path, "images", unit), "moments"))
 
     def finish(self) -> None:
         files = ShardFiles()

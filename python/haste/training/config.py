@@ -67,7 +67,8 @@ class TrainConfig:
     """VAE that encodes images during training: mse, ema, a hub name or a folder (AutoencoderKL, DC-AE or RAE), or
     a file such as MAR's kl16.ckpt or VA-VAE's. None: train on pixels, or on the latents in --data-dir."""
     vae_stats: str | None = None
-    """File with the mean and standard deviation of each latent channel, used instead of the VAE's scaling factor."""
+    """File with the mean and standard deviation of each latent channel, used instead of the VAE's scaling factor:
+    latents_stats.pt of `haste prepare` or LightningDiT, or REPA-E's."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"
     """What to do with a missing or damaged file: stop with an error (refuse), or log it and use the next image
     (skip)."""

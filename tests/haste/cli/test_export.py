@@ -12,7 +12,7 @@ import pytest
 from digits_run import write_run
 from haste.cli.main import main
 from haste.vae import LatentFormat
-from image_files import save_vae
+from image_files import save_dc, save_rae, save_vae
 from latent_dit import save_unshifted_vae, write_dit
 from latent_student import write_ours
 
@@ -110,6 +110,28 @@ def test_latents_that_no_pipeline_scales(tmp_path, capsys, changes):
     path = write_dit(tmp_path, latents={**latents, **changes})
     assert "--vae must have latents of one scale and no shift" in refusal(
         capsys, "--ckpt", path, "--to", tmp_path / "new"
+    )
+
+
+def test_a_deep_compression_autoencoder_is_the_pipelines(tmp_path):
+    from diffusers import AutoencoderDC, DiTPipeline
+
+    latents = asdict(LatentFormat.of(str(save_dc(tmp_path / "run" / "vae"))))
+    path, folder = write_dit(tmp_path / "run", latents=latents), tmp_path / "pipeline"
+    main(["export", "--ckpt", str(path), "--to", str(folder)])
+    assert isinstance(DiTPipeline.from_pretrained(folder).vae, AutoencoderDC)
+    flags = ["--num-steps", "2", "--num-fid-samples", "2", "--labels", "2,0"]
+    for source in (folder, path):
+        main(["sample", "--ckpt", str(source), *flags, "--sample-dir", str(tmp_path / source.name)])
+    made = [next((tmp_path / source.name).rglob("000001.png")).read_bytes() for source in (folder, path)]
+    assert made[0] == made[1]
+
+
+def test_an_rae_is_no_pipelines(tmp_path, capsys):
+    latents = asdict(LatentFormat.of(str(save_rae(tmp_path / "run" / "vae", grid=4))))
+    path = write_dit(tmp_path / "run", latents=latents, in_channels=64)
+    assert "--vae must be none, for the transformer alone, or an AutoencoderKL or AutoencoderDC" in refusal(
+        capsys, "--ckpt", path, "--to", tmp_path / "pipeline"
     )
 
 

@@ -68,6 +68,8 @@ def assert_same_files(one: Path, two: Path) -> None:
     for name in a:
         if name.endswith(".npy"):
             np.testing.assert_allclose(np.load(one / name), np.load(two / name), rtol=1e-4, atol=1e-5)
+        elif name.endswith(".pt"):
+            torch.testing.assert_close(*(torch.load(each / name, weights_only=True) for each in (one, two)))
         else:
             assert a[name] == b[name], name
 
@@ -135,7 +137,8 @@ def test_there_are_no_more_workers_than_batches(asked, started, monkeypatch):
 def test_zips(source, tmp_path, vae):
     prepare(source, tmp_path / "folders", vae)
     prepare(source, tmp_path / "zips", vae, "--zip")
-    assert sorted(path.name for path in (tmp_path / "zips").iterdir()) == ["images.zip", "prepare.json", "vae-sd.zip"]
+    assert sorted(path.name for path in (tmp_path / "zips").iterdir()) == [
+        "images.zip", "latents_stats.pt", "prepare.json", "vae-sd.zip"]  # fmt: skip
     folders, zips = (load_dataset(str(tmp_path / name), 8) for name in ("folders", "zips"))
     for index in range(12):
         assert all(torch.equal(a, b) for a, b in zip(folders[index], zips[index], strict=True))
@@ -206,6 +209,41 @@ def test_flags_of_latents_that_do_not_fit(source, tmp_path, vae, capsys):
     prepare(source, tmp_path / "out", vae)
     line = refusal(capsys, source, tmp_path / "out", vae, "--latents-dir", "vae-in")
     assert line.endswith("with latents_dir vae-sd, not vae-in")
+
+
+# ---- statistics of the latents ----
+
+
+def statistics_of(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "latents_stats.pt", weights_only=True)
+
+
+def test_statistics_of_the_channels_are_beside_the_latents(source, tmp_path, vae):
+    prepare(source, tmp_path / "out", vae)
+    moments = np.stack([np.load(path) for path in sorted((tmp_path / "out").glob("vae-sd/*/*.npy"))]).astype(float)
+    means, deviations = np.split(moments, 2, axis=1)
+    found, std = statistics_of(tmp_path / "out"), (means.var((0, 2, 3)) + (deviations**2).mean((0, 2, 3))) ** 0.5
+    np.testing.assert_allclose(found["mean"].flatten(), means.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(found["std"].flatten(), std, rtol=1e-6)
+    stats = str(tmp_path / "out" / "latents_stats.pt")
+    latents = load_dataset(str(tmp_path / "out"), 8, vae_stats=stats).latents
+    np.testing.assert_allclose(latents.scale, 1 / std, rtol=1e-6)
+    assert load_dataset(str(source), 8, vae=str(vae), vae_stats=stats).latents == latents
+    (tmp_path / "out" / "latents_stats.pt").unlink()  # as of a folder that was made before there were any
+    prepare(source, tmp_path / "out", vae)
+    assert all(torch.equal(value, found[name]) for name, value in statistics_of(tmp_path / "out").items())
+
+
+def test_several_processes_come_to_the_same_statistics(source, tmp_path, vae, monkeypatch):
+    outputs = [tmp_path / "rank0.txt", tmp_path / "rank1.txt"]
+    flags = ["--vae", str(vae), "--resolution", "8", "--num-workers", "0", "--dest", str(tmp_path / "two")]
+    ranks = start_ranks(["prepare", "--source", str(source), *flags], outputs)
+    for rank, output in zip(ranks, outputs, strict=True):
+        finish(rank, output)
+    before = (tmp_path / "two" / "latents_stats.pt").read_bytes()
+    (tmp_path / "two" / "latents_stats.pt").unlink()
+    prepare(source, tmp_path / "two", vae)
+    assert (tmp_path / "two" / "latents_stats.pt").read_bytes() == before
 
 
 # ---- going on ----

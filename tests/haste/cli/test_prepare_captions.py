@@ -101,6 +101,8 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
             found[name] = np.load(path)
         elif path.suffix == ".safetensors":
             found |= {f"{name}:{key}": array for key, array in load_file(path).items()}
+        elif path.suffix == ".pt":
+            found |= {f"{name}:{key}": value.numpy() for key, value in torch.load(path, weights_only=True).items()}
         elif path.is_file():
             found[name] = np.frombuffer(path.read_bytes(), np.uint8)
     return found
@@ -162,7 +164,8 @@ def test_repas_layout_is_that_of_the_public_features(tmp_path, prepare):
     prepare(write_coco(tmp_path / "coco"), tmp_path / "out" / "train", "repa")
     names = {f"{index}.{suffix}" for index in range(COUNT) for suffix in ("png", "npy")}
     names |= {f"{index}_{n}.npy" for index in range(COUNT) for n in range(len(captions_of(index)))}
-    assert {path.name for path in (tmp_path / "out/train").iterdir()} == {*names, "prepare.json", "captions.json"}
+    assert {path.name for path in (tmp_path / "out/train").iterdir()} == {
+        *names, "prepare.json", "captions.json", "latents_stats.pt"}  # fmt: skip
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["empty_context.npy"]
     assert np.load(tmp_path / "out/train/0.npy").dtype == np.load(tmp_path / "out/train/0_0.npy").dtype == np.float32
     prepare(write_coco(tmp_path / "coco"), tmp_path / "out" / "val", "repa")  # a second split of the same encoder
