@@ -27,6 +27,7 @@ class Normalisation(NamedTuple):
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+INSIDE = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the encoder normalises
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Family:
         class_tokens: number of class and distillation tokens in front of the patches.
         normalisation: of the published weights; that of a checkpoint's own file takes precedence.
         registers: register tokens follow the class token.
+        prefix: what the config calls the number of all tokens in front of the patches, where it varies.
         hub_normalisation_is_wrong: the published checkpoints' file has transformers' default, HALF, by mistake.
         resamples: forward() must be told that the images may have another size than the config's.
         unused_norm: the final norm, if REPA compares the tokens before it.
@@ -47,6 +49,7 @@ class Family:
     class_tokens: int
     normalisation: Normalisation
     registers: bool = False
+    prefix: str | None = None
     hub_normalisation_is_wrong: bool = False
     resamples: bool = True
     unused_norm: str | None = None
@@ -55,6 +58,8 @@ class Family:
 
     def prefix_tokens(self, config: PretrainedConfig) -> int:
         """The number of class and register tokens in front of the patches."""
+        if self.prefix is not None:
+            return getattr(config, self.prefix)
         return self.class_tokens + (config.num_register_tokens if self.registers else 0)
 
     def forward_arguments(self, images: Tensor, num_patches: int) -> dict[str, object]:
@@ -91,6 +96,7 @@ FAMILIES: dict[str, Family] = {
     "siglip_vision_model": Family(0, HALF),
     "siglip2_vision_model": Family(0, HALF, takes_patches=True),
     "vit_mae": Family(1, IMAGENET, unused_norm="layernorm", masks_patches=True),
+    "radio": Family(0, INSIDE, prefix="num_summary_tokens", resamples=False),
     "ijepa": Family(0, IMAGENET, hub_normalisation_is_wrong=True),
 }
 
@@ -153,6 +159,18 @@ _PUBLISHED = {
     "clip-vit-L": ("openai/clip-vit-large-patch14", "clip_vision_model", 1024, 24, 14, 224),
     "mae-vit-l": ("facebook/vit-mae-large", "vit_mae", 1024, 24, 16, 224),
     "jepa-vit-h": ("facebook/ijepa_vith14_1k", "ijepa", 1280, 32, 14, 224),
+    # iREPA's names
+    "dino-vit-b": ("facebook/dino-vitb16", "vit", 768, 12, 16, 224),
+    "dinov3-vit-b16": ("facebook/dinov3-vitb16-pretrain-lvd1689m", "dinov3_vit", 768, 12, 16, 224),
+    "dinov3-vit-l16": ("facebook/dinov3-vitl16-pretrain-lvd1689m", "dinov3_vit", 1024, 24, 16, 224),
+    "dinov3-vit-h16plus": ("facebook/dinov3-vith16plus-pretrain-lvd1689m", "dinov3_vit", 1280, 32, 16, 224),
+    "dinov3-vit-7b16": ("facebook/dinov3-vit7b16-pretrain-lvd1689m", "dinov3_vit", 4096, 40, 16, 224),
+    "webssl-vit-dino300m_full2b_224": ("facebook/webssl-dino300m-full2b-224", "dinov2", 1024, 24, 14, 224),
+    "webssl-vit-dino1b_full2b_224": ("facebook/webssl-dino1b-full2b-224", "dinov2", 1536, 40, 14, 224),
+    "webssl-vit-dino2b_full2b_224": ("facebook/webssl-dino2b-full2b-224", "dinov2", 2688, 24, 14, 224),
+    "webssl-vit-dino3b_full2b_224": ("facebook/webssl-dino3b-full2b-224", "dinov2", 3072, 26, 14, 224),
+    "webssl-vit-dino5b_full2b_224": ("facebook/webssl-dino5b-full2b-224", "dinov2", 3584, 32, 14, 224),
+    "webssl-vit-dino7b_full8b_224": ("facebook/webssl-dino7b-full8b-224", "dinov2", 4096, 32, 14, 224),
     # newer teachers
     "dinov3-vit-s": ("facebook/dinov3-vits16-pretrain-lvd1689m", "dinov3_vit", 384, 12, 16, 224),
     "dinov3-vit-b": ("facebook/dinov3-vitb16-pretrain-lvd1689m", "dinov3_vit", 768, 12, 16, 224),
@@ -166,7 +184,15 @@ _PUBLISHED = {
 }
 PUBLISHED = {name: Published(hub, Shape(*shape)) for name, (hub, *shape) in _PUBLISHED.items()}  # type: ignore[arg-type]
 
-UNAVAILABLE = ("mocov3-vit-s", "mocov3-vit-b", "mocov3-vit-l")
+# Names of REPA and iREPA by their beginnings, and why no model of transformers has these weights.
+UNAVAILABLE = {
+    "mocov3-vit-": "which lacks MoCo v3; its weights can be used from a folder, saved as a ViTModel with "
+    "save_pretrained()",
+    "pe-vit-": "which has the Perception Encoder only through timm",
+    "langpe-vit-": "which has the Perception Encoder only through timm",
+    "spatialpe-vit-": "which has the Perception Encoder only through timm",
+    "sam2-vit-": "with one grid of tokens in all layers, which SAM 2's encoder has not",
+}
 
 
 def resolve_teacher(name: str, flag: str = "--enc-type") -> str:
@@ -181,11 +207,9 @@ def resolve_teacher(name: str, flag: str = "--enc-type") -> str:
     """
     if name in PUBLISHED:
         return PUBLISHED[name].hub_name
-    if name in UNAVAILABLE:
-        raise UserError(
-            f"{flag} must be a model of transformers, which lacks MoCo v3, got {name}; its weights can be used from "
-            "a folder, saved as a ViTModel with save_pretrained()"
-        )
+    for beginning, why in UNAVAILABLE.items():
+        if name.startswith(beginning) and "/" not in name and not Path(name).expanduser().is_dir():
+            raise UserError(f"{flag} must be a model of transformers, {why}, got {name}")
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -49,9 +49,19 @@ SIZES = {
     "intermediate_size": (1, 2**20),
     "num_channels": (1, 1024),
     "num_register_tokens": (0, 1024),
+    "num_cls_tokens": (0, 1024),
+    "num_registers": (0, 1024),
+    "max_img_size": (1, 2**13),
     "num_patches": (1, 2**20),
 }
-OPTIONAL = ("intermediate_size", "num_register_tokens", "num_patches")  # not every family has them
+OPTIONAL = (
+    "intermediate_size",
+    "num_register_tokens",
+    "num_cls_tokens",
+    "num_registers",
+    "max_img_size",
+    "num_patches",
+)  # fmt: skip - not every family has them
 
 # The most parameters per byte of a model's files, so that no memory is taken for weights that are not there. Half of a
 # two-tower model may be left out, and a weight may have one byte.

@@ -72,6 +72,11 @@ def _ijepa() -> tf.PreTrainedModel:
     return tf.IJepaModel(tf.IJepaConfig(**COMMON))
 
 
+def _radio() -> tf.PreTrainedModel:
+    shape = {key: value for key, value in COMMON.items() if key != "intermediate_size"}
+    return tf.RadioModel(tf.RadioConfig(**shape, mlp_ratio=1.5, num_cls_tokens=2, num_registers=3, max_img_size=32))
+
+
 # family: how to build it, and how many prefix tokens it has
 FAMILIES = {
     "vit": (_vit, 1),
@@ -85,6 +90,7 @@ FAMILIES = {
     "siglip2_naflex": (_siglip2_naflex, 0),
     "mae": (_mae, 1),
     "ijepa": (_ijepa, 0),
+    "radio": (_radio, 5),
 }
 
 

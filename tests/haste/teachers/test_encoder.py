@@ -82,12 +82,12 @@ def resize_by_pillow(table, own, grid):
 def test_on_another_grid_it_is_the_encoder_with_its_positions_resampled_once(saved, grid):
     """The reference: transformers' model of the other size, whose table of positions Pillow has resampled.
 
-    DINOv3 and SigLIP 2 NaFlex take any grid by themselves, so theirs is the same folder.
+    DINOv3, SigLIP 2 NaFlex and C-RADIO take any grid by themselves, so theirs is the same folder.
     """
     teacher = VisionTeacher.from_pretrained(str(saved.folder), layers=[1], grid=grid)
     assert teacher.image_size == 4 * grid
     model = AutoModel.from_pretrained(saved.folder, attn_implementation="eager")
-    if saved.name not in ("dinov3", "siglip2_naflex"):
+    if saved.name not in ("dinov3", "siglip2_naflex", "radio"):
         state = vision_tower(model).state_dict()
         for name in ("embeddings.position_embeddings", "embeddings.position_embedding.weight"):
             if name in state:

@@ -201,6 +201,7 @@ PROCESSORS = {
     "siglip2_naflex": lambda: tf.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=16),
     "mae": lambda: tf.ViTImageProcessorPil(**SIZE, **IMAGENET),
     "ijepa": lambda: tf.ViTImageProcessorPil(**SIZE, **IMAGENET),
+    "radio": lambda: tf.ViTImageProcessorPil(**SIZE, do_normalize=False),
 }
 
 
