@@ -129,8 +129,12 @@ class SamplingConfig(CacheConfig):
     vae: str | None = None
     """VAE that decodes latents: ema, mse, a hub name, a folder, or MAR's kl16.ckpt. [default: the one of training; ema
     for Stable Diffusion's latents, as in generate.py]"""
+    vae_stats: str | None = None
+    """File with the mean and standard deviation of each latent channel, as of `haste train`, for another trainer's
+    checkpoint: haste's record them."""
     convention: Literal["repa", "sit", "dit"] | None = None
-    """Trainer of a checkpoint that does not record it: repa (also HASTE), sit (SiT's own) or dit (DiT's)."""
+    """Trainer of a checkpoint that does not record it: repa (also HASTE), sit (SiT's own, LightningDiT's) or dit
+    (DiT's)."""
 
     @property
     def sampler(self) -> str:
@@ -237,7 +241,7 @@ class SamplingConfig(CacheConfig):
         fields = {name: value for name, value in asdict(self).items() if name in own}
         del fields["guidance_mode"]  # affects rounding only
         del fields["convention"]  # recorded with the checkpoint
-        for name in ("vae", "text_encoder"):
+        for name in ("vae", "vae_stats", "text_encoder"):
             if fields[name] is None:
                 del fields[name]  # the checkpoint's own
         prompts = fields.pop("prompts")

@@ -199,7 +199,9 @@ def run_checkpoints(run: Path, flag: str = "--run") -> list[Path]:
 # ---- between latents and images ----
 
 
-def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFormat | None:
+def latent_format(
+    loaded: LoadedCheckpoint, vae: str | None = None, vae_stats: str | None = None
+) -> LatentFormat | None:
     """The format of a model's latents, decoded by --vae; None for a model of pixels. Raises UserError.
 
     A checkpoint of another trainer does not record the format: one or three channels are pixels, others latents of
@@ -207,6 +209,9 @@ def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFor
     of the run, it is the published one. So a run of REPA's is decoded alike before and after haste resumes it.
     """
     channels, recorded = loaded.layout.input_shape[0], loaded.recorded.get("latents")
+    if vae_stats is not None and ("latents" in loaded.recorded or vae is None):
+        why = "without --vae" if vae is None else f"for {loaded.checkpoint}, which records those of training"
+        raise UserError(f"--vae-stats must be left out {why}, got {vae_stats}")
     if recorded is not None:
         latents = LatentFormat.from_dict(recorded, f"latents of {loaded.checkpoint}")
         if vae is None and loaded.config.vae is None and latents.vae in PUBLISHED_VAES.values():
@@ -222,7 +227,7 @@ def latent_format(loaded: LoadedCheckpoint, vae: str | None = None) -> LatentFor
         raise UserError(f"--vae must be left out for a model of pixels, got {vae}")
     if "latents" in loaded.recorded or (vae is None and channels in (1, 3)):
         return None
-    latents = LatentFormat.of(vae or PUBLISHED)
+    latents = LatentFormat.of(vae or PUBLISHED, vae_stats)
     if latents.channels != channels:
         raise UserError(
             f"--vae must have latents of {channels} channels, as the model, got {vae or PUBLISHED} with "

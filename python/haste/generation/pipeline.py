@@ -131,7 +131,7 @@ class Sampler:
         self.conditions = open_conditions(loaded, settings)
         self.loaded = loaded
         self.settings = settings
-        self.latents = latent_format(loaded, settings.vae)
+        self.latents = latent_format(loaded, settings.vae, settings.vae_stats)
         self.vae = None if self.latents is None else VAE(self.latents).to(self.device)
         self.cache = make_cache(loaded.model, settings)
         self._solver = self._new_solver([])

@@ -1,7 +1,7 @@
-"""Checkpoints of SiT's trainers and of DiT's: whose convention a file has, and SiT's weights in ours.
+"""Checkpoints of SiT's trainers, LightningDiT's and DiT's: whose convention a file has, and SiT's weights in ours.
 
 - repa: HASTE, REPA and this trainer. t = 0 is data, the velocity is ε − x.
-- sit: SiT's own trainer. t = 1 is data, the velocity is x − ε. Its sampler guides three of four channels.
+- sit: SiT's own trainer, and LightningDiT's. t = 1 is data, the velocity is x − ε. Their samplers guide three channels.
 - dit: DiT predicts noise and variance, with weights of the names and shapes of SiT's with learn_sigma
   (`haste.models.dit_checkpoints`).
 """
@@ -23,7 +23,7 @@ NAMES = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weig
 
 TRAINERS = {
     "repa": "HASTE or REPA: t = 0 is data",
-    "sit": "SiT's own trainer: t = 1 is data",
+    "sit": "SiT's own trainer, or LightningDiT's: t = 1 is data",
     "dit": "DiT's trainer: the model predicts noise and variance",
 }
 
@@ -40,7 +40,7 @@ HEAD, EMBEDDER, TIMES = "final_layer.linear", "x_embedder.proj.weight", "t_embed
 
 
 class SiTCheckpoints(ForeignCheckpoints):
-    """Files of HASTE, REPA and SiT."""
+    """Files of HASTE, REPA, SiT and LightningDiT."""
 
     def rename(self, weights: Mapping[str, Tensor]) -> Weights:
         """REPA's first checkpoints count the blocks after the projectors from 0 again, as decoder_blocks; iREPA's have
@@ -92,12 +92,14 @@ class SiTCheckpoints(ForeignCheckpoints):
         if convention == "repa":
             return dict(args)
         same = {name: args[name] for name in ("model", "num_classes", "encoder_depth") if args.get(name) is not None}
+        if "model_type" in args:  # LightningDiT's
+            same["model"] = args["model_type"]
         size = {"resolution": args["image_size"]} if args.get("image_size") is not None else {}
         path = text_of(args, "path_type")
         return {**same, **size, "path_type": PATHS.get(path, path or "linear"), "prediction": "v"}
 
     def guided_channels(self, convention: Convention, channels: int) -> int | None:
-        """SiT's sampler guides three of four channels, as DiT's does."""
+        """SiT's sampler guides three of four channels, as DiT's does, and LightningDiT's three of 32."""
         return 3 if convention == "sit" and channels > 3 else None
 
 
@@ -149,6 +151,8 @@ def _by_content(file: CheckpointFile) -> Convention | None:
 def _by_name(file: CheckpointFile) -> Convention | None:
     """The convention by the name of the file, as its authors call it; None by another."""
     name, sigma = file.path.name, sigma_head(file.weights)
+    if name.lower().startswith("lightningdit"):
+        return "sit"
     if sigma is None:  # which DiT refuses, unless it is said to be another's
         return "dit" if name.startswith("DiT") and file.convention is None else None
     if name.startswith("DiT") and sigma.any():  # else the content is SiT's, and it may be either

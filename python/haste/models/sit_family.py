@@ -136,6 +136,13 @@ class SiTFamily(Family):
         given = asdict(build(_Config, config, f"model_config of {source}"))
         return {field.name: given[field.name] for field in fields(_Config) if field.name in config}
 
+    def check_start(self, config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+        for name in (*self.settings, "qk_norm"):
+            only = other.get(name, self.settings.get(name, False))
+            if config[name] != only:
+                raise UserError(f"--{name.replace('_', '-')} must be {only}, as of the model of --init-from, got "
+                                f"{config[name]}")  # fmt: skip
+
     def layout(self, config: Mapping[str, Any]) -> Layout:
         side, channels = config["input_size"], config["in_channels"]
         grid = side // config["patch_size"]
@@ -170,6 +177,9 @@ class SiTFamily(Family):
                 raise UserError(
                     f"the weights are not those of a {self.title}: {name} has shape {tuple(weights[name].shape)}"
                 )
+        modulation = weights.get("blocks.0.adaLN_modulation.1.bias")
+        if modulation is not None and len(modulation) == 4 * weights[NAMES[1]].shape[0]:
+            raise UserError("the weights are a LightningDiT trained with wo_shift, whose blocks have no shifts")
         (_, tokens, width), (_, channels, patch, _), (rows, _) = (weights[name].shape for name in NAMES)
         numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
         depth = sum(number.isdecimal() for number in numbers)

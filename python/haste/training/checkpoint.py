@@ -1,4 +1,5 @@
-"""Checkpoints: reading those of haste, HASTE, REPA, SiT and DiT; what is needed to resume; the identity of a file.
+"""Checkpoints: reading those of haste, HASTE, REPA, SiT, LightningDiT and DiT; what is needed to resume; the identity
+of a file.
 
 A file is laid out as HASTE's and REPA's (model, ema, opt, args, steps), with more keys to resume bit for bit:
 model_config, rng, termination, scaler. The order of the images is a function of the step and needs none. Reading runs
@@ -44,7 +45,7 @@ SAMPLING_SETTINGS = ("exp_name", "data_dir", "model", "resolution", "num_classes
 def read_checkpoint(
     path: Path, assume: Mapping[str, Any] | None = None, convention: Convention | None = None
 ) -> Checkpoint:
-    """Read a checkpoint of haste, HASTE, REPA, SiT or DiT, a bare file of weights, or those of diffusers' DiT.
+    """Read a checkpoint of haste, HASTE, REPA, SiT, LightningDiT or DiT, a bare file of weights, or diffusers' DiT.
 
     Args:
         assume: settings of the run that the file may lack.
@@ -110,7 +111,13 @@ def _check_null(null: Any, shape: tuple[int, ...] | None, path: Path) -> None:
 
 def settings_of(content: Checkpoint, path: Path) -> dict[str, Any]:
     """The settings of the run that wrote a file; empty if it has none. UserError for settings that are no mapping."""
-    settings = settings_in(content.get("args"), f"args of {path}")
+    sections = content.get("config")
+    if content.get("args") is None and isinstance(sections, Mapping):  # LightningDiT's trainer keeps its YAML file
+        settings = {
+            name: value for part in sections.values() if isinstance(part, Mapping) for name, value in part.items()
+        }
+    else:
+        settings = settings_in(content.get("args"), f"args of {path}")
     return {name: value for name, value in settings.items() if is_ours(settings) or value is not None}
 
 

@@ -44,11 +44,11 @@ class TrainConfig:
     """Name of the run, and of its folder in --output-dir. An existing run is resumed; settings that are not given keep
     the values that the run recorded."""
     init_from: str = ""
-    """Checkpoint of haste, HASTE, REPA, SiT or DiT, or run folder for its latest checkpoint. A new run starts from its
-    weights and EMA weights."""
+    """Checkpoint of haste, HASTE, REPA, SiT, LightningDiT or DiT, or run folder for its latest checkpoint. A new run
+    starts from its weights and EMA weights."""
     convention: Literal["repa", "sit", "dit"] | None = None
-    """Who trained the --init-from file, if its content does not show it: repa (REPA and HASTE), sit (SiT's own trainer,
-    whose weights are converted) or dit (DiT's, of noise)."""
+    """Who trained the --init-from file, if its content does not show it: repa (REPA and HASTE), sit (SiT's own trainer
+    and LightningDiT's, whose weights are converted) or dit (DiT's, of noise)."""
     seed: int = 0
     """Seed of the run."""
 

@@ -74,6 +74,29 @@ def _dit_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
+# LightningDiT's training on VA-VAE's latents (arXiv 2501.01423; the public configs), but for its cosine loss; 80,000 steps
+# are 64 epochs, and --max-train-steps 1000000 is 800. Nobody has published its alignment: layers and depth are those of
+# the SiT of the same size, τ is that after as many images, and nothing of it has been tried at this scale.
+_LIGHTNINGDIT = {
+    "resolution": 256, "weighting": "lognormal", "batch_size": 1024, "max_train_steps": 80_000,
+    "learning_rate": 2e-4, "adam_beta2": 0.95, "mixed_precision": "bf16",
+}  # fmt: skip
+
+
+def _lightningdit_presets() -> dict[str, dict[str, Any]]:
+    """lightningdit-xl-256, haste-lightningdit-xl-256, repa-lightningdit-xl-256, and for B."""
+    presets: dict[str, dict[str, Any]] = {}
+    for size in ("B", "XL"):
+        layer_map, depth, tau, repa_depth = _PUBLISHED[size]
+        name, model = f"lightningdit-{size.lower()}-256", {**_LIGHTNINGDIT, "model": f"LightningDiT-{size}/1"}
+        steps = tau[256] * 256 // _LIGHTNINGDIT["batch_size"]  # type: ignore[operator]
+        haste = {"attn_coeff": 0.5, "layer_map": layer_map, "encoder_depth": depth, "early_stop_point": steps}
+        presets[name] = {"exp_name": name, **model, "attn_coeff": 0.0, "proj_coeff": 0.0}
+        presets[f"haste-{name}"] = {"exp_name": f"haste-{name}", **model, **haste}
+        presets[f"repa-{name}"] = {"exp_name": f"repa-{name}", **model, "encoder_depth": repa_depth}
+    return presets
+
+
 # HASTE's text to image on MS-COCO (arXiv 2505.16792, appendix): 250,000 steps, of which the first 200,000 are aligned.
 # REPA's runs and the baseline end after 150,000. The other settings are the defaults.
 _MMDIT = {"resolution": 256, "model": "MM-DiT-COCO", "max_train_steps": 150_000}
@@ -89,5 +112,6 @@ _COCO_PRESETS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     **registry.PRESETS, **_published_presets(), **_dit_presets(), **_xar_presets(), **_COCO_PRESETS,
+    **_lightningdit_presets(),
 }  # fmt: skip
 """The settings of each preset, by its name."""
