@@ -74,9 +74,9 @@ def _dit_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
-# LightningDiT's training on VA-VAE's latents (arXiv 2501.01423; the public configs), but for its cosine loss; 80,000 steps
-# are 64 epochs, and --max-train-steps 1000000 is 800. Nobody has published its alignment: layers and depth are those of
-# the SiT of the same size, τ is that after as many images, and nothing of it has been tried at this scale.
+# LightningDiT's training on VA-VAE's latents (arXiv 2501.01423; the public configs), but for its cosine loss. 80,000
+# steps are 64 epochs; 1,000,000 are 800. Nobody has published its alignment: layers and depth are those of the SiT of
+# the same size, τ is that after as many images, and nothing of it has been tried at this scale.
 _LIGHTNINGDIT = {
     "resolution": 256, "weighting": "lognormal", "batch_size": 1024, "max_train_steps": 80_000,
     "learning_rate": 2e-4, "adam_beta2": 0.95, "mixed_precision": "bf16",
