@@ -25,7 +25,7 @@ PAGES = sorted(
 )
 FLAGS_OF_OTHERS = {  # of accelerate, torchrun, pip, tools/gpu_check and the benchmarks
     "--multi_gpu", "--use_fsdp", "--fsdp_version",
-    "--nproc_per_node", "--no-deps", "--device", "--training", "--sampling", "--model", "--rounds",
+    "--nproc_per_node", "--no-deps", "--device", "--training", "--sampling", "--cifar10", "--model", "--rounds",
     "--precision", "--dtype",
 }  # fmt: skip
 HISTORY = "CHANGELOG.md"  # names what is no more
