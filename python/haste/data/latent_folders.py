@@ -10,6 +10,7 @@ or one zip with all of it.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def choose_latents(root: Archive, path: Path, given: str | None, record: dict[st
     found = "/" not in name and name not in ("", ".", "..", IMAGES) and root.child(name) is not None
     if found and given is not None:
         return name
-    others = [other for other in folders_of_arrays(root) if other not in (name, name + FLIP)]
+    others = folders_of_arrays(root, known={name, name + FLIP})
     if given is not None:
         known = f"which has {' and '.join(others)}" if others else "which has none"
         raise UserError(f"--latents-dir must be a folder of latents beside {IMAGES} in {path}, {known}, got {given!r}")
@@ -51,8 +52,9 @@ def choose_latents(root: Archive, path: Path, given: str | None, record: dict[st
     return name if found else None
 
 
-def folders_of_arrays(root: Archive) -> list[str]:
-    """The names beside images/, of folders or zips, that hold .npy files; none if there is no images/."""
+def folders_of_arrays(root: Archive, known: Collection[str] = ()) -> list[str]:
+    """The names beside images/, of folders or zips, that hold .npy files, other than `known` ones, which are not read;
+    none if there is no images/."""
     if root.child(IMAGES) is None:
         return []
     if isinstance(root, Folder):
@@ -60,7 +62,7 @@ def folders_of_arrays(root: Archive) -> list[str]:
         names = {name.removesuffix(".zip") for name in entries if name.endswith(".zip") or (root.path / name).is_dir()}
     else:
         names = {name.split("/", 1)[0] for name in root.names() if "/" in name}
-    found = sorted(name for name in names - {IMAGES} if _holds_arrays(root.child(name)))
+    found = sorted(name for name in names.difference(known, [IMAGES]) if _holds_arrays(root.child(name)))
     return [name for name in found if not (name.endswith(FLIP) and name.removesuffix(FLIP) in found)]
 
 
