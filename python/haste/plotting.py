@@ -106,6 +106,7 @@ LOSSES = {
     "proj_loss": "Feature loss (−cosine)",
     "attn_loss": "Attention loss (cross-entropy, nats)",
     "disp_loss": "Dispersive loss (log of the mean similarity)",
+    "cls_loss": "Class token loss (velocity)",
 }
 
 

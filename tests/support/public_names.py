@@ -80,12 +80,18 @@ def plain_rotate(x: Tensor, grid: int) -> Tensor:
     return turned
 
 
-def plain_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, heads: int, patch: int) -> Tensor:
+def plain_forward(
+    state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, heads: int, patch: int, token: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """SiT, DiT and LightningDiT once more, from the papers' words and a state dict: loops and formulas, nothing of
     haste.models. Which of them it is, the names of the weights tell.
 
+    Args:
+        token: of REG's weights the class token (B, K).
+
     Returns:
-        (B, C, S, S), or of DiT's weights (B, 2·C, S, S), the noise and then the variance.
+        (B, C, S, S), or of DiT's weights (B, 2·C, S, S), the noise and then the variance; with a class token that and
+        the token's velocity (B, K).
     """
 
     def linear(name, value):
@@ -108,7 +114,14 @@ def plain_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, hea
         for r in range(grid)
         for c in range(grid)
     ]
-    h = torch.stack(cells, dim=1) + state["x_embedder.proj.bias"] + state["pos_embed"]
+    h = torch.stack(cells, dim=1) + state["x_embedder.proj.bias"]
+    if token is not None:
+        embedded = (
+            norm(linear("cls_projectors2", token), "no weight of an RMSNorm") * state["wg_norm.weight"]
+            + state["wg_norm.bias"]
+        )
+        h = torch.cat([embedded[:, None], h], dim=1)
+    h = h + state["pos_embed"]
     angles = torch.stack([t * 10000 ** (-i / 128) for i in range(128)], dim=1)
     time = torch.cat([angles.cos(), angles.sin()], dim=1)
     time = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", time)))
@@ -123,7 +136,8 @@ def plain_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, hea
             if block + "attn.q_norm.weight" in state:
                 qh, kh = norm(qh, block + "attn.q_norm"), norm(kh, block + "attn.k_norm")
             if "feat_rope.freqs_cos" in state:
-                qh, kh = plain_rotate(qh, grid), plain_rotate(kh, grid)
+                first = qh.shape[1] - grid * grid  # a class token is no part of the image
+                qh, kh = (torch.cat([r[:, :first], plain_rotate(r[:, first:], grid)], dim=1) for r in (qh, kh))
             logits = qh @ kh.mT / math.sqrt(qh.shape[-1])
             attended.append(logits.exp() / logits.exp().sum(-1, keepdim=True) @ vh)
         h = h + gate1 * linear(block + "attn.proj", torch.cat(attended, -1))
@@ -138,11 +152,12 @@ def plain_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, hea
         h = h + gate2 * u
 
     shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, -1)
-    pixels = linear("final_layer.linear", norm(h, "final_layer.norm_final") * (1 + scale) + shift)
+    h = norm(h, "final_layer.norm_final") * (1 + scale) + shift
+    pixels = linear("final_layer.linear", h if token is None else h[:, 1:])
     outputs = pixels.shape[-1] // patch**2
     image = x.new_empty(batch, outputs, size, size)
     for n in range(grid * grid):
         r, col = divmod(n, grid)
         cell = pixels[:, n].reshape(batch, patch, patch, outputs).permute(0, 3, 1, 2)
         image[:, :, r * patch : (r + 1) * patch, col * patch : (col + 1) * patch] = cell
-    return image
+    return image if token is None else (image, linear("final_layer.linear_cls", h[:, 0]))

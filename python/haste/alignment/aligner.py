@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import haste_ext
 from haste.alignment.student_grid import on_teachers_grids
 from haste.errors import UserError
-from haste.models import ModelOutput, PublishedAlignment, families
+from haste.models import ModelOutput, PublishedAlignment, families, join
 from haste.teachers.encoder import GridRule, TeacherOutput, VisionTeacher
 from haste.validation import SIDE, shown
 
@@ -163,14 +163,15 @@ def feature_loss(features: Sequence[Tensor], teachers: Sequence[TeacherOutput]) 
     The mean over batch and tokens, then over the teachers.
 
     Args:
-        features: per teacher, hidden states projected to its width, (B, N, C).
+        features: per teacher, hidden states projected to its width, (B, N, C); (B, 1 + N, C) with the class token in
+            front, if the teachers return theirs (REG, arXiv 2507.01467, eq. 6).
         teachers: each with patch_tokens (B, N, C).
 
     Returns:
         A scalar, fp32.
     """
     pairs = zip(features, teachers, strict=True)
-    return torch.stack([haste_ext.token_cosine_loss(z, teacher.patch_tokens) for z, teacher in pairs]).mean()
+    return torch.stack([haste_ext.token_cosine_loss(z, teacher.features) for z, teacher in pairs]).mean()
 
 
 def reordered(output: TeacherOutput, order: Tensor) -> TeacherOutput:
@@ -233,6 +234,7 @@ class Aligner(nn.Module):
             the features as they are.
         interpolates_student: the teachers have grids of their own, to which the student's q, k and features are
             interpolated.
+        class_token: the teachers return their class tokens, and the student has one in front of the image's tokens.
 
     Attributes:
         student_layers: the student's layers, from 0, whose q and k `losses` takes, in this order.
@@ -248,6 +250,7 @@ class Aligner(nn.Module):
         attn_coeff: float,
         zscore_alpha: float | None = None,
         interpolates_student: bool = False,
+        class_token: bool = False,
     ) -> None:
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
@@ -256,6 +259,7 @@ class Aligner(nn.Module):
         self.attn_coeff = attn_coeff
         self.zscore_alpha = zscore_alpha
         self.interpolates_student = interpolates_student
+        self.class_token = class_token
         self.project = proj_coeff != 0
         self.z_dims: tuple[int, ...] = tuple(teacher.width for teacher in teachers) if self.project else ()
 
@@ -270,6 +274,7 @@ class Aligner(nn.Module):
         image_size: int | None = None,
         grid_rule: GridRule = "match",
         zscore_alpha: float | None = None,
+        class_token: bool = False,
     ) -> Aligner:
         """Load the teachers, each without the layers that no loss needs.
 
@@ -282,10 +287,13 @@ class Aligner(nn.Module):
             image_size, grid_rule: the teachers' image size in pixels, and what to do if their grid differs from the
                 student's; see VisionTeacher.
             zscore_alpha: γ of iREPA's spatial normalisation, 0.6 in its code. None: no normalisation.
+            class_token: the student denoises the first teacher's class token (REG, arXiv 2507.01467), which
+                `teacher_outputs` returns.
 
         Raises:
-            UserError: an unknown teacher, a layer that it does not have, a grid or size that does not fit.
-            ValueError: both losses are off.
+            UserError: an unknown teacher, a layer that it does not have, a grid or size that does not fit, a teacher
+                without the class token.
+            ValueError: both losses are off, and there is no class token.
         """
         if grid is not None and grid not in SIDE:
             raise UserError(f"grid must be {SIDE}, or None for the teacher's, got {shown(grid)}")
@@ -301,16 +309,32 @@ class Aligner(nn.Module):
                 image_size=image_size,
                 features=features,
                 grid_rule=grid_rule,
+                class_token=class_token,
             )
             for index, name in enumerate(names if features else names[:1])
         ]
-        return cls(teachers, layer_map, proj_coeff, attn_coeff, zscore_alpha, grid_rule == "interpolate-student")
+        on_teachers = grid_rule == "interpolate-student"
+        return cls(teachers, layer_map, proj_coeff, attn_coeff, zscore_alpha, on_teachers, class_token)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether any loss is on; else the first teacher is there for its class token alone."""
+        return self.project or bool(self.student_layers)
+
+    def without_losses(self) -> Aligner | None:
+        """What remains when alignment ends: the first teacher with its class token; None if no model denoises it."""
+        if not self.class_token:
+            return None
+        first = self.teachers[0]
+        first.return_class_token_alone()
+        return Aligner([first], None, proj_coeff=0, attn_coeff=0, class_token=True)
 
     def describe(self, num_heads: int) -> str:
         """The teachers and the aligned heads of a student with this number of heads, in one line."""
         teachers = ", ".join(teacher.describe() for teacher in self.teachers)
         if self.interpolates_student:
             teachers += ", to which the student's are interpolated"
+        teachers += "; its class token is denoised" if self.class_token else ""
         if not self.student_layers:
             return teachers
         theirs = self.teachers[0].num_heads
@@ -337,6 +361,11 @@ class Aligner(nn.Module):
             return outputs
         return [replace(out, patch_tokens=spatially_normalised(out.patch_tokens, self.zscore_alpha)) for out in outputs]
 
+    def with_class_token(self, x: Tensor, outputs: Sequence[TeacherOutput]) -> Tensor:
+        """What the model denoises of images x (B, C, H, W): these, or with the first teacher's class token one state,
+        (B, C·H·W + K)."""
+        return join(x, outputs[0].class_token) if self.class_token else x
+
     def losses(
         self,
         queries_keys: QueriesKeys,
@@ -351,7 +380,8 @@ class Aligner(nn.Module):
         Args:
             queries_keys: q and k of each of `student_layers` as attention used them, each (B, H, prefix + N, D), any
                 strides. The first min(H, teacher's heads) are aligned; D may differ from the teacher's.
-            features: per teacher (B, N, z_dims[i]); empty if `project` is false.
+            features: per teacher (B, N, z_dims[i]), with a class token (B, 1 + N, z_dims[i]); empty if `project` is
+                false.
             outputs: what `teacher_outputs` returned for the same images.
             prefix: tokens of q and k in front of the image's N, such as a text's.
             causal: tokens of a block where the student's attention is block-causal over the image's; 0: it is not.
@@ -389,12 +419,15 @@ class Aligner(nn.Module):
         weighted = ((self.proj_coeff, losses.feature), (self.attn_coeff, losses.attention))
         return sum(coefficient * loss for coefficient, loss in weighted if loss is not None)
 
-    def forward(self, output: ModelOutput, images: Tensor) -> tuple[Tensor, AlignmentLosses]:
+    def forward(
+        self, output: ModelOutput, images: Tensor, outputs: Sequence[TeacherOutput] | None = None
+    ) -> tuple[Tensor, AlignmentLosses]:
         """Both losses of a batch of one of haste's models: their weighted sum, and each without its weight.
 
         Args:
             output: of the model, called with `student_layers` and `project`.
             images: as for `teacher_outputs`.
+            outputs: what that returned for them, if it has been called.
         """
-        losses = self.losses_of(output, self.teacher_outputs(images))
+        losses = self.losses_of(output, self.teacher_outputs(images) if outputs is None else outputs)
         return self.weigh(losses), losses

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from haste.teachers.encoder import TeacherOutput
@@ -28,7 +29,7 @@ def on_teachers_grids(
 
     Args:
         queries_keys: (B, H, prefix + N, D) each; they get the first teacher's grid.
-        features: per teacher (B, N, C); each gets its teacher's grid.
+        features: per teacher (B, N, C); each gets its teacher's grid. A class token in front stays as it is.
         outputs: the teachers', which tell their grids.
         prefix: tokens in front of the image's, which have no place on a grid and are left out.
         order: (N,), as in `haste.alignment.Aligner.losses`; the results are row by row.
@@ -45,9 +46,14 @@ def on_teachers_grids(
         rows = tokens if place is None else tokens.index_select(-2, place)
         return resample_tokens(rows, _side(rows.shape[-2]), grid)
 
+    def resample_behind(first: int, tokens: Tensor, grid: int) -> Tensor:
+        resampled = resample(tokens[:, first:], grid)
+        return torch.cat([tokens[:, :first], resampled], dim=1) if first else resampled
+
     grids = [_grid_of(output) for output in outputs]
+    behind = [int(output.class_token is not None) for output in outputs]
     pairs = [(resample(q[:, :, prefix:], grids[0]), resample(k[:, :, prefix:], grids[0])) for q, k in queries_keys]
-    return pairs, [resample(tokens, grid) for tokens, grid in zip(features, grids, strict=bool(features))]
+    return pairs, [resample_behind(*each) for each in zip(behind, features, grids, strict=bool(features))]
 
 
 def _grid_of(output: TeacherOutput) -> int:

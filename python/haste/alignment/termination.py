@@ -113,8 +113,9 @@ def _probe_losses(
     family = get_family(model)
     generator = torch.Generator().manual_seed(NOISE_SEED)  # of the CPU: the same noise on every device
     for x, images, condition in batches:
-        noise = torch.randn(family.noise_shape(model, x), generator=generator).to(x.device)
         outputs = aligner.teacher_outputs(images)
+        x = aligner.with_class_token(x, outputs)
+        noise = torch.randn(family.noise_shape(model, x), generator=generator).to(x.device)
         for index, time in enumerate(times):
             t = torch.full((len(x),), family.time(time), device=x.device)
             x_t, target = family.interpolate(model, x, noise, t, path_type)
@@ -325,7 +326,7 @@ def make_termination(config: Any) -> Termination:
     Raises:
         UserError: settings with which the rule cannot work.
     """
-    if not config.teachers:
+    if not config.aligns_features and not config.aligns_attention:
         return Termination(NEVER)
     tau = config.early_stop_point
     if config.termination == "fixed":

@@ -259,7 +259,7 @@ class WholeOutput(CacheGranularity):
             name = type(self.model).__name__
             raise UserError(f"--granularity must be module, block or model for {name}, which makes "
                             f"{tuple(image.shape)} of {tuple(x.shape)}, got output")  # fmt: skip
-        out[0].copy_(image.flatten(2))
+        out[0].copy_(image.reshape_as(out[0]))
         return answer
 
     def forecast(self, x: Tensor, t: Tensor, y: Tensor, features: Tensor, weights: Tensor) -> Any:

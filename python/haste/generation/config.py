@@ -18,6 +18,7 @@ from haste.validation import DEFAULT_STEPS, check_number
 
 logger = logging.getLogger(__name__)
 
+OF_GUIDANCE = {"guidance_low": 0.0, "guidance_high": 1.0, "cls_cfg_scale": None}  # settings without effect without it
 LONGEST_LIST = 20  # characters of a list in the name of a folder
 LARGEST_FILE = 2**28  # bytes of a file of labels: a class for each of some 50 million images
 
@@ -45,6 +46,8 @@ class PublishedFlags:
     """Interpolation path of training. [default: as in the checkpoint; linear for bare weights]"""
     legacy: bool = False
     """No effect; checkpoints with REPA's older names are recognised."""
+    cls: int | None = None
+    """Width of the class token of a model that has one (REG)."""
     prefix: str = ""
     """Beginning of the name of the output folder."""
 
@@ -63,6 +66,7 @@ class PublishedFlags:
             "encoder_depth": settings.get("encoder_depth"),
             "resolution": layout.input_shape[1] * factor,
             "projector_embed_dims": dims,
+            "cls": layout.class_token,
             "path_type": settings.get("path_type"),
         }
         for name, value in found.items():
@@ -109,6 +113,9 @@ class SamplingConfig(CacheConfig):
     guided_channels: int | None = None
     """How many of the model's channels guidance changes, from the first. [default: all; the first 3 of the latents of
     DiT and of SiT's own trainer, as they do]"""
+    cls_cfg_scale: float | None = None
+    """Of a model with a class token (REG): its guidance scale, in the steps of the guidance interval; 0, as in REG, or
+    1 leaves it unguided. [default: --cfg-scale]"""
     guidance_mode: Literal["batched", "separate"] = "batched"
     """Run cond and uncond as one batch, or as two with half the memory."""
     global_seed: int = 0
@@ -205,6 +212,7 @@ class SamplingConfig(CacheConfig):
         if self.cfg_scale > 1:
             within = "" if self.guidance_interval is None else " from {:g} to {:g}".format(*self.guidance_interval)
             within += "" if self.guided_channels is None else f" of {self.guided_channels} channels"
+            within += "" if self.cls_cfg_scale is None else f", {self.cls_cfg_scale:g} of the class token"
             parts.append(f"guidance {self.cfg_scale:g}{within}")
         if self.cache != "none":
             parts.append(self.describe_cache())
@@ -221,6 +229,7 @@ class SamplingConfig(CacheConfig):
             parts.append("from{:g}-to{:g}".format(*self.guidance_interval))
         parts += [] if self.guided_channels is None else [f"guided{self.guided_channels}"]
         parts += [] if self.ema_decay is None else [f"ema{self.ema_decay!r}"]
+        parts += [] if self.cls_cfg_scale is None else [f"cls{self.cls_cfg_scale:g}"]
         parts.append(f"seed{self.global_seed}")
         if self.labels != "random":
             parts.append("balanced" if self.labels == "balanced" else f"labels{_list_name(self.labels.split(','))}")
@@ -247,7 +256,7 @@ class SamplingConfig(CacheConfig):
         prompts = fields.pop("prompts")
         if prompts:
             fields["prompts"] = describe_prompts(prompts)
-        for name in ("cell_steps", "stagger", "timestep_spacing", "guided_channels", "ema_decay"):
+        for name in ("cell_steps", "stagger", "timestep_spacing", "guided_channels", "ema_decay", "cls_cfg_scale"):
             if fields[name] in ("", None):
                 del fields[name]
         if fields["time_shift"] in (None, 1):  # as in records of versions without it
@@ -257,7 +266,7 @@ class SamplingConfig(CacheConfig):
     def effective(self: Settings) -> Settings:
         """The settings without those of published commands that have no effect, with a warning. Raises UserError."""
         idle: dict[str, Any] = {}
-        for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0), ("guided_channels", None)):
+        for name, default in {**OF_GUIDANCE, "guided_channels": None}.items():
             if getattr(self, name) != default:
                 check_number(name, getattr(self, name))
             if self.cfg_scale == 1 and getattr(self, name) != default:
@@ -282,7 +291,7 @@ class SamplingConfig(CacheConfig):
             )
         if self.labels == "none" and self.cfg_scale > 1:
             raise UserError(f"--cfg-scale must be 1 with --labels none, got {self.cfg_scale:g}")
-        for name, default in (("guidance_low", 0.0), ("guidance_high", 1.0)):
+        for name, default in OF_GUIDANCE.items():
             value = getattr(self, name)
             if self.cfg_scale == 1 and value != default:
                 raise UserError(f"--{name.replace('_', '-')} must come with --cfg-scale above 1, got {value:g} without")

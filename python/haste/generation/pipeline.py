@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,19 @@ def _fit_sampler(settings: Settings, loaded: LoadedCheckpoint) -> Settings:
     if settings.guided_channels is not None and not 1 <= settings.guided_channels <= channels:
         raise UserError(f"--guided-channels must be from 1 to {channels}, the channels of the model, got "
                         f"{settings.guided_channels}")  # fmt: skip
+    _check_class_token(settings, loaded)
     return settings
+
+
+def _check_class_token(settings: SamplingConfig, loaded: LoadedCheckpoint) -> None:
+    """Raise UserError for guidance of a class token that the model lacks, or of some channels of its image."""
+    title = loaded.family.title
+    if settings.cls_cfg_scale is not None and not loaded.layout.class_token:
+        raise UserError(f"--cls-cfg-scale must be left out for this {title}, which has no class token, got "
+                        f"{settings.cls_cfg_scale:g}")  # fmt: skip
+    if settings.guided_channels is not None and loaded.layout.class_token:
+        raise UserError(f"--guided-channels must be left out for this {title}, whose image is guided whole, got "
+                        f"{settings.guided_channels}; its class token has --cls-cfg-scale")  # fmt: skip
 
 
 def _check_times(num_steps: int, spacing: str | None, title: str) -> None:
@@ -234,7 +247,7 @@ class Sampler:
             return
         rows = count if self.settings.guidance_mode == "separate" else count * self.rows
         like = next(model.parameters())
-        x = like.new_zeros(rows, *self.loaded.layout.input_shape)
+        x = like.new_zeros(rows, *self.loaded.layout.noise_shape)
         y = self._blank(rows)
         if self.cache is None:
             model(x, torch.full((rows,), self.loaded.family.time(1.0), device=like.device), y)
@@ -246,7 +259,7 @@ class Sampler:
                 self.cache(x, times_at(time, rows, dtype, like.device), y)
                 if self.cache.report.forecast_calls:
                     break
-        self._to_images(x[:1])
+        self._to_images(x.new_zeros(1, *self.loaded.layout.input_shape))
 
     def _warm_up_parts(self, count: int) -> None:
         """Two steps of every part: the first, which reads the part before, and a later one."""
@@ -315,7 +328,9 @@ class Sampler:
     def _new_solver(
         self, generators: list[torch.Generator], progress: Progress | None = None, observe: Observer | None = None
     ) -> Solver:
-        settings = self.settings
+        settings, layout = self.settings, self.loaded.layout
+        image_alone = settings.cls_cfg_scale is not None  # is guided by cfg_scale; the class token has its own
+        channels = prod(layout.input_shape) if image_alone else settings.guided_channels or self.loaded.guided_channels
         return Solver(
             num_steps=settings.num_steps,
             sampler=settings.sampler,
@@ -324,7 +339,8 @@ class Sampler:
             guidance_low=settings.guidance_low,
             guidance_high=settings.guidance_high,
             guidance=settings.guidance_mode,
-            guided_channels=settings.guided_channels or self.loaded.guided_channels,
+            guided_channels=channels,
+            others_scale=settings.cls_cfg_scale or 1.0,
             timestep_spacing=settings.timestep_spacing or "linspace",
             time_shift=settings.time_shift or 1.0,
             null=self.null,

@@ -29,6 +29,7 @@ from haste.models.registry import (
     register,
 )
 from haste.models.sit import SiT
+from haste.models.sit_class_token import ClassTokenSiT, join, split
 from haste.models.sit_family import SIT_MODELS
 
 from haste.models.dit import DIT_MODELS, DiT  # isort: skip - after SiT, whose transformer it is
@@ -44,6 +45,7 @@ __all__ = [
     "CachedBlock",
     "CachedTransformer",
     "CheckpointFile",
+    "ClassTokenSiT",
     "Convention",
     "DiT",
     "Family",
@@ -62,8 +64,10 @@ __all__ = [
     "find_size",
     "get_family",
     "infer_config",
+    "join",
     "model_depth",
     "new_config",
     "own_settings",
     "register",
+    "split",
 ]

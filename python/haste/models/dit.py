@@ -73,6 +73,8 @@ class DiTFamily(SiTFamily):
     name = "dit"
     title = "DiT"
     module = DiT
+    with_class_token = None
+    settings = {name: value for name, value in SiTFamily.settings.items() if name != "cls_coeff"}
     prediction = "noise"
     fixed = {"path_type": "linear", "weighting": "uniform", "time_shift": 1.0}  # its times are those of haste.diffusion
     published_alignment = {name.replace("SiT", "DiT"): value for name, value in PUBLISHED_ALIGNMENT.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -25,7 +26,7 @@ from haste.samplers import PartCache, Solver
 
 # Arguments of a size that settings may have of their own. The last three have defaults, in `Family.settings`.
 SIZES = ("depth", "hidden_size", "num_heads", "patch_size", "positions", "norm", "mlp")
-OWN_SETTINGS = ("entity", "entity_size", "context", "dropout")  # settings that not every family has
+OWN_SETTINGS = ("entity", "entity_size", "context", "dropout", "cls_coeff")  # settings that not every family has
 
 
 class ModelOutput(NamedTuple):
@@ -58,7 +59,7 @@ class Layout(NamedTuple):
     num_heads: of each. num_classes: without the null class; None where the condition is not a class.
     parts: of an image that are sampled one after the other. sequence_shape: of the noise of one image, where it is not
     that of x. condition_shape: of the condition of one image, such as the (tokens, width) of its text's features; None
-    for a class.
+    for a class. class_token: numbers of a teacher's class token that is denoised along with the image, behind it.
     """
 
     input_shape: tuple[int, int, int]
@@ -69,10 +70,13 @@ class Layout(NamedTuple):
     parts: int = 1
     sequence_shape: tuple[int, ...] | None = None
     condition_shape: tuple[int, ...] | None = None
+    class_token: int = 0
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """Of the noise of one image."""
+        if self.class_token:
+            return (prod(self.input_shape) + self.class_token,)
         return self.sequence_shape or self.input_shape
 
 
@@ -357,6 +361,14 @@ class Family(ABC):
             target: as `interpolate` gives it.
         """
         return transport.velocity_loss(predicted, target)
+
+    def class_token_loss(self, predicted: Tensor, target: Any) -> Tensor | None:
+        """The loss of the class token, a scalar of at least float32; None where none is denoised.
+
+        Args:
+            predicted, target: as for `loss`, which does without the class token.
+        """
+        return None
 
     # ---- sampling and caching ----
 

@@ -142,6 +142,11 @@ class SiT(nn.Module):
         return self.x_embedder.proj.weight.dtype
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(C, S, S) of one x."""
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
     def tokens_shape(self) -> tuple[int, int]:
         """(N, width) of one image."""
         return tuple(self.pos_embed.shape[1:])
@@ -153,9 +158,9 @@ class SiT(nn.Module):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, S, S), t (B,) in [0, 1], y (B,) classes to tokens (B, N, width) and conditioning (B, width)."""
-        wanted = (self.in_channels, self.input_size, self.input_size)
-        if x.dim() != 4 or x.shape[1:] != wanted:
-            raise ValueError(f"x must have shape (batch, {', '.join(map(str, wanted))}), got {tuple(x.shape)}")
+        if x.shape[1:] != self.input_shape:
+            wanted = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"x must have shape (batch, {wanted}), got {tuple(x.shape)}")
         for name, value in (("t", t), ("y", y)):
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} must be a tensor of shape ({x.shape[0]},), as x, got {value!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,8 @@ from haste.models.layers import check_config_limits, check_sizes, size_flag
 from haste.models.registry import register
 from haste.models.sit import SiT
 from haste.models.sit_checkpoints import CONVOLUTION, NAMES, SiTCheckpoints
+from haste.models.sit_class_token import ClassTokenSiT, Joint, split
+from haste.samplers import Solver
 from haste.validation import build, check
 
 SIT_SIZES = {
@@ -68,9 +70,12 @@ class _Config:
     encoder_depth: int = 8
     projector_dim: int = 2048
     projection_layer_type: Literal["mlp", "conv"] = "mlp"
+    cls_token_dim: int = 0
 
     def __post_init__(self) -> None:
         check_config_limits(self, LARGEST)
+        if not 0 <= self.cls_token_dim <= WIDEST_TOKEN:
+            raise UserError(f"cls_token_dim of its model must be from 0 to {WIDEST_TOKEN}, got {self.cls_token_dim}")
 
 
 # Far above what anybody trains, and far below what no machine can hold.
@@ -85,6 +90,7 @@ SWITCHES = (
     ("norm", "rmsnorm", "blocks.0.norm1.weight"),
     ("mlp", "swiglu", "blocks.0.mlp.w12.weight"),
 )
+WIDEST_TOKEN = 65_536  # of a class token; 0: there is none
 
 # HASTE (arXiv 2505.16792), for DINOv2-B: the same layers at 256 and 512 pixels. S is not in the paper; it is as deep
 # as B.
@@ -103,7 +109,8 @@ class SiTFamily(Family):
     name = "sit"
     title = "SiT"
     module: type[SiT] = SiT
-    settings = {"positions": "sincos", "norm": "layernorm", "mlp": "gelu"}
+    with_class_token: type[ClassTokenSiT] | None = ClassTokenSiT
+    settings: Mapping[str, Any] = {"positions": "sincos", "norm": "layernorm", "mlp": "gelu", "cls_coeff": 0.0}
     published_alignment = PUBLISHED_ALIGNMENT
     foreign: ForeignCheckpoints = SiTCheckpoints()
     sizes = {
@@ -114,7 +121,13 @@ class SiTFamily(Family):
     }
 
     def build(self, config: dict[str, Any], z_dims: Sequence[int] = ()) -> SiT:
-        return self.module(**config, z_dims=z_dims)
+        own = {name: value for name, value in config.items() if name != "cls_token_dim"}
+        width = config.get("cls_token_dim", 0)
+        if not width:
+            return self.module(**own, z_dims=z_dims)
+        if self.with_class_token is None:
+            raise UserError(f"cls_token_dim must be 0 for {self.title}, which denoises no class token, got {width}")
+        return self.with_class_token(cls_token_dim=width, **own, z_dims=z_dims)
 
     def config_for(self, size: Mapping[str, Any], settings: Any, data: Any) -> dict[str, Any]:
         check_sizes({**size, "input_size": data.input_size}, size_flag)
@@ -146,7 +159,8 @@ class SiTFamily(Family):
     def layout(self, config: Mapping[str, Any]) -> Layout:
         side, channels = config["input_size"], config["in_channels"]
         grid = side // config["patch_size"]
-        return Layout((channels, side, side), grid, config["depth"], config["num_heads"], config["num_classes"])
+        return Layout((channels, side, side), grid, config["depth"], config["num_heads"], config["num_classes"],
+                      class_token=config.get("cls_token_dim", 0))  # fmt: skip
 
     def for_sampling(self, config: Mapping[str, Any], fused_attn: bool = True) -> dict[str, Any]:
         return {**config, "attention": "sdpa", "fused_attn": fused_attn}  # sdpa is everywhere
@@ -155,12 +169,41 @@ class SiTFamily(Family):
         """Those of the matrix products: forward, and twice that for backward."""
         width, patch = config["hidden_size"], config["patch_size"]
         tokens = (config["input_size"] // patch) ** 2
+        token = config.get("cls_token_dim", 0)
+        tokens += bool(token)
         hidden, layers = int(width * config.get("mlp_ratio", 4.0)), 2
         if config.get("mlp") == "swiglu":
             hidden, layers = int(2 / 3 * hidden), 3
         block = tokens * (4 * width + layers * hidden) * width + 2 * tokens * tokens * width + 6 * width * width
-        ends = (1 + self.module.outputs) * tokens * patch * patch * config["in_channels"] * width
+        ends = (1 + self.module.outputs) * tokens * patch * patch * config["in_channels"] * width + 2 * token * width
         return 3 * 2 * (config["depth"] * block + ends)
+
+    # ---- the class token, if the model has one ----
+
+    def interpolate(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Any]:
+        x_t, target = super().interpolate(model, x, noise, t, path)
+        return x_t, split(target, model.image_shape) if isinstance(model, ClassTokenSiT) else target
+
+    def loss(self, predicted: Tensor, target: Any) -> Tensor:
+        if isinstance(target, Joint):
+            predicted, target = split(predicted, target.image.shape[1:]).image, target.image
+        return super().loss(predicted, target)
+
+    def class_token_loss(self, predicted: Tensor, target: Any) -> Tensor | None:
+        if not isinstance(target, Joint):
+            return None
+        return super().loss(split(predicted, target.image.shape[1:]).token, target.token)
+
+    def sample(self, model: nn.Module, noise: Tensor, condition: Tensor, solve: Solver) -> Tensor:
+        shape = getattr(model, "image_shape", None)  # of a model with a class token, or of the cache around it
+        if shape is None:
+            return super().sample(model, noise, condition, solve)
+        observe = solve.observe
+        if observe is not None:
+            solve = replace(solve, observe=lambda step, state: observe(step, split(state, shape).image))
+        return split(solve(model, noise, condition), shape).image
+
+    # ---- sampling ----
 
     def null(self, model: nn.Module) -> Tensor | None:
         return None if model.null_label is None else torch.tensor(model.null_label)
@@ -180,6 +223,7 @@ class SiTFamily(Family):
         modulation = weights.get("blocks.0.adaLN_modulation.1.bias")
         if modulation is not None and len(modulation) == 4 * weights[NAMES[1]].shape[0]:
             raise UserError("the weights are a LightningDiT trained with wo_shift, whose blocks have no shifts")
+        token = weights.get("cls_projectors2.weight")
         (_, tokens, width), (_, channels, patch, _), (rows, _) = (weights[name].shape for name in NAMES)
         numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
         depth = sum(number.isdecimal() for number in numbers)
@@ -199,7 +243,7 @@ class SiTFamily(Family):
             "hidden_size": width,
             "num_heads": heads.pop(),
             "patch_size": patch,
-            "input_size": math.isqrt(tokens) * patch,
+            "input_size": math.isqrt(tokens - (token is not None)) * patch,
             "in_channels": channels,
             "num_classes": num_classes,
             "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
@@ -208,6 +252,7 @@ class SiTFamily(Family):
             "encoder_depth": min(encoder_depth, depth),
             "projector_dim": 2048 if projector is None or not projector.dim() else len(projector),
             "projection_layer_type": "conv" if CONVOLUTION in weights else "mlp",
+            **({} if token is None else {"cls_token_dim": token.shape[-1]}),
         }
 
 

@@ -34,7 +34,7 @@ class Guidance:
 
     scale: 1 is none. mode: batched computes both halves as one batch of twice the size, separate one after the other.
     channels: the first n are guided, the others are those of the condition; None guides all. Of a prediction of noise
-        and variance the variance never is.
+        and variance the variance never is. others: scale of the other channels, such as a class token's.
 
     Raises UserError for settings that make no sense.
     """
@@ -44,6 +44,7 @@ class Guidance:
     high: float = 1.0
     mode: Literal["batched", "separate"] = "batched"
     channels: int | None = None
+    others: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in (("cfg_scale", self.scale), ("guidance_low", self.low), ("guidance_high", self.high)):
@@ -85,7 +86,8 @@ class Guidance:
         guided = v_uncond + self.scale * (v_cond - v_uncond)
         if self.channels is None:
             return guided
-        return torch.cat([guided[:, : self.channels], v_cond[:, self.channels :]], dim=1)
+        others = v_cond if self.others == 1 else v_uncond + self.others * (v_cond - v_uncond)
+        return torch.cat([guided[:, : self.channels], others[:, self.channels :]], dim=1)
 
 
 class ModelCall(NamedTuple):

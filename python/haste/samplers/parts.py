@@ -178,8 +178,8 @@ class Solver:
 
     Args:
         cfg_scale, sampler, num_steps, path, timestep_spacing, time_shift, guidance_low, guidance_high, guidance,
-            guided_channels, null, generator, progress, observe: as of `sample`. In parts progress counts rounds, and
-            observe is called after every round with its number and all parts, in order, as (B, tokens, d).
+            guided_channels, others_scale, null, generator, progress, observe: as of `sample`. In parts progress counts
+            rounds, and observe is called after every round with its number and all parts, in order, as (B, tokens, d).
         step_noise: as of `sample`; in parts all of the first part's, then all of the second's, ..., also if they are
             staggered. `generator` is drawn from in the same order.
         part_steps: the number of steps of each part; empty for num_steps each.
@@ -201,6 +201,7 @@ class Solver:
     guidance_high: float = 1.0
     guidance: str = "batched"
     guided_channels: int | None = None
+    others_scale: float = 1.0
     null: Tensor | int | None = None
     generator: Generators = None
     progress: Callable[[int, int], None] | None = None
@@ -215,7 +216,7 @@ class Solver:
     def __call__(self, model: Callable, noise: Tensor, condition: Tensor, scale: float = 1.0) -> Tensor:
         """`sample` with these settings; `scale` multiplies cfg_scale − 1."""
         names = ("step_noise", "num_steps", "sampler", "path", "timestep_spacing", "time_shift", "guidance_low",
-                 "guidance_high", "guidance", "guided_channels", "null", "generator", "progress",
+                 "guidance_high", "guidance", "guided_channels", "others_scale", "null", "generator", "progress",
                  "observe")  # fmt: skip
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         return sample(model, noise, condition, cfg_scale=self._scaled(scale), **settings)

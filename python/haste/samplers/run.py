@@ -63,6 +63,7 @@ def sample(
     guidance_high: float = 1.0,
     guidance: str = "batched",
     guided_channels: int | None = None,
+    others_scale: float = 1.0,
     null: Tensor | int | None = None,
     generator: Generators = None,
     step_noise: Iterable[Tensor] | None = None,
@@ -89,6 +90,8 @@ def sample(
         guidance: "batched" computes both halves at once, "separate" one after the other, in half of the memory.
         guided_channels: the first n channels are guided. None: all, as HASTE and REPA do. SiT and DiT guide three of
             the four of their latents. DiT's variance is never guided.
+        others_scale: cfg_scale of the other channels. A class token, of a model that denoises one, is behind the C·S·S
+            numbers of the image.
         null: the condition of one image that stands for none (of classes: their number); needed for guidance.
         generator: for the noise of the steps of the SDE and DDPM; one for all, or one per image.
         step_noise: that noise itself, shaped as `noise`, for one step after the other; in place of `generator`. Read as
@@ -130,7 +133,7 @@ def sample(
             guidance_low=guidance_low, guidance_high=guidance_high, guidance=guidance, guided_channels=guided_channels,
             null=null, generator=generator, progress=progress, observe=observe,
         ))  # fmt: skip
-    guide = Guidance(cfg_scale, guidance_low, guidance_high, guidance, guided_channels)  # type: ignore[arg-type]
+    guide = Guidance(cfg_scale, guidance_low, guidance_high, guidance, guided_channels, others_scale)  # type: ignore[arg-type]
     if cfg_scale == 1:
         null = None
     elif null is None:

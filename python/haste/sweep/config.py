@@ -118,8 +118,9 @@ def _steps(settings: SamplingConfig) -> str:
 FOR_PIPELINES = ("num_images", "height", "width")
 FOR_CHECKPOINTS = (
     "mode", "heun", "timestep_spacing", "time_shift", "stagger", "cfg_scale", "guidance_low", "guidance_high",
-    "guided_channels", "guidance_mode", "labels", "text_encoder", "ema", "ema_decay", "vae", "convention",
-    "num_fid_samples", "per_proc_batch_size", "cuda_graphs", "features", "reference", "classifier_dir", "tolerance",
+    "guided_channels", "cls_cfg_scale", "guidance_mode", "labels", "text_encoder", "ema", "ema_decay", "vae",
+    "convention", "num_fid_samples", "per_proc_batch_size", "cuda_graphs", "features", "reference", "classifier_dir",
+    "tolerance",
 )  # fmt: skip
 
 

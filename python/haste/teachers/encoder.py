@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 from haste._compat import sdpa_attention, without_load_report
 from haste.errors import UserError
 from haste.io import loading_arguments
-from haste.teachers.families import Family, Normalisation, find_family, find_layers, resolve_teacher
+from haste.teachers.families import FAMILIES, Family, Normalisation, find_family, find_layers, resolve_teacher
 from haste.teachers.loading import (
     NaFlexPatches,
     load_config,
@@ -95,11 +95,22 @@ class TeacherOutput:
         prefix: number of leading class and register tokens in q and k.
         patch_tokens: (B, N, C), the last layer's patch tokens after the final norm, without the prefix; before the
             norm for CLIP and MAE, as in REPA. None without `features`.
+        class_token: (B, C), the last layer's class token after the final norm; before it for MAE. None without
+            `class_token`.
     """
 
     queries_keys: list[QueriesKeys]
     prefix: int
     patch_tokens: Tensor | None
+    class_token: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """What a projected hidden state is compared with: the patch tokens, behind the class token if there is one."""
+        assert self.patch_tokens is not None
+        if self.class_token is None:
+            return self.patch_tokens
+        return torch.cat([self.class_token.unsqueeze(1), self.patch_tokens], dim=1)
 
 
 class VisionTeacher(nn.Module):
@@ -123,16 +134,18 @@ class VisionTeacher(nn.Module):
         student_grid: int,
         normalisation: Normalisation,
         features: bool = True,
+        class_token: bool = False,
     ) -> None:
         super().__init__()
         config = encoder.config
         blocks = find_layers(encoder, config.num_hidden_layers)
-        if not features:
+        if not features and not class_token:
             del blocks[max(layers) + 1 :]  # nothing reads their output
         self.name = name
         self.encoder = encoder.eval().requires_grad_(False)
         self.layers = tuple(layers)
         self.features = features
+        self.class_token = class_token
         self.image_size = image_size
         self.grid = grid
         self.student_grid = student_grid
@@ -154,6 +167,7 @@ class VisionTeacher(nn.Module):
         image_size: int | None = None,
         features: bool = True,
         grid_rule: GridRule = "match",
+        class_token: bool = False,
     ) -> VisionTeacher:
         """Load a teacher.
 
@@ -165,11 +179,12 @@ class VisionTeacher(nn.Module):
                 when no grid is given or when tokens are interpolated.
             features: return the final patch tokens; without them, later layers are dropped.
             grid_rule: what to do if the two grids differ.
+            class_token: return the class token as well.
 
         Raises:
             UserError: a folder that is missing or no model, an unknown family, a layer that the encoder does not have,
-                an image_size that does not fit.
-            ValueError: neither layers nor features.
+                an image_size that does not fit, a class token of an encoder without one.
+            ValueError: neither layers nor features nor class token.
         """
         source = resolve_teacher(name)
         config = load_config(name, source)
@@ -178,8 +193,12 @@ class VisionTeacher(nn.Module):
             if not 0 <= layer < config.num_hidden_layers:
                 last = config.num_hidden_layers - 1
                 raise UserError(f"--layer-map must name layers from 0 to {last} of the teacher {name}, got {layer}")
-        if not layers and not features:
+        if not layers and not features and not class_token:
             raise ValueError("a teacher must return layers or features, got neither")
+        if class_token and not family.class_tokens:
+            having = ", ".join(name for name, known in FAMILIES.items() if known.class_tokens)
+            raise UserError(f"--enc-type must be a teacher with a class token for --cls-coeff, of one of the families "
+                            f"{having}, got {name}, which has none")  # fmt: skip
         image_size = _choose_image_size(name, config, grid, image_size, grid_rule)
         own = image_size // patch_size_of(name, config)
         return cls(
@@ -192,7 +211,12 @@ class VisionTeacher(nn.Module):
             student_grid=own if grid is None or grid_rule == "interpolate-student" else grid,
             normalisation=load_normalisation(name, source, family, config.num_channels),
             features=features,
+            class_token=class_token,
         )
+
+    def return_class_token_alone(self) -> None:
+        """From now on record and return nothing else."""
+        self.layers, self._layer_of_module, self.features = (), {}, False
 
     def train(self, mode: bool = True) -> VisionTeacher:
         """A teacher stays in eval mode, whatever the mode of the module that holds it."""
@@ -219,13 +243,18 @@ class VisionTeacher(nn.Module):
         pixels = self.preprocess(images)
         arguments = self._family.forward_arguments(pixels, self.grid**2)
         with record(self._layer_of_module) as recording:
-            tokens = self.encoder(pixels, **arguments).last_hidden_state
+            encoded = self.encoder(pixels, **arguments)
+        tokens = encoded.last_hidden_state
         output = TeacherOutput(
             queries_keys=[recording.queries_keys[layer] for layer in self.layers],
             prefix=self.prefix,
             patch_tokens=tokens[:, self.prefix :] if self.features else None,
+            class_token=self._class_token(encoded) if self.class_token else None,
         )
         return output if self.grid == self.student_grid else self._interpolate(output)
+
+    def _class_token(self, encoded: Any) -> Tensor:
+        return encoded.pooler_output if self._family.pools_class_token else encoded.last_hidden_state[:, 0]
 
     def _interpolate(self, output: TeacherOutput) -> TeacherOutput:
         """The same on the student's grid, without the prefix, which has no place on a grid."""
@@ -238,6 +267,7 @@ class VisionTeacher(nn.Module):
             queries_keys=[(resample(q), resample(k)) for q, k in pairs],
             prefix=0,
             patch_tokens=None if output.patch_tokens is None else resample(output.patch_tokens),
+            class_token=output.class_token,
         )
 
     def describe(self) -> str:

@@ -44,6 +44,7 @@ class Family:
         unused_norm: the final norm, if REPA compares the tokens before it.
         masks_patches: the encoder drops random patches unless told to keep all, in order (MAE).
         takes_patches: the encoder takes patches of images of any shape instead of images (NaFlex).
+        pools_class_token: the final norm is applied to the class token alone, which is the pooler's output.
     """
 
     class_tokens: int
@@ -55,6 +56,7 @@ class Family:
     unused_norm: str | None = None
     masks_patches: bool = False
     takes_patches: bool = False
+    pools_class_token: bool = False
 
     def prefix_tokens(self, config: PretrainedConfig) -> int:
         """The number of class and register tokens in front of the patches."""
@@ -92,7 +94,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(1, HALF),
     "deit": Family(2, IMAGENET),
     # transformers applies CLIP's last norm to the class token alone, as in CLIP's training.
-    "clip_vision_model": Family(1, CLIP),
+    "clip_vision_model": Family(1, CLIP, pools_class_token=True),
     "siglip_vision_model": Family(0, HALF),
     "siglip2_vision_model": Family(0, HALF, takes_patches=True),
     "vit_mae": Family(1, IMAGENET, unused_norm="layernorm", masks_patches=True),

@@ -135,6 +135,9 @@ class TrainConfig:
     """Weight of the attention alignment loss. HASTE uses 0.5. 0: off."""
     proj_coeff: float = 0.5
     """Weight of the feature alignment loss. 0: off. With --attn-coeff 0 as well, no teacher is loaded."""
+    cls_coeff: float | None = None
+    """SiT: weight of the loss of the teacher's class token, which the model then denoises along with the image (REG,
+    which has --cls 0.03). 0: the model has no class token. None: 0."""
     layer_map: str = ""
     """Pairs student:teacher of layers whose attention is aligned, counted from 0, such as 4:8,5:9. Empty: the pairs
     published for --model."""
@@ -288,8 +291,9 @@ class TrainConfig:
 
     @property
     def teachers(self) -> list[str]:
-        """The teachers to load; none if nothing is aligned."""
-        if self.enc_type is None or self.enc_type.lower() == "none" or (self.proj_coeff == 0 and self.attn_coeff == 0):
+        """The teachers to load; none if nothing is aligned, and no class token denoised."""
+        needed = self.proj_coeff != 0 or self.attn_coeff != 0 or self.has_class_token
+        if self.enc_type is None or self.enc_type.lower() == "none" or not needed:
             return []
         return [name.strip() for name in self.enc_type.split(",")]
 
@@ -307,6 +311,11 @@ class TrainConfig:
     def disp_block(self) -> int:
         """The block that Dispersive Loss reads, from 1; 0 if it is off."""
         return (self.disp_depth or 0) if self.disp_coeff else 0
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the model denoises the first teacher's class token, to the end of the run."""
+        return bool(self.cls_coeff)
 
     @property
     def label_dropout(self) -> float:
@@ -341,9 +350,20 @@ class TrainConfig:
         check_numbers(self)
         check_schedule(self)
         _ = self.ema_parts
+        self._check_class_token()
         if set(self.trackers) - set(TRACKERS):
             known = "tensorboard, wandb, both separated by a comma, or none"
             raise UserError(f"--report-to must be {known}, got {shorten(self.report_to)}")
+
+    def _check_class_token(self) -> None:
+        if not self.has_class_token:
+            return
+        given = f"with --cls-coeff {self.cls_coeff:g}"
+        if not self.teachers:
+            raise UserError(f"--enc-type must be a teacher {given}, whose class token it is, got {self.enc_type}")
+        if self.projection_layer_type != "mlp":
+            raise UserError(f"--projection-layer-type must be mlp {given}, as a class token has no neighbours, got "
+                            f"{self.projection_layer_type}")  # fmt: skip
 
     def check_model(self) -> None:
         """Raise UserError if model, layer map and termination rule do not fit together. Imports torch."""

@@ -36,6 +36,17 @@ def _published_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
+def _reg_presets() -> dict[str, dict[str, Any]]:
+    """reg-xl-256 and so on: REG (arXiv 2507.01467) is REPA's training with the class token denoised along, at REPA's
+    depths. It has B, L and XL, at 256 and 512 pixels; S is not in the paper."""
+    presets: dict[str, dict[str, Any]] = {}
+    for name, settings in _published_presets().items():
+        if name.startswith("repa-"):
+            own = name.replace("repa", "reg")
+            presets[own] = {**settings, "exp_name": own, "cls_coeff": 0.03}
+    return presets
+
+
 # xAR's training (arXiv 2502.20388, appendix). Warmup and decay are its 100 and 200 of 800 epochs, which end the run.
 _XAR = {
     "resolution": 256, "dropout": 0.1, "weighting": "lognormal", "batch_size": 2048, "max_train_steps": 10**9,
@@ -111,7 +122,7 @@ _COCO_PRESETS: dict[str, dict[str, Any]] = {
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    **registry.PRESETS, **_published_presets(), **_dit_presets(), **_xar_presets(), **_COCO_PRESETS,
+    **registry.PRESETS, **_published_presets(), **_reg_presets(), **_dit_presets(), **_xar_presets(), **_COCO_PRESETS,
     **_lightningdit_presets(),
 }  # fmt: skip
 """The settings of each preset, by its name."""

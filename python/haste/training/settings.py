@@ -69,7 +69,7 @@ SWITCHES = {
 """Alignment settings that turn others on and off."""
 
 BEFORE: dict[str, Any] = {
-    "time_shift": 1.0, "optimizer": "adamw", "decay_shape": "cosine", "extra_ema_decays": "",
+    "time_shift": 1.0, "optimizer": "adamw", "decay_shape": "cosine", "extra_ema_decays": "", "cls_coeff": None,
 }  # fmt: skip
 """Settings that older versions and the public trainers lack, with the value that they computed by."""
 
@@ -218,7 +218,8 @@ def write_config(path: Path, config: TrainConfig) -> None:
 # ---- recorded settings ----
 
 
-FORMER_NAMES = {"recipe": "preset", "keep": "checkpoints_total_limit"}  # in runs of earlier commits
+# In runs of earlier commits; cls is REG's name, in its checkpoints.
+FORMER_NAMES = {"recipe": "preset", "keep": "checkpoints_total_limit", "cls": "cls_coeff"}
 
 
 def is_ours(values: Mapping[str, Any]) -> bool:

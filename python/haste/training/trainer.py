@@ -3,7 +3,8 @@
     L = L_v + proj_coeff·L_R + attn_coeff·L_A   while step < τ        (HASTE, arXiv 2505.16792)
     L = L_v                                     from τ on
 
-L_v is the family's own loss: of the velocity, or of noise and variance for DiT.
+L_v is the family's own loss: of the velocity, or of noise and variance for DiT. REG (arXiv 2507.01467) adds
+cls_coeff·L_cls to both, of the teacher's class token, for which it keeps the teacher to the end.
 
 REPA is attn_coeff 0 and no τ. With both coefficients 0 no teacher is loaded.
 """
@@ -36,7 +37,7 @@ from haste.data.dataset import describe_change, other_latents
 from haste.distributed import StopRequest, in_first, progress_bar, sharding, unsharded
 from haste.errors import UserError, in_one_line
 from haste.io import require_space, save_tensors
-from haste.models import get_family, new_config
+from haste.models import get_family, join, new_config
 from haste.registry import ENCODERS, TEACHERS, plugin
 from haste.training.checkpoint import (
     Checkpoint,
@@ -47,6 +48,7 @@ from haste.training.checkpoint import (
     read_newest_checkpoint,
     restore_rng,
 )
+from haste.training.class_token import check_start, with_class_token
 from haste.training.config import TrainConfig, describe_run, resolve
 from haste.training.logging import Metrics, Trackers, check_trackers
 from haste.training.run_dir import SAMPLES, Retention, RunDir
@@ -162,9 +164,9 @@ def check_same_data(config: TrainConfig, dataset: TrainingData, checkpoint: Chec
         )
 
 
-def build_aligner(config: TrainConfig, model_config: dict[str, Any]) -> Aligner | None:
-    """The teachers and the losses; None if nothing is aligned."""
-    if not config.teachers:
+def build_aligner(config: TrainConfig, model_config: dict[str, Any], ended: bool = False) -> Aligner | None:
+    """The teachers and the losses; None if nothing is aligned, or alignment has ended, and no class token denoised."""
+    if not config.teachers or (ended and not config.has_class_token):
         return None
     folder = Path(config.output_dir).expanduser() / "teachers"
     names = [str(plugin(TEACHERS, name).prepare(folder)) if name in TEACHERS else name for name in config.teachers]
@@ -172,11 +174,12 @@ def build_aligner(config: TrainConfig, model_config: dict[str, Any]) -> Aligner 
         names,
         layer_map=choose_layer_map(config.layer_map, config.model) if config.aligns_attention else None,
         grid=get_family(model_config).layout(model_config).grid,
-        proj_coeff=config.proj_coeff,
-        attn_coeff=config.attn_coeff,
+        proj_coeff=0 if ended else config.proj_coeff,
+        attn_coeff=0 if ended else config.attn_coeff,
         image_size=config.teacher_resolution,
         grid_rule=config.teacher_grid,
         zscore_alpha=config.zscore_alpha if config.spnorm_method == "zscore" else None,
+        class_token=config.has_class_token,
     )
 
 
@@ -254,15 +257,16 @@ class Trainer:
             self._check_family(checkpoint, "--exp-name must be a run", folder.path)
         elif config.init_from:
             initial = self._read_initial()
-        self.aligner: Aligner | None = None
-        if self.termination.stopped_at is None:
-            if config.teachers:
-                dataset.require_images()
-            with accelerator.main_process_first():  # which downloads or trains the teachers that are missing
-                self.aligner = build_aligner(config, self.model_config)
+        ended = self.termination.stopped_at is not None
+        if config.teachers and (not ended or config.has_class_token):
+            dataset.require_images()
+        with accelerator.main_process_first():  # which downloads or trains the teachers that are missing
+            self.aligner = build_aligner(config, self.model_config, ended)
         if self.aligner is not None:
             check_channels(config, dataset, self.aligner)
             self.aligner.to(self.device)
+            self.model_config = with_class_token(self.model_config, self.aligner, initial)
+            self.layout = self.family.layout(self.model_config)
         set_seed(config.seed)
         self.state = self._build_state(initial)
         if checkpoint is not None and checkpoint["rng"] is not None:
@@ -276,6 +280,7 @@ class Trainer:
         found = read_checkpoint(path, convention=self.config.convention)
         self._check_family(found, "--init-from must be a checkpoint", path)
         self.family.check_start(self.model_config, found["model_config"])
+        check_start(self.config, found["model_config"])
         began = found.get("text")
         if began and self.data.text is not None and began["encoder"] != self.data.text.encoder:
             logger.warning("--init-from was trained on features of %s, and the data has those of %s",
@@ -356,7 +361,7 @@ class Trainer:
                     self._probe(self.aligner)
                     if self.termination.due(self.step):
                         self._log(bar)
-                        self._end_alignment()
+                        self._end_alignment(self.aligner)
                 self._train_step()
                 self.step += 1
                 bar.update()
@@ -402,33 +407,44 @@ class Trainer:
 
     def _random_numbers(self) -> RandomNumbers:
         config, count = self.config, self.step_size
-        noise = torch.randn(count, *self.layout.noise_shape, device=self.device)
+        shape, token = self.layout.sequence_shape or self.layout.input_shape, self.layout.class_token
+        noise = torch.randn(count, *shape, device=self.device)
         t = self.family.sample_times(self.state.model, count, config.weighting, config.path_type, device=self.device)
         t = shift_time(t, config.time_shift, config.path_type)
         dropped = torch.zeros(count, dtype=torch.bool, device=self.device)
         if config.label_dropout:
             dropped = torch.rand(count, device=self.device) < config.label_dropout
+        if token:  # last, so that the other numbers are those of a run without it
+            noise = join(noise, torch.randn(count, token, device=self.device))
         return RandomNumbers(noise, t, dropped)
 
     def _forward_backward(self, batch: Batch, numbers: RandomNumbers, local: int) -> None:
         """Losses and gradients of the local batch with this number."""
         aligner, family, model = self.aligner, self.family, self.state.model
         condition = family.drop(model, family.condition(batch.condition), numbers.dropped)
-        x_t, target = family.interpolate(model, batch.inputs, numbers.noise, numbers.t, self.config.path_type)
+        inputs, outputs = batch.inputs, None
+        if aligner is not None and aligner.class_token:  # which is part of the input
+            with self.accelerator.autocast():
+                outputs = aligner.teacher_outputs(batch.images)
+            inputs = aligner.with_class_token(inputs, outputs)
+        x_t, target = family.interpolate(model, inputs, numbers.noise, numbers.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
             output = self.state(x_t, numbers.t, condition, layers, project, (self.step, local), self.config.disp_block)
         loss = own = family.loss(output.prediction, target)
         feature = attention = dispersive = None
-        if aligner is not None:
+        class_token = family.class_token_loss(output.prediction, target)
+        if class_token is not None:
+            loss = loss + self.config.cls_coeff * class_token
+        if aligner is not None and aligner.aligns:
             with self.accelerator.autocast():
-                alignment, (attention, feature) = aligner(output, batch.images)
-            loss = own + self.termination.weight(self.step) * alignment
+                alignment, (attention, feature) = aligner(output, batch.images, outputs)
+            loss = loss + self.termination.weight(self.step) * alignment
         if output.tokens is not None:
             dispersive = dispersive_loss(output.tokens, self.config.disp_tau)
             loss = loss + self.config.disp_coeff * dispersive
         self.state.backward(loss)
-        self.metrics.add(own, feature, attention, loss, dispersive)
+        self.metrics.add(own, feature, attention, loss, dispersive, class_token)
 
     # ---- the end of alignment ----
 
@@ -439,22 +455,23 @@ class Trainer:
             self.termination.observe(self.step, value)
             logger.info("step %d: the probe gives %.4f", self.step, value)
 
-    def _end_alignment(self) -> None:
+    def _end_alignment(self, aligner: Aligner) -> None:
         """Free teachers, projectors and their optimizer state, so that steps cost what those of the vanilla model do.
 
         The state is rebuilt from what a checkpoint would hold, as if training had been resumed here.
         """
         self.termination.stopped_at = self.step
-        logger.info("step %d: alignment ends (%s), the teacher is freed", self.step, self.termination.reason)
+        left = "gives class tokens alone" if self.config.has_class_token else "is freed"
+        logger.info("step %d: alignment ends (%s), the teacher %s", self.step, self.termination.reason, left)
         saved = self.state.state_dict()
-        self.aligner = None
+        self.aligner = aligner.without_losses()
         del self.state
         gc.collect()  # the memory is needed now, also that of reference cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.state = self._build_state(saved)
         self.loader.close()
-        self.loader = Loader(self.data, self.config, self.accelerator, self.step, images=False)
+        self.loader = Loader(self.data, self.config, self.accelerator, self.step, images=self.aligner is not None)
         self.metrics.start_clock()
 
     # ---- logging ----
@@ -464,7 +481,8 @@ class Trainer:
         alignment = "no alignment"
         if self.aligner is not None:
             teachers = self.aligner.describe(self.layout.num_heads)
-            alignment = f"aligned {self.termination.plan} with {teachers}"
+            plan = f"aligned {self.termination.plan}" if self.aligner.aligns else alignment
+            alignment = f"{plan} with {teachers}"
         processes = self.accelerator.num_processes
         where = f"{processes} processes on {self.device.type}" if processes > 1 else self.device
         start = f", resumed from step {self.step}" if self.step else ""
@@ -475,7 +493,8 @@ class Trainer:
         if metrics is None:
             return
         rate = self.learning_rate(self.step - 1)  # of the last step
-        record = {"step": self.step, **metrics, "learning_rate": rate, "aligned": self.aligner is not None}
+        aligned = self.aligner is not None and self.aligner.aligns
+        record = {"step": self.step, **metrics, "learning_rate": rate, "aligned": aligned}
         if self.accelerator.is_main_process:
             self.folder.log(record)
         self.trackers.log(record, self.step)
