@@ -244,6 +244,8 @@ BOUNDS: dict[str, Bounds] = {
     "logging_steps": FROM_ONE,
     "checkpointing_steps": FROM_ONE,
     "sampling_steps": TRAINING_STEPS,
+    "evaluation_steps": TRAINING_STEPS,
+    "evaluation_samples": IMAGES,
     "checkpoints_total_limit": Bounds(0, 10**9),
     "resume_step": TRAINING_STEPS,
     # the sampler

@@ -37,6 +37,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert (a["step"], a["aligned"]) == (b["step"], b["aligned"])
         for name in ("loss", "proj_loss", "attn_loss", "grad_norm"):
             assert a[name] == (None if b[name] is None else pytest.approx(b[name], rel=2e-3)), (a["step"], name)
+        assert ("fd" in a) == ("fd" in b) and a.get("fd", 0.0) == pytest.approx(b.get("fd", 0.0), rel=2e-2)
     a, b = last(folder), last(other)
     assert torch.equal(a["rng"]["torch"], b["rng"]["torch"])
     assert list(a["ema"]) == list(b["ema"])

@@ -17,12 +17,12 @@ import numpy as np
 from haste.data.images import ImageArray, ImageFiles, ImageSet, NpzImages, open_images
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig
-from haste.generation.labels import choose_labels
 from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
 from haste.generation.sample_dir import CAPTIONS, RECORD, open_sampler, read_captions, read_record
 from haste.metrics.config import STORED, MetricConfig
 from haste.metrics.evaluator import NAMES, Evaluation, Evaluator, Result
 from haste.metrics.reference import stored_features
+from haste.samplers.labels import choose_labels
 from haste.validation import check_number, shown
 
 if TYPE_CHECKING:

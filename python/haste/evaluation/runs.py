@@ -33,7 +33,7 @@ from haste.generation.loaded import load_checkpoint, run_checkpoints
 from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.sample_dir import read_record, sample_to_folder
 from haste.io import read_json, write_json, writing
-from haste.metrics.config import STORED
+from haste.metrics.config import STORED, choose_features
 from haste.metrics.evaluator import Evaluation, Evaluator, notes
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES
 from haste.resumable import updating
@@ -140,22 +140,6 @@ def open_evaluator(config: EvaluateConfig, features: str | None) -> Evaluator:
     """Load the network and the reference, and save the reference with --save-reference."""
     features, reference = choose_features(features, config.reference)
     return load_evaluator(config, features, reference, config.per_proc_batch_size)
-
-
-def choose_features(features: str | None, reference: str | None) -> tuple[str, str]:
-    """The names of the features and the reference, by default the features' own data. UserError if one is missing."""
-    if features is None:
-        raise UserError(
-            "--features must be given: inception:PATH, or a teacher's name or folder such as dinov2-vit-l (there is a "
-            f"default for {', '.join(EXTRACTORS)} alone)"
-        )
-    reference = reference or (features if features in DATASETS else None)
-    if reference is None:
-        raise UserError(
-            f"--reference must be given with --features {features}: a folder of real images, or an .npz of images or "
-            "statistics"
-        )
-    return features, reference
 
 
 def choose_own(config: EvaluateConfig) -> str | None:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from haste.errors import BadFile, UserError, shorten
 from haste.generation.config import SamplingConfig
-from haste.generation.labels import NONE, POLICIES, UNLABELLED, choose_labels, image_generator, number_labels
 from haste.generation.prompts import prompt_folder, prompt_texts
 from haste.registry import ENCODERS
+from haste.samplers.labels import NONE, POLICIES, UNLABELLED, choose_labels, image_generator, number_labels
 from haste.text import CLIP_L, TextEncoder, TextFormat
 
 if TYPE_CHECKING:

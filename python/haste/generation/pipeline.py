@@ -23,10 +23,10 @@ from haste.diffusion import NUM_TIMES
 from haste.errors import UserError
 from haste.generation.conditions import Texts, check_condition, open_conditions
 from haste.generation.config import SamplingConfig, Settings
-from haste.generation.labels import POLICIES, image_generator
 from haste.generation.loaded import LoadedCheckpoint, latent_format
 from haste.models import SamplingCost
 from haste.samplers import Guidance, PartCache, Solver, initial_noise, model_calls, time_grid, times_at
+from haste.samplers.labels import POLICIES, image_generator
 from haste.vae import VAE
 from haste.validation import check_number
 

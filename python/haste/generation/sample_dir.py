@@ -35,12 +35,12 @@ from haste.distributed import Processes, progress_bar
 from haste.errors import UserError, require
 from haste.generation.conditions import Texts
 from haste.generation.config import SampleConfig, SamplingConfig
-from haste.generation.labels import NONE, UNLABELLED, number_labels
 from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
 from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.prompts import join_prompts
 from haste.io import read_json, remove_abandoned, write_json, writing
 from haste.resumable import ResumableDir, differences
+from haste.samplers.labels import NONE, UNLABELLED, number_labels
 from haste.training.checkpoint import DIGEST, WRITTEN, as_before, checkpoint_identity
 from haste.validation import build, check, check_number, shown
 

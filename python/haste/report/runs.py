@@ -5,6 +5,7 @@ A run's files may be of an earlier version, or cut short: what cannot be read is
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import statistics
@@ -28,6 +29,7 @@ from haste.resumable import read_lines
 from haste.tables import format_number
 from haste.training.checkpoint import DIGEST, WRITTEN
 from haste.training.config import TrainConfig
+from haste.training.evaluation import SCORES
 from haste.training.logging import alignment_end, finite, is_step, read_log
 from haste.training.samples import MISSING
 
@@ -237,6 +239,7 @@ def measured_ways(runs: Sequence[Run]) -> list[str]:
 
 CURVES = {**LOSSES, "grad_norm": "Gradient norm", "images_per_second": "Images per second"}
 DIFFERENCES = {key: title.partition(" (")[0] + ", difference" for key, title in LOSSES.items()}
+EVALUATED_BY = ("evaluation_samples", "evaluation_features", "evaluation_reference")
 SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
 LOWER_IS_BETTER = {"fd", "sfid", "kid"}
@@ -331,14 +334,40 @@ def metric_name(key: str) -> str:
 
 
 def curve_panels(runs: Sequence[Run]) -> list[Panel]:
-    """A plot of each quantity that any run has logged."""
-    panels = []
+    """A plot of each quantity that any run has logged, and of each score of evaluations while training."""
+    panels = evaluation_panels(runs)
     for key, title in CURVES.items():
         points = {number: run.curve(key) for number, run in enumerate(runs)}
         curves = [smooth_curve(number, known, alone=len(runs) == 1) for number, known in points.items() if known]
         if curves:
             panels.append(Panel(title, curves, last_step(runs), stops=alignment_stops(runs)))
     return panels
+
+
+def evaluation_panels(runs: Sequence[Run]) -> list[Panel]:
+    """A plot of each score in the logs, for each way in which runs were evaluated while they trained."""
+    ways = dict.fromkeys(evaluated_by(run) for run in runs)
+    panels = []
+    for how, key in itertools.product(ways, SCORES):
+        scale = 100.0 if key in PERCENT else 1.0
+        points = {number: [(step, scale * value) for step, value in run.curve(key)]
+                  for number, run in enumerate(runs) if evaluated_by(run) == how}  # fmt: skip
+        curves = [exact_curve(number, known) for number, known in points.items() if known]
+        bounds = (0.0, scale) if key in SHARES else (-np.inf, np.inf)
+        if curves:
+            title = f"{metric_name(key)} while training, {how}"
+            log = key in ("fd", "sfid")
+            stops = [stop for stop in alignment_stops(runs) if points.get(stop[0])]
+            panels.append(Panel(title, curves, last_step(runs), points=True, log=log, stops=stops, bounds=bounds))
+    return panels
+
+
+def evaluated_by(run: Run) -> str:
+    """'1000 samples' of a run on digits; of other data also the features and the reference."""
+    own = asdict(TrainConfig())
+    count, features, reference = (run.settings.get(name, own[name]) for name in EVALUATED_BY)
+    against = "" if features is None else f" in {shown(features)} against {shown(reference or features)}"
+    return f"{shown(count)} samples{against}"
 
 
 def difference_panels(runs: Sequence[Run]) -> list[Panel]:

@@ -18,13 +18,12 @@ from haste.caching import check_memory
 from haste.distributed import progress_bar
 from haste.errors import UserError
 from haste.evaluation.fidelity import compare_images
-from haste.evaluation.runs import choose_features
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import LoadedCheckpoint, load_checkpoint
 from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.sample_dir import measure_full_steps
 from haste.io import write_text
-from haste.metrics.config import STORED
+from haste.metrics.config import STORED, choose_features
 from haste.metrics.evaluator import Evaluator
 from haste.metrics.features import concatenate
 from haste.registry import EXTRACTORS

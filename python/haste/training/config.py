@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from haste.errors import UserError, shorten
+from haste.metrics.config import choose_features
+from haste.registry import EXTRACTORS
 from haste.training.presets import PRESETS
 from haste.training.schedule import check_schedule
 from haste.validation import BOUNDS, check_numbers, check_types
@@ -258,6 +260,18 @@ class TrainConfig:
     sampling_steps: int = 10_000
     """Number of steps between grids of EMA samples, saved in samples/ of the run. The last step saves one as well. 0:
     no samples."""
+    evaluation_steps: int = 0
+    """Number of steps between evaluations of the EMA model, logged with the losses: FD, with Inception also sFID, on
+    digits also the label accuracy. The last step is evaluated as well. 0: no evaluation."""
+    evaluation_samples: int = 1000
+    """Number of images per evaluation, each time from the same noise and labels, sampled in 50 steps without
+    guidance."""
+    evaluation_features: str | None = None
+    """Feature extractor of the evaluation, as --features of haste evaluate: inception:PATH, pytorch-fid:PATH, or the
+    name or folder of a teacher. None: the classifier of the digits, for digits."""
+    evaluation_reference: str | None = None
+    """Real images of the evaluation, as --reference of haste evaluate: a folder, or an .npz of images or of statistics.
+    None: digits, for digits."""
     checkpoints_total_limit: int = 0
     """Maximum number of checkpoints to keep; older ones are deleted. Damaged files are neither counted nor deleted. 0:
     no limit."""
@@ -341,6 +355,12 @@ class TrainConfig:
         """The trackers of --report-to."""
         return [] if self.report_to in ("", "none") else [name.strip() for name in self.report_to.split(",")]
 
+    @property
+    def evaluation_against(self) -> tuple[str, str]:
+        """Features and reference of the evaluation, by default the data's own. UserError if one is missing."""
+        own = self.data_dir if self.data_dir in EXTRACTORS else None
+        return choose_features(self.evaluation_features or own, self.evaluation_reference, "evaluation-")
+
     def check(self) -> None:
         """Raise UserError, naming the flag, for names and numbers out of bounds."""
         if not self.exp_name:
@@ -351,6 +371,11 @@ class TrainConfig:
         check_schedule(self)
         _ = self.ema_parts
         self._check_class_token()
+        against = {name: getattr(self, f"evaluation_{name}") for name in ("features", "reference")}
+        if self.evaluation_steps:
+            _ = self.evaluation_against  # UserError if one is missing
+        elif given := [f"--evaluation-{name} {value}" for name, value in against.items() if value is not None]:
+            raise UserError(f"--evaluation-steps must be above 0 with {' and '.join(given)}, got 0")
         if set(self.trackers) - set(TRACKERS):
             known = "tensorboard, wandb, both separated by a comma, or none"
             raise UserError(f"--report-to must be {known}, got {shorten(self.report_to)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 from haste.data import TrainingData
 from haste.data.images import to_uint8, write_image
+from haste.distributed import unsharded
 from haste.errors import UserError
 from haste.io import write_text
 from haste.models import get_family
@@ -76,7 +78,8 @@ class TrainingSamples:
                 num_steps=NUM_STEPS, path=self.config.path_type, time_shift=self.config.time_shift, cfg_scale=scale,
                 null=null, guided_channels=channels,
             )  # fmt: skip
-            sampled = family.sample(model, noise, family.condition(condition.to(device)), solve)
+            with unsharded(model) if family.in_parts else nullcontext():  # whose sampler takes the model apart
+                sampled = family.sample(model, noise, family.condition(condition.to(device)), solve)
             if self._failed or not self.accelerator.is_main_process:
                 return None
             if self.data.latents is not None:  # the VAE is loaded for this and freed

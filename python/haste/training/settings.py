@@ -39,7 +39,7 @@ SOURCES = ("preset", "config", "output_dir", "exp_name", "resume_step")
 CHANGEABLE = {
     "preset", "config", "output_dir", "exp_name", "init_from", "convention", "data_dir", "image_dir", "num_workers",
     "max_train_steps", "epochs", "logging_steps", "checkpointing_steps", "resume_step", "report_to", "logging_dir",
-    "checkpoints_total_limit", "on_nan", "on_bad_file", "attention", "compile", "sampling_steps",
+    "checkpoints_total_limit", "on_nan", "on_bad_file", "attention", "compile", "sampling_steps", "evaluation_steps",
     "gradient_checkpointing", "latents_dir",
 }  # fmt: skip
 """Settings that may change when a run is resumed, as they do not change what is computed."""
@@ -56,6 +56,9 @@ ALIGNMENT_SETTINGS = set().union(*RULE_SETTINGS.values()) | {
     "enc_type", "attn_coeff", "proj_coeff", "layer_map", "encoder_depth", "projector_dim", "early_stop_point",
     "termination", "teacher_resolution", "teacher_grid", "projection_layer_type", "spnorm_method", "zscore_alpha",
 }  # fmt: skip
+
+EVALUATION_SETTINGS = {"evaluation_samples", "evaluation_features", "evaluation_reference"}
+"""Settings that a run with evaluations keeps, so that its scores can be compared."""
 
 SWITCHES = {
     "enc_type",
@@ -350,8 +353,9 @@ def _computation(config: TrainConfig) -> dict[str, Any]:
 
 
 def _unused(config: TrainConfig) -> set[str]:
-    """The alignment settings that have no effect."""
+    """The settings of alignment and evaluation that have no effect."""
     unused = set() if config.disp_coeff else {"disp_depth", "disp_tau"}
+    unused |= set() if config.evaluation_steps else EVALUATION_SETTINGS
     if not config.teachers:
         return unused | ALIGNMENT_SETTINGS
     unused |= set().union(*RULE_SETTINGS.values()) - RULE_SETTINGS[config.termination]

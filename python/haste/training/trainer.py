@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -34,11 +32,12 @@ from haste.alignment.dispersive import dispersive_loss
 from haste.alignment.termination import make_termination
 from haste.data import Batch, Loader, TrainingData, load_dataset
 from haste.data.dataset import describe_change, other_latents
-from haste.distributed import StopRequest, in_first, progress_bar, sharding, unsharded
+from haste.distributed import StopRequest, in_first, progress_bar
 from haste.errors import UserError, in_one_line
 from haste.io import require_space, save_tensors
 from haste.models import get_family, join, new_config
 from haste.registry import ENCODERS, TEACHERS, plugin
+from haste.training.accelerator import make_accelerator
 from haste.training.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -50,7 +49,8 @@ from haste.training.checkpoint import (
 )
 from haste.training.class_token import check_start, with_class_token
 from haste.training.config import TrainConfig, describe_run, resolve
-from haste.training.logging import Metrics, Trackers, check_trackers
+from haste.training.evaluation import TrainingEvaluation
+from haste.training.logging import Metrics, Trackers
 from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
 from haste.training.schedule import LearningRate
@@ -115,37 +115,6 @@ def train(config: TrainConfig) -> TrainResult:
             folder.check_same_config(checkpoint["args"])
             check_same_data(config, dataset, checkpoint)
         return Trainer(config, dataset, folder, accelerator, checkpoint).run()
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """UserError for a precision, a tracker or a number of processes that does not work."""
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    check_trackers(config)
-    if sharding() and config.termination == "gradient-cosine":
-        raise UserError("--termination must be another rule with FSDP, got gradient-cosine, which needs whole weights")
-    if sharding() and config.optimizer == "muon":
-        raise UserError("--optimizer must be adamw with FSDP, got muon, which needs whole matrices")
-    if sharding() and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("--fsdp_version of accelerate launch must be 2, got 1")
-    output = Path(config.output_dir).expanduser()
-    logs = output / config.logging_dir / config.exp_name  # tensorboard's, one folder for each run
-    try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes would not find each other
-            mixed_precision=config.mixed_precision,
-            log_with=config.trackers or None,
-            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(logs)),
-        )
-    except ValueError as error:  # a precision that the device lacks, or another than this process has used before
-        why = in_one_line(error)
-        raise UserError(f"--mixed-precision must work here, got {config.mixed_precision}: {why}") from error
-    if config.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--batch-size must be a multiple of {accelerator.num_processes}, the number of processes, got "
-            f"{config.batch_size}"
-        )
-    return accelerator
 
 
 def check_same_data(config: TrainConfig, dataset: TrainingData, checkpoint: Checkpoint) -> None:
@@ -267,6 +236,7 @@ class Trainer:
             self.aligner.to(self.device)
             self.model_config = with_class_token(self.model_config, self.aligner, initial)
             self.layout = self.family.layout(self.model_config)
+        self.evaluation = TrainingEvaluation.of_run(config, dataset, accelerator, self.layout, self.local_size)
         set_seed(config.seed)
         self.state = self._build_state(initial)
         if checkpoint is not None and checkpoint["rng"] is not None:
@@ -371,24 +341,20 @@ class Trainer:
                 log = last or self.step % config.logging_steps == 0
                 save = last or self.step % config.checkpointing_steps == 0 or (log and not saved)  # a retry
                 sample = bool(config.sampling_steps) and (end or self.step % config.sampling_steps == 0)
-                if save or log or sample:
-                    self._log(bar)
-                if sample:  # before the checkpoint: a kill between the two would leave the step without samples
-                    grid = self._sample(samples)
+                evaluate = self.evaluation is not None and self.evaluation.due(self.step, end)
+                if save or log or sample or evaluate:
+                    self._log(bar, evaluate)
+                if sample:  # before the checkpoint, as evaluations: a kill between would leave the step without them
+                    grid = samples.sample(self.state.ema.model, self.step)
                     if grid is not None:
                         self.trackers.log_image(grid, self.step)
                 if save:
                     saved = self._save(must=last)
-                if save or sample:
-                    self.metrics.start_clock()  # neither is part of a step
+                if save or sample or evaluate:
+                    self.metrics.start_clock()  # none is part of a step
         self.folder.close()
         samples.close()
         return interrupted
-
-    def _sample(self, samples: TrainingSamples) -> np.ndarray | None:
-        model = self.state.ema.model
-        with unsharded(model) if self.family.in_parts else nullcontext():  # whose sampler takes the model apart
-            return samples.sample(model, self.step)
 
     def _create_folder(self) -> None:
         self.folder.create(self.state.checkpoint_size)
@@ -488,13 +454,15 @@ class Trainer:
         start = f", resumed from step {self.step}" if self.step else ""
         return f"{self.config.model} ({parameters:.1f} M parameters) on {where}, {alignment}{start}"
 
-    def _log(self, bar: tqdm) -> None:
+    def _log(self, bar: tqdm, evaluate: bool = False) -> None:
         metrics = self.metrics.read(self.step)
         if metrics is None:
             return
         rate = self.learning_rate(self.step - 1)  # of the last step
         aligned = self.aligner is not None and self.aligner.aligns
         record = {"step": self.step, **metrics, "learning_rate": rate, "aligned": aligned}
+        if evaluate and self.evaluation is not None:
+            record |= self.evaluation.measure(self.state.ema.model, self.step)
         if self.accelerator.is_main_process:
             self.folder.log(record)
         self.trackers.log(record, self.step)

@@ -15,10 +15,10 @@ from haste.errors import UserError
 from haste.generation import conditions
 from haste.generation.conditions import PromptConditions, text_format
 from haste.generation.config import SamplingConfig
-from haste.generation.labels import image_generator
 from haste.generation.loaded import load_checkpoint
 from haste.generation.pipeline import Sampler
 from haste.samplers import initial_noise, sample
+from haste.samplers.labels import image_generator
 from haste.text import TextEncoder, TextFormat
 from text_files import CAPTIONS, TOKENS, WIDTH, save_text_encoder
 from text_run import SHAPE, write_public, write_text_run

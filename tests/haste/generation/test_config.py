@@ -10,9 +10,9 @@ import pytest
 import torch
 from drawn_images import read_npz
 from haste.cli.main import main
-from haste.generation.labels import image_generator
 from haste.models import SiT, get_family
 from haste.samplers import initial_noise
+from haste.samplers.labels import image_generator
 from haste.vae import VAE, LatentFormat
 from image_files import save_vae
 from latent_student import REST, SHAPE, random_weights, write_bare, write_ours, write_repas

@@ -13,10 +13,10 @@ from digits_run import write_run
 from haste.data.images import to_uint8
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig, list_labels
-from haste.generation.labels import choose_labels, image_generator, number_labels
 from haste.generation.loaded import latent_format, load_checkpoint, run_checkpoints
 from haste.generation.pipeline import Sampler, fit_to_family
 from haste.samplers import initial_noise, sample
+from haste.samplers.labels import choose_labels, image_generator, number_labels
 from haste.vae import PUBLISHED_VAES, SD_LATENTS, VAE, LatentFormat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -11,11 +11,11 @@ import torch
 from haste.errors import UserError
 from haste.generation.config import SamplingConfig
 from haste.generation.export import export_pipeline
-from haste.generation.labels import image_generator
 from haste.generation.pipeline import Sampler
 from haste.models.dit_diffusers import from_diffusers, to_diffusers
 from haste.models.dit_times import NAMES, features, fit_times
 from haste.models.layers import TimestepEmbedder
+from haste.samplers.labels import image_generator
 from haste.training.checkpoint import initial_checkpoint, read_checkpoint
 from haste.training.pipeline_folder import TIMES_FILE
 from haste.weights import BrokenCheckpoint

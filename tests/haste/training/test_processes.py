@@ -21,12 +21,14 @@ STEPS = 10
 SETTINGS = [
     "train", "--preset", "digits", "--exp-name", "run", "--layer-map", "0:1,1:2", "--batch-size", "4",
     "--gradient-accumulation-steps", "2", "--early-stop-point", "6", "--logging-steps", "1",
-    "--checkpointing-steps", "4",
+    "--checkpointing-steps", "4", "--evaluation-steps", "5", "--evaluation-samples", "21",
+    "--evaluation-reference", "digits",
 ]  # fmt: skip
 
 
 def words(folder: Path, teacher: Path, steps: int = STEPS) -> list[str]:
-    return [*SETTINGS, "--output-dir", str(folder), "--enc-type", str(teacher), "--max-train-steps", str(steps)]
+    return [*SETTINGS, "--output-dir", str(folder), "--enc-type", str(teacher), "--max-train-steps", str(steps),
+            "--evaluation-features", str(teacher)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
