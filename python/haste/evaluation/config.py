@@ -26,10 +26,14 @@ class EvaluateConfig(SamplingConfig):
     features: str | None = None
     """Feature extractor: inception:PATH for FID's Inception with these weights, pytorch-fid:PATH for the same with
     images resized as U-ViT's MS-COCO statistics need it, the name or folder of a teacher (dinov2-vit-l for FD-DINOv2),
-    digits, or stored if --samples and --reference hold features. [default: digits, for digits]"""
+    digits, or stored if --samples and --reference hold features. Several are separated by commas. [default: digits, for
+    digits]"""
     reference: str | None = None
-    """Real images: an image folder, an .npz with arr_0 or with mu and sigma, or digits. [default: digits, for
-    --features digits]"""
+    """Real images: an image folder, an .npz with arr_0 or with mu and sigma, or digits; for several --features one, or
+    as many, separated by commas. [default: digits, for --features digits]"""
+    relative_to: Path | None = None
+    """Baseline that haste evaluate has scored in the same --features against the same --reference, such as a folder of
+    as many held-out real images: reports FDr, the mean over --features of the FD divided by the baseline's."""
     save_reference: Path | None = None
     """Save the reference's features, mean and covariance to this .npz, for --reference."""
     clip: str | None = None
@@ -100,9 +104,24 @@ class EvaluateConfig(SamplingConfig):
             raise UserError(f"--features stored must come with --samples that hold features, got {given[0]}")
         if self.features == STORED and self.clip is not None:
             raise UserError(f"--clip must come with images, got --features stored and --clip {self.clip}")
+        self._check_several()
         check_classifier_dir(self.classifier_dir)
         if self.baseline is not None:
             self._check_baseline(self.baseline)
+
+    def _check_several(self) -> None:
+        """Of networks and references, and what they allow."""
+        names, references = ((text or "").split(",") for text in (self.features, self.reference))
+        if len(set(names)) < len(names) or (len(names) > 1 and {"", STORED} & set(names)):
+            raise UserError(f"--features must be different networks, separated by commas, got {self.features}")
+        if len(references) not in (1, len(names)):
+            raise UserError(f"--reference must be one, or one for each of the {len(names)} networks of --features, got "
+                            f"{self.reference}")  # fmt: skip
+        for flag, given in (("run", self.run), ("save-reference", self.save_reference)):
+            if given is not None and len(names) > 1:
+                raise UserError(f"--features must be one network with --{flag}, got {self.features}")
+        if self.relative_to is not None and self.run is not None:
+            raise UserError("--relative-to must come with --samples or --ckpt, got --run")
 
     def _check_nothing_is_sampled(self) -> None:
         for field in [*fields(SamplingConfig), self.__dataclass_fields__["fast"]]:

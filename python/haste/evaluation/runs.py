@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,14 +28,15 @@ from haste.evaluation.checkpoints import (
 from haste.evaluation.config import FULL, EvaluateConfig
 from haste.evaluation.evaluate import beside, clip_score, recorded_captions, score_samples
 from haste.evaluation.fidelity import compare_sets, fidelity_text, step_errors, steps_text, summarise_steps
+from haste.evaluation.records import keep_evaluation
+from haste.evaluation.relative import relative_fd
 from haste.generation.loaded import load_checkpoint, run_checkpoints
 from haste.generation.pipeline import Sampler, fit_to_family
 from haste.generation.sample_dir import read_record, sample_to_folder
-from haste.io import read_json, write_json, writing
+from haste.io import writing
 from haste.metrics.config import STORED, choose_features
 from haste.metrics.evaluator import Evaluation, Evaluator, notes
 from haste.registry import DATASETS, EXTRACTORS, IMAGE_SIZES
-from haste.resumable import updating
 
 if TYPE_CHECKING:
     from haste.evaluation.clip import ClipExtractor
@@ -67,25 +67,30 @@ def evaluate_samples(config: EvaluateConfig) -> str:
         require("skimage.metrics")
         if config.baseline != FULL:
             open_images(Path(config.baseline), "--baseline")
-    features, without = choose_own(config), config.baseline is not None or config.clip is not None
-    alone = features is None and config.reference is None and without
-    evaluator = None if alone else open_evaluator(config, features)
+    networks, without = choose_own(config), config.baseline is not None or config.clip is not None
+    alone = networks is None and config.reference is None and without
+    evaluators = [] if alone else open_evaluators(config, networks)
     clip = open_clip(config)
     samples = config.samples or sample_to_folder(config.sample_config()).folder.path
     count = None if config.samples is not None else config.num_fid_samples  # the folder may hold more
-    parts = []
-    if evaluator is not None:
+    parts, evaluations = [], []
+    for evaluator in evaluators:
         evaluation = score_samples(evaluator, samples, count)
         parts += [evaluation.heading(), str(evaluation)]
         if evaluator.classes is not None and evaluator.reference.name in DATASETS:
             parts[-1] += f"\n{describe_reference(evaluator)}"
         keep(samples, evaluation)
+        evaluations.append(evaluation)
         if not without and all(result.value is None for result in evaluation.results):
             flag, which = ("--num-fid-samples", "") if config.samples is None else ("--samples", f"{samples} with ")
             raise UserError(
                 f"{flag} must be enough for one metric at least, got {which}{evaluation.settings['count']}: "
                 + " ".join(notes(evaluation.results))
             )
+    if config.relative_to is not None:
+        relative = relative_fd(evaluations, config.relative_to)
+        parts += [str(relative)]
+        keep(samples, relative)
     if clip is not None:
         parts += [str(evaluate_clip(clip, samples, count, config.per_proc_batch_size))]
     if config.baseline is not None:
@@ -96,9 +101,9 @@ def evaluate_samples(config: EvaluateConfig) -> str:
 def evaluate_run(config: EvaluateConfig) -> str:
     """Compute every metric of every checkpoint of a run."""
     checkpoints = run_checkpoints(config.trained)
-    features = choose_own(config)
-    alone = features is None and config.reference is None and config.clip is not None
-    evaluator, clip = None if alone else open_evaluator(config, features), open_clip(config)
+    networks = choose_own(config)
+    alone = networks is None and config.reference is None and config.clip is not None
+    evaluator, clip = None if alone else open_evaluators(config, networks)[0], open_clip(config)
     rows, headings = [], []
     for checkpoint in checkpoints:
         samples = sample_to_folder(config.sample_config(ckpt=checkpoint)).folder.path
@@ -136,10 +141,14 @@ def evaluate_clip(clip: ClipExtractor, samples: Path, count: int | None, batch_s
     return evaluation
 
 
-def open_evaluator(config: EvaluateConfig, features: str | None) -> Evaluator:
-    """Load the network and the reference, and save the reference with --save-reference."""
-    features, reference = choose_features(features, config.reference)
-    return load_evaluator(config, features, reference, config.per_proc_batch_size)
+def open_evaluators(config: EvaluateConfig, networks: str | None) -> list[Evaluator]:
+    """Load each network of --features with its reference, and save the reference with --save-reference."""
+    names = [None] if networks is None else networks.split(",")
+    references = [config.reference] if config.reference is None else config.reference.split(",")
+    if len(references) == 1:
+        references *= len(names)
+    pairs = [choose_features(*pair) for pair in zip(names, references, strict=True)]
+    return [load_evaluator(config, *pair, config.per_proc_batch_size) for pair in pairs]
 
 
 def choose_own(config: EvaluateConfig) -> str | None:
@@ -199,21 +208,3 @@ def keep(samples: Path, evaluation: Evaluation) -> None:
     caution = {} if evaluation.caution is None else {"caution": evaluation.caution}
     measured = {"metrics": evaluation.record(), **caution}
     keep_evaluation(beside(samples, "evaluation.json"), evaluation.settings, measured)
-
-
-def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """Read the entries of an evaluation.json, oldest first; none if there is no file. UserError for another file."""
-    if not path.exists():
-        return []
-    entries = read_json(path, "the evaluations of samples", needs=["evaluations"])["evaluations"]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "settings" in entry for entry in entries):
-        raise UserError(f"{path} must be the evaluations of samples, a list of entries with settings; move it away")
-    return entries
-
-
-def keep_evaluation(path: Path, settings: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Add an entry, or replace one with the same settings, atomically and under a lock. UserError if that fails."""
-    settings = json.loads(json.dumps(settings))  # as it is read back: tuples become lists
-    with writing(str(path), "what was measured before is kept"), updating(path):
-        others = [entry for entry in read_evaluations(path) if entry["settings"] != settings]
-        write_json(path, {"evaluations": [*others, {"settings": settings, **measured}]}, indent=1)

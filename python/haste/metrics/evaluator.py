@@ -44,7 +44,8 @@ NAMES = {
     "inception_score": "Inception score",
     "label_accuracy": "label accuracy",
 }
-TITLES = {**NAMES, "clip_score": "CLIP score"}  # of all results; this one has a network of its own
+# Of all results; the last two are of a network of its own, and of several.
+TITLES = {**NAMES, "clip_score": "CLIP score", "fdr": "FDr"}
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from PIL import Image
 
 from haste.errors import UserError, in_one_line
 from haste.evaluation.checkpoints import READ, RECORDS
-from haste.evaluation.runs import read_evaluations
+from haste.evaluation.records import read_evaluations
 from haste.io import read_json
-from haste.metrics.evaluator import NAMES, Result
+from haste.metrics.evaluator import NAMES, TITLES, Result
 from haste.plotting import LOSSES
 from haste.report.page import Panel, difference, exact_curve, number_text, smooth_curve, write_page
 from haste.resumable import read_lines
@@ -219,8 +219,9 @@ def samples_quality(entry: Any) -> Quality | None:
     if not _STEP.fullmatch(stem):
         return Quality("", 0, {})
     count, network, reference = (shown(settings.get(name, "?")) for name in ("count", "network", "reference"))
-    how = f"{count} samples ({shown(sampling)}); features of {network} against {reference}"
-    values = {key: metrics[key].get("value") for key in NAMES if isinstance(metrics.get(key), Mapping)}
+    relative = f", relative to {shown(settings['relative_to'])}" if "relative_to" in settings else ""
+    how = f"{count} samples ({shown(sampling)}); features of {network} against {reference}{relative}"
+    values = {key: metrics[key].get("value") for key in REPORTED if isinstance(metrics.get(key), Mapping)}
     return Quality(how, int(stem), finite_values(values))
 
 
@@ -242,7 +243,8 @@ DIFFERENCES = {key: title.partition(" (")[0] + ", difference" for key, title in 
 EVALUATED_BY = ("evaluation_samples", "evaluation_features", "evaluation_reference")
 SHOWN_SAMPLES = 4  # of each run, spread over its length
 SHOWN_MEASUREMENTS = 4  # ways in which quality was measured
-LOWER_IS_BETTER = {"fd", "sfid", "kid"}
+REPORTED = (*NAMES, "fdr")
+LOWER_IS_BETTER = {"fd", "sfid", "kid", "fdr"}
 READ_NAMES = {"seen_all": "read as asked for", "held_out_all": "the same of held-out combinations"}  # of prompts
 PERCENT = {"label_accuracy", *READ_NAMES}
 SHARES = {"precision", "recall", "coverage", *PERCENT}  # from 0 to 1
@@ -301,7 +303,7 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
     }
     measured = sorted({number for number, _, _ in values})
     steps = sorted({step for _, step, _ in values})
-    keys = [key for key in (*NAMES, *READ_NAMES) if any(known == key for _, _, known in values)]
+    keys = [key for key in (*REPORTED, *READ_NAMES) if any(known == key for _, _, known in values)]
     stops = [(number, step) for number, step in alignment_stops(runs) if number in measured]
     panels = []
     for key in keys:
@@ -329,7 +331,7 @@ def measurement(runs: Sequence[Run], how: str) -> dict[str, Any]:
 
 
 def metric_name(key: str) -> str:
-    name = READ_NAMES.get(key) or NAMES[key]
+    name = READ_NAMES.get(key) or TITLES[key]
     return (name if name[1:2].isupper() else name[0].upper() + name[1:]) + (", %" if key in PERCENT else "")
 
 
@@ -355,7 +357,7 @@ def evaluation_panels(runs: Sequence[Run]) -> list[Panel]:
         curves = [exact_curve(number, known) for number, known in points.items() if known]
         bounds = (0.0, scale) if key in SHARES else (-np.inf, np.inf)
         if curves:
-            title = f"{metric_name(key)} while training, {how}"
+            title = f"{metric_name(key)} ({how} while training)"
             log = key in ("fd", "sfid")
             stops = [stop for stop in alignment_stops(runs) if points.get(stop[0])]
             panels.append(Panel(title, curves, last_step(runs), points=True, log=log, stops=stops, bounds=bounds))

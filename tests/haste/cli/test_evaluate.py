@@ -14,7 +14,7 @@ from haste.cli.main import main
 from haste.data.images import write_image
 from haste.digits import ClassifierConfig, real_digits
 from haste.evaluation import evaluate
-from haste.evaluation.runs import read_evaluations
+from haste.evaluation.records import read_evaluations
 from PIL import Image
 
 QUICK = ("--num-steps", "2", "--num-fid-samples", "70")

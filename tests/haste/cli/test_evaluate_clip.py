@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from haste import plotting
 from haste.cli.main import main
-from haste.evaluation.runs import read_evaluations
+from haste.evaluation.records import read_evaluations
 from text_run import write_text_run
 
 QUICK = ("--num-steps", "2", "--num-fid-samples", "6")

@@ -7,7 +7,7 @@ import pytest
 from haste.errors import UserError
 from haste.evaluation import runs
 from haste.evaluation.config import EvaluateConfig
-from haste.evaluation.runs import keep_evaluation, read_evaluations
+from haste.evaluation.records import keep_evaluation, read_evaluations
 from haste.metrics.evaluator import Evaluator
 
 

@@ -11,6 +11,8 @@ from haste.errors import UserError
 from haste.report.runs import (
     Quality,
     digits_quality,
+    evaluated_by,
+    evaluation_panels,
     measurement,
     read_image,
     read_run,
@@ -268,3 +270,33 @@ def test_the_page_replaces_no_other_file(tmp_path, capsys):
         assert path.read_bytes() == before
     for _ in range(2):  # its own it replaces
         main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
+
+
+def test_scores_while_training_are_curves_apart_for_each_way_of_scoring(tmp_path):
+    runs = []
+    for name, count in (("a", 500), ("b", 500), ("c", 1000)):
+        folder = write_log(tmp_path, name, None, evaluation_samples=count)
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for line in lines[19::20]:
+            line.update(fd=40.0 / line["step"], label_accuracy=0.5)
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs.append(read_run(folder))
+    panels = {panel.title: panel for panel in evaluation_panels(runs)}
+    assert list(panels) == [
+        "FD (500 samples while training)", "Label accuracy, % (500 samples while training)",
+        "FD (1000 samples while training)", "Label accuracy, % (1000 samples while training)",
+    ]  # fmt: skip
+    first, second = panels["FD (500 samples while training)"].curves
+    assert (first.run, second.run) == (0, 1)
+    assert first.steps.tolist() == [20, 40] and first.values.tolist() == [2.0, 1.0]
+    assert panels["Label accuracy, % (1000 samples while training)"].curves[0].values.tolist() == [50.0, 50.0]
+    other = read_run(write_log(tmp_path, "d", None, evaluation_features="dinov2-vit-l", evaluation_reference="real"))
+    assert evaluated_by(other) == "1000 samples in dinov2-vit-l against real"
+
+
+def test_the_mean_relative_to_a_baseline_is_a_metric_of_the_page():
+    settings = {"samples": "0000040-ode50", "count": 50, "network": "a and b", "reference": "real",
+                "relative_to": "held_out"}  # fmt: skip
+    found = samples_quality({"settings": settings, "metrics": {"fdr": {"value": 1.5}}})
+    assert found.step == 40 and found.values == {"fdr": 1.5}
+    assert "features of a and b against real, relative to held_out" in found.how
