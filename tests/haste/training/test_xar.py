@@ -220,7 +220,7 @@ def test_weights_of_another_family_are_refused(make_config, make_xar):
 @pytest.mark.parametrize("entity", ["cell", "image"])
 def test_shards_are_gathered_for_a_sampler_that_takes_the_model_apart(make_xar, monkeypatch, entity):
     gathered = []
-    monkeypatch.setattr("haste.training.trainer.unsharded", lambda model: nullcontext(gathered.append(model)))
+    monkeypatch.setattr("haste.training.samples.unsharded", lambda model: nullcontext(gathered.append(model)))
     trainer = make_trainer(vanilla(make_xar, entity=entity))
     trainer._sample(SimpleNamespace(sample=lambda model, step: None))
     assert gathered == [trainer.state.ema.model]
