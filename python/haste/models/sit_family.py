@@ -150,7 +150,7 @@ class SiTFamily(Family):
         return {field.name: given[field.name] for field in fields(_Config) if field.name in config}
 
     def check_start(self, config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-        for name in (*self.settings, "qk_norm"):
+        for name in (*(name for name, *_ in SWITCHES), "qk_norm"):  # the class token is the trainer's to check
             only = other.get(name, self.settings.get(name, False))
             if config[name] != only:
                 raise UserError(f"--{name.replace('_', '-')} must be {only}, as of the model of --init-from, got "
