@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from haste.alignment import Aligner, choose_layer_map
+from haste.alignment import Aligner
 from haste.alignment.dispersive import dispersive_loss
 from haste.alignment.termination import make_termination
 from haste.data import Batch, Loader, TrainingData, load_dataset
@@ -36,7 +36,7 @@ from haste.distributed import StopRequest, in_first, progress_bar
 from haste.errors import UserError, in_one_line
 from haste.io import require_space, save_tensors
 from haste.models import get_family, join, new_config
-from haste.registry import ENCODERS, TEACHERS, plugin
+from haste.registry import ENCODERS
 from haste.training.accelerator import make_accelerator
 from haste.training.checkpoint import (
     Checkpoint,
@@ -55,6 +55,7 @@ from haste.training.run_dir import SAMPLES, Retention, RunDir
 from haste.training.samples import TrainingSamples
 from haste.training.schedule import LearningRate
 from haste.training.state import TrainState
+from haste.training.teachers import build_aligner, check_channels
 from haste.transport import shift_time
 from haste.validation import shown
 
@@ -131,35 +132,6 @@ def check_same_data(config: TrainConfig, dataset: TrainingData, checkpoint: Chec
             f"--data-dir must be the data that this run began with, got {config.data_dir}, which differs: "
             f"{', '.join(changed)}; for other data start another --exp-name, with --init-from for the weights"
         )
-
-
-def build_aligner(config: TrainConfig, model_config: dict[str, Any], ended: bool = False) -> Aligner | None:
-    """The teachers and the losses; None if nothing is aligned, or alignment has ended, and no class token denoised."""
-    if not config.teachers or (ended and not config.has_class_token):
-        return None
-    folder = Path(config.output_dir).expanduser() / "teachers"
-    names = [str(plugin(TEACHERS, name).prepare(folder)) if name in TEACHERS else name for name in config.teachers]
-    return Aligner.from_pretrained(
-        names,
-        layer_map=choose_layer_map(config.layer_map, config.model) if config.aligns_attention else None,
-        grid=get_family(model_config).layout(model_config).grid,
-        proj_coeff=0 if ended else config.proj_coeff,
-        attn_coeff=0 if ended else config.attn_coeff,
-        image_size=config.teacher_resolution,
-        grid_rule=config.teacher_grid,
-        zscore_alpha=config.zscore_alpha if config.spnorm_method == "zscore" else None,
-        class_token=config.has_class_token,
-    )
-
-
-def check_channels(config: TrainConfig, dataset: TrainingData, aligner: Aligner) -> None:
-    """Raise UserError if a teacher takes images of another number of channels than the data has."""
-    for name, teacher in zip(config.teachers, aligner.teachers, strict=True):
-        if not teacher.takes(dataset.image_channels):
-            raise UserError(
-                f"--enc-type must be a teacher of images with {dataset.image_channels} channels, as those of "
-                f"--data-dir {config.data_dir}, got {name}, whose images have {teacher.num_channels}"
-            )
 
 
 class RandomNumbers(NamedTuple):
