@@ -73,8 +73,9 @@ SWITCHES = {
 
 BEFORE: dict[str, Any] = {
     "time_shift": 1.0, "optimizer": "adamw", "decay_shape": "cosine", "extra_ema_decays": "", "cls_coeff": None,
+    "projection_layer_type": "mlp", "spnorm_method": "none", "disp_coeff": 0.0,
 }  # fmt: skip
-"""Settings that older versions and the public trainers lack, with the value that they computed by."""
+"""Settings that the public trainers lack, with the value that they computed by."""
 
 PUBLIC_LABEL_DROPOUT = 0.1
 """The label dropout inside REPA's and HASTE's model, whatever their --cfg-prob."""
@@ -233,14 +234,18 @@ def is_ours(values: Mapping[str, Any]) -> bool:
 def known_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The settings among the recorded values of a run of haste, REPA or HASTE, with haste's meaning.
 
+    A setting that an older version of haste did not have is at its default, by which that version computed.
+
     Raises:
         UserError: a value of another type than the setting's; names `source`.
     """
     values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
     values = _of_irepa(values, source) if "projection_layer_type" in values and not is_ours(values) else values
     held = asdict(build(TrainConfig, values, source))
+    if is_ours(values):
+        return held
     known = {name: held[name] for name in held if name in values}
-    if not is_ours(values) and "cfg_prob" in known:
+    if "cfg_prob" in known:
         known["cfg_prob"] = _public_label_dropout(held["cfg_prob"], held["legacy"])
     return known
 

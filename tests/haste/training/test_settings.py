@@ -11,6 +11,7 @@ import torch
 import tyro
 from haste.errors import UserError
 from haste.training.config import SECTIONS, TrainConfig, resolve, sections
+from haste.training.presets import PRESETS
 from haste.training.settings import command_config, differing_settings, write_config
 from transformers import Dinov2Config
 
@@ -141,6 +142,28 @@ def test_what_another_trainer_had_no_setting_for_is_not_compared():
 def test_a_run_of_before_a_switch_had_it_at_its_default():
     assert differing_settings({"seed": 0}, REPA) == []
     assert differing_settings({"seed": 0}, replace(REPA, time_shift=2.0)) == ["--time-shift 1.0, not 2.0"]
+    assert differing_settings({"seed": 0}, replace(REPA, disp_coeff=0.5)) == ["--disp-coeff 0.0, not 0.5"]
+    assert differing_settings({"enc_type": REPA.enc_type}, replace(REPA, spnorm_method="zscore")) == [
+        "--spnorm-method none, not zscore"
+    ]
+
+
+LATER = {
+    "time_shift": 2.0, "optimizer": "muon", "decay_shape": "linear", "extra_ema_decays": "0.9", "random_flip": True,
+    "disp_coeff": 0.5, "projection_layer_type": "conv", "spnorm_method": "zscore", "cls_coeff": 0.03, "norm": "rmsnorm",
+    "positions": "rope", "mlp": "swiglu", "adam_decay": "matrices", "vae_stats": "stats.pt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_run_of_an_older_version_had_what_it_does_not_record_at_its_default(record, monkeypatch, name):
+    old = {other: value for other, value in asdict(REPA).items() if other != name}
+    (said,) = differing_settings(old, replace(REPA, **{name: LATER[name]}))
+    assert said == f"--{name.replace('_', '-')} {getattr(REPA, name)}, not {LATER[name]}"
+    monkeypatch.setitem(PRESETS, "later", {name: LATER[name]})  # a preset that has changed since
+    assert getattr(command_config(["--preset", "later", *record({**old, "preset": "later"})]), name) == getattr(
+        REPA, name
+    )
 
 
 def test_settings_of_another_type_are_refused():
