@@ -153,7 +153,7 @@ def chosen_size(settings: Any) -> tuple[Family, dict[str, Any]]:
         value = getattr(settings, name)
         if value is not None and name not in (*size, *family.settings):
             flag, preset = name.replace("_", "-"), getattr(settings, "preset", "")
-            hint = f"; or it is of --preset {preset}, which is for another --model" if preset else ""
+            hint = f"; if it is of --preset {preset}, that is for another --model" if preset else ""
             raise UserError(f"--{flag} must be left out for {family.title}, which has none, got {value}{hint}")
     return family, {**size, **own}
 

@@ -85,7 +85,7 @@ class TrainConfig:
     """Number of data loading processes per training process. Not used for images that are kept in memory."""
 
     model: str = "SiT-XL/2"
-    """Model size, and for SiT its patch size, such as SiT-B/2, xAR-B or MM-DiT-COCO."""
+    """Family and size, of most with the patch size: SiT-B/2, DiT-XL/2, LightningDiT-XL/1, xAR-B or MM-DiT-COCO."""
     depth: int | None = None
     """Number of blocks. Overrides --model."""
     hidden_size: int | None = None
@@ -149,7 +149,7 @@ class TrainConfig:
     projector_dim: int = 2048
     """Hidden width of the projector from the model's features to the teacher's."""
     projection_layer_type: Literal["mlp", "conv"] = "mlp"
-    """That projector: three linear layers, as in REPA (mlp), or one 3 x 3 convolution over the grid of tokens, as in
+    """The projector: three linear layers, as in REPA (mlp), or one 3 x 3 convolution over the grid of tokens, as in
     iREPA (conv)."""
     spnorm_method: Literal["none", "zscore"] = "none"
     """Spatial normalization of the teacher's features: none, or as in iREPA (x - alpha * mean) / std over the tokens of
@@ -225,7 +225,7 @@ class TrainConfig:
     """Number of steps, at the end of the run, in which the learning rate falls to --min-learning-rate. Below 1: a share
     of the run. 0: no decay. A run that is extended follows the schedule of its new length."""
     decay_shape: Literal["cosine", "linear"] = "cosine"
-    """How it falls: along half a cosine, or a line."""
+    """How the learning rate falls in --decay-steps: along half a cosine, or a line."""
     min_learning_rate: float = 0.0
     """Learning rate at the end of --decay-steps."""
     adam_beta1: float = 0.9

@@ -255,6 +255,9 @@ def _of_irepa(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     losses, coefficient = values.get("projection_loss_type", "cosine"), values.get("proj_coeff")
     if losses != "cosine":
         raise UserError(f"projection_loss_type of {source} must be cosine, got {shorten(losses)}")
+    side = values.get("proj_kwargs_kernel_size", 3)
+    if values["projection_layer_type"] == "conv" and side != 3:
+        raise UserError(f"proj_kwargs_kernel_size of {source} must be 3, got {shorten(side)}")
     if not isinstance(coefficient, str):
         return dict(values)
     try:

@@ -74,6 +74,7 @@ def test_the_settings_of_its_trainer_are_read():
     [
         ({"projection_layer_type": "linear"}, "projection_layer_type of its args must be"),
         ({"projection_loss_type": "cosine,mse"}, "projection_loss_type of its args must be cosine, got cosine,mse"),
+        ({"proj_kwargs_kernel_size": 5}, "proj_kwargs_kernel_size of its args must be 3, got 5"),
         ({"proj_coeff": "0.5,0.5"}, "proj_coeff of its args must be a number, got 0.5,0.5"),
         ({"spnorm_method": "layernorm"}, "spnorm_method of its args must be"),
     ],
