@@ -328,7 +328,7 @@ def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
         logger.debug("the settings of the run are compared as recorded")
     after = resolve(new)
     old_values, new_values = _computation(before), _computation(after)
-    typed_before, typed_now = asdict(before), asdict(after)
+    typed_before, typed_now = _with_sizes(before), _with_sizes(after)
     followers = (_unused(before) ^ _unused(after)) - SWITCHES  # they differ because another setting does
     return [
         f"--{name.replace('_', '-')} {typed_before[name]}, not {typed_now[name]}"
@@ -338,6 +338,18 @@ def differing_settings(old: Mapping[str, Any], new: TrainConfig) -> list[str]:
         and typed_before[name] != typed_now[name]
         and not _same(name, old_values[name], new_values[name])
     ]
+
+
+def _with_sizes(config: TrainConfig) -> dict[str, Any]:
+    """All settings, with the sizes of --model in place of None."""
+    from haste.models import find_size
+
+    values = asdict(config)
+    try:
+        _, size = find_size(config.model)
+    except UserError:  # a model that this version does not have
+        return values
+    return {**values, **{name: size.get(name) for name in SIZES if values[name] is None}}
 
 
 def _computation(config: TrainConfig) -> dict[str, Any]:

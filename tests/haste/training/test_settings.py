@@ -149,19 +149,21 @@ def test_a_run_of_before_a_switch_had_it_at_its_default():
 
 
 LATER = {
-    "time_shift": 2.0, "optimizer": "muon", "decay_shape": "linear", "extra_ema_decays": "0.9", "random_flip": True,
-    "disp_coeff": 0.5, "projection_layer_type": "conv", "spnorm_method": "zscore", "cls_coeff": 0.03, "norm": "rmsnorm",
-    "positions": "rope", "mlp": "swiglu", "adam_decay": "matrices", "vae_stats": "stats.pt",
+    "time_shift": (1.0, 2.0), "optimizer": ("adamw", "muon"), "decay_shape": ("cosine", "linear"),
+    "extra_ema_decays": ("", "0.9"), "random_flip": (False, True), "disp_coeff": (0.0, 0.5), "cls_coeff": (0.0, 0.03),
+    "projection_layer_type": ("mlp", "conv"), "spnorm_method": ("none", "zscore"), "norm": ("layernorm", "rmsnorm"),
+    "positions": ("sincos", "rope"), "mlp": ("gelu", "swiglu"), "adam_decay": ("all", "matrices"),
+    "vae_stats": (None, "stats.pt"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_run_of_an_older_version_had_what_it_does_not_record_at_its_default(record, monkeypatch, name):
     old = {other: value for other, value in asdict(REPA).items() if other != name}
-    (said,) = differing_settings(old, replace(REPA, **{name: LATER[name]}))
-    default = getattr(resolve(REPA), name)
-    assert said == f"--{name.replace('_', '-')} {default}, not {LATER[name]}"
-    monkeypatch.setitem(PRESETS, "later", {name: LATER[name]})  # a preset that has changed since
+    before, now = LATER[name]
+    (said,) = differing_settings(old, replace(REPA, **{name: now}))
+    assert said == f"--{name.replace('_', '-')} {before}, not {now}"
+    monkeypatch.setitem(PRESETS, "later", {name: now})  # a preset that has changed since
     config = command_config(["--preset", "later", *record({**old, "preset": "later"})])
     assert getattr(config, name) == getattr(REPA, name)
 
@@ -330,4 +332,8 @@ def test_the_components_hold_every_setting_once():
 def test_sizes_that_are_those_of_the_model_are_no_change_and_others_are():
     old = {"model": "SiT-B/2", "seed": 0}  # of a version without them
     assert differing_settings(old, replace(REPA, model="SiT-B/2", depth=12, hidden_size=768)) == []
-    assert differing_settings(old, replace(REPA, model="SiT-B/2", depth=6)) == ["--depth None, not 6"]
+    assert differing_settings(old, replace(REPA, model="SiT-B/2", depth=6)) == ["--depth 12, not 6"]
+    rope = {"model": "SiT-B/2", "positions": "rope"}
+    assert differing_settings(rope, replace(REPA, model="SiT-B/2", positions="sincos")) == [
+        "--positions rope, not sincos"
+    ]
