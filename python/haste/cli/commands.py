@@ -112,8 +112,12 @@ class PrepareConfig:
         if self.flip and self.vae.lower() == "none":
             raise UserError("--vae must be a VAE with --flip, which writes latents of mirror images, got none")
         check_folder_name("latents_dir", self.latents_dir)
-        if self.latents_dir == "images" or self.latents_dir.endswith("-flip"):
-            raise UserError(f"--latents-dir must not be images or end in -flip, got {self.latents_dir}")
+        if self.latents_dir == "images" or self.latents_dir.endswith(("-flip", ".zip", ".json", ".pt")):
+            raise UserError(
+                f"--latents-dir must not be images, end in -flip or be the name of a file, got {self.latents_dir}"
+            )
+        if self.latents_dir != DEFAULT_LATENTS_DIR and self.vae.lower() == "none":
+            raise UserError(f"--latents-dir must be left out with --vae none, got {self.latents_dir}")
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -203,8 +207,12 @@ def measure_latents(accelerator: Accelerator, destination: Destination | Caption
     if path.is_file() or units == 0:  # for all processes alike, as the first writes after all have measured
         return
     own = range(accelerator.process_index, units, accelerator.num_processes)
-    with progress_bar(total=len(own), unit="part", desc="statistics") as bar:
-        found = measure(destination, own, bar.update)
+    try:
+        with progress_bar(total=len(own), unit="part", desc="statistics") as bar:
+            found = measure(destination, own, bar.update)
+    except UserError:  # of a damaged file: the same command makes it again only in an unfinished folder
+        destination.write_record({**(destination.saved or destination.settings), "finished": False})
+        raise
     parts = gather_object([found]) if accelerator.num_processes > 1 else [found]
     statistics = merged(parts)
     if accelerator.is_main_process and statistics is not None:

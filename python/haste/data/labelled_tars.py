@@ -66,6 +66,7 @@ def _members(tars: Tars, flag: str) -> tuple[dict[str, str], dict[str, str]]:
     kinds: dict[str, dict[str, str]] = {".cls": {}, ".json": {}, ".txt": {}}
     for name in tars.names():
         key, suffix = first_dot(name)
+        suffix = suffix.lower()  # as webdataset
         if suffix in kinds:
             kinds[suffix][key] = name
         elif suffix.count(".") == 1 and is_image(f"x{suffix}"):
@@ -87,7 +88,7 @@ def _labels(
 ) -> tuple[dict[str, int], list[str]]:
     """The labels by the names of images, sorted, and what has no counterpart or is invalid. Raises UserError."""
     lone = [tars.locate(name) for key, name in images.items() if key not in written]
-    lone += [tars.locate(name) for key, name in written.items() if key not in images and name.endswith(".cls")]
+    lone += [tars.locate(name) for key, name in written.items() if key not in images and name.lower().endswith(".cls")]
     check_missing(f"{len(lone)} images or labels have no counterpart", lone, on_bad_file)
     found = {}
     for key, name in sorted(images.items(), key=lambda item: item[1]):
@@ -105,11 +106,12 @@ def _labels(
 def read_label(tars: Tars, name: str) -> int:
     """The class in a .cls or .json file. Raises BadFile."""
     data, where = tars.read(name), tars.locate(name)
+    of_json = name.lower().endswith(".json")
     try:
-        label = json.loads(data)
+        label = json.loads(data) if of_json else int(data)  # webdataset reads .cls alike, 007 too
     except (ValueError, RecursionError) as error:
         raise BadFile(where, f"must hold the number of a class ({in_one_line(error)})") from error
-    if name.endswith(".json"):
+    if of_json:
         if not isinstance(label, dict) or not any(key in label for key in KEYS):
             raise BadFile(where, f'must be JSON with a "{KEYS[0]}", got {shown(label)}')
         label = next(label[key] for key in KEYS if key in label)

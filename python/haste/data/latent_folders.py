@@ -32,8 +32,14 @@ def choose_latents(root: Archive, path: Path, given: str | None, record: dict[st
         record: of `haste prepare`, which may name the folder that it wrote.
 
     Raises:
-        UserError: the folder that is given does not exist, or none is and there are others than vae-sd.
+        UserError: the folder that is given does not exist or is that of mirror images, or none is given and there are
+            others than vae-sd.
     """
+    if given is not None and given.endswith(FLIP):
+        raise UserError(
+            f"--latents-dir must be {given.removesuffix(FLIP)}, beside whose latents --random-flip finds those of the "
+            f"mirror images, got {given}"
+        )
     name = given if given is not None else check(record.get("latents_dir", LATENTS), str, "latents_dir of the record")
     found = "/" not in name and name not in ("", ".", "..", IMAGES) and root.child(name) is not None
     if found and given is not None:

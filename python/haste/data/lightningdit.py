@@ -85,6 +85,8 @@ def open_shards(
     if not shards:
         raise UserError(f"--data-dir must hold shards of latents that can be read, got none in {path}")
     form = _format(path, shards[0].shape, resolution, vae, vae_stats)
+    if not missing and len(shards) == len(paths):
+        _check_processes(path, shards, on_bad_file)
     labels = np.concatenate([shard.labels for shard in shards])
     images = None
     if image_dir is not None:
@@ -106,6 +108,16 @@ def _gaps(names: list[str]) -> list[str]:
         for number in range(last.get(rank, 0) + 1)
     }
     return sorted(every.difference(names))
+
+
+def _check_processes(path: Path, shards: list[Shard], on_bad_file: OnBadFile) -> None:
+    """Refuse, or log, processes with fewer latents than others: their last shards are missing, as DistributedSampler
+    gives all equally many."""
+    held: dict[str, int] = defaultdict(int)
+    for shard in shards:
+        held[shard.path.name.rpartition("_")[0]] += len(shard.labels)
+    short = [f"those of {name}" for name, count in held.items() if count < max(held.values())]
+    check_missing(f"{len(short)} processes have fewer latents in {path} than others", short, on_bad_file)
 
 
 def read_shard(files: ShardFiles, path: Path) -> Shard:

@@ -137,7 +137,7 @@ def open_tars(paths: list[Path], flag: str, on_bad_file: OnBadFile) -> Tars:
     for fault in tars.damaged:
         logger.warning("skipped: %s", fault)
     if not len(tars.names()):
-        raise UserError(f"{flag} must hold tars of images and captions, got nothing in {paths[0]}")
+        raise UserError(f"{flag} must hold tars of images, got nothing in {paths[0]}")
     return tars
 
 

@@ -134,8 +134,8 @@ class SamplingConfig(CacheConfig):
     ema_decay: float | None = None
     """Decay of the EMA to use, of a run with --extra-ema-decays. [default: the run's --ema-decay]"""
     vae: str | None = None
-    """VAE that decodes latents: ema, mse, a hub name, a folder, or MAR's kl16.ckpt. [default: the one of training; ema
-    for Stable Diffusion's latents, as in generate.py]"""
+    """VAE that decodes latents: ema, mse, a hub name, a folder, or a file such as MAR's kl16.ckpt or VA-VAE's.
+    [default: the one of training; ema for Stable Diffusion's latents, as in generate.py]"""
     vae_stats: str | None = None
     """File with the mean and standard deviation of each latent channel, as of `haste train`, for another trainer's
     checkpoint: haste's record them."""

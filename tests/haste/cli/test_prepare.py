@@ -200,7 +200,9 @@ def test_a_killed_addition_of_mirrored_latents_goes_on(source, tmp_path, vae, mo
 def test_flags_of_latents_that_do_not_fit(source, tmp_path, vae, capsys):
     for flags, sentence in [
         (("--vae", "none", "--flip"), "--vae must be a VAE with --flip, .* got none"),
-        (("--latents-dir", "images"), "--latents-dir must not be images or end in -flip, got images"),
+        (("--latents-dir", "images"), "--latents-dir must not be images, .* got images"),
+        (("--latents-dir", "images.zip"), "--latents-dir must not be .* the name of a file, got images.zip"),
+        (("--latents-dir", "x", "--vae", "none"), "--latents-dir must be left out with --vae none, got x"),
         (("--latents-dir", "a/b"), "--latents-dir must be a plain name of a folder"),
         (("--captions", str(source), "--flip"), "--flip must be left out with --captions"),
         (("--captions", str(source), "--latents-dir", "x"), "--latents-dir must be left out with --captions"),
@@ -212,6 +214,18 @@ def test_flags_of_latents_that_do_not_fit(source, tmp_path, vae, capsys):
 
 
 # ---- statistics of the latents ----
+
+
+def test_a_damaged_file_that_was_removed_is_made_again(source, tmp_path, vae, capsys):
+    prepare(source, tmp_path / "out", vae)
+    shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    damaged = next((tmp_path / "out").glob("vae-sd/*/*.npy"))
+    np.save(damaged, np.full_like(np.load(damaged), np.nan))
+    (tmp_path / "out" / "latents_stats.pt").unlink()
+    assert "remove it, and the same command makes it again" in refusal(capsys, source, tmp_path / "out", vae)
+    damaged.unlink()
+    prepare(source, tmp_path / "out", vae)
+    assert_same_files(tmp_path / "out", tmp_path / "whole")
 
 
 def statistics_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -71,6 +71,12 @@ def test_a_name_that_is_no_folder_of_latents_is_refused(repa_folder, name):
         load_dataset(str(repa_folder), 16, latents_dir=name)
 
 
+def test_latents_of_the_mirror_images_are_not_those_of_the_images(repa_folder):
+    shutil.copytree(repa_folder / "vae-sd", repa_folder / "vae-sd-flip")
+    with pytest.raises(UserError, match="--latents-dir must be vae-sd, .*--random-flip.* got vae-sd-flip"):
+        load_dataset(str(repa_folder), 16, latents_dir="vae-sd-flip")
+
+
 def test_the_flag_needs_the_layout_with_images(class_folder):
     with pytest.raises(UserError, match="--latents-dir must be a folder of latents .*, which has none, got"):
         load_dataset(str(class_folder), 8, latents_dir="vae-in")

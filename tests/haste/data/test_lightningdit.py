@@ -176,6 +176,13 @@ def test_missing_shards_are_named(shards):
     assert len(load_dataset(str(shards), 8, on_bad_file="skip")) == 9
 
 
+def test_a_missing_last_shard_is_noticed_by_the_other_processes(shards, caplog):
+    (shards / "latents_rank01_shard001.safetensors").unlink()
+    with pytest.raises(UserError, match="1 processes have fewer latents in .*, the first being .*rank01"):
+        load_dataset(str(shards), 8)
+    assert len(load_dataset(str(shards), 8, on_bad_file="skip")) == 9 and "rank01" in caplog.text
+
+
 def test_numbers_that_are_not_finite_are_a_bad_file(shards):
     edit(shards / "latents_rank00_shard000.safetensors", latents=torch.full((3, *SHAPE), torch.nan))
     with pytest.raises(UserError, match="latents 0 of .*rank00_shard000.safetensors must hold finite numbers"):
