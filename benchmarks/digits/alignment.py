@@ -112,7 +112,8 @@ def preset() -> dict[str, Variant]:
     return {
         "as it is": Variant({}),
         "teacher of width 128": Variant({}, teacher=ViTSettings(hidden_size=128)),
-        "teacher of width 128, coefficient 2": Variant({"attn_coeff": 2.0}, teacher=ViTSettings(hidden_size=128)),
+        "layers 2:2,3:3": Variant({"layer_map": "2:2,3:3"}),
+        "layers 2:2,3:3, teacher of width 128": Variant({"layer_map": "2:2,3:3"}, teacher=ViTSettings(hidden_size=128)),
     }
 
 
