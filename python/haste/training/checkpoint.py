@@ -188,7 +188,7 @@ def read_parts(content: Mapping[str, Any], file: Path) -> dict[str, Weights]:
     parts = {
         part: dense_weights(content[name], f"{name} of {file}")
         for part, name in names.items()
-        if not is_empty(content.get(name))
+        if not is_empty(content.get(name)) or EXTRA_EMA.fullmatch(part)
     }
     if not parts:
         parts["model"] = dense_weights(content.get("state_dict", content), str(file))

@@ -164,6 +164,10 @@ def test_each_average_follows_its_decay_and_is_chosen_by_it(make_config):
         load_checkpoint(folder, 0.25)
     with pytest.raises(UserError, match="--extra-ema-decays 0.5, 0.0, not 0.5"):
         train(replace(config, extra_ema_decays="0.5", max_train_steps=4))
+    path = checkpoint_path(folder / "checkpoints", 3)
+    torch.save({**torch.load(path, weights_only=False), "ema_0.5": {}}, path)
+    with pytest.raises(UserError, match=r"^ema_0.5 of .*0000003.pt must be a dictionary of weights, got {}$"):
+        load_checkpoint(path, 0.5)
 
 
 def test_averages_of_a_new_run_begin_from_those_of_the_same_decay(make_config):
