@@ -48,7 +48,7 @@ def loss_call(
     (teacher,) = haste.aligner.teachers
 
     def loss() -> Tensor:
-        attention, feature = alignment_losses(pairs, features, [teacher.said], prefix=prefix)
+        attention, feature, _ = alignment_losses(pairs, features, [teacher.said], prefix=prefix)
         return weight * (feature if attention is None else attention)
 
     return gradients_call(haste, loss, pairs, features)

@@ -181,6 +181,13 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that a forward pass without gradient leaves behind: those outside the blocks, which only a
+    backward pass would free. A change of them would be lost."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """DDP. All processes have the same seed, so weights and buffers are the same at the start; buffers stay so."""
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]

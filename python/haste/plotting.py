@@ -107,6 +107,7 @@ LOSSES = {
     "attn_loss": "Attention loss (cross-entropy, nats)",
     "disp_loss": "Dispersive loss (log of the mean similarity)",
     "cls_loss": "Class token loss (velocity)",
+    "sra_loss": "Self-alignment loss (smooth L1)",
 }
 
 

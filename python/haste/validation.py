@@ -212,6 +212,8 @@ BOUNDS: dict[str, Bounds] = {
     "disp_depth": DEPTH,
     "disp_tau": COEFFICIENT._replace(open_low=True),
     "cls_coeff": COEFFICIENT,
+    "sra_coeff": COEFFICIENT,
+    "block_out_t": DEPTH,
     "early_stop_point": TRAINING_STEPS._replace(low=-1),
     "ramp_start": TRAINING_STEPS,
     "probe_start": TRAINING_STEPS,

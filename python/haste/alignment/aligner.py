@@ -105,10 +105,11 @@ QueriesKeys = Sequence[tuple[Tensor, Tensor]]
 
 
 class AlignmentLosses(NamedTuple):
-    """L_A and L_R, scalars in fp32; None for one that is off."""
+    """L_A and L_R, and that of a student with its own EMA; scalars in fp32, None for one that is off."""
 
     attention: Tensor | None
     feature: Tensor | None
+    itself: Tensor | None = None
 
 
 def alignment_losses(
@@ -315,6 +316,8 @@ class Aligner(nn.Module):
         ]
         on_teachers = grid_rule == "interpolate-student"
         return cls(teachers, layer_map, proj_coeff, attn_coeff, zscore_alpha, on_teachers, class_token)
+
+    freed = "the teacher is"  # when alignment ends
 
     @property
     def aligns(self) -> bool:

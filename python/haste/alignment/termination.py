@@ -326,8 +326,11 @@ def make_termination(config: Any) -> Termination:
     Raises:
         UserError: settings with which the rule cannot work.
     """
-    if not config.aligns_features and not config.aligns_attention:
+    if not config.aligns_features and not config.aligns_attention and not config.sra_coeff:
         return Termination(NEVER)
+    if config.sra_coeff and config.termination in ("gradient-cosine", "plateau"):
+        raise UserError("--termination must be fixed or cosine-ramp with --sra-coeff, whose loss is not probed, got "
+                        f"{config.termination}")  # fmt: skip
     tau = config.early_stop_point
     if config.termination == "fixed":
         return Termination(tau)

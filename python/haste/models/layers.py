@@ -226,7 +226,7 @@ class ConvProjector(nn.Module):
         return self.projection_layer(tokens.mT.unflatten(2, (side, side))).flatten(2).mT
 
 
-PROJECTORS = ("mlp", "conv")
+PROJECTORS = ("mlp", "conv", "sra")
 
 
 def build_projector(width: int, hidden: int, out: int, kind: str = "mlp") -> nn.Module:
@@ -234,8 +234,9 @@ def build_projector(width: int, hidden: int, out: int, kind: str = "mlp") -> nn.
 
     Args:
         hidden: width between the layers of "mlp".
-        kind: "mlp", REPA's (arXiv 2410.06940), three linear layers with SiLU; or "conv", iREPA's, which wants the
-            tokens row by row.
+        kind: "mlp", REPA's (arXiv 2410.06940), three linear layers with SiLU; "conv", iREPA's, which wants the tokens
+            row by row; or "sra", that of SRA (arXiv 2505.02831), two linear layers, the hidden one as wide as both ends
+            together.
 
     Raises:
         UserError: another kind.
@@ -244,6 +245,8 @@ def build_projector(width: int, hidden: int, out: int, kind: str = "mlp") -> nn.
         raise UserError(f"projection_layer_type must be one of {', '.join(PROJECTORS)}, got {kind!r}")
     if kind == "conv":
         return ConvProjector(width, out)
+    if kind == "sra":
+        return nn.Sequential(nn.Linear(width, width + out), nn.SiLU(), nn.Linear(width + out, out))
     return nn.Sequential(
         nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
     )

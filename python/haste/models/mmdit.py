@@ -169,7 +169,7 @@ class MMDiT(nn.Module):
         encoder_depth: the projectors read the image's tokens after this block, counted from 1.
         z_dims: one projector per entry, onto that many features. Empty: no projector.
         projector_dim: hidden width of the projectors.
-        projection_layer_type: "mlp" or "conv", see `haste.models.layers.build_projector`.
+        projection_layer_type: "mlp", "conv" or "sra", see `haste.models.layers.build_projector`.
 
     Attributes:
         null_context: the features (tokens, width) that stand for no text, as of an empty caption; None if they are not

@@ -43,7 +43,7 @@ class _Config:
     attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
     encoder_depth: int = 8
     projector_dim: int = 2048
-    projection_layer_type: Literal["mlp", "conv"] = "mlp"
+    projection_layer_type: Literal["mlp", "conv", "sra"] = "mlp"
 
     def __post_init__(self) -> None:
         check_config_limits(self, LARGEST)
@@ -90,7 +90,7 @@ class MMDiTFamily(Family):
             "attention": settings.attention,
             "encoder_depth": settings.encoder_depth,
             "projector_dim": settings.projector_dim,
-            "projection_layer_type": settings.projection_layer_type,
+            "projection_layer_type": settings.projector_kind,
         }
 
     def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:

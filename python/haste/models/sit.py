@@ -55,7 +55,7 @@ class SiT(nn.Module):
         encoder_depth: the projectors read the tokens after this block, counted from 1.
         z_dims: one projector per entry, onto that many features. Empty: no projector.
         projector_dim: hidden width of the projectors.
-        projection_layer_type: "mlp" or "conv", see `haste.models.layers.build_projector`.
+        projection_layer_type: "mlp", "conv" or "sra", see `haste.models.layers.build_projector`.
 
     Raises:
         UserError: sizes that do not fit together.

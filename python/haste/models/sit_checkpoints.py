@@ -44,12 +44,13 @@ class SiTCheckpoints(ForeignCheckpoints):
 
     def rename(self, weights: Mapping[str, Tensor]) -> Weights:
         """REPA's first checkpoints count the blocks after the projectors from 0 again, as decoder_blocks; iREPA's have
-        REPA's projectors one level deeper."""
+        REPA's projectors one level deeper, and SRA's a head of another name."""
         old = "decoder_blocks."
         numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
         before = sum(number.isdecimal() for number in numbers)
 
         def rename(name: str) -> str:
+            name = re.sub(r"^ap_head\.linear([12])(?=\.)", lambda found: f"projectors.0.{2 * int(found[1]) - 2}", name)
             name = re.sub(r"^(projectors\.\d+)\.projection_layer(?=\.\d)", r"\1", name)
             number, _, rest = name.removeprefix(old).partition(".")
             return f"blocks.{int(number) + before}.{rest}" if name.startswith(old) and number.isdecimal() else name

@@ -69,7 +69,7 @@ class _Config:
     attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
     encoder_depth: int = 8
     projector_dim: int = 2048
-    projection_layer_type: Literal["mlp", "conv"] = "mlp"
+    projection_layer_type: Literal["mlp", "conv", "sra"] = "mlp"
     cls_token_dim: int = 0
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class SiTFamily(Family):
             "attention": settings.attention,
             "encoder_depth": settings.encoder_depth,
             "projector_dim": settings.projector_dim,
-            "projection_layer_type": settings.projection_layer_type,
+            "projection_layer_type": settings.projector_kind,
         }
 
     def checked(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:

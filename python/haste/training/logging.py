@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Under REPA's and HASTE's names: `loss` is the family's own, of velocity or noise, and the gradient is total_loss's.
 # Earlier versions used other names.
-METRICS = ("loss", "proj_loss", "attn_loss", "disp_loss", "cls_loss", "total_loss", "grad_norm")
+METRICS = ("loss", "proj_loss", "attn_loss", "disp_loss", "cls_loss", "sra_loss", "total_loss", "grad_norm")
 FORMER_METRICS = {
     "velocity_loss": "loss", "feature_loss": "proj_loss", "attention_loss": "attn_loss", "loss": "total_loss",
     "grad_norm": "grad_norm",
@@ -151,10 +151,11 @@ class Metrics:
         total: Tensor,
         dispersive: Tensor | None = None,
         class_token: Tensor | None = None,
+        itself: Tensor | None = None,
     ) -> None:
         """Add the losses of a micro-batch; None for one that is off."""
         off = total.new_tensor(math.nan)
-        values = (own, feature, attention, dispersive, class_token, total)
+        values = (own, feature, attention, dispersive, class_token, itself, total)
         self._micro_batches.append(torch.stack([off if value is None else value.detach().float() for value in values]))
 
     def add_norm(self, grad_norm: Tensor) -> None:

@@ -68,12 +68,13 @@ SWITCHES = {
     "projection_layer_type",
     "spnorm_method",
     "disp_coeff",
+    "sra_coeff",
 }
 """Alignment settings that turn others on and off."""
 
 BEFORE: dict[str, Any] = {
     "time_shift": 1.0, "optimizer": "adamw", "decay_shape": "cosine", "extra_ema_decays": "", "cls_coeff": None,
-    "projection_layer_type": "mlp", "spnorm_method": "none", "disp_coeff": 0.0,
+    "projection_layer_type": "mlp", "spnorm_method": "none", "disp_coeff": 0.0, "sra_coeff": 0.0,
 }  # fmt: skip
 """Settings that the public trainers lack, with the value that they computed by."""
 
@@ -376,6 +377,10 @@ def _unused(config: TrainConfig) -> set[str]:
     """The settings of alignment and evaluation that have no effect."""
     unused = set() if config.disp_coeff else {"disp_depth", "disp_tau"}
     unused |= set() if config.evaluation_steps else EVALUATION_SETTINGS
+    if config.sra_coeff:
+        used = {"encoder_depth", "early_stop_point", "termination"} | RULE_SETTINGS[config.termination]
+        return unused | (ALIGNMENT_SETTINGS - used)
+    unused.add("block_out_t")
     if not config.teachers:
         return unused | ALIGNMENT_SETTINGS
     unused |= set().union(*RULE_SETTINGS.values()) - RULE_SETTINGS[config.termination]

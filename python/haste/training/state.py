@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from haste._compat import lerp_all_
-from haste.distributed import distribute_like, replicate, shard, sharding, synchronizing, to_local, whole
+from haste.distributed import distribute_like, replicate, reshard, shard, sharding, synchronizing, to_local, whole
 from haste.errors import UserError, in_one_line
 from haste.models import ModelOutput, Weights, build_model, get_family
 from haste.training.checkpoint import is_projector, parameters_in, require_names, require_shapes
@@ -35,6 +35,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """One fused pass over all parameters, or over this process's shards."""
+        reshard(self.model)  # it may have sampled, or been a teacher
         averages = [to_local(parameter) for parameter in self.model.parameters()]
         lerp_all_(averages, [to_local(parameter) for parameter in model.parameters()], 1 - self.decay)
 

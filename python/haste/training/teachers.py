@@ -1,4 +1,4 @@
-"""The teachers of a run, and the losses that align its model with them."""
+"""The teachers of a run, or its own EMA, and the losses that align its model with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.alignment import Aligner, choose_layer_map
+from haste.alignment.self_alignment import SelfAligner
 from haste.data import TrainingData
 from haste.errors import UserError
 from haste.models import get_family
@@ -15,6 +16,9 @@ from haste.training.config import TrainConfig
 
 def build_aligner(config: TrainConfig, model_config: dict[str, Any], ended: bool = False) -> Aligner | None:
     """The teachers and the losses; None if nothing is aligned, or alignment has ended, and no class token denoised."""
+    if config.sra_coeff and not ended:
+        width = model_config["hidden_size"]
+        return SelfAligner(config.sra_coeff, config.block_out_t or 0, width, config.path_type, config.seed)
     if not config.teachers or (ended and not config.has_class_token):
         return None
     folder = Path(config.output_dir).expanduser() / "teachers"

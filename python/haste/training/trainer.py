@@ -29,6 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from haste.alignment import Aligner
 from haste.alignment.dispersive import dispersive_loss
+from haste.alignment.self_alignment import SelfAligner
 from haste.alignment.termination import make_termination
 from haste.data import Batch, Loader, TrainingData, load_dataset
 from haste.data.dataset import describe_change, other_latents
@@ -135,11 +136,12 @@ def check_same_data(config: TrainConfig, dataset: TrainingData, checkpoint: Chec
 
 
 class RandomNumbers(NamedTuple):
-    """Noise (B, C, S, S), times (B, ...) and whether the label is dropped, (B,) bool, of a step."""
+    """Noise (B, C, S, S), times (B, ...), whether the label is dropped, (B,) bool, and the EMA's times, of a step."""
 
     noise: Tensor
     t: Tensor
     dropped: Tensor
+    less_noisy: Tensor
 
     def local(self, number: int, size: int) -> RandomNumbers:
         """Those of the local batch with this number and size."""
@@ -271,6 +273,10 @@ class Trainer:
                             f"{self.config.cfg_prob:g} for --data-dir {self.config.data_dir}")  # fmt: skip
         return self.data.null
 
+    @property
+    def _needs_images(self) -> bool:
+        return self.aligner is not None and len(self.aligner.teachers) > 0
+
     # ---- the loop ----
 
     def run(self) -> TrainResult:
@@ -290,7 +296,7 @@ class Trainer:
             logger.info("preset %s: %s", config.preset, describe_run(config))
         logger.info("%s", self._describe())
         logger.info("training ends after step %d: %s; %s", self.last_step, self.end, self.learning_rate)
-        self.loader = Loader(self.data, config, self.accelerator, self.step, images=self.aligner is not None)
+        self.loader = Loader(self.data, config, self.accelerator, self.step, images=self._needs_images)
         shape = self.layout.noise_shape
         samples = TrainingSamples(self.folder.path / SAMPLES, config, self.data, self.accelerator, shape)
         self.metrics = Metrics(self.accelerator, config, self.model_config)
@@ -354,7 +360,9 @@ class Trainer:
             dropped = torch.rand(count, device=self.device) < config.label_dropout
         if token:  # last, so that the other numbers are those of a run without it
             noise = join(noise, torch.randn(count, token, device=self.device))
-        return RandomNumbers(noise, t, dropped)
+        aligner = self.aligner
+        less_noisy = aligner.less_noisy(self.family, t, self.step) if isinstance(aligner, SelfAligner) else t
+        return RandomNumbers(noise, t, dropped, less_noisy)
 
     def _forward_backward(self, batch: Batch, numbers: RandomNumbers, local: int) -> None:
         """Losses and gradients of the local batch with this number."""
@@ -365,24 +373,28 @@ class Trainer:
             with self.accelerator.autocast():
                 outputs = aligner.teacher_outputs(batch.images)
             inputs = aligner.with_class_token(inputs, outputs)
+        elif isinstance(aligner, SelfAligner):
+            with self.accelerator.autocast():
+                ema, t = self.state.ema.model, numbers.less_noisy
+                outputs = aligner.ema_outputs(ema, inputs, numbers.noise, t, condition)
         x_t, target = family.interpolate(model, inputs, numbers.noise, numbers.t, self.config.path_type)
         layers, project = ((), False) if aligner is None else (aligner.student_layers, aligner.project)
         with self.accelerator.autocast():
             output = self.state(x_t, numbers.t, condition, layers, project, (self.step, local), self.config.disp_block)
         loss = own = family.loss(output.prediction, target)
-        feature = attention = dispersive = None
+        feature = attention = itself = dispersive = None
         class_token = family.class_token_loss(output.prediction, target)
         if class_token is not None:
             loss = loss + self.config.cls_coeff * class_token
         if aligner is not None and aligner.aligns:
             with self.accelerator.autocast():
-                alignment, (attention, feature) = aligner(output, batch.images, outputs)
+                alignment, (attention, feature, itself) = aligner(output, batch.images, outputs)
             loss = loss + self.termination.weight(self.step) * alignment
         if output.tokens is not None:
             dispersive = dispersive_loss(output.tokens, self.config.disp_tau)
             loss = loss + self.config.disp_coeff * dispersive
         self.state.backward(loss)
-        self.metrics.add(own, feature, attention, loss, dispersive, class_token)
+        self.metrics.add(own, feature, attention, loss, dispersive, class_token, itself)
 
     # ---- the end of alignment ----
 
@@ -399,8 +411,8 @@ class Trainer:
         The state is rebuilt from what a checkpoint would hold, as if training had been resumed here.
         """
         self.termination.stopped_at = self.step
-        left = "gives class tokens alone" if self.config.has_class_token else "is freed"
-        logger.info("step %d: alignment ends (%s), the teacher %s", self.step, self.termination.reason, left)
+        left = "the teacher gives class tokens alone" if self.config.has_class_token else f"{aligner.freed} freed"
+        logger.info("step %d: alignment ends (%s), %s", self.step, self.termination.reason, left)
         saved = self.state.state_dict()
         self.aligner = aligner.without_losses()
         del self.state
@@ -409,7 +421,7 @@ class Trainer:
             torch.cuda.empty_cache()
         self.state = self._build_state(saved)
         self.loader.close()
-        self.loader = Loader(self.data, self.config, self.accelerator, self.step, images=self.aligner is not None)
+        self.loader = Loader(self.data, self.config, self.accelerator, self.step, images=self._needs_images)
         self.metrics.start_clock()
 
     # ---- logging ----

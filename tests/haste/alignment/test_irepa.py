@@ -87,7 +87,7 @@ def test_the_trunk_does_not_depend_on_the_kind_of_projector(family):
 
 
 def test_a_projector_of_another_kind_is_refused():
-    with pytest.raises(UserError, match="projection_layer_type must be one of mlp, conv, got 'linear'"):
+    with pytest.raises(UserError, match="projection_layer_type must be one of mlp, conv, sra, got 'linear'"):
         build_projector(4, 4, 4, "linear")
 
 

@@ -50,8 +50,8 @@ def test_it_reads_means_since_the_last_time(make_metrics):
     assert record.pop("images_per_second") > 0 and record.pop("teraflops") > 0 and record.pop("peak_memory_gib") > 0
     assert record.pop("mfu") is None  # nobody says what this processor could do
     assert record == {
-        "loss": 2.0, "proj_loss": None, "attn_loss": 3.0, "disp_loss": None, "cls_loss": None, "total_loss": 20.0,
-        "grad_norm": 4.0, "skipped_steps": 0,
+        "loss": 2.0, "proj_loss": None, "attn_loss": 3.0, "disp_loss": None, "cls_loss": None, "sra_loss": None,
+        "total_loss": 20.0, "grad_norm": 4.0, "skipped_steps": 0,
     }  # fmt: skip
     step(metrics, 7.0)
     assert metrics.read(3)["loss"] == 7.0
