@@ -49,7 +49,7 @@ def describe(results: dict[str, Any]) -> str:
     size = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in ("depth", "hidden_size", "num_heads")
                      if settings[name])  # fmt: skip
     return (
-        f"`python benchmarks/cifar10/run.py`, seeds {', '.join(map(str, seeds))}. {settings['model']} {size}, batch "
+        f"`python benchmarks/cifar10/run.py`, seed {', '.join(map(str, seeds))}. {settings['model']} {size}, batch "
         f"{settings['batch_size']}, learning rate {settings['learning_rate']:g}; layer map {settings['layer_map']}, "
         f"features after block {settings['encoder_depth']}. The teacher, a ViT of width {teacher['hidden_size']} and "
         f"depth {teacher['num_hidden_layers']}, learned {teacher['steps']:,} steps by {teacher['objective']} (linear "

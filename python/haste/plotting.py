@@ -309,7 +309,7 @@ def plot_step_errors(
 
 def _set_fd(axes: Axes) -> None:
     """The title and the logarithmic axis of a panel of FDs."""
-    axes.set(title="FD to real digits (lower is better)", yscale="log")
+    axes.set(title="FD to real images (lower is better)", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
