@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from haste.data.images import center_crop, decode_image
-from haste.data.sources import ImageSource
+from haste.data.sources import FileSource, ImageSource
 from haste.errors import BadFile, OnBadFile, UserError
 from haste.vae import VAE, LatentFormat
 
@@ -141,6 +141,24 @@ class TrainingData(ABC):
     def without_images(self) -> TrainingData:
         """The same data for a run without a teacher, possibly with `Batch.images` None."""
         return self
+
+
+def require_image_dir(
+    images: FileSource | None, where: str, read: Callable[[FileSource, int], object], on_bad_file: OnBadFile
+) -> None:
+    """Raise UserError if latents have no images beside them, for a teacher, or with "refuse" if the first is damaged.
+
+    Args:
+        where: the latents are, such as "below FOLDER". read: as the data reads an image, by its number.
+    """
+    if images is None:
+        raise UserError(f"--image-dir must be the images that the latents {where} were made of, for the teacher of "
+                        "--enc-type, got none")  # fmt: skip
+    try:
+        read(images, 0)
+    except BadFile as fault:
+        if on_bad_file == "refuse":
+            raise fault.as_user_error() from fault
 
 
 def count_classes(num_classes: int | None, found: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from haste.data.archive import open_archive
-from haste.data.dataset import Batch, TrainingData, count_classes, fingerprint, to_unit
+from haste.data.dataset import Batch, TrainingData, count_classes, fingerprint, require_image_dir, to_unit
 from haste.data.images import center_crop, decode_image, is_image
 from haste.data.latents import Latents, as_moments, sample_stored
 from haste.data.shards import ShardFiles
@@ -276,16 +276,7 @@ class ShardedLatentData(TrainingData):
         return data
 
     def require_images(self) -> None:
-        if self._images is None:
-            raise UserError(
-                f"--image-dir must be the images that the latents in {self._paths[0].parent} were made of, for the "
-                "teacher of --enc-type, got none"
-            )
-        try:
-            self._read_image(self._images, 0)
-        except BadFile as fault:
-            if self.on_bad_file == "refuse":
-                raise fault.as_user_error() from fault
+        require_image_dir(self._images, f"in {self._paths[0].parent}", self._read_image, self.on_bad_file)
 
     def without_images(self) -> ShardedLatentData:
         data = self._copy()

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from haste.data.archive import Archive, decode_npz, open_archive
-from haste.data.dataset import Batch, TrainingData, count_classes, fingerprint, to_unit
+from haste.data.dataset import Batch, TrainingData, count_classes, fingerprint, require_image_dir, to_unit
 from haste.data.images import center_crop, decode_image, is_image
 from haste.data.latents import as_moments
 from haste.data.sources import FileSource, labels_of_folders
-from haste.errors import BadFile, OnBadFile, UserError
+from haste.errors import BadFile, OnBadFile
 from haste.vae import KL16_LATENTS, LatentFormat, with_deviation
 
 SUFFIX = ".npz"
@@ -139,17 +139,8 @@ class CachedLatentData(TrainingData):
         return Batch(inputs, images, raw.label.to(device, non_blocking=True))
 
     def require_images(self) -> None:
-        if self._images is None:
-            folder = os.path.commonpath([self._moments.name(0), self._moments.name(len(self) - 1)])
-            raise UserError(
-                f"--image-dir must be the images that the latents below {folder} were made of, for the teacher of "
-                "--enc-type, got none"
-            )
-        try:
-            self._read_image(self._images, 0)
-        except BadFile as fault:
-            if self.on_bad_file == "refuse":
-                raise fault.as_user_error() from fault
+        folder = os.path.commonpath([self._moments.name(0), self._moments.name(len(self) - 1)])
+        require_image_dir(self._images, f"below {folder}", self._read_image, self.on_bad_file)
 
     def without_images(self) -> CachedLatentData:
         data = self._copy()

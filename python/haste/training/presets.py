@@ -59,17 +59,24 @@ _XAR = {
 _XAR_SIZES = {"B": "B", "L": "L", "H": "XL"}
 
 
+def _as_sit(name: str, like: str, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """NAME, haste-NAME and repa-NAME of a model of which nobody has published alignment: with the layers and depths of
+    the SiT of size `like`, and its τ after as many images."""
+    layer_map, depth, tau, repa_depth = _PUBLISHED[like]
+    steps = tau[256] * 256 // model["batch_size"]
+    haste = {"attn_coeff": 0.5, "layer_map": layer_map, "encoder_depth": depth, "early_stop_point": steps}
+    return {
+        name: {"exp_name": name, **model, "attn_coeff": 0.0, "proj_coeff": 0.0},
+        f"haste-{name}": {"exp_name": f"haste-{name}", **model, **haste},
+        f"repa-{name}": {"exp_name": f"repa-{name}", **model, "encoder_depth": repa_depth},
+    }
+
+
 def _xar_presets() -> dict[str, dict[str, Any]]:
     """xar-b-256, haste-xar-b-256, repa-xar-b-256 and so on."""
     presets: dict[str, dict[str, Any]] = {}
     for size, like in _XAR_SIZES.items():
-        layer_map, depth, tau, repa_depth = _PUBLISHED[like]
-        name, model = f"xar-{size.lower()}-256", {**_XAR, "model": f"xAR-{size}"}
-        steps = tau[256] * 256 // _XAR["batch_size"]  # type: ignore[operator]
-        haste = {"attn_coeff": 0.5, "layer_map": layer_map, "encoder_depth": depth, "early_stop_point": steps}
-        presets[name] = {"exp_name": name, **model, "attn_coeff": 0.0, "proj_coeff": 0.0}
-        presets[f"haste-{name}"] = {"exp_name": f"haste-{name}", **model, **haste}
-        presets[f"repa-{name}"] = {"exp_name": f"repa-{name}", **model, "encoder_depth": repa_depth}
+        presets |= _as_sit(f"xar-{size.lower()}-256", like, {**_XAR, "model": f"xAR-{size}"})
     return presets
 
 
@@ -98,13 +105,8 @@ def _lightningdit_presets() -> dict[str, dict[str, Any]]:
     """lightningdit-xl-256, haste-lightningdit-xl-256, repa-lightningdit-xl-256, and for B."""
     presets: dict[str, dict[str, Any]] = {}
     for size in ("B", "XL"):
-        layer_map, depth, tau, repa_depth = _PUBLISHED[size]
-        name, model = f"lightningdit-{size.lower()}-256", {**_LIGHTNINGDIT, "model": f"LightningDiT-{size}/1"}
-        steps = tau[256] * 256 // _LIGHTNINGDIT["batch_size"]  # type: ignore[operator]
-        haste = {"attn_coeff": 0.5, "layer_map": layer_map, "encoder_depth": depth, "early_stop_point": steps}
-        presets[name] = {"exp_name": name, **model, "attn_coeff": 0.0, "proj_coeff": 0.0}
-        presets[f"haste-{name}"] = {"exp_name": f"haste-{name}", **model, **haste}
-        presets[f"repa-{name}"] = {"exp_name": f"repa-{name}", **model, "encoder_depth": repa_depth}
+        model = {**_LIGHTNINGDIT, "model": f"LightningDiT-{size}/1"}
+        presets |= _as_sit(f"lightningdit-{size.lower()}-256", size, model)
     return presets
 
 
