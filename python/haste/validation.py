@@ -255,6 +255,7 @@ BOUNDS: dict[str, Bounds] = {
     "guided_channels": Bounds(1, 4096),
     "stagger": GATE,
     "cfg_scale": Bounds(1, 1000, Real),
+    "cls": Bounds(1, 65_536),
     "cls_cfg_scale": Bounds(0, 1000, Real),
     "guidance_low": TIME,
     "guidance_high": TIME,

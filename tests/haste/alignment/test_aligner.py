@@ -209,7 +209,7 @@ def test_feature_loss_is_the_mean_over_teachers_of_minus_the_cosine():
 
 def test_nothing_asked_nothing_computed():
     losses = alignment_losses([], [], [TeacherOutput([], 0, None)])
-    assert losses == (None, None)
+    assert losses == (None, None, None)
 
 
 # ---- layers ----
