@@ -25,6 +25,8 @@ from haste.digits import digest, save_model
 from haste.distributed import progress_bar
 from torch import Tensor, nn
 
+import haste_ext
+
 if TYPE_CHECKING:
     from transformers import Dinov2Model
 
@@ -206,3 +208,11 @@ def probe_accuracy(folder: Path, images: Tensor, labels: Tensor, held_out: Tenso
     gram = known.T @ known + 1e-2 * len(known) * torch.eye(known.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(gram, known.T @ F.one_hot(labels).double())
     return float(((unknown @ weights).argmax(dim=1) == answers).double().mean())
+
+
+def kl_from_uniform(q: Tensor, k: Tensor, prefix: int) -> float:
+    """KL(map ‖ uniform): against the map of keys that are all alike."""
+    loss = haste_ext.attn_align_loss(
+        q, torch.zeros_like(k), q, k, student_prefix=prefix, teacher_prefix=prefix, divergence="kl"
+    )
+    return float(loss)

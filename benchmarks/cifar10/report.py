@@ -46,6 +46,7 @@ def describe(results: dict[str, Any]) -> str:
     settings, sampling = run["settings"], SamplingConfig(**results["sampling"])
     seeds = sorted({run["seed"] for run in results["runs"]})
     commits = sorted({run["commit"][:12] + run["commit"][40:] for run in results["runs"]})
+    maps = ", ".join(f"{value:.2f}" for value in results["kl_uniform"])
     size = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in ("depth", "hidden_size", "num_heads")
                      if settings[name])  # fmt: skip
     return (
@@ -53,7 +54,8 @@ def describe(results: dict[str, Any]) -> str:
         f"{settings['batch_size']}, learning rate {settings['learning_rate']:g}; layer map {settings['layer_map']}, "
         f"features after block {settings['encoder_depth']}. The teacher, a ViT of width {teacher['hidden_size']} and "
         f"depth {teacher['num_hidden_layers']}, learned {teacher['steps']:,} steps by {teacher['objective']} (linear "
-        f"probe {teacher['probe_accuracy']:.1%}). {run['samples']:,} samples a point, {sampling.describe()}, EMA "
+        f"probe {teacher['probe_accuracy']:.1%}); its aligned maps are {maps} nats from uniform. "
+        f"{run['samples']:,} samples a point, {sampling.describe()}, EMA "
         f"weights, no guidance, the same noise and labels for every run. FD to {classifier['real']:,} test images in "
         f"{classifier['features']} features of a classifier that no run has seen (held-out accuracy "
         f"{classifier['held_out_accuracy']:.1%}; two halves of the test images are {classifier['split_half_fd']:.2f} "

@@ -4,6 +4,7 @@
     python benchmarks/cifar10/run.py --data-dir CIFAR --methods HASTE --seeds 1 2
     python benchmarks/cifar10/run.py --data-dir CIFAR --tokens 256 --device cuda    SiT-S/2 in bf16, for a GPU
     python benchmarks/cifar10/run.py --data-dir CIFAR --time          measure the seconds of a step again
+    python benchmarks/cifar10/run.py --data-dir CIFAR --maps          how far the teacher's maps are from uniform
     python benchmarks/cifar10/run.py --plot-only                      tables and plots from the JSON alone
 
 CIFAR is a folder with train/CLASS/ and test/CLASS/, or a tar file of it. A ViT learns the training images first, as
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from haste.alignment import LayerMap
 from haste.generation.config import SamplingConfig
 from haste.generation.loaded import load_checkpoint, run_checkpoints
 from haste.generation.sample_dir import open_sampler
@@ -32,12 +34,14 @@ from haste.metrics.evaluator import Evaluator
 from haste.metrics.features import extract
 from haste.metrics.reference import Reference
 from haste.plotting import plot_grid
+from haste.teachers.encoder import VisionTeacher
 from haste.training.config import TrainConfig
 from haste.training.logging import read_log
+from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from _common import provenance, read_results, train_to_end, write_results  # noqa: E402
-from _vits import ViTSettings, prepare_vit, probe_accuracy  # noqa: E402
+from _vits import ViTSettings, kl_from_uniform, prepare_vit, probe_accuracy, to_floats  # noqa: E402
 from classifier import ClassifierSettings, as_arrays, load_classifier  # noqa: E402
 from images import CLASSES, augment, find_data, read_images  # noqa: E402
 from report import write_report  # noqa: E402
@@ -111,6 +115,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-steps", type=int, default=16, help="Euler steps of a sample")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--time", action="store_true", help="Measure the seconds of a step again, of each method in turn, then end")
+    add("--maps", action="store_true", help="Measure how far the teacher's aligned maps are from uniform, then end")
     add("--plot-only", action="store_true", help="Train nothing")
     args = parser.parse_args(arguments)
     args.results = (
@@ -153,6 +158,10 @@ class Benchmark:
         train, test = read_images(self.data / "train"), read_images(self.data / "test")
         teacher = ViTSettings(**{**asdict(self.scale.teacher), "objective": self.args.teacher})
         self.teacher = prepare_vit(self.args.output_dir / "teachers", "cifar10", teacher, *train, augment)
+        if self.args.maps or "kl_uniform" not in stored(self.args):
+            self.keep({"kl_uniform": self.measure_maps(test[0])})
+        if self.args.maps:
+            return
         if self.args.time or "seconds_per_step" not in stored(self.args):
             self.keep({"seconds_per_step": self.time_steps()})
         if self.args.time:
@@ -219,6 +228,14 @@ class Benchmark:
         plot_grid(picture, images[: 4 * CLASSES], labels[: 4 * CLASSES].tolist(), title=f"{picture.stem}, step "
                   f"{loaded.step:,}: {self.settings.describe()}")  # fmt: skip
         return {"step": loaded.step, **values}
+
+    def measure_maps(self, images: Tensor) -> list[float]:
+        """KL(map ‖ uniform) of each aligned layer of the teacher, in nats, on every fortieth test image."""
+        layers = LayerMap.parse(self.scale.layers).teacher
+        grid = round(self.args.tokens**0.5)
+        teacher = VisionTeacher.from_pretrained(str(self.teacher), layers=layers, grid=grid, features=False)
+        output = teacher(to_floats(images[::40]))
+        return [round(kl_from_uniform(q, k, output.prefix), 4) for q, k in output.queries_keys]
 
     def time_steps(self) -> dict[str, float]:
         """Seconds of a step by method, the shortest of some rounds in which the methods take turns; each in a new run,

@@ -38,7 +38,7 @@ import haste_ext
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from _common import read_results, write_results  # noqa: E402
-from _vits import ViTSettings, prepare_vit, probe_accuracy  # noqa: E402
+from _vits import ViTSettings, kl_from_uniform, prepare_vit, probe_accuracy  # noqa: E402
 from run import HERE, MODELS, train_and_score  # noqa: E402
 
 RESULTS = "alignment.json"
@@ -220,14 +220,6 @@ def measure_maps(folder: Path, layer_map: str, checkpoint: Path) -> dict[str, fl
         "kl_before": kl_from_student(new, images, labels, pairs, output),
         "kl_after": kl_from_student(loaded.model, images, labels, pairs, output),
     }
-
-
-def kl_from_uniform(q: Tensor, k: Tensor, prefix: int) -> float:
-    """KL(map ‖ uniform): against the map of keys that are all alike."""
-    loss = haste_ext.attn_align_loss(
-        q, torch.zeros_like(k), q, k, student_prefix=prefix, teacher_prefix=prefix, divergence="kl"
-    )
-    return float(loss)
 
 
 def kl_from_student(model: nn.Module, images: Tensor, labels: Tensor, pairs: LayerMap, output: TeacherOutput) -> float:
