@@ -13,8 +13,8 @@ from haste import digits, plotting
 from haste.cli.main import main
 from haste.data.images import write_image
 from haste.digits import ClassifierConfig, real_digits
-from haste.evaluation import evaluate
 from haste.evaluation.records import read_evaluations
+from haste.metrics import evaluator
 from PIL import Image
 
 QUICK = ("--num-steps", "2", "--num-fid-samples", "70")
@@ -251,7 +251,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
 
 
 def test_what_was_drawn_before_is_opened_before_the_reference_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_reference", lambda *_: pytest.fail("the reference was read"))
+    monkeypatch.setattr(evaluator, "load_reference", lambda *_: pytest.fail("the reference was read"))
     bad, good = tmp_path / "bad.npz", write_digits(tmp_path / "good", 1)
     bad.write_bytes(b"no archive")
     flags = ("--features", "digits", "--reference", good)

@@ -8,7 +8,7 @@ from digits_run import write_run
 from haste import digits
 from haste.cli.main import main
 from haste.digits import ClassifierConfig
-from haste.evaluation import evaluate
+from haste.metrics import evaluator
 from haste.resumable import hold
 from PIL import Image
 from text_run import write_text_run
@@ -124,7 +124,7 @@ def test_a_run_on_other_images_needs_to_be_told_what_measures(tmp_path, capsys):
 
 
 def test_too_few_samples_are_refused_before_the_real_side_is_read(run, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_reference", lambda *_: pytest.fail("the real side was read"))
+    monkeypatch.setattr(evaluator, "load_reference", lambda *_: pytest.fail("the real side was read"))
     assert "--num-fid-samples must be above 64" in refusal(capsys, "--ckpt", str(run), "--num-fid-samples", "64")
 
 

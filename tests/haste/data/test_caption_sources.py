@@ -211,7 +211,7 @@ def test_a_tar_has_only_files_and_hidden_ones_are_left_out(tmp_path):
             tar.addfile(info, io.BytesIO(b"x"))
     assert len(open_captioned(tmp_path).images) == 2
     (tmp_path / "00000.tar").unlink()
-    with pytest.raises(UserError, match="--captions must hold tars of images and captions, got nothing"):
+    with pytest.raises(UserError, match="--captions must hold tars of images, got nothing"):
         open_captioned(tmp_path)
 
 

@@ -236,7 +236,7 @@ def test_a_checkpoint_brings_the_empty_caption():
 
 def test_the_layout_names_the_shape_of_the_condition():
     layout = FAMILY.layout(TINY)
-    assert layout == ((4, 8, 8), 4, 2, 2, None, 1, None, (5, 6)) and layout.condition_shape == (5, 6)
+    assert layout == ((4, 8, 8), 4, 2, 2, None, 1, None, (5, 6), 0) and layout.condition_shape == (5, 6)
 
 
 def test_the_golden_files_config_is_checked_and_laid_out():

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ from haste.training.checkpoint import (
     restore_rng,
     sampling_config,
 )
+from haste.training.config import resolve
 from haste.training.run_dir import Retention
 from haste.training.trainer import train
 from small_models import WITH_PROJECTORS, random_sit
@@ -198,7 +198,7 @@ def test_the_model_of_a_checkpoint_comes_without_projectors(make_config, step):
     path = checkpoint_path(train(config).folder / "checkpoints", step)
     checkpoint = read_checkpoint(path)
     averaged, trained = loaded_model(checkpoint), loaded_model(checkpoint, ema=False)
-    assert sampling_config(checkpoint, path) == replace(config, num_classes=10, prediction="v")  # data's, the model's
+    assert sampling_config(checkpoint, path) == resolve(config, 10)
     assert not averaged.training and len(averaged.projectors) == 0
     saved = read_checkpoint(path)
     weight = "blocks.0.attn.qkv.weight"

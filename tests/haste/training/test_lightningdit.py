@@ -81,7 +81,7 @@ def test_a_part_is_recorded_only_where_it_is_not_the_model_s():
 def test_a_run_of_other_parts_is_refused(make_config):
     config = make_config(max_train_steps=1, attn_coeff=0.0, proj_coeff=0.0)
     train(config)
-    with pytest.raises(UserError, match="--mlp None, not swiglu"):
+    with pytest.raises(UserError, match="--mlp gelu, not swiglu"):
         train(dataclasses.replace(config, max_train_steps=2, mlp="swiglu"))
 
 

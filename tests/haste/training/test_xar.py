@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from haste.models import XAR, SiT, build_model
 from haste.training.checkpoint import checkpoint_path, read_checkpoint
 from haste.training.config import TrainConfig, resolve
 from haste.training.run_dir import RunDir
+from haste.training.samples import TrainingSamples
 from haste.training.state import TrainState
 from haste.training.trainer import Trainer, load_dataset, make_accelerator, train
 from torch import nn
@@ -222,7 +222,9 @@ def test_shards_are_gathered_for_a_sampler_that_takes_the_model_apart(make_xar, 
     gathered = []
     monkeypatch.setattr("haste.training.samples.unsharded", lambda model: nullcontext(gathered.append(model)))
     trainer = make_trainer(vanilla(make_xar, entity=entity))
-    trainer._sample(SimpleNamespace(sample=lambda model, step: None))
+    shape = trainer.layout.noise_shape
+    samples = TrainingSamples(trainer.folder.path, trainer.config, trainer.data, trainer.accelerator, shape)
+    samples.sample(trainer.state.ema.model, 0)
     assert gathered == [trainer.state.ema.model]
 
 
