@@ -283,7 +283,8 @@ def describe(results: dict[str, Any]) -> str:
     seeds = sorted({run["seed"] for run in results["runs"]})
     return (
         f"`python benchmarks/digits/alignment.py`. Seed {seeds[0]}, or the mean ± standard deviation over {len(seeds)} "
-        f"seeds; alignment never stopped unless a row says so; {run['points'][0]['samples']:,} samples a point, the classifier of [results.md](results.md). "
+        f"seeds; alignment never stopped unless a row says so; "
+        f"{run['points'][0]['samples']:,} samples a point, the classifier of [results.md](results.md). "
         "Accuracy is of the samples' labels, in %; probe: the teacher's own, of a linear map of its features. KL in "
         "nats, of the aligned layers: of the teacher's maps from uniform, and from the student's before and after "
         f"training.\n\nCommit {', '.join(commits)}; torch {run['build']['torch_loaded']}; {run['processor']}; no GPU."
