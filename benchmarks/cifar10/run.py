@@ -204,7 +204,8 @@ class Benchmark:
         settings = {name: value for name, value in asdict(config).items() if not name.endswith("_dir")}
         settings["enc_type"] = self.teacher.name
         if any(
-            run["settings"] == settings and run["samples"] == self.args.samples for run in stored(self.args)["runs"]
+            run["settings"].items() <= settings.items() and run["samples"] == self.args.samples
+            for run in stored(self.args)["runs"]
         ):
             print(f"{method}, seed {seed}: done before")
             return

@@ -112,7 +112,7 @@ def do_run(args: Args, method: str, seed: int) -> None:
     """Train and evaluate one run, unless it is in the results with these very settings; then write the JSON."""
     config, benchmark = run_config(args, method, seed), args.benchmark
     settings = {name: value for name, value in asdict(config).items() if name != "output_dir"}
-    if any(run["settings"] == settings for run in stored_results(benchmark)["runs"]):
+    if any(run["settings"].items() <= settings.items() for run in stored_results(benchmark)["runs"]):
         print(f"{method}, seed {seed}: done before")
         return
     run, evaluator, _ = train_and_score(config, args.output_dir / "classifier", benchmark.settings)
